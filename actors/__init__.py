@@ -1,0 +1,1 @@
+"""Downstairs: everything that lives in a Ray process. Never imports `pipeline`."""

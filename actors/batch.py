@@ -1,0 +1,99 @@
+"""A batch as it travels between processes: columns of numpy, offsets between sequences.
+
+Ray's object store hands numpy arrays to every actor on a node without a copy, so a batch is put
+there once and passed by reference. Torch tensors are made inside the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one or more token sequences each.
+
+    A row is what a loss is averaged over: one sequence for SFT, a (chosen, rejected) pair for
+    preferences. Sequences of row `i` are `i * sequences_per_row ... + sequences_per_row - 1`.
+    """
+
+    token_ids: np.ndarray
+    """int32 (tokens,): all sequences, one after the other."""
+    loss_mask: np.ndarray
+    """bool (tokens,): True where the token is a label whose log-probability counts. The first
+    token of a sequence has no predictor and is never True."""
+    offsets: np.ndarray
+    """int64 (sequences + 1,): sequence `s` is `token_ids[offsets[s]:offsets[s + 1]]`."""
+    sequences_per_row: int = 1
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    """Per-row values of shape (rows, ...), e.g. `ref_chosen_logps`."""
+
+    @property
+    def n_sequences(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def n_rows(self) -> int:
+        return self.n_sequences // self.sequences_per_row
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 (sequences,)."""
+        return np.diff(self.offsets)
+
+    @property
+    def label_counts(self) -> np.ndarray:
+        """int64 (sequences,): labels that count in each sequence."""
+        cumulative = np.concatenate([[0], np.cumsum(self.loss_mask, dtype=np.int64)])
+        return cumulative[self.offsets[1:]] - cumulative[self.offsets[:-1]]
+
+    @staticmethod
+    def from_sequences(
+        token_ids: Sequence[Sequence[int]],
+        loss_masks: Sequence[Sequence[bool]],
+        sequences_per_row: int = 1,
+        columns: dict[str, np.ndarray] | None = None,
+    ) -> Batch:
+        """Join sequences (in row order) into one batch."""
+        lengths = [len(t) for t in token_ids]
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+        ids = np.concatenate([np.asarray(t, dtype=np.int32) for t in token_ids]) if lengths else np.zeros(0, np.int32)
+        mask = np.concatenate([np.asarray(m, dtype=bool) for m in loss_masks]) if lengths else np.zeros(0, bool)
+        return Batch(ids, mask, offsets, sequences_per_row, dict(columns or {}))
+
+    def select(self, rows: np.ndarray | Sequence[int]) -> Batch:
+        """The given rows, in the given order, with their columns."""
+        rows = np.asarray(rows, dtype=np.int64)
+        k = self.sequences_per_row
+        sequences = (rows[:, None] * k + np.arange(k)).reshape(-1)
+        spans = [slice(self.offsets[s], self.offsets[s + 1]) for s in sequences]
+        return Batch.from_sequences(
+            [self.token_ids[s] for s in spans],
+            [self.loss_mask[s] for s in spans],
+            k,
+            {name: values[rows] for name, values in self.columns.items()},
+        )
+
+    def with_columns(self, **columns: np.ndarray) -> Batch:
+        """The same rows with more per-row values."""
+        return Batch(self.token_ids, self.loss_mask, self.offsets, self.sequences_per_row, {**self.columns, **columns})
+
+    def shard(self, rank: int, world_size: int) -> Batch:
+        """The rows of one data-parallel rank: longest first, dealt back and forth (0 1 1 0 0 1 ...).
+
+        Depends on lengths only, so every rank computes the same partition by itself.
+        """
+        if world_size == 1:
+            return self
+        row_tokens = self.lengths.reshape(-1, self.sequences_per_row).sum(axis=1)
+        order = np.argsort(-row_tokens, kind="stable")
+        position = np.arange(len(order)) % (2 * world_size)
+        owner = np.minimum(position, 2 * world_size - 1 - position)
+        return self.select(np.sort(order[owner == rank]))

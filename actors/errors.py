@@ -1,0 +1,42 @@
+"""The two ways in which Raylign gives up, and the exit code that each one carries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USER = 2
+EXIT_STOPPED = 75
+"""EX_TEMPFAIL: stopped by a signal after saving; the same command goes on from there."""
+
+
+class UserError(Exception):
+    """The user's mistake. Carries every violation found, never only the first.
+
+    Each problem names the key, file or row, the value, and what would be right. The command line
+    prints them without a traceback and exits with `EXIT_USER`; nothing has been started.
+    """
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[type[UserError], tuple[list[str]]]:
+        return type(self), (self.problems,)
+
+
+class RunFailure(Exception):
+    """A failure at run time: who, in which phase, what happened, and what to do next."""
+
+    def __init__(self, who: str, phase: str, reason: str, next_step: str = "") -> None:
+        self.who, self.phase, self.reason, self.next_step = who, phase, reason, next_step
+        super().__init__(who, phase, reason, next_step)
+
+    def __str__(self) -> str:
+        text = f"{self.who} failed in phase '{self.phase}': {self.reason}"
+        return f"{text}\n  next: {self.next_step}" if self.next_step else text
+
+
+class InvariantViolation(RunFailure):
+    """A known invariant did not hold (first DPO loss = ln 2, frozen weights unmoved, ...)."""

@@ -1,0 +1,64 @@
+"""What a host can be told about its model: base, LoRA and mixture-of-experts settings."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+TargetGroup = Literal["attention", "experts", "shared_experts", "router", "mlp"]
+
+
+class Spec(BaseModel):
+    """Base of every spec: unknown keys are refused, field docstrings become descriptions."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class LoraSpec(Spec):
+    """LoRA, under PEFT's field names."""
+
+    r: int = Field(default=16, ge=1)
+    """Rank of the low-rank update."""
+    lora_alpha: float = Field(default=32, gt=0)
+    """Numerator of the scaling alpha / r."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before A. Must be 0 when `experts` is a target: PEFT cannot apply it to parameters."""
+    targets: list[TargetGroup] = Field(default=["attention", "experts"], min_length=1)
+    """Groups of modules that get an adapter; resolved per architecture to explicit names."""
+    expert_rank: Literal["r", "r/top_k"] = "r"
+    """Rank of each expert's adapter: the full `r`, or `r` divided by the experts per token."""
+    expert_impl: Literal["auto", "beside", "peft"] = "auto"
+    """How expert LoRA is computed: `beside` the grouped product (x A^T B^T), or PEFT's W + BA."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r."""
+
+
+class MoeSpec(Spec):
+    """Mixture-of-experts settings."""
+
+    router_aux_loss_coef: float | None = Field(default=None, ge=0)
+    """Weight of the load-balancing loss. None: the base's own value where the router trains, else 0."""
+    experts_implementation: Literal["grouped_mm", "batched_mm", "eager"] = "grouped_mm"
+    """transformers' implementation of the expert product."""
+
+
+class ModelSpec(Spec):
+    """The model that every role starts from."""
+
+    base: str
+    """Hub id or directory of the base model, or of a PEFT adapter (its base is then read from it)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the frozen base."""
+    trust_remote_code: bool = False
+    """Allow the base's own Python code. Off: code from a hub is not run."""
+    random_init: bool = False
+    """Take only config and tokenizer from `base` and draw fresh weights from the seed."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """transformers' attention implementation."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    lora: LoraSpec | None = Field(default_factory=LoraSpec)
+    """LoRA settings; null trains every parameter."""
+    moe: MoeSpec = Field(default_factory=MoeSpec)
+    """Mixture-of-experts settings."""

@@ -1,0 +1,1 @@
+"""Upstairs: what runs, in which order, on what, with which data, and what came out."""
