@@ -1,0 +1,70 @@
+# Every target sets up what it needs: a .venv with the locked set, once.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+export PYTHONUNBUFFERED := 1
+export OMP_WAIT_POLICY ?= passive
+export KMP_BLOCKTIME ?= 0
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev demo base lint format test test-fast test-slow bench lock clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/.installed: requirements/cpu.txt pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	@echo "Installing the locked set into $(VENV) (about 3 GB, once) ..."
+	@# The lock names the CPU build of torch. PyPI does not have it, so where pip's own
+	@# configuration provides none it comes from PyTorch's CPU wheel index.
+	@torch=$$(grep '^torch==' requirements/cpu.txt); \
+	$(PIP) install -qq --no-deps "$$torch" 2>/dev/null || \
+	$(PIP) install -qq --no-deps --index-url $(TORCH_CPU_INDEX) "$$torch"
+	@$(PIP) install -qq --no-deps -r requirements/cpu.txt
+	@$(PIP) install -qq --no-deps -e .
+	@$(BIN)/raylign --help >/dev/null
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements/dev.txt
+	@$(PIP) install -qq --no-deps -r requirements/dev.txt
+	@touch $@
+
+install: $(VENV)/.installed ## Set up .venv with the locked CPU set and the project
+install-dev: $(VENV)/.installed-dev ## The same plus the tools that the tests need
+
+demo: install ## SFT -> DPO on the embedded model, with its table and report, in runs/demo
+	$(BIN)/raylign run configs/demo.yaml
+
+base: install ## Train the embedded base anew from its recipe and put it into assets/
+	$(BIN)/raylign run configs/base.yaml
+	$(BIN)/python -m actors.models.tiny runs/base/pretrain/model assets/tiny-moe
+
+lint: install-dev ## Format, rules, types, and the one-way rule between the floors
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_house.py
+
+format: install-dev ## Put the code into the house's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: lint ## Lint, then every test but the slow ones
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-fast: install-dev ## The tests that start neither Ray nor vLLM
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not ray and not vllm"
+
+test-slow: install-dev ## The longer checks
+	$(BIN)/python -m pytest -q -m "slow and not gpu" --timeout 1800
+
+bench: install-dev ## Side-by-side ratios against TRL + PEFT and a bare loop
+	$(BIN)/python benchmarks/offline.py
+
+lock: install ## Resolve the requirements anew into requirements/*.txt
+	$(BIN)/python requirements/refresh.py
+
+clean: ## Remove runs and caches (the .venv stays)
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

