@@ -1,0 +1,102 @@
+"""What a stage can be told about its data: one source, or a mixture of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+
+from actors.models.spec import Spec
+
+LayoutName = Literal[
+    "text",
+    "messages",
+    "conversations",
+    "prompt_completion",
+    "instruction",
+    "question_answer",
+    "prompt",
+    "preference",
+    "preference_conversations",
+    "preference_transcripts",
+    "rejected_response",
+    "question_preference",
+    "instruction_preference",
+]
+
+ColumnName = Literal[
+    "text",
+    "messages",
+    "conversations",
+    "system",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "question",
+    "answer",
+    "chosen",
+    "rejected",
+    "rejected_response",
+    "chosen_response",
+    "tools",
+]
+
+
+class DataSpec(Spec):
+    """One source of rows."""
+
+    source: str = Field(min_length=1)
+    """Where the rows are: a hub id (`org/name`), a json, jsonl, csv or parquet file (also .gz, and patterns
+    such as `data/*.jsonl`), a directory of such files or of `save_to_disk`, or `builtin:NAME`."""
+    name: str | None = None
+    """Configuration of a hub data set that has several, such as `main`."""
+    split: str = "train"
+    """Split to take, with datasets' slices: `train[:1000]`, `test[10%:20%]`. A single local file is all in
+    `train`."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share of this source in a mixture, relative to the weights of the others. No row is repeated: the
+    source that runs out first sets the size. None everywhere: every row of every source."""
+    max_rows: int | None = Field(default=None, ge=1)
+    """Take at most this many rows, the first ones."""
+    columns: dict[ColumnName, str] = Field(default_factory=dict)
+    """Which column holds what, where the names differ: `{prompt: query, completion: reply}`."""
+    layout: LayoutName | None = None
+    """Layout of the rows; None recognises it from the columns."""
+    format: Literal["auto", "chat", "text"] = "auto"
+    """How rows of plain strings become tokens: through the base's chat template as a user's turn and an
+    assistant's answer (`chat`), or joined as they stand with the end-of-text token (`text`, as TRL does).
+    `auto` takes the template where the base has one. Rows of messages always need the template."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that can't be used: stop with file and row, or leave it out, counted by reason and listed."""
+
+    @field_validator("split")
+    @classmethod
+    def _split_parses(cls, value: str) -> str:
+        from pipeline.data.splits import parse_split
+
+        parse_split(value)
+        return value
+
+
+def as_sources(value: Any) -> Any:
+    """A bare string, one mapping, or a list of either, as a list for `DataSpec`."""
+    items = value if isinstance(value, list | tuple) else [value]
+    return [{"source": item} if isinstance(item, str) else item for item in items]
+
+
+def _weights_on_all_or_none(specs: list[DataSpec]) -> list[DataSpec]:
+    if 0 < sum(spec.weight is None for spec in specs) < len(specs):
+        missing = ", ".join(spec.source for spec in specs if spec.weight is None)
+        raise ValueError(f"give a weight to every source or to none (without: {missing})")
+    return specs
+
+
+DataSources = Annotated[
+    list[DataSpec],
+    BeforeValidator(as_sources),
+    AfterValidator(_weights_on_all_or_none),
+    Field(min_length=1),
+]
+"""Type of a stage's `data:`: a string, one `DataSpec`, or a list of them (a mixture)."""
