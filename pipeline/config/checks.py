@@ -1,0 +1,217 @@
+"""Rules between fields of a run's config. Pure: a config in, every violation out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from pydantic_core import PydanticCustomError
+
+from pipeline.stages.spec import DpoStage, StageSpec
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import RunConfig
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+RESERVED_NAMES = frozenset({"base", "eval", "logs", "plots", "cache", "policy", "reference", "rollout"})
+"""`base` names the model that a run starts from; the others are directories and roles of a run."""
+SMOOTHED_LOSSES = frozenset({"cdpo", "robust", "exo_pair", "aot", "aot_unpaired"})
+"""Losses that read label_smoothing (TRL's, and cdpo)."""
+F_DIVERGENCE_LOSSES = frozenset(
+    {"sigmoid", "cdpo", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+)
+"""Losses of the chosen-rejected reward difference alone: only there does the log Z term cancel (TRL)."""
+SCHEDULE_ARGUMENTS: dict[str, frozenset[str]] = {
+    "linear": frozenset(),
+    "cosine": frozenset({"num_cycles"}),
+    "cosine_with_restarts": frozenset({"num_cycles"}),
+    "cosine_with_min_lr": frozenset({"num_cycles", "min_lr", "min_lr_rate"}),
+    "cosine_warmup_with_min_lr": frozenset({"num_cycles", "min_lr", "min_lr_rate", "warmup_lr_rate"}),
+    "polynomial": frozenset({"lr_end", "power"}),
+    "constant": frozenset(),
+    "constant_with_warmup": frozenset(),
+    "inverse_sqrt": frozenset({"timescale"}),
+    "warmup_stable_decay": frozenset(
+        {"num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles"}
+    ),
+}
+"""What transformers' schedules take in lr_scheduler_kwargs (held against the installed ones by a test)."""
+
+
+class Problem(NamedTuple):
+    """One violation: the dotted key it belongs to, and what to do."""
+
+    path: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}" if self.path else self.message
+
+
+def raise_for(config: RunConfig) -> None:
+    """Raise one pydantic error that carries every cross-field problem in its context."""
+    problems = cross_problems(config)
+    if problems:
+        raise PydanticCustomError(
+            "cross_field", "{text}", {"text": "; ".join(map(str, problems)), "problems": problems}
+        )
+
+
+def cross_problems(config: RunConfig) -> list[Problem]:
+    """Every rule between fields that `config` breaks."""
+    return [
+        *_model_problems(config),
+        *_role_problems(config),
+        *_stage_graph_problems(config),
+        *(p for name, stage in config.stages.items() for p in _stage_problems(f"stages.{name}", stage)),
+        *_eval_problems(config),
+    ]
+
+
+def _model_problems(config: RunConfig) -> Iterator[Problem]:
+    lora = config.model.lora
+    if lora is not None:
+        if "experts" in lora.targets and lora.lora_dropout > 0:
+            yield Problem(
+                "model.lora.lora_dropout",
+                f"{lora.lora_dropout} with `experts` among the targets: PEFT can't apply dropout to expert "
+                "parameters; set it to 0, or take `experts` out of model.lora.targets",
+            )
+        repeated = sorted({t for t in lora.targets if lora.targets.count(t) > 1})
+        if repeated:
+            yield Problem("model.lora.targets", f"{', '.join(repeated)} given more than once")
+    if config.model.attn_implementation == "flash_attention_2" and not config.roles.policy.gpus:
+        yield Problem(
+            "model.attn_implementation", "flash_attention_2 needs GPUs; use sdpa, or set roles.policy.gpus"
+        )
+
+
+def _role_problems(config: RunConfig) -> Iterator[Problem]:
+    for role in ("policy", "rollout"):
+        if getattr(config.roles, role).share is not None:
+            yield Problem(
+                f"roles.{role}.share", f"only the reference can be a view of another role, not {role}"
+            )
+    share = config.roles.reference.share
+    if share is not None and share != "policy":
+        yield Problem("roles.reference.share", f"'{share}' holds no base to share; write `share: policy`")
+    elif share == "policy" and config.model.lora is None:
+        yield Problem(
+            "roles.reference.share",
+            "full fine-tuning (model.lora: null) moves the policy's base, so the reference can't be a view "
+            "of it; remove `share` and give the reference workers of its own, e.g. `reference: {workers: 1}`",
+        )
+
+
+def _stage_graph_problems(config: RunConfig) -> Iterator[Problem]:
+    names = list(config.stages)
+    for position, (name, stage) in enumerate(config.stages.items()):
+        if not re.match(NAME_PATTERN, name):
+            yield Problem(
+                f"stages.{name}",
+                "a stage's name is a directory: letters, digits, '.', '_', '-' only, no "
+                "'.', '_' or '-' at the start",
+            )
+        if name in RESERVED_NAMES:
+            yield Problem(f"stages.{name}", f"'{name}' is taken by the run itself; name the stage otherwise")
+        sources = {"init": stage.init, "reference": getattr(stage, "reference", None)}
+        for field, source in sources.items():
+            problem = _source_problem(source, name, names[:position], names)
+            if problem:
+                yield Problem(f"stages.{name}.{field}", problem)
+
+
+def _source_problem(source: str | None, name: str, earlier: list[str], names: list[str]) -> str | None:
+    if source is None or source == "base" or source in earlier:
+        return None
+    choices = ", ".join(["base", *earlier])
+    if source == name:
+        return f"'{source}' is the stage itself; possible: {choices}"
+    if source in names:
+        return f"'{source}' runs after '{name}'; move it before, or choose from: {choices}"
+    return f"no stage is named '{source}'; possible: {choices}"
+
+
+def _stage_problems(path: str, stage: StageSpec) -> Iterator[Problem]:
+    if stage.max_steps == 0:
+        yield Problem(f"{path}.max_steps", "0 steps train nothing; -1 goes by num_train_epochs")
+    if stage.warmup_steps >= 1 and stage.warmup_steps != int(stage.warmup_steps):
+        yield Problem(
+            f"{path}.warmup_steps", f"{stage.warmup_steps:g}: a whole number of steps, or a share below 1"
+        )
+    if 0 < stage.max_steps < stage.warmup_steps:
+        yield Problem(
+            f"{path}.warmup_steps",
+            f"{stage.warmup_steps:g} is longer than the stage (max_steps: {stage.max_steps})",
+        )
+    if stage.eval_steps is not None and stage.eval_data is None:
+        yield Problem(
+            f"{path}.eval_steps", "there is no eval_data to evaluate on; add it, or remove eval_steps"
+        )
+    yield from _schedule_problems(path, stage)
+    if isinstance(stage, DpoStage):
+        yield from _dpo_problems(path, stage)
+
+
+def _schedule_problems(path: str, stage: StageSpec) -> Iterator[Problem]:
+    known = SCHEDULE_ARGUMENTS[stage.lr_scheduler_type]
+    for key in stage.lr_scheduler_kwargs:
+        if key not in known:
+            takes = ", ".join(sorted(known)) or "no arguments"
+            yield Problem(f"{path}.lr_scheduler_kwargs.{key}", f"{stage.lr_scheduler_type} takes {takes}")
+    given = set(stage.lr_scheduler_kwargs)
+    if "min_lr" in known and len(given & {"min_lr", "min_lr_rate"}) != 1:
+        yield Problem(
+            f"{path}.lr_scheduler_kwargs", f"{stage.lr_scheduler_type} needs one of min_lr and min_lr_rate"
+        )
+    if stage.lr_scheduler_type == "warmup_stable_decay" and "num_decay_steps" not in given:
+        yield Problem(f"{path}.lr_scheduler_kwargs", "warmup_stable_decay needs num_decay_steps")
+
+
+def _dpo_problems(path: str, stage: DpoStage) -> Iterator[Problem]:
+    losses, smoothing = stage.loss_type, stage.label_smoothing
+    if stage.loss_weights is not None and len(stage.loss_weights) != len(losses):
+        yield Problem(
+            f"{path}.loss_weights",
+            f"{len(stage.loss_weights)} weights for {len(losses)} losses ({', '.join(losses)})",
+        )
+    halved = [name for name in losses if name in ("cdpo", "robust")]
+    if halved and smoothing >= 0.5:
+        yield Problem(
+            f"{path}.label_smoothing",
+            f"{smoothing:g}: {' and '.join(halved)} need a share of flipped pairs below 0.5",
+        )
+    if "exo_pair" in losses and smoothing == 0:
+        yield Problem(f"{path}.label_smoothing", "exo_pair needs a value above 0; its paper recommends 1e-3")
+    if smoothing > 0 and not SMOOTHED_LOSSES & set(losses):
+        yield Problem(
+            f"{path}.label_smoothing",
+            f"has no effect on {', '.join(losses)}; for sigmoid with label smoothing write `loss_type: cdpo`",
+        )
+    without = [name for name in losses if name not in F_DIVERGENCE_LOSSES]
+    if stage.f_divergence_type != "reverse_kl" and without:
+        yield Problem(
+            f"{path}.f_divergence_type",
+            f"{stage.f_divergence_type} is not defined for {', '.join(without)}; it works with: "
+            f"{', '.join(sorted(F_DIVERGENCE_LOSSES))}",
+        )
+    sorting = [name for name in losses if name in ("aot", "aot_unpaired")]
+    if stage.use_weighting and sorting:
+        yield Problem(
+            f"{path}.use_weighting", f"{' and '.join(sorting)} sort the batch, so weights lose their pairs"
+        )
+
+
+def _eval_problems(config: RunConfig) -> Iterator[Problem]:
+    spec = config.eval
+    if spec is None:
+        return
+    choices = ["base", *config.stages]
+    for name in spec.models or []:
+        if name not in choices:
+            yield Problem("eval.models", f"no stage is named '{name}'; possible: {', '.join(choices)}")
+    if spec.models and len(set(spec.models)) < len(spec.models):
+        yield Problem("eval.models", "a model is named more than once")
+    if spec.metric != "exact_match" and not re.match(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", spec.metric):
+        yield Problem("eval.metric", f"'{spec.metric}' is neither `exact_match` nor `module:function`")
