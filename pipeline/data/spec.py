@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from actors.models.spec import Spec
+from pipeline.data.splits import parse_split
 
 LayoutName = Literal[
     "text",
@@ -74,8 +75,6 @@ class DataSpec(Spec):
     @field_validator("split")
     @classmethod
     def _split_parses(cls, value: str) -> str:
-        from pipeline.data.splits import parse_split
-
         parse_split(value)
         return value
 
@@ -95,7 +94,7 @@ def _weights_on_all_or_none(specs: list[DataSpec]) -> list[DataSpec]:
 
 DataSources = Annotated[
     list[DataSpec],
-    BeforeValidator(as_sources),
+    BeforeValidator(as_sources, json_schema_input_type=str | DataSpec | list[str | DataSpec]),
     AfterValidator(_weights_on_all_or_none),
     Field(min_length=1),
 ]
