@@ -1,0 +1,90 @@
+"""Log-probabilities and statistics of labels under logits, with one softmax kept for the backward pass."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK_ELEMENTS = 1 << 19
+"""Logits handled at a time on the CPU: 2 MiB of float32, so a block stays in the second-level cache."""
+
+
+class LabelStatistics(NamedTuple):
+    """Of T labels; every tensor is (T,)."""
+
+    logps: Tensor
+    """float32 log-probability, with gradient if the logits have one."""
+    entropy: Tensor
+    """float32, nats."""
+    correct: Tensor
+    """bool: the label has the largest logit (the first one, on a tie)."""
+    mean_logits: Tensor
+    """float32 mean over the vocabulary."""
+    log_sum_sq: Tensor
+    """float32 log of the sum of squared probabilities."""
+
+
+def label_logps(logits: Tensor, labels: Tensor) -> Tensor:
+    """float32 (T,) log-probabilities without gradient; `logits` (T, V), `labels` int64 (T,)."""
+    with torch.no_grad():
+        parts = [
+            block.float().gather(1, wanted[:, None])[:, 0] - block.float().logsumexp(-1)
+            for block, wanted in zip(*_blocks(logits, labels), strict=True)
+        ]
+        return torch.cat(parts) if parts else logits.new_zeros(0, dtype=torch.float32)
+
+
+def label_statistics(logits: Tensor, labels: Tensor) -> LabelStatistics:
+    """Log-probabilities with gradient, and statistics without; `logits` (T, V), `labels` int64 (T,)."""
+    return LabelStatistics(*_LabelStatistics.apply(logits, labels))
+
+
+def _blocks(logits: Tensor, labels: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    rows = max(1, len(labels)) if logits.is_cuda else max(1, BLOCK_ELEMENTS // logits.shape[-1])
+    return logits.split(rows), labels.split(rows)
+
+
+class _LabelStatistics(torch.autograd.Function):
+    """Softmax cross-entropy per token. Keeps the probabilities and turns them into the gradient in place:
+    log_softmax would keep one (T, V) tensor and allocate another."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        probabilities = torch.empty_like(logits, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        parts: list[tuple[Tensor, ...]] = []
+        first = 0
+        for block, wanted in zip(*_blocks(logits, labels), strict=True):
+            block = block.float()
+            top, best = block.max(dim=-1)
+            out = None if probabilities is None else probabilities[first : first + len(block)]
+            p = torch.sub(block, top[:, None], out=out).exp_()
+            total = p.sum(-1)
+            log_z = top + total.log()
+            p.div_(total[:, None])
+            parts.append(
+                (
+                    block.gather(1, wanted[:, None])[:, 0] - log_z,
+                    log_z - torch.linalg.vecdot(p, block),
+                    best == wanted,
+                    block.mean(-1),
+                    torch.linalg.vecdot(p, p).log(),
+                )
+            )
+            first += len(block)
+        outputs = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        ctx.probabilities, ctx.labels, ctx.dtype = probabilities, labels, logits.dtype
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        if grads[0] is None:
+            return None, None
+        gradient, ctx.probabilities = ctx.probabilities, None
+        assert gradient is not None, "the graph of label_statistics can be walked once only"
+        gradient.mul_(-grads[0][:, None])
+        gradient.scatter_add_(1, ctx.labels[:, None], grads[0][:, None])
+        return gradient.to(ctx.dtype), None

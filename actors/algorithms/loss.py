@@ -1,0 +1,93 @@
+"""What a loss sees, and what it hands back.
+
+A loss is a small frozen spec, so that it travels to every rank, and a pure function of per-token
+log-probabilities. It divides by totals of the *global* batch: the values and gradients of
+micro-batches and ranks then simply add up, whatever the split.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import ConfigDict
+
+from actors.batch import Batch
+from actors.models.spec import Spec
+
+if TYPE_CHECKING:
+    import torch
+
+Totals = dict[str, float]
+MetricSums = dict[str, tuple["torch.Tensor", "torch.Tensor | float"]]
+"""Metric name -> (sum, weight) over the tokens or rows seen; the mean is sum / weight over all
+ranks. Weight 0 marks a share of a global value (a loss term): shares add up and are not divided."""
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """The counted tokens of some rows, as tensors on one device; T tokens, S sequences, R rows."""
+
+    logps: torch.Tensor
+    """float32 (T,): log-probability of each counted label, with gradient while training."""
+    sequence: torch.Tensor
+    """int64 (T,), non-decreasing: the sequence that each token belongs to."""
+    n_sequences: int
+    entropy: torch.Tensor
+    """float32 (T,): entropy in nats of the predicting distribution, without gradient."""
+    correct: torch.Tensor
+    """bool (T,): the label was the most likely token."""
+    mean_logits: torch.Tensor
+    """float32 (T,): mean over the vocabulary of the predicting logits."""
+    log_sum_sq: torch.Tensor
+    """float32 (T,): log of the sum over the vocabulary of squared probabilities."""
+    columns: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Per-row values (R, ...), e.g. the reference's log-probabilities."""
+    sequences_per_row: int = 1
+
+    @property
+    def n_rows(self) -> int:
+        return self.n_sequences // self.sequences_per_row
+
+    def counts(self) -> torch.Tensor:
+        """int64 (S,): counted tokens per sequence."""
+        return self.sequence.bincount(minlength=self.n_sequences)
+
+    def sequence_sums(self, values: torch.Tensor) -> torch.Tensor:
+        """(T,) -> (S,): sums over each sequence's tokens."""
+        return values.new_zeros(self.n_sequences).index_add(0, self.sequence, values)
+
+    def with_logps(self, logps: torch.Tensor) -> TokenView:
+        """The same tokens with other log-probabilities."""
+        return replace(self, logps=logps)
+
+
+class Loss(Spec, ABC):
+    """A loss over token log-probabilities: spec and function in one."""
+
+    model_config = ConfigDict(frozen=True)
+
+    uses_dropout: ClassVar[bool] = True
+    """Whether dropout stays on in training. Preference losses compare with a reference: off."""
+
+    @property
+    def separable(self) -> bool:
+        """True if the loss is a sum over rows, given the totals of the global batch.
+
+        A loss that is not (one that sorts the batch) is computed once over all rows of all ranks.
+        """
+        return True
+
+    @property
+    def required_columns(self) -> tuple[str, ...]:
+        """Columns that a batch must carry."""
+        return ()
+
+    @abstractmethod
+    def totals(self, batch: Batch) -> Totals:
+        """What the loss divides by, counted over the global batch."""
+
+    @abstractmethod
+    def __call__(self, view: TokenView, totals: Totals) -> tuple[torch.Tensor, MetricSums]:
+        """Loss of these rows as a share of the global batch (a scalar), and metric sums."""
