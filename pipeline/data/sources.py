@@ -84,22 +84,29 @@ def _suffix(path: Path) -> str:
 def _files_of_split(directory: Path, split: str) -> list[Path]:
     files = sorted(p for p in directory.rglob("*") if p.is_file() and _suffix(p))
     if not files:
-        raise UserError(f"data source '{directory}': no {', '.join(SUFFIXES)} file and no `save_to_disk` data in it")
-    of_split = [p for p in files if re.match(rf"{re.escape(split)}([-_.]|$)", p.name) or split in p.parts[:-1]]
+        raise UserError(
+            f"data source '{directory}': no {', '.join(SUFFIXES)} file and no `save_to_disk` data in it"
+        )
+    of_split = [
+        p for p in files if re.match(rf"{re.escape(split)}([-_.]|$)", p.name) or split in p.parts[:-1]
+    ]
     named = {p.name for p in files if re.match(r"(train|test|validation|val|dev|eval)([-_.])", p.name)}
     if of_split:
         return of_split
     if split == "train" and not named:
         return files
     raise UserError(
-        f"data source '{directory}': no files of split {split!r}; found {', '.join(p.name for p in files[:10])}"
+        f"data source '{directory}': no files of split {split!r}; "
+        f"found {', '.join(p.name for p in files[:10])}"
     )
 
 
 def _read_files(spec: DataSpec, files: list[Path], cap: int | None) -> list[Row]:
     name, start, stop = parse_split(spec.split)
     if name != "train" and len(files) == 1 and files[0] == Path(spec.source).expanduser():
-        raise UserError(f"data source {spec.source!r}: one file is all in split train, it has no split {name!r}")
+        raise UserError(
+            f"data source {spec.source!r}: one file is all in split train, it has no split {name!r}"
+        )
     if len(files) == 1 and _suffix(files[0]) in (".jsonl", ".json"):
         return list(_parse_json(files[0], spec.split, cap))
     rows: list[Row] = []
@@ -144,7 +151,7 @@ def _parse_json(file: Path, split: str, cap: int | None) -> Iterator[Row]:
 
 
 def _json_array(file: Path, data: bytes) -> list[Any] | None:
-    """Rows of a json file that is one list, or an object holding one list; None for json lines."""
+    """Rows of a json file that is one list, or an object with one under `data`; None for json lines."""
     try:
         value = json.loads(data)
     except UnicodeDecodeError as error:
@@ -157,9 +164,9 @@ def _json_array(file: Path, data: bytes) -> list[Any] | None:
         return None
     if isinstance(value, list):
         return value
-    lists = [v for v in value.values() if isinstance(v, list)] if isinstance(value, dict) else []
-    if len(lists) == 1 and all(isinstance(v, dict) for v in lists[0]) and not {"role", "from"} & set(lists[0][0] if lists[0] else ()):
-        return lists[0]
+    for key in ("data", "rows", "examples", "instances") if isinstance(value, dict) else ():
+        if isinstance(value.get(key), list):
+            return value[key]
     return [value] if isinstance(value, dict) else None
 
 
@@ -172,7 +179,9 @@ def _json_row(file: str, number: int, item: Any) -> Row:
         except ValueError as error:
             return Row(file, number, {}, BadRow(file, number, NOT_JSON, str(error)))
     if not isinstance(item, dict):
-        return Row(file, number, {}, BadRow(file, number, WRONG_TYPE, f"{type(item).__name__}, not an object"))
+        return Row(
+            file, number, {}, BadRow(file, number, WRONG_TYPE, f"{type(item).__name__}, not an object")
+        )
     return Row(file, number, item)
 
 
@@ -233,7 +242,9 @@ def _read_saved(spec: DataSpec, directory: Path, cap: int | None) -> list[Row]:
     try:
         saved = datasets.load_from_disk(str(directory))
     except Exception as error:
-        raise UserError(f"data source '{directory}': damaged `save_to_disk` data: {_first_line(error)}") from error
+        raise UserError(
+            f"data source '{directory}': damaged `save_to_disk` data: {_first_line(error)}"
+        ) from error
     name = parse_split(spec.split)[0]
     if isinstance(saved, datasets.DatasetDict):
         if name not in saved:

@@ -17,6 +17,7 @@ LayoutName = Literal[
     "instruction",
     "question_answer",
     "prompt",
+    "question",
     "preference",
     "preference_conversations",
     "preference_transcripts",

@@ -1,0 +1,77 @@
+"""The order in which a stage sees its rows: a pure function, so that a resumed run goes on mid-way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+
+
+class BatchOrder(Sequence[np.ndarray]):
+    """Batch `k` of a stage, for any `k`, without going through those before it.
+
+    Every epoch is a permutation of all rows drawn from (seed, epoch), cut into batches; the last batch of
+    an epoch holds what is left. Length: `max_steps` when given, else `ceil(epochs * batches an epoch)`.
+    """
+
+    def __init__(
+        self,
+        n_rows: int,
+        batch_size: int,
+        seed: int,
+        *,
+        epochs: float | None = None,
+        max_steps: int | None = None,
+        shuffle: bool = True,
+    ) -> None:
+        if n_rows < 1 or batch_size < 1:
+            raise ValueError(f"n_rows ({n_rows}) and batch_size ({batch_size}) must be positive")
+        if epochs is None and max_steps is None:
+            raise ValueError("give epochs or max_steps")
+        self.n_rows, self.batch_size, self.seed, self.shuffle = n_rows, batch_size, seed, shuffle
+        self.steps_per_epoch = -(-n_rows // batch_size)
+        self._steps = max_steps if max_steps is not None else math.ceil((epochs or 0) * self.steps_per_epoch)
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __getitem__(self, step: int) -> np.ndarray:  # type: ignore[override]
+        """int64 (rows,): the rows of step `step`, counted from 0."""
+        if not 0 <= step < self._steps:
+            raise IndexError(f"step {step} of {self._steps}")
+        epoch, k = divmod(step, self.steps_per_epoch)
+        return epoch_order(self.n_rows, self.seed, epoch, self.shuffle)[
+            k * self.batch_size : (k + 1) * self.batch_size
+        ]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[step] for step in range(self._steps))
+
+    def epoch(self, step: int) -> float:
+        """Epochs done after `step` steps, as TRL logs it."""
+        return step / self.steps_per_epoch
+
+
+def batch_order(
+    n_rows: int,
+    batch_size: int,
+    seed: int,
+    *,
+    epochs: float | None = None,
+    max_steps: int | None = None,
+    shuffle: bool = True,
+) -> BatchOrder:
+    """The batches of a stage, as row indices; start a resumed stage at `order[step]`."""
+    return BatchOrder(n_rows, batch_size, seed, epochs=epochs, max_steps=max_steps, shuffle=shuffle)
+
+
+@lru_cache(maxsize=2)  # this epoch's and, around its end, the next one's
+def epoch_order(n_rows: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    """int64 (n_rows,): the permutation of one epoch."""
+    if not shuffle:
+        return np.arange(n_rows)
+    order = np.random.default_rng([seed, epoch]).permutation(n_rows)
+    order.setflags(write=False)  # shared by the cache
+    return order
