@@ -1,0 +1,137 @@
+"""The graph of a run, read and decided before any actor works: data, identities, what is still to do."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actors.errors import UserError
+from pipeline.artifacts import model_fingerprint
+from pipeline.graph import Decision, Identity, decide, identity_config
+from pipeline.rundir import RunDirectory
+from pipeline.stages.evaluate import EvalSet, Weights, eval_key, find_scorer, finished, read_eval_set
+from pipeline.stages.prepared import PreparedStage, prepare
+from pipeline.stages.spec import DpoStage, StageSpec
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import RunConfig
+
+
+@dataclass
+class Node:
+    """One stage: what it starts from, what it needs, and whether it has to run."""
+
+    name: str
+    spec: StageSpec
+    prepared: PreparedStage
+    init: str
+    start: Weights
+    reference: Weights | None
+    identity: Identity
+    decision: Decision
+    directory: Path
+
+    @property
+    def pending(self) -> bool:
+        return self.decision.state != "fresh"
+
+
+@dataclass
+class Graph:
+    """All stages in order, the weights by name, and the evaluations that the config asks for."""
+
+    nodes: list[Node]
+    weights: dict[str, Weights]
+    tokenizer: Any
+    held_out: EvalSet | None = None
+    evaluations: dict[str, str] = field(default_factory=dict)
+    """Model name -> key of its evaluation."""
+    evaluations_pending: bool = False
+
+    @property
+    def pending(self) -> list[Node]:
+        return [node for node in self.nodes if node.pending]
+
+
+def read_graph(
+    config: RunConfig, directory: RunDirectory, startup: dict[str, float], until: str | None = None
+) -> Graph:
+    """Read the base's description and every stage's data; decide what each stage needs.
+
+    Raises:
+        UserError: everything wrong with base and data, from all stages at once.
+    """
+    from actors.models.loading import load_tokenizer, local_base_dir, resolve_base
+
+    began = time.monotonic()
+    base = resolve_base(config.model).checked()
+    local = str(local_base_dir(base.base_path))
+    adapter = base.adapter_path
+    prints = [model_fingerprint(local)] + ([model_fingerprint(adapter)] if adapter else [])
+    weights = {"base": Weights(local, adapter, "-".join(prints))}
+    tokenizer = load_tokenizer(config.model)
+    startup["tokenizer and imports"] = round(time.monotonic() - began, 2)
+    began = time.monotonic()
+    nodes = read_nodes(config, directory, weights, tokenizer, until)
+    graph = Graph(nodes, weights, tokenizer)
+    if config.eval is not None:
+        find_scorer(config.eval.metric)
+        graph.held_out = read_eval_set(config.eval, tokenizer, config.seed)
+        for name in config.eval_models():
+            if name in weights:
+                key = eval_key(weights[name], graph.held_out, config.eval, config.seed)
+                graph.evaluations[name] = key
+                graph.evaluations_pending |= finished(directory.path / "eval", name, key) is None
+    startup["data"] = round(time.monotonic() - began, 2)
+    return graph
+
+
+def read_nodes(
+    config: RunConfig, directory: RunDirectory, weights: dict[str, Weights], tokenizer: Any, until: str | None
+) -> list[Node]:
+    """Nodes in order up to `until`; adds each stage's result to `weights`."""
+    nodes: list[Node] = []
+    problems: list[str] = []
+    for name, spec in config.stages.items():
+        try:
+            prepared = prepare(config, name, tokenizer)
+        except UserError as error:
+            problems += [problem if name in problem else f"stages.{name}: {problem}" for problem in error.problems]
+            continue
+        if problems:
+            continue
+        node = make_node(config, directory, weights, prepared)
+        nodes.append(node)
+        weights[name] = result_of(config, node)
+        if name == until:
+            break
+    if problems:
+        raise UserError(problems)
+    return nodes
+
+
+def make_node(
+    config: RunConfig, directory: RunDirectory, weights: dict[str, Weights], prepared: PreparedStage
+) -> Node:
+    """Identity and decision of one stage."""
+    name, spec = prepared.name, prepared.spec
+    init = config.init_of(name)
+    reference = weights[config.reference_of(name)] if isinstance(spec, DpoStage) else None
+    inputs = {init: weights[init].fingerprint}
+    if reference is not None:
+        inputs["reference"] = reference.fingerprint
+    model = config.model.model_dump(mode="json", exclude={"base", "gradient_checkpointing", "attn_implementation"})
+    identity = Identity(
+        identity_config(spec.model_dump(mode="json"), model), inputs, prepared.data.fingerprint, prepared.seed
+    )
+    path = directory.stage(name)
+    return Node(name, spec, prepared, init, weights[init], reference, identity, decide(path, identity), path)
+
+
+def result_of(config: RunConfig, node: Node) -> Weights:
+    """Where a stage's weights are once it has run."""
+    if config.model.lora is None:
+        return Weights(str(node.directory / "model"), None, node.identity.fingerprint)
+    return Weights(node.start.base, str(node.directory / "adapter"), node.identity.fingerprint)

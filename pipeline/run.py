@@ -1,0 +1,173 @@
+"""`raylign run`: the stage graph, from data to the table at the end, in the order in which things happen."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actors.errors import EXIT_DONE, EXIT_STOPPED, RunFailure
+from pipeline.artifacts import versions
+from pipeline.progress import Progress
+from pipeline.rundir import RunDirectory, clear_stage, drop_previous
+from pipeline.stop import StopRequests
+from pipeline.summary import results_table, say_startup
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import RunConfig
+    from pipeline.fleet import Fleet
+    from pipeline.nodes import Graph, Node
+
+
+def run(config: RunConfig, *, dry_run: bool = False, until: str | None = None, fresh: bool = False) -> int:
+    """Run a configuration; returns the exit code (0 done, 75 stopped after saving).
+
+    Raises:
+        UserError: the config, the data, the base or the cluster can't be used; nothing was started.
+        RunFailure: an actor failed, overran its deadline, or an invariant did not hold.
+    """
+    from pipeline.plan import shrink, shrink_notes
+
+    began = time.time()
+    notes: list[str] = []
+    if dry_run:
+        config, changes = shrink(config)
+        notes = shrink_notes(config, changes)
+    directory = RunDirectory(config.output_dir, config.name)
+    with directory.opened(fresh=fresh or dry_run), StopRequests(directory.stop_file) as stop, Progress() as progress:
+        for note in notes:
+            progress.note(note)
+        code = Run(config, directory, progress, stop, began).execute(until)
+    if dry_run and code == EXIT_DONE:
+        from pipeline.plan import cluster_plan
+
+        progress.note(cluster_plan(config))
+    return code
+
+
+class Run:
+    """One execution of a graph: what is shared by its stages."""
+
+    def __init__(
+        self, config: RunConfig, directory: RunDirectory, progress: Progress, stop: StopRequests, began: float
+    ) -> None:
+        self.config, self.directory, self.progress, self.stop = config, directory, progress, stop
+        self.began = began
+        self.startup: dict[str, float] = {}
+
+    def execute(self, until: str | None) -> int:
+        """The whole graph: read, decide, start, train, evaluate, report."""
+        from pipeline.fleet import Fleet
+        from pipeline.nodes import read_graph
+        from pipeline.stages.train import Stopped
+        from pipeline.trackers import open_trackers
+
+        with Fleet(self.config, self.directory, self.startup) as fleet:
+            graph = read_graph(self.config, self.directory, self.startup, until)
+            fleet.check(graph)
+            self._write_config()
+            self.directory.record(began=self.began, versions=versions(), error=None)
+            fleet.start(graph)
+            self.trackers = open_trackers(
+                self.config.logging.report_to, self.config.name, self.directory.path, self.config.model_dump(mode="json"),
+                self.progress.note,
+            )
+            try:
+                for node in graph.nodes:
+                    self.run_stage(node, fleet)
+                self.evaluate(graph, fleet)
+            except Stopped as stopped:
+                self.progress.note(f"stopped after saving: {stopped}. The same command goes on from there.")
+                return EXIT_STOPPED
+            except RunFailure as failure:
+                self.directory.record(error=str(failure))
+                raise
+            finally:
+                self.trackers.close()
+                self.directory.record(startup=self.startup, seconds=round(time.time() - self.began, 1))
+        self.report(graph)
+        return EXIT_DONE
+
+    def run_stage(self, node: Node, fleet: Fleet) -> None:
+        """Skip, continue or run one stage; afterwards its artifact is on disk and in run.json."""
+        from pipeline.stages.train import Stopped, train
+
+        if node.decision.state == "fresh":
+            manifest = node.decision.manifest
+            self.progress.note(f"{node.name}: {node.decision.says}")
+            self.directory.record_stage(
+                node.name, state="skipped", seconds=manifest.seconds, metrics=manifest.metrics, type=node.spec.type
+            )
+            return
+        if node.decision.state in ("changed", "new"):
+            clear_stage(node.directory)
+        self.progress.note(f"{node.name}: {node.decision.says}")
+        self.directory.record_stage(node.name, state="running", type=node.spec.type, init=node.init)
+        began = time.time()
+        self.progress.stage(node.name, node.prepared.total_steps)
+        try:
+            reference = fleet.reference_feed(node)
+            context = fleet.train_context(node, reference, self._on_step(node), self._on_log(node), self.stop.asked)
+            manifest = train(node.prepared, context, node.decision)
+            if reference is not None:
+                reference.finish()
+        except Stopped:
+            self.progress.done("stopped")
+            self.directory.record_stage(node.name, state="stopped", seconds=round(time.time() - began, 1))
+            raise
+        except BaseException:
+            self.progress.done("failed")
+            self.directory.record_stage(node.name, state="failed", seconds=round(time.time() - began, 1))
+            raise
+        drop_previous(node.directory)
+        self.progress.done("done")
+        self.directory.record_stage(
+            node.name, state="done", seconds=round(time.time() - began, 1), metrics=manifest.metrics
+        )
+
+    def evaluate(self, graph: Graph, fleet: Fleet) -> None:
+        """Score every model that the config asks for and that has no finished evaluation yet."""
+        from pipeline.stages.evaluate import evaluate, finished
+        from pipeline.stages.train import Stopped
+
+        for name, key in graph.evaluations.items():
+            if self.stop.asked():
+                raise Stopped(f"before evaluating {name}")
+            result = finished(self.directory.path / "eval", name, key)
+            if result is None:
+                assert self.config.eval is not None
+                assert graph.held_out is not None
+                began = time.time()
+                result = evaluate(
+                    name, graph.weights[name], graph.held_out, self.config.eval, fleet.rollout(), graph.tokenizer,
+                    self.directory.path / "eval", self.config.seed,
+                )
+                result["seconds"] = round(time.time() - began, 1)
+            self.directory.state["eval"][name] = result
+            self.directory.save()
+
+    def report(self, graph: Graph) -> None:
+        """Print the table and write the report."""
+        from pipeline.report import build_report
+
+        if self.directory.state["eval"]:
+            results_table(self.progress, self.directory.state, list(graph.evaluations))
+        say_startup(self.progress, self.startup, time.time() - self.began)
+        self.progress.note(f"report: {build_report(self.directory.path)}")
+
+    def _on_step(self, node: Node) -> Any:
+        def on_step(step: int, metrics: dict[str, Any]) -> None:
+            if "first training step" not in self.startup:
+                self.startup["first training step"] = round(time.time() - self.began, 2)
+            self.progress.step(step, metrics)
+
+        return on_step
+
+    def _on_log(self, node: Node) -> Any:
+        return lambda line: self.trackers.log(node.name, int(line["step"]), line)
+
+    def _write_config(self) -> None:
+        from pipeline.config.load import dump_config
+
+        path: Path = self.directory.path / "config.yaml"
+        path.write_text(dump_config(self.config))

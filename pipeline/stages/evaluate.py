@@ -1,0 +1,199 @@
+"""Held-out prompts, answered by vLLM and scored: accuracy with its interval, per model of the graph."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actors.errors import RunFailure, UserError
+from pipeline.artifacts import fingerprint, write_json
+from pipeline.data.records import load_records
+from pipeline.data.tokens import prompt_tokens
+
+if TYPE_CHECKING:
+    from actors.group import ActorGroup
+    from pipeline.config.schema import EvalSpec
+
+Scorer = Callable[..., Sequence[float | None]]
+"""TRL's signature of a reward function: prompts, completions, columns -> a score (or None) each."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a model is made of: a base directory and, for LoRA, an adapter on it."""
+
+    base: str
+    adapter: str | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Prompts as tokens, with what their scorer needs."""
+
+    prompts: list[str]
+    token_ids: list[list[int]]
+    columns: dict[str, list[Any]]
+    fingerprint: str
+
+
+def wilson(successes: float, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson score interval of a share (Wilson 1927), bounds in [0, 1]."""
+    if n == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    share = successes / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def find_scorer(metric: str) -> Scorer:
+    """`exact_match`, or `module:function`.
+
+    Raises:
+        UserError: nothing of that name can be imported.
+    """
+    if metric == "exact_match":
+        from pipeline.data.builtin import exact_match
+
+        return exact_match
+    module, _, function = metric.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"eval.metric: {metric!r} cannot be imported ({error}); write exact_match, or "
+            "module:function with the module on the path"
+        ) from None
+    if not callable(found):
+        raise UserError(f"eval.metric: {metric!r} is not a function")
+    return found
+
+
+def read_eval_set(spec: EvalSpec, tokenizer: Any, seed: int) -> EvalSet:
+    """Read and tokenise the held-out prompts."""
+    records = load_records(spec.data, "prompt", seed=seed, max_rows=spec.max_rows)
+    if spec.metric == "exact_match" and "answer" not in records.columns:
+        raise UserError(
+            f"eval.data: the rows have no `answer` column, which exact_match compares with "
+            f"(columns: {', '.join(sorted(records.columns)) or 'none'}); name it under `columns:`, or set "
+            "eval.metric to module:function"
+        )
+    texts, token_ids = prompt_tokens(records, tokenizer)
+    return EvalSet(texts, token_ids, records.columns, records.fingerprint)
+
+
+def evaluate(
+    name: str,
+    weights: Weights,
+    held_out: EvalSet,
+    spec: EvalSpec,
+    rollout: ActorGroup,
+    tokenizer: Any,
+    directory: Path,
+    seed: int,
+) -> dict[str, Any]:
+    """Generate and score one model; writes `eval/NAME.jsonl` and returns its entry for run.json."""
+    key = eval_key(weights, held_out, spec, seed)
+    rollout.call("load", weights.base, weights.adapter, name, phase="load")
+    completions = generate(rollout, held_out.token_ids, spec.sampling, tokenizer, seed)
+    scores = score(find_scorer(spec.metric), spec.metric, held_out, completions)
+    counted = [s for s in scores if s is not None]
+    total = float(sum(counted))
+    low, high = wilson(total, len(counted)) if all(0 <= s <= 1 for s in counted) else mean_interval(counted)
+    directory.mkdir(parents=True, exist_ok=True)
+    path, aside = directory / f"{name}.jsonl", directory / f".{name}.tmp"
+    answers = held_out.columns.get("answer", [None] * len(scores))
+    with aside.open("w") as handle:
+        for prompt, completion, answer, value in zip(held_out.prompts, completions, answers, scores):
+            row = {"prompt": prompt, "completion": completion, "answer": answer, "score": value}
+            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+    aside.rename(path)
+    result = {
+        "accuracy": total / max(1, len(counted)),
+        "n": len(counted),
+        "ci95": [low, high],
+        "metric": spec.metric,
+        "fingerprint": key,
+    }
+    write_json(directory / f"{name}.json", result)
+    return result
+
+
+def eval_key(weights: Weights, held_out: EvalSet, spec: EvalSpec, seed: int) -> str:
+    """Identity of an evaluation: a finished one with the same key is not run again."""
+    return fingerprint(
+        [weights.fingerprint, held_out.fingerprint, spec.sampling.model_dump(), spec.metric, spec.max_rows, seed]
+    )
+
+
+def finished(directory: Path, name: str, key: str) -> dict[str, Any] | None:
+    """The result of an evaluation that is already there, if it is this one."""
+    path = directory / f"{name}.json"
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return result if result.get("fingerprint") == key and (directory / f"{name}.jsonl").is_file() else None
+
+
+def generate(
+    rollout: ActorGroup, token_ids: list[list[int]], sampling: Any, tokenizer: Any, seed: int
+) -> list[str]:
+    """Completions of all prompts, dealt over the engines; a sample's seed depends on its prompt only."""
+    shares = [np.arange(rank, len(token_ids), rollout.size) for rank in range(rollout.size)]
+    pending = []
+    for rank, rows in enumerate(shares):
+        prompts = [token_ids[i] for i in rows]
+        seeds = [sample_seed(seed, 0, int(i), 0) for i in rows]
+        pending.append(rollout.submit_rank(rank, "generate", prompts, sampling, seeds, phase="generate"))
+    texts = [""] * len(token_ids)
+    for rows, waiting in zip(shares, pending):
+        generations = waiting.result()
+        for i, ids in zip(rows, generations.sequences()):
+            texts[i] = tokenizer.decode(ids, skip_special_tokens=True)
+    return texts
+
+
+def sample_seed(run_seed: int, step: int, prompt: int, sample: int) -> int:
+    """63-bit seed of one sample: neighbours must not collide, which `seed + i` would."""
+    import hashlib
+
+    digest = hashlib.blake2b(f"{run_seed}/{step}/{prompt}/{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def score(scorer: Scorer, name: str, held_out: EvalSet, completions: list[str]) -> list[float | None]:
+    """Call the scorer on everything and check what it returns.
+
+    Raises:
+        RunFailure: it raised, or returned the wrong number of scores or something that is no number.
+    """
+    try:
+        scores = list(scorer(prompts=held_out.prompts, completions=completions, **held_out.columns))
+    except Exception as error:
+        raise RunFailure("driver", "score", f"{name} raised {type(error).__name__}: {error}") from error
+    if len(scores) != len(completions):
+        raise RunFailure(
+            "driver", "score", f"{name} returned {len(scores)} scores for {len(completions)} completions"
+        )
+    for i, value in enumerate(scores):
+        if value is not None and not (isinstance(value, int | float | bool) and math.isfinite(value)):
+            raise RunFailure("driver", "score", f"{name} returned {value!r} for completion {completions[i]!r}")
+    return scores
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Normal 95 % interval of a mean, for scores that are not shares."""
+    array = np.asarray(values, dtype=float)
+    half = 1.96 * array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else 0.0
+    return float(array.mean() - half), float(array.mean() + half)

@@ -1,0 +1,62 @@
+"""metrics.jsonl of a stage: one line a logged step, cut back to the checkpoint when a run goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+LAST = ("learning_rate", "num_tokens", "epoch", "step")
+"""Metrics of which a logging window keeps the last value; of the others it keeps the mean."""
+
+
+class MetricsLog:
+    """Appends windows of steps to a file and hands each line on."""
+
+    def __init__(self, path: Path, *, resume_at: int, every: int) -> None:
+        self.path, self.every = path, every
+        self._window: list[Mapping[str, float]] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_metrics(path) if line["step"] <= resume_at] if resume_at else []
+        self._file = path.open("w")
+        for line in kept:
+            self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self.last: dict[str, Any] = kept[-1] if kept else {}
+
+    def add(self, step: int, metrics: Mapping[str, float], *, final: bool = False) -> dict[str, Any] | None:
+        """Take in one step; returns the line where a window closes, else None."""
+        self._window.append(metrics)
+        if step % self.every and not final:
+            return None
+        names = dict.fromkeys(name for one in self._window for name in one)
+        line: dict[str, Any] = {"step": step}
+        for name in names:
+            values = [one[name] for one in self._window if name in one]
+            line[name] = values[-1] if name in LAST else sum(values) / len(values)
+        self._window.clear()
+        return self.write(line)
+
+    def write(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Append one line as it stands."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self.last.update(line)
+        return line
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics file; a last line that a kill cut short is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines

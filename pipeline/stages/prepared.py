@@ -1,0 +1,105 @@
+"""A stage made ready: its data as tokens, its order of rows, its loss, and what identifies its result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.data.order import batch_order
+from pipeline.data.records import load_records
+from pipeline.data.tokens import TokenizedData, tokenize
+from pipeline.stages.spec import DpoStage, SftStage, StageSpec
+
+if TYPE_CHECKING:
+    from actors.algorithms.base import Loss
+    from actors.batch import Batch
+    from pipeline.config.schema import RunConfig
+    from pipeline.data.spec import DataSpec
+
+KINDS = {SftStage: "sft", DpoStage: "preference"}
+"""Which records each stage type reads."""
+
+
+@dataclass
+class PreparedStage:
+    """Data + loss: everything that distinguishes one training stage from another."""
+
+    name: str
+    spec: StageSpec
+    seed: int
+    data: TokenizedData
+    eval_data: TokenizedData | None
+    order: list[np.ndarray]
+    """Rows of each optimizer step; a pure function of the seed, so resuming is starting at step k."""
+    loss: Loss
+
+    @property
+    def total_steps(self) -> int:
+        return len(self.order)
+
+    def batch(self, step: int) -> Batch:
+        """The global batch of one optimizer step."""
+        return self.data.batch(self.order[step])
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data after `step` optimizer steps."""
+        rows = sum(len(rows) for rows in self.order[:1]) * step
+        return rows / max(1, self.data.n_rows)
+
+    def eval_batches(self) -> list[tuple[np.ndarray, Batch]]:
+        """Held-out rows in order, in batches of the training size."""
+        if self.eval_data is None:
+            return []
+        rows = np.arange(self.eval_data.n_rows)
+        chunks = [rows[i : i + self.spec.batch_size] for i in range(0, len(rows), self.spec.batch_size)]
+        return [(chunk, self.eval_data.batch(chunk)) for chunk in chunks]
+
+
+def make_loss(spec: StageSpec) -> Loss:
+    """The loss of a stage, from its own settings."""
+    from actors.algorithms.dpo import DpoLoss
+    from actors.algorithms.sft import SftLoss
+
+    if isinstance(spec, DpoStage):
+        return DpoLoss(**{name: getattr(spec, name) for name in DpoLoss.model_fields})
+    return SftLoss()
+
+
+def read_tokens(
+    sources: list[DataSpec], spec: StageSpec, config: RunConfig, seed: int, tokenizer: Any
+) -> TokenizedData:
+    """Rows of the given sources as the stage's kind of tokens.
+
+    Raises:
+        UserError: every row and source that can't be used.
+    """
+    kind = KINDS[type(spec)]
+    records = load_records(sources, kind, seed=seed)
+    return tokenize(
+        records,
+        tokenizer,
+        kind=kind,
+        max_length=spec.max_length,
+        truncation=spec.truncation_mode,
+        train_on=spec.train_on if isinstance(spec, SftStage) else "answer",
+    )
+
+
+def prepare(config: RunConfig, name: str, tokenizer: Any) -> PreparedStage:
+    """Read a stage's data and lay out its steps."""
+    spec, seed = config.stages[name], config.seed_of(name)
+    data = read_tokens(spec.data, spec, config, seed, tokenizer)
+    held_out = read_tokens(spec.eval_data, spec, config, seed, tokenizer) if spec.eval_data else None
+    order = list(
+        batch_order(
+            data.n_rows,
+            spec.batch_size,
+            seed=seed,
+            epochs=spec.num_train_epochs,
+            max_steps=spec.max_steps,
+            shuffle=spec.shuffle,
+        )
+    )
+    return PreparedStage(name, spec, seed, data, held_out, order, make_loss(spec))

@@ -1,0 +1,160 @@
+"""The reference's log-probabilities: computed ahead of the trainer, kept for the next run that needs them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.artifacts import Manifest, fingerprint, new_directory, read_manifest, verify, versions
+from pipeline.data.tokens import TokenizedData
+
+if TYPE_CHECKING:
+    from actors.group import ActorGroup, Pending
+
+FILE = "logps.arrow"
+
+CHUNKS_AHEAD = 4
+"""Chunks per reference rank handed out beyond the one that the trainer needs: enough that a rank never
+idles, few enough that the object store holds a fraction of the data."""
+
+
+class ReferenceLogps:
+    """Summed log-probabilities of both answers of every pair, filled chunk by chunk.
+
+    Chunks are cut along the order in which training first uses the rows, so that the trainer's first
+    batch waits for one chunk and the later ones are ready before they are asked for.
+    """
+
+    def __init__(
+        self,
+        data: TokenizedData,
+        first_use: np.ndarray,
+        *,
+        reference: str,
+        ld_alpha: float | None,
+        cache: Path,
+        chunk_rows: int,
+    ) -> None:
+        self.data, self.ld_alpha = data, ld_alpha
+        self.logps = np.full((data.n_rows, 2), np.nan)
+        self.key = fingerprint([reference, data.fingerprint, ld_alpha])
+        self.path = cache / self.key[:24]
+        self._reference = reference
+        self._chunks = [first_use[i : i + chunk_rows] for i in range(0, len(first_use), chunk_rows)]
+        self._chunk_of = np.empty(data.n_rows, dtype=np.int64)
+        for number, rows in enumerate(self._chunks):
+            self._chunk_of[rows] = number
+        self._window = CHUNKS_AHEAD
+        self._waiting: deque[tuple[np.ndarray, Pending]] = deque()
+        self._submitted = self._done = 0
+        self._ask: Callable[[int], Pending] | None = None
+        self.cached = self._load()
+
+    def _load(self) -> bool:
+        manifest = read_manifest(self.path)
+        if manifest is None or manifest.fingerprint != self.key or verify(self.path, manifest):
+            return False
+        import pyarrow as pa
+
+        with pa.memory_map(str(self.path / FILE)) as source:
+            table = pa.ipc.open_file(source).read_all()
+        self.logps = np.stack([table[name].to_numpy() for name in ("chosen", "rejected")], axis=1)
+        return True
+
+    def start(self, group: ActorGroup, role: str, put: Callable[[Any], Any]) -> None:
+        """Begin on the first chunks, without waiting for them."""
+        if self.cached:
+            return
+        self._window = CHUNKS_AHEAD * group.size
+
+        def ask(number: int) -> Pending:
+            batch = put(self.data.batch(self._chunks[number]))
+            return group.submit_rank(number % group.size, "logprobs", batch, role, self.ld_alpha, phase="logprobs")
+
+        self._ask = ask
+        self._fill(0)
+
+    def columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """`ref_chosen_logps` and `ref_rejected_logps` of the given rows; waits for their chunks."""
+        self._wait_for(int(self._chunk_of[rows].max()))
+        return {"ref_chosen_logps": self.logps[rows, 0], "ref_rejected_logps": self.logps[rows, 1]}
+
+    def _fill(self, needed: int) -> None:
+        """Keep the reference's ranks busy up to a window beyond the chunk that is needed now."""
+        while self._ask and self._submitted < min(len(self._chunks), needed + self._window):
+            self._waiting.append((self._chunks[self._submitted], self._ask(self._submitted)))
+            self._submitted += 1
+
+    def _wait_for(self, number: int) -> None:
+        if self.cached:
+            return
+        self._fill(number + 1)
+        while self._done <= number:
+            rows, pending = self._waiting.popleft()
+            self.logps[rows] = np.asarray(pending.result()).reshape(-1, 2)
+            self._done += 1
+        if self._done == len(self._chunks):
+            self._keep()
+
+    def _keep(self) -> None:
+        """Write the artifact; a run with the same reference and data picks it up."""
+        import pyarrow as pa
+
+        manifest = Manifest(
+            type="reference_logps",
+            stage="reference",
+            fingerprint=self.key,
+            inputs={"reference": self._reference},
+            data={"fingerprint": self.data.fingerprint, "rows": self.data.n_rows},
+            versions=versions(),
+        )
+        table = pa.table({"chosen": self.logps[:, 0], "rejected": self.logps[:, 1]})
+        with new_directory(self.path, manifest) as aside, pa.OSFile(str(aside / FILE), "wb") as sink:
+            with pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table)
+        self.cached = True
+
+    def finish(self) -> None:
+        """Wait for what training never asked for, so that the kept artifact is whole."""
+        self._wait_for(len(self._chunks) - 1)
+
+
+class ReferenceFeed:
+    """Reference log-probabilities of a stage's training rows and of its held-out rows."""
+
+    def __init__(self, train: ReferenceLogps, held_out: ReferenceLogps | None) -> None:
+        self.train, self.held_out = train, held_out
+
+    def parts(self) -> list[ReferenceLogps]:
+        return [part for part in (self.train, self.held_out) if part is not None]
+
+    @property
+    def cached(self) -> bool:
+        """True where nothing has to be computed."""
+        return all(part.cached for part in self.parts())
+
+    def columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        return self.train.columns(rows)
+
+    def eval_columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        assert self.held_out is not None
+        return self.held_out.columns(rows)
+
+    def start(self, group: ActorGroup, role: str, put: Callable[[Any], Any]) -> None:
+        for part in self.parts():
+            part.start(group, role, put)
+
+    def finish(self) -> None:
+        for part in self.parts():
+            part.finish()
+
+
+def first_use_order(order: list[np.ndarray], n_rows: int) -> np.ndarray:
+    """Every row once, those that training uses first in front, unused rows last."""
+    used = np.concatenate([*order, np.arange(n_rows)]) if order else np.arange(n_rows)
+    _, first = np.unique(used, return_index=True)
+    return used[np.sort(first)]
