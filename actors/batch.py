@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,17 @@ class Batch:
 
     @staticmethod
     def from_sequences(
-        token_ids: Sequence[Sequence[int]],
-        loss_masks: Sequence[Sequence[bool]],
+        token_ids: Sequence[ArrayLike],
+        loss_masks: Sequence[ArrayLike],
         sequences_per_row: int = 1,
         columns: dict[str, np.ndarray] | None = None,
     ) -> Batch:
         """Join sequences (in row order) into one batch."""
-        lengths = [len(t) for t in token_ids]
-        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-        ids = np.concatenate([np.asarray(t, dtype=np.int32) for t in token_ids]) if lengths else np.zeros(0, np.int32)
-        mask = np.concatenate([np.asarray(m, dtype=bool) for m in loss_masks]) if lengths else np.zeros(0, bool)
+        parts = [np.asarray(t, dtype=np.int32) for t in token_ids]
+        masks = [np.asarray(m, dtype=bool) for m in loss_masks]
+        offsets = np.cumsum([0, *(len(t) for t in parts)], dtype=np.int64)
+        ids = np.concatenate([np.zeros(0, np.int32), *parts])
+        mask = np.concatenate([np.zeros(0, bool), *masks])
         return Batch(ids, mask, offsets, sequences_per_row, dict(columns or {}))
 
     def select(self, rows: np.ndarray | Sequence[int]) -> Batch:
@@ -73,27 +75,30 @@ class Batch:
         rows = np.asarray(rows, dtype=np.int64)
         k = self.sequences_per_row
         sequences = (rows[:, None] * k + np.arange(k)).reshape(-1)
-        spans = [slice(self.offsets[s], self.offsets[s + 1]) for s in sequences]
-        return Batch.from_sequences(
-            [self.token_ids[s] for s in spans],
-            [self.loss_mask[s] for s in spans],
-            k,
-            {name: values[rows] for name, values in self.columns.items()},
-        )
+        lengths = self.lengths[sequences]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        tokens = np.arange(offsets[-1]) + np.repeat(self.offsets[sequences] - offsets[:-1], lengths)
+        columns = {name: values[rows] for name, values in self.columns.items()}
+        return Batch(self.token_ids[tokens], self.loss_mask[tokens], offsets, k, columns)
 
     def with_columns(self, **columns: np.ndarray) -> Batch:
         """The same rows with more per-row values."""
-        return Batch(self.token_ids, self.loss_mask, self.offsets, self.sequences_per_row, {**self.columns, **columns})
+        return Batch(
+            self.token_ids, self.loss_mask, self.offsets, self.sequences_per_row, {**self.columns, **columns}
+        )
 
-    def shard(self, rank: int, world_size: int) -> Batch:
-        """The rows of one data-parallel rank: longest first, dealt back and forth (0 1 1 0 0 1 ...).
+    def shard_rows(self, rank: int, world_size: int) -> np.ndarray:
+        """int64: the rows of one data-parallel rank, ascending.
 
-        Depends on lengths only, so every rank computes the same partition by itself.
+        Longest first, dealt back and forth (0 1 1 0 0 1 ...). Depends on lengths only, so every rank
+        computes the same partition by itself.
         """
-        if world_size == 1:
-            return self
         row_tokens = self.lengths.reshape(-1, self.sequences_per_row).sum(axis=1)
         order = np.argsort(-row_tokens, kind="stable")
         position = np.arange(len(order)) % (2 * world_size)
         owner = np.minimum(position, 2 * world_size - 1 - position)
-        return self.select(np.sort(order[owner == rank]))
+        return np.sort(order[owner == rank])
+
+    def shard(self, rank: int, world_size: int) -> Batch:
+        """The rows of one data-parallel rank, see `shard_rows`."""
+        return self if world_size == 1 else self.select(self.shard_rows(rank, world_size))

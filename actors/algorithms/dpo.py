@@ -47,7 +47,7 @@ class DpoLoss(Loss):
     """Assumed share of flipped labels (cdpo, robust, exo_pair, aot, aot_unpaired)."""
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
     """Divergence between policy and reference."""
-    f_alpha_divergence_coef: float = 0.5
+    f_alpha_divergence_coef: float = Field(default=0.5, gt=0)
     """alpha of the alpha-divergence."""
     use_weighting: bool = False
     """Weight each pair by the policy's own probability of it (WPO, arXiv 2406.11827)."""
@@ -167,7 +167,10 @@ class DpoLoss(Loss):
 
 
 def sequence_logps(view: TokenView, ld_alpha: float | None) -> torch.Tensor:
-    """(S,): log-probability of each completion; with `ld_alpha`, tokens beyond the pair's shared length are scaled."""
+    """(S,): log-probability of each completion.
+
+    With `ld_alpha`, tokens beyond the length that both answers of a pair share are scaled by it.
+    """
     if ld_alpha is None:
         return view.sequence_sums(view.logps)
     counts = view.counts()

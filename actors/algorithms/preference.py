@@ -20,11 +20,14 @@ from torch import Tensor
 class PairSettings(Protocol):
     """The numbers that pair losses read."""
 
-    beta: float
-    label_smoothing: float
-    f_divergence_type: str
-    f_alpha_divergence_coef: float
-    discopop_tau: float
+    @property
+    def beta(self) -> float: ...
+
+    @property
+    def label_smoothing(self) -> float: ...
+
+    @property
+    def discopop_tau(self) -> float: ...
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,140 @@
+"""Rows of a batch laid out for the model: micro-batches of bins, packed or one sequence a bin.
+
+Sequences that share a bin are kept apart by position ids that start again at 0; no attention mask is
+passed, from which transformers derives a block-causal one. Padding stands at the end of a bin, where
+causal attention keeps it from every real token, so it needs no mask either.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+import numpy as np
+
+from actors.batch import Batch
+
+BIN_LENGTHS = (1.0, 1.25, 1.5, 2.0)
+"""Bin lengths tried, as multiples of the longest sequence. Longer bins waste less but attend further."""
+ATTENTION_SHARE = 1 / 1024
+"""Cost of a token's attention per position of its bin, against its share of everything else. The mask
+of a packed bin is dense, so attention pays for the whole bin."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Whole rows in one forward pass: B bins of length L, T counted tokens, S sequences, R rows."""
+
+    input_ids: np.ndarray
+    """int64 (B, L); padding is token 0."""
+    position_ids: np.ndarray
+    """int64 (B, L), from 0 in every sequence; padding continues the sequence before it."""
+    real: np.ndarray
+    """bool (B, L): False at padding."""
+    predictors: np.ndarray
+    """int64 (T,): flat index into (B, L) of the position that predicts each counted token."""
+    labels: np.ndarray
+    """int64 (T,): the counted tokens, by sequence and place."""
+    sequence: np.ndarray
+    """int64 (T,): sequence of each counted token, counted within this micro-batch."""
+    rows: np.ndarray
+    """int64 (R,): rows of the batch, in this micro-batch's order."""
+    n_sequences: int
+    n_tokens: int
+    """Real tokens, without padding."""
+
+
+def micro_batches(batch: Batch, max_tokens: int, packing: bool) -> list[MicroBatch]:
+    """Cut a batch into micro-batches of at most `max_tokens` positions (padding included), rows whole.
+
+    A row beyond the budget is a micro-batch of its own. The result depends on lengths only.
+    """
+    if batch.n_rows == 0:
+        return []
+    parts = max(1, -(-batch.n_tokens // max_tokens))
+    while True:
+        made = [_lay_out(batch, rows, packing) for rows in _split(batch, parts)]
+        if all(m.input_ids.size <= max_tokens or len(m.rows) == 1 for m in made):
+            return made
+        parts = min(batch.n_rows, max(parts + 1, int(parts * 1.25)))
+
+
+def _split(batch: Batch, parts: int) -> list[np.ndarray]:
+    """Rows of similar length together, in `parts` groups of nearly equal token counts."""
+    if parts == 1:
+        return [np.arange(batch.n_rows)]
+    row_tokens = batch.lengths.reshape(-1, batch.sequences_per_row).sum(axis=1)
+    order = np.argsort(-row_tokens, kind="stable")
+    if parts >= batch.n_rows:
+        return list(order[:, None])
+    before = np.cumsum(row_tokens[order]) - row_tokens[order]
+    group = before * parts // batch.n_tokens
+    return [np.sort(order[group == g]) for g in range(parts) if (group == g).any()]
+
+
+def _lay_out(batch: Batch, rows: np.ndarray, packing: bool) -> MicroBatch:
+    part = batch.select(rows)
+    lengths = part.lengths
+    bins, starts, n_bins, length = _pack(lengths) if packing else _one_each(lengths)
+    place = np.arange(part.n_tokens) - np.repeat(part.offsets[:-1], lengths)
+    flat = np.repeat(bins * length + starts, lengths) + place
+    input_ids = np.zeros(n_bins * length, dtype=np.int64)
+    input_ids[flat] = part.token_ids
+    real = np.zeros(n_bins * length, dtype=bool)
+    real[flat] = True
+    counted = np.flatnonzero(part.loss_mask)
+    return MicroBatch(
+        input_ids=input_ids.reshape(n_bins, length),
+        position_ids=_positions(n_bins, length, bins, starts),
+        real=real.reshape(n_bins, length),
+        predictors=flat[counted] - 1,
+        labels=part.token_ids[counted].astype(np.int64),
+        sequence=np.repeat(np.arange(part.n_sequences), lengths)[counted],
+        rows=rows,
+        n_sequences=part.n_sequences,
+        n_tokens=part.n_tokens,
+    )
+
+
+def _positions(n_bins: int, length: int, bins: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """(B, L): distance from the last sequence start at or before each position."""
+    start_at = np.zeros((n_bins, length), dtype=np.int64)
+    start_at[bins, starts] = starts
+    return np.arange(length) - np.maximum.accumulate(start_at, axis=1)
+
+
+def _one_each(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, int]:
+    return np.arange(len(lengths)), np.zeros(len(lengths), dtype=np.int64), len(lengths), int(lengths.max())
+
+
+def _pack(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """(bin of each sequence, start in its bin, number of bins, bin length), cheapest of `BIN_LENGTHS`."""
+    longest, total = int(lengths.max()), int(lengths.sum())
+    best, best_cost = None, np.inf
+    for factor in BIN_LENGTHS:
+        capacity = min(int(longest * factor), total)
+        per_token = 1 + capacity * ATTENTION_SHARE
+        if -(-total // capacity) * capacity * per_token >= best_cost:
+            continue  # even without padding it can't be cheaper
+        bins, starts, n_bins = _best_fit(lengths, capacity)
+        length = int((starts + lengths).max())
+        cost = n_bins * length * (1 + length * ATTENTION_SHARE)
+        if cost < best_cost:
+            best, best_cost = (bins, starts, n_bins, length), cost
+    assert best is not None
+    return best
+
+
+def _best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Best fit, longest first: each sequence into the fullest bin that still has room for it."""
+    bins, starts = np.zeros(len(lengths), dtype=np.int64), np.zeros(len(lengths), dtype=np.int64)
+    free: list[tuple[int, int]] = []  # (room, bin), ascending
+    n_bins = 0
+    for sequence in np.argsort(-lengths, kind="stable").tolist():
+        size = int(lengths[sequence])
+        at = bisect_left(free, (size, -1))
+        room, target = free.pop(at) if at < len(free) else (capacity, n_bins)
+        n_bins += target == n_bins
+        bins[sequence], starts[sequence] = target, capacity - room
+        insort(free, (room - size, target))
+    return bins, starts, n_bins
