@@ -1,0 +1,141 @@
+"""LoRA on experts beside the grouped product: y = x W^T + s (x A^T) B^T, per expert.
+
+PEFT adapts a stack of experts by materialising W + s B A for all of them in every forward, and by
+back-propagating a gradient of the stack's full size. Here the low-rank term is computed next to
+transformers' grouped expert product instead. Parameters, names and files stay PEFT's, so adapters go
+both ways, and with the adapter off the base's own code runs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
+from torch.nn.functional import pad
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    _grouped_linear,
+    grouped_mm_experts_forward,
+)
+
+from actors.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+BESIDE = "grouped_mm_lora_beside"
+"""Name of the experts implementation registered with transformers."""
+_FACTORS = "_raylign_lora_factors"
+
+Factors = list[tuple[torch.Tensor, torch.Tensor, float]]
+"""Per active adapter: A (experts, r, in), B (experts, out, r), scaling."""
+
+
+def select(peft: PeftModel, impl: str) -> str:
+    """Make expert LoRA run `beside` or in `peft`'s way; `auto` decides. Returns the choice.
+
+    Raises:
+        UserError: `beside` was asked for with another experts implementation than grouped_mm.
+    """
+    base = peft.get_base_model()
+    now = getattr(base.config, "_experts_implementation", None)
+    stacks = [m for m in peft.modules() if isinstance(m, ParamWrapper) and m.num_experts > 1]
+    if impl == "peft" or not stacks:
+        return "peft"
+    if now not in ("grouped_mm", BESIDE):
+        if impl == "beside":
+            raise UserError(
+                f"model.lora.expert_impl: 'beside' needs moe.experts_implementation: grouped_mm, not '{now}'"
+            )
+        return "peft"
+    if impl == "auto" and not beside_is_faster(stacks[0].get_param()):
+        return "peft"
+    base.set_experts_implementation(BESIDE)
+    wrap_experts(peft)
+    return "beside"
+
+
+def beside_is_faster(experts: torch.Tensor) -> bool:
+    """The `auto` rule, for a stack of experts (experts, ., .)."""
+    return experts.device.type == "cuda" or experts.dtype == torch.float32
+
+
+def wrap_experts(peft: PeftModel) -> None:
+    """Let every expert stack run beside, if that was selected; needed again after adding adapters."""
+    if getattr(peft.get_base_model().config, "_experts_implementation", None) != BESIDE:
+        return
+    for module in peft.modules():
+        if type(module) is ParamWrapper and module.num_experts > 1:
+            module.__class__ = _BesideParamWrapper
+
+
+class _BesideParamWrapper(ParamWrapper):
+    """PEFT's wrapper of one stacked parameter, which hands A and B down instead of W + s B A."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        experts = self.get_base_layer()
+        active = [a for a in self.active_adapters if a in self.lora_A]
+        beside = experts.config._experts_implementation == BESIDE
+        if self.disable_adapters or self.merged or not active or not beside:
+            return super().forward(x, *args, **kwargs)
+        self._check_forward_args(x, *args, **kwargs)
+        factors = experts.__dict__.setdefault(_FACTORS, {})
+        factors[self.parameter_name] = [self._factors(a) for a in active]
+        try:
+            return self.base_layer(x, *args, **kwargs)
+        finally:
+            factors.pop(self.parameter_name, None)
+
+    def _factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+        # PEFT's layouts: A (experts * r, in) with the expert slowest, B (out, r * experts) with it fastest.
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        dtype = self.get_param().dtype
+        stacked_a = a.reshape(self.num_experts, -1, a.shape[-1]).to(dtype)
+        stacked_b = b.reshape(b.shape[0], -1, self.num_experts).permute(2, 0, 1).contiguous().to(dtype)
+        # grouped_mm refuses rows that are no multiple of 16 bytes: fill the rank up with zeros.
+        if fill := -stacked_a.shape[1] % (16 // dtype.itemsize):
+            stacked_a, stacked_b = pad(stacked_a, (0, 0, 0, fill)), pad(stacked_b, (0, fill))
+        return stacked_a, stacked_b, self.scaling[adapter]
+
+
+# PEFT recognises its wrappers by class name when it adds or loads a further adapter.
+_BesideParamWrapper.__name__ = "ParamWrapper"
+
+
+def _experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """transformers' grouped expert product with low-rank terms beside it.
+
+    Shapes: hidden_states (tokens, hidden), top_k_index and top_k_weights (tokens, k) -> (tokens, hidden).
+    Same order of operations as `grouped_mm_experts_forward`, to which it hands over without LoRA.
+    """
+    factors: dict[str, Factors] = self.__dict__.get(_FACTORS) or {}
+    if not factors:
+        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    if self._is_expert_parallel:
+        raise NotImplementedError("expert LoRA beside the product does not run expert-parallel")
+    n_tokens, k = top_k_index.shape
+    experts, order = torch.sort(top_k_index.reshape(-1))
+    counted = experts.float() if experts.device.type in ("cpu", "mps") else experts.int()
+    counts = torch.histc(counted, bins=self.num_experts, min=0, max=self.num_experts - 1)
+    ends = torch.cumsum(counts, dim=0, dtype=torch.int32)
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        bias = getattr(self, f"{name}_bias")[experts] if self.has_bias else None
+        y = _grouped_linear(x, getattr(self, name), ends, bias=bias, is_transposed=self.is_transposed)
+        for a, b, scaling in factors.get(name, ()):
+            y = y + _grouped_linear(_grouped_linear(x, a, ends) * scaling, b, ends)
+        return y
+
+    up = linear(hidden_states[order // k], "gate_up_proj" if self.has_gate else "up_proj")
+    activated = self._apply_gate(up) if self.has_gate else self.act_fn(up)
+    weighted = linear(activated, "down_proj") * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.numel(), device=order.device)
+    return weighted[back].view(n_tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(BESIDE, _experts_forward)
