@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from actors.models.spec import ModelSpec, Spec
 from actors.rollout import SamplingSpec
@@ -25,6 +25,10 @@ __all__ = [
     "SftStage",
     "StageSpec",
 ]
+
+
+def _as_path(value: Any) -> Any:
+    return Path(value).expanduser() if isinstance(value, str) and value else value
 
 
 class RolesSpec(Spec):
@@ -89,7 +93,9 @@ class RunConfig(Spec):
 
     name: str = Field(pattern=NAME_PATTERN, max_length=100)
     """Name of the run, and of its directory."""
-    output_dir: Path = Field(default_factory=lambda given: Path("runs") / given.get("name", ""), strict=False)
+    output_dir: Annotated[Path, BeforeValidator(_as_path, json_schema_input_type=str)] = Field(
+        default_factory=lambda given: Path("runs") / given.get("name", "")
+    )
     """Run directory; by default runs/NAME. Relative to where the command is typed."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of everything random: order, initialisation, dropout, sampling."""

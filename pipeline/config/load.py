@@ -1,0 +1,109 @@
+"""A YAML file and overrides as a `RunConfig`, or every violation at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from actors.errors import UserError
+from pipeline.config.checks import Problem
+from pipeline.config.messages import bad_paths, explain, keys_in
+from pipeline.config.reading import apply_overrides, read_mapping, set_key
+from pipeline.config.schema import RunConfig
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that a file and `key=value` overrides describe.
+
+    Raises:
+        UserError: with every violation: syntax, unknown keys, types, bounds, rules between fields.
+    """
+    data, problems = apply_overrides(read_mapping(Path(path)), overrides)
+    config, violations = validate(data)
+    problems += violations
+    if problems or config is None:
+        raise UserError([str(problem) for problem in problems])
+    return config
+
+
+def validate(data: dict[str, Any]) -> tuple[RunConfig | None, list[Problem]]:
+    """The config, or None and all that is wrong with `data`."""
+    try:
+        return RunConfig.model_validate(data, strict=True), []
+    except ValidationError as error:
+        problems = explain(error, data, RunConfig)
+        bad = bad_paths(error, data)
+        if bad:
+            problems += _rules_of_the_rest(data, bad)
+        return None, problems
+
+
+def _rules_of_the_rest(data: dict[str, Any], bad: set[tuple[str, ...]]) -> list[Problem]:
+    """Broken rules between fields that have nothing to do with the refused keys.
+
+    The rules need a whole config, so the refused keys fall back to their defaults; a rule that
+    touches one of their sections, or stages when one is unusable, is left for the next round.
+    """
+    rest: Any = data
+    for path in sorted(bad):
+        rest = _without(rest, path)
+    rest = _filled(rest)
+    try:
+        RunConfig.model_validate(rest, strict=True)
+    except ValidationError as error:
+        if bad_paths(error, rest):
+            return []
+        parents = {".".join(path[:-1]) for path in bad}
+        a_stage_is_gone = any(path[0] == "stages" and len(path) <= 2 for path in bad)
+        return [
+            problem
+            for problem in explain(error, rest, RunConfig)
+            if problem.path.rpartition(".")[0] not in parents
+            and not (a_stage_is_gone and problem.path.rpartition(".")[2] in ("init", "reference", "models"))
+        ]
+    return []
+
+
+def _filled(rest: Any) -> Any:
+    """`rest` with a stand-in for every required key that it lacks."""
+    try:
+        RunConfig.model_validate(rest, strict=True)
+    except ValidationError as error:
+        for detail in error.errors():
+            if detail["type"] == "missing":
+                *parents, key = keys_in(rest, detail["loc"])
+                stand_in = {"base": "unnamed"} if key == "model" else "unnamed"
+                rest = set_key(rest, [*parents, key], stand_in)
+    return rest
+
+
+def _without(node: Any, path: tuple[str, ...]) -> Any:
+    key, rest = path[0], path[1:]
+    if isinstance(node, list):
+        index = int(key) if key.isdigit() else -1
+        if not 0 <= index < len(node):
+            return node
+        return [*node[:index], *([_without(node[index], rest)] if rest else []), *node[index + 1 :]]
+    if not isinstance(node, dict) or key not in node:
+        return node
+    if not rest:
+        return {name: value for name, value in node.items() if name != key}
+    return {**node, key: _without(node[key], rest)}
+
+
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """Every setting with its value, as plain data that loads back into the same config."""
+    data = config.model_dump(mode="json")
+    for name, role in data["roles"].items():
+        if role["share"] is not None:
+            data["roles"][name] = {"share": role["share"]}
+    return data
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """The resolved config as YAML, for the run directory."""
+    return yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True, width=100)

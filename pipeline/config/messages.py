@@ -1,0 +1,253 @@
+"""pydantic's errors as sentences: the key's path, the value, and the nearest valid name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from pipeline.config.checks import Problem
+from pipeline.config.instead import INSTEAD
+
+_TYPES = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a mapping (`key: value` lines)",
+    "model_type": "a mapping (`key: value` lines)",
+    "model_attributes_type": "a mapping (`key: value` lines)",
+    "path_type": "a path",
+    "is_instance_of": "a path",
+}
+_BOUNDS = {
+    "greater_than": ("gt", "above"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "below"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+def explain(error: ValidationError, data: dict[str, Any], model: type[BaseModel]) -> list[Problem]:
+    """One problem per key that is wrong; what pydantic says twice about a union's arms is joined."""
+    by_path: dict[str, list[str]] = {}
+    for detail in error.errors():
+        if detail["type"] == "cross_field":
+            for path, message in detail["ctx"]["problems"]:
+                by_path.setdefault(path, []).append(message)
+        elif detail["type"] != "default_factory_not_called":
+            keys = keys_in(data, detail["loc"])
+            by_path.setdefault(".".join(keys), []).append(_sentence(detail, keys, model))
+    return [Problem(path, _joined(messages)) for path, messages in by_path.items()]
+
+
+def bad_paths(error: ValidationError, data: dict[str, Any]) -> set[tuple[str, ...]]:
+    """Keys that pydantic refused by themselves (not by a rule between fields)."""
+    details = [d for d in error.errors() if d["type"] not in ("cross_field", "default_factory_not_called")]
+    return {tuple(keys_in(data, detail["loc"])) for detail in details}
+
+
+def _joined(messages: list[str]) -> str:
+    """Arms of a union say `'x' is not A` each: one sentence names all of them."""
+    unique = list(dict.fromkeys(messages))
+    if len(unique) == 1:
+        return unique[0]
+    heads = {message.split(" is not ", 1)[0] for message in unique}
+    if len(heads) == 1 and all(" is not " in message for message in unique):
+        return f"{heads.pop()} is not " + " or ".join(m.split(" is not ", 1)[1] for m in unique)
+    return "; ".join(unique)
+
+
+def keys_in(data: Any, loc: tuple[int | str, ...]) -> list[str]:
+    """The user's own keys in an error's location, without the names of a union's arms."""
+    keys: list[str] = []
+    node = data
+    for position, part in enumerate(loc):
+        last = position == len(loc) - 1
+        if isinstance(node, dict):
+            if part in node or (last and isinstance(part, str)):
+                keys.append(str(part))
+                node = node.get(part)
+        elif isinstance(node, list) and isinstance(part, int):
+            keys.append(str(part))
+            node = node[part] if part < len(node) else None
+    return keys
+
+
+def _sentence(detail: ErrorDetails, keys: list[str], model: type[BaseModel]) -> str:
+    kind, value, context = detail["type"], detail.get("input"), detail.get("ctx", {})
+    tag = str(detail["loc"][2]) if len(detail["loc"]) > 2 and detail["loc"][0] == "stages" else None
+    if kind == "extra_forbidden":
+        return unknown_key(keys, value, model, tag)
+    if kind == "missing":
+        about = _description(model, keys)
+        return f"missing{f' ({about})' if about else ''}"
+    if kind in ("literal_error", "enum"):
+        choices = _literals(context["expected"])
+        return f"{_shown(value)} is not one of {', '.join(choices)}{did_you_mean(str(value), choices)}"
+    if kind == "union_tag_not_found":
+        choices = _stage_types(model)
+        near = did_you_mean(keys[-1], choices)
+        return f"its name is no type of stage{near}; add `type:` ({' or '.join(choices)})"
+    if kind == "union_tag_invalid":
+        choices = _stage_types(model)
+        given = str(context["tag"])
+        return f"type '{given}' is not one of {', '.join(choices)}{did_you_mean(given, choices)}"
+    if kind in _TYPES:
+        return f"{_shown(value)} is not {_TYPES[kind]}{_quoting_hint(kind, value)}"
+    if kind in _BOUNDS:
+        key, word = _BOUNDS[kind]
+        return f"{_shown(value)} must be {word} {context[key]:g}"
+    if kind == "string_pattern_mismatch":
+        return f"{_shown(value)}: letters, digits, '.', '_' and '-' only, starting with a letter or digit"
+    if kind in ("too_short", "string_too_short"):
+        return "is empty"
+    return detail["msg"].removeprefix("Value error, ")
+
+
+def unknown_key(keys: list[str], value: Any, model: type[BaseModel], stage_type: str | None = None) -> str:
+    """What to write instead of a key that does not exist."""
+    key = keys[-1]
+    if key in INSTEAD:
+        return f"unknown key; {INSTEAD[key].format(value=value)}"
+    here = _fields_at(model, keys[:-1], stage_type)
+    homes = [path for path in _all_paths(model) if path.rsplit(".", 1)[-1] == key]
+    near = difflib.get_close_matches(key, here, n=1, cutoff=0.75)
+    if near:
+        return f"unknown key; did you mean `{near[0]}`?"
+    if homes:
+        home = homes[0]
+        if stage_type is not None and len(keys) == 3 and home.startswith("stages.STAGE."):
+            kinds = [
+                m.model_fields["type"].default for m in _models_at(model, keys[:-1]) if key in m.model_fields
+            ]
+            home = f"stages of type {' and '.join(kinds)}"
+        return f"unknown key here; it belongs to `{home}`"
+    near = difflib.get_close_matches(key, here, n=1)
+    if near:
+        return f"unknown key; did you mean `{near[0]}`?"
+    return f"unknown key; possible: {', '.join(here)}"
+
+
+def did_you_mean(value: str, choices: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or nothing when no choice is near."""
+    near = difflib.get_close_matches(value, list(choices), n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str):
+        return f"'{value}'"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _quoting_hint(kind: str, value: Any) -> str:
+    if kind == "string_type" and isinstance(value, int | float | bool):
+        return f"; put it in quotes: '{_shown(value)}'"
+    if kind in ("int_type", "float_type") and isinstance(value, str) and _is_number(value):
+        return "; take the quotes off"
+    return ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _literals(expected: str) -> list[str]:
+    return [part for part in expected.replace("' or '", "', '").strip("'").split("', '") if part]
+
+
+# The models' fields, walked by the user's keys.
+
+
+def _arms(annotation: Any) -> Iterator[Any]:
+    """Annotation without Annotated, Optional and Union."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from _arms(get_args(annotation)[0])
+    elif origin in (Union, UnionType):
+        for arm in get_args(annotation):
+            if arm is not NoneType:
+                yield from _arms(arm)
+    else:
+        yield annotation
+
+
+def _step(annotation: Any, key: str) -> Iterator[Any]:
+    """Annotations one key below."""
+    for arm in _arms(annotation):
+        if isinstance(arm, type) and issubclass(arm, BaseModel):
+            if key in arm.model_fields:
+                yield arm.model_fields[key].annotation
+        elif get_origin(arm) is dict:
+            yield get_args(arm)[1]
+        elif get_origin(arm) is list:
+            item = get_args(arm)[0]
+            yield from [item] if key.isdigit() else _step(item, key)
+
+
+def _models_at(model: type[BaseModel], keys: list[str]) -> list[type[BaseModel]]:
+    at: list[Any] = [model]
+    for key in keys:
+        at = [below for annotation in at for below in _step(annotation, key)]
+    found: list[type[BaseModel]] = []
+    for annotation in at:
+        for arm in _arms(annotation):
+            for inner in _arms(get_args(arm)[0]) if get_origin(arm) is list else [arm]:
+                if isinstance(inner, type) and issubclass(inner, BaseModel):
+                    found.append(inner)
+    return found
+
+
+def _fields_at(model: type[BaseModel], keys: list[str], stage_type: str | None) -> list[str]:
+    models = _models_at(model, keys)
+    if stage_type is not None and len(keys) == 2:
+        models = [m for m in models if m.model_fields["type"].default == stage_type] or models
+    return list(dict.fromkeys(name for m in models for name in m.model_fields))
+
+
+def _description(model: type[BaseModel], keys: list[str]) -> str:
+    for owner in _models_at(model, keys[:-1]):
+        field = owner.model_fields.get(keys[-1])
+        if field is not None and field.description:
+            return " ".join(field.description.split()).split(". ")[0].split(": ")[0].rstrip(".")
+    return ""
+
+
+def _all_paths(annotation: Any, prefix: str = "", depth: int = 0) -> Iterator[str]:
+    """Dotted paths of all fields; a stage's name is written STAGE. Shallow ones first."""
+    below: list[tuple[Any, str]] = []
+    for arm in _arms(annotation):
+        if get_origin(arm) is dict and depth == 1:
+            below.append((get_args(arm)[1], f"{prefix}.STAGE"))
+        elif get_origin(arm) is list:
+            below.append((get_args(arm)[0], prefix))
+        elif isinstance(arm, type) and issubclass(arm, BaseModel):
+            for name, field in arm.model_fields.items():
+                path = f"{prefix}.{name}" if prefix else name
+                yield path
+                below.append((field.annotation, path))
+    for inner, path in below:
+        yield from _all_paths(inner, path, depth + 1)
+
+
+def _stage_types(model: type[BaseModel]) -> list[str]:
+    fields = _models_at(model, ["stages", "any"])
+    return [get_args(m.model_fields["type"].annotation)[0] for m in fields if "type" in m.model_fields]

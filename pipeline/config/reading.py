@@ -1,0 +1,157 @@
+"""YAML in, plain values out: YAML 1.2's scalars, no silent duplicates, `key=value` overrides."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from actors.errors import UserError
+from pipeline.config.checks import Problem
+
+_SOURCES = frozenset({"data", "eval_data"})
+"""Keys whose plain string is short for `{source: string}`."""
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2's core scalars: `1e-4` is a number; `no`, `on` and dates are strings."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+
+for _tag, _pattern, _first in (
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^[-+]?[0-9]+$", list("-+0123456789")),
+    (
+        "float",
+        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+        list("-+0123456789."),
+    ),
+    ("merge", r"^<<$", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+
+
+def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node))
+
+
+def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
+    text = loader.construct_scalar(node).lower()
+    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: dict[Any, int] = {}
+    for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
+        key = loader.construct_object(key_node, deep=True)
+        line = key_node.start_mark.line + 1
+        if not isinstance(key, str | int | float | bool | None):
+            raise yaml.MarkedYAMLError(problem="a key must be plain text", problem_mark=key_node.start_mark)
+        if key in seen:
+            raise yaml.MarkedYAMLError(
+                problem=f"'{key}' is given twice (first on line {seen[key]})",
+                problem_mark=key_node.start_mark,
+            )
+        seen[key] = line
+    loader.flatten_mapping(node)
+    return {
+        loader.construct_object(key, deep=True): loader.construct_object(value, deep=True)
+        for key, value in node.value
+    }
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _float)
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def parse_yaml(text: str) -> Any:
+    """One YAML document as plain values.
+
+    Raises:
+        yaml.YAMLError: bad syntax, or a key given twice.
+    """
+    return yaml.load(text, Loader=_Loader)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: the file is missing, unreadable, not UTF-8, not YAML, or not a mapping.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: is a directory; name a YAML file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        hint = f"; {path.parent}/ has: {', '.join(near[:8])}" if near else "; `raylign init` writes a starter"
+        raise UserError(f"{path}: no such file{hint}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        data = parse_yaml(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
+        raise UserError(f"{path}:{where} {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML ({error})") from None
+    if not isinstance(data, dict):
+        found = "empty" if data is None else f"a {type(data).__name__}"
+        raise UserError(f"{path}: {found}; expected `key: value` lines (`raylign init` writes a starter)")
+    return {str(key): value for key, value in data.items()}
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
+    """`data` with each `dotted.key=value` set (values are YAML), and what was wrong with them."""
+    problems: list[Problem] = []
+    for text in overrides:
+        key, equals, value_text = text.partition("=")
+        if not equals or not key or any(not part for part in key.split(".")):
+            problems.append(Problem("", f"'{text}' is not key=value (e.g. stages.sft.learning_rate=1e-4)"))
+            continue
+        try:
+            value = parse_yaml(value_text)
+        except yaml.YAMLError:
+            problems.append(Problem(key, f"'{value_text}' is not a YAML value"))
+            continue
+        try:
+            data = set_key(data, key.split("."), value)
+        except NoPlaceError as error:
+            problems.append(Problem(key, str(error)))
+    return data, problems
+
+
+class NoPlaceError(Exception):
+    """An override whose path runs through something that is no mapping."""
+
+
+def set_key(node: Any, path: list[str], value: Any, above: str = "") -> Any:
+    """A copy of `node` in which `path` is `value`."""
+    if not path:
+        return value
+    key, rest = path[0], path[1:]
+    where = f"{above}.{key}" if above else key
+    if isinstance(node, str) and above.rsplit(".", 1)[-1] in _SOURCES:
+        node = {"source": node}
+    if node is None:
+        node = {}
+    if isinstance(node, list):
+        if not key.isdigit() or int(key) >= len(node):
+            raise NoPlaceError(f"{above} is a list of {len(node)}; name an element by its number from 0")
+        index = int(key)
+        return [*node[:index], set_key(node[index], rest, value, where), *node[index + 1 :]]
+    if not isinstance(node, dict):
+        raise NoPlaceError(f"{above} is {node!r}, which has no keys")
+    return {**node, key: set_key(node.get(key), rest, value, where)}
