@@ -1,0 +1,89 @@
+"""What is asked of a rollout engine and what comes back: sampling settings, seeds, generations."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import Field
+
+from actors.models.spec import Spec
+
+FINISH_REASONS = ("stop", "length", "abort")
+"""What `Generations.finish` counts into: an end-of-turn token or stop string; the token limit; given up."""
+
+
+class SamplingSpec(Spec):
+    """How tokens are drawn, under vLLM's field names."""
+
+    temperature: float = Field(default=1.0, ge=0)
+    """Divides the logits; 0 is greedy."""
+    max_tokens: int = Field(default=256, ge=1)
+    """New tokens per sample, at most."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus: the smallest set of tokens with this much probability. 1 keeps all."""
+    top_k: int = Field(default=0, ge=0)
+    """Keep the k most probable tokens. 0 keeps all."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Drop tokens below this share of the most probable one."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Divides the logits of tokens already seen; 1 is none."""
+    stop: list[str] = Field(default_factory=list)
+    """Strings that end a sample, beside the model's own end-of-turn token."""
+    n: int = Field(default=1, ge=1)
+    """Samples per prompt, each with a seed of its own."""
+    seed: int = Field(default=0, ge=0)
+    """Where the samples' seeds come from when the caller gives none."""
+
+
+def sample_seed(run_seed: int, step: int, prompt: int, sample: int) -> int:
+    """63-bit seed of one sample: a hash, because `seed + i` makes neighbouring samples collide."""
+    digest = hashlib.blake2b(f"{run_seed}/{step}/{prompt}/{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@dataclass(frozen=True)
+class Generations:
+    """Samples as columns: `n` of each prompt, prompt by prompt, in the order in which prompts were given."""
+
+    token_ids: np.ndarray
+    """int32 (tokens,): new tokens of all samples, the end-of-turn token included where one was drawn."""
+    logprobs: np.ndarray
+    """float32 (tokens,): behaviour log-probabilities, after temperature and filters (`processed`)."""
+    offsets: np.ndarray
+    """int64 (samples + 1,): sample `s` is `token_ids[offsets[s]:offsets[s + 1]]`."""
+    finish: np.ndarray
+    """int8 (samples,): index into `FINISH_REASONS`."""
+    n: int
+    """Samples per prompt."""
+    label: str
+    """Name of the weights that produced them."""
+    seconds: float
+    """Time in the engine."""
+
+    @property
+    def n_samples(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def finish_reasons(self) -> list[str]:
+        return [FINISH_REASONS[i] for i in self.finish]
+
+    def sequences(self) -> Iterator[np.ndarray]:
+        """Token ids, sample by sample."""
+        for start, end in zip(self.offsets, self.offsets[1:], strict=False):
+            yield self.token_ids[start:end]
+
+    def texts(self, tokenizer: object, stop: Sequence[str] = ()) -> list[str]:
+        """Decoded without special tokens, cut before the first stop string."""
+        texts = tokenizer.batch_decode(  # type: ignore[attr-defined]
+            [ids.tolist() for ids in self.sequences()], skip_special_tokens=True
+        )
+        return [_cut(text, stop) for text in texts]
+
+
+def _cut(text: str, stop: Sequence[str]) -> str:
+    found = [at for at in (text.find(string) for string in stop) if at >= 0]
+    return text[: min(found)] if found else text
