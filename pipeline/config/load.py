@@ -104,6 +104,6 @@ def resolved(config: RunConfig) -> dict[str, Any]:
     return data
 
 
-def dump_yaml(config: RunConfig) -> str:
+def dump_config(config: RunConfig) -> str:
     """The resolved config as YAML, for the run directory."""
     return yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True, width=100)

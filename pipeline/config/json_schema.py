@@ -1,0 +1,42 @@
+"""The run's YAML as JSON schema, for editors: completion, documentation on hover, red underlines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.config.schema import RunConfig
+from pipeline.stages.spec import STAGE_TYPES
+
+_SOURCE = {"$ref": "#/$defs/DataSpec"}
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema (2020-12) of a run's YAML, with what the loader accepts in short.
+
+    pydantic does not know that a data source may be a bare string or a single mapping, nor that a
+    stage's type may be left out where its name says it.
+    """
+    schema = RunConfig.model_json_schema()
+    schema = _with_short_sources(schema)
+    stages = schema["properties"]["stages"]
+    kinds = {name: {"$ref": f"#/$defs/{cls.__name__}"} for name, cls in STAGE_TYPES.items()}
+    stages["properties"] = kinds
+    stages["additionalProperties"] = {"required": ["type"], "oneOf": list(kinds.values())}
+    for name, cls in STAGE_TYPES.items():
+        schema["$defs"][cls.__name__]["properties"]["type"] = {
+            **schema["$defs"][cls.__name__]["properties"]["type"],
+            "const": name,
+        }
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Raylign run", **schema}
+
+
+def _with_short_sources(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_with_short_sources(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if node.get("type") == "array" and node.get("items") == _SOURCE:
+        one = [{"type": "string"}, _SOURCE]
+        rest = {key: value for key, value in node.items() if key not in ("type", "items", "minItems")}
+        return {**rest, "anyOf": [*one, {"type": "array", "minItems": 1, "items": {"anyOf": one}}]}
+    return {key: _with_short_sources(value) for key, value in node.items()}
