@@ -26,22 +26,24 @@ def run(config: RunConfig, *, dry_run: bool = False, until: str | None = None, f
         UserError: the config, the data, the base or the cluster can't be used; nothing was started.
         RunFailure: an actor failed, overran its deadline, or an invariant did not hold.
     """
-    from pipeline.plan import shrink, shrink_notes
+    from pipeline.plan import cluster_plan, shrink, write_dry_base
 
     began = time.time()
-    notes: list[str] = []
+    wanted, changes = config, []
     if dry_run:
-        config, changes = shrink(config)
-        notes = shrink_notes(config, changes)
+        config, changes = shrink(wanted)
     directory = RunDirectory(config.output_dir, config.name)
-    with directory.opened(fresh=fresh or dry_run), StopRequests(directory.stop_file) as stop, Progress() as progress:
-        for note in notes:
-            progress.note(note)
+    with (
+        directory.opened(fresh=fresh or dry_run),
+        StopRequests(directory.stop_file) as stop,
+        Progress() as progress,
+    ):
+        if dry_run:
+            progress.note("dry run: " + "; ".join(str(change) for change in changes))
+            write_dry_base(config, wanted)
         code = Run(config, directory, progress, stop, began).execute(until)
-    if dry_run and code == EXIT_DONE:
-        from pipeline.plan import cluster_plan
-
-        progress.note(cluster_plan(config))
+        if dry_run and code == EXIT_DONE:
+            progress.note(cluster_plan(wanted))
     return code
 
 
@@ -167,7 +169,7 @@ class Run:
         return lambda line: self.trackers.log(node.name, int(line["step"]), line)
 
     def _write_config(self) -> None:
-        from pipeline.config.load import dump_config
+        from pipeline.config.load import dump_yaml
 
         path: Path = self.directory.path / "config.yaml"
-        path.write_text(dump_config(self.config))
+        path.write_text(dump_yaml(self.config))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.data.order import batch_order
+from pipeline.data.order import BatchOrder, batch_order
 from pipeline.data.records import load_records
 from pipeline.data.tokens import TokenizedData, tokenize
 from pipeline.stages.spec import DpoStage, SftStage, StageSpec
@@ -31,7 +31,7 @@ class PreparedStage:
     seed: int
     data: TokenizedData
     eval_data: TokenizedData | None
-    order: list[np.ndarray]
+    order: BatchOrder
     """Rows of each optimizer step; a pure function of the seed, so resuming is starting at step k."""
     loss: Loss
 
@@ -45,8 +45,7 @@ class PreparedStage:
 
     def epoch(self, step: int) -> float:
         """Passes over the data after `step` optimizer steps."""
-        rows = sum(len(rows) for rows in self.order[:1]) * step
-        return rows / max(1, self.data.n_rows)
+        return self.order.epoch(step)
 
     def eval_batches(self) -> list[tuple[np.ndarray, Batch]]:
         """Held-out rows in order, in batches of the training size."""
@@ -92,14 +91,12 @@ def prepare(config: RunConfig, name: str, tokenizer: Any) -> PreparedStage:
     spec, seed = config.stages[name], config.seed_of(name)
     data = read_tokens(spec.data, spec, config, seed, tokenizer)
     held_out = read_tokens(spec.eval_data, spec, config, seed, tokenizer) if spec.eval_data else None
-    order = list(
-        batch_order(
-            data.n_rows,
-            spec.batch_size,
-            seed=seed,
-            epochs=spec.num_train_epochs,
-            max_steps=spec.max_steps,
-            shuffle=spec.shuffle,
-        )
+    order = batch_order(
+        data.n_rows,
+        spec.batch_size,
+        seed,
+        epochs=spec.num_train_epochs,
+        max_steps=spec.max_steps if spec.max_steps > 0 else None,
+        shuffle=spec.shuffle,
     )
     return PreparedStage(name, spec, seed, data, held_out, order, make_loss(spec))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.artifacts import Manifest, fingerprint, new_directory, read_manifest, verify, versions
+from pipeline.data.order import BatchOrder
 from pipeline.data.tokens import TokenizedData
 
 if TYPE_CHECKING:
@@ -23,10 +24,11 @@ idles, few enough that the object store holds a fraction of the data."""
 
 
 class ReferenceLogps:
-    """Summed log-probabilities of both answers of every pair, filled chunk by chunk.
+    """Summed log-probabilities of both answers of every pair that training uses, filled chunk by chunk.
 
     Chunks are cut along the order in which training first uses the rows, so that the trainer's first
-    batch waits for one chunk and the later ones are ready before they are asked for.
+    batch waits for one chunk and the later ones are ready before they are asked for. Rows that an
+    earlier run left in the artifact are not computed again.
     """
 
     def __init__(
@@ -40,30 +42,31 @@ class ReferenceLogps:
         chunk_rows: int,
     ) -> None:
         self.data, self.ld_alpha = data, ld_alpha
-        self.logps = np.full((data.n_rows, 2), np.nan)
         self.key = fingerprint([reference, data.fingerprint, ld_alpha])
         self.path = cache / self.key[:24]
+        self.logps = self._load()
         self._reference = reference
-        self._chunks = [first_use[i : i + chunk_rows] for i in range(0, len(first_use), chunk_rows)]
-        self._chunk_of = np.empty(data.n_rows, dtype=np.int64)
+        missing = first_use[np.isnan(self.logps[first_use]).any(axis=1)]
+        self._chunks = [missing[i : i + chunk_rows] for i in range(0, len(missing), chunk_rows)]
+        self._chunk_of = np.full(data.n_rows, -1, dtype=np.int64)
         for number, rows in enumerate(self._chunks):
             self._chunk_of[rows] = number
         self._window = CHUNKS_AHEAD
         self._waiting: deque[tuple[np.ndarray, Pending]] = deque()
         self._submitted = self._done = 0
         self._ask: Callable[[int], Pending] | None = None
-        self.cached = self._load()
+        self.cached = not self._chunks
 
-    def _load(self) -> bool:
+    def _load(self) -> np.ndarray:
+        """float64 (rows, 2), NaN where nothing is known yet."""
         manifest = read_manifest(self.path)
         if manifest is None or manifest.fingerprint != self.key or verify(self.path, manifest):
-            return False
+            return np.full((self.data.n_rows, 2), np.nan)
         import pyarrow as pa
 
         with pa.memory_map(str(self.path / FILE)) as source:
             table = pa.ipc.open_file(source).read_all()
-        self.logps = np.stack([table[name].to_numpy() for name in ("chosen", "rejected")], axis=1)
-        return True
+        return np.stack([table[name].to_numpy() for name in ("chosen", "rejected")], axis=1)
 
     def start(self, group: ActorGroup, role: str, put: Callable[[Any], Any]) -> None:
         """Begin on the first chunks, without waiting for them."""
@@ -153,8 +156,7 @@ class ReferenceFeed:
             part.finish()
 
 
-def first_use_order(order: list[np.ndarray], n_rows: int) -> np.ndarray:
-    """Every row once, those that training uses first in front, unused rows last."""
-    used = np.concatenate([*order, np.arange(n_rows)]) if order else np.arange(n_rows)
-    _, first = np.unique(used, return_index=True)
-    return used[np.sort(first)]
+def first_use_order(order: BatchOrder) -> np.ndarray:
+    """Rows that training uses, each once, in the order in which it first does."""
+    steps = min(len(order), order.steps_per_epoch)
+    return np.concatenate([order[step] for step in range(steps)])

@@ -1,0 +1,117 @@
+"""Artifacts appear whole or not at all, and are recognised by their content."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from actors.errors import RunFailure, UserError
+from pipeline.artifacts import (
+    MANIFEST,
+    Manifest,
+    model_fingerprint,
+    new_directory,
+    read_manifest,
+    recover,
+    verify,
+)
+
+
+def manifest(**more: object) -> Manifest:
+    return Manifest(type="adapter", stage="sft", fingerprint="f", **more)
+
+
+def test_an_artifact_has_its_files_and_their_digests(tmp_path: Path) -> None:
+    with new_directory(tmp_path / "adapter", manifest()) as aside:
+        (aside / "weights").write_bytes(b"12345")
+        assert not (tmp_path / "adapter").exists()
+    found = read_manifest(tmp_path / "adapter")
+    assert found is not None
+    assert found.files["weights"].bytes == 5
+    assert verify(tmp_path / "adapter", found) == []
+
+
+def test_an_error_while_writing_leaves_the_old_artifact(tmp_path: Path) -> None:
+    with new_directory(tmp_path / "adapter", manifest()) as aside:
+        (aside / "weights").write_text("old")
+    with pytest.raises(KeyError), new_directory(tmp_path / "adapter", manifest()) as aside:
+        (aside / "weights").write_text("half of the new")
+        raise KeyError
+    assert (tmp_path / "adapter" / "weights").read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
+
+
+@pytest.mark.parametrize("moment", ["os.fsync", "os.rename", "os.replace"])
+def test_a_kill_at_any_point_of_a_save_leaves_a_whole_artifact(tmp_path: Path, moment: str) -> None:
+    """kill -9 before the n-th call of what moves bytes to disk, for every n that a save has."""
+    with new_directory(tmp_path / "a", manifest()) as aside:
+        (aside / "weights").write_text("old")
+    for call in range(1, 40):
+        script = textwrap.dedent(f"""
+            import os, signal
+            from pathlib import Path
+            from pipeline.artifacts import Manifest, new_directory
+            real, calls = {moment}, 0
+            def dying(*args, **kwargs):
+                global calls
+                calls += 1
+                if calls == {call}:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*args, **kwargs)
+            {moment} = dying
+            with new_directory(Path({str(tmp_path / "a")!r}), Manifest(type="adapter", stage="s", fingerprint="f")) as d:
+                (d / "weights").write_text("new")
+        """)
+        code = subprocess.run([sys.executable, "-c", script], cwd=os.getcwd()).returncode
+        recover(tmp_path / "a")
+        found = read_manifest(tmp_path / "a")
+        assert found is not None
+        assert verify(tmp_path / "a", found) == []
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+    assert code == 0, "the save has more steps than this test kills at"
+    assert call > 1
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    with new_directory(tmp_path / "adapter", manifest()) as aside:
+        (aside / "weights").write_text("good")
+        (aside / "config").write_text("good")
+    found = read_manifest(tmp_path / "adapter")
+    assert found is not None
+    (tmp_path / "adapter" / "weights").write_text("evil")
+    (tmp_path / "adapter" / "config").unlink()
+    problems = "\n".join(verify(tmp_path / "adapter", found))
+    assert "weights does not match its digest" in problems
+    assert "config is missing" in problems
+
+
+def test_a_broken_manifest_is_the_users_to_look_at(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text('{"type": "adap')
+    with pytest.raises(UserError, match="manifest cannot be read"):
+        read_manifest(tmp_path)
+
+
+def test_a_disk_that_is_full_ends_in_a_failure_that_says_so(tmp_path: Path) -> None:
+    with pytest.raises(RunFailure, match="No space left"), new_directory(tmp_path / "a", manifest()) as aside:
+        with open("/dev/full", "w") as full:
+            full.write("x")
+        (aside / "weights").write_text("never")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_models_identity_is_its_weights_and_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"a" * 100)
+    first = model_fingerprint(tmp_path)
+    (tmp_path / "README.md").write_text("a card")
+    assert model_fingerprint(tmp_path) == first
+    (tmp_path / "model.safetensors").write_bytes(b"a" * 99 + b"b")
+    assert model_fingerprint(tmp_path) != first
