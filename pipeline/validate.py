@@ -1,0 +1,109 @@
+"""`raylign validate`: everything that is wrong with a run, found without starting anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from actors.errors import UserError
+
+if TYPE_CHECKING:
+    from actors.models.loading import ResolvedBase
+    from actors.models.targets import Targets
+    from pipeline.config.schema import RunConfig
+
+T = TypeVar("T")
+
+
+@dataclass
+class Findings:
+    """What was found, good and bad."""
+
+    problems: list[str] = field(default_factory=list)
+    base: ResolvedBase | None = None
+    targets: Targets | None = None
+    stages: list[list[str]] = field(default_factory=list)
+    """Stage, start, reference, rows, tokens (median, longest sequence), steps x rows."""
+    prompts: int | None = None
+    """Held-out prompts, when the run evaluates."""
+
+    def attempt(self, action: Callable[[], T], where: str = "") -> T | None:
+        """What `action` returns, or None and its problems noted."""
+        try:
+            return action()
+        except UserError as error:
+            self.problems += [p if not where or where in p else f"{where}: {p}" for p in error.problems]
+            return None
+
+
+def find(config: RunConfig) -> Findings:
+    """Look at run directory, trackers, base, LoRA targets, and every stage's data."""
+    from pipeline.rundir import RunDirectory
+    from pipeline.trackers import tracker_problems
+
+    findings = Findings()
+    findings.attempt(RunDirectory(config.output_dir, config.name).refuse_foreign)
+    findings.problems += tracker_problems(config.logging.report_to)
+    tokenizer = _look_at_model(config, findings)
+    for name in config.stages:
+        _look_at_stage(config, name, tokenizer, findings)
+    _look_at_eval(config, tokenizer, findings)
+    return findings
+
+
+def _look_at_model(config: RunConfig, findings: Findings) -> Any:
+    """Base and targets into the findings; the tokenizer, or None."""
+    from actors.models.loading import load_tokenizer, resolve_base
+    from actors.models.targets import resolve_targets
+
+    findings.base = base = resolve_base(config.model)
+    findings.problems += base.problems
+    lora = config.model.lora
+    if base.config is not None and not base.problems and lora is not None:
+        findings.targets = findings.attempt(
+            lambda: resolve_targets(base.config, lora.targets, lora), "model.lora.targets"
+        )
+    return None if base.problems else findings.attempt(lambda: load_tokenizer(config.model))
+
+
+def _look_at_stage(config: RunConfig, name: str, tokenizer: Any, findings: Findings) -> None:
+    from pipeline.data.records import load_records
+    from pipeline.stages.prepared import KINDS, prepare
+    from pipeline.stages.spec import DpoStage
+
+    spec, where = config.stages[name], f"stages.{name}"
+    if tokenizer is None:
+        for sources in (spec.data, spec.eval_data or []):
+            findings.attempt(lambda s=sources: s and load_records(s, KINDS[type(spec)], seed=0), where)  # type: ignore[misc]
+        return
+    prepared = findings.attempt(lambda: prepare(config, name, tokenizer), where)
+    if prepared is None:
+        return
+    lengths = sorted(int(n) for n in prepared.data.lengths)
+    findings.stages.append(
+        [
+            name,
+            config.init_of(name),
+            config.reference_of(name) if isinstance(spec, DpoStage) else "",
+            f"{prepared.data.n_rows:,}",
+            f"{lengths[len(lengths) // 2]} / {lengths[-1]}" if lengths else "",
+            f"{prepared.total_steps:,} x {spec.batch_size}",
+        ]
+    )
+
+
+def _look_at_eval(config: RunConfig, tokenizer: Any, findings: Findings) -> None:
+    from pipeline.data.records import load_records
+    from pipeline.stages.evaluate import find_scorer, read_eval_set
+
+    spec = config.eval
+    if spec is None:
+        return
+    findings.attempt(lambda: find_scorer(spec.metric), "eval.metric")
+    if tokenizer is None:
+        findings.attempt(lambda: load_records(spec.data, "prompt", seed=config.seed), "eval.data")
+        return
+    held_out = findings.attempt(lambda: read_eval_set(spec, tokenizer, config.seed), "eval.data")
+    if held_out is not None:
+        findings.prompts = len(held_out.prompts)
