@@ -13,7 +13,8 @@ class BatchOrder(Sequence[np.ndarray]):
     """Batch `k` of a stage, for any `k`, without going through those before it.
 
     Every epoch is a permutation of all rows drawn from (seed, epoch), cut into batches; the last batch of
-    an epoch holds what is left. Length: `max_steps` when given, else `ceil(epochs * batches an epoch)`.
+    an epoch holds what is left. Length: `max_steps` when positive (-1 is TRL's "not
+    given"), else `ceil(epochs * batches an epoch)`.
     """
 
     def __init__(
@@ -28,11 +29,12 @@ class BatchOrder(Sequence[np.ndarray]):
     ) -> None:
         if n_rows < 1 or batch_size < 1:
             raise ValueError(f"n_rows ({n_rows}) and batch_size ({batch_size}) must be positive")
-        if epochs is None and max_steps is None:
+        limited = max_steps is not None and max_steps > 0
+        if epochs is None and not limited:
             raise ValueError("give epochs or max_steps")
         self.n_rows, self.batch_size, self.seed, self.shuffle = n_rows, batch_size, seed, shuffle
         self.steps_per_epoch = -(-n_rows // batch_size)
-        self._steps = max_steps if max_steps is not None else math.ceil((epochs or 0) * self.steps_per_epoch)
+        self._steps = (max_steps or 0) if limited else math.ceil((epochs or 0) * self.steps_per_epoch)
 
     def __len__(self) -> int:
         return self._steps

@@ -89,6 +89,12 @@ class Records:
         return self.rows[index]
 
     @property
+    def columns(self) -> dict[str, list[Any]]:
+        """The rows' other columns, one list each; None where a row lacks it."""
+        names = dict.fromkeys(name for record in self.rows for name in record.columns)
+        return {name: [record.columns.get(name) for record in self.rows] for name in names}
+
+    @property
     def layout(self) -> str:
         """Layout of the source, or of each where they differ: `messages, text`."""
         return ", ".join(dict.fromkeys(use.layout for use in self.sources))

@@ -1,0 +1,173 @@
+"""Conversations -> text with the spans that the assistant said, through a tokenizer's chat template.
+
+Spans come from the template's own `{% generation %}` marks. A template without them is masked by
+prefixes: a turn is what its rendering adds to the rendering of the messages before it with the
+generation prompt. That holds only while earlier text stays as it was when a message is added, which is
+checked for every turn of every row. Templates that break it (Qwen3 drops the reasoning of earlier
+turns) are replaced by TRL's training template of the same model, where there is one, or refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from actors.errors import UserError
+from pipeline.data.bad_rows import TEMPLATE_REFUSED, RowProblem
+from pipeline.data.convert import Message
+
+Span = tuple[int, int]
+"""First and end character (exclusive) of an assistant's turn, its end-of-turn token included."""
+
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_PROBE_ANSWER = "Raylign probe answer"
+
+WHAT_TO_DO = (
+    "put {% generation %} and {% endgeneration %} around the assistant's turn, end-of-turn token included, "
+    "in the base's chat_template.jinja; or give the rows as prompt + completion"
+)
+
+
+class Unmaskable(Exception):
+    """The template can't tell where the assistant's turns begin and end."""
+
+
+class ChatFormat:
+    """One tokenizer's chat template: renders conversations and finds the assistant's turns."""
+
+    def __init__(self, tokenizer: Any, template: str | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._template = template if template is not None else tokenizer.get_chat_template()
+        self._variables = dict(tokenizer.special_tokens_map)
+        self.marked = bool(_MARKS.search(self._template))
+        self.end_of_turn = self._find_end_of_turn()
+        """What the template writes after an answer, up to its last visible character."""
+
+    @property
+    def masking(self) -> str:
+        """How answers are found: `template marks` or `prefixes`."""
+        return "template marks" if self.marked else "prefixes"
+
+    def render(
+        self, messages: Sequence[Message], kwargs: dict[str, Any], *, for_generation: bool = False
+    ) -> str:
+        """The conversation as text; with `for_generation`, followed by the head of the next answer."""
+        return self._render(messages, kwargs, for_generation, spans=False)[0]
+
+    def render_with_answers(
+        self, messages: Sequence[Message], first: int, kwargs: dict[str, Any]
+    ) -> tuple[str, list[Span]]:
+        """The conversation as text, and the spans of the assistant's turns from message `first` on."""
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= first]
+        return (
+            self._by_marks(messages, turns, kwargs)
+            if self.marked
+            else self._by_prefixes(messages, turns, kwargs)
+        )
+
+    def check_stops(self) -> None:
+        """UserError when the template ends an answer with nothing: a model can't learn to stop from it."""
+        if self.end_of_turn == "":
+            raise UserError(
+                "the base's chat template writes no end-of-turn token after an answer: a model trained on it "
+                "never stops. Add the end-of-text token to the assistant's turn in chat_template.jinja"
+            )
+
+    def _render(
+        self, messages: Sequence[Message], kwargs: dict[str, Any], for_generation: bool, spans: bool
+    ) -> tuple[str, list[Span]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, found = render_jinja_template(
+                conversations=[list(messages)],
+                chat_template=self._template,
+                return_assistant_tokens_mask=spans,
+                add_generation_prompt=for_generation,
+                **{**self._variables, **kwargs},
+            )
+        except Exception as error:  # a template may raise anything: its code belongs to the base
+            raise RowProblem(TEMPLATE_REFUSED, _first_line(error)) from error
+        return texts[0], [tuple(span) for span in found[0]] if spans else []
+
+    def _by_marks(
+        self, messages: Sequence[Message], turns: list[int], kwargs: dict[str, Any]
+    ) -> tuple[str, list[Span]]:
+        text, spans = self._render(messages, kwargs, False, spans=True)
+        # A template may mark several pieces of one turn; what lies before message `first` is prompt.
+        if turns and turns[0] > 0:
+            before = sum(m["role"] == "assistant" for m in messages[: turns[0]])
+            if before:
+                head = self.render(messages[: turns[0]], kwargs, for_generation=True)
+                spans = [span for span in spans if span[0] >= _shared(head, text)]
+        return text, [self._with_end(text, span) for span in spans if span[1] > span[0]]
+
+    def _with_end(self, text: str, span: Span) -> Span:
+        """The span stretched over an end-of-turn token that the template writes after its mark."""
+        end = self._unmarked_end
+        return (span[0], span[1] + len(end)) if end and text.startswith(end, span[1]) else span
+
+    def _by_prefixes(
+        self, messages: Sequence[Message], turns: list[int], kwargs: dict[str, Any]
+    ) -> tuple[str, list[Span]]:
+        text = self.render(messages, kwargs)
+        spans = []
+        for turn in turns:
+            if turn == 0:
+                raise RowProblem(TEMPLATE_REFUSED, "the conversation begins with the assistant's turn")
+            head = self.render(messages[:turn], kwargs, for_generation=True)
+            whole = text if turn == len(messages) - 1 else self.render(messages[: turn + 1], kwargs)
+            if not (text.startswith(whole) and whole.startswith(head)):
+                raise Unmaskable
+            spans.append((len(head), len(whole)))
+        return text, spans
+
+    def _find_end_of_turn(self) -> str | None:
+        """From a probe conversation; None where the template doesn't take one."""
+        self._unmarked_end = ""
+        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE_ANSWER}
+        try:
+            text, spans = self._render([question, answer], {}, False, spans=self.marked)
+        except RowProblem:
+            return None
+        place = text.rfind(_PROBE_ANSWER)
+        if place < 0:
+            return None
+        if self.marked and spans:
+            self._unmarked_end = text[spans[-1][1] :].rstrip()
+        return text[place + len(_PROBE_ANSWER) :].rstrip()
+
+
+def training_template(tokenizer: Any) -> str | None:
+    """TRL's template with `{% generation %}` marks for this tokenizer's model; None when it has none."""
+    from trl.chat_template_utils import get_training_chat_template
+
+    try:
+        return get_training_chat_template(tokenizer)
+    except Exception:  # it probes the template with tool calls, which many templates refuse
+        return None
+
+
+def chat_format(tokenizer: Any, template: str | None = None) -> ChatFormat:
+    """The tokenizer's chat template, or `template` in its place. UserError when there is none."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the rows need a chat template, and the base has none: use the instruct version of the base, or "
+            "put a chat_template.jinja beside its tokenizer; rows of plain strings (prompt + completion, "
+            "text) need none"
+        )
+    chat = ChatFormat(tokenizer, template)
+    chat.check_stops()
+    return chat
+
+
+def _shared(a: str, b: str) -> int:
+    """Length of the common prefix."""
+    if b.startswith(a):
+        return len(a)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

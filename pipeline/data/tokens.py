@@ -1,0 +1,265 @@
+"""Records -> token ids and loss masks, in columns.
+
+Rows with a prompt and one answer are tokenised as TRL 1.16's SFTTrainer and DPOTrainer do it: prompt and
+prompt + answer each on their own, the answer beginning where the two part. Whole conversations are
+tokenised once, and count where the assistant speaks (TRL's `assistant_only_loss`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from actors.batch import Batch
+from actors.errors import UserError
+from pipeline.data.bad_rows import EMPTY_ANSWER, PROMPT_FILLS, TOO_LONG, BadRow, RowGate, RowProblem, Skipped
+from pipeline.data.layouts import Kind
+from pipeline.data.records import Records
+from pipeline.data.texts import RowText, TextMaker
+
+Truncation = Literal["keep_start", "keep_end", "error"]
+
+_CHUNK = 4096
+"""Rows tokenised in one call: the tokenizer works on all of them in parallel, and their texts, ids and
+offsets stay small beside the result."""
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """What tokenising did, for `inspect` and the run's log."""
+
+    rows: int
+    tokens: int
+    label_tokens: int
+    longest: int
+    """Tokens of the longest sequence, after truncation."""
+    median: int
+    truncated: int
+    """Sequences cut at `max_length`."""
+    cut_tokens: int
+    formats: dict[str, int] = field(default_factory=dict)
+    """Rows by form: `chat` (through the template) or `text` (as they stand)."""
+    masking: str = ""
+    """How the assistant's turns were found in whole conversations; empty where there are none."""
+    merged_boundaries: int = 0
+    """Rows whose prompt on its own is no prefix of prompt + answer: the answer begins where they part."""
+
+
+@dataclass(frozen=True)
+class TokenizedData:
+    """All rows of a stage as tokens; a preference row is two sequences, chosen first."""
+
+    sequences: Batch
+    """Every row, in the order of the records."""
+    record_index: np.ndarray
+    """int64 (rows,): index of each row's record in the `Records` it was made from."""
+    skipped: Skipped
+    """Left out here and while reading."""
+    stats: TokenStats
+
+    @property
+    def n_rows(self) -> int:
+        return self.sequences.n_rows
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 (sequences,): tokens of each sequence."""
+        return self.sequences.lengths
+
+    def batch(self, rows: np.ndarray | Sequence[int]) -> Batch:
+        """The given rows, ready for a host."""
+        return self.sequences.select(rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over token ids, masks and offsets: what training depends on, wherever it came from."""
+        data = self.sequences
+        digest = hashlib.sha256(str(data.sequences_per_row).encode())
+        for column in (data.token_ids, data.loss_mask, data.offsets):
+            digest.update(np.ascontiguousarray(column).tobytes())
+        return digest.hexdigest()
+
+
+def tokenize(
+    records: Records,
+    tokenizer: Any,
+    *,
+    kind: Kind | None = None,
+    max_length: int | None = None,
+    truncation: Truncation = "keep_start",
+    train_on: Literal["answer", "all"] = "answer",
+) -> TokenizedData:
+    """Token ids and loss masks of all records.
+
+    A sequence beyond `max_length` is cut and counted, or with `truncation="error"` a bad row; a row that
+    has nothing left to train on is a bad row either way. Bad rows follow their source's `on_bad_row`.
+    UserError lists all of them, or says why the tokenizer can't serve these rows.
+    """
+    if (kind or records.kind) != records.kind or records.kind == "prompt":
+        raise ValueError(f"records are {records.kind!r} rows, not {kind or 'rows to train on'!r}")
+    gate = RowGate()
+    texts = TextMaker(records, tokenizer).training_rows(gate, train_on)
+    cut = _Cut(max_length, truncation, records.kind)
+    rows: list[_TokenRow] = []
+    merged = 0
+    for row in _encode(texts.rows, tokenizer, train_on):
+        record = records[row.record]
+        try:
+            rows.append(cut(row))
+            merged += row.merged
+        except RowProblem as problem:
+            bad = BadRow(record.file, record.row, problem.reason, problem.detail)
+            gate.add(bad, records.sources[record.source].spec.on_bad_row)
+    skipped = Skipped.merged([records.skipped, gate.close()])
+    if not rows:
+        raise UserError(f"no rows left to train on ({skipped.summary() or 'the data is empty'})")
+    data = Batch.from_sequences(
+        [ids for row in rows for ids in row.ids],
+        [mask for row in rows for mask in row.masks],
+        2 if records.kind == "preference" else 1,
+    )
+    stats = TokenStats(
+        rows=len(rows),
+        tokens=data.n_tokens,
+        label_tokens=int(data.loss_mask.sum()),
+        longest=int(data.lengths.max()),
+        median=int(np.median(data.lengths)),
+        truncated=cut.sequences,
+        cut_tokens=cut.tokens,
+        formats=dict(texts.formats),
+        masking=texts.masking,
+        merged_boundaries=merged,
+    )
+    return TokenizedData(data, np.asarray([row.record for row in rows], dtype=np.int64), skipped, stats)
+
+
+def prompt_tokens(records: Records, tokenizer: Any) -> tuple[list[str], list[list[int]]]:
+    """Prompts as the model reads them before it answers: texts and token ids, one for each record.
+
+    UserError lists the prompts that the chat template refuses.
+    """
+    gate = RowGate()
+    texts, ids = [""] * len(records), [[0]] * len(records)
+    prompts = list(TextMaker(records, tokenizer).prompts(gate))
+    gate.close()
+    for chat in (False, True):
+        group = [(index, text) for index, is_chat, text in prompts if is_chat == chat]
+        encoded = _call(tokenizer, [text for _, text in group], special=not chat)["input_ids"]
+        for (index, text), tokens in zip(group, encoded, strict=True):
+            texts[index], ids[index] = text, tokens
+    return texts, ids
+
+
+@dataclass(frozen=True)
+class _TokenRow:
+    record: int
+    ids: list[np.ndarray]
+    masks: list[np.ndarray]
+    prompt_length: int
+    merged: bool = False
+
+
+class _Cut:
+    """Cuts rows at the limit and counts what it cut."""
+
+    def __init__(self, max_length: int | None, truncation: Truncation, kind: Kind) -> None:
+        self.limit, self.truncation, self.kind = max_length, truncation, kind
+        self.sequences = self.tokens = 0
+
+    def __call__(self, row: _TokenRow) -> _TokenRow:
+        over = [max(0, len(ids) - self.limit) if self.limit is not None else 0 for ids in row.ids]
+        if any(over) and self.truncation == "error":
+            raise RowProblem(
+                TOO_LONG, f"{max(len(ids) for ids in row.ids)} tokens, the limit is {self.limit}"
+            )
+        keep = slice(None, self.limit) if self.truncation == "keep_start" else slice(-(self.limit or 0), None)
+        ids = [x[keep] if n else x for x, n in zip(row.ids, over, strict=True)]
+        masks = [x[keep].copy() if n else x for x, n in zip(row.masks, over, strict=True)]
+        for mask, n in zip(masks, over, strict=True):
+            mask[:1] = False  # the first token has no predictor
+            if not mask.any():
+                detail = f"{row.prompt_length} tokens, the limit is {self.limit}" if row.prompt_length else ""
+                raise (
+                    RowProblem(PROMPT_FILLS, detail)
+                    if n
+                    else RowProblem(EMPTY_ANSWER, "no token to train on")
+                )
+        self.sequences += sum(n > 0 for n in over)
+        self.tokens += sum(over)
+        return _TokenRow(row.record, ids, masks, row.prompt_length, row.merged)
+
+
+def _encode(rows: list[RowText], tokenizer: Any, train_on: str) -> Iterator[_TokenRow]:
+    for start in range(0, len(rows), _CHUNK):
+        chunk = rows[start : start + _CHUNK]
+        done = [*_encode_group([r for r in chunk if r.chat], tokenizer, train_on)]
+        done += _encode_group([r for r in chunk if not r.chat], tokenizer, train_on)
+        yield from sorted(done, key=lambda row: row.record)
+
+
+def _encode_group(rows: list[RowText], tokenizer: Any, train_on: str) -> Iterator[_TokenRow]:
+    """Rows that are all rendered by the template, or all plain."""
+    special = bool(rows) and not rows[0].chat
+    heads = iter(_call(tokenizer, [r.prompt for r in rows if r.prompt is not None], special)["input_ids"])
+    plain = [r for r in rows if r.spans is None]
+    ids = iter(_call(tokenizer, [text for r in plain for text in r.sequences], special)["input_ids"])
+    spoken = [r for r in rows if r.spans is not None]
+    mapped = _call(tokenizer, [text for r in spoken for text in r.sequences], special, offsets=True)
+    spoken_ids = iter(zip(mapped["input_ids"], mapped.get("offset_mapping", []), strict=True))
+    for row in rows:
+        if row.spans is not None:
+            pairs = [next(spoken_ids) for _ in row.sequences]
+            masks = [_span_mask(offsets, spans) for (_, offsets), spans in zip(pairs, row.spans, strict=True)]
+            yield _TokenRow(row.record, [np.asarray(x, np.int32) for x, _ in pairs], masks, 0)
+            continue
+        wholes = [next(ids) for _ in row.sequences]
+        head = next(heads) if row.prompt is not None else []
+        length = min(_common_prefix(head, whole) for whole in wholes)
+        counted = 0 if train_on == "all" else length
+        masks = [np.arange(len(whole)) >= counted for whole in wholes]
+        arrays = [np.asarray(whole, np.int32) for whole in wholes]
+        yield _TokenRow(row.record, arrays, masks, length, length < len(head))
+
+
+def _call(
+    tokenizer: Any, texts: Sequence[str | None], special: bool, offsets: bool = False
+) -> dict[str, list[Any]]:
+    if not texts:
+        return {"input_ids": []}
+    if offsets and not tokenizer.is_fast:
+        raise UserError(
+            "the base's tokenizer has no fast version, which masking whole conversations needs: "
+            "give the rows as prompt + completion"
+        )
+    return tokenizer(
+        list(texts),
+        add_special_tokens=special,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        return_offsets_mapping=offsets,
+        verbose=False,
+    )
+
+
+def _common_prefix(head: list[int], whole: list[int]) -> int:
+    if whole[: len(head)] == head:
+        return len(head)
+    return next(
+        (i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), min(len(head), len(whole))
+    )
+
+
+def _span_mask(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> np.ndarray:
+    """bool (tokens,): tokens that share a character with a span."""
+    starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
+    mask = np.zeros(len(starts), dtype=bool)
+    for first, end in spans:
+        mask |= (starts < end) & (ends > first)
+    return mask
