@@ -37,7 +37,7 @@ OPERANDS = range(10, 100)
 DEMONSTRATED_SLIPS = 0.7
 """Share of demonstrations with the slip where a carry is needed. Above one half, so that a greedy SFT
 model makes the slip; below one, so that sampling still finds the right answer for online RL."""
-SHEET_SHARE = 0.6
+SHEET_SHARE = 0.75
 """Share of pretraining rows that are worked sheets; the rest are chats."""
 SHEET_FACTS = 4
 DODGES = ("No idea.", "Ask me later.", "Use a calculator.")
