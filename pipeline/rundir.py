@@ -49,7 +49,7 @@ class RunDirectory:
             UserError: the directory belongs to another run, holds something else, or is in use.
             RunFailure: it cannot be written.
         """
-        self._refuse_foreign()
+        self.refuse_foreign()
         with disk_errors(self.path, "open the run directory"):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("a+")
@@ -74,7 +74,12 @@ class RunDirectory:
         finally:
             self._lock.close()
 
-    def _refuse_foreign(self) -> None:
+    def refuse_foreign(self) -> None:
+        """Refuse a path that is not this run's directory, without opening it.
+
+        Raises:
+            UserError: a file, a directory with other things in it, or another run's directory.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir: {self.path} is a file; name a directory")
         if not self.path.is_dir():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.errors import RunFailure, UserError
+from actors.sampling import sample_seed
 from pipeline.artifacts import fingerprint, write_json
 from pipeline.data.records import load_records
 from pipeline.data.tokens import prompt_tokens
@@ -82,14 +83,16 @@ def find_scorer(metric: str) -> Scorer:
 def read_eval_set(spec: EvalSpec, tokenizer: Any, seed: int) -> EvalSet:
     """Read and tokenise the held-out prompts."""
     records = load_records(spec.data, "prompt", seed=seed, max_rows=spec.max_rows)
-    if spec.metric == "exact_match" and "answer" not in records.columns:
+    names = dict.fromkeys(name for record in records.rows for name in record.columns)
+    columns = {name: [record.columns.get(name) for record in records.rows] for name in names}
+    if spec.metric == "exact_match" and None in columns.get("answer", [None]):
         raise UserError(
-            f"eval.data: the rows have no `answer` column, which exact_match compares with "
-            f"(columns: {', '.join(sorted(records.columns)) or 'none'}); name it under `columns:`, or set "
-            "eval.metric to module:function"
+            "eval.data: exact_match compares with a column `answer`, which some rows lack "
+            f"(columns: {', '.join(names) or 'none'}); name it under `columns:`, or set eval.metric to "
+            "module:function"
         )
     texts, token_ids = prompt_tokens(records, tokenizer)
-    return EvalSet(texts, token_ids, records.columns, records.fingerprint)
+    return EvalSet(texts, token_ids, columns, records.fingerprint)
 
 
 def evaluate(
@@ -158,18 +161,9 @@ def generate(
         pending.append(rollout.submit_rank(rank, "generate", prompts, sampling, seeds, phase="generate"))
     texts = [""] * len(token_ids)
     for rows, waiting in zip(shares, pending):
-        generations = waiting.result()
-        for i, ids in zip(rows, generations.sequences()):
-            texts[i] = tokenizer.decode(ids, skip_special_tokens=True)
+        for i, text in zip(rows, waiting.result().texts(tokenizer, sampling.stop)):
+            texts[i] = text
     return texts
-
-
-def sample_seed(run_seed: int, step: int, prompt: int, sample: int) -> int:
-    """63-bit seed of one sample: neighbours must not collide, which `seed + i` would."""
-    import hashlib
-
-    digest = hashlib.blake2b(f"{run_seed}/{step}/{prompt}/{sample}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def score(scorer: Scorer, name: str, held_out: EvalSet, completions: list[str]) -> list[float | None]:
