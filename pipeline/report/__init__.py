@@ -1,0 +1,8 @@
+"""Report and model cards: from the files of a run directory to what people read."""
+
+from __future__ import annotations
+
+from pipeline.report.build import build_report
+from pipeline.report.card import CardFacts, adapter_card, write_card
+
+__all__ = ["CardFacts", "adapter_card", "build_report", "write_card"]

@@ -1,0 +1,218 @@
+"""report.html: one self-contained file about a run, made from the files of its directory."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.progress import MARKS, duration
+from pipeline.report.figure import Drawing, file_name
+from pipeline.report.panels import charts, format_value
+from pipeline.report.plots import draw_chart, draw_router_load
+from pipeline.report.samples import Side, side_by_side, stage_samples
+from pipeline.report.stage_graph import artifact_text, interval_text, is_share, score_text, stage_graph
+from pipeline.report.view import EvalRow, RunView, StageView, read_run
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class StageSection:
+    """What the report shows of one stage."""
+
+    stage: StageView
+    anchor: str
+    passed_on: str
+    first: list[Drawing]
+    """Charts that answer "did it learn?"."""
+    mechanics: list[Drawing]
+    router_load: Drawing | None
+    rows: list[tuple[str, str, str, str]]
+    """Metric, first, last and best-known extremes, as texts: the charts in numbers."""
+    samples: Side | None
+
+
+@dataclass(frozen=True)
+class EvalLine:
+    """One line of the evaluation table; `left`, `low`, `high` are percent of the drawing's width."""
+
+    row: EvalRow
+    text: str
+    interval: str
+    change: str
+    apart: bool
+    """Whether its interval and that of the line above do not overlap."""
+    left: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class TimeBar:
+    """One cause of waiting: seconds, and percent of the longest."""
+
+    label: str
+    kind: str
+    text: str
+    percent: float
+
+
+def build_report(run_dir: Path | str) -> Path:
+    """Write RUN_DIR/report.html and RUN_DIR/plots/*.png; the path of the former.
+
+    Works on any run that has a run.json, finished or not. UserError when there is none.
+    """
+    run = read_run(run_dir)
+    path = run.directory / "report.html"
+    html = render(run, run.directory / "plots")
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(html, encoding="utf-8")
+    os.replace(aside, path)
+    return path
+
+
+def render(run: RunView, plots_dir: Path) -> str:
+    """The page of a run; draws its plots into `plots_dir` on the way."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    # Autoescape: completions and prompts are text from a model, and may hold HTML.
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(duration=duration, marks=MARKS)
+    return environment.get_template("template.html").render(
+        run=run,
+        css=(HERE / "style.css").read_text(encoding="utf-8"),
+        headline=headline(run),
+        facts=headline_facts(run),
+        graph=stage_graph(run),
+        sections=[stage_section(stage, plots_dir) for stage in run.stages if has_content(stage)],
+        evals=eval_lines(run.evals),
+        samples=side_by_side(run.completions) if run.completions else None,
+        times=time_bars(run),
+        config_lines=config_lines(run.config_text),
+    )
+
+
+def has_content(stage: StageView) -> bool:
+    """Whether there is anything to show of a stage beyond its box in the graph."""
+    return bool(stage.series or stage.router_load or stage.samples or stage.metrics or stage.error)
+
+
+def headline(run: RunView) -> str:
+    """The result in one line: each evaluated model's figure, in order."""
+    if not run.evals:
+        return ""
+    return f"{metric_name(run.evals[0].metric)}: " + " → ".join(
+        f"{row.model} {score_text(row)}" for row in run.evals
+    )
+
+
+def metric_name(metric: str) -> str:
+    """A metric's name as words."""
+    return metric.replace("_", " ")
+
+
+def headline_facts(run: RunView) -> list[str]:
+    """Small facts under the title."""
+    seconds = run.seconds or sum(stage.seconds or 0 for stage in run.stages)
+    facts = [run.created, f"{duration(seconds)} in all" if seconds else "", f"base {run.base}"]
+    return [fact for fact in facts if fact]
+
+
+def stage_section(stage: StageView, plots_dir: Path) -> StageSection:
+    """Draw a stage's charts and gather its figures."""
+    found, constants = charts(stage.series)
+    drawings = [draw_chart(chart, stage.name, plots_dir) for chart in found]
+    load = draw_router_load(stage.router_load, stage.name, plots_dir) if stage.router_load else None
+    units = {key: chart.panel.unit for chart in found for key in chart.panel.keys}
+    rows = []
+    for key, series in stage.series.items():
+        unit = units.get(key.removeprefix("eval_"), "number")
+        last = format_value(series.values[-1], unit)
+        if key in constants:
+            rows.append((key, last, last, "constant"))
+            continue
+        extremes = f"{format_value(min(series.values), unit)} to {format_value(max(series.values), unit)}"
+        rows.append((key, format_value(series.values[0], unit), last, extremes))
+    # A stage of few metrics has no page of mechanics to fold away.
+    fold = len(drawings) > 4 and any(drawing.first for drawing in drawings)
+    return StageSection(
+        stage=stage,
+        anchor=f"stage-{file_name(stage.name)}",
+        passed_on=artifact_text(stage),
+        first=[drawing for drawing in drawings if drawing.first or not fold],
+        mechanics=[drawing for drawing in drawings if not drawing.first and fold],
+        router_load=load,
+        rows=rows,
+        samples=stage_samples(stage.samples) if stage.samples else None,
+    )
+
+
+def eval_lines(rows: list[EvalRow]) -> list[EvalLine]:
+    """The evaluation table with each interval's place on a common scale (0 to 100 % for shares)."""
+    if not rows:
+        return []
+    ends = [end for row in rows for end in (row.value, *(row.ci95 or ()))]
+    low, high = (0.0, 1.0) if all(is_share(row) for row in rows) else (min(ends), max(ends))
+    span = (high - low) or 1.0
+
+    def place(value: float) -> float:
+        return round(100 * (value - low) / span, 2)
+
+    lines: list[EvalLine] = []
+    for index, row in enumerate(rows):
+        before = rows[index - 1] if index else None
+        bounds = row.ci95 or (row.value, row.value)
+        lines.append(
+            EvalLine(
+                row=row,
+                text=score_text(row),
+                interval=interval_text(row),
+                change=change_text(before, row) if before else "",
+                apart=bool(before and before.ci95 and row.ci95 and disjoint(before.ci95, row.ci95)),
+                left=place(row.value),
+                low=place(bounds[0]),
+                high=place(bounds[1]),
+            )
+        )
+    return lines
+
+
+def change_text(before: EvalRow, row: EvalRow) -> str:
+    """Difference to the line above: in points for shares."""
+    change = row.value - before.value
+    sign = "+" if change >= 0 else "-"
+    return f"{sign}{abs(100 * change):.1f} points" if is_share(row) else f"{sign}{abs(change):.4g}"
+
+
+def disjoint(a: tuple[float, float], b: tuple[float, float]) -> bool:
+    """Whether two intervals have no point in common."""
+    return a[1] < b[0] or b[1] < a[0]
+
+
+def time_bars(run: RunView) -> list[TimeBar]:
+    """Start-up by cause, then the stages, each against the longest."""
+    causes = [(label, "start-up", seconds) for label, seconds in run.startup.items()]
+    causes += [(stage.name, "stage", stage.seconds) for stage in run.stages if stage.seconds]
+    longest = max((seconds for _, _, seconds in causes), default=0.0)
+    return [
+        TimeBar(label.replace("_", " "), kind, duration(seconds), round(100 * seconds / longest, 2))
+        for label, kind, seconds in causes
+        if longest > 0
+    ]
+
+
+def config_lines(text: str) -> list[tuple[str, str, str]]:
+    """A YAML text's lines as (indent, key, rest), so that keys can be set apart."""
+    lines = []
+    for line in text.splitlines():
+        match = re.match(r"^(\s*(?:- )?)([\w./-]+:)(.*)$", line)
+        lines.append((match[1], match[2], match[3]) if match else ("", "", line))
+    return lines

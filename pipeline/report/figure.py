@@ -1,0 +1,115 @@
+"""A figure's frame: colours, settings, and its two outputs, a PNG and an SVG that follows the page's colours.
+
+The SVG's colours are those of the light theme, replaced by CSS variables of the same names, so that a chart
+turns dark with the page that it is in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from actors.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = {
+    "surface": "#fdfdfc",
+    "ink": "#20211f",
+    "muted": "#74746e",
+    "line": "#e2e2dc",
+    "s1": "#2a6fc9",
+    "s2": "#d9622b",
+    "s3": "#16936a",
+    "s4": "#8a5ac2",
+}
+"""Light theme; style.css has a CSS variable of each name, for both themes."""
+
+PNG_DPI = 160
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One chart: its inline SVG and the PNG beside the report."""
+
+    title: str
+    svg: str
+    png: Path
+    first: bool = True
+    """Among the charts that answer "did it learn?"."""
+    wide: bool = False
+    """Takes the page's whole width."""
+
+
+@contextlib.contextmanager
+def drawing_style() -> Iterator[None]:
+    """matplotlib's settings for every chart. UserError where matplotlib is not installed."""
+    if "MPLCONFIGDIR" not in os.environ and not os.access(Path.home(), os.W_OK):
+        # matplotlib otherwise complains about a home that it can't write to, as containers have.
+        os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="matplotlib-")
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("the report's plots need matplotlib: pip install matplotlib") from None
+    muted = COLOURS["muted"]
+    settings = {
+        "svg.fonttype": "none",
+        "font.family": ["DejaVu Sans"],
+        "font.size": 8,
+        "text.color": muted,
+        # A dollar sign in a metric's name is not mathematics.
+        "text.parse_math": False,
+        "axes.labelcolor": muted,
+        "xtick.color": muted,
+        "ytick.color": muted,
+    }
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of `width` x `height` inches that no window and no global state knows of."""
+    from matplotlib.figure import Figure as MatplotlibFigure
+
+    return MatplotlibFigure(figsize=(width, height), facecolor=COLOURS["surface"])
+
+
+def file_name(stage: str) -> str:
+    """A stage's name as part of a file name and of an id."""
+    return re.sub(r"[^\w-]+", "-", stage)
+
+
+def save(figure: Figure, png: Path, title: str, *, first: bool = True, wide: bool = False) -> Drawing:
+    """Write the PNG, and give the same figure back as an SVG whose colours are CSS variables."""
+    import matplotlib
+
+    png.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(png, dpi=PNG_DPI)
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": png.stem}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return Drawing(title, themed_svg(buffer.getvalue(), png.stem, title), png, first, wide)
+
+
+def themed_svg(svg: str, prefix: str, title: str) -> str:
+    """Cut an SVG file down to what a page embeds: own ids, CSS variables for colours, a spoken name."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    for name, colour in COLOURS.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    # Ids are the page's, not the figure's: each chart has its own axes_1.
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
+    svg = re.sub(r'href="#', f'href="#{prefix}-', svg)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title, quote=True)}" ', 1)

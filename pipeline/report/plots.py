@@ -1,0 +1,174 @@
+"""The report's charts: curves over steps, and the expert-load heatmap. Drawn once, used as SVG and PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.report.figure import COLOURS, Drawing, drawing_style, file_name, new_figure, save
+from pipeline.report.panels import Chart, Unit, format_value
+from pipeline.report.view import Series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SMOOTH_FROM = 40
+"""From so many points on, the curve is a moving average over a pale line of the points themselves."""
+
+WIDTH, HEIGHT = 3.75, 2.25
+"""Inches of one chart; at 96 px an inch the size at which three fit a line of the report."""
+
+CELL_TEXT_EXPERTS, CELL_TEXT_LAYERS = 8, 12
+"""Up to so many a heatmap's cells carry their value: more would be too small to read."""
+
+
+@drawing_style()
+def draw_chart(chart: Chart, stage: str, plots_dir: Path) -> Drawing:
+    """Draw a stage's chart to `plots_dir/STAGE-TITLE.png`."""
+    figure = new_figure(WIDTH, HEIGHT)
+    axes = figure.add_axes((0.125, 0.15, 0.845, 0.66))
+    style_axes(axes, chart.panel.unit)
+    # A schedule has no noise: an average would only round its corners.
+    measured = chart.panel.unit != "scientific"
+    for index, (label, series) in enumerate(chart.curves.items()):
+        plot_series(axes, series, COLOURS[f"s{index % 4 + 1}"], label, smooth=measured)
+    axes.margins(x=0.015, y=0.08)
+    axes.set_xlabel("step", loc="right", labelpad=1)
+    heading(figure, chart)
+    png = plots_dir / f"{file_name(stage)}-{chart.slug}.png"
+    return save(figure, png, chart.panel.title, first=chart.panel.first)
+
+
+@drawing_style()
+def draw_router_load(load: Sequence[Sequence[float]], stage: str, plots_dir: Path) -> Drawing:
+    """Heatmap of expert loads, [layer][expert] in fair shares: blue idle, orange overloaded.
+
+    A small model's is as large as any chart and carries its figures; a large one's is `wide`.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    layers, experts = len(load), len(load[0])
+    wide = experts > CELL_TEXT_EXPERTS or layers > CELL_TEXT_LAYERS
+    width, height = (3 * WIDTH, max(HEIGHT, 0.75 + 0.13 * layers)) if wide else (WIDTH, HEIGHT)
+    figure = new_figure(width, height)
+    left, bottom, top = 0.38 / width, 0.4 / height, 1 - 0.4 / height
+    axes = figure.add_axes((left, bottom, 1 - left - 0.11 / width, top - bottom))
+    axes.imshow(load_colours(load), aspect="auto", interpolation="nearest")
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_xlabel("expert", loc="right", labelpad=1)
+    axes.set_ylabel("layer", labelpad=2)
+    axes.tick_params(length=0, pad=3)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=min(layers, 12), integer=True))
+    if not wide:
+        for layer, row in enumerate(load):
+            for expert, value in enumerate(row):
+                text = f"{value:.1f}"
+                axes.text(expert, layer, text, ha="center", va="center", size=7.5, color=COLOURS["ink"])
+    busiest = max(value for row in load for value in row)
+    line = 1 - 0.19 / height
+    figure.text(
+        0.075 / width, line, "Expert load", size=9.5, weight="bold", color=COLOURS["ink"], va="center"
+    )
+    fact = f"busiest {busiest:.2f} fair shares"
+    figure.text(1 - 0.11 / width, line, fact, size=9 if wide else 8.5, ha="right", va="center")
+    return save(figure, plots_dir / f"{file_name(stage)}-expert-load.png", "Expert load", wide=wide)
+
+
+def load_colours(load: Sequence[Sequence[float]]) -> Any:
+    """RGBA image of the loads. Balanced is transparent, so one image suits a light and a dark page."""
+    import numpy as np
+
+    values = np.asarray(load, dtype=float)
+    over = np.clip(values - 1.0, 0.0, 1.0)
+    under = np.clip(1.0 - values, 0.0, 1.0)
+    image = np.zeros((*values.shape, 4))
+    image[..., :3] = np.where((values >= 1.0)[..., None], _rgb(COLOURS["s2"]), _rgb(COLOURS["s1"]))
+    image[..., 3] = 0.85 * np.maximum(over, under)
+    return image
+
+
+def _rgb(colour: str) -> tuple[float, ...]:
+    return tuple(int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
+
+
+def style_axes(axes: Axes, unit: Unit) -> None:
+    """Quiet axes: horizontal hairlines, no box, few ticks."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.set_facecolor("none")
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(COLOURS["line"])
+    axes.grid(axis="y", color=COLOURS["line"], linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, pad=4)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=unit == "count"))
+    if unit == "percent":
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+    elif unit == "scientific":
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: "0" if value == 0 else f"{value:.2g}"))
+    else:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+
+
+def compact(value: float) -> str:
+    """An axis label: 12k, 1.5M, 0.25."""
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if suffix == 'k' else size):g}{suffix}"
+    return f"{value:.4g}"
+
+
+def plot_series(axes: Axes, series: Series, colour: str, label: str, *, smooth: bool) -> None:
+    """One curve: points as they are; many of them, if `smooth`, pale under their moving average."""
+    if len(series.values) == 1:
+        axes.plot(series.steps, series.values, "o", color=colour, markersize=4.5, label=label)
+        return
+    if not smooth or len(series.values) < SMOOTH_FROM:
+        few = len(series.values) <= 15
+        axes.plot(
+            series.steps,
+            series.values,
+            color=colour,
+            linewidth=1.7,
+            marker="o" if few else None,
+            markersize=3.2,
+            label=label,
+        )
+        return
+    axes.plot(series.steps, series.values, color=colour, linewidth=0.9, alpha=0.28)
+    axes.plot(series.steps, moving_average(series.values), color=colour, linewidth=1.8, label=label)
+
+
+def moving_average(values: Sequence[float]) -> list[float]:
+    """Centred mean over about a fifteenth of the points, over fewer at both ends."""
+    half = max(2, len(values) // 30)
+    means = []
+    for at in range(len(values)):
+        reach = min(half, at, len(values) - 1 - at)
+        near = values[at - reach : at + reach + 1]
+        means.append(sum(near) / len(near))
+    return means
+
+
+def heading(figure: Figure, chart: Chart) -> None:
+    """Title on the left; on the right the last value, or what each colour is when there are several."""
+    ink, muted = COLOURS["ink"], COLOURS["muted"]
+    figure.text(0.02, 0.915, chart.panel.title, size=9.5, weight="bold", color=ink, va="center")
+    labels = list(chart.curves)
+    if len(labels) == 1:
+        last = next(iter(chart.curves.values())).values[-1]
+        text = format_value(last, chart.panel.unit)
+        text += " held out" if labels[0] == "held out" else ""
+        figure.text(0.97, 0.915, text, size=9, color=muted, ha="right", va="center")
+        return
+    at = 0.97
+    for index in reversed(range(len(labels))):
+        colour = COLOURS[f"s{index % 4 + 1}"]
+        figure.text(at, 0.915, labels[index], size=8.5, color=colour, ha="right", va="center", weight="bold")
+        at -= 0.018 * len(labels[index]) + 0.025

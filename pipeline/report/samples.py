@@ -1,0 +1,129 @@
+"""Which generations a reader sees side by side: the same prompt, answered by each model. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+SHOWN_PER_CHANGE = {"better": 4, "worse": 2, "same": 4}
+"""Prompts shown per kind of change from the first model to the last. Losses are always among them."""
+
+TEXT_LIMIT = 1200
+"""Characters of one text; a longer one is cut, and says by how much."""
+
+
+SHORT_PROMPT = 40
+"""Characters up to which a prompt stands beside its answers instead of above them."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One model's answer. `verdict` is right, wrong, or empty where there is no score of 0 or 1."""
+
+    label: str
+    text: str
+    score: float | None
+    verdict: str
+
+
+@dataclass
+class Sample:
+    """One prompt with its expected answer (may be empty) and the answers given."""
+
+    prompt: str
+    expected: str
+    answers: list[Answer] = field(default_factory=list)
+
+    @property
+    def short(self) -> bool:
+        """Whether prompt and expected answer fit beside the answers."""
+        return len(self.prompt) <= SHORT_PROMPT and len(self.expected) <= SHORT_PROMPT
+
+    @property
+    def change(self) -> str:
+        """better, worse or same: the last answer's score against the first one's."""
+        scores = [answer.score for answer in self.answers if answer.score is not None]
+        if len(scores) < 2 or scores[0] == scores[-1]:
+            return "same"
+        return "better" if scores[-1] > scores[0] else "worse"
+
+
+@dataclass(frozen=True)
+class Side:
+    """Samples side by side: the labels of the columns, the rows shown, and how many there were."""
+
+    labels: list[str]
+    samples: list[Sample]
+    total: int
+    counts: dict[str, int]
+    """How many of `total` got better, worse, or stayed the same."""
+
+
+def side_by_side(completions: Mapping[str, Sequence[Mapping[str, Any]]]) -> Side:
+    """Join each model's rows {prompt, completion, answer, score} on the prompt, and choose which to show."""
+    samples: dict[str, Sample] = {}
+    for label, rows in completions.items():
+        for row in rows:
+            prompt = as_text(row.get("prompt"))
+            sample = samples.setdefault(prompt, Sample(clip(prompt), clip(as_text(row.get("answer")))))
+            if not any(answer.label == label for answer in sample.answers):
+                sample.answers.append(to_answer(label, row))
+    labels = list(completions)
+    whole = [sample for sample in samples.values() if len(sample.answers) == len(labels)]
+    # Models evaluated on different prompts have nothing to stand side by side: show what there is.
+    whole = whole or list(samples.values())
+    counts = {change: sum(sample.change == change for sample in whole) for change in SHOWN_PER_CHANGE}
+    return Side(labels, choose(whole), len(whole), counts)
+
+
+def stage_samples(rows: Sequence[Mapping[str, Any]]) -> Side:
+    """A stage's samples.jsonl: one row a prompt with `before` and `after`, or one row a generation,
+    told apart by `when`, `model` or `step`."""
+    by_label: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        for label in ("before", "after"):
+            if label in row:
+                score = row.get(f"score_{label}", row.get(f"{label}_score"))
+                by_label.setdefault(label, []).append({**row, "completion": row[label], "score": score})
+        if "before" not in row and "after" not in row:
+            step = f"step {row['step']}" if "step" in row else "generation"
+            by_label.setdefault(str(row.get("when") or row.get("model") or step), []).append(dict(row))
+    return side_by_side(by_label)
+
+
+def choose(samples: Sequence[Sample]) -> list[Sample]:
+    """Some of each kind of change, better ones first; within a kind the first that came."""
+    chosen: list[Sample] = []
+    for change, limit in SHOWN_PER_CHANGE.items():
+        chosen += [sample for sample in samples if sample.change == change][:limit]
+    return chosen
+
+
+def to_answer(label: str, row: Mapping[str, Any]) -> Answer:
+    """One row of a generations file as an answer."""
+    raw = row.get("score")
+    score = float(raw) if isinstance(raw, (int, float)) else None
+    verdict = {0.0: "wrong", 1.0: "right"}.get(score, "") if score is not None else ""
+    return Answer(label, clip(as_text(row.get("completion"))), score, verdict)
+
+
+def as_text(value: Any) -> str:
+    """A prompt or completion as text: a string, or messages with their roles."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        value = [value]
+    if isinstance(value, list) and all(isinstance(message, Mapping) for message in value):
+        if len(value) == 1:
+            return str(value[0].get("content", ""))
+        return "\n".join(f"{message.get('role', '?')}: {message.get('content', '')}" for message in value)
+    return "" if value is None else str(value)
+
+
+def clip(text: str) -> str:
+    """At most TEXT_LIMIT characters; what was cut is counted."""
+    text = text.strip("\n")
+    if len(text) <= TEXT_LIMIT:
+        return text
+    return f"{text[:TEXT_LIMIT]} … ({len(text) - TEXT_LIMIT:,} more characters)"

@@ -1,0 +1,164 @@
+"""The stage graph as boxes and arrows with coordinates; the template draws them. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.progress import MARKS, duration
+from pipeline.report.view import BASE, EvalRow, RunView, StageView
+
+BOX_WIDTH = 178
+BOX_HEIGHT, SCORE_HEIGHT = 76, 16
+"""Of a box, and what it has more where models were evaluated."""
+GAP_X, GAP_Y = 112, 26
+MARGIN = 10
+
+
+@dataclass(frozen=True)
+class Box:
+    """One stage, or the base: top left corner in pixels, and its lines of text."""
+
+    name: str
+    state: str
+    kind: str
+    facts: str
+    score: str
+    x: int
+    y: int
+    height: int
+    width: int = BOX_WIDTH
+
+
+@dataclass(frozen=True)
+class Arrow:
+    """What one stage hands to another: an SVG path, its label, and where the label is centred."""
+
+    path: str
+    label: str
+    x: float
+    y: float
+    reference: bool
+    """Drawn dashed: read as the reference policy, not trained further."""
+
+
+@dataclass(frozen=True)
+class StageGraph:
+    """The drawing and its size in pixels."""
+
+    boxes: list[Box]
+    arrows: list[Arrow]
+    width: int
+    height: int
+
+
+def stage_graph(run: RunView) -> StageGraph:
+    """Lay the stages out left to right by what they start from; stages from one parent stand in a column."""
+    known = {BASE, *(stage.name for stage in run.stages)}
+    cells = _cells(run.stages)
+    scores = {result.model: score_text(result) for result in run.evals}
+    height = BOX_HEIGHT + (SCORE_HEIGHT if scores else 0)
+
+    def box(name: str, state: str, kind: str, facts: str) -> Box:
+        column, row = cells[name]
+        x, y = MARGIN + column * (BOX_WIDTH + GAP_X), MARGIN + row * (height + GAP_Y)
+        return Box(name, state, kind, facts, scores.get(name, ""), x, y, height)
+
+    boxes = {BASE: box(BASE, "base", short_path(run.base), "")}
+    for stage in run.stages:
+        kind = stage.type if stage.type != stage.name else ""
+        boxes[stage.name] = box(stage.name, stage.state, kind, _facts(stage))
+    passed = {stage.name: artifact_text(stage) for stage in run.stages}
+    arrows = []
+    for stage in run.stages:
+        parent = stage.init if stage.init in known else BASE
+        arrows.append(_arrow(boxes[parent], boxes[stage.name], passed.get(parent, ""), reference=False))
+        if stage.reference in known and stage.reference is not None:
+            arrows.append(_arrow(boxes[stage.reference], boxes[stage.name], "reference", reference=True))
+    reference_room = 34 if any(arrow.reference for arrow in arrows) else 0
+    return StageGraph(
+        boxes=list(boxes.values()),
+        arrows=arrows,
+        width=max(box.x for box in boxes.values()) + BOX_WIDTH + MARGIN,
+        height=max(box.y + box.height for box in boxes.values()) + MARGIN + reference_room,
+    )
+
+
+def _cells(stages: Sequence[StageView]) -> dict[str, tuple[int, int]]:
+    """(column, row) of the base and of each stage: one column after its parent, in the first free row."""
+    cells = {BASE: (0, 0)}
+    taken = {0: 1}
+    for stage in stages:
+        parent = cells.get(stage.init, cells[BASE])
+        column = parent[0] + 1
+        row = max(parent[1], taken.get(column, 0))
+        taken[column] = row + 1
+        cells[stage.name] = (column, row)
+    return cells
+
+
+def _facts(stage: StageView) -> str:
+    mark = MARKS.get(stage.state, "·")
+    words = {"pending": "not started"}.get(stage.state, stage.state)
+    time = f" · {duration(stage.seconds)}" if stage.seconds else ""
+    return f"{mark} {words}{time}"
+
+
+def _arrow(start: Box, end: Box, label: str, *, reference: bool) -> Arrow:
+    if reference:
+        # Under the boxes, where it crosses no other arrow.
+        left, right = start.x + start.width / 2, end.x + end.width / 2
+        top, bottom = start.y + start.height, end.y + end.height
+        low = max(top, bottom) + 22
+        path = f"M{left:g} {top} C{left:g} {low} {left:g} {low} {left + 30:g} {low} L{right - 30:g} {low} "
+        path += f"C{right:g} {low} {right:g} {low} {right:g} {bottom + 3}"
+        return Arrow(path, label, (left + right) / 2, low - 5, reference=True)
+    x0, y0 = start.x + start.width, start.y + start.height / 2
+    x1, y1 = end.x - 3, end.y + end.height / 2
+    middle = (x0 + x1) / 2
+    path = f"M{x0:g} {y0:g} C{middle:g} {y0:g} {middle:g} {y1:g} {x1:g} {y1:g}"
+    return Arrow(path, label, middle, (y0 + y1) / 2 - 8, reference=False)
+
+
+def artifact_text(stage: StageView) -> str:
+    """What a stage passes on, with its size: `adapter, 1.3 MB`."""
+    if not stage.artifact:
+        return ""
+    size = f", {byte_text(stage.artifact_bytes)}" if stage.artifact_bytes else ""
+    return f"{stage.artifact}{size}"
+
+
+def byte_text(count: float) -> str:
+    """Bytes in decimal units: 812 kB, 1.3 MB, 61 GB."""
+    if count < 1000:
+        return f"{count:g} B"
+    units = ("kB", "MB", "GB", "TB")
+    power = min(len(units), int(math.log10(count)) // 3)
+    return f"{count / 1000**power:.3g} {units[power - 1]}"
+
+
+def score_text(row: EvalRow) -> str:
+    """`58.4 % exact match`-like: a share as percent, anything else as it is."""
+    if is_share(row):
+        return f"{100 * row.value:.1f} %"
+    return f"{row.value:.4g}"
+
+
+def interval_text(row: EvalRow) -> str:
+    """A 95 % interval as text, empty where there is none."""
+    if row.ci95 is None:
+        return ""
+    low, high = row.ci95
+    return f"{100 * low:.1f} to {100 * high:.1f} %" if is_share(row) else f"{low:.4g} to {high:.4g}"
+
+
+def is_share(row: EvalRow) -> bool:
+    """Whether a figure is a share of prompts (between 0 and 1, by its value and interval)."""
+    low, high = row.ci95 or (row.value, row.value)
+    return min(low, row.value) >= 0 and max(high, row.value) <= 1
+
+
+def short_path(text: str, limit: int = 24) -> str:
+    """The end of a long path or id, so that it fits a box."""
+    return text if len(text) <= limit else "…" + text[-(limit - 1) :]

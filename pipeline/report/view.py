@@ -1,0 +1,344 @@
+"""A run directory as the report sees it: plain values, read from files alone.
+
+A report is wanted most when something went wrong. So nothing here raises for a file that is missing, cut off
+or of an unknown shape: what can be read is taken, and the rest becomes a line in `RunView.notes`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from actors.errors import UserError
+
+BASE = "base"
+"""Name of the model that every first stage starts from, in `eval` and in the stage graph."""
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
+
+
+@dataclass
+class Series:
+    """One metric over a stage's steps: `steps` ascending, one finite value each."""
+
+    steps: list[int]
+    values: list[float]
+
+    @property
+    def constant(self) -> bool:
+        return len(set(self.values)) <= 1
+
+
+@dataclass
+class StageView:
+    """One stage: what the config asked for, where it stands, what it left behind."""
+
+    name: str
+    type: str
+    state: str
+    """done, skipped, running, failed, stopped, or pending (in the config, not reached)."""
+    init: str = BASE
+    reference: str | None = None
+    """Set when the stage's reference is another stage than the one that it started from."""
+    seconds: float | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+    series: dict[str, Series] = field(default_factory=dict)
+    router_load: list[list[float]] = field(default_factory=list)
+    """[layer][expert]: share of the tokens that a fair router would send there, so 1 is balanced."""
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    artifact: str = ""
+    """Kind of artifact passed on (adapter, model ...), empty when there is none yet."""
+    artifact_bytes: int = 0
+
+
+@dataclass
+class EvalRow:
+    """One evaluated model: `value` is the mean of `metric` over `n` prompts, `ci95` its interval."""
+
+    model: str
+    metric: str
+    value: float
+    n: int | None = None
+    ci95: tuple[float, float] | None = None
+    others: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class RunView:
+    """Everything that the report shows."""
+
+    name: str
+    directory: Path
+    state: str
+    stages: list[StageView]
+    evals: list[EvalRow]
+    completions: dict[str, list[dict[str, Any]]]
+    """Per evaluated model, the rows {prompt, completion, answer, score} of eval/MODEL.jsonl."""
+    base: str
+    config_text: str
+    versions: dict[str, str]
+    startup: dict[str, float]
+    seconds: float | None
+    error: str
+    created: str
+    notes: list[str]
+
+
+def read_run(run_dir: Path | str) -> RunView:
+    """Read a run directory. UserError only when there is no readable run.json in it."""
+    directory = Path(run_dir)
+    run = _run_json(directory)
+    notes: list[str] = []
+    config_text, config = _read_config(directory / "config.yaml", notes)
+    stages = _read_stages(directory, run, config, notes)
+    evals = _eval_rows(_mapping(run.get("eval")), notes)
+    names = [row.model for row in evals]
+    return RunView(
+        name=str(run.get("name") or config.get("name") or directory.resolve().name),
+        directory=directory,
+        state=_run_state(run, stages),
+        stages=stages,
+        evals=evals,
+        completions=_read_completions(directory / "eval", names, notes),
+        base=str(_mapping(config.get("model")).get("base") or BASE),
+        config_text=config_text,
+        versions=_versions(directory, run, stages),
+        startup=_numbers(_mapping(run.get("startup"))),
+        seconds=_number(run.get("seconds")),
+        error=_error_text(run.get("error")),
+        created=str(run.get("started") or run.get("created") or ""),
+        notes=notes,
+    )
+
+
+def _run_json(directory: Path) -> dict[str, Any]:
+    path = directory / "run.json"
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{directory}: no run.json in it, so this is not a run directory (runs/NAME)"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: can't be read: {error}") from None
+    if not isinstance(run, dict):
+        raise UserError(f"{path}: holds a {type(run).__name__}, not a mapping")
+    return run
+
+
+def _read_config(path: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        return text, _mapping(yaml.safe_load(text))
+    except FileNotFoundError:
+        return "", {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        notes.append(f"{path.name} can't be read: {error}")
+        return "", {}
+
+
+def _read_stages(
+    directory: Path, run: dict[str, Any], config: dict[str, Any], notes: list[str]
+) -> list[StageView]:
+    wanted = _mapping(config.get("stages"))
+    found = _mapping(run.get("stages"))
+    stages: list[StageView] = []
+    for name in dict.fromkeys([*wanted, *found]):
+        asked, had = _mapping(wanted.get(name)), _mapping(found.get(name))
+        previous = stages[-1].name if stages else BASE
+        stage = StageView(
+            name=str(name),
+            type=str(asked.get("type") or had.get("type") or name),
+            state=str(had.get("state") or "pending"),
+            init=str(asked.get("init") or previous),
+            seconds=_number(had.get("seconds")),
+            metrics=_mapping(had.get("metrics")),
+            error=_error_text(had.get("error")),
+        )
+        reference = asked.get("reference")
+        if isinstance(reference, str) and reference != stage.init:
+            stage.reference = reference
+        _read_stage_files(directory / stage.name, stage, notes)
+        stages.append(stage)
+    return stages
+
+
+def _read_stage_files(directory: Path, stage: StageView, notes: list[str]) -> None:
+    stage.series = to_series(read_jsonl(directory / "metrics.jsonl", notes))
+    stage.samples = read_jsonl(directory / "samples.jsonl", notes)
+    stage.router_load = fair_share(_read_json(directory / "router_load.json", notes).get("load"))
+    manifest = _read_json(directory / "manifest.json", notes)
+    stage.artifact = str(manifest.get("type") or "")
+    for kind in ("adapter", "model"):
+        folder = directory / kind
+        if folder.is_dir():
+            stage.artifact = stage.artifact or kind
+            weights = [
+                file for file in folder.rglob("*") if file.suffix in WEIGHT_SUFFIXES and file.is_file()
+            ]
+            stage.artifact_bytes = sum(file.stat().st_size for file in weights)
+
+
+def read_jsonl(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file; lines that can't be read are counted in a note."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        notes.append(f"{path.parent.name}/{path.name} can't be read: {error}")
+        return []
+    rows, bad = [], 0
+    for line in lines:
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError:
+            bad += 1
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    if bad:
+        notes.append(f"{path.parent.name}/{path.name}: {bad} unreadable line(s) left out")
+    return rows
+
+
+def to_series(rows: list[dict[str, Any]]) -> dict[str, Series]:
+    """Metric rows to one series a metric. A step logged again after a resume counts once, as last seen."""
+    values: dict[str, dict[int, float]] = {}
+    for index, row in enumerate(rows):
+        step = _number(row.get("step"))
+        at = index if step is None else int(step)
+        for key, value in row.items():
+            number = _number(value)
+            if key != "step" and number is not None:
+                values.setdefault(key, {})[at] = number
+    return {
+        key: Series(steps=sorted(points), values=[points[step] for step in sorted(points)])
+        for key, points in values.items()
+    }
+
+
+def fair_share(load: Any) -> list[list[float]]:
+    """Expert loads as [layer][expert] multiples of the fair share; of [step][layer][expert] the last."""
+    while isinstance(load, list) and load and _depth(load) > 2:
+        load = load[-1]
+    if not isinstance(load, list) or _depth(load) != 2:
+        return []
+    shares = []
+    for row in load:
+        numbers = [_number(value) or 0.0 for value in row]
+        total = sum(numbers)
+        shares.append([value * len(numbers) / total if total else 0.0 for value in numbers])
+    # Layers without experts (a dense first layer) are reported as empty rows.
+    shares = [row for row in shares if row]
+    return shares if len({len(row) for row in shares}) == 1 else []
+
+
+def _depth(value: Any) -> int:
+    depth = 0
+    while isinstance(value, list):
+        depth += 1
+        value = next((item for item in value if item != []), None)
+    return depth
+
+
+def _eval_rows(evals: dict[str, Any], notes: list[str]) -> list[EvalRow]:
+    rows = []
+    for model, raw in evals.items():
+        figures = _mapping(raw)
+        numbers = _numbers(figures)
+        n = numbers.pop("n", None)
+        metric = str(figures.get("metric") or ("accuracy" if "accuracy" in numbers else ""))
+        if metric not in numbers:
+            metric = "accuracy" if "accuracy" in numbers else next(iter(numbers), "")
+        if not metric:
+            notes.append(f"eval.{model}: has no figure")
+            continue
+        interval = figures.get("ci95")
+        bounds = [_number(bound) for bound in interval] if isinstance(interval, list) else []
+        low, high = (bounds[0], bounds[1]) if len(bounds) == 2 else (None, None)
+        rows.append(
+            EvalRow(
+                model=str(model),
+                metric=metric,
+                value=numbers.pop(metric),
+                n=None if n is None else int(n),
+                ci95=None if low is None or high is None else (low, high),
+                others=numbers,
+            )
+        )
+    return rows
+
+
+def _read_completions(
+    directory: Path, evaluated: list[str], notes: list[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """eval/*.jsonl by model: those in the table first and in its order."""
+    files = {path.stem: path for path in sorted(directory.glob("*.jsonl"))} if directory.is_dir() else {}
+    names = [name for name in evaluated if name in files] + [name for name in files if name not in evaluated]
+    completions = {name: read_jsonl(files[name], notes) for name in names}
+    return {name: rows for name, rows in completions.items() if rows}
+
+
+def _versions(directory: Path, run: dict[str, Any], stages: list[StageView]) -> dict[str, str]:
+    candidates = [run.get("versions")]
+    candidates += [
+        _read_json(directory / stage.name / "manifest.json", []).get("versions") for stage in stages
+    ]
+    for versions in candidates:
+        if isinstance(versions, dict) and versions:
+            return {str(name): str(version) for name, version in versions.items()}
+    return {}
+
+
+def _run_state(run: dict[str, Any], stages: list[StageView]) -> str:
+    if run.get("state"):
+        return str(run["state"])
+    states = {stage.state for stage in stages}
+    for state in ("failed", "running", "stopped"):
+        if state in states:
+            return state
+    return "done" if states <= {"done", "skipped"} else "stopped"
+
+
+def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        return _mapping(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        notes.append(f"{path.parent.name}/{path.name} can't be read: {error}")
+        return {}
+
+
+def _error_text(error: Any) -> str:
+    """An error as one text: a string, or RunFailure's fields who, phase, reason, next_step."""
+    if isinstance(error, dict):
+        who, phase, reason = (str(error.get(key) or "") for key in ("who", "phase", "reason"))
+        place = " in ".join(part for part in (who, phase and f"phase '{phase}'") if part)
+        text = ": ".join(part for part in (place, reason) if part)
+        step = error.get("next_step")
+        return f"{text}\nnext: {step}" if step else text
+    return "" if error is None else str(error)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {str(key): number for key, value in values.items() if (number := _number(value)) is not None}
+
+
+def _number(value: Any) -> float | None:
+    """A finite number as a float; None for anything else (NaN and booleans too)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) else None
