@@ -1,0 +1,115 @@
+"""States of a role's processes, as a pure machine: observations in, states out; no Ray, no clock.
+
+    starting -> healthy <-> suspect -> dead -> (restart) -> starting
+
+A process that was seen dead serves nobody until it is restarted: whatever it still says is ignored, so a
+late answer of an old process can never pass for one of the new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+
+class State(StrEnum):
+    """What is known about one process."""
+
+    STARTING = "starting"
+    """Asked for; has not answered yet."""
+    HEALTHY = "healthy"
+    """Answered the last time that it was waited for."""
+    SUSPECT = "suspect"
+    """Overran a deadline; may still be working."""
+    DEAD = "dead"
+    """Its process is gone."""
+
+
+class Event(StrEnum):
+    """What was observed about one process."""
+
+    ANSWERED = "answered"
+    OVERDUE = "overdue"
+    DIED = "died"
+    RESTARTED = "restarted"
+
+
+_NEXT: dict[tuple[State, Event], State] = {
+    (State.STARTING, Event.ANSWERED): State.HEALTHY,
+    (State.STARTING, Event.OVERDUE): State.SUSPECT,
+    (State.STARTING, Event.DIED): State.DEAD,
+    (State.HEALTHY, Event.ANSWERED): State.HEALTHY,
+    (State.HEALTHY, Event.OVERDUE): State.SUSPECT,
+    (State.HEALTHY, Event.DIED): State.DEAD,
+    (State.SUSPECT, Event.ANSWERED): State.HEALTHY,
+    (State.SUSPECT, Event.OVERDUE): State.SUSPECT,
+    (State.SUSPECT, Event.DIED): State.DEAD,
+    (State.SUSPECT, Event.RESTARTED): State.STARTING,
+    (State.DEAD, Event.ANSWERED): State.DEAD,
+    (State.DEAD, Event.OVERDUE): State.DEAD,
+    (State.DEAD, Event.DIED): State.DEAD,
+    (State.DEAD, Event.RESTARTED): State.STARTING,
+}
+"""Every allowed transition. Restarting a process that serves is a mistake of the caller, so it is absent."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One process of a fleet."""
+
+    state: State = State.STARTING
+    generation: int = 0
+    """Restarts so far. An observation made of an earlier generation is ignored."""
+    reason: str = ""
+    """Why it is suspect or dead."""
+
+    def after(self, event: Event, reason: str = "", generation: int | None = None) -> Member:
+        """The member once `event` was seen.
+
+        Raises:
+            ValueError: the event can't happen in this state (restarting a member that serves).
+        """
+        if generation is not None and generation != self.generation:
+            return self
+        state = _NEXT.get((self.state, event))
+        if state is None:
+            raise ValueError(f"a {self.state} process can't be {event}: stop it first")
+        if event is Event.RESTARTED:
+            return Member(state, self.generation + 1)
+        if state is self.state and state is State.DEAD:
+            return self
+        return replace(self, state=state, reason=reason if state in (State.SUSPECT, State.DEAD) else "")
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The processes of one role, by rank."""
+
+    members: tuple[Member, ...] = field(default_factory=tuple)
+
+    @staticmethod
+    def of(size: int) -> Fleet:
+        """`size` processes that were just asked for."""
+        return Fleet(tuple(Member() for _ in range(size)))
+
+    def after(
+        self, ranks: Iterable[int], event: Event, reason: str = "", generation: int | None = None
+    ) -> Fleet:
+        """The fleet once `event` was seen on `ranks`."""
+        seen = set(ranks)
+        return Fleet(
+            tuple(
+                member.after(event, reason, generation) if rank in seen else member
+                for rank, member in enumerate(self.members)
+            )
+        )
+
+    def ranks(self, *states: State) -> list[int]:
+        """Ranks that are in one of `states`."""
+        return [rank for rank, member in enumerate(self.members) if member.state in states]
+
+    @property
+    def serving(self) -> list[int]:
+        """Ranks that may be asked for work."""
+        return self.ranks(State.STARTING, State.HEALTHY)
