@@ -35,6 +35,7 @@ __all__ = [
     "adapter_names",
     "adapter_parameters",
     "add_adapter",
+    "attach_config",
     "attach_lora",
     "attach_saved",
     "check_adapter_matches_base",
@@ -82,7 +83,25 @@ def attach_lora(
     model: PreTrainedModel, lora: LoraSpec, adapter_name: str = "policy", seed: int = 0
 ) -> PeftModel:
     """Freeze the base and give it a first, trainable adapter (A drawn from `seed`, B zero)."""
-    return _attach(model, lora_config(model, lora), adapter_name, seed, lora.expert_impl)
+    return attach_config(model, lora_config(model, lora), adapter_name, seed, lora.expert_impl)
+
+
+def attach_config(
+    model: PreTrainedModel,
+    config: LoraConfig,
+    adapter_name: str = "policy",
+    seed: int = 0,
+    expert_impl: str = "auto",
+) -> PeftModel:
+    """Like `attach_lora`, from PEFT's own config."""
+    from peft import get_peft_model
+
+    training = model.training
+    with _seeded(seed), _quiet():
+        peft = get_peft_model(model, config, adapter_name=adapter_name)
+    expert_lora.select(peft, expert_impl)
+    set_trainable(peft, [adapter_name])
+    return peft.train(training)
 
 
 def attach_saved(
@@ -95,7 +114,7 @@ def attach_saved(
 ) -> PeftModel:
     """Like `attach_lora`, with the config and weights of a saved adapter."""
     config = _saved_config(adapter_dir)
-    peft = _attach(model, config, adapter_name, 0, expert_impl)
+    peft = attach_config(model, config, adapter_name, 0, expert_impl)
     load_adapter_weights(peft, adapter_name, adapter_dir)
     set_trainable(peft, [adapter_name] if trainable else [])
     return peft
@@ -266,19 +285,6 @@ def check_adapter_matches_base(
         named = adapter.base_model_name_or_path
         return [f"adapter '{adapter_dir}' was trained on '{named}', whose weights differ from '{base_dir}'"]
     return []
-
-
-def _attach(
-    model: PreTrainedModel, config: LoraConfig, adapter_name: str, seed: int, expert_impl: str
-) -> PeftModel:
-    from peft import get_peft_model
-
-    training = model.training
-    with _seeded(seed), _quiet():
-        peft = get_peft_model(model, config, adapter_name=adapter_name)
-    expert_lora.select(peft, expert_impl)
-    set_trainable(peft, [adapter_name])
-    return peft.train(training)
 
 
 _LAYERS: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], list]] = weakref.WeakKeyDictionary()

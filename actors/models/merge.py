@@ -155,8 +155,9 @@ def write_model(
 
     out_dir, base_dir = Path(out_dir), Path(base_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    for file in sorted(base_dir.iterdir()):
-        if file.suffix in (".json", ".jinja", ".txt", ".model") and "safetensors.index" not in file.name:
+    beside = [f for f in sorted(base_dir.iterdir()) if f.suffix in (".json", ".jinja", ".txt", ".model")]
+    for file in beside:
+        if base_dir != out_dir and "safetensors.index" not in file.name:
             shutil.copyfile(file, out_dir / file.name)
     config = json.loads((base_dir / "config.json").read_text())
     config.pop("torch_dtype", None)
