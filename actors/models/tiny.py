@@ -6,9 +6,13 @@ dry run's fallback tokenizer. Nothing here needs a network.
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from actors.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig
@@ -113,3 +117,29 @@ def write_tiny_base(path: str | Path, seed: int = 0, **overrides: Any) -> Path:
     model.save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
     return path
+
+
+BASE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+"""What the embedded base consists of; whatever else a run wrote beside them stays there."""
+
+
+def install_base(source: str | Path, target: str | Path) -> None:
+    """Copy a trained tiny base to where the recipes look for it. Nothing is touched if a file is missing."""
+    source, target = Path(source), Path(target)
+    missing = [name for name in BASE_FILES if not (source / name).is_file()]
+    if missing:
+        raise UserError(f"{source} is not a complete base: {', '.join(missing)} missing")
+    target.mkdir(parents=True, exist_ok=True)
+    for name in BASE_FILES:
+        shutil.copyfile(source / name, target / name)
+
+
+if __name__ == "__main__":
+    install_base(*sys.argv[1:])

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from actors.models.tiny import VOCAB_SIZE, byte_tokenizer, chat_text, tiny_config, write_tiny_base
+from actors.errors import UserError
+from actors.models.tiny import (
+    BASE_FILES,
+    VOCAB_SIZE,
+    byte_tokenizer,
+    chat_text,
+    install_base,
+    tiny_config,
+    write_tiny_base,
+)
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -67,3 +76,18 @@ def test_the_same_seed_writes_the_same_base_and_disturbs_no_random_state(tmp_pat
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
     reloaded = AutoTokenizer.from_pretrained(tmp_path / "a")
     assert reloaded.apply_chat_template(CHAT, tokenize=False) == chat_text(CHAT)
+
+
+def test_installing_takes_the_base_and_leaves_what_lies_beside_it(tmp_path):
+    source = write_tiny_base(tmp_path / "run", num_hidden_layers=1)
+    (source / "manifest.json").write_text("{}")
+    install_base(source, tmp_path / "assets")
+    assert {path.name for path in (tmp_path / "assets").iterdir()} == set(BASE_FILES)
+
+
+def test_an_incomplete_base_is_not_installed(tmp_path):
+    source = write_tiny_base(tmp_path / "run", num_hidden_layers=1)
+    (source / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors missing"):
+        install_base(source, tmp_path / "assets")
+    assert not (tmp_path / "assets").exists()
