@@ -111,6 +111,7 @@ class WandbTracker(Tracker):
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         if stage not in self.stages:
+            self.run.define_metric(f"{stage}/step")
             self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
             self.stages.add(stage)
         self.run.log({f"{stage}/step": step, **{f"{stage}/{key}": value for key, value in metrics.items()}})
@@ -229,7 +230,6 @@ def is_number(value: object) -> bool:
 
 def open_trackers(
     report_to: Sequence[str],
-    *,
     run_name: str,
     run_dir: Path | str,
     config: Mapping[str, Any],

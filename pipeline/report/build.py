@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.progress import MARKS, duration
 from pipeline.report.figure import Drawing, file_name
 from pipeline.report.panels import charts, format_value
+from pipeline.report.paired import paired_difference
 from pipeline.report.plots import draw_chart, draw_router_load
 from pipeline.report.samples import Side, side_by_side, stage_samples
 from pipeline.report.stage_graph import artifact_text, interval_text, is_share, score_text, stage_graph
@@ -42,8 +45,8 @@ class EvalLine:
     text: str
     interval: str
     change: str
-    apart: bool
-    """Whether its interval and that of the line above do not overlap."""
+    verdict: str
+    """better, worse or even against the line above, on the same prompts; empty where unknown."""
     left: float
     low: float
     high: float
@@ -93,7 +96,7 @@ def render(run: RunView, plots_dir: Path) -> str:
         facts=headline_facts(run),
         graph=stage_graph(run),
         sections=[stage_section(stage, plots_dir) for stage in run.stages if has_content(stage)],
-        evals=eval_lines(run.evals),
+        evals=eval_lines(run.evals, run.completions),
         samples=side_by_side(run.completions) if run.completions else None,
         times=time_bars(run),
         config_lines=config_lines(run.config_text),
@@ -122,7 +125,8 @@ def metric_name(metric: str) -> str:
 def headline_facts(run: RunView) -> list[str]:
     """Small facts under the title."""
     seconds = run.seconds or sum(stage.seconds or 0 for stage in run.stages)
-    facts = [run.created, f"{duration(seconds)} in all" if seconds else "", f"base {run.base}"]
+    so_far = "in all" if run.state == "done" else "so far"
+    facts = [run.began, f"{duration(seconds)} {so_far}" if seconds else "", f"base {run.base}"]
     return [fact for fact in facts if fact]
 
 
@@ -155,28 +159,29 @@ def stage_section(stage: StageView, plots_dir: Path) -> StageSection:
     )
 
 
-def eval_lines(rows: list[EvalRow]) -> list[EvalLine]:
+def eval_lines(rows: list[EvalRow], completions: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[EvalLine]:
     """The evaluation table with each interval's place on a common scale (0 to 100 % for shares)."""
     if not rows:
         return []
     ends = [end for row in rows for end in (row.value, *(row.ci95 or ()))]
-    low, high = (0.0, 1.0) if all(is_share(row) for row in rows) else (min(ends), max(ends))
+    shares = all(is_share(row) for row in rows)
+    low, high = (0.0, 1.0) if shares else (min(ends), max(ends))
     span = (high - low) or 1.0
 
     def place(value: float) -> float:
         return round(100 * (value - low) / span, 2)
 
     lines: list[EvalLine] = []
-    for index, row in enumerate(rows):
-        before = rows[index - 1] if index else None
+    for before, row in zip([None, *rows], rows, strict=False):
         bounds = row.ci95 or (row.value, row.value)
+        change, verdict = change_text(before, row, completions) if before else ("", "")
         lines.append(
             EvalLine(
                 row=row,
                 text=score_text(row),
                 interval=interval_text(row),
-                change=change_text(before, row) if before else "",
-                apart=bool(before and before.ci95 and row.ci95 and disjoint(before.ci95, row.ci95)),
+                change=change,
+                verdict=verdict,
                 left=place(row.value),
                 low=place(bounds[0]),
                 high=place(bounds[1]),
@@ -185,22 +190,23 @@ def eval_lines(rows: list[EvalRow]) -> list[EvalLine]:
     return lines
 
 
-def change_text(before: EvalRow, row: EvalRow) -> str:
-    """Difference to the line above: in points for shares."""
-    change = row.value - before.value
-    sign = "+" if change >= 0 else "-"
-    return f"{sign}{abs(100 * change):.1f} points" if is_share(row) else f"{sign}{abs(change):.4g}"
-
-
-def disjoint(a: tuple[float, float], b: tuple[float, float]) -> bool:
-    """Whether two intervals have no point in common."""
-    return a[1] < b[0] or b[1] < a[0]
+def change_text(
+    before: EvalRow, row: EvalRow, completions: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> tuple[str, str]:
+    """Difference to the line above (in points for shares), and the verdict where prompts can be paired."""
+    scale, unit = (100, " points") if is_share(before) and is_share(row) else (1, "")
+    paired = paired_difference(completions.get(before.model, ()), completions.get(row.model, ()))
+    if paired is None:
+        return f"{scale * (row.value - before.value):+.3g}{unit}", ""
+    low, high = scale * paired.low, scale * paired.high
+    return f"{scale * paired.value:+.3g}{unit} ({low:+.3g} to {high:+.3g})", paired.verdict
 
 
 def time_bars(run: RunView) -> list[TimeBar]:
-    """Start-up by cause, then the stages, each against the longest."""
+    """Start-up by cause, then stages and evaluations, each against the longest."""
     causes = [(label, "start-up", seconds) for label, seconds in run.startup.items()]
     causes += [(stage.name, "stage", stage.seconds) for stage in run.stages if stage.seconds]
+    causes += [(f"evaluation of {row.model}", "evaluation", row.seconds) for row in run.evals if row.seconds]
     longest = max((seconds for _, _, seconds in causes), default=0.0)
     return [
         TimeBar(label.replace("_", " "), kind, duration(seconds), round(100 * seconds / longest, 2))

@@ -17,6 +17,8 @@ class Panel:
     title: str
     keys: tuple[str, ...]
     unit: Unit = "number"
+    names: tuple[str, ...] = ()
+    """What each key is called in the chart; without names, the part after its slash."""
     first: bool = False
     """Among the charts that answer "did it learn?"; the others are mechanics."""
 
@@ -35,7 +37,7 @@ PANELS = (
     Panel("Learning rate", ("learning_rate",), "scientific"),
     Panel("Gradient norm", ("grad_norm",)),
     Panel("Tokens per second", ("tokens_per_second",), "count"),
-    Panel("Expert imbalance (MaxVio)", ("moe/maxvio",)),
+    Panel("Expert imbalance (MaxVio)", ("moe/maxvio", "moe/maxvio_worst"), names=("mean", "worst layer")),
     Panel("Dead experts", ("moe/dead_experts",), "count"),
     Panel("Routing entropy", ("moe/entropy",)),
     Panel("Auxiliary loss", ("aux_loss",)),
@@ -92,7 +94,10 @@ def charts(series: dict[str, Series]) -> tuple[list[Chart], dict[str, float]]:
 def _label(key: str, panel: Panel) -> str:
     held_out = key.startswith("eval_")
     name = key.removeprefix("eval_")
-    own = name.rsplit("/", 1)[-1] if len(panel.keys) > 1 else ""
+    if panel.names:
+        own = panel.names[panel.keys.index(name)]
+    else:
+        own = name.rsplit("/", 1)[-1] if len(panel.keys) > 1 else ""
     return " ".join(part for part in (own, "held out" if held_out else "") if part) or "training"
 
 

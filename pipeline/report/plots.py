@@ -146,11 +146,15 @@ def plot_series(axes: Axes, series: Series, colour: str, label: str, *, smooth: 
 
 
 def moving_average(values: Sequence[float]) -> list[float]:
-    """Centred mean over about a fifteenth of the points, over fewer at both ends."""
+    """Centred mean over about a fifteenth of the points.
+
+    At the start the window shrinks on both sides, so that the curve begins at the first value, as a loss
+    must; at the end only the side that is missing is, so that the last point does not pull it.
+    """
     half = max(2, len(values) // 30)
     means = []
     for at in range(len(values)):
-        reach = min(half, at, len(values) - 1 - at)
+        reach = min(half, at)
         near = values[at - reach : at + reach + 1]
         means.append(sum(near) / len(near))
     return means

@@ -71,7 +71,7 @@ def side_by_side(completions: Mapping[str, Sequence[Mapping[str, Any]]]) -> Side
                 sample.answers.append(to_answer(label, row))
     labels = list(completions)
     whole = [sample for sample in samples.values() if len(sample.answers) == len(labels)]
-    # Models evaluated on different prompts have nothing to stand side by side: show what there is.
+    # Models evaluated on different prompts have nothing to show side by side: take what there is.
     whole = whole or list(samples.values())
     counts = {change: sum(sample.change == change for sample in whole) for change in SHOWN_PER_CHANGE}
     return Side(labels, choose(whole), len(whole), counts)

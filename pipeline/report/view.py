@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from actors.errors import UserError
 
 BASE = "base"
 """Name of the model that every first stage starts from, in `eval` and in the stage graph."""
+
+FIRST_STEP = "first training step"
+"""The entry of `startup` that is a moment, not a cause."""
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
@@ -67,7 +71,7 @@ class EvalRow:
     value: float
     n: int | None = None
     ci95: tuple[float, float] | None = None
-    others: dict[str, float] = field(default_factory=dict)
+    seconds: float | None = None
 
 
 @dataclass
@@ -85,9 +89,13 @@ class RunView:
     config_text: str
     versions: dict[str, str]
     startup: dict[str, float]
+    """Seconds by cause; causes may overlap."""
+    first_step: float | None
+    """Seconds from the run's start to its first training step."""
     seconds: float | None
     error: str
-    created: str
+    began: str
+    """Local date and time, empty when unknown."""
     notes: list[str]
 
 
@@ -95,6 +103,7 @@ def read_run(run_dir: Path | str) -> RunView:
     """Read a run directory. UserError only when there is no readable run.json in it."""
     directory = Path(run_dir)
     run = _run_json(directory)
+    startup = _numbers(_mapping(run.get("startup")))
     notes: list[str] = []
     config_text, config = _read_config(directory / "config.yaml", notes)
     stages = _read_stages(directory, run, config, notes)
@@ -110,10 +119,11 @@ def read_run(run_dir: Path | str) -> RunView:
         base=str(_mapping(config.get("model")).get("base") or BASE),
         config_text=config_text,
         versions=_versions(directory, run, stages),
-        startup=_numbers(_mapping(run.get("startup"))),
+        first_step=startup.pop(FIRST_STEP, None),
+        startup=startup,
         seconds=_number(run.get("seconds")),
         error=_error_text(run.get("error")),
-        created=str(run.get("started") or run.get("created") or ""),
+        began=_date(run.get("began")),
         notes=notes,
     )
 
@@ -255,10 +265,9 @@ def _eval_rows(evals: dict[str, Any], notes: list[str]) -> list[EvalRow]:
         figures = _mapping(raw)
         numbers = _numbers(figures)
         n = numbers.pop("n", None)
-        metric = str(figures.get("metric") or ("accuracy" if "accuracy" in numbers else ""))
-        if metric not in numbers:
-            metric = "accuracy" if "accuracy" in numbers else next(iter(numbers), "")
-        if not metric:
+        seconds = numbers.pop("seconds", None)
+        key = "accuracy" if "accuracy" in numbers else next(iter(numbers), "")
+        if not key:
             notes.append(f"eval.{model}: has no figure")
             continue
         interval = figures.get("ci95")
@@ -267,11 +276,11 @@ def _eval_rows(evals: dict[str, Any], notes: list[str]) -> list[EvalRow]:
         rows.append(
             EvalRow(
                 model=str(model),
-                metric=metric,
-                value=numbers.pop(metric),
+                metric=str(figures.get("metric") or key).rsplit(":", 1)[-1],
+                value=numbers[key],
                 n=None if n is None else int(n),
                 ci95=None if low is None or high is None else (low, high),
-                others=numbers,
+                seconds=seconds,
             )
         )
     return rows
@@ -327,6 +336,14 @@ def _error_text(error: Any) -> str:
         step = error.get("next_step")
         return f"{text}\nnext: {step}" if step else text
     return "" if error is None else str(error)
+
+
+def _date(value: Any) -> str:
+    """Seconds since the epoch as local date and time; a text stays as it is."""
+    seconds = _number(value)
+    if seconds is None:
+        return str(value or "")
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
 
 
 def _mapping(value: Any) -> dict[str, Any]:

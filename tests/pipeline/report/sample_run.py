@@ -60,7 +60,13 @@ VERSIONS = {
     "peft": "0.21.2",
     "ray": "2.60.0",
 }
-STARTUP = {"ray": 4.2, "policy ranks": 9.8, "reference": 9.1, "vllm_import": 14.6, "base on rollout": 3.3}
+STARTUP = {
+    "ray": 4.2,
+    "policy ranks": 9.8,
+    "reference": 9.1,
+    "vllm_import": 14.6,
+    "first training step": 18.4,
+}
 
 
 def write_sample_run(root: Path, *, failed: bool = False, evaluated: bool = True) -> Path:
@@ -85,7 +91,7 @@ def write_sample_run(root: Path, *, failed: bool = False, evaluated: bool = True
         },
         "startup": STARTUP,
         "seconds": 131.0,
-        "started": "2026-10-04 14:03",
+        "began": 1791115380.0,
         "versions": VERSIONS,
     }
     if failed:
@@ -102,9 +108,27 @@ def write_sample_run(root: Path, *, failed: bool = False, evaluated: bool = True
         }
     if evaluated and not failed:
         run["eval"] = {
-            "base": {"accuracy": 0.246, "n": 500, "ci95": [0.210, 0.286]},
-            "sft": {"accuracy": 0.584, "n": 500, "ci95": [0.540, 0.626]},
-            "dpo": {"accuracy": 0.782, "n": 500, "ci95": [0.744, 0.816]},
+            "base": {
+                "metric": "exact_match",
+                "accuracy": 0.246,
+                "n": 500,
+                "seconds": 4.1,
+                "ci95": [0.210, 0.286],
+            },
+            "sft": {
+                "metric": "exact_match",
+                "accuracy": 0.584,
+                "n": 500,
+                "seconds": 4.1,
+                "ci95": [0.540, 0.626],
+            },
+            "dpo": {
+                "metric": "exact_match",
+                "accuracy": 0.782,
+                "n": 500,
+                "seconds": 4.1,
+                "ci95": [0.744, 0.816],
+            },
         }
         write_completions(root / "eval")
     (root / "run.json").write_text(json.dumps(run, indent=2))
@@ -126,6 +150,7 @@ def write_metrics(stage: Path, steps: int, row: Callable[[float, random.Random],
             "learning_rate": 0.002 * min(1, step / 10) * (1 + math.cos(math.pi * step / steps)) / 2,
             "tokens_per_second": noise.gauss(9800, 350),
             "moe/maxvio": 0.55 + noise.gauss(0, 0.03),
+            "moe/maxvio_worst": 0.9 + noise.gauss(0, 0.05),
             "moe/dead_experts": 0.0,
             "moe/entropy": 1.86 + noise.gauss(0, 0.01),
         }
