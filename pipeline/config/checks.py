@@ -213,5 +213,7 @@ def _eval_problems(config: RunConfig) -> Iterator[Problem]:
             yield Problem("eval.models", f"no stage is named '{name}'; possible: {', '.join(choices)}")
     if spec.models and len(set(spec.models)) < len(spec.models):
         yield Problem("eval.models", "a model is named more than once")
+    if spec.sampling.n != 1:
+        yield Problem("eval.sampling.n", f"{spec.sampling.n}: evaluation draws one answer per prompt")
     if spec.metric != "exact_match" and not re.match(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", spec.metric):
         yield Problem("eval.metric", f"'{spec.metric}' is neither `exact_match` nor `module:function`")

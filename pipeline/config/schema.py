@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from actors.models.spec import ModelSpec, Spec
-from actors.rollout import SamplingSpec
 from actors.runtime import LimitsSpec, RoleSpec
+from actors.sampling import SamplingSpec
 from pipeline.config.checks import NAME_PATTERN, raise_for
 from pipeline.data.spec import DataSources
 from pipeline.stages.spec import STAGE_TYPES, DpoStage, SftStage, Stage, StageSpec

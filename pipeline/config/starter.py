@@ -19,7 +19,7 @@ from pipeline.stages.spec import DpoStage, SftStage
 
 WIDTH = 100
 
-DATA = {
+DATA: dict[str, dict[str, Any]] = {
     "sft": {"source": "builtin:arithmetic", "split": "train", "max_rows": 4096},
     "dpo": {"source": "builtin:arithmetic", "split": "preference", "max_rows": 4096},
     "eval": {"source": "builtin:arithmetic", "split": "test"},
@@ -153,7 +153,7 @@ def _default(spec: type[BaseModel], name: str) -> Any:
 
 
 def _inline(value: Any) -> str:
-    if isinstance(value, float) and (value.is_integer() and abs(value) < 1e6 or 1e-4 < abs(value) < 1):
+    if isinstance(value, float) and ((value.is_integer() and abs(value) < 1e6) or 1e-4 < abs(value) < 1):
         return f"{value:g}"
     if isinstance(value, float):
         return f"{value:.0e}".replace("e-0", "e-") if float(f"{value:.0e}") == value else repr(value)

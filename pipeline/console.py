@@ -1,0 +1,57 @@
+"""What the commands print: problems without tracebacks, and small tables."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from actors.errors import EXIT_FAILED, EXIT_USER, RunFailure, UserError
+
+out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+err = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+
+
+def say(text: str) -> None:
+    """One line on standard output, as it is."""
+    out.print(text, markup=False)
+
+
+def user_error(error: UserError, subject: str = "") -> int:
+    """Every problem on a line of its own; exit code 2."""
+    count = len(error.problems)
+    if count == 1 and (not subject or error.problems[0].startswith(subject)):
+        err.print(f"[bold red]error[/]: {escape(error.problems[0])}")
+        return EXIT_USER
+    head = f"{subject}: " if subject else ""
+    err.print(f"[bold red]{escape(head)}{count} problem{'s' if count != 1 else ''}[/]")
+    for problem in error.problems:
+        key, colon, rest = problem.partition(": ")
+        is_key = bool(colon) and " " not in key
+        text = f"[bold]{escape(key)}[/]: {escape(rest)}" if is_key else escape(problem)
+        err.print(f"  - {text}")
+    return EXIT_USER
+
+
+def run_failure(error: RunFailure) -> int:
+    """Who, phase, reason and what to do next; exit code 1."""
+    err.print(f"[bold red]failed[/]: {escape(str(error))}")
+    return EXIT_FAILED
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A small table; nothing when it has no rows."""
+    filled = [[str(cell) for cell in row] for row in rows]
+    if not filled:
+        return
+    grid = Table(
+        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2)
+    )
+    for name in columns:
+        grid.add_column(name, style="", header_style="dim", overflow="fold")
+    for row in filled:
+        grid.add_row(*(escape(cell) for cell in row))
+    out.print(grid)

@@ -1,0 +1,345 @@
+"""Runs on a cluster as Ray jobs: submit, follow, find again, stop after saving."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from actors.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RunFailure, UserError
+from pipeline.shipping import NAME_KEY, OUTPUT_KEY, plan_shipment, stop_command
+
+if TYPE_CHECKING:
+    from ray.dashboard.modules.job.pydantic_models import JobDetails
+    from ray.job_submission import JobSubmissionClient
+
+    from pipeline.config.schema import RunConfig
+
+POLL = 1.0
+"""Seconds between two looks at a job."""
+SETTLE = 30.0
+"""Seconds that a job may take to report its end after its log has ended."""
+_ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_LOOPBACK = ("127.0.0.1", "localhost")
+
+TOKEN_HELP = (
+    "the cluster asks for a token. Client and cluster must share one: `ray get-auth-token --generate` makes "
+    "it (in ~/.ray/auth_token, or where RAY_AUTH_TOKEN_PATH says); start the cluster with "
+    "`RAY_AUTH_MODE=token ray start --head`, and set RAY_AUTH_MODE=token here as well"
+)
+
+Say = Callable[[str], None]
+
+
+def connect(address: str | None) -> JobSubmissionClient:
+    """A client of the cluster's job server.
+
+    Raises:
+        UserError: there is none, it can't be reached, or it refuses the token.
+    """
+    with _quiet_ray(), _only(address), explained(address):
+        from ray.job_submission import JobSubmissionClient
+
+        return JobSubmissionClient(address)
+
+
+@contextlib.contextmanager
+def explained(address: str | None) -> Iterator[None]:
+    """Ray's errors about reaching a cluster as the user's, with what to do."""
+    where = (
+        address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "this machine"
+    )
+    try:
+        yield
+    except (UserError, RunFailure):
+        raise
+    except OSError as error:
+        raise UserError(
+            f"--address: no Ray job server answers at {where} ({_first_line(error)}). Start a cluster with "
+            "`ray start --head`, or name its dashboard, e.g. --address http://HEAD:8265"
+        ) from None
+    except Exception as error:
+        text = str(error)
+        if any(word in text for word in ("nauthorized", "uthentication", "orbidden")):
+            raise UserError(f"--address: {where}: {TOKEN_HELP} (Ray says: {_first_line(error)})") from None
+        raise RunFailure(f"Ray's job server at {where}", "call", _first_line(error)) from error
+
+
+def submit(
+    config: RunConfig,
+    config_path: Path,
+    overrides: Sequence[str],
+    *,
+    address: str | None,
+    flags: Sequence[str] = (),
+    follow: bool = True,
+    say: Say = print,
+) -> int:
+    """Ship the working directory and run `config` there; with `follow`, the job's exit code.
+
+    Raises:
+        UserError: something would not be found on the cluster, or the run is already there.
+    """
+    client = connect(address)
+    local = any(host in client.get_address() for host in _LOOPBACK)
+    shipment = plan_shipment(
+        config, config_path, overrides, flags, Path.cwd(), sys.executable if local else "python"
+    )
+    for job in _jobs(client):
+        if job.metadata.get(NAME_KEY) == config.name and not _ended(job):
+            raise UserError(
+                f"name: the run {config.name!r} is already on this cluster as job {job.submission_id}; "
+                f"follow it with `raylign logs {config.name} --follow`, stop it with "
+                f"`raylign stop {config.name}`, or rename this one"
+            )
+    job_id = f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    with _quiet_ray(), explained(address):
+        client.submit_job(
+            entrypoint=shipment.entrypoint,
+            runtime_env=shipment.runtime_env,
+            metadata=shipment.metadata,
+            submission_id=job_id,
+        )
+    remember(job_id, config.name, client.get_address())
+    say(f"job {job_id} on {client.get_address()}; results in {config.output_dir}")
+    if not follow:
+        say(f"follow it with `raylign logs {config.name} --follow`")
+        return EXIT_DONE
+    return follow_job(client, job_id, config.name, say)
+
+
+def follow_job(client: JobSubmissionClient, job_id: str, name: str, say: Say = print) -> int:
+    """Print the job's log until it ends; its exit code."""
+    try:
+        asyncio.run(_tail(client, job_id, sys.stdout))
+    except KeyboardInterrupt:
+        say(f"\nno longer following; the job goes on. `raylign logs {name} --follow`, `raylign stop {name}`")
+        return EXIT_DONE
+    job = wait_for_end(client, job_id, SETTLE)
+    return exit_code(job)
+
+
+async def _tail(client: JobSubmissionClient, job_id: str, out: TextIO) -> None:
+    """Copy the log to `out`. A lost connection is made again, without printing a line twice."""
+    printed, attempts = 0, 0
+    while True:
+        seen = 0
+        try:
+            async for chunk in client.tail_job_logs(job_id):
+                seen += len(chunk)
+                if seen > printed:
+                    out.write(chunk[-(seen - printed) :])
+                    out.flush()
+                    printed, attempts = seen, 0
+            return
+        except Exception as error:
+            attempts += 1
+            if _ended(_details(client, job_id)) or attempts > 5:
+                if attempts > 5:
+                    raise RunFailure(f"job {job_id}", "logs", f"connection lost: {error}") from error
+                return
+            await asyncio.sleep(POLL)
+
+
+def wait_for_end(client: JobSubmissionClient, job_id: str, seconds: float) -> JobDetails:
+    """The job once it has ended, or as it is after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        job = _details(client, job_id)
+        if _ended(job) or time.monotonic() > deadline:
+            return job
+        time.sleep(POLL)
+
+
+def exit_code(job: JobDetails) -> int:
+    """A job's outcome as this command's exit code: the run's own where it had one."""
+    if str(job.status) == "SUCCEEDED":
+        return EXIT_DONE
+    if job.driver_exit_code is not None and job.driver_exit_code > 0:
+        return int(job.driver_exit_code)
+    reason = _first_line(job.message or "no reason given")
+    raise RunFailure(
+        f"job {job.submission_id}", "run", f"{job.status}: {reason}", f"raylign logs {job.submission_id}"
+    )
+
+
+def find(client: JobSubmissionClient, run: str) -> JobDetails:
+    """The job with this id, or the newest of the run with this name.
+
+    Raises:
+        UserError: there is none; lists those that there are.
+    """
+    jobs = _jobs(client)
+    found = [job for job in jobs if run in (job.submission_id, job.metadata.get(NAME_KEY))]
+    if found:
+        return found[0]
+    known = ", ".join(dict.fromkeys(job.metadata[NAME_KEY] for job in jobs)) or "none"
+    raise UserError(f"no job or run is named {run!r} on {client.get_address()} (runs there: {known})")
+
+
+def logs(run: str, *, address: str | None, follow: bool, say: Say = print) -> int:
+    """Print a run's log so far, or follow it and return its exit code."""
+    client = connect(address or remembered_address(run))
+    job = find(client, run)
+    if follow:
+        return follow_job(client, str(job.submission_id), run, say)
+    with explained(address):
+        sys.stdout.write(client.get_job_logs(str(job.submission_id)))
+    return EXIT_DONE
+
+
+def status(run: str | None, *, address: str | None) -> list[JobDetails]:
+    """The jobs of a run (newest first), or all that this program submitted."""
+    client = connect(address or remembered_address(run))
+    if run is None:
+        return _jobs(client)
+    job = find(client, run)
+    return [job, *(j for j in _jobs(client) if j.metadata.get(NAME_KEY) == run and j != job)]
+
+
+def status_rows(jobs: Sequence[JobDetails]) -> list[list[str]]:
+    """Run, job, state, start, duration, exit code, output directory; a row a job."""
+    rows = []
+    for job in jobs:
+        metadata = job.metadata or {}
+        began, ended = (job.start_time or 0) / 1000, (job.end_time or time.time() * 1000) / 1000
+        code = "" if job.driver_exit_code is None else str(job.driver_exit_code)
+        state = "stopped, saved" if job.driver_exit_code == EXIT_STOPPED else str(job.status).lower()
+        started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(began))
+        took = f"{max(0, ended - began):.0f} s"
+        rows.append(
+            [
+                metadata.get(NAME_KEY, ""),
+                str(job.submission_id),
+                state,
+                started,
+                took,
+                code,
+                metadata.get(OUTPUT_KEY, ""),
+            ]
+        )
+    return rows
+
+
+def stop(run: str, *, address: str | None, seconds: float, now: bool = False, say: Say = print) -> int:
+    """Ask a run to save and stop; end its job if it has not within `seconds`.
+
+    Ray kills a job three seconds after SIGTERM, which is less than a checkpoint takes. So the
+    request is a file in the run directory, written by a job of its own where the run's driver is.
+    """
+    client = connect(address or remembered_address(run))
+    job = find(client, run)
+    job_id = str(job.submission_id)
+    if _ended(job):
+        say(f"{job_id} has already ended: {job.status}")
+        return EXIT_DONE
+    if now or str(job.status) == "PENDING":
+        return _end(client, job_id, say)
+    helper = f"{job_id}-stop-{time.strftime('%H%M%S')}"
+    with _quiet_ray(), explained(address):
+        client.submit_job(entrypoint=stop_command(job.metadata[OUTPUT_KEY], seconds), submission_id=helper)
+    say(f"asked {job_id} to save and stop; waiting up to {seconds:.0f} s")
+    try:
+        job = wait_for_end(client, job_id, seconds)
+    finally:
+        client.stop_job(helper)
+    if not _ended(job):
+        say(f"it has not stopped within {seconds:.0f} s: ending it. Its last complete checkpoint stays")
+        return _end(client, job_id, say)
+    saved = job.driver_exit_code == EXIT_STOPPED
+    say(f"{job_id}: {'stopped after saving; submit it again to go on' if saved else f'ended: {job.status}'}")
+    return EXIT_DONE
+
+
+def _end(client: JobSubmissionClient, job_id: str, say: Say) -> int:
+    client.stop_job(job_id)
+    job = wait_for_end(client, job_id, SETTLE)
+    say(f"{job_id}: {job.status}")
+    return EXIT_DONE if _ended(job) else EXIT_FAILED
+
+
+def _jobs(client: JobSubmissionClient) -> list[JobDetails]:
+    """Runs of this program on the cluster, newest first."""
+    with explained(client.get_address()):
+        jobs = client.list_jobs()
+    ours = [job for job in jobs if job.submission_id and NAME_KEY in (job.metadata or {})]
+    return sorted(ours, key=lambda job: -(job.start_time or 0))
+
+
+def _details(client: JobSubmissionClient, job_id: str) -> JobDetails:
+    with explained(client.get_address()):
+        return client.get_job_info(job_id)
+
+
+def _ended(job: JobDetails) -> bool:
+    return str(job.status) in ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+def _first_line(error: object) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+# Where a run was submitted, so that later commands need no --address.
+
+
+def _memory() -> Path:
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "raylign" / "jobs.json"
+
+
+def _remembered() -> dict[str, Any]:
+    try:
+        known = json.loads(_memory().read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def remember(job_id: str, name: str, address: str) -> None:
+    """Note the cluster of a job and of its run's name; a home that can't be written is no error."""
+    known = {**_remembered(), job_id: address, name: address}
+    with contextlib.suppress(OSError):
+        _memory().parent.mkdir(parents=True, exist_ok=True)
+        aside = _memory().with_suffix(f".{os.getpid()}")
+        aside.write_text(json.dumps(known, indent=1))
+        aside.replace(_memory())
+
+
+def remembered_address(run: str | None) -> str | None:
+    """Where a job or run was last submitted from here."""
+    return _remembered().get(run) if run else None
+
+
+@contextlib.contextmanager
+def _only(address: str | None) -> Iterator[None]:
+    """Ray lets its variables override an explicit address; the command line goes first here."""
+    taken = {name: os.environ.pop(name) for name in _ADDRESS_VARIABLES if address and name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
+
+
+@contextlib.contextmanager
+def _quiet_ray() -> Iterator[None]:
+    """Ray logs each packaging step; the user can't act on them."""
+    import logging
+
+    loggers = [
+        logging.getLogger(name) for name in ("ray", "ray.dashboard.modules", "ray._private.runtime_env")
+    ]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
