@@ -59,6 +59,17 @@ def micro_batches(batch: Batch, max_tokens: int, packing: bool) -> list[MicroBat
         parts = min(batch.n_rows, max(parts + 1, int(parts * 1.25)))
 
 
+def counted_places(batch: Batch, rows: np.ndarray) -> np.ndarray:
+    """int64 (T,): where the counted tokens of some rows stand among all counted tokens of the batch."""
+    counts = batch.label_counts
+    first = np.cumsum(counts) - counts
+    k = batch.sequences_per_row
+    sequences = (rows[:, None] * k + np.arange(k)).reshape(-1)
+    wanted = counts[sequences]
+    before = np.cumsum(wanted) - wanted
+    return np.arange(wanted.sum()) + np.repeat(first[sequences] - before, wanted)
+
+
 def _split(batch: Batch, parts: int) -> list[np.ndarray]:
     """Rows of similar length together, in `parts` groups of nearly equal token counts."""
     if parts == 1:

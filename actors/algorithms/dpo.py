@@ -145,10 +145,12 @@ class DpoLoss(Loss):
             )  # fmt: skip
 
     def __call__(self, view: TokenView, totals: Totals) -> tuple[torch.Tensor, MetricSums]:
+        import torch
+
         from actors.algorithms import preference
 
         pairs = _pairs(view, self)
-        loss = view.logps.new_zeros(())
+        loss = torch.zeros((), dtype=torch.float64, device=view.logps.device)
         metrics: MetricSums = {}
         for name, weight in self.terms:
             if name == "sft":
@@ -167,18 +169,18 @@ class DpoLoss(Loss):
 
 
 def sequence_logps(view: TokenView, ld_alpha: float | None) -> torch.Tensor:
-    """(S,): log-probability of each completion.
+    """float64 (S,): log-probability of each completion; rewards are small differences of these sums.
 
     With `ld_alpha`, tokens beyond the length that both answers of a pair share are scaled by it.
     """
     if ld_alpha is None:
-        return view.sequence_sums(view.logps)
+        return view.sequence_sums(view.logps.double())
     counts = view.counts()
     starts = counts.cumsum(0) - counts
     place = starts.new_ones(view.sequence.numel()).cumsum(0) - 1 - starts[view.sequence]
     shared = counts.view(-1, 2).min(dim=1).values.repeat_interleave(2)
-    weights = (place < shared[view.sequence]).to(view.logps.dtype)
-    return view.sequence_sums(view.logps * (weights + ld_alpha * (1 - weights)))
+    weights = (place < shared[view.sequence]).double()
+    return view.sequence_sums(view.logps.double() * (weights + ld_alpha * (1 - weights)))
 
 
 def ld_weights(batch: Batch, ld_alpha: float) -> np.ndarray:

@@ -28,12 +28,16 @@ class LabelStatistics(NamedTuple):
 
 def label_logps(logits: Tensor, labels: Tensor) -> Tensor:
     """float32 (T,) log-probabilities without gradient; `logits` (T, V), `labels` int64 (T,)."""
+    parts = []
     with torch.no_grad():
-        parts = [
-            block.float().gather(1, wanted[:, None])[:, 0] - block.float().logsumexp(-1)
-            for block, wanted in zip(*_blocks(logits, labels), strict=True)
-        ]
-        return torch.cat(parts) if parts else logits.new_zeros(0, dtype=torch.float32)
+        for block, wanted in zip(*_blocks(logits, labels), strict=True):
+            # The arithmetic of label_statistics: equal weights then give equal bits, and a reference
+            # that equals the policy gives rewards of exactly 0.
+            block = block.float()
+            top = block.amax(dim=-1)
+            log_z = top + (block - top[:, None]).exp_().sum(-1).log()
+            parts.append(block.gather(1, wanted[:, None])[:, 0] - log_z)
+    return torch.cat(parts)
 
 
 def label_statistics(logits: Tensor, labels: Tensor) -> LabelStatistics:

@@ -43,7 +43,7 @@ class TokenView:
     log_sum_sq: torch.Tensor
     """float32 (T,): log of the sum over the vocabulary of squared probabilities."""
     columns: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Per-row values (R, ...), e.g. the reference's log-probabilities."""
+    """Per-row values (R, ...) as the batch has them, e.g. the reference's log-probabilities in float64."""
     sequences_per_row: int = 1
 
     @property

@@ -77,7 +77,7 @@ def scores(logratios: Tensor, divergence: str, alpha: float) -> Tensor:
     if divergence == "js_divergence":
         return math.log(2) + F.logsigmoid(logratios)
     if divergence == "alpha_divergence":
-        # exp(80) is the last power of ten that float32 holds with room for a product.
+        # exp(80) leaves room for a product in float32; TRL clamps at the same value.
         return (torch.exp(((alpha - 1) * logratios).clamp(max=80.0)) - 1) / (alpha - 1)
     raise ValueError(f"unknown f-divergence: {divergence}")
 

@@ -1,0 +1,340 @@
+"""ModelHost: one base model with named adapters on one data-parallel rank, and all that is done with it.
+
+Every rank of a host is given the whole global batch and takes its own share of rows. Losses divide
+by totals of the global batch and gradients are summed over ranks, so one rank and many do the same
+step. Policy, reference and (later) critic are views: an adapter, or the bare base.
+"""
+
+from __future__ import annotations
+
+import resource
+import tempfile
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from actors.algorithms.dpo import ld_weights
+from actors.algorithms.loss import Loss
+from actors.batch import Batch
+from actors.errors import InvariantViolation, UserError
+from actors.host_spec import HostSpec
+from actors.models import adapters
+from actors.models.architectures import architecture_of
+from actors.models.loading import load_base, load_tokenizer, resolve_base
+from actors.models.moe import RouterStats, aux_loss_coef
+from actors.optim import names_without_decay
+from actors.optim_spec import OptimSpec
+from actors.passes import PassRunner, Sums
+from actors.ranks import Ranks
+from actors.scoring import TokenScorer
+from actors.training import Training
+
+START_ADAPTER = "start"
+"""Adapter that holds what `model.base` names, when that is an adapter directory."""
+
+
+class ModelHost:
+    """One rank of a host. Methods are collective: call each on every rank with the same arguments."""
+
+    def __init__(
+        self,
+        spec: HostSpec,
+        rank: int = 0,
+        world_size: int = 1,
+        init_method: str | None = None,
+        timeout_s: float = 600.0,
+    ) -> None:
+        """Load the base and join the other ranks.
+
+        Raises:
+            UserError: the base can't be used, or packing was asked for where it is wrong.
+        """
+        _configure_torch(spec)
+        self.spec = spec
+        resolved = resolve_base(spec.model).checked()
+        assert resolved.config is not None
+        self.architecture = architecture_of(resolved.config)
+        if spec.packing is True and not self.architecture.packable:
+            raise UserError(
+                f"packing: {self.architecture.model_type} mixes packed sequences; set packing: auto"
+            )
+        self.base = load_base(spec.model, spec.device, seed=spec.seed)
+        self.config = self.base.config
+        self.base.requires_grad_(False)
+        self.model: Any = self.base
+        self.ranks = Ranks(rank, world_size, init_method, timeout_s, spec.device)
+        self.runner = PassRunner(
+            TokenScorer(self.base),
+            RouterStats(self.base),
+            self.ranks,
+            aux_loss_coef(spec.model, self.config),
+            self.architecture.packable if spec.packing == "auto" else spec.packing,
+            spec.max_tokens_per_micro_batch,
+            spec.seed,
+            torch.device(spec.device),
+        )
+        self._dropouts = [m for m in self.base.modules() if isinstance(m, nn.Dropout)]
+        self._training: Training | None = None
+        self._load: np.ndarray | None = None
+        self.base.eval()
+        if resolved.adapter_path is not None:
+            self.add_adapter(START_ADAPTER, resolved.adapter_path, trainable=False)
+
+    # --- Adapters -------------------------------------------------------------------------------
+
+    def add_adapter(self, name: str, path: str | Path | None = None, trainable: bool = True) -> None:
+        """Add an adapter: saved at `path`, or fresh from the model's LoRA settings (A drawn, B zero).
+
+        With a base that was given as an adapter directory, fresh means: starting from that adapter.
+
+        Raises:
+            UserError: the adapter doesn't fit the base, or the model has no LoRA settings.
+        """
+        if path is None and START_ADAPTER in adapters.adapter_names(self.model):
+            self.copy_adapter(START_ADAPTER, name, trainable)
+            return
+        lora = self.spec.model.lora
+        if path is None and lora is None:
+            raise UserError(f"model.lora is null, so there is no adapter '{name}' to make")
+        impl = lora.expert_impl if lora is not None else "auto"
+        if self.model is self.base:
+            # From here on the base is wrapped; PEFT freezes it.
+            if path is None:
+                assert lora is not None
+                self.model = adapters.attach_lora(self.base, lora, name, self.spec.seed)
+            else:
+                self.model = adapters.attach_saved(
+                    self.base, path, name, trainable=trainable, expert_impl=impl
+                )
+            if self.spec.model.gradient_checkpointing:
+                adapters.enable_gradient_checkpointing(self.model)
+        else:
+            source: Any = path if path is not None else lora
+            adapters.add_adapter(self.model, name, source, trainable=trainable, seed=self.spec.seed)
+        self._dropouts = [m for m in self.base.modules() if isinstance(m, nn.Dropout)]
+        self._set_mode(train=False)
+
+    def copy_adapter(self, source: str, target: str, trainable: bool = False) -> None:
+        """Set `target` to the weights of `source`; it is added if it isn't there."""
+        if target in adapters.adapter_names(self.model):
+            adapters.copy_adapter_weights(self.model, source, target)
+            return
+        with tempfile.TemporaryDirectory(prefix="raylign-adapter-") as directory:
+            adapters.save_adapter(self.model, source, directory)
+            self.add_adapter(target, directory, trainable)
+
+    def _as(self, role: str | None) -> AbstractContextManager[None]:
+        """Run as an adapter; None is the model as it was given, with its adapter if it had one."""
+        if role is None and START_ADAPTER in adapters.adapter_names(self.model):
+            role = START_ADAPTER
+        return adapters.role(self.model, role)
+
+    # --- Training -------------------------------------------------------------------------------
+
+    def prepare_training(self, role: str | None, spec: OptimSpec, total_steps: int) -> dict[str, Any]:
+        """Let exactly this adapter train (None: every parameter of the base), with a fresh optimizer.
+
+        Returns:
+            `{"trainable_parameters": int, "tensors": int}`.
+        """
+        if self._training is not None:
+            self._training.flat.release()
+        if role is None:
+            if self.model is not self.base:
+                raise UserError(
+                    "a base with adapters on it can't be trained as a whole: set model.lora: null"
+                )
+            self.base.requires_grad_(True)
+            parameters = dict(self.base.named_parameters())
+            if self.spec.model.gradient_checkpointing:
+                adapters.enable_gradient_checkpointing(self.base)
+        else:
+            adapters.set_trainable(self.model, [role])
+            parameters = adapters.adapter_parameters(self.model, role)
+        exempt = names_without_decay(self.model) if spec.weight_decay > 0 else set()
+        self._training = Training(role, parameters, spec, total_steps, exempt)
+        return {"trainable_parameters": self._training.n_parameters, "tensors": len(parameters)}
+
+    @property
+    def training(self) -> Training:
+        if self._training is None:
+            raise RuntimeError("prepare_training comes before update, save_checkpoint and load_checkpoint")
+        return self._training
+
+    def update(self, batch: Batch, loss: Loss, step: int) -> dict[str, float]:
+        """One optimizer step on a global batch.
+
+        Args:
+            batch: all rows of the step, the same on every rank.
+            loss: what to minimise.
+            step: number of this step, from 0; dropout is drawn from it.
+
+        Returns:
+            TRL's metric names over the global batch, `moe/...`, and throughput.
+
+        Raises:
+            InvariantViolation: loss or gradient is not finite, or a trainable parameter gets no gradient.
+        """
+        begun = time.perf_counter()
+        training = self.training
+        training.flat.zero_grad()
+        sums = self._run(batch, loss, training.role, step, train=True)
+        for grad in training.flat.grads:
+            self.ranks.sum_(grad)
+        metrics = sums.reduced(self.ranks)
+        metrics.update(training.step(step, metrics["loss"], batch.n_tokens))
+        if sums.router_load is not None:
+            metrics.update(sums.router_load.metrics())
+            self._load = sums.router_load.load
+        metrics["step_seconds"] = time.perf_counter() - begun
+        metrics["tokens_per_second"] = batch.n_tokens / metrics["step_seconds"]
+        return metrics
+
+    def evaluate(self, batch: Batch, loss: Loss, role: str | None) -> dict[str, float]:
+        """The loss and its metrics over a batch of any size, without dropout or gradient."""
+        return self._run(batch, loss, role, step=0, train=False).reduced(self.ranks)
+
+    def _run(self, batch: Batch, loss: Loss, role: str | None, step: int, train: bool) -> Sums:
+        missing = [c for c in loss.required_columns if c not in batch.columns]
+        if missing:
+            raise KeyError(
+                f"{type(loss).__name__} needs columns {missing}; the batch has {list(batch.columns)}"
+            )
+        self._set_mode(train, dropout=loss.uses_dropout)
+        with self._as(role):
+            return self.runner.run(batch, loss, step, train)
+
+    # --- Log-probabilities ----------------------------------------------------------------------
+
+    def token_logprobs(self, batch: Batch, role: str | None) -> np.ndarray:
+        """float64 (counted tokens,): log-probability of each counted token, in the batch's order."""
+        self._set_mode(train=False)
+        rows, micros = self.runner.shard(batch)
+        found = torch.zeros(int(batch.loss_mask.sum()), dtype=torch.float64, device=self.spec.device)
+        with self._as(role):
+            for micro in micros:
+                found[self.runner.places(batch, rows, micro)] = self.runner.scorer.logps(micro).double()
+        return self.ranks.sum_(found).cpu().numpy()
+
+    def logprobs(self, batch: Batch, role: str | None, ld_alpha: float | None = None) -> np.ndarray:
+        """float64 (sequences,): log-probability of each sequence's counted tokens.
+
+        With `ld_alpha` (pairs only) as `DpoLoss.ld_alpha` sums them, for the reference of such a loss.
+        """
+        tokens = self.token_logprobs(batch, role)
+        if ld_alpha is not None:
+            tokens = tokens * ld_weights(batch, ld_alpha)
+        sequence = np.repeat(np.arange(batch.n_sequences), batch.label_counts)
+        return np.bincount(sequence, weights=tokens, minlength=batch.n_sequences)
+
+    def _set_mode(self, train: bool, dropout: bool = False) -> None:
+        """Walk the modules only when the mode changes: it costs a millisecond."""
+        if self.model.training != train:
+            self.model.train(train)
+        for module in self._dropouts:
+            module.training = train and dropout
+
+    # --- What can be looked at and kept ---------------------------------------------------------
+
+    @property
+    def _who(self) -> str:
+        return f"host rank {self.ranks.rank}"
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for logs and reports."""
+        trained = self._training
+        return {
+            "architecture": self.architecture.model_type,
+            "parameters": sum(p.numel() for p in self.base.parameters()),
+            "trainable_parameters": sum(p.numel() for p in trained.flat.parameters.values())
+            if trained
+            else 0,
+            "adapters": adapters.adapter_names(self.model),
+            "dtype": self.spec.model.dtype,
+            "device": self.spec.device,
+            "packing": self.runner.packing,
+            "experts_implementation": getattr(self.config, "_experts_implementation", None),
+            "aux_loss_coef": self.runner.aux_coef,
+            "rank": self.ranks.rank,
+            "world_size": self.ranks.world_size,
+            "threads": torch.get_num_threads(),
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+
+    def router_load(self) -> np.ndarray | None:
+        """int64 (layers, experts): tokens per expert in the last update, over all ranks; None if dense."""
+        return self._load
+
+    def frozen_digest(self) -> str:
+        """Digest of everything that training must not change."""
+        return adapters.frozen_digest(self.model)
+
+    def save_adapter(self, role: str, directory: str | Path) -> None:
+        """Write one adapter in PEFT's layout (rank 0)."""
+        self._check_replicas(adapters.adapter_parameters(self.model, role).values())
+        if self.ranks.rank == 0:
+            adapters.save_adapter(self.model, role, directory)
+        self.ranks.wait()
+
+    def save_model(self, directory: str | Path) -> None:
+        """Write the whole model and its tokenizer in transformers' layout (rank 0); for `lora: null`."""
+        if self.model is not self.base:
+            raise UserError("the model has adapters: save those, or merge them")
+        self._check_replicas(self.base.parameters())
+        if self.ranks.rank == 0:
+            # Parameters in training are views of one storage, which transformers takes for tied weights.
+            state = {name: value.detach().clone() for name, value in self.base.state_dict().items()}
+            self.config.use_cache = True
+            try:
+                self.base.save_pretrained(str(directory), state_dict=state)
+            finally:
+                self.config.use_cache = False
+            load_tokenizer(self.spec.model).save_pretrained(str(directory))
+        self.ranks.wait()
+
+    def save_checkpoint(self, directory: str | Path) -> None:
+        """Write all that `load_checkpoint` needs to go on bit for bit (rank 0)."""
+        self._check_replicas(self.training.flat.parameters.values())
+        if self.ranks.rank == 0:
+            self.training.save(Path(directory))
+        self.ranks.wait()
+
+    def load_checkpoint(self, directory: str | Path) -> int:
+        """Go on from a checkpoint, after `prepare_training` with the same settings.
+
+        Returns:
+            Steps done so far: the number of the next step.
+
+        Raises:
+            UserError: incomplete, damaged, or of other settings.
+        """
+        self.training.load(Path(directory))
+        return self.training.steps_done
+
+    def _check_replicas(self, parameters: Any) -> None:
+        """Ranks hold replicas; a drift would otherwise show in nothing but worse results."""
+        if self.ranks.world_size == 1:
+            return
+        with torch.no_grad():
+            sums = torch.stack([p.double().sum() for p in parameters])
+        if not self.ranks.agree(sums):
+            raise InvariantViolation(self._who, "save", "the ranks hold different weights", "report this")
+
+    def close(self) -> None:
+        """Leave the group of ranks."""
+        self.ranks.close()
+
+
+def _configure_torch(spec: HostSpec) -> None:
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    if torch.device(spec.device).type == "cpu" and torch.get_num_threads() > 1:
+        # With several threads the backward of indexing adds in any order; resumed runs then differ in the
+        # last bits. Filling fresh memory, the other half of that switch, would only cost time.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False

@@ -1,0 +1,159 @@
+"""Optimizer and schedule over flat buffers of trainable parameters.
+
+A LoRA has dozens of small tensors. Kept as views of one flat tensor, they are reduced over ranks,
+clipped and stepped in one operation each instead of one per tensor. Buffers are bounded, so that
+moving a fully trained model into them needs little extra memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actors.optim_spec import OptimSpec
+
+BUCKET_ELEMENTS = 1 << 26
+"""Elements of one buffer (256 MiB in float32): bounds the copy made while parameters move in."""
+ALIGNMENT = 64
+"""Elements to which parameters are aligned in a buffer; grouped_mm wants rows at 16 bytes."""
+
+NO_DECAY_PATTERNS = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+"""Names without weight decay, as in transformers' `Trainer.get_decay_parameter_names`."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Some parameters as consecutive slices of one tensor, and their gradients as slices of another."""
+
+    names: tuple[str, ...]
+    flat: nn.Parameter
+    decays: bool
+
+
+class FlatParameters:
+    """Named parameters whose data and gradients are views of a few flat buffers.
+
+    The parameters stay where they are in the model; only their storage moves.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], without_decay: Iterable[str] = ()) -> None:
+        self.parameters = dict(parameters)
+        exempt = set(without_decay)
+        groups: dict[tuple[torch.dtype, torch.device, bool], list[list[str]]] = {}
+        for name, parameter in self.parameters.items():
+            runs = groups.setdefault((parameter.dtype, parameter.device, name not in exempt), [[]])
+            if runs[-1] and sum(_room(self.parameters[n]) for n in runs[-1]) >= BUCKET_ELEMENTS:
+                runs.append([])
+            runs[-1].append(name)
+        self.buckets = [
+            self._move_in(tuple(run), decays) for (_, _, decays), runs in groups.items() for run in runs
+        ]
+
+    def _move_in(self, names: tuple[str, ...], decays: bool) -> Bucket:
+        members = [self.parameters[name] for name in names]
+        flat = nn.Parameter(members[0].new_zeros(sum(map(_room, members))))
+        flat.grad = torch.zeros_like(flat)
+        at = 0
+        for parameter in members:
+            span = slice(at, at + parameter.numel())
+            view = flat.data[span].view(parameter.shape)
+            view.copy_(parameter.data)
+            parameter.data = view
+            parameter.grad = flat.grad[span].view(parameter.shape)
+            at += _room(parameter)
+        return Bucket(names, flat, decays)
+
+    @property
+    def grads(self) -> list[Tensor]:
+        """The flat gradients, one tensor per bucket."""
+        return [bucket.flat.grad for bucket in self.buckets if bucket.flat.grad is not None]
+
+    def zero_grad(self) -> None:
+        for grad in self.grads:
+            grad.zero_()
+
+    def release(self) -> None:
+        """Drop the gradients; the parameters keep their values."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        self.buckets = []
+
+
+def _room(parameter: Tensor) -> int:
+    return -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+
+
+def names_without_decay(model: nn.Module) -> set[str]:
+    """Parameters that transformers exempts from weight decay: biases and norms."""
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    decayed = set(get_parameter_names(model, [nn.LayerNorm], NO_DECAY_PATTERNS))
+    return {name for name, _ in model.named_parameters()} - decayed
+
+
+def make_optimizer(flat: FlatParameters, spec: OptimSpec) -> torch.optim.Optimizer:
+    """torch's optimizer over the flat buffers; elementwise ones only, for which flat is exact."""
+    groups: list[dict[str, Any]] = []
+    for decays in (True, False):
+        members = [b.flat for b in flat.buckets if b.decays == decays]
+        if members:
+            groups.append({"params": members, "weight_decay": spec.weight_decay if decays else 0.0})
+    if spec.optim == "sgd":
+        return torch.optim.SGD(groups, lr=spec.learning_rate)
+    return torch.optim.AdamW(
+        groups,
+        lr=spec.learning_rate,
+        betas=(spec.adam_beta1, spec.adam_beta2),
+        eps=spec.adam_epsilon,
+        fused=spec.optim == "adamw_torch_fused",
+    )
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, spec: OptimSpec, total_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """transformers' schedule; `warmup_steps` below 1 is a share of `total_steps`, rounded up."""
+    from transformers.optimization import get_scheduler
+
+    scheduler = get_scheduler(
+        spec.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=warmup_steps(spec, total_steps),
+        num_training_steps=total_steps,
+        scheduler_specific_kwargs=dict(spec.lr_scheduler_kwargs),
+    )
+    assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
+    return scheduler
+
+
+def warmup_steps(spec: OptimSpec, total_steps: int) -> int:
+    """As transformers' `TrainingArguments.get_warmup_steps`."""
+    return int(spec.warmup_steps) if spec.warmup_steps >= 1 else math.ceil(total_steps * spec.warmup_steps)
+
+
+class GradientCheck:
+    """Every trainable parameter must get a gradient: on the first step, or as soon as it can.
+
+    A LoRA's A has an exactly zero gradient while its B is zero (which lasts through warm-up steps at
+    rate 0), so A is asked for once B has moved.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._pending = dict(parameters)
+        self._all = dict(parameters)
+
+    def missing(self) -> list[str]:
+        """Names that should have had a gradient by now, given the gradients of this step."""
+        if not self._pending:
+            return []
+        self._pending = {n: p for n, p in self._pending.items() if p.grad is None or not p.grad.any()}
+        return [name for name in self._pending if not self._waits_for_b(name)]
+
+    def _waits_for_b(self, name: str) -> bool:
+        partner = self._all.get(name.replace(".lora_A.", ".lora_B."))
+        return ".lora_A." in name and partner is not None and not partner.any()

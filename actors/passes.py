@@ -1,0 +1,204 @@
+"""One pass of a loss over a global batch: micro-batches forward and backward, and what ranks add up."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.algorithms.logprob import LabelStatistics
+from actors.algorithms.loss import Loss, MetricSums, TokenView, Totals
+from actors.batch import Batch
+from actors.models.moe import RouterLoad, RouterStats, aux_loss
+from actors.packing import MicroBatch, counted_places, micro_batches
+from actors.ranks import Ranks
+from actors.scoring import TokenScorer
+
+
+@dataclass
+class Sums:
+    """Sums over this rank's tokens and rows; `reduced` makes means over all ranks of them."""
+
+    loss: Tensor
+    routers: RouterStats | None = None
+    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    router_load: RouterLoad | None = None
+    """Of all ranks, once `reduced`."""
+
+    def add(self, loss: Tensor, metrics: MetricSums) -> None:
+        """Add a share of the global loss and the metric sums of some rows."""
+        self.loss = self.loss + loss.detach()
+        for name, pair in metrics.items():
+            total, weight = (torch.as_tensor(x, dtype=torch.float64, device=loss.device) for x in pair)
+            old = self.metrics.get(name)
+            self.metrics[name] = (total, weight) if old is None else (old[0] + total, old[1] + weight)
+
+    def reduced(self, ranks: Ranks) -> dict[str, float]:
+        """Means over the global batch, after one all-reduce."""
+        names = list(self.metrics)
+        numbers = torch.stack([self.loss.double(), *(x for name in names for x in self.metrics[name])])
+        routing = self.routers.totals().to(numbers.device) if self.routers is not None else numbers[:0]
+        flat = ranks.sum_(torch.cat([numbers, routing]))
+        if self.routers is not None:
+            self.router_load = self.routers.read(flat[len(numbers) :])
+        loss, *values = flat[: len(numbers)].tolist()
+        means = {
+            name: total / weight if weight else total
+            for name, total, weight in zip(names, values[0::2], values[1::2], strict=True)
+        }
+        return {"loss": loss, **means}
+
+
+@dataclass(frozen=True)
+class PassRunner:
+    """Runs losses on one rank's share of global batches. The caller sets mode and adapter."""
+
+    scorer: TokenScorer
+    routers: RouterStats
+    ranks: Ranks
+    aux_coef: float
+    """Weight of the routers' load-balancing loss; 0: none."""
+    packing: bool
+    max_tokens: int
+    seed: int
+    device: torch.device
+
+    def shard(self, batch: Batch) -> tuple[np.ndarray, list[MicroBatch]]:
+        """This rank's rows of a global batch, and the micro-batches made of them."""
+        rows = batch.shard_rows(self.ranks.rank, self.ranks.world_size)
+        own = batch if self.ranks.world_size == 1 else batch.select(rows)
+        return rows, micro_batches(own, self.max_tokens, self.packing)
+
+    def places(self, batch: Batch, rows: np.ndarray, micro: MicroBatch) -> Tensor:
+        """int64 (T,): where a micro-batch's counted tokens stand among those of the global batch."""
+        return torch.from_numpy(counted_places(batch, rows[micro.rows])).to(self.device)
+
+    def run(self, batch: Batch, loss: Loss, step: int, train: bool) -> Sums:
+        """The loss of `batch`; gradients are added to the parameters when training."""
+        if train:
+            self.routers.reset()
+        counts_routing = train and bool(self.routers.layers)
+        sums = Sums(
+            torch.zeros((), dtype=torch.float64, device=self.device), self.routers if counts_routing else None
+        )
+        walk = self._by_micro_batch if loss.separable else self._jointly
+        with torch.set_grad_enabled(train):
+            walk(batch, loss, step, train, sums)
+        return sums
+
+    def _by_micro_batch(self, batch: Batch, loss: Loss, step: int, train: bool, sums: Sums) -> None:
+        totals = loss.totals(batch)
+        rows, micros = self.shard(batch)
+        for index, micro in enumerate(micros):
+            statistics, extra = self._forward(batch, micro, self._seed(step, index), train, sums)
+            columns = {name: values[rows[micro.rows]] for name, values in batch.columns.items()}
+            value, metrics = loss(
+                self._view(statistics, micro.sequence, micro.n_sequences, batch, columns), totals
+            )
+            sums.add(value, metrics)
+            if train:
+                (value + extra).backward()
+        if not micros:
+            self._add_nothing(batch, loss, totals, train, sums)
+
+    def _add_nothing(self, batch: Batch, loss: Loss, totals: Totals, train: bool, sums: Sums) -> None:
+        """A rank without rows takes part in the sums with the same metrics, all zero."""
+        empty = torch.zeros(0, device=self.device)
+        statistics = LabelStatistics(empty, empty, empty.bool(), empty, empty)
+        columns = {name: values[:0] for name, values in batch.columns.items()}
+        sums.add(*loss(self._view(statistics, np.zeros(0, dtype=np.int64), 0, batch, columns), totals))
+        if train and self.aux_coef:
+            sums.add(empty.sum(), {"aux_loss": (empty.sum(), 0.0), "aux_loss_term": (empty.sum(), 0.0)})
+
+    def _jointly(self, batch: Batch, loss: Loss, step: int, train: bool, sums: Sums) -> None:
+        """For a loss over all rows at once: first its gradient by log-probability, then each micro-batch.
+
+        With more than one micro-batch the forward pass runs twice, so that memory stays bounded.
+        """
+        rows, micros = self.shard(batch)
+        places = [self.places(batch, rows, micro) for micro in micros]
+        gathered = torch.zeros(5, int(batch.loss_mask.sum()), device=self.device)
+        keep = train and len(micros) == 1
+        kept: list[tuple[LabelStatistics, Tensor]] = []
+        for index, (micro, place) in enumerate(zip(micros, places, strict=True)):
+            with torch.set_grad_enabled(keep):
+                scored = self._forward(batch, micro, self._seed(step, index), keep, sums)
+            gathered[:, place] = torch.stack([x.detach().float() for x in scored[0]])
+            kept = [scored] if keep else []
+        if not micros and train and self.aux_coef:
+            zero = torch.zeros((), device=self.device)
+            sums.add(zero, {"aux_loss": (zero, 0.0), "aux_loss_term": (zero, 0.0)})
+        gradient = self._loss_of_all(batch, loss, self.ranks.sum_(gathered), train, sums)
+        if not train:
+            return
+        for index, (micro, place) in enumerate(zip(micros, places, strict=True)):
+            seed = self._seed(step, index)
+            statistics, extra = kept[0] if kept else self._forward(batch, micro, seed, True, sums)
+            ((statistics.logps * gradient[place]).sum() + extra).backward()
+
+    def _loss_of_all(self, batch: Batch, loss: Loss, gathered: Tensor, train: bool, sums: Sums) -> Tensor:
+        """Adds loss and metrics of the global batch (once, on rank 0); returns d loss / d log-probability."""
+        logps = gathered[0].clone().requires_grad_(train)
+        statistics = LabelStatistics(logps, gathered[1], gathered[2] > 0.5, gathered[3], gathered[4])
+        sequence = np.repeat(np.arange(batch.n_sequences), batch.label_counts)
+        view = self._view(statistics, sequence, batch.n_sequences, batch, batch.columns)
+        value, metrics = loss(view, loss.totals(batch))
+        mine = float(self.ranks.rank == 0)
+        sums.add(value * mine, {n: (total * mine, weight * mine) for n, (total, weight) in metrics.items()})
+        return torch.autograd.grad(value, logps)[0] if train else torch.zeros_like(logps)
+
+    def _forward(
+        self, batch: Batch, micro: MicroBatch, seed: int, train: bool, sums: Sums
+    ) -> tuple[LabelStatistics, Tensor]:
+        """Statistics of a micro-batch and its weighted auxiliary loss; routing is counted when training.
+
+        The auxiliary loss is not linear in the batch: micro-batches are averaged by their tokens.
+        """
+        if not train:
+            return self.scorer.statistics(micro), torch.zeros((), device=self.device)
+        torch.manual_seed(seed)
+        real = None if micro.real.all() else torch.from_numpy(micro.real).to(self.device)
+        with self.routers.collecting(real, keep_logits=self.aux_coef > 0) as logits:
+            statistics = self.scorer.statistics(micro)
+        if not self.aux_coef:
+            return statistics, torch.zeros((), device=self.device)
+        aux = aux_loss(logits, self.routers.top_k) * (micro.n_tokens / batch.n_tokens)
+        term = self.aux_coef * aux
+        sums.add(term, {"aux_loss": (aux.detach(), 0.0), "aux_loss_term": (term.detach(), 0.0)})
+        return statistics, term
+
+    def _view(
+        self,
+        statistics: LabelStatistics,
+        sequence: np.ndarray,
+        n_sequences: int,
+        batch: Batch,
+        columns: dict[str, np.ndarray],
+    ) -> TokenView:
+        return TokenView(
+            logps=statistics.logps,
+            sequence=torch.from_numpy(sequence).to(self.device),
+            n_sequences=n_sequences,
+            entropy=statistics.entropy,
+            correct=statistics.correct,
+            mean_logits=statistics.mean_logits,
+            log_sum_sq=statistics.log_sum_sq,
+            columns={
+                name: torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
+                for name, values in columns.items()
+            },
+            sequences_per_row=batch.sequences_per_row,
+        )
+
+    def _seed(self, step: int, micro_batch: int) -> int:
+        return _hashed((self.seed, step, self.ranks.rank, micro_batch))
+
+
+def _hashed(numbers: Iterable[int]) -> int:
+    """63 bits: neighbouring steps and ranks share no random stream."""
+    text = ",".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1

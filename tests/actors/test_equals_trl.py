@@ -1,0 +1,156 @@
+"""Loss curves equal TRL's trainers step by step: same adapter, same rows, same order, fp32, 1e-5.
+
+LoRA on attention and experts, packed here and padded there; weights, optimizer and schedule move on
+for 12 steps, so a difference anywhere would grow.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.algorithms.dpo import DpoLoss
+from actors.algorithms.sft import SftLoss
+from actors.host import ModelHost
+from actors.optim_spec import OptimSpec
+from tests.actors.host_cases import (
+    pair_batch,
+    policy_host,
+    random_pairs,
+    random_rows,
+    sft_batch,
+    with_reference,
+)
+
+STEPS, BATCH = 12, 6
+OPTIM = OptimSpec(
+    learning_rate=2e-3, lr_scheduler_type="cosine", warmup_steps=0.2, weight_decay=0.01, max_grad_norm=0.5,
+    optim="adamw_torch_fused",
+)  # fmt: skip
+COMMON = ("loss", "grad_norm", "learning_rate", "num_tokens", "entropy", "mean_token_accuracy")
+PAIRS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+         "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected")  # fmt: skip
+
+
+def trl_arguments(directory: Path) -> dict[str, Any]:
+    same = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim")
+    off = ("bf16", "fp16", "gradient_checkpointing")
+    return {
+        **{name: getattr(OPTIM, name) for name in same},
+        **dict.fromkeys(off, False),
+        "output_dir": str(directory),
+        "per_device_train_batch_size": BATCH,
+        "max_steps": STEPS,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "max_length": None,
+        "router_aux_loss_coef": 0.0,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
+def trl_model(base: Path, host: ModelHost, directory: Path) -> Any:
+    """Plain PEFT on plain transformers, starting from the host's fresh adapter."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    host.save_adapter("policy", directory / "start")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, directory / "start", is_trainable=True)
+
+
+def curve(trainer: Any) -> list[dict[str, float]]:
+    """TRL's log, one entry a step, rows in order; TRL rounds to 6 digits on the way to the log."""
+    from torch.utils.data import SequentialSampler
+
+    trainer._get_train_sampler = lambda dataset=None: SequentialSampler(trainer.train_dataset)
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_equal_curves(
+    ours: list[dict[str, float]], theirs: list[dict[str, float]], names: tuple[str, ...]
+) -> None:
+    assert len(ours) == len(theirs) == STEPS
+    for step, (mine, trl) in enumerate(zip(ours, theirs, strict=True)):
+        for name in names:
+            # rewards are differences of sums: measured against the size of the sums
+            scale = abs(trl.get("logps/chosen", 0.0)) if name.startswith("rewards") else 0.0
+            assert mine[name] == pytest.approx(trl[name], rel=1e-5, abs=1e-6 + 1e-6 * scale), (step, name)
+
+
+def test_sft_equals_trl(tiny_base: Path, tmp_path: Path) -> None:
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    rows = random_rows(STEPS * BATCH)
+    host = policy_host(tiny_base)
+    data = Dataset.from_list([{"input_ids": p + a, "labels": [-100] * len(p) + a} for p, a in rows])
+    trainer = SFTTrainer(
+        model=trl_model(tiny_base, host, tmp_path),
+        args=SFTConfig(**trl_arguments(tmp_path), dataset_kwargs={"skip_prepare_dataset": True}),
+        train_dataset=data,
+        processing_class=AutoTokenizer.from_pretrained(tiny_base),
+    )
+    theirs = curve(trainer)
+    host.prepare_training("policy", OPTIM, STEPS)
+    ours = [host.update(sft_batch(rows[i * BATCH : (i + 1) * BATCH]), SftLoss(), i) for i in range(STEPS)]
+    assert_equal_curves(ours, theirs, COMMON)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sigmoid": {},
+    "sigmoid+sft": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]},
+    "aot": {"loss_type": ["aot"]},
+    "ipo and ld_alpha": {"loss_type": ["ipo"], "ld_alpha": 0.4},
+    "weighted": {"use_weighting": True},
+    "js_divergence": {"f_divergence_type": "js_divergence", "loss_type": ["sigmoid_norm"]},
+    "alpha_divergence": {"f_divergence_type": "alpha_divergence", "loss_type": ["hinge"]},
+    "exo_pair": {"loss_type": ["exo_pair"], "label_smoothing": 0.01},
+    "robust": {"loss_type": ["robust"], "label_smoothing": 0.1},
+    "aot_unpaired, smoothed": {"loss_type": ["aot_unpaired"], "label_smoothing": 0.1},
+    **{
+        n: {"loss_type": [n]}
+        for n in ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop")
+    },
+}
+IN_MAKE_TEST = ("sigmoid", "sigmoid+sft", "aot")
+
+
+@pytest.mark.parametrize(
+    "variant", [v if v in IN_MAKE_TEST else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS]
+)
+def test_dpo_equals_trl(variant: str, tiny_base: Path, tmp_path: Path) -> None:
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    pairs = random_pairs(STEPS * BATCH)
+    host = policy_host(tiny_base)
+    settings = VARIANTS[variant]
+
+    class Tokenised(DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            return dataset
+
+    trainer = Tokenised(
+        model=trl_model(tiny_base, host, tmp_path),
+        args=DPOConfig(**trl_arguments(tmp_path), **settings, remove_unused_columns=False),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=AutoTokenizer.from_pretrained(tiny_base),
+    )
+    theirs = curve(trainer)
+    loss = DpoLoss(**settings)
+    host.prepare_training("policy", OPTIM, STEPS)
+    ours = []
+    for step in range(STEPS):
+        batch = pair_batch(pairs[step * BATCH : (step + 1) * BATCH])
+        ours.append(host.update(with_reference(host, batch, None, loss.ld_alpha), loss, step))
+    loss.check_start(ours[0], tolerance=1e-4)
+    assert_equal_curves(ours, theirs, (*COMMON, *PAIRS))
