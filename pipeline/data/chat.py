@@ -66,14 +66,6 @@ class ChatFormat:
             else self._by_prefixes(messages, turns, kwargs)
         )
 
-    def check_stops(self) -> None:
-        """UserError when the template ends an answer with nothing: a model can't learn to stop from it."""
-        if self.end_of_turn == "":
-            raise UserError(
-                "the base's chat template writes no end-of-turn token after an answer: a model trained on it "
-                "never stops. Add the end-of-text token to the assistant's turn in chat_template.jinja"
-            )
-
     def _render(
         self, messages: Sequence[Message], kwargs: dict[str, Any], for_generation: bool, spans: bool
     ) -> tuple[str, list[Span]]:
@@ -133,7 +125,10 @@ class ChatFormat:
             return None
         place = text.rfind(_PROBE_ANSWER)
         if place < 0:
-            return None
+            raise UserError(
+                "the base's chat template leaves out an answer that is a plain string (does it expect "
+                "parts of text and images?): correct chat_template.jinja"
+            )
         if self.marked and spans:
             self._unmarked_end = text[spans[-1][1] :].rstrip()
         return text[place + len(_PROBE_ANSWER) :].rstrip()
@@ -150,7 +145,10 @@ def training_template(tokenizer: Any) -> str | None:
 
 
 def chat_format(tokenizer: Any, template: str | None = None) -> ChatFormat:
-    """The tokenizer's chat template, or `template` in its place. UserError when there is none."""
+    """The tokenizer's chat template, or `template` in its place.
+
+    UserError when there is none, or when it ends an answer with nothing: a model never learns to stop.
+    """
     if not tokenizer.chat_template:
         raise UserError(
             "the rows need a chat template, and the base has none: use the instruct version of the base, or "
@@ -158,7 +156,14 @@ def chat_format(tokenizer: Any, template: str | None = None) -> ChatFormat:
             "text) need none"
         )
     chat = ChatFormat(tokenizer, template)
-    chat.check_stops()
+    if chat.end_of_turn == "" and template is None and (other := training_template(tokenizer)) is not None:
+        # GLM-4.5 ends an answer with the head of the next turn, which only TRL's template writes at the end.
+        chat = ChatFormat(tokenizer, other)
+    if chat.end_of_turn == "":
+        raise UserError(
+            "the base's chat template writes no end-of-turn token after an answer: a model trained on it "
+            "never stops. Add the end-of-text token to the assistant's turn in chat_template.jinja"
+        )
     return chat
 
 

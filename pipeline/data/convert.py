@@ -76,6 +76,7 @@ class RowView:
         value = self.need(canonical)
         if isinstance(value, str) and not _is_json_messages(value):
             return [_assistant(_text(value, self._columns[canonical], EMPTY_ANSWER))]
+        _check_text_or_messages(value, self._columns[canonical])
         return _messages(value, self._columns[canonical])
 
 
@@ -89,6 +90,11 @@ def convert(values: dict[str, Any], resolved: Resolved) -> Converted:
     if len(converted.answers) == 2 and _same(*converted.answers):
         raise RowProblem(SAME_ANSWERS)
     return converted
+
+
+def _check_text_or_messages(value: Any, column: str) -> None:
+    if not isinstance(value, str | list | dict):
+        raise RowProblem(WRONG_TYPE, f"{column} is {_type(value)}, not a string or a list of messages")
 
 
 def _text(value: Any, column: str, empty: str) -> str:
@@ -254,6 +260,7 @@ def _prompt(row: RowView, column: str) -> tuple[list[Message], str | None]:
     if isinstance(value, str) and not _is_json_messages(value):
         text = row.text(column, EMPTY_PROMPT)
         return [_user(text)], text
+    _check_text_or_messages(value, column)
     messages = row.messages(column)
     if messages[-1]["role"] == "assistant":
         raise RowProblem(WRONG_TYPE, f"{column} ends with the assistant's turn")
