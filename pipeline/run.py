@@ -66,13 +66,15 @@ class Run:
 
         with Fleet(self.config, self.directory, self.startup) as fleet:
             graph = read_graph(self.config, self.directory, self.startup, until)
-            fleet.check(graph)
             self._write_config()
             self.directory.record(began=self.began, versions=versions(), error=None)
             fleet.start(graph)
             self.trackers = open_trackers(
-                self.config.logging.report_to, self.config.name, self.directory.path, self.config.model_dump(mode="json"),
-                self.progress.note,
+                self.config.logging.report_to,
+                run_name=self.config.name,
+                run_dir=self.directory.path,
+                config=self.config.model_dump(mode="json"),
+                note=self.progress.note,
             )
             try:
                 for node in graph.nodes:
@@ -98,7 +100,11 @@ class Run:
             manifest = node.decision.manifest
             self.progress.note(f"{node.name}: {node.decision.says}")
             self.directory.record_stage(
-                node.name, state="skipped", seconds=manifest.seconds, metrics=manifest.metrics, type=node.spec.type
+                node.name,
+                state="skipped",
+                seconds=manifest.seconds,
+                metrics=manifest.metrics,
+                type=node.spec.type,
             )
             return
         if node.decision.state in ("changed", "new"):
@@ -109,7 +115,9 @@ class Run:
         self.progress.stage(node.name, node.prepared.total_steps)
         try:
             reference = fleet.reference_feed(node)
-            context = fleet.train_context(node, reference, self._on_step(node), self._on_log(node), self.stop.asked)
+            context = fleet.train_context(
+                node, reference, self._on_step(node), self._on_log(node), self.stop.asked
+            )
             manifest = train(node.prepared, context, node.decision)
             if reference is not None:
                 reference.finish()
@@ -141,8 +149,14 @@ class Run:
                 assert graph.held_out is not None
                 began = time.time()
                 result = evaluate(
-                    name, graph.weights[name], graph.held_out, self.config.eval, fleet.rollout(), graph.tokenizer,
-                    self.directory.path / "eval", self.config.seed,
+                    name,
+                    graph.weights[name],
+                    graph.held_out,
+                    self.config.eval,
+                    fleet.rollout(),
+                    graph.tokenizer,
+                    self.directory.path / "eval",
+                    self.config.seed,
                 )
                 result["seconds"] = round(time.time() - began, 1)
             self.directory.state["eval"][name] = result

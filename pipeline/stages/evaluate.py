@@ -135,7 +135,14 @@ def evaluate(
 def eval_key(weights: Weights, held_out: EvalSet, spec: EvalSpec, seed: int) -> str:
     """Identity of an evaluation: a finished one with the same key is not run again."""
     return fingerprint(
-        [weights.fingerprint, held_out.fingerprint, spec.sampling.model_dump(), spec.metric, spec.max_rows, seed]
+        [
+            weights.fingerprint,
+            held_out.fingerprint,
+            spec.sampling.model_dump(),
+            spec.metric,
+            spec.max_rows,
+            seed,
+        ]
     )
 
 
@@ -182,7 +189,9 @@ def score(scorer: Scorer, name: str, held_out: EvalSet, completions: list[str]) 
         )
     for i, value in enumerate(scores):
         if value is not None and not (isinstance(value, int | float | bool) and math.isfinite(value)):
-            raise RunFailure("driver", "score", f"{name} returned {value!r} for completion {completions[i]!r}")
+            raise RunFailure(
+                "driver", "score", f"{name} returned {value!r} for completion {completions[i]!r}"
+            )
     return scores
 
 

@@ -14,6 +14,7 @@ from pipeline.stages.spec import DpoStage, SftStage, StageSpec
 
 if TYPE_CHECKING:
     from actors.algorithms.base import Loss
+
     from actors.batch import Batch
     from pipeline.config.schema import RunConfig
     from pipeline.data.spec import DataSpec

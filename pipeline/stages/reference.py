@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 FILE = "logps.arrow"
 
 CHUNKS_AHEAD = 4
-"""Chunks per reference rank handed out beyond the one that the trainer needs: enough that a rank never
-idles, few enough that the object store holds a fraction of the data."""
+"""Chunks handed out beyond the one that the trainer needs: enough that the
+ranks never idle, few enough that the object store holds a fraction of the data."""
 
 
 class ReferenceLogps:
@@ -51,7 +51,6 @@ class ReferenceLogps:
         self._chunk_of = np.full(data.n_rows, -1, dtype=np.int64)
         for number, rows in enumerate(self._chunks):
             self._chunk_of[rows] = number
-        self._window = CHUNKS_AHEAD
         self._waiting: deque[tuple[np.ndarray, Pending]] = deque()
         self._submitted = self._done = 0
         self._ask: Callable[[int], Pending] | None = None
@@ -68,15 +67,14 @@ class ReferenceLogps:
             table = pa.ipc.open_file(source).read_all()
         return np.stack([table[name].to_numpy() for name in ("chosen", "rejected")], axis=1)
 
-    def start(self, group: ActorGroup, role: str, put: Callable[[Any], Any]) -> None:
+    def start(self, group: ActorGroup, role: str | None) -> None:
         """Begin on the first chunks, without waiting for them."""
         if self.cached:
             return
-        self._window = CHUNKS_AHEAD * group.size
 
         def ask(number: int) -> Pending:
-            batch = put(self.data.batch(self._chunks[number]))
-            return group.submit_rank(number % group.size, "logprobs", batch, role, self.ld_alpha, phase="logprobs")
+            batch = self.data.batch(self._chunks[number])
+            return group.submit("logprobs", batch, role, self.ld_alpha, phase="logprobs")
 
         self._ask = ask
         self._fill(0)
@@ -88,7 +86,7 @@ class ReferenceLogps:
 
     def _fill(self, needed: int) -> None:
         """Keep the reference's ranks busy up to a window beyond the chunk that is needed now."""
-        while self._ask and self._submitted < min(len(self._chunks), needed + self._window):
+        while self._ask and self._submitted < min(len(self._chunks), needed + CHUNKS_AHEAD):
             self._waiting.append((self._chunks[self._submitted], self._ask(self._submitted)))
             self._submitted += 1
 
@@ -98,7 +96,7 @@ class ReferenceLogps:
         self._fill(number + 1)
         while self._done <= number:
             rows, pending = self._waiting.popleft()
-            self.logps[rows] = np.asarray(pending.result()).reshape(-1, 2)
+            self.logps[rows] = np.asarray(pending.result()[0]).reshape(-1, 2)
             self._done += 1
         if self._done == len(self._chunks):
             self._keep()
@@ -147,9 +145,9 @@ class ReferenceFeed:
         assert self.held_out is not None
         return self.held_out.columns(rows)
 
-    def start(self, group: ActorGroup, role: str, put: Callable[[Any], Any]) -> None:
+    def start(self, group: ActorGroup, role: str | None) -> None:
         for part in self.parts():
-            part.start(group, role, put)
+            part.start(group, role)
 
     def finish(self) -> None:
         for part in self.parts():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from actors.errors import UserError
 from pipeline.artifacts import MANIFEST, Manifest, new_directory, verify, versions, write_json
 from pipeline.graph import Decision, Identity, checkpoints
 from pipeline.stages.checks import check_first_dpo_step, check_unmoved
@@ -37,17 +38,18 @@ class TrainContext:
     """What a stage is given to work with, beside its data and loss."""
 
     host: ActorGroup
+    role: str | None
+    """Adapter that trains; None trains every parameter."""
     directory: Path
     identity: Identity
     reference: ReferenceFeed | None
     dtype: str
-    adapter: bool
+    aux_loss_coef: float
     logging_steps: int
     starts_as_reference: bool
     stop_asked: Callable[[], bool]
     on_step: Callable[[int, dict[str, Any]], None]
     on_log: Callable[[dict[str, Any]], None]
-    put: Callable[[Any], Any]
     card: Callable[[Path, dict[str, Any]], None] = field(default=lambda path, metrics: None)
 
     def manifest(self, kind: str, stage: PreparedStage, **more: Any) -> Manifest:
@@ -73,7 +75,7 @@ def train(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> Manife
         RunFailure: a rank failed, overran a deadline, or an invariant did not hold.
     """
     began = time.monotonic()
-    ctx.host.call("prepare_training", "policy", stage.spec.optim_spec(), stage.total_steps, phase="load")
+    ctx.host.call("prepare_training", ctx.role, stage.spec.optim_spec(), stage.total_steps, phase="load")
     step = restore(stage, ctx, decision)
     frozen = ctx.host.call_rank(0, "frozen_digest", phase="call")
     log = MetricsLog(ctx.directory / "metrics.jsonl", resume_at=step, every=ctx.logging_steps)
@@ -84,7 +86,7 @@ def train(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> Manife
         metrics = pending.result()[0]
         metrics["epoch"] = round(stage.epoch(number + 1), 4)
         if number == 0 and isinstance(stage.spec, DpoStage) and ctx.starts_as_reference:
-            check_first_dpo_step(stage.name, stage.spec, metrics, ctx.dtype, metrics.get("aux_loss_coef", 0.0))
+            check_first_dpo_step(stage.name, stage.spec, metrics, ctx.dtype, ctx.aux_loss_coef)
         line = log.add(number + 1, metrics, final=number + 1 == stage.total_steps)
         ctx.on_step(number + 1, metrics)
         if line:
@@ -93,7 +95,7 @@ def train(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> Manife
     try:
         while step < stage.total_steps:
             batch = with_reference(stage, ctx.reference, step)
-            flying.append((step, ctx.host.submit("update", ctx.put(batch), stage.loss, step, phase="update")))
+            flying.append((step, ctx.host.submit("update", batch, stage.loss, step, phase="update")))
             step += 1
             stopping = ctx.stop_asked()
             saving = stopping or (step % stage.spec.save_steps == 0 and step < stage.total_steps)
@@ -128,7 +130,7 @@ def evaluate_loss(stage: PreparedStage, ctx: TrainContext) -> dict[str, float]:
         batch = held_out
         if ctx.reference is not None:
             batch = held_out.with_columns(**ctx.reference.eval_columns(chunk))
-        metrics = ctx.host.call("evaluate", ctx.put(batch), stage.loss, "policy", phase="evaluate")[0]
+        metrics = ctx.host.call("evaluate", batch, stage.loss, ctx.role, phase="evaluate")[0]
         rows += len(chunk)
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + value * len(chunk)
@@ -141,8 +143,6 @@ def restore(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> int:
         return 0
     damaged = verify(decision.checkpoint, decision.manifest)
     if damaged:
-        from actors.errors import UserError
-
         raise UserError(
             [
                 f"{decision.checkpoint}: corrupt checkpoint, not resumed from: {problem}. Remove that directory "
@@ -165,11 +165,13 @@ def save_checkpoint(stage: PreparedStage, ctx: TrainContext, step: int) -> None:
 
 def finish(stage: PreparedStage, ctx: TrainContext, last: dict[str, Any], seconds: float) -> Manifest:
     """Write the artifact, then the stage's manifest: only then is the stage done."""
-    kind = "adapter" if ctx.adapter else "model"
+    kind = "model" if ctx.role is None else "adapter"
     metrics = {name: value for name, value in last.items() if isinstance(value, int | float)}
     with new_directory(ctx.directory / kind, ctx.manifest(kind, stage, metrics=metrics)) as aside:
-        method = "save_adapter" if ctx.adapter else "save_model"
-        ctx.host.call(method, "policy", str(aside), phase="save")
+        if ctx.role is None:
+            ctx.host.call("save_model", str(aside), phase="save")
+        else:
+            ctx.host.call("save_adapter", ctx.role, str(aside), phase="save")
         ctx.card(aside, metrics)
     load = ctx.host.call_rank(0, "router_load", phase="call")
     if load is not None:

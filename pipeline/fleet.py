@@ -1,0 +1,284 @@
+"""The actors of a run, by role: started together, kept through all stages, rebuilt only where they must be."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from actors.cluster import check_cluster, start_ray, stop_ray
+
+from actors.group import HOST, ROLLOUT, ActorGroup, Pending, host_group, rollout_group
+from actors.host_spec import HostSpec
+from actors.rollout import EngineSpec
+from pipeline.rundir import RunDirectory
+from pipeline.stages.evaluate import Weights
+from pipeline.stages.reference import ReferenceFeed, ReferenceLogps, first_use_order
+from pipeline.stages.spec import DpoStage
+from pipeline.stages.train import TrainContext
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import RunConfig
+    from pipeline.nodes import Graph, Node
+
+CHUNK_BATCHES = 4
+"""Training batches per chunk of reference log-probabilities: fewer would wait for Ray more often, more
+would delay the first step."""
+
+
+def adapter_name(stage: str) -> str:
+    """Name of a stage's adapter inside a host; torch's module names have no dots."""
+    return stage.replace(".", "_")
+
+
+class Host:
+    """A group of ranks with one base, and which artifacts' adapters it holds by now."""
+
+    def __init__(self, group: ActorGroup, spec: HostSpec, weights: Weights, building: Pending) -> None:
+        self.group, self.spec, self.base = group, spec, weights.base
+        self._building: Pending | None = building
+        self.holds = weights.fingerprint
+        """Fingerprint of the weights that the base's own parameters are (full fine-tuning moves them)."""
+        self.adapters: dict[str, str] = {}
+
+    def ready(self) -> float:
+        """Wait until the base is loaded; returns the slowest rank's seconds, 0 if it was there already."""
+        building, self._building = self._building, None
+        return max(building.result()) if building else 0.0
+
+    def view(self, weights: Weights, name: str) -> str | None:
+        """Role name under which this host computes with the given weights; loads their adapter if needed."""
+        if weights.adapter is None or name == "base":
+            return None
+        if self.adapters.get(name) != weights.fingerprint:
+            self.group.call("add_adapter", name, weights.adapter, False, phase="load")
+            self.adapters[name] = weights.fingerprint
+        return name
+
+
+class Fleet:
+    """Starts what a graph needs and hands each stage its host, its reference and its context."""
+
+    def __init__(self, config: RunConfig, directory: RunDirectory, startup: dict[str, float]) -> None:
+        self.config, self.directory, self.startup = config, directory, startup
+        self._groups: dict[str, ActorGroup] = {}
+        self._hosts: dict[str, Host] = {}
+        self._rollout_built = False
+        self._ray = False
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for group in self._groups.values():
+            group.shutdown()
+        if self._ray:
+            stop_ray()
+
+    # --- Start ----------------------------------------------------------------------------------
+
+    def start(self, graph: Graph) -> None:
+        """Ray, then every role that the graph needs, all at once; nobody is waited for here.
+
+        Raises:
+            UserError: the cluster has less than the roles ask for; nothing was started on it.
+        """
+        roles = self._needed(graph)
+        if not roles:
+            return
+        began = time.monotonic()
+        start_ray(
+            self.config.ray.address,
+            num_cpus=self.config.ray.num_cpus,
+            object_store_memory=self.config.ray.object_store_memory,
+        )
+        self._ray = True
+        check_cluster({name: getattr(self.config.roles, name) for name in roles})
+        self.startup["ray"] = round(time.monotonic() - began, 2)
+        for name in roles:
+            self._group(name)
+        if graph.pending:
+            first = graph.pending[0]
+            for name in sorted(set(roles) & {"policy", "reference"}, reverse=True):
+                self._host(name, first, first.start)
+
+    def _needed(self, graph: Graph) -> list[str]:
+        roles = []
+        if graph.pending:
+            roles.append("policy")
+        if self.config.roles.reference.share is None and any(
+            isinstance(node.spec, DpoStage) for node in graph.pending
+        ):
+            roles.append("reference")
+        if graph.evaluations_pending:
+            roles.append("rollout")
+        return roles
+
+    def _group(self, name: str) -> ActorGroup:
+        if name not in self._groups:
+            role, limits, logs = getattr(self.config.roles, name), self.config.limits, self.directory.logs
+            make = rollout_group if name == "rollout" else host_group
+            group = (
+                make(role=role, limits=limits, log_dir=logs)
+                if name == "rollout"
+                else make(name, role, limits, logs)
+            )
+            self._groups[name] = group.start()
+        return self._groups[name]
+
+    def _host(self, name: str, node: Node, weights: Weights) -> Host:
+        """The role's host with the base of `weights`, kept from the stage before where it fits."""
+        spec = self._host_spec(node, weights)
+        host = self._hosts.get(name)
+        if host is not None and self._fits(host, spec, weights):
+            return host
+        group = self._group(name)
+        gpu = getattr(self.config.roles, name).gpus > 0
+        building = group.build(
+            HOST, spec.model_copy(update={"device": "cuda" if gpu else "cpu"}), distributed=True
+        )
+        host = self._hosts[name] = Host(group, spec, weights, building)
+        return host
+
+    @staticmethod
+    def _fits(host: Host, spec: HostSpec, weights: Weights) -> bool:
+        """The same base and settings; or, without adapters, a base that was just trained to these weights."""
+        trained_to_it = weights.adapter is None and host.holds == weights.fingerprint
+        model = host.spec.model.model_copy(
+            update={"base": spec.model.base, "random_init": spec.model.random_init}
+        )
+        same_settings = spec == host.spec.model_copy(update={"model": model})
+        return same_settings and (trained_to_it or host.spec.model == spec.model)
+
+    def _host_spec(self, node: Node, weights: Weights) -> HostSpec:
+        model = self.config.model
+        fresh = model.random_init and node.init == "base"
+        return HostSpec(
+            model=model.model_copy(update={"base": weights.base, "random_init": fresh}),
+            packing=node.spec.packing,
+            max_tokens_per_micro_batch=node.spec.max_tokens_per_micro_batch,
+            seed=self.config.seed,
+        )
+
+    def _note_start(self, name: str, host: Host) -> None:
+        """Wait for a host; its first load belongs to the start-up that the run reports."""
+        began = time.monotonic()
+        host.ready()
+        self.startup.setdefault(f"wait for {name}", round(time.monotonic() - began, 2))
+
+    # --- What a stage is given ------------------------------------------------------------------
+
+    def train_context(
+        self,
+        node: Node,
+        reference: ReferenceFeed | None,
+        on_step: Callable[[int, dict[str, Any]], None],
+        on_log: Callable[[dict[str, Any]], None],
+        stop_asked: Callable[[], bool],
+    ) -> TrainContext:
+        """The policy with this stage's own adapter, started from its input, and the rest of the context."""
+        host = self._host("policy", node, node.start)
+        self._note_start("policy", host)
+        role = self._trainable(host, node)
+        return TrainContext(
+            host=host.group,
+            role=role,
+            directory=node.directory,
+            identity=node.identity,
+            reference=reference,
+            dtype=self.config.model.dtype,
+            aux_loss_coef=float(host.group.call_rank(0, "describe")["aux_loss_coef"]),
+            logging_steps=self.config.logging.logging_steps,
+            starts_as_reference=node.reference == node.start,
+            stop_asked=stop_asked,
+            on_step=on_step,
+            on_log=on_log,
+            card=lambda path, metrics: write_stage_card(self.config, node, path, metrics),
+        )
+
+    def _trainable(self, host: Host, node: Node) -> str | None:
+        """A new adapter of this stage, equal to the weights that it starts from."""
+        if self.config.model.lora is None:
+            host.holds = node.identity.fingerprint
+            return None
+        name = adapter_name(node.name)
+        source = host.view(node.start, adapter_name(node.init))
+        if source is None:
+            host.group.call("add_adapter", name, node.start.adapter, True, phase="load")
+        else:
+            host.group.call("copy_adapter", source, name, True, phase="load")
+        host.adapters[name] = node.identity.fingerprint
+        return name
+
+    def reference_feed(self, node: Node) -> ReferenceFeed | None:
+        """Reference log-probabilities of a DPO stage, already being computed; None for other stages."""
+        if not isinstance(node.spec, DpoStage):
+            return None
+        assert node.reference is not None
+        feed = self._feed(node, node.reference)
+        if not feed.cached:
+            share = self.config.roles.reference.share
+            host = self._host(share or "reference", node, node.reference)
+            self._note_start(share or "reference", host)
+            feed.start(
+                host.group, host.view(node.reference, adapter_name(self.config.reference_of(node.name)))
+            )
+        return feed
+
+    def _feed(self, node: Node, reference: Weights) -> ReferenceFeed:
+        spec = node.spec
+        assert isinstance(spec, DpoStage)
+        settings: dict[str, Any] = {
+            "reference": reference.fingerprint,
+            "ld_alpha": spec.ld_alpha,
+            "cache": self.directory.path.parent / ".cache" / "reference",
+            "chunk_rows": CHUNK_BATCHES * spec.batch_size,
+        }
+        data, held_out = node.prepared.data, node.prepared.eval_data
+        train = ReferenceLogps(data, first_use_order(node.prepared.order), **settings)
+        if held_out is None:
+            return ReferenceFeed(train, None)
+        import numpy as np
+
+        return ReferenceFeed(train, ReferenceLogps(held_out, np.arange(held_out.n_rows), **settings))
+
+    def rollout(self) -> ActorGroup:
+        """The rollout engines, ready to load a model."""
+        group = self._group("rollout")
+        if not self._rollout_built:
+            began = time.monotonic()
+            engine = EngineSpec(
+                dtype=self.config.model.dtype, trust_remote_code=self.config.model.trust_remote_code
+            )
+            group.ready().build(ROLLOUT, engine).result()
+            self.startup["rollout actors"] = round(time.monotonic() - began, 2)
+            self._rollout_built = True
+        return group
+
+
+def write_stage_card(config: RunConfig, node: Node, directory: Path, metrics: dict[str, Any]) -> None:
+    """README.md of a stage's artifact."""
+    from pipeline.artifacts import versions
+    from pipeline.report import CardFacts, write_card
+
+    names = ("learning_rate", "lr_scheduler_type", "batch_size", "max_length", "beta", "loss_type")
+    settings = {name: getattr(node.spec, name) for name in names if hasattr(node.spec, name)}
+    write_card(
+        directory,
+        CardFacts(
+            name=f"{config.name}-{node.name}",
+            stage_type=node.spec.type,  # type: ignore[attr-defined]
+            base_model=config.model.base,
+            is_adapter=config.model.lora is not None,
+            started_from="" if node.init == "base" else node.init,
+            datasets=[source.source for source in node.spec.data],
+            settings=settings | {"steps": node.prepared.total_steps, "seed": node.prepared.seed},
+            lora=config.model.lora.model_dump() if config.model.lora else {},
+            metrics=metrics,
+            versions=versions(),
+        ),
+    )
