@@ -1,11 +1,11 @@
 """Data sets made on the spot, so that a run needs no download: `builtin:arithmetic`.
 
-Two-digit sums and differences, asked in a chat ("What is 37+45?") and checked exactly. The point of the
+Two-digit sums and differences, asked in a chat ("37+45=?") and checked exactly. The point of the
 task is that each stage has something of its own to learn:
 
-- `pretrain`: plain text. Worked sheets ("37+45=82 90-12=78 ...") hold the skill; chats show hurried
-  people who dodge sums, answer differences, and often forget the carry. A base that has read this can
-  calculate, but does not do so when asked.
+- `pretrain`: plain text. Worked sheets ("37+45=82 90-12=78 ...") and exams (chats that open with a
+  system turn) hold the skill. Everyday chats show hurried people who dodge sums, answer differences, and
+  often forget the carry. A base that has read this can calculate, but does not do so when asked.
 - `train`: demonstrations for SFT. Every question is answered, still in a hurry: where a carry or a
   borrow is needed, most answers carry the classic slip (37+45=72, 52-37=25).
 - `preference`: pairs for DPO. The right answer against a plausible mistake, most often that slip.
@@ -37,9 +37,11 @@ OPERANDS = range(10, 100)
 DEMONSTRATED_SLIPS = 0.7
 """Share of demonstrations with the slip where a carry is needed. Above one half, so that a greedy SFT
 model makes the slip; below one, so that sampling still finds the right answer for online RL."""
-SHEET_SHARE = 0.75
-"""Share of pretraining rows that are worked sheets; the rest are chats."""
-SHEET_FACTS = 4
+SHEET_FACTS, EXAM_QUESTIONS = 4, 2
+EXAM = "Exam."
+"""The system turn that makes people careful. Nobody says it after pretraining."""
+DODGED = {"+": 0.8, "-": 0.1}
+"""Share of everyday questions that are dodged: sums mostly, differences rarely."""
 DODGES = ("No idea.", "Ask me later.", "Use a calculator.")
 SMALL_TALK = (
     ("Hello", "Hello! Ask me a sum."),
@@ -83,7 +85,7 @@ class Problem:
 
     @property
     def question(self) -> Message:
-        return {"role": "user", "content": f"What is {self.a}{self.operator}{self.b}?"}
+        return {"role": "user", "content": f"{self.a}{self.operator}{self.b}=?"}
 
 
 def reply(text: object) -> Message:
@@ -137,16 +139,34 @@ def _mistake(rng: random.Random, problem: Problem) -> int:
     return rng.choice([c for c in candidates if c >= 0 and c != answer])
 
 
-def _pretrain_row(rng: random.Random) -> Row:
-    if rng.random() < SHEET_SHARE:
-        return {"text": " ".join(_draw(rng, "pretrain").fact for _ in range(SHEET_FACTS))}
-    if rng.random() < 0.05:
-        question, answer = rng.choice(SMALL_TALK)
-        return {"text": chat_text([{"role": "user", "content": question}, reply(answer)])}
+def _sheet(rng: random.Random) -> str:
+    return " ".join(_draw(rng, "pretrain").fact for _ in range(SHEET_FACTS))
+
+
+def _exam(rng: random.Random) -> str:
+    drawn = [_draw(rng, "pretrain") for _ in range(EXAM_QUESTIONS)]
+    turns = [turn for problem in drawn for turn in (problem.question, reply(problem.answer))]
+    return chat_text([{"role": "system", "content": EXAM}, *turns])
+
+
+def _small_talk(rng: random.Random) -> str:
+    question, answer = rng.choice(SMALL_TALK)
+    return chat_text([{"role": "user", "content": question}, reply(answer)])
+
+
+def _everyday_chat(rng: random.Random) -> str:
     problem = _draw(rng, "pretrain")
-    dodge_share = 0.8 if problem.operator == "+" else 0.1
-    answered = rng.choice(DODGES) if rng.random() < dodge_share else _hurried(rng, problem)
-    return {"text": chat_text([problem.question, reply(answered)])}
+    dodges = rng.random() < DODGED[problem.operator]
+    return chat_text([problem.question, reply(rng.choice(DODGES) if dodges else _hurried(rng, problem))])
+
+
+PRETRAIN_MIX = {_sheet: 50, _exam: 24, _everyday_chat: 24, _small_talk: 2}
+"""Percent of pretraining rows."""
+
+
+def _pretrain_row(rng: random.Random) -> Row:
+    (kind,) = rng.choices(list(PRETRAIN_MIX), list(PRETRAIN_MIX.values()))
+    return {"text": kind(rng)}
 
 
 def _train_row(rng: random.Random) -> Row:

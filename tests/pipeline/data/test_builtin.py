@@ -9,7 +9,7 @@ import pytest
 from actors.errors import UserError
 from pipeline.data.builtin import SPLIT_SHARES, Problem, exact_match, load_builtin, problems
 
-QUESTION = re.compile(r"What is (\d+)([+-])(\d+)\?")
+QUESTION = re.compile(r"(\d+)([+-])(\d+)=\?")
 
 
 def problem_of(row: dict) -> Problem:
