@@ -11,8 +11,8 @@ from typing import Any
 
 from pipeline.progress import MARKS, duration
 from pipeline.report.figure import Drawing, file_name
-from pipeline.report.panels import charts, format_value
 from pipeline.report.paired import paired_difference
+from pipeline.report.panels import charts, format_value
 from pipeline.report.plots import draw_chart, draw_router_load
 from pipeline.report.samples import Side, side_by_side, stage_samples
 from pipeline.report.stage_graph import artifact_text, interval_text, is_share, score_text, stage_graph
@@ -195,11 +195,15 @@ def change_text(
 ) -> tuple[str, str]:
     """Difference to the line above (in points for shares), and the verdict where prompts can be paired."""
     scale, unit = (100, " points") if is_share(before) and is_share(row) else (1, "")
-    paired = paired_difference(completions.get(before.model, ()), completions.get(row.model, ()))
+    digits = ".1f" if unit else ".3g"
+    earlier, later = completions.get(before.model, ()), completions.get(row.model, ())
+    # Rows of another evaluation than the table's would give another difference than the table's.
+    whole = len(earlier) == before.n and len(later) == row.n
+    paired = paired_difference(earlier, later) if whole else None
     if paired is None:
-        return f"{scale * (row.value - before.value):+.3g}{unit}", ""
+        return f"{scale * (row.value - before.value):+{digits}}{unit}", ""
     low, high = scale * paired.low, scale * paired.high
-    return f"{scale * paired.value:+.3g}{unit} ({low:+.3g} to {high:+.3g})", paired.verdict
+    return f"{scale * paired.value:+{digits}}{unit} ({low:+{digits}} to {high:+{digits}})", paired.verdict
 
 
 def time_bars(run: RunView) -> list[TimeBar]:

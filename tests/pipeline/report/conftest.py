@@ -1,6 +1,6 @@
 """A run directory like a real one, with plausible curves, for the report's tests and for looking at it.
 
-`python tests/pipeline/report/sample_run.py DIR [case]` writes one and builds its report.
+`python tests/pipeline/report/conftest.py DIR [whole|failed|bare|online]` writes one and builds its report.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 CONFIG = """\
 name: demo
@@ -107,30 +109,7 @@ def write_sample_run(root: Path, *, failed: bool = False, evaluated: bool = True
             },
         }
     if evaluated and not failed:
-        run["eval"] = {
-            "base": {
-                "metric": "exact_match",
-                "accuracy": 0.246,
-                "n": 500,
-                "seconds": 4.1,
-                "ci95": [0.210, 0.286],
-            },
-            "sft": {
-                "metric": "exact_match",
-                "accuracy": 0.584,
-                "n": 500,
-                "seconds": 4.1,
-                "ci95": [0.540, 0.626],
-            },
-            "dpo": {
-                "metric": "exact_match",
-                "accuracy": 0.782,
-                "n": 500,
-                "seconds": 4.1,
-                "ci95": [0.744, 0.816],
-            },
-        }
-        write_completions(root / "eval")
+        run["eval"] = write_completions(root / "eval")
     (root / "run.json").write_text(json.dumps(run, indent=2))
     return root
 
@@ -189,27 +168,35 @@ def dpo_row(at: float, noise: random.Random) -> dict[str, float]:
     }
 
 
-def write_completions(folder: Path) -> None:
-    """eval/MODEL.jsonl: 24 sums, of which the later models get more right. One answer holds markup."""
+def write_completions(folder: Path, rows: int = 500) -> dict[str, Any]:
+    """eval/MODEL.jsonl: sums, of which the later models get more right. Some answers hold markup."""
     folder.mkdir(parents=True, exist_ok=True)
-    for model, share in (("base", 0.25), ("sft", 0.6), ("dpo", 0.8)):
-        noise, rows = random.Random(f"{model}"), []
-        sums = random.Random(7)
-        for _ in range(24):
-            a, b = sums.randint(10, 99), sums.randint(10, 99)
-            right = noise.random() < share
-            completion = str(a + b if right else a + b + noise.choice([-10, -1, 1, 10]))
-            if not right and noise.random() < 0.2:
-                completion = f"<script>alert({a})</script>"
-            rows.append(
-                {
-                    "prompt": [{"role": "user", "content": f"{a} + {b} = ?"}],
-                    "completion": completion,
-                    "answer": str(a + b),
-                    "score": float(right),
-                }
-            )
-        (folder / f"{model}.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    entries = {}
+    for model, share in (("base", 0.25), ("sft", 0.58), ("dpo", 0.78)):
+        sums, lines, right = random.Random(7), [], 0
+        for at in range(rows):
+            a, b, luck = sums.randint(10, 99), sums.randint(10, 99), sums.random()
+            correct = luck < share
+            wrong = f"<script>alert({a})</script>" if at % 2 else str(a + b + 10)
+            row = {
+                "prompt": f"What is {a} + {b}?",
+                "completion": str(a + b) if correct else wrong,
+                "answer": str(a + b),
+                "score": float(correct),
+            }
+            lines.append(json.dumps(row))
+            right += correct
+        (folder / f"{model}.jsonl").write_text("\n".join(lines) + "\n")
+        p = right / rows
+        half = 1.96 * math.sqrt(p * (1 - p) / rows)
+        entries[model] = {
+            "accuracy": p,
+            "n": rows,
+            "ci95": [p - half, p + half],
+            "metric": "exact_match",
+            "seconds": 4.1,
+        }
+    return entries
 
 
 def write_online_run(root: Path) -> Path:
@@ -241,6 +228,34 @@ def write_online_run(root: Path) -> Path:
     run["stages"]["grpo"] = {"state": "running", "seconds": 61.0}
     (root / "run.json").write_text(json.dumps(run))
     return root
+
+
+@pytest.fixture
+def sample_run(tmp_path: Path) -> Path:
+    """A whole SFT -> DPO run with its evaluation."""
+    return write_sample_run(tmp_path / "demo")
+
+
+@pytest.fixture(scope="session")
+def reported_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run with its report, made once for all tests that only look at it."""
+    from pipeline.report import build_report
+
+    root = write_sample_run(tmp_path_factory.mktemp("runs") / "demo")
+    assert build_report(root) == root / "report.html"
+    return root
+
+
+@pytest.fixture
+def failed_run(tmp_path: Path) -> Path:
+    """A run whose DPO broke off at step 43."""
+    return write_sample_run(tmp_path / "demo", failed=True)
+
+
+@pytest.fixture
+def online_run(tmp_path: Path) -> Path:
+    """SFT -> reward model and GRPO, the latter still running."""
+    return write_online_run(tmp_path / "demo")
 
 
 if __name__ == "__main__":

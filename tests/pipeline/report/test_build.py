@@ -1,0 +1,135 @@
+"""The report of a run, whatever state the run is in."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from actors.errors import UserError
+from pipeline.report import build_report
+
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Collects ids, tags and text, and fails on a tag that is not closed in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(html)
+        assert self.open == [], f"left open: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.ids += [value for key, value in attrs if key == "id" and value]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.ids += [value for key, value in attrs if key == "id" and value]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_a_whole_run_has_graph_charts_table_generations_config_and_versions(reported_run: Path) -> None:
+    page = Page((reported_run / "report.html").read_text())
+    for words in (
+        "exact match: base 25",
+        "Reward accuracy",
+        "Expert load",
+        "adapter, 1.33 MB",
+        "✓ done · 48 s",
+        "points (+",
+        "better",
+        "First training step after 18 s",
+        "evaluation of dpo",
+        "max_steps:",
+        "transformers",
+        "What is ",
+    ):
+        assert words in page.text, words
+    assert len(page.ids) == len(set(page.ids)), "each id once, also across inline SVGs"
+    names = {png.name for png in (reported_run / "plots").iterdir()}
+    assert {"sft-loss.png", "dpo-reward-margin.png", "dpo-expert-load.png"} <= names
+    assert (reported_run / "plots" / "sft-loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_needs_nothing_from_outside(reported_run: Path) -> None:
+    html = (reported_run / "report.html").read_text()
+    fetched = re.findall(r"""(?:src|href)\s*=\s*["']([^"']+)|url\(([^)]+)\)""", html)
+    targets = [first or second for first, second in fetched]
+    assert targets
+    assert all(target.startswith(("#", "data:")) for target in targets), targets
+
+
+def test_what_a_model_wrote_is_shown_and_never_run(reported_run: Path) -> None:
+    html = (reported_run / "report.html").read_text()
+    assert "&lt;script&gt;alert(" in html
+    assert "script" not in Page(html).tags
+
+
+def test_a_run_that_failed_half_way_says_who_failed_and_what_to_do(failed_run: Path) -> None:
+    with (failed_run / "dpo" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 44, "lo')
+    page = Page(build_report(failed_run).read_text())
+    assert "✗ failed" in page.text
+    assert "policy-1 in phase 'update': no answer to update(43) in 120 s" in page.text
+    assert "next: run the same command again" in page.text
+    assert "dpo/metrics.jsonl: 1 unreadable line(s) left out" in page.text
+    assert "Evaluation" not in page.text
+
+
+def test_stages_and_metrics_that_nobody_foresaw_are_plotted(online_run: Path) -> None:
+    page = Page(build_report(online_run).read_text())
+    names = {png.name for png in (online_run / "plots").iterdir()}
+    assert {"grpo-reward.png", "grpo-completions-mean-length.png", "grpo-sync-seconds.png"} <= names
+    assert "reward_model" in page.text
+    assert "▶ running" in page.text
+    assert "10 + 1 = ?" in page.text
+    assert "step 10" in page.text
+
+
+def test_a_run_that_has_only_begun_has_a_report(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"name": "new", "stages": {"sft": {"state": "running"}}}')
+    page = Page(build_report(tmp_path).read_text())
+    assert "new" in page.text
+    assert "▶ running" in page.text
+
+
+@pytest.mark.parametrize(
+    "figures", [{}, {"sft": {"accuracy": 0.5}}, {"sft": {"mean_reward": -3.2, "n": 9}}, None]
+)
+def test_evaluations_without_intervals_or_of_other_metrics_are_shown(tmp_path: Path, figures: object) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"stages": {"sft": {"state": "done"}}, "eval": figures}))
+    text = Page(build_report(tmp_path).read_text()).text
+    assert ("Evaluation" in text) == bool(figures)
+
+
+def test_a_directory_that_is_no_run_is_the_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no run\.json"):
+        build_report(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(UserError, match="can't be read"):
+        build_report(tmp_path)
+
+
+def test_importing_the_report_does_not_import_matplotlib() -> None:
+    code = (
+        "import sys, pipeline.report; print([m for m in ('matplotlib', 'torch', 'ray') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

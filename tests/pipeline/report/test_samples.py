@@ -1,0 +1,58 @@
+"""Generations side by side, and the paired comparison of two models."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.report.paired import paired_difference
+from pipeline.report.samples import TEXT_LIMIT, as_text, clip, side_by_side, stage_samples
+
+
+def rows(scores: list[float]) -> list[dict[str, object]]:
+    return [{"prompt": f"p{at}", "completion": "c", "score": score} for at, score in enumerate(scores)]
+
+
+def test_prompts_are_joined_and_losses_are_always_shown() -> None:
+    before = rows([0.0] * 10 + [1.0] * 10)
+    after = rows([1.0] * 10 + [0.0] * 1 + [1.0] * 9)
+    side = side_by_side({"base": before, "sft": after})
+    assert side.counts == {"better": 10, "worse": 1, "same": 9}
+    assert side.total == 20
+    assert [sample.change for sample in side.samples] == ["better"] * 4 + ["worse"] + ["same"] * 4
+
+
+def test_a_stages_samples_before_and_after_stand_side_by_side() -> None:
+    side = stage_samples([{"prompt": "1+1", "before": "3", "after": "2"}])
+    assert [(answer.label, answer.text) for answer in side.samples[0].answers] == [
+        ("before", "3"),
+        ("after", "2"),
+    ]
+    side = stage_samples([{"prompt": "1+1", "when": when, "completion": "2"} for when in ("before", "after")])
+    assert side.labels == ["before", "after"]
+
+
+def test_messages_become_text_and_long_texts_are_cut_with_a_count() -> None:
+    assert as_text([{"role": "user", "content": "hi"}]) == "hi"
+    assert as_text([{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]) == (
+        "system: be brief\nuser: hi"
+    )
+    assert clip("x" * (TEXT_LIMIT + 7)).endswith("… (7 more characters)")
+
+
+def test_a_model_that_gets_more_of_the_same_prompts_right_is_better() -> None:
+    before, after = rows([0.0, 1.0] * 100), rows([1.0, 1.0] * 50 + [0.0, 1.0] * 50)
+    difference = paired_difference(before, after)
+    assert difference is not None
+    assert difference.value == pytest.approx(0.25)
+    # Normal approximation of the same interval: .25 -+ 1.96 sqrt(.25 * .75 / 200) = .190 to .310
+    assert difference.low == pytest.approx(0.190, abs=0.012)
+    assert difference.high == pytest.approx(0.310, abs=0.012)
+    assert difference.verdict == "better"
+
+
+def test_equal_models_are_even_and_other_prompts_are_not_compared() -> None:
+    same = paired_difference(rows([0.0, 1.0] * 20), rows([1.0, 0.0] * 20))
+    assert same is not None
+    assert same.verdict == "even"
+    assert paired_difference(rows([0.0]), [{"prompt": "another", "score": 1.0}]) is None
+    assert paired_difference([], []) is None

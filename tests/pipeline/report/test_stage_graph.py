@@ -1,0 +1,33 @@
+"""The stage graph's layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.report.stage_graph import byte_text, stage_graph
+from pipeline.report.view import read_run
+
+
+def test_a_chain_goes_left_to_right_with_what_is_passed_on(sample_run: Path) -> None:
+    graph = stage_graph(read_run(sample_run))
+    assert [box.name for box in graph.boxes] == ["base", "sft", "dpo"]
+    assert len({box.y for box in graph.boxes}) == 1
+    assert [arrow.label for arrow in graph.arrows] == ["", "adapter, 1.33 MB"]
+
+
+def test_stages_from_one_parent_share_a_column_and_never_a_place(online_run: Path) -> None:
+    graph = stage_graph(read_run(online_run))
+    places = {box.name: (box.x, box.y) for box in graph.boxes}
+    assert places["reward"][0] == places["grpo"][0]
+    assert len(set(places.values())) == len(places)
+    assert [arrow.label for arrow in graph.arrows if arrow.reference] == ["reference"]
+
+
+def test_bytes_read_like_bytes() -> None:
+    assert [byte_text(size) for size in (999, 1000, 1_330_000, 61e9, 5e15)] == [
+        "999 B",
+        "1 kB",
+        "1.33 MB",
+        "61 GB",
+        "5e+03 TB",
+    ]

@@ -1,0 +1,76 @@
+"""Reading metrics and expert loads: what is cut off, repeated or of another shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.report.panels import charts, format_value
+from pipeline.report.view import Series, fair_share, read_run, to_series
+
+
+def test_a_step_logged_again_after_a_resume_counts_once() -> None:
+    series = to_series([{"step": 1, "loss": 3.0}, {"step": 2, "loss": 9.0}, {"step": 2, "loss": 2.0}])
+    assert series["loss"] == Series([1, 2], [3.0, 2.0])
+
+
+def test_values_that_are_no_finite_numbers_are_left_out() -> None:
+    rows = [{"step": 1, "loss": float("nan"), "note": "x", "flag": True}, {"step": 2, "loss": 1.5}]
+    assert to_series(rows) == {"loss": Series([2], [1.5])}
+
+
+@pytest.mark.parametrize(
+    ("load", "shares"),
+    [
+        ([[10, 30], [0, 0]], [[0.5, 1.5], [0.0, 0.0]]),
+        ([[[1, 1]], [[1, 3]]], [[0.5, 1.5]]),
+        ([[], [2, 2]], [[1.0, 1.0]]),
+        ([[1, 2], [1, 2, 3]], []),
+        (None, []),
+        ([], []),
+        ("broken", []),
+    ],
+)
+def test_expert_loads_become_fair_shares(load: object, shares: list[list[float]]) -> None:
+    assert fair_share(load) == shares
+
+
+def test_metrics_group_into_charts_with_their_held_out_twins() -> None:
+    up, flat = Series([1, 2], [1.0, 2.0]), Series([1, 2], [0.0, 0.0])
+    found, constants = charts(
+        {"loss": up, "eval_loss": up, "moe/dead_experts": flat, "epoch": up, "odd/thing": up}
+    )
+    assert [(chart.panel.title, list(chart.curves)) for chart in found] == [
+        ("Loss", ["training", "held out"]),
+        ("odd/thing", ["training"]),
+    ]
+    assert constants == {"moe/dead_experts": 0.0}
+
+
+def test_a_single_step_is_a_chart_not_a_constant() -> None:
+    found, constants = charts({"loss": Series([1], [0.69])})
+    assert [chart.panel.title for chart in found] == ["Loss"]
+    assert constants == {}
+
+
+def test_figures_are_short() -> None:
+    assert [format_value(value) for value in (0.41234, 12.345, 1234.5, 0.0, 2e-4)] == [
+        "0.412",
+        "12.3",
+        "1,234",
+        "0",
+        "2.0e-04",
+    ]
+    assert format_value(0.831, "percent") == "83.1 %"
+
+
+def test_stages_of_the_config_that_were_not_reached_are_pending(failed_run: Path) -> None:
+    config = failed_run / "config.yaml"
+    config.write_text(
+        config.read_text().replace("roles:", "  last:\n    type: dpo\n    reference: sft\nroles:")
+    )
+    run = read_run(failed_run)
+    last = run.stages[-1]
+    assert (last.state, last.init, last.reference) == ("pending", "dpo", "sft")
+    assert run.state == "failed"
