@@ -91,7 +91,9 @@ def model_fingerprint(directory: str | Path) -> str:
     """Identity of a model or adapter directory: its weights and the configs that change its output."""
     root = Path(directory)
     names = sorted(
-        p for p in root.iterdir() if p.suffix == ".safetensors" or p.name in ("config.json", "adapter_config.json")
+        p
+        for p in root.iterdir()
+        if p.suffix == ".safetensors" or p.name in ("config.json", "adapter_config.json")
     )
     return fingerprint({p.name: file_digest(p) for p in names})
 
@@ -177,7 +179,7 @@ def sync_directory_entry(directory: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Bring back an artifact whose replacement was cut between its two renames, and drop half-written ones."""
+    """Bring back an artifact whose replacement was cut between its renames; drop half-written ones."""
     old, aside = path.with_name(f".{path.name}.old"), path.with_name(f".{path.name}.tmp")
     if old.exists() and not path.exists():
         os.rename(old, path)

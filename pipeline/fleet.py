@@ -1,4 +1,4 @@
-"""The actors of a run, by role: started together, kept through all stages, rebuilt only where they must be."""
+"""The actors of a run, by role: started together, kept through all stages, rebuilt only where needed."""
 
 from __future__ import annotations
 
@@ -121,12 +121,8 @@ class Fleet:
     def _group(self, name: str) -> ActorGroup:
         if name not in self._groups:
             role, limits, logs = getattr(self.config.roles, name), self.config.limits, self.directory.logs
-            make = rollout_group if name == "rollout" else host_group
-            group = (
-                make(role=role, limits=limits, log_dir=logs)
-                if name == "rollout"
-                else make(name, role, limits, logs)
-            )
+            rollout = name == "rollout"
+            group = rollout_group(role, limits, logs) if rollout else host_group(name, role, limits, logs)
             self._groups[name] = group.start()
         return self._groups[name]
 
@@ -271,7 +267,7 @@ def write_stage_card(config: RunConfig, node: Node, directory: Path, metrics: di
         directory,
         CardFacts(
             name=f"{config.name}-{node.name}",
-            stage_type=node.spec.type,  # type: ignore[attr-defined]
+            stage_type=node.kind,
             base_model=config.model.base,
             is_adapter=config.model.lora is not None,
             started_from="" if node.init == "base" else node.init,

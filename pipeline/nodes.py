@@ -34,6 +34,11 @@ class Node:
     directory: Path
 
     @property
+    def kind(self) -> str:
+        """Type of the stage: sft, dpo."""
+        return str(getattr(self.spec, "type", ""))
+
+    @property
     def pending(self) -> bool:
         return self.decision.state != "fresh"
 
@@ -94,11 +99,13 @@ def read_nodes(
     """Nodes in order up to `until`; adds each stage's result to `weights`."""
     nodes: list[Node] = []
     problems: list[str] = []
-    for name, spec in config.stages.items():
+    for name in config.stages:
         try:
             prepared = prepare(config, name, tokenizer)
         except UserError as error:
-            problems += [problem if name in problem else f"stages.{name}: {problem}" for problem in error.problems]
+            problems += [
+                problem if name in problem else f"stages.{name}: {problem}" for problem in error.problems
+            ]
             continue
         if problems:
             continue
@@ -122,7 +129,9 @@ def make_node(
     inputs = {init: weights[init].fingerprint}
     if reference is not None:
         inputs["reference"] = reference.fingerprint
-    model = config.model.model_dump(mode="json", exclude={"base", "gradient_checkpointing", "attn_implementation"})
+    model = config.model.model_dump(
+        mode="json", exclude={"base", "gradient_checkpointing", "attn_implementation"}
+    )
     identity = Identity(
         identity_config(spec.model_dump(mode="json"), model), inputs, prepared.data.fingerprint, prepared.seed
     )

@@ -26,10 +26,11 @@ def run(config: RunConfig, *, dry_run: bool = False, until: str | None = None, f
         UserError: the config, the data, the base or the cluster can't be used; nothing was started.
         RunFailure: an actor failed, overran its deadline, or an invariant did not hold.
     """
-    from pipeline.plan import cluster_plan, shrink, write_dry_base
+    from pipeline.plan import Change, cluster_plan, shrink, write_dry_base
 
     began = time.time()
-    wanted, changes = config, []
+    wanted = config
+    changes: list[Change] = []
     if dry_run:
         config, changes = shrink(wanted)
     directory = RunDirectory(config.output_dir, config.name)
@@ -96,21 +97,21 @@ class Run:
         """Skip, continue or run one stage; afterwards its artifact is on disk and in run.json."""
         from pipeline.stages.train import Stopped, train
 
-        if node.decision.state == "fresh":
-            manifest = node.decision.manifest
+        manifest = node.decision.manifest
+        if node.decision.state == "fresh" and manifest is not None:
             self.progress.note(f"{node.name}: {node.decision.says}")
             self.directory.record_stage(
                 node.name,
                 state="skipped",
                 seconds=manifest.seconds,
                 metrics=manifest.metrics,
-                type=node.spec.type,
+                type=node.kind,
             )
             return
         if node.decision.state in ("changed", "new"):
             clear_stage(node.directory)
         self.progress.note(f"{node.name}: {node.decision.says}")
-        self.directory.record_stage(node.name, state="running", type=node.spec.type, init=node.init)
+        self.directory.record_stage(node.name, state="running", type=node.kind, init=node.init)
         began = time.time()
         self.progress.stage(node.name, node.prepared.total_steps)
         try:
@@ -183,7 +184,7 @@ class Run:
         return lambda line: self.trackers.log(node.name, int(line["step"]), line)
 
     def _write_config(self) -> None:
-        from pipeline.config.load import dump_yaml
+        from pipeline.config.load import dump_config
 
         path: Path = self.directory.path / "config.yaml"
-        path.write_text(dump_yaml(self.config))
+        path.write_text(dump_config(self.config))

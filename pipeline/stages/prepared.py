@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.data.layouts import Kind
 from pipeline.data.order import BatchOrder, batch_order
 from pipeline.data.records import load_records
 from pipeline.data.tokens import TokenizedData, tokenize
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from pipeline.config.schema import RunConfig
     from pipeline.data.spec import DataSpec
 
-KINDS = {SftStage: "sft", DpoStage: "preference"}
+KINDS: dict[type[StageSpec], Kind] = {SftStage: "sft", DpoStage: "preference"}
 """Which records each stage type reads."""
 
 

@@ -114,9 +114,12 @@ class ReferenceLogps:
             versions=versions(),
         )
         table = pa.table({"chosen": self.logps[:, 0], "rejected": self.logps[:, 1]})
-        with new_directory(self.path, manifest) as aside, pa.OSFile(str(aside / FILE), "wb") as sink:
-            with pa.ipc.new_file(sink, table.schema) as writer:
-                writer.write_table(table)
+        with (
+            new_directory(self.path, manifest) as aside,
+            pa.OSFile(str(aside / FILE), "wb") as sink,
+            pa.ipc.new_file(sink, table.schema) as writer,
+        ):
+            writer.write_table(table)
         self.cached = True
 
     def finish(self) -> None:

@@ -145,8 +145,9 @@ def restore(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> int:
     if damaged:
         raise UserError(
             [
-                f"{decision.checkpoint}: corrupt checkpoint, not resumed from: {problem}. Remove that directory "
-                "to go on from the checkpoint before it (or from the stage's start), or start anew with --fresh"
+                f"{decision.checkpoint}: corrupt checkpoint, not resumed from: {problem}. Remove that "
+                "directory to go on from the checkpoint before it (or from the stage's start), or start "
+                "anew with --fresh"
                 for problem in damaged
             ]
         )

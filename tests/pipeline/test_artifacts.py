@@ -40,9 +40,14 @@ def test_an_artifact_has_its_files_and_their_digests(tmp_path: Path) -> None:
 def test_an_error_while_writing_leaves_the_old_artifact(tmp_path: Path) -> None:
     with new_directory(tmp_path / "adapter", manifest()) as aside:
         (aside / "weights").write_text("old")
-    with pytest.raises(KeyError), new_directory(tmp_path / "adapter", manifest()) as aside:
-        (aside / "weights").write_text("half of the new")
-        raise KeyError
+
+    def fail_half_way() -> None:
+        with new_directory(tmp_path / "adapter", manifest()) as aside:
+            (aside / "weights").write_text("half of the new")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_half_way()
     assert (tmp_path / "adapter" / "weights").read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
 
@@ -65,7 +70,8 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_whole_artifact(tmp_path: Path, m
                     os.kill(os.getpid(), signal.SIGKILL)
                 return real(*args, **kwargs)
             {moment} = dying
-            with new_directory(Path({str(tmp_path / "a")!r}), Manifest(type="adapter", stage="s", fingerprint="f")) as d:
+            manifest = Manifest(type="adapter", stage="s", fingerprint="f")
+            with new_directory(Path({str(tmp_path / "a")!r}), manifest) as d:
                 (d / "weights").write_text("new")
         """)
         code = subprocess.run([sys.executable, "-c", script], cwd=os.getcwd()).returncode
@@ -100,10 +106,12 @@ def test_a_broken_manifest_is_the_users_to_look_at(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_full_ends_in_a_failure_that_says_so(tmp_path: Path) -> None:
-    with pytest.raises(RunFailure, match="No space left"), new_directory(tmp_path / "a", manifest()) as aside:
-        with open("/dev/full", "w") as full:
+    def fill_the_disk() -> None:
+        with new_directory(tmp_path / "a", manifest()), open("/dev/full", "w") as full:
             full.write("x")
-        (aside / "weights").write_text("never")
+
+    with pytest.raises(RunFailure, match="No space left"):
+        fill_the_disk()
     assert not (tmp_path / "a").exists()
 
 

@@ -27,7 +27,10 @@ def test_state_is_written_and_read_back(tmp_path: Path) -> None:
 def test_a_second_run_on_the_same_directory_is_refused(tmp_path: Path) -> None:
     with RunDirectory(tmp_path / "r", "demo").opened() as run:
         run.save()
-        with pytest.raises(UserError, match="in use by process"), RunDirectory(tmp_path / "r", "demo").opened():
+        with (
+            pytest.raises(UserError, match="in use by process"),
+            RunDirectory(tmp_path / "r", "demo").opened(),
+        ):
             pass
 
 
@@ -51,20 +54,26 @@ def test_the_lock_of_a_killed_run_is_free(tmp_path: Path) -> None:
 def test_another_runs_directory_is_refused(tmp_path: Path) -> None:
     with RunDirectory(tmp_path / "r", "first").opened() as run:
         run.save()
-    with pytest.raises(UserError, match="belongs to the run 'first'"), RunDirectory(tmp_path / "r", "b").opened():
+    with (
+        pytest.raises(UserError, match="belongs to the run 'first'"),
+        RunDirectory(tmp_path / "r", "b").opened(),
+    ):
         pass
 
 
 def test_a_directory_with_foreign_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="not a run directory"), RunDirectory(tmp_path, "demo").opened(fresh=True):
+    with (
+        pytest.raises(UserError, match="not a run directory"),
+        RunDirectory(tmp_path, "demo").opened(fresh=True),
+    ):
         pass
     assert (tmp_path / "thesis.tex").exists()
 
 
 def test_a_broken_run_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"name": ')
-    with pytest.raises(UserError, match="run.json: not readable"), RunDirectory(tmp_path, "demo").opened():
+    with pytest.raises(UserError, match=r"run\.json: not readable"), RunDirectory(tmp_path, "demo").opened():
         pass
 
 
