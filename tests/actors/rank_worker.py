@@ -1,0 +1,75 @@
+"""One rank of a two-rank host, as a process: `python rank_worker.py BASE RANK WORLD INIT OUT`.
+
+The same scenarios run with one rank in the test's own process.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from actors.algorithms.dpo import DpoLoss
+from actors.algorithms.sft import SftLoss
+from actors.host import ModelHost
+from actors.models.adapters import adapter_digest
+from actors.optim_spec import OptimSpec
+from tests.actors.host_cases import (
+    host_spec,
+    pair_batch,
+    random_pairs,
+    random_rows,
+    sft_batch,
+    with_reference,
+)
+
+OPTIM = OptimSpec(learning_rate=2e-3, lr_scheduler_type="constant", max_grad_norm=1.0)
+MICRO_TOKENS = 150
+STEPS = 6
+
+
+def scenarios(
+    base: str, out: Path, rank: int = 0, world_size: int = 1, init: str | None = None
+) -> dict[str, Any]:
+    """Curves of several losses, then log-probabilities and a saved adapter."""
+    host = ModelHost(
+        host_spec(base, max_tokens_per_micro_batch=MICRO_TOKENS), rank, world_size, init, timeout_s=60
+    )
+    host.add_adapter("policy")
+    results: dict[str, Any] = {}
+    rows, pairs = random_rows(9 * STEPS), random_pairs(7 * STEPS)
+    losses = {
+        "sft": SftLoss(),
+        "dpo": DpoLoss(loss_type=["sigmoid", "sft"]),
+        "aot": DpoLoss(loss_type="aot"),
+    }
+    for name, loss in losses.items():
+        host.prepare_training("policy", OPTIM, STEPS)
+        for step in range(STEPS):
+            # The last step has a single row: with two ranks one of them has nothing to do.
+            n = 1 if step == STEPS - 1 else 7
+            if name == "sft":
+                batch = sft_batch(rows[9 * step : 9 * step + n + 2])
+            else:
+                batch = with_reference(host, pair_batch(pairs[7 * step : 7 * step + n]))
+            for metric, value in host.update(batch, loss, step).items():
+                if "second" not in metric:
+                    results.setdefault(f"{name}/{metric}", []).append(value)
+        load = host.router_load()
+        assert load is not None
+        results[f"{name}/load"] = load.reshape(-1).tolist()
+        results[f"{name}/eval"] = [host.evaluate(batch, loss, "policy")["loss"]]
+    results["logprobs"] = host.logprobs(sft_batch(rows[:11]), "policy").tolist()
+    results["digest"] = adapter_digest(host.model, "policy")
+    host.save_adapter("policy", out / "adapter")
+    host.save_checkpoint(out / "checkpoint")
+    assert host.load_checkpoint(out / "checkpoint") == STEPS
+    host.close()
+    return results
+
+
+if __name__ == "__main__":
+    base_, rank_, world_, init_, out_ = sys.argv[1:]
+    found = scenarios(base_, Path(out_), int(rank_), int(world_), init_)
+    (Path(out_) / f"rank-{rank_}.json").write_text(json.dumps(found))
