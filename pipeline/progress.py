@@ -93,8 +93,8 @@ class Progress:
     ...     progress.step(1, {"loss": 2.31, "tokens_per_second": 9800})
     ...     progress.done()
 
-    On a terminal one line per running stage is redrawn in place. Elsewhere a stage prints its first and
-    last step, and one line every `PLAIN_SECONDS` in between.
+    On a terminal the running stage's line is redrawn in place. Elsewhere a stage prints its first step, one
+    line every `PLAIN_SECONDS`, and its end.
     """
 
     def __init__(
@@ -107,7 +107,6 @@ class Progress:
         self._clock = clock
         self._current: StageClock | None = None
         self._printed_at = float("-inf")
-        self._printed_step = -1
         self._display: Live | None = None
 
     def __enter__(self) -> Progress:
@@ -135,7 +134,7 @@ class Progress:
         if self._current is not None:
             self.done()
         self._current = StageClock(name, total, started=self._clock())
-        self._printed_at, self._printed_step = float("-inf"), -1
+        self._printed_at = float("-inf")
         if not self.live:
             self._print_plain(MARKS["running"], [f"{total} steps" if total else "started"])
 
@@ -146,14 +145,17 @@ class Progress:
         current.advance(step, metrics or {}, now)
         if self.live:
             return
-        if now - self._printed_at >= PLAIN_SECONDS or step == current.total:
+        if now - self._printed_at >= PLAIN_SECONDS:
             self._print_plain(MARKS["running"], current.parts(now))
-            self._printed_at, self._printed_step = now, step
+            self._printed_at = now
 
     def done(self, state: str = "done", text: str = "") -> None:
         """End the current stage as `done`, `skipped`, `failed` or `stopped`; `text` says why."""
         current = self._require_stage()
         self._current = None
+        if self._display is not None:
+            # Otherwise the stage's last frame stays on the screen, below its own end, until the next one.
+            self._display.refresh()
         parts = current.parts(self._clock(), finished=True)
         if state == "skipped":
             parts = []
