@@ -13,6 +13,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -263,7 +264,8 @@ def _read_hub(spec: DataSpec, cap: int | None) -> list[Row]:
     name = parse_split(spec.split)[0]
     datasets.disable_progress_bars()
     try:
-        data = datasets.load_dataset(spec.source, name=spec.name, split=name)
+        with hub_offline_if_unreachable():
+            data = datasets.load_dataset(spec.source, name=spec.name, split=name)
     except Exception as error:
         raise UserError(
             f"data source {spec.source!r}: no such file or directory here, and as a hub data set it can't be "
@@ -271,6 +273,30 @@ def _read_hub(spec: DataSpec, cap: int | None) -> list[Row]:
         ) from error
     first, end = slice_bounds(spec.split, len(data))
     return _dataset_rows(f"{spec.source}[{name}]", data, first, end, cap)
+
+
+@contextmanager
+def hub_offline_if_unreachable() -> Iterator[None]:
+    """Offline mode where the hub's name can't even be resolved: its client retries for 25 s otherwise.
+
+    What is already in the cache is still found.
+    """
+    import socket
+    from urllib.parse import urlparse
+    from urllib.request import getproxies
+
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    if not getproxies():  # behind a proxy names are resolved over there
+        try:
+            socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _dataset_rows(label: str, data: Any, first: int, end: int, cap: int | None) -> list[Row]:
