@@ -92,6 +92,8 @@ class RouterStats:
         self._kept, self._active = (kept if keep_logits else None), bool(self.layers)
         try:
             yield kept
+            if self._counted is not None:
+                kept[:] = [logits[self._counted] for logits in kept]
         finally:
             self._counted, self._kept, self._active = before
 
@@ -122,11 +124,13 @@ class RouterStats:
                 return
             logits = output[logits_at].reshape(-1, self.n_experts)
             chosen = output[experts_at].reshape(-1, self.top_k)
-            if self._counted is not None:
-                logits, chosen = logits[self._counted], chosen[self._counted]
+            # Nothing here may save a tensor for the backward pass: under gradient checkpointing the layer
+            # runs again without this hook, and torch refuses a different number of saved tensors.
             if self._kept is not None:
                 self._kept.append(logits)
             with torch.no_grad():
+                if self._counted is not None:
+                    logits, chosen = logits[self._counted], chosen[self._counted]
                 load = torch.bincount(chosen.reshape(-1), minlength=self.n_experts)
                 entropy = _entropy(logits.detach(), score).sum(dtype=torch.float64)
                 old, old_entropy = self._load[index], self._entropy[index]
