@@ -7,8 +7,6 @@ or of an unknown shape: what can be read is taken, and the rest becomes a line i
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 import yaml
 
 from actors.errors import UserError
+from pipeline.report.values import as_mapping, as_number, as_numbers, read_json, read_jsonl
 
 BASE = "base"
 """Name of the model that every first stage starts from, in `eval` and in the stage graph."""
@@ -103,11 +102,11 @@ def read_run(run_dir: Path | str) -> RunView:
     """Read a run directory. UserError only when there is no readable run.json in it."""
     directory = Path(run_dir)
     run = _run_json(directory)
-    startup = _numbers(_mapping(run.get("startup")))
+    startup = as_numbers(as_mapping(run.get("startup")))
     notes: list[str] = []
     config_text, config = _read_config(directory / "config.yaml", notes)
     stages = _read_stages(directory, run, config, notes)
-    evals = _eval_rows(_mapping(run.get("eval")), notes)
+    evals = _eval_rows(as_mapping(run.get("eval")), notes)
     names = [row.model for row in evals]
     return RunView(
         name=str(run.get("name") or config.get("name") or directory.resolve().name),
@@ -116,12 +115,12 @@ def read_run(run_dir: Path | str) -> RunView:
         stages=stages,
         evals=evals,
         completions=_read_completions(directory / "eval", names, notes),
-        base=str(_mapping(config.get("model")).get("base") or BASE),
+        base=str(as_mapping(config.get("model")).get("base") or BASE),
         config_text=config_text,
         versions=_versions(directory, run, stages),
         first_step=startup.pop(FIRST_STEP, None),
         startup=startup,
-        seconds=_number(run.get("seconds")),
+        seconds=as_number(run.get("seconds")),
         error=_error_text(run.get("error")),
         began=_date(run.get("began")),
         notes=notes,
@@ -146,7 +145,7 @@ def _run_json(directory: Path) -> dict[str, Any]:
 def _read_config(path: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
-        return text, _mapping(yaml.safe_load(text))
+        return text, as_mapping(yaml.safe_load(text))
     except FileNotFoundError:
         return "", {}
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -157,19 +156,19 @@ def _read_config(path: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
 def _read_stages(
     directory: Path, run: dict[str, Any], config: dict[str, Any], notes: list[str]
 ) -> list[StageView]:
-    wanted = _mapping(config.get("stages"))
-    found = _mapping(run.get("stages"))
+    wanted = as_mapping(config.get("stages"))
+    found = as_mapping(run.get("stages"))
     stages: list[StageView] = []
     for name in dict.fromkeys([*wanted, *found]):
-        asked, had = _mapping(wanted.get(name)), _mapping(found.get(name))
+        asked, had = as_mapping(wanted.get(name)), as_mapping(found.get(name))
         previous = stages[-1].name if stages else BASE
         stage = StageView(
             name=str(name),
             type=str(asked.get("type") or had.get("type") or name),
             state=str(had.get("state") or "pending"),
             init=str(asked.get("init") or previous),
-            seconds=_number(had.get("seconds")),
-            metrics=_mapping(had.get("metrics")),
+            seconds=as_number(had.get("seconds")),
+            metrics=as_mapping(had.get("metrics")),
             error=_error_text(had.get("error")),
         )
         reference = asked.get("reference")
@@ -183,8 +182,8 @@ def _read_stages(
 def _read_stage_files(directory: Path, stage: StageView, notes: list[str]) -> None:
     stage.series = to_series(read_jsonl(directory / "metrics.jsonl", notes))
     stage.samples = read_jsonl(directory / "samples.jsonl", notes)
-    stage.router_load = fair_share(_read_json(directory / "router_load.json", notes).get("load"))
-    manifest = _read_json(directory / "manifest.json", notes)
+    stage.router_load = fair_share(read_json(directory / "router_load.json", notes).get("load"))
+    manifest = read_json(directory / "manifest.json", notes)
     stage.artifact = str(manifest.get("type") or "")
     for kind in ("adapter", "model"):
         folder = directory / kind
@@ -196,37 +195,14 @@ def _read_stage_files(directory: Path, stage: StageView, notes: list[str]) -> No
             stage.artifact_bytes = sum(file.stat().st_size for file in weights)
 
 
-def read_jsonl(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; lines that can't be read are counted in a note."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        notes.append(f"{path.parent.name}/{path.name} can't be read: {error}")
-        return []
-    rows, bad = [], 0
-    for line in lines:
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError:
-            bad += 1
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    if bad:
-        notes.append(f"{path.parent.name}/{path.name}: {bad} unreadable line(s) left out")
-    return rows
-
-
 def to_series(rows: list[dict[str, Any]]) -> dict[str, Series]:
     """Metric rows to one series a metric. A step logged again after a resume counts once, as last seen."""
     values: dict[str, dict[int, float]] = {}
     for index, row in enumerate(rows):
-        step = _number(row.get("step"))
+        step = as_number(row.get("step"))
         at = index if step is None else int(step)
         for key, value in row.items():
-            number = _number(value)
+            number = as_number(value)
             if key != "step" and number is not None:
                 values.setdefault(key, {})[at] = number
     return {
@@ -243,7 +219,7 @@ def fair_share(load: Any) -> list[list[float]]:
         return []
     shares = []
     for row in load:
-        numbers = [_number(value) or 0.0 for value in row]
+        numbers = [as_number(value) or 0.0 for value in row]
         total = sum(numbers)
         shares.append([value * len(numbers) / total if total else 0.0 for value in numbers])
     # Layers without experts (a dense first layer) are reported as empty rows.
@@ -262,8 +238,8 @@ def _depth(value: Any) -> int:
 def _eval_rows(evals: dict[str, Any], notes: list[str]) -> list[EvalRow]:
     rows = []
     for model, raw in evals.items():
-        figures = _mapping(raw)
-        numbers = _numbers(figures)
+        figures = as_mapping(raw)
+        numbers = as_numbers(figures)
         n = numbers.pop("n", None)
         seconds = numbers.pop("seconds", None)
         key = "accuracy" if "accuracy" in numbers else next(iter(numbers), "")
@@ -271,7 +247,7 @@ def _eval_rows(evals: dict[str, Any], notes: list[str]) -> list[EvalRow]:
             notes.append(f"eval.{model}: has no figure")
             continue
         interval = figures.get("ci95")
-        bounds = [_number(bound) for bound in interval] if isinstance(interval, list) else []
+        bounds = [as_number(bound) for bound in interval] if isinstance(interval, list) else []
         low, high = (bounds[0], bounds[1]) if len(bounds) == 2 else (None, None)
         rows.append(
             EvalRow(
@@ -299,7 +275,7 @@ def _read_completions(
 def _versions(directory: Path, run: dict[str, Any], stages: list[StageView]) -> dict[str, str]:
     candidates = [run.get("versions")]
     candidates += [
-        _read_json(directory / stage.name / "manifest.json", []).get("versions") for stage in stages
+        read_json(directory / stage.name / "manifest.json", []).get("versions") for stage in stages
     ]
     for versions in candidates:
         if isinstance(versions, dict) and versions:
@@ -317,16 +293,6 @@ def _run_state(run: dict[str, Any], stages: list[StageView]) -> str:
     return "done" if states <= {"done", "skipped"} else "stopped"
 
 
-def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
-    try:
-        return _mapping(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        notes.append(f"{path.parent.name}/{path.name} can't be read: {error}")
-        return {}
-
-
 def _error_text(error: Any) -> str:
     """An error as one text: a string, or RunFailure's fields who, phase, reason, next_step."""
     if isinstance(error, dict):
@@ -340,22 +306,7 @@ def _error_text(error: Any) -> str:
 
 def _date(value: Any) -> str:
     """Seconds since the epoch as local date and time; a text stays as it is."""
-    seconds = _number(value)
+    seconds = as_number(value)
     if seconds is None:
         return str(value or "")
     return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return dict(value) if isinstance(value, Mapping) else {}
-
-
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    return {str(key): number for key, value in values.items() if (number := _number(value)) is not None}
-
-
-def _number(value: Any) -> float | None:
-    """A finite number as a float; None for anything else (NaN and booleans too)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if math.isfinite(value) else None

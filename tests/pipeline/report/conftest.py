@@ -249,13 +249,18 @@ def reported_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def failed_run(tmp_path: Path) -> Path:
     """A run whose DPO broke off at step 43."""
-    return write_sample_run(tmp_path / "demo", failed=True)
+    root = write_sample_run(tmp_path / "demo", failed=True)
+    (root / "sft" / "metrics.jsonl").unlink()  # Charts take time, and those of one stage are enough.
+    return root
 
 
 @pytest.fixture
 def online_run(tmp_path: Path) -> Path:
     """SFT -> reward model and GRPO, the latter still running."""
-    return write_online_run(tmp_path / "demo")
+    root = write_online_run(tmp_path / "demo")
+    for stage in ("sft", "reward"):
+        (root / stage / "metrics.jsonl").unlink()
+    return root
 
 
 if __name__ == "__main__":

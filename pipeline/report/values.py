@@ -1,0 +1,60 @@
+"""Files and values of which nothing is sure: what can be read is given back, the rest is noted or None."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def read_jsonl(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file; lines that can't be read are counted in a note."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        notes.append(f"{path.parent.name}/{path.name} can't be read: {error}")
+        return []
+    rows, bad = [], 0
+    for line in lines:
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError:
+            bad += 1
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    if bad:
+        notes.append(f"{path.parent.name}/{path.name}: {bad} unreadable line(s) left out")
+    return rows
+
+
+def read_json(path: Path, notes: list[str]) -> dict[str, Any]:
+    """A JSON file that holds a mapping; empty when there is none, with a note when it can't be read."""
+    try:
+        return as_mapping(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        notes.append(f"{path.parent.name}/{path.name} can't be read: {error}")
+        return {}
+
+
+def as_mapping(value: Any) -> dict[str, Any]:
+    """A mapping as a dict; empty for anything else."""
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def as_numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers among the values."""
+    return {str(key): number for key, value in values.items() if (number := as_number(value)) is not None}
+
+
+def as_number(value: Any) -> float | None:
+    """A finite number as a float; None for anything else (NaN and booleans too)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) else None
