@@ -15,7 +15,8 @@ from pipeline.data.spec import DataSpec
 
 def shown(path: Path, rows: list[dict], *, terminal: bool = False) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    console = Console(file=io.StringIO(), width=300, force_terminal=terminal, color_system="standard")
+    colours = "standard" if terminal else None
+    console = Console(file=io.StringIO(), width=300, force_terminal=terminal, color_system=colours)  # type: ignore[arg-type]
     inspect([DataSpec(source=str(path))], byte_tokenizer(), max_length=64, console=console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
