@@ -11,8 +11,16 @@ from rich.table import Table
 
 from actors.errors import EXIT_FAILED, EXIT_USER, RunFailure, UserError
 
-out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-err = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+WIDTH = 200
+"""Columns where there is no terminal to ask: a table in a log or pipe is not folded at 80."""
+
+
+def _console(stderr: bool) -> Console:
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, highlight=False, soft_wrap=not terminal, width=None if terminal else WIDTH)
+
+
+out, err = _console(stderr=False), _console(stderr=True)
 
 
 def say(text: str) -> None:

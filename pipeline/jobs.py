@@ -26,6 +26,8 @@ POLL = 1.0
 SETTLE = 30.0
 """Seconds that a job may take to report its end after its log has ended."""
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
+"""Ray's loggers that tell every packaging step and closed socket."""
 _LOOPBACK = ("127.0.0.1", "localhost")
 
 TOKEN_HELP = (
@@ -43,9 +45,13 @@ def connect(address: str | None) -> JobSubmissionClient:
     Raises:
         UserError: there is none, it can't be reached, or it refuses the token.
     """
-    with _quiet_ray(), _only(address), explained(address):
+    with _only(address), explained(address):
+        import logging
+
         from ray.job_submission import JobSubmissionClient
 
+        for name in _CHATTY:
+            logging.getLogger(name).setLevel(logging.ERROR)
         return JobSubmissionClient(address)
 
 
@@ -86,11 +92,9 @@ def submit(
     Raises:
         UserError: something would not be found on the cluster, or the run is already there.
     """
+    shipment = plan_shipment(config, config_path, overrides, flags, Path.cwd())
     client = connect(address)
-    local = any(host in client.get_address() for host in _LOOPBACK)
-    shipment = plan_shipment(
-        config, config_path, overrides, flags, Path.cwd(), sys.executable if local else "python"
-    )
+    here = any(host in client.get_address() for host in _LOOPBACK)
     for job in _jobs(client):
         if job.metadata.get(NAME_KEY) == config.name and not _ended(job):
             raise UserError(
@@ -99,9 +103,9 @@ def submit(
                 f"`raylign stop {config.name}`, or rename this one"
             )
     job_id = f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    with _quiet_ray(), explained(address):
+    with explained(address):
         client.submit_job(
-            entrypoint=shipment.entrypoint,
+            entrypoint=shipment.entrypoint(sys.executable if here else "python"),
             runtime_env=shipment.runtime_env,
             metadata=shipment.metadata,
             submission_id=job_id,
@@ -242,7 +246,7 @@ def stop(run: str, *, address: str | None, seconds: float, now: bool = False, sa
     if now or str(job.status) == "PENDING":
         return _end(client, job_id, say)
     helper = f"{job_id}-stop-{time.strftime('%H%M%S')}"
-    with _quiet_ray(), explained(address):
+    with explained(address):
         client.submit_job(entrypoint=stop_command(job.metadata[OUTPUT_KEY], seconds), submission_id=helper)
     say(f"asked {job_id} to save and stop; waiting up to {seconds:.0f} s")
     try:
@@ -283,7 +287,8 @@ def _ended(job: JobDetails) -> bool:
 
 def _first_line(error: object) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 200 else text[:200].rsplit(". ", 1)[0] + " ..."
 
 
 # Where a run was submitted, so that later commands need no --address.
@@ -325,21 +330,3 @@ def _only(address: str | None) -> Iterator[None]:
         yield
     finally:
         os.environ.update(taken)
-
-
-@contextlib.contextmanager
-def _quiet_ray() -> Iterator[None]:
-    """Ray logs each packaging step; the user can't act on them."""
-    import logging
-
-    loggers = [
-        logging.getLogger(name) for name in ("ray", "ray.dashboard.modules", "ray._private.runtime_env")
-    ]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

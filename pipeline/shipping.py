@@ -37,9 +37,13 @@ NAME_KEY, OUTPUT_KEY = "raylign_run", "raylign_output_dir"
 class Shipment:
     """Everything that a job needs."""
 
-    entrypoint: str
+    arguments: list[str]
     runtime_env: dict[str, Any]
     metadata: dict[str, str]
+
+    def entrypoint(self, python: str = "python") -> str:
+        """The shell command of the job."""
+        return shlex.join([python, "-m", "pipeline", *self.arguments])
 
 
 def plan_shipment(
@@ -48,7 +52,6 @@ def plan_shipment(
     overrides: Sequence[str],
     flags: Sequence[str],
     working_dir: Path,
-    python: str = "python",
 ) -> Shipment:
     """The job that runs `config` from a copy of `working_dir`.
 
@@ -58,7 +61,7 @@ def plan_shipment(
     """
     problems = [
         *_output_problems(config),
-        *_missing_from_package("the config", config_path, working_dir),
+        *_missing_from_package("CONFIG", config_path, working_dir),
         *(
             p
             for what, path in _relative_inputs(config)
@@ -68,9 +71,8 @@ def plan_shipment(
     if problems:
         raise UserError(problems)
     inside = config_path.resolve().relative_to(working_dir.resolve())
-    command = [python, "-m", "pipeline", "run", str(inside), *overrides, "ray.address=auto", *flags]
     return Shipment(
-        shlex.join(command),
+        ["run", str(inside), *overrides, "ray.address=auto", *flags],
         {
             "working_dir": str(working_dir),
             "excludes": list(EXCLUDES),

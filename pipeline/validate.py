@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.errors import UserError
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from actors.models.loading import ResolvedBase
     from actors.models.targets import Targets
     from pipeline.config.schema import RunConfig
+    from pipeline.data.layouts import Kind
 
 T = TypeVar("T")
 
@@ -69,13 +71,14 @@ def _look_at_model(config: RunConfig, findings: Findings) -> Any:
 
 def _look_at_stage(config: RunConfig, name: str, tokenizer: Any, findings: Findings) -> None:
     from pipeline.data.records import load_records
-    from pipeline.stages.prepared import KINDS, prepare
+    from pipeline.stages.prepared import prepare
     from pipeline.stages.spec import DpoStage
 
     spec, where = config.stages[name], f"stages.{name}"
     if tokenizer is None:
-        for sources in (spec.data, spec.eval_data or []):
-            findings.attempt(lambda s=sources: s and load_records(s, KINDS[type(spec)], seed=0), where)  # type: ignore[misc]
+        kind: Kind = "preference" if isinstance(spec, DpoStage) else "sft"
+        for sources in filter(None, (spec.data, spec.eval_data)):
+            findings.attempt(partial(load_records, sources, kind, seed=config.seed), where)
         return
     prepared = findings.attempt(lambda: prepare(config, name, tokenizer), where)
     if prepared is None:
