@@ -71,7 +71,8 @@ def build_report(run_dir: Path | str) -> Path:
     path = run.directory / "report.html"
     html = render(run, run.directory / "plots")
     aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(html, encoding="utf-8")
+    # A byte-level model can write half a surrogate pair, which UTF-8 has no form for.
+    aside.write_text(html, encoding="utf-8", errors="replace")
     os.replace(aside, path)
     return path
 

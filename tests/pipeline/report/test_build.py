@@ -82,6 +82,17 @@ def test_what_a_model_wrote_is_shown_and_never_run(reported_run: Path) -> None:
     assert "script" not in Page(html).tags
 
 
+def test_odd_characters_of_a_byte_level_model_break_nothing(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"stages": {}, "eval": {}}')
+    (tmp_path / "eval").mkdir()
+    row = {"prompt": "p\u2028q", "completion": "one\u2028two\x85three \x00", "score": 1.0}
+    lines = json.dumps(row, ensure_ascii=False) + '\n{"prompt": "r", "completion": "\\ud800", "score": 0}\n'
+    (tmp_path / "eval" / "base.jsonl").write_text(lines, encoding="utf-8")
+    page = Page(build_report(tmp_path).read_text(encoding="utf-8"))
+    assert "2 of the 2 prompts" in page.text
+    assert "two" in page.text
+
+
 def test_a_run_that_failed_half_way_says_who_failed_and_what_to_do(failed_run: Path) -> None:
     with (failed_run / "dpo" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 44, "lo')
