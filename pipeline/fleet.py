@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from actors.cluster import check_cluster, start_ray, stop_ray
 
 from actors.group import HOST, ROLLOUT, ActorGroup, Pending, host_group, rollout_group
@@ -65,6 +66,7 @@ class Fleet:
         self.config, self.directory, self.startup = config, directory, startup
         self._groups: dict[str, ActorGroup] = {}
         self._hosts: dict[str, Host] = {}
+        self._feeds: dict[str, ReferenceFeed] = {}
         self._rollout_built = False
         self._ray = False
 
@@ -110,9 +112,10 @@ class Fleet:
         roles = []
         if graph.pending:
             roles.append("policy")
-        if self.config.roles.reference.share is None and any(
-            isinstance(node.spec, DpoStage) for node in graph.pending
-        ):
+        self._feeds = {
+            node.name: self._feed(node) for node in graph.pending if isinstance(node.spec, DpoStage)
+        }
+        if self.config.roles.reference.share is None and not all(f.cached for f in self._feeds.values()):
             roles.append("reference")
         if graph.evaluations_pending:
             roles.append("rollout")
@@ -212,11 +215,9 @@ class Fleet:
 
     def reference_feed(self, node: Node) -> ReferenceFeed | None:
         """Reference log-probabilities of a DPO stage, already being computed; None for other stages."""
-        if not isinstance(node.spec, DpoStage):
-            return None
-        assert node.reference is not None
-        feed = self._feed(node, node.reference)
-        if not feed.cached:
+        feed = self._feeds.get(node.name)
+        if feed is not None and not feed.cached:
+            assert node.reference is not None
             share = self.config.roles.reference.share
             host = self._host(share or "reference", node, node.reference)
             self._note_start(share or "reference", host)
@@ -225,9 +226,10 @@ class Fleet:
             )
         return feed
 
-    def _feed(self, node: Node, reference: Weights) -> ReferenceFeed:
-        spec = node.spec
+    def _feed(self, node: Node) -> ReferenceFeed:
+        spec, reference = node.spec, node.reference
         assert isinstance(spec, DpoStage)
+        assert reference is not None
         settings: dict[str, Any] = {
             "reference": reference.fingerprint,
             "ld_alpha": spec.ld_alpha,
@@ -238,8 +240,6 @@ class Fleet:
         train = ReferenceLogps(data, first_use_order(node.prepared.order), **settings)
         if held_out is None:
             return ReferenceFeed(train, None)
-        import numpy as np
-
         return ReferenceFeed(train, ReferenceLogps(held_out, np.arange(held_out.n_rows), **settings))
 
     def rollout(self) -> ActorGroup:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,21 @@ class Graph:
     @property
     def pending(self) -> list[Node]:
         return [node for node in self.nodes if node.pending]
+
+    def evaluations_only(self, names: list[str]) -> Graph:
+        """The same graph with nothing to train.
+
+        Raises:
+            UserError: a model to evaluate has no finished stage behind it.
+        """
+        problems = [
+            f"eval.models: {node.name} is not there yet ({node.decision.says}); `raylign run` makes it"
+            for node in self.pending
+            if node.name in names
+        ]
+        if problems:
+            raise UserError(problems)
+        return replace(self, nodes=[])
 
 
 def read_graph(

@@ -48,6 +48,17 @@ def run(config: RunConfig, *, dry_run: bool = False, until: str | None = None, f
     return code
 
 
+def evaluate_only(config: RunConfig) -> int:
+    """`raylign eval`: score finished models of a run, without training anything.
+
+    Raises:
+        UserError: a model that was asked for is not finished, or was made with other settings.
+    """
+    directory = RunDirectory(config.output_dir, config.name)
+    with directory.opened(), StopRequests(directory.stop_file) as stop, Progress() as progress:
+        return Run(config, directory, progress, stop, time.time()).execute(None, train=False)
+
+
 class Run:
     """One execution of a graph: what is shared by its stages."""
 
@@ -58,7 +69,7 @@ class Run:
         self.began = began
         self.startup: dict[str, float] = {}
 
-    def execute(self, until: str | None) -> int:
+    def execute(self, until: str | None, *, train: bool = True) -> int:
         """The whole graph: read, decide, start, train, evaluate, report."""
         from pipeline.fleet import Fleet
         from pipeline.nodes import read_graph
@@ -67,6 +78,8 @@ class Run:
 
         with Fleet(self.config, self.directory, self.startup) as fleet:
             graph = read_graph(self.config, self.directory, self.startup, until)
+            if not train:
+                graph = graph.evaluations_only(self.config.eval_models())
             self._write_config()
             self.directory.record(began=self.began, versions=versions(), error=None)
             fleet.start(graph)
@@ -90,7 +103,7 @@ class Run:
             finally:
                 self.trackers.close()
                 self.directory.record(startup=self.startup, seconds=round(time.time() - self.began, 1))
-        self.report(graph)
+                self.report(graph)
         return EXIT_DONE
 
     def run_stage(self, node: Node, fleet: Fleet) -> None:
@@ -164,13 +177,15 @@ class Run:
             self.directory.save()
 
     def report(self, graph: Graph) -> None:
-        """Print the table and write the report."""
+        """Print the table and write the report, also of a run that stopped or failed."""
         from pipeline.report import build_report
 
-        if self.directory.state["eval"]:
-            results_table(self.progress, self.directory.state, list(graph.evaluations))
+        results_table(self.progress, self.directory.state, list(graph.evaluations))
         say_startup(self.progress, self.startup, time.time() - self.began)
-        self.progress.note(f"report: {build_report(self.directory.path)}")
+        try:
+            self.progress.note(f"report: {build_report(self.directory.path)}")
+        except OSError as error:
+            self.progress.note(f"report not written: {error}")
 
     def _on_step(self, node: Node) -> Any:
         def on_step(step: int, metrics: dict[str, Any]) -> None:

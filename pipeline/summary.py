@@ -12,6 +12,8 @@ def results_table(progress: Progress, state: Mapping[str, Any], names: Sequence[
     """Accuracy of every evaluated model, with its 95 % interval and the stage's own time."""
     rows = []
     for name in names:
+        if name not in state["eval"]:
+            continue
         result = state["eval"][name]
         low, high = result["ci95"]
         shares = result["metric"] == "exact_match" or 0 <= low <= high <= 1
@@ -19,13 +21,18 @@ def results_table(progress: Progress, state: Mapping[str, Any], names: Sequence[
         stage = state["stages"].get(name, {})
         seconds = f"{stage['seconds']:.0f} s" if "seconds" in stage else ""
         rows.append([name, show(result["accuracy"]), f"{show(low)} - {show(high)}", result["n"], seconds])
-    progress.table("Held-out prompts", ["model", "accuracy", "95 % interval", "prompts", "training"], rows)
+    if rows:
+        progress.table(
+            "Held-out prompts", ["model", "accuracy", "95 % interval", "prompts", "training"], rows
+        )
 
 
 def say_startup(progress: Progress, startup: Mapping[str, float], total: float) -> None:
     """One line: how long until the first step, and for what."""
     first = startup.get("first training step")
-    causes = ", ".join(f"{name} {value:.1f} s" for name, value in startup.items() if name != "first training step")
+    causes = ", ".join(
+        f"{name} {value:.1f} s" for name, value in startup.items() if name != "first training step"
+    )
     text = f"took {total:.0f} s"
     if first is not None:
         text += f"; first training step after {first:.1f} s ({causes})"
