@@ -1,0 +1,87 @@
+"""The starter config and the JSON schema say what the specs say."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.json_schema import json_schema
+from pipeline.config.load import load_config, validate
+from pipeline.config.reading import parse_yaml
+from pipeline.config.schema import RunConfig
+from pipeline.config.starter import starter
+from pipeline.stages.spec import DpoStage, SftStage
+
+
+def test_the_starter_is_a_valid_run(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(starter("my-run", "some/base"))
+    run = load_config(path)
+    assert (run.name, run.model.base, list(run.stages)) == ("my-run", "some/base", ["sft", "dpo"])
+
+
+def test_every_commented_default_is_valid_when_uncommented() -> None:
+    text = starter("my-run", "some/base")
+    field = re.compile(r"^( *)# ([a-z_0-9]+: .*)$", re.MULTILINE)
+    body = text[text.index("name: my-run") :]
+    uncommented = field.sub(r"\1\2", body).replace("output_dir: runs/NAME", "output_dir: runs/my-run")
+    data = parse_yaml(uncommented)
+    data["eval"].pop("models")
+    config, problems = validate(data)
+    assert not problems
+    shown, _ = validate(parse_yaml(text))
+    assert config == shown, "a commented default differs from the real one"
+
+
+def test_every_field_of_a_stage_is_in_the_starter() -> None:
+    text = starter("my-run", "some/base")
+    for name in {*SftStage.model_fields, *DpoStage.model_fields} - {"type"}:
+        assert re.search(rf"\b{name}\b", text), name
+
+
+@pytest.fixture(scope="module")
+def check() -> object:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads(json.dumps(json_schema()))
+    return jsonschema.Draft202012Validator(schema)
+
+
+def test_editors_accept_what_the_loader_accepts(check: object) -> None:
+    short = {
+        "name": "a",
+        "model": {"base": "b", "lora": None},
+        "stages": {
+            "sft": {"data": "x"},
+            "dpo": {"data": ["x", {"source": "y", "weight": 2}], "loss_type": ["sigmoid", "sft"]},
+            "polish": {"type": "sft", "data": {"source": "x"}, "packing": True},
+        },
+        "eval": {"data": "held"},
+    }
+    for data in (parse_yaml(starter("my-run", "some/base")), short):
+        assert validate(data)[0] is not None or data is short
+        assert not list(check.iter_errors(data))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [{"sft": {"data": "x", "beta": 1}}, {"polish": {"data": "x"}}, {"sft": {"type": "dpo", "data": "x"}}, {}],
+)
+def test_editors_refuse_what_the_loader_refuses(check: object, stages: dict[str, object]) -> None:
+    data = {"name": "a", "model": {"base": "b"}, "stages": stages}
+    assert list(check.iter_errors(data))  # type: ignore[attr-defined]
+
+
+def test_every_field_has_a_docstring() -> None:
+    schema = json_schema()
+    for name, model in {"RunConfig": schema, **schema["$defs"]}.items():
+        for field, about in model.get("properties", {}).items():
+            assert about.get("description") or "$ref" in about, f"{name}.{field}"
+
+
+def test_the_run_config_has_the_sections_of_the_design() -> None:
+    assert {"name", "output_dir", "seed", "model", "stages", "roles", "logging", "limits"} <= set(
+        RunConfig.model_fields
+    )

@@ -1,0 +1,139 @@
+"""The command line: help, exit codes, and that its import stays light."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.cli import app, main
+
+VERBS = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+HEAVY = ("torch", "ray", "transformers", "datasets", "vllm", "trl", "peft", "matplotlib")
+
+
+def test_every_verb_of_the_issue_is_there() -> None:
+    assert set(VERBS) == {
+        "init", "validate", "run", "submit", "status", "logs", "stop",
+        "inspect", "eval", "chat", "merge", "report", "env",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "Example" in text
+    assert f"raylign {verb}" in text
+
+
+def test_importing_the_command_line_loads_nothing_heavy() -> None:
+    code = f"import sys, pipeline.cli, pipeline.config.load; print([m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_init_writes_a_config_and_replaces_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.yaml"
+    assert main(["init", str(path), "--base", "some/base"]) == 0
+    assert yaml.safe_load(path.read_text())["name"] == "mine"
+    path.write_text("precious")
+    assert main(["init", str(path)]) == 2
+    assert path.read_text() == "precious"
+    assert main(["init", str(path), "--force"]) == 0
+    assert main(["init", str(tmp_path / "schema.json"), "--schema"]) == 0
+    assert "json-schema.org" in (tmp_path / "schema.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run"], "Missing argument"),
+        (["frobnicate"], "No such command"),
+        (["run", "nowhere.yaml"], "no such file"),
+        (["validate", "nowhere.yaml"], "no such file"),
+        (["report", "."], "no run.json"),
+        (["stop", "x", "--timeout", "0"], "--timeout"),
+    ],
+)
+def test_mistakes_end_with_code_2_and_no_traceback(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err + captured.out
+
+
+def test_a_bad_config_lists_all_of_its_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "name: a\nmodel: {base: b, lora: {lora_alfa: 1}}\nstages: {sft: {data: x, batch_size: 0}}\nseeed: 1"
+    )
+    for verb in ("run", "validate", "submit", "eval"):
+        assert main([verb, str(path)]) == 2
+        text = capsys.readouterr().err
+        assert "3 problems" in text
+        assert "did you mean `lora_alpha`?" in text
+        assert "did you mean `seed`?" in text
+
+
+def test_until_names_a_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("name: a\nmodel: {base: b}\nstages: {sft: {data: x}}")
+    assert main(["run", str(path), "--until", "stf"]) == 2
+    assert "did you mean 'sft'?" in capsys.readouterr().err
+
+
+def test_validate_lists_model_data_and_directory_together(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("a file")
+    assert main(["init", "run.yaml", "--base", str(tiny_base)]) == 0
+    assert main(["validate", "run.yaml"]) == 0
+    fine = capsys.readouterr().out
+    assert "gate_up_proj" in fine
+    assert "500 prompts" in fine
+    changes = [
+        "output_dir=taken",
+        "stages.sft.data=none.jsonl",
+        "model.lora.targets=[mlp]",
+        "stages.dpo.data.split=train",
+    ]
+    assert main(["validate", "run.yaml", *changes]) == 2
+    text = capsys.readouterr().err
+    for key in ("output_dir", "model.lora.targets", "stages.sft", "stages.dpo"):
+        assert f"- {key}" in text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_env_says_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    text = capsys.readouterr().out
+    for word in ("python", "torch", "cores", "memory", "gpus"):
+        assert word in text
+
+
+def test_chat_finds_the_last_finished_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipeline.cli import result_of
+    from pipeline.config.load import load_config
+
+    path = tmp_path / "run.yaml"
+    path.write_text(f"name: a\noutput_dir: {tmp_path}/out\nmodel: {{base: b}}\nstages: {{sft: {{data: x}}}}")
+    config = load_config(path)
+    assert result_of(config, "base") == "b"
+    assert main(["chat", str(path)]) == 2
+    assert "holds no result yet" in capsys.readouterr().err
+    (tmp_path / "out" / "sft" / "adapter").mkdir(parents=True)
+    assert result_of(config, None).endswith("out/sft/adapter")
