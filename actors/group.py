@@ -1,0 +1,286 @@
+"""The processes of one role: placed, started in parallel, called with deadlines, ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors import pending as waiting
+from actors.batch import Batch
+from actors.environment import actor_environment, engine_environment
+from actors.errors import RunFailure
+from actors.health import Event, Fleet, State
+from actors.pending import Pending, PendingOne
+from actors.rank_actor import RankActor
+from actors.runtime import LimitsSpec, Phase, RoleSpec, bundle
+
+HOST = "actors.host:ModelHost"
+HOST_MODULES = ("torch", "transformers", "transformers.models.auto.modeling_auto", "peft", "actors.host")
+"""What a training rank needs before it can load a base, imported while the driver reads its data."""
+ROLLOUT = "actors.rollout:RolloutEngine"
+ROLLOUT_MODULES = ("torch", "vllm", "vllm.entrypoints.llm")
+"""What an engine needs before it can load a model."""
+
+AGAIN = "run the same command again: it goes on from the last checkpoint"
+
+
+class ActorGroup:
+    """N processes of a role, each with one object of the same class.
+
+    `start` and `submit` return at once; `ready` and `result` wait, each under the deadline of its phase.
+    After a death or an overrun the group is broken: every further call fails at once with the same reason.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        role: RoleSpec,
+        limits: LimitsSpec,
+        log_dir: str | Path,
+        *,
+        warm: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        next_step: str = AGAIN,
+    ) -> None:
+        """`name` is the role, as it appears in errors and log files; `warm`: modules to import early;
+        `env`: variables on top of `actor_environment`."""
+        self.name, self.role, self.limits = name, role, limits
+        self.log_dir = Path(log_dir).absolute()
+        self.size = role.workers
+        self.fleet = Fleet.of(self.size)
+        self.next_step = next_step
+        self._warm = tuple(warm)
+        self._env = dict(env or {})
+        self._actors: list[Any] = []
+        self._placement: Any = None
+
+    # --- Start and end ------------------------------------------------------------------------------
+
+    def start(self) -> ActorGroup:
+        """Ask Ray for the processes; returns at once."""
+        from ray.util.placement_group import placement_group
+
+        self._placement = placement_group([bundle(self.role)] * self.size, self.role.placement.upper())
+        self._actors = [self._start_rank(rank) for rank in range(self.size)]
+        return self
+
+    def ready(self) -> ActorGroup:
+        """Wait until every process is up (its imports may still run).
+
+        Raises:
+            RunFailure: a process died, or was not up (or not placed) within `limits.start`.
+        """
+        self._finish({rank: actor.ping.remote() for rank, actor in enumerate(self._actors)}, "start")
+        return self
+
+    def build(
+        self, target: str, *args: Any, distributed: bool = False, phase: Phase = "load", **kwargs: Any
+    ) -> Pending:
+        """Make the object (`module:Class`) on every rank, in place of an earlier one; returns at once.
+
+        `distributed`: the class also gets rank, world_size, init_method and timeout_s, to join its peers.
+        The value of each rank is the seconds that it took.
+        """
+        limit = self.limits.of(phase)
+        actors = self._checked(range(self.size), phase)
+        where = actors[0].rendezvous.remote(_one_node()) if distributed and self.size > 1 else None
+        refs = {}
+        for rank, actor in enumerate(actors):
+            own = dict(kwargs)
+            if distributed:
+                own |= {"rank": rank, "world_size": self.size, "timeout_s": self.limits.of("update")}
+            refs[rank] = actor.build.remote(target, phase, limit, where, args, own)
+        return Pending(refs, phase, self._finish)
+
+    def shutdown(self) -> None:
+        """End the processes: kindly within `limits.stop`, then by force. Never raises."""
+        import ray
+
+        if not self._actors or not ray.is_initialized():
+            return
+        alive = [
+            r for r in range(self.size) if self.fleet.members[r].state in (State.STARTING, State.HEALTHY)
+        ]
+        try:
+            waiting.wait({r: self._actors[r].stop.remote() for r in alive}, self.limits.of("stop"))
+        finally:
+            for actor in self._actors:
+                ray.kill(actor)
+            if self._placement is not None:
+                ray.util.remove_placement_group(self._placement)
+            self._actors, self._placement = [], None
+
+    def restart(self, rank: int) -> None:
+        """Replace a dead or suspect process by a fresh one, which has to be built again.
+
+        Raises:
+            ValueError: the process is healthy.
+        """
+        import ray
+
+        self.fleet = self.fleet.after([rank], Event.RESTARTED)
+        ray.kill(self._actors[rank])
+        self._actors[rank] = self._start_rank(rank)
+
+    # --- Calls --------------------------------------------------------------------------------------
+
+    def submit(self, method: str, *args: Any, phase: Phase = "call", **kwargs: Any) -> Pending:
+        """Call a method on every rank with the same arguments; large ones go to the object store once."""
+        return Pending(self._send(range(self.size), method, args, phase, kwargs), phase, self._finish)
+
+    def submit_rank(
+        self, rank: int, method: str, *args: Any, phase: Phase = "call", **kwargs: Any
+    ) -> PendingOne:
+        """Call a method on one rank."""
+        return PendingOne(self._send([rank], method, args, phase, kwargs), phase, self._finish)
+
+    def call(self, method: str, *args: Any, phase: Phase = "call", **kwargs: Any) -> list[Any]:
+        """`submit` and wait: the value of each rank. Raises as `Pending.result`."""
+        return self.submit(method, *args, phase=phase, **kwargs).result()
+
+    def call_rank(self, rank: int, method: str, *args: Any, phase: Phase = "call", **kwargs: Any) -> Any:
+        """`submit_rank` and wait: that rank's value. Raises as `Pending.result`."""
+        return self.submit_rank(rank, method, *args, phase=phase, **kwargs).result()
+
+    def startup_seconds(self) -> dict[str, float]:
+        """Seconds of each warm import, the slowest rank's; waits for them under `limits.start`."""
+        each = self._finish({rank: actor.warmed.remote() for rank, actor in enumerate(self._actors)}, "start")
+        return {module: max(seconds[module] for seconds in each) for module in self._warm}
+
+    def pids(self) -> list[int]:
+        """Process id of each rank, on its own node."""
+        asked = {rank: actor.ping.remote() for rank, actor in enumerate(self._actors)}
+        return [answer["pid"] for answer in self._finish(asked, "call")]
+
+    # --- Inside -------------------------------------------------------------------------------------
+
+    def _start_rank(self, rank: int) -> Any:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        wanted = bundle(self.role)
+        options = {
+            "num_cpus": wanted.pop("CPU", 0),
+            "num_gpus": wanted.pop("GPU", 0),
+            "resources": wanted,
+            "max_restarts": 0,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._placement, rank),
+        }
+        env = actor_environment(self.role.threads, one_node=_one_node()) | self._env
+        return (
+            ray.remote(RankActor)
+            .options(**options)
+            .remote(self._who(rank), str(self._log(rank)), env, self._warm)
+        )
+
+    def _send(
+        self,
+        ranks: Sequence[int] | range,
+        method: str,
+        args: Sequence[Any],
+        phase: Phase,
+        kwargs: Mapping[str, Any],
+    ) -> dict[int, Any]:
+        chosen = self._checked(ranks, phase)
+        shared = [_once(arg) if len(chosen) > 1 else arg for arg in args]
+        limit = self.limits.of(phase)
+        return {
+            rank: actor.call.remote(method, phase, limit, dict(kwargs), *shared)
+            for rank, actor in zip(ranks, chosen)
+        }
+
+    def _checked(self, ranks: Sequence[int] | range, phase: str) -> list[Any]:
+        if not self._actors:
+            raise RunFailure(self.name, phase, "its processes were not started, or are shut down")
+        for rank in ranks:
+            member = self.fleet.members[rank]
+            if member.state in (State.SUSPECT, State.DEAD):
+                raise RunFailure(self._who(rank), phase, member.reason, self.next_step)
+        return [self._actors[rank] for rank in ranks]
+
+    def _finish(self, refs: Mapping[int, Any], phase: str) -> list[Any]:
+        """Wait under the deadline of `phase`; values in rank order, or one error with a name."""
+        limit = self.limits.of(phase)  # type: ignore[arg-type]
+        began = time.monotonic()
+        answers = waiting.wait(refs, limit)
+        self.fleet = self.fleet.after(answers.values, Event.ANSWERED)
+        culprit = answers.culprit
+        if culprit is not None:
+            raise self._blame(culprit, phase)
+        late = [rank for rank in refs if rank not in answers.values]
+        if late:
+            raise self._blame_late(late, phase, time.monotonic() - began)
+        return [answers.values[rank] for rank in refs]
+
+    def _blame(self, fault: waiting.Fault, phase: str) -> BaseException:
+        rank = self._rank_of(fault)
+        if not fault.died:
+            return waiting.as_failure(fault.error, self._who(rank), phase, self._next(rank))
+        reason = waiting.explain_death(fault.error)
+        self.fleet = self.fleet.after([rank], Event.DIED, reason)
+        return RunFailure(self._who(rank), phase, reason, self._next(rank))
+
+    def _blame_late(self, late: list[int], phase: str, seconds: float) -> RunFailure:
+        reason = f"no answer within {seconds:.0f} s (limits.{phase})"
+        if phase == "start" and not self._placed():
+            reason = f"not placed by Ray within {seconds:.0f} s (limits.start): {self._asks()} are not free"
+        self.fleet = self.fleet.after(late, Event.OVERDUE, reason)
+        who = self._who(late[0]) if len(late) == 1 else f"{self.name} ranks {', '.join(map(str, late))}"
+        return RunFailure(who, phase, reason, self._next(late[0]))
+
+    def _rank_of(self, fault: waiting.Fault) -> int:
+        """The rank that died: not always the one that was asked, if its argument came from the dead one."""
+        gone = getattr(fault.error, "actor_id", None)
+        for rank, actor in enumerate(self._actors):
+            if gone is not None and actor._actor_id.hex() == gone:
+                return rank
+        return fault.rank
+
+    def _placed(self) -> bool:
+        from ray.util.placement_group import placement_group_table
+
+        return bool(placement_group_table(self._placement).get("state") == "CREATED")
+
+    def _asks(self) -> str:
+        each = ", ".join(f"{amount:g} {name}" for name, amount in bundle(self.role).items())
+        return f"{self.size} x ({each})"
+
+    def _who(self, rank: int) -> str:
+        return f"{self.name}-{rank}"
+
+    def _log(self, rank: int) -> Path:
+        return self.log_dir / f"{self._who(rank)}.log"
+
+    def _next(self, rank: int) -> str:
+        return f"{self.next_step}; log: {self._log(rank)}"
+
+
+def host_group(name: str, role: RoleSpec, limits: LimitsSpec, log_dir: str | Path) -> ActorGroup:
+    """A group for `HOST`: training ranks, reference ranks. Not started yet."""
+    return ActorGroup(name, role, limits, log_dir, warm=HOST_MODULES)
+
+
+def rollout_group(
+    role: RoleSpec, limits: LimitsSpec, log_dir: str | Path, name: str = "rollout"
+) -> ActorGroup:
+    """A group for `ROLLOUT`: independent vLLM engines. Not started yet."""
+    return ActorGroup(
+        name, role, limits, log_dir, warm=ROLLOUT_MODULES, env=engine_environment(role.gpus > 0)
+    )
+
+
+def _once(value: Any) -> Any:
+    """Put a large argument in the object store, for all ranks of the call."""
+    import ray
+
+    return ray.put(value) if isinstance(value, Batch | np.ndarray) else value
+
+
+def _one_node() -> bool:
+    import ray
+
+    return sum(node["Alive"] for node in ray.nodes()) == 1

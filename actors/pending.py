@@ -1,0 +1,152 @@
+"""Waiting for ranks: with a deadline, and with the culprit's name when it goes wrong.
+
+Decides nothing about Ray's scheduling; it only turns references into results, or into one RunFailure
+that says which rank, in which phase, and why.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from actors.errors import InvariantViolation, RunFailure, UserError
+
+CULPRIT_GRACE_S = 3.0
+"""After the first error of a group: how long to look for a dead rank. When one rank dies, the others fail
+within milliseconds in their collective ("connection closed by peer"), often before Ray reports the death;
+the dead one is the one to name."""
+
+POLL_S = 0.5
+"""Longest stretch inside Ray without a look at signals."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What went wrong on one rank."""
+
+    rank: int
+    error: BaseException
+    died: bool
+
+
+@dataclass
+class Answers:
+    """What a wait brought: values and faults by rank; ranks in neither had not answered by the deadline."""
+
+    values: dict[int, Any] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+
+    @property
+    def culprit(self) -> Fault | None:
+        """The fault to report: a death before an own error before a collective that lost its peer."""
+        if not self.faults:
+            return None
+        return min(self.faults, key=_precedence)
+
+
+def _precedence(fault: Fault) -> tuple[int, int]:
+    kinds = (UserError, InvariantViolation)
+    if fault.died:
+        return 0, fault.rank
+    return (1, fault.rank) if isinstance(fault.error, kinds) else (2, fault.rank)
+
+
+def wait(refs: Mapping[int, Any], limit_s: float) -> Answers:
+    """Wait for one reference per rank, at most `limit_s` seconds; a fault ends the wait early."""
+    import ray
+
+    answers = Answers()
+    rank_of = {ref: rank for rank, ref in refs.items()}
+    open_refs = list(rank_of)
+    deadline = time.monotonic() + limit_s
+    while open_refs:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            break
+        done, open_refs = ray.wait(open_refs, num_returns=1, timeout=min(POLL_S, left))
+        for ref in done:
+            _take(answers, rank_of[ref], ref)
+        if any(fault.died for fault in answers.faults):
+            break
+        if answers.faults and done:
+            deadline = min(deadline, time.monotonic() + CULPRIT_GRACE_S)
+    return answers
+
+
+def _take(answers: Answers, rank: int, ref: Any) -> None:
+    import ray
+    from ray.exceptions import RayActorError, RayError, RayTaskError
+
+    try:
+        answers.values[rank] = ray.get(ref)
+    except RayTaskError as error:
+        cause = error.cause
+        died = isinstance(cause, RayActorError)
+        answers.faults.append(Fault(rank, cause, died))
+    except RayActorError as error:
+        answers.faults.append(Fault(rank, error, died=True))
+    except RayError as error:
+        answers.faults.append(Fault(rank, error, died=False))
+
+
+class Pending:
+    """A call that was sent. The deadline runs from the moment when someone waits for it: calls queue up
+    behind each other on purpose, and a queued call has not overrun anything."""
+
+    def __init__(
+        self, refs: dict[int, Any], phase: str, finish: Callable[[dict[int, Any], str], list[Any]]
+    ) -> None:
+        self._refs, self._phase, self._finish = refs, phase, finish
+        self._values: list[Any] | None = None
+
+    def result(self) -> Any:
+        """The value of each rank, in rank order.
+
+        Raises:
+            UserError, InvariantViolation: a rank raised it.
+            RunFailure: a rank died, failed, or overran the phase's deadline.
+        """
+        if self._values is None:
+            self._values = self._finish(self._refs, self._phase)
+        return self._values
+
+    def done(self) -> bool:
+        """True if `result` would not wait."""
+        import ray
+
+        if self._values is not None:
+            return True
+        refs = list(self._refs.values())
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+        return len(ready) == len(refs)
+
+
+class PendingOne(Pending):
+    """A call that was sent to one rank."""
+
+    def result(self) -> Any:
+        """That rank's value; raises as `Pending.result`."""
+        return super().result()[0]
+
+
+def explain_death(error: BaseException) -> str:
+    """One line on why Ray says that an actor is gone."""
+    text = str(error)
+    lowered = text.lower()
+    if "memory monitor" in lowered or "low on memory" in lowered or "outofmemory" in lowered:
+        return "its process was killed because the node ran out of memory"
+    if "node" in lowered and ("died" in lowered or "dead" in lowered) and "worker process" not in lowered:
+        return "the node that it ran on is gone"
+    if "__init__" in lowered and "creation" in lowered:
+        return "its process could not be set up: " + text.strip().splitlines()[-1]
+    return "its process died (killed, crashed, or out of memory)"
+
+
+def as_failure(error: BaseException, who: str, phase: str, next_step: str) -> BaseException:
+    """What to raise for an error that a rank reported."""
+    if isinstance(error, UserError | RunFailure):
+        return error
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return RunFailure(who, phase, lines[-1], next_step)

@@ -1,0 +1,79 @@
+"""What the ranks of the group tests do: small, real work, and every way to fail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import numpy as np
+
+from actors.batch import Batch
+from actors.errors import InvariantViolation, UserError
+
+
+class Duty:
+    """An object on one rank."""
+
+    def __init__(self, greeting: str = "hello", rank: int = 0, world_size: int = 1, **where: Any) -> None:
+        self.greeting, self.rank, self.world_size, self.where = greeting, rank, world_size, where
+
+    def greet(self, name: str) -> str:
+        print(f"greeting {name}")
+        return f"{self.greeting}, {name}, from {self.rank} of {self.world_size}"
+
+    def environment(self, name: str) -> str | None:
+        return os.environ.get(name)
+
+    def total(self, batch: Batch, twice: bool = False) -> int:
+        return int(batch.token_ids.sum()) * (2 if twice else 1)
+
+    def sleep(self, seconds: float, rank: int | None = None) -> float:
+        if rank is None or rank == self.rank:
+            time.sleep(seconds)
+        return seconds
+
+    def die(self, rank: int, after: float = 0.0) -> None:
+        """That rank is killed with -9; the others go on for half a minute."""
+        time.sleep(after)
+        if rank == self.rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(30)
+
+    def fail(self, kind: str, rank: int = 0) -> None:
+        if rank != self.rank:
+            return
+        if kind == "user":
+            raise UserError(["first problem", "second problem"])
+        if kind == "invariant":
+            raise InvariantViolation(f"rank {self.rank}", "update", "the loss is NaN")
+        raise KeyError("no such adapter")
+
+    def gather(self, die: int | None = None) -> list[float]:
+        """A real all-gather over gloo; rank `die` is gone before it joins in."""
+        import torch
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            dist.init_process_group(
+                "gloo", init_method=self.where["init_method"], rank=self.rank, world_size=self.world_size
+            )
+        if die == self.rank:
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        out = [torch.zeros(1) for _ in range(self.world_size)]
+        dist.all_gather(out, torch.full((1,), float(self.rank)))
+        return [float(t) for t in out]
+
+    def array(self, n: int) -> np.ndarray:
+        return np.arange(n)
+
+
+class Stillborn:
+    """Killed while it is made, on rank 1."""
+
+    def __init__(self, rank: int = 0, **others: Any) -> None:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(30)
