@@ -1,0 +1,171 @@
+"""The Ray cluster of a run: started here or connected to, and refused when it is too small."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.environment import ray_environment
+from actors.errors import UserError
+from actors.runtime import RoleSpec, bundle
+
+OBJECT_STORE_BYTES = 512 * 2**20
+"""Object store of a local cluster. Batches are small and what doesn't fit is spilled to disk; Ray's own
+choice, 30 % of the memory, makes it warn wherever /dev/shm is smaller (64 MiB in a plain container)."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The Ray cluster that this process is connected to."""
+
+    local: bool
+    """Started by this process, and gone with it."""
+    address: str
+    resources: Mapping[str, float]
+    """Totals over all nodes: CPU, GPU, custom."""
+    seconds: float
+    """Time to start or to connect."""
+
+
+def start_ray(
+    address: str | None = None, *, num_cpus: float | None = None, object_store_memory: int | None = None
+) -> Cluster:
+    """Connect to the cluster at `address` (or of this Ray job), or start one that ends with this process.
+
+    Takes 3 to 4 s, most of it waiting: call it from a thread and read data meanwhile. When the process is
+    killed with -9, the kernel and Ray take the local cluster down with it.
+
+    Raises:
+        UserError: there is no cluster at `address`, or its Ray or Python version differs.
+    """
+    os.environ.update({name: value for name, value in ray_environment().items() if name not in os.environ})
+    _make_importable()
+    import ray
+
+    began = time.monotonic()
+    address = address or os.environ.get("RAY_ADDRESS")
+    local = address in (None, "local")
+    if not ray.is_initialized():
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+        if local:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus if num_cpus is not None else local_resources()["CPU"],
+                include_dashboard=False,
+                object_store_memory=object_store_memory or OBJECT_STORE_BYTES,
+                **quiet,
+            )
+        else:
+            _connect(str(address), quiet)
+    _mute_raylet()
+    seconds = time.monotonic() - began
+    return Cluster(local, ray.get_runtime_context().gcs_address, _totals(ray.cluster_resources()), seconds)
+
+
+def stop_ray() -> None:
+    """Disconnect; a cluster that `start_ray` started ends."""
+    if "ray" in sys.modules:
+        import ray
+
+        ray.shutdown()
+
+
+def check_cluster(roles: Mapping[str, RoleSpec], *, num_cpus: float | None = None) -> None:
+    """Refuse roles that the cluster can't hold: the connected one, or else the one that would be started.
+
+    Raises:
+        UserError: with the sum per resource, and each role's part of it.
+    """
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        nodes = [_totals(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    else:
+        nodes = [local_resources() | ({"CPU": num_cpus} if num_cpus is not None else {})]
+    problems = shortages(roles, nodes)
+    if problems:
+        raise UserError(problems)
+
+
+def shortages(roles: Mapping[str, RoleSpec], nodes: Sequence[Mapping[str, float]]) -> list[str]:
+    """What `nodes` lack to hold `roles`, one line each: sums over the cluster, then single processes."""
+    own = {name: role for name, role in roles.items() if role.share is None}
+    problems = []
+    for resource in sorted({resource for role in own.values() for resource in bundle(role)}):
+        parts = {name: role.workers * bundle(role).get(resource, 0.0) for name, role in own.items()}
+        needed, there = sum(parts.values()), sum(node.get(resource, 0.0) for node in nodes)
+        if needed > there + 1e-6:
+            terms = " + ".join(
+                f"{name} {own[name].workers} x {bundle(own[name])[resource]:g}"
+                for name, part in parts.items()
+                if part
+            )
+            problems.append(
+                f"roles: {needed:g} {resource} asked for ({terms}), the cluster has {there:g}; "
+                "lower workers or what each one asks for, or use a larger cluster (ray.address)"
+            )
+    if problems:
+        return problems
+    for name, role in own.items():
+        if not any(all(node.get(r, 0.0) + 1e-6 >= v for r, v in bundle(role).items()) for node in nodes):
+            asked = ", ".join(f"{value:g} {resource}" for resource, value in bundle(role).items())
+            problems.append(f"roles.{name}: no single node has {asked}, which each of its processes needs")
+    return problems
+
+
+def local_resources() -> dict[str, float]:
+    """CPU and GPU of this machine, as a local cluster would offer them; asks neither Ray nor torch."""
+    cpus = float(len(os.sched_getaffinity(0)))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, period = quota.read_text().split()
+        if limit != "max":
+            cpus = max(1.0, min(cpus, int(limit) // int(period)))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    if visible is not None:
+        gpus = len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+    return {"CPU": cpus, "GPU": float(gpus)}
+
+
+def _connect(address: str, quiet: Mapping[str, Any]) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise UserError(
+            f"ray.address: no Ray cluster could be used at {address}: {str(error).strip().splitlines()[0]}. "
+            "Start one with `ray start --head`, or leave ray.address out for a local one"
+        ) from None
+
+
+def _mute_raylet() -> None:
+    """Keep Ray's half page per dead worker off the terminal: whoever waits for the worker reports its death.
+
+    Ray prints it from a thread of the driver whatever `log_to_driver` says, and has no setting for that.
+    """
+    from ray._private import worker
+
+    if hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = lambda *args, **kwargs: None
+
+
+def _make_importable() -> None:
+    """Let the workers of a local cluster import what this process runs, installed or from a checkout."""
+    root = str(Path(__file__).resolve().parent.parent)
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if root not in known:
+        os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, known)])
+
+
+def _totals(resources: Mapping[str, float]) -> dict[str, float]:
+    return {
+        name: float(amount)
+        for name, amount in resources.items()
+        if not name.startswith(("node:", "object_store"))
+    }
