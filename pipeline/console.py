@@ -11,7 +11,7 @@ from rich.table import Table
 
 from actors.errors import EXIT_FAILED, EXIT_USER, RunFailure, UserError
 
-WIDTH = 200
+WIDTH = 120
 """Columns where there is no terminal to ask: a table in a log or pipe is not folded at 80."""
 
 

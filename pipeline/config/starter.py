@@ -101,6 +101,7 @@ def _header() -> str:
         #   raylign run THIS_FILE --dry-run     all stages on a tiny twin of the base, on this machine
         #   raylign run THIS_FILE               the run; the same command goes on after an interruption
         # Any key can be set on the command line as well: stages.dpo.beta=0.2
+        # Editors complete and check it with the schema that `raylign init schema.json --schema` writes.
         """
     )
 
