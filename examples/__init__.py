@@ -1,0 +1,1 @@
+"""Walk-throughs; a package so that their score functions can be named in a config."""
