@@ -274,7 +274,17 @@ def merge(
         raise UserError(f"--dtype: '{dtype}' is not one of float32, bfloat16")
     from actors.models.merge import merge_adapter
 
-    console.say(str(merge_adapter(base, adapter, out, dtype)))
+    done = merge_adapter(base, adapter, out, dtype)
+    console.say(
+        f"wrote {done.out_dir} in {done.dtype}: {done.merged_weights} tensors changed, {done.seconds:.1f} s"
+    )
+    console.say(
+        f"largest difference of a log-probability from the unmerged model: {done.max_logprob_diff:.1e}"
+    )
+    console.say(
+        f"adapted weights that rounding left at their old value: {done.unchanged_share:.1%} in {done.dtype}, "
+        f"{done.unchanged_share_bf16:.1%} in bfloat16"
+    )
     return EXIT_DONE
 
 
