@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from actors.cluster import check_cluster, start_ray, stop_ray
 
+from actors.cluster import check_cluster, start_ray, stop_ray
 from actors.group import HOST, ROLLOUT, ActorGroup, Pending, host_group, rollout_group
 from actors.host_spec import HostSpec
 from actors.rollout import EngineSpec
+from actors.runtime import RoleSpec
+from pipeline.artifacts import MANIFEST
 from pipeline.rundir import RunDirectory
 from pipeline.stages.evaluate import Weights
 from pipeline.stages.reference import ReferenceFeed, ReferenceLogps, first_use_order
@@ -69,6 +72,9 @@ class Fleet:
         self._feeds: dict[str, ReferenceFeed] = {}
         self._rollout_built = False
         self._ray = False
+        self._starting: Future[None] | None = None
+        # Lives as long as the fleet: Linux ties a local cluster's end to the thread that started it.
+        self._thread = ThreadPoolExecutor(1, "start-ray")
 
     def __enter__(self) -> Fleet:
         return self
@@ -76,37 +82,74 @@ class Fleet:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._starting is not None:
+            self._starting.exception()
         for group in self._groups.values():
             group.shutdown()
         if self._ray:
             stop_ray()
+        self._thread.shutdown()
 
     # --- Start ----------------------------------------------------------------------------------
 
+    def prestart(self) -> None:
+        """On a local cluster: let Ray and the processes' imports begin while the driver reads its data.
+
+        Guesses from the files on disk who will be needed; `start` ends those who are not.
+
+        Raises:
+            UserError: the machine has less than the roles ask for; nothing was started.
+        """
+        roles = self._likely()
+        if not roles or self.config.ray.address is not None:
+            return
+        check_cluster(self._specs(roles), num_cpus=self.config.ray.num_cpus)
+        self._starting = self._thread.submit(self._start_ray, roles)
+
     def start(self, graph: Graph) -> None:
-        """Ray, then every role that the graph needs, all at once; nobody is waited for here.
+        """Every role that the graph needs, all at once; only Ray itself is waited for here.
 
         Raises:
             UserError: the cluster has less than the roles ask for; nothing was started on it.
         """
-        roles = self._needed(graph)
-        if not roles:
-            return
         began = time.monotonic()
-        start_ray(
-            self.config.ray.address,
-            num_cpus=self.config.ray.num_cpus,
-            object_store_memory=self.config.ray.object_store_memory,
-        )
-        self._ray = True
-        check_cluster({name: getattr(self.config.roles, name) for name in roles})
-        self.startup["ray"] = round(time.monotonic() - began, 2)
-        for name in roles:
-            self._group(name)
+        starting, self._starting = self._starting, None
+        if starting is not None:
+            starting.result()
+        roles = self._needed(graph)
+        if roles:
+            self._start_ray(roles)
+        for name in set(self._groups) - set(roles):
+            self._groups.pop(name).shutdown()
+        self.startup["wait for ray"] = round(time.monotonic() - began, 2)
         if graph.pending:
             first = graph.pending[0]
             for name in sorted(set(roles) & {"policy", "reference"}, reverse=True):
                 self._host(name, first, first.start)
+
+    def _start_ray(self, roles: list[str]) -> None:
+        if not self._ray:
+            spec = self.config.ray
+            self._ray = True
+            start_ray(spec.address, num_cpus=spec.num_cpus, object_store_memory=spec.object_store_memory)
+            check_cluster(self._specs(roles))
+        for name in roles:
+            self._group(name)
+
+    def _specs(self, roles: list[str]) -> dict[str, RoleSpec]:
+        return {name: getattr(self.config.roles, name) for name in roles}
+
+    def _likely(self) -> list[str]:
+        """Roles that work on what has no finished result in the run directory."""
+        path = self.directory.path
+        open_stages = [s for name, s in self.config.stages.items() if not (path / name / MANIFEST).is_file()]
+        own_reference = self.config.roles.reference.share is None
+        wanted = {
+            "policy": bool(open_stages),
+            "reference": own_reference and any(isinstance(s, DpoStage) for s in open_stages),
+            "rollout": any(not (path / "eval" / f"{m}.json").is_file() for m in self.config.eval_models()),
+        }
+        return [name for name, needed in wanted.items() if needed]
 
     def _needed(self, graph: Graph) -> list[str]:
         roles = []

@@ -77,6 +77,7 @@ class Run:
         from pipeline.trackers import open_trackers
 
         with Fleet(self.config, self.directory, self.startup) as fleet:
+            fleet.prestart()
             graph = read_graph(self.config, self.directory, self.startup, until)
             if not train:
                 graph = graph.evaluations_only(self.config.eval_models())

@@ -98,7 +98,7 @@ def prepare(config: RunConfig, name: str, tokenizer: Any) -> PreparedStage:
         spec.batch_size,
         seed,
         epochs=spec.num_train_epochs,
-        max_steps=spec.max_steps if spec.max_steps > 0 else None,
+        max_steps=spec.max_steps,
         shuffle=spec.shuffle,
     )
     return PreparedStage(name, spec, seed, data, held_out, order, make_loss(spec))
