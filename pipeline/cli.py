@@ -232,9 +232,9 @@ def evaluate(
     loaded = _load(config, [*(overrides or []), *chosen])
     if loaded.eval is None:
         raise UserError(f"{config}: eval: missing; it names the held-out data (see `raylign init`)")
-    from pipeline.stages.evaluate import run_eval
+    from pipeline.run import evaluate_only
 
-    return run_eval(loaded)
+    return evaluate_only(loaded)
 
 
 @app.command(epilog=_example("raylign chat runs/demo/dpo/adapter", "raylign chat my-run.yaml --model sft"))
@@ -253,7 +253,7 @@ def chat(
 ) -> int:
     """Talk to a model in vLLM."""
     target = result_of(_load(Path(model), []), stage) if model.endswith((".yaml", ".yml")) else model
-    from pipeline.stages.evaluate import chat as run_chat
+    from pipeline.chatting import chat as run_chat
 
     return run_chat(
         target, prompt=prompt, system=system, temperature=temperature, max_tokens=max_tokens, seed=seed

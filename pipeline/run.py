@@ -82,7 +82,9 @@ class Run:
             if not train:
                 graph = graph.evaluations_only(self.config.eval_models())
             self._write_config()
-            self.directory.record(began=self.began, versions=versions(), error=None)
+            self.directory.record(versions=versions(), error=None)
+            if graph.pending:
+                self.directory.record(began=self.began)
             fleet.start(graph)
             self.trackers = open_trackers(
                 self.config.logging.report_to,
@@ -103,7 +105,8 @@ class Run:
                 raise
             finally:
                 self.trackers.close()
-                self.directory.record(startup=self.startup, seconds=round(time.time() - self.began, 1))
+                if graph.pending:
+                    self.directory.record(startup=self.startup, seconds=round(time.time() - self.began, 1))
                 self.report(graph)
         return EXIT_DONE
 
