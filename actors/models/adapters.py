@@ -229,6 +229,7 @@ def save_adapter(peft: PeftModel, adapter_name: str, directory: str | Path) -> N
     fingerprint = base_fingerprint(base) if base and Path(base).is_dir() else None
     metadata = {"format": "pt"} | ({_FINGERPRINT_KEY: fingerprint} if fingerprint else {})
     save_file(tensors, directory / ADAPTER_WEIGHTS, metadata=metadata)
+    _sort_metadata(directory / ADAPTER_WEIGHTS)
     config = copy.deepcopy(peft.peft_config[adapter_name])
     config.inference_mode = True
     # PEFT's loaders resolve this name from their own working directory.
@@ -270,6 +271,7 @@ def check_adapter_matches_base(
 
     try:
         saved, adapter = _read_tensors(Path(adapter_dir)), _saved_config(adapter_dir)
+        named = adapter.base_model_name_or_path  # PEFT overwrites it below
         with _quiet(), torch.device("meta"):
             peft = get_peft_model(meta_model(config), adapter)
     except UserError as error:
@@ -282,7 +284,6 @@ def check_adapter_matches_base(
         return problems
     trained_on, here = _fingerprint_of(Path(adapter_dir)), base_fingerprint(base_dir) if base_dir else None
     if trained_on and here and trained_on != here:
-        named = adapter.base_model_name_or_path
         return [f"adapter '{adapter_dir}' was trained on '{named}', whose weights differ from '{base_dir}'"]
     return []
 
@@ -350,6 +351,16 @@ def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"adapter '{file}' is damaged: {error}") from error
 
 
+def _sort_metadata(file: Path) -> None:
+    """safetensors writes metadata in the order of a hash map, another one in every process."""
+    with open(file, "r+b") as f:
+        size = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        f.seek(8)
+        f.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+
+
 def _fingerprint_of(directory: Path) -> str | None:
     from safetensors import safe_open
 
@@ -393,10 +404,18 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
+_NOISE = (
+    ".*rank_pattern keys did not match.*",  # it matched a parameter; PEFT looks at modules only
+    ".*Adapter name .* should not be contained in the prefix.*",
+    ".*base_model_name_or_path. was renamed.*",  # from the base's name to that of a model on meta
+    ".*were set but no (module|parameter) was matched.*",  # reported by shape, with the adapter's name
+)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """PEFT warns that rank_pattern matched no module when it matched a parameter."""
+    """Hide PEFT's warnings that a user can't act on."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*rank_pattern keys did not match.*")
-        warnings.filterwarnings("ignore", message=".*Adapter name .* should not be contained in the prefix.*")
+        for message in _NOISE:
+            warnings.filterwarnings("ignore", message=message)
         yield

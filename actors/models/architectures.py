@@ -71,8 +71,13 @@ def _dense(model_type: str) -> Architecture:
     return Architecture(model_type, {"attention": _ATTENTION, "mlp": _MLP})
 
 
-def _shared(name: str) -> tuple[str, ...]:
-    return tuple(f"mlp.{name}.{part}" for part in ("gate_proj", "up_proj", "down_proj"))
+def _weights(prefix: str) -> tuple[str, ...]:
+    """Linear layers of an MoE family, named as parameters.
+
+    As modules PEFT would take `...gate_proj` for the experts' old name and silently adapt the fused
+    experts instead (peft.utils.transformers_weight_conversion). The files have the same tensor names.
+    """
+    return tuple(f"{prefix}.{part}.weight" for part in ("gate_proj", "up_proj", "down_proj"))
 
 
 _ROWS = (
@@ -82,14 +87,19 @@ _ROWS = (
     _dense("qwen3"),
     Architecture(
         "qwen3_moe",
-        {"attention": _ATTENTION, "mlp": _MLP},
-        {"experts": _EXPERTS, "router": ("mlp.gate.weight",)},
+        {"attention": _ATTENTION},
+        {"experts": _EXPERTS, "router": ("mlp.gate.weight",), "mlp": _weights("mlp")},
         Router("mlp.gate"),
     ),
     Architecture(
         "qwen2_moe",
-        {"attention": _ATTENTION, "mlp": _MLP, "shared_experts": _shared("shared_expert")},
-        {"experts": _EXPERTS, "router": ("mlp.gate.weight",)},
+        {"attention": _ATTENTION},
+        {
+            "experts": _EXPERTS,
+            "router": ("mlp.gate.weight",),
+            "shared_experts": _weights("mlp.shared_expert"),
+            "mlp": _weights("mlp"),
+        },
         Router("mlp.gate"),
     ),
     Architecture(
@@ -117,8 +127,13 @@ _ROWS = (
     ),
     Architecture(
         "glm4_moe",
-        {"attention": _ATTENTION, "mlp": _MLP, "shared_experts": _shared("shared_experts")},
-        {"experts": _EXPERTS, "router": ("mlp.gate.weight",)},
+        {"attention": _ATTENTION},
+        {
+            "experts": _EXPERTS,
+            "router": ("mlp.gate.weight",),
+            "shared_experts": _weights("mlp.shared_experts"),
+            "mlp": _weights("mlp"),
+        },
         Router("mlp.gate", score="sigmoid", has_aux_loss=False),
         experts_key="n_routed_experts",
     ),

@@ -127,7 +127,8 @@ def _experts_forward(
         bias = getattr(self, f"{name}_bias")[experts] if self.has_bias else None
         y = _grouped_linear(x, getattr(self, name), ends, bias=bias, is_transposed=self.is_transposed)
         for a, b, scaling in factors.get(name, ()):
-            y = y + _grouped_linear(_grouped_linear(x, a, ends) * scaling, b, ends)
+            # In place: a second tensor of y's size costs more than the low-rank product itself.
+            y.add_(_grouped_linear(_grouped_linear(x, a, ends) * scaling, b, ends))
         return y
 
     up = linear(hidden_states[order // k], "gate_up_proj" if self.has_gate else "up_proj")

@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER_CONFIG = "adapter_config.json"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
 
 
 @dataclass(frozen=True)
@@ -63,13 +71,16 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     resolved = resolve_base(spec).checked()
-    places = [p for p in (resolved.adapter_path, resolved.base_path) if p]
-    if resolved.adapter_path and not (Path(resolved.adapter_path) / "tokenizer_config.json").is_file():
-        places = [resolved.base_path]
+    place = resolved.base_path
+    if resolved.adapter_path and _has_tokenizer(resolved.adapter_path):
+        place = resolved.adapter_path
+    # Without this, transformers 5 makes an empty tokenizer of the class that the model type names.
+    if Path(place).is_dir() and not _has_tokenizer(place):
+        raise UserError(f"model.base: '{place}' has no tokenizer ({' or '.join(_TOKENIZER_FILES)})")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(places[0], trust_remote_code=spec.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=spec.trust_remote_code)
     except Exception as error:
-        problem = f"model.base: '{places[0]}' has no tokenizer that loads: {_first_line(error)}"
+        problem = f"model.base: '{place}' has no tokenizer that loads: {_first_line(error)}"
         raise UserError(problem) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -85,6 +96,7 @@ def load_base(spec: ModelSpec, device: str | torch.device = "cpu", seed: int = 0
     Raises:
         UserError: the base can't be found, is no causal LM, or is an architecture without a row.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     resolved = resolve_base(spec).checked()
@@ -104,7 +116,7 @@ def load_base(spec: ModelSpec, device: str | torch.device = "cpu", seed: int = 0
         try:
             with no_progress_bars():
                 model = AutoModelForCausalLM.from_pretrained(resolved.base_path, use_safetensors=True, **how)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             problem = f"model.base: '{resolved.base_path}' did not load: {_first_line(error)}"
             raise UserError(problem) from error
     model.config.use_cache = False
@@ -143,6 +155,10 @@ def local_base_dir(base_path: str) -> Path:
         return Path(snapshot_download(base_path, allow_patterns=patterns))
     except Exception as error:
         raise UserError(_not_found(base_path, error)) from error
+
+
+def _has_tokenizer(directory: str) -> bool:
+    return any((Path(directory) / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def _follow_adapter(base: str) -> tuple[str, str | None, list[str]]:

@@ -140,7 +140,7 @@ def resolve_targets(
 
 
 def _weights(net: nn.Module) -> dict[str, torch.Size]:
-    """Module names of Linear weights, and full names of other parameters, each with its shape.
+    """Names of all parameters and of the modules of Linear weights, each with the weight's shape.
 
     Names are those of the bare base, also where adapters wrap it already.
     """
@@ -149,8 +149,9 @@ def _weights(net: nn.Module) -> dict[str, torch.Size]:
     for name, parameter in net.named_parameters():
         owner, _, leaf = name.rpartition(".")
         if "lora_" not in name:
-            key = owner if owner in linear and leaf == "weight" else name
-            shapes[key.replace(".base_layer", "")] = parameter.shape
+            shapes[name.replace(".base_layer", "")] = parameter.shape
+            if owner in linear and leaf == "weight":
+                shapes[owner.replace(".base_layer", "")] = parameter.shape
     return shapes
 
 

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from actors.models import adapters
+from actors.models.architectures import ARCHITECTURES
+from actors.models.loading import load_base
+from actors.models.spec import LoraSpec, ModelSpec
+from actors.models.twin import write_adapter_twin, write_twin
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_a_twin_is_a_small_model_of_the_same_class(model_type, tmp_path, groups_of):
+    config = AutoConfig.for_model(model_type)
+    twin = write_twin(config, tmp_path)
+    model = load_base(ModelSpec(base=str(tmp_path)))
+    assert type(model.config) is type(config)
+    assert twin.parameters == model.num_parameters() < 2e6
+    assert "num_hidden_layers" in twin.changed
+    assert not twin.tokenizer_copied
+    groups = [g for g in groups_of(model_type) if g != "mlp" or model_type in ("llama", "qwen3", "glm4_moe")]
+    adapters.attach_lora(model, LoraSpec(targets=groups, expert_rank="r/top_k"))
+
+
+def test_all_changed_keys_are_listed_with_both_values(tmp_path):
+    config = AutoConfig.for_model("mixtral", num_local_experts=16)
+    twin = write_twin(config, tmp_path)
+    made = AutoConfig.from_pretrained(tmp_path).to_dict()
+    before = config.to_dict()
+    differs = {k for k in before if before[k] != made.get(k)} - {"dtype", "architectures", "_name_or_path"}
+    assert differs == set(twin.changed)
+    assert twin.changed["num_local_experts"] == (16, 8)
+
+
+def test_the_base_tokenizer_comes_along(base_of, tmp_path):
+    twin = write_twin(base_of("qwen3_moe"), tmp_path)
+    assert twin.tokenizer_copied
+    assert "vocab_size" not in twin.changed
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template
+
+
+def test_the_same_seed_gives_the_same_twin(tmp_path):
+    config = AutoConfig.for_model("qwen3_moe")
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        write_twin(config, tmp_path / name, seed)
+    a, b, c = ((tmp_path / n / "model.safetensors").read_bytes() for n in "abc")
+    assert a == b != c
+
+
+def test_an_adapter_has_a_twin_with_its_targets(adapted, base_of, tmp_path, ids):
+    lora = LoraSpec(r=4, targets=["attention", "experts", "router"], expert_rank="r/top_k")
+    adapters.save_adapter(adapted("qwen3_moe", lora), "policy", tmp_path / "adapter")
+    write_twin(base_of("qwen3_moe"), tmp_path / "twin")
+    write_adapter_twin(tmp_path / "adapter", tmp_path / "twin", tmp_path / "adapter-twin")
+    base = load_base(ModelSpec(base=str(tmp_path / "twin")))
+    with torch.no_grad():
+        expected = base(input_ids=ids).logits
+        peft = adapters.attach_saved(base, tmp_path / "adapter-twin", "policy")
+        assert torch.equal(peft(input_ids=ids).logits, expected)
+    assert peft.peft_config["policy"].rank_pattern == {
+        r"mlp\.experts\.gate_up_proj": 2,
+        r"mlp\.experts\.down_proj": 2,
+    }
