@@ -10,8 +10,6 @@ def ray_environment() -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         # An actor that died is reported once, by whoever waited for it.
         "RAY_IGNORE_UNHANDLED_ERRORS": "1",
-        # When the driver is killed, Ray's helpers look for their head this long before they go too (60 s).
-        "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
     }
 
 

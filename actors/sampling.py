@@ -11,8 +11,9 @@ from pydantic import Field
 
 from actors.models.spec import Spec
 
-FINISH_REASONS = ("stop", "length", "abort")
-"""What `Generations.finish` counts into: an end-of-turn token or stop string; the token limit; given up."""
+FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
+"""What `Generations.finish` indexes, vLLM's names: stop is an end-of-turn token or a stop string, length the
+token limit."""
 
 
 class SamplingSpec(Spec):
@@ -62,6 +63,22 @@ class Generations:
     """Name of the weights that produced them."""
     seconds: float
     """Time in the engine."""
+
+    @staticmethod
+    def of(
+        samples: Sequence[tuple[Sequence[int], Sequence[float], str]], n: int, label: str, seconds: float
+    ) -> Generations:
+        """Join (token ids, log-probabilities, finish reason) of each sample."""
+        lengths = [len(ids) for ids, _, _ in samples]
+        return Generations(
+            token_ids=np.fromiter((t for ids, _, _ in samples for t in ids), np.int32, sum(lengths)),
+            logprobs=np.fromiter((v for _, values, _ in samples for v in values), np.float32, sum(lengths)),
+            offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64),
+            finish=np.array([FINISH_REASONS.index(reason) for _, _, reason in samples], dtype=np.int8),
+            n=n,
+            label=label,
+            seconds=seconds,
+        )
 
     @property
     def n_samples(self) -> int:

@@ -34,6 +34,14 @@ class Duty:
             time.sleep(seconds)
         return seconds
 
+    def spin(self, seconds: float) -> None:
+        """Hold the interpreter in native code, where no signal handler of Python and no thread gets a turn."""
+        import re
+
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            re.match("(a|a)*b", "a" * 24)
+
     def die(self, rank: int, after: float = 0.0) -> None:
         """That rank is killed with -9; the others go on for half a minute."""
         time.sleep(after)
