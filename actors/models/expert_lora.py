@@ -58,7 +58,13 @@ def select(peft: PeftModel, impl: str) -> str:
 
 
 def beside_is_faster(experts: torch.Tensor) -> bool:
-    """The `auto` rule, for a stack of experts (experts, ., .)."""
+    """The `auto` rule, for a stack of experts (experts, ., .).
+
+    CPU time of PEFT's way over this one, forward and backward, one thread: float32 1.02 (8 experts,
+    hidden 128, 1,536 tokens), 1.17 (128 tokens), 1.38 (64 experts, hidden 512, 2,048 tokens), 2.3 (256
+    tokens); bfloat16 0.97, 0.91 and 1.36 for the first, third and fourth. CUDA was not measured: there
+    PEFT's W + BA costs memory for a second copy of every layer's experts.
+    """
     return experts.device.type == "cuda" or experts.dtype == torch.float32
 
 

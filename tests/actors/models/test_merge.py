@@ -21,8 +21,10 @@ def saved(adapted, tmp_path):
     return tmp_path / "adapter"
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+@pytest.mark.parametrize(
+    ("model_type", "tied"),
+    [*((m, False) for m in sorted(ARCHITECTURES)), ("llama", True), ("qwen3_moe", True)],
+)
 def test_a_merged_model_has_the_logits_of_base_and_adapter(
     model_type, tied, adapted, groups_of, ids, tmp_path
 ):
@@ -115,7 +117,7 @@ def test_a_merge_that_went_wrong_is_an_error(saved, tmp_path, monkeypatch):
 def test_a_directory_in_use_and_a_foreign_base_are_refused(saved, base_of, tmp_path):
     with pytest.raises(UserError, match="is not empty"):
         merge.merge_adapter(None, saved, saved)
-    with pytest.raises(UserError, match="was trained on .*qwen3_moe.*, whose weights differ"):
+    with pytest.raises(UserError, match=r"was trained on .*qwen3_moe.*, whose weights differ"):
         merge.merge_adapter(str(base_of("mixtral")), saved, tmp_path / "merged")
     with pytest.raises(UserError, match="dtype: 'int8'"):
         merge.merge_adapter(None, saved, tmp_path / "merged", dtype="int8")
