@@ -75,6 +75,7 @@ class ModelHost:
             aux_loss_coef(spec.model, self.config),
             self.architecture.packable if spec.packing == "auto" else spec.packing,
             spec.max_tokens_per_micro_batch,
+            self.config.hidden_size,
             spec.seed,
             torch.device(spec.device),
         )

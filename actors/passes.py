@@ -64,6 +64,7 @@ class PassRunner:
     """Weight of the routers' load-balancing loss; 0: none."""
     packing: bool
     max_tokens: int
+    hidden_size: int
     seed: int
     device: torch.device
 
@@ -71,7 +72,7 @@ class PassRunner:
         """This rank's rows of a global batch, and the micro-batches made of them."""
         rows = batch.shard_rows(self.ranks.rank, self.ranks.world_size)
         own = batch if self.ranks.world_size == 1 else batch.select(rows)
-        return rows, micro_batches(own, self.max_tokens, self.packing)
+        return rows, micro_batches(own, self.max_tokens, self.packing, self.hidden_size)
 
     def places(self, batch: Batch, rows: np.ndarray, micro: MicroBatch) -> Tensor:
         """int64 (T,): where a micro-batch's counted tokens stand among those of the global batch."""

@@ -48,7 +48,7 @@ class Training:
             InvariantViolation: loss or gradient is not finite, or a parameter that should have a
                 gradient has none. The weights are then those of the step before.
         """
-        norm = torch.nn.utils.get_total_norm(self.flat.grads)
+        norm = self.flat.grad_norm()
         metrics = {"grad_norm": float(norm), "learning_rate": float(self.scheduler.get_last_lr()[0])}
         self._check_finite(step, {"loss": loss, "grad_norm": metrics["grad_norm"]})
         self._check_gradients(step)

@@ -14,8 +14,11 @@ import pytest
 from actors.algorithms.dpo import DpoLoss
 from actors.algorithms.sft import SftLoss
 from actors.host import ModelHost
+from actors.models.spec import LoraSpec
 from actors.optim_spec import OptimSpec
 from tests.actors.host_cases import (
+    LORA,
+    host_spec,
     pair_batch,
     policy_host,
     random_pairs,
@@ -59,8 +62,10 @@ def trl_model(base: Path, host: ModelHost, directory: Path) -> Any:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    host.save_adapter("policy", directory / "start")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if host.spec.model.lora is None:
+        return model
+    host.save_adapter("policy", directory / "start")
     return PeftModel.from_pretrained(model, directory / "start", is_trainable=True)
 
 
@@ -84,24 +89,37 @@ def assert_equal_curves(
             assert mine[name] == pytest.approx(trl[name], rel=1e-5, abs=1e-6 + 1e-6 * scale), (step, name)
 
 
-def test_sft_equals_trl(tiny_base: Path, tmp_path: Path) -> None:
+ROUTER = LORA.model_copy(update={"targets": ["attention", "experts", "router"]})
+
+
+@pytest.mark.parametrize(
+    ("lora", "aux"),
+    [(LORA, 0.0), (ROUTER, 0.02), (None, 0.0)],
+    ids=["lora", "router with auxiliary loss", "every parameter"],
+)
+def test_sft_equals_trl(lora: LoraSpec | None, aux: float, tiny_base: Path, tmp_path: Path) -> None:
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     rows = random_rows(STEPS * BATCH)
-    host = policy_host(tiny_base)
-    data = Dataset.from_list([{"input_ids": p + a, "labels": [-100] * len(p) + a} for p, a in rows])
+    host = ModelHost(host_spec(tiny_base, lora=lora, aux=aux))
+    role = None if lora is None else "policy"
+    if role is not None:
+        host.add_adapter(role)
+    arguments = {**trl_arguments(tmp_path), "router_aux_loss_coef": aux}
     trainer = SFTTrainer(
         model=trl_model(tiny_base, host, tmp_path),
-        args=SFTConfig(**trl_arguments(tmp_path), dataset_kwargs={"skip_prepare_dataset": True}),
-        train_dataset=data,
+        args=SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True}),
+        train_dataset=Dataset.from_list(
+            [{"input_ids": p + a, "labels": [-100] * len(p) + a} for p, a in rows]
+        ),
         processing_class=AutoTokenizer.from_pretrained(tiny_base),
     )
     theirs = curve(trainer)
-    host.prepare_training("policy", OPTIM, STEPS)
+    host.prepare_training(role, OPTIM, STEPS)
     ours = [host.update(sft_batch(rows[i * BATCH : (i + 1) * BATCH]), SftLoss(), i) for i in range(STEPS)]
-    assert_equal_curves(ours, theirs, COMMON)
+    assert_equal_curves(ours, theirs, (*COMMON, "aux_loss") if aux else COMMON)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
