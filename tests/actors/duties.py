@@ -35,7 +35,7 @@ class Duty:
         return seconds
 
     def spin(self, seconds: float) -> None:
-        """Hold the interpreter in native code, where no signal handler of Python and no thread gets a turn."""
+        """Hold the interpreter in native code, where no handler and no thread of Python gets a turn."""
         import re
 
         until = time.monotonic() + seconds

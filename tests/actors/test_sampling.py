@@ -1,0 +1,45 @@
+"""Seeds of samples, and generations as columns."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from actors.sampling import Generations, sample_seed
+
+
+def test_seeds_of_neighbours_have_nothing_in_common_and_fit_63_bits() -> None:
+    seeds = {sample_seed(0, step, p, s) for step in range(4) for p in range(50) for s in range(4)}
+    assert len(seeds) == 800
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert sample_seed(0, 0, 0, 1) - sample_seed(0, 0, 0, 0) != 1
+
+
+def test_a_seed_depends_on_run_step_prompt_and_sample_only() -> None:
+    assert sample_seed(1, 2, 3, 4) == sample_seed(1, 2, 3, 4)
+    assert (
+        len({sample_seed(*place) for place in [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0)]}) == 4
+    )
+
+
+def test_generations_keep_samples_apart() -> None:
+    made = Generations.of(
+        [([5, 6], [-0.5, -1.0], "stop"), ([], [], "abort"), ([7], [-2.0], "length")], 1, "m", 0.1
+    )
+    assert [ids.tolist() for ids in made.sequences()] == [[5, 6], [], [7]]
+    assert made.finish_reasons == ["stop", "abort", "length"]
+    assert made.n_samples == 3
+    np.testing.assert_allclose(made.logprobs, [-0.5, -1.0, -2.0])
+
+
+def test_no_samples_are_no_error() -> None:
+    assert list(Generations.of([], 1, "m", 0.0).sequences()) == []
+
+
+def test_texts_are_cut_before_the_first_stop_string() -> None:
+    from actors.models.tiny import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    ids = tokenizer.encode("12+5=17 END and so on;", add_special_tokens=False)
+    made = Generations.of([(ids, [0.0] * len(ids), "stop")], 1, "m", 0.0)
+    assert made.texts(tokenizer) == ["12+5=17 END and so on;"]
+    assert made.texts(tokenizer, [";", " END"]) == ["12+5=17"]
