@@ -34,8 +34,8 @@ class OptimSpec(Spec):
     """Extra arguments of the schedule, e.g. `{min_lr_rate: 0.1}` for cosine_with_min_lr."""
     warmup_steps: float = Field(default=0, ge=0, allow_inf_nan=False)
     """Steps of linear warm-up; a number below 1 is a share of all steps."""
-    optim: Literal["adamw_torch", "adamw_torch_fused", "sgd"] = "adamw_torch"
-    """Optimizer, by transformers' name."""
+    optim: Literal["adamw_torch", "adamw_torch_fused", "sgd"] = "adamw_torch_fused"
+    """Optimizer, by transformers' name and with its default; fused steps in a third of the time."""
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Decoupled weight decay, on all trainable parameters but biases and norms."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)

@@ -19,7 +19,7 @@ class LabelStatistics(NamedTuple):
     entropy: Tensor
     """float32, nats."""
     correct: Tensor
-    """bool: the label has the largest logit (the first one, on a tie)."""
+    """bool: no other logit is larger than the label's."""
     mean_logits: Tensor
     """float32 mean over the vocabulary."""
     log_sum_sq: Tensor
@@ -61,17 +61,18 @@ class _LabelStatistics(torch.autograd.Function):
         first = 0
         for block, wanted in zip(*_blocks(logits, labels), strict=True):
             block = block.float()
-            top, best = block.max(dim=-1)
+            top = block.amax(dim=-1)  # max with indices takes 24 times as long on the CPU
             out = None if probabilities is None else probabilities[first : first + len(block)]
             p = torch.sub(block, top[:, None], out=out).exp_()
             total = p.sum(-1)
             log_z = top + total.log()
             p.div_(total[:, None])
+            chosen = block.gather(1, wanted[:, None])[:, 0]
             parts.append(
                 (
-                    block.gather(1, wanted[:, None])[:, 0] - log_z,
+                    chosen - log_z,
                     log_z - torch.linalg.vecdot(p, block),
-                    best == wanted,
+                    chosen >= top,
                     block.mean(-1),
                     torch.linalg.vecdot(p, p).log(),
                 )
