@@ -32,7 +32,7 @@ Message = dict[str, str]
 
 SPLIT_SHARES = {"test": 15, "preference": 20, "train": 20, "pretrain": 45}
 """Percent of all operand pairs. Pretraining gets most: the digit tables have to be learnt from it."""
-DEFAULT_ROWS = {"pretrain": 40_000, "train": 6_400, "preference": 6_400, "test": 500}
+DEFAULT_ROWS = {"pretrain": 120_000, "train": 9_600, "preference": 6_400, "test": 500}
 OPERANDS = range(10, 100)
 DEMONSTRATED_SLIPS = 0.7
 """Share of demonstrations with the slip where a carry is needed. Above one half, so that a greedy SFT
