@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from actors.algorithms.loss import Loss, MetricSums, TokenView, Totals
 from actors.batch import Batch
@@ -14,19 +14,13 @@ if TYPE_CHECKING:
 class SftLoss(Loss):
     """Token-mean negative log-likelihood over the global batch."""
 
-    loss_type: Literal["nll", "dft"] = "nll"
-    """`nll`, or `dft`: each token weighted by its own probability (arXiv 2508.05629, eq. 9)."""
-
     def totals(self, batch: Batch) -> Totals:
         return {"tokens": float(max(1, batch.loss_mask.sum()))}
 
     def __call__(self, view: TokenView, totals: Totals) -> tuple[torch.Tensor, MetricSums]:
-        token_loss = -view.logps
-        if self.loss_type == "dft":
-            token_loss = token_loss * view.logps.detach().exp()
         count = float(view.logps.numel())
         metrics: MetricSums = {
             "entropy": (view.entropy.sum(), count),
             "mean_token_accuracy": (view.correct.sum(), count),
         }
-        return token_loss.sum() / totals["tokens"], metrics
+        return -view.logps.sum() / totals["tokens"], metrics
