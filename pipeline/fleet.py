@@ -65,8 +65,11 @@ class Host:
 class Fleet:
     """Starts what a graph needs and hands each stage its host, its reference and its context."""
 
-    def __init__(self, config: RunConfig, directory: RunDirectory, startup: dict[str, float]) -> None:
-        self.config, self.directory, self.startup = config, directory, startup
+    def __init__(
+        self, config: RunConfig, directory: RunDirectory, startup: dict[str, float], fresh: bool = False
+    ) -> None:
+        """`fresh`: also ignore what earlier runs left in the reference cache."""
+        self.config, self.directory, self.startup, self.fresh = config, directory, startup, fresh
         self._groups: dict[str, ActorGroup] = {}
         self._hosts: dict[str, Host] = {}
         self._feeds: dict[str, ReferenceFeed] = {}
@@ -206,6 +209,12 @@ class Fleet:
             seed=self.config.seed,
         )
 
+    def release(self) -> None:
+        """End the training hosts (`keep_warm: false`); the next stage starts new ones."""
+        for name in list(self._hosts):
+            self._hosts.pop(name)
+            self._groups.pop(name).shutdown()
+
     def _note_start(self, name: str, host: Host) -> None:
         """Wait for a host; its first load belongs to the start-up that the run reports."""
         began = time.monotonic()
@@ -233,7 +242,6 @@ class Fleet:
             identity=node.identity,
             reference=reference,
             dtype=self.config.model.dtype,
-            aux_loss_coef=float(host.group.call_rank(0, "describe")["aux_loss_coef"]),
             logging_steps=self.config.logging.logging_steps,
             starts_as_reference=node.reference == node.start,
             stop_asked=stop_asked,
@@ -278,6 +286,7 @@ class Fleet:
             "ld_alpha": spec.ld_alpha,
             "cache": self.directory.path.parent / ".cache" / "reference",
             "chunk_rows": CHUNK_BATCHES * spec.batch_size,
+            "fresh": self.fresh,
         }
         data, held_out = node.prepared.data, node.prepared.eval_data
         train = ReferenceLogps(data, first_use_order(node.prepared.order), **settings)

@@ -39,7 +39,9 @@ class Identity:
         """Keys in which a manifest's work differs from this one."""
         old, new = _flat(manifest.config), _flat(self.config)
         changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-        changed += [f"input {name}" for name, value in self.inputs.items() if manifest.inputs.get(name) != value]
+        changed += [
+            f"input {name}" for name, value in self.inputs.items() if manifest.inputs.get(name) != value
+        ]
         if manifest.data.get("fingerprint") != self.data:
             changed.append("data")
         if manifest.seed != self.seed:

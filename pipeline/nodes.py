@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from actors.errors import UserError
 from pipeline.artifacts import model_fingerprint
+from pipeline.data.records import Records, load_records
 from pipeline.graph import Decision, Identity, decide, identity_config
 from pipeline.rundir import RunDirectory
 from pipeline.stages.evaluate import EvalSet, Weights, eval_key, find_scorer, finished, read_eval_set
-from pipeline.stages.prepared import PreparedStage, prepare
+from pipeline.stages.prepared import PreparedStage, StageRecords, prepare, read_records
 from pipeline.stages.spec import DpoStage, StageSpec
+from pipeline.trackers import tracker_problems
 
 if TYPE_CHECKING:
     from pipeline.config.schema import RunConfig
@@ -37,6 +39,21 @@ class Node:
     def kind(self) -> str:
         """Type of the stage: sft, dpo."""
         return str(getattr(self.spec, "type", ""))
+
+    @property
+    def data_notes(self) -> list[str]:
+        """What became of its rows: how many, and each reason for which some were left out or cut."""
+        stage = self.prepared
+        notes = []
+        for what, data in (("", stage.data), (" (held out)", stage.eval_data)):
+            if data is None:
+                continue
+            cut = f", {data.stats.truncated:,} sequences cut at max_length" if data.stats.truncated else ""
+            notes.append(f"{self.name}{what}: {data.n_rows:,} rows, {data.stats.tokens:,} tokens{cut}")
+            if data.skipped.counts:
+                notes.append(f"{self.name}{what}: left out {data.skipped.summary()}")
+                notes += [f"  {row}" for row in data.skipped.listing]
+        return notes
 
     @property
     def pending(self) -> bool:
@@ -75,13 +92,54 @@ class Graph:
         return replace(self, nodes=[])
 
 
-def read_graph(
-    config: RunConfig, directory: RunDirectory, startup: dict[str, float], until: str | None = None
-) -> Graph:
-    """Read the base's description and every stage's data; decide what each stage needs.
+@dataclass(frozen=True)
+class RunRecords:
+    """Every row that a run reads."""
+
+    stages: dict[str, StageRecords]
+    held_out: Records | None
+
+
+def read_rows(config: RunConfig, until: str | None = None) -> RunRecords:
+    """Read all data of a run; needs neither a tokenizer nor Ray, so nothing is started for bad data.
 
     Raises:
-        UserError: everything wrong with base and data, from all stages at once.
+        UserError: everything wrong with data, trackers and scorer, from all stages at once.
+    """
+    problems = tracker_problems(config.logging.report_to)
+    stages: dict[str, StageRecords] = {}
+    held_out = None
+    for name in up_to(config, until):
+        try:
+            stages[name] = read_records(config, name)
+        except UserError as error:
+            problems += [f"stages.{name}: {problem}" for problem in error.problems]
+    if config.eval is not None:
+        try:
+            find_scorer(config.eval.metric)
+            held_out = load_records(
+                config.eval.data, "prompt", seed=config.seed, max_rows=config.eval.max_rows
+            )
+        except UserError as error:
+            problems += [p if p.startswith("eval") else f"eval.data: {p}" for p in error.problems]
+    if problems:
+        raise UserError(problems)
+    return RunRecords(stages, held_out)
+
+
+def up_to(config: RunConfig, until: str | None) -> list[str]:
+    """Stages in order, ending with `until` where it is given."""
+    names = list(config.stages)
+    return names[: names.index(until) + 1] if until else names
+
+
+def read_graph(
+    config: RunConfig, directory: RunDirectory, records: RunRecords, startup: dict[str, float]
+) -> Graph:
+    """Tokenise every stage's rows and decide what each stage needs.
+
+    Raises:
+        UserError: everything wrong with the base, the template and the lengths of rows.
     """
     from actors.models.loading import load_tokenizer, local_base_dir, resolve_base
 
@@ -94,29 +152,32 @@ def read_graph(
     tokenizer = load_tokenizer(config.model)
     startup["tokenizer and imports"] = round(time.monotonic() - began, 2)
     began = time.monotonic()
-    nodes = read_nodes(config, directory, weights, tokenizer, until)
+    nodes = read_nodes(config, directory, weights, tokenizer, records)
     graph = Graph(nodes, weights, tokenizer)
     if config.eval is not None:
-        find_scorer(config.eval.metric)
-        graph.held_out = read_eval_set(config.eval, tokenizer, config.seed)
+        graph.held_out = read_eval_set(config.eval, tokenizer, config.seed, records.held_out)
         for name in config.eval_models():
             if name in weights:
                 key = eval_key(weights[name], graph.held_out, config.eval, config.seed)
                 graph.evaluations[name] = key
                 graph.evaluations_pending |= finished(directory.path / "eval", name, key) is None
-    startup["data"] = round(time.monotonic() - began, 2)
+    startup["tokens"] = round(time.monotonic() - began, 2)
     return graph
 
 
 def read_nodes(
-    config: RunConfig, directory: RunDirectory, weights: dict[str, Weights], tokenizer: Any, until: str | None
+    config: RunConfig,
+    directory: RunDirectory,
+    weights: dict[str, Weights],
+    tokenizer: Any,
+    records: RunRecords,
 ) -> list[Node]:
-    """Nodes in order up to `until`; adds each stage's result to `weights`."""
+    """Nodes in order; adds each stage's result to `weights`."""
     nodes: list[Node] = []
     problems: list[str] = []
-    for name in config.stages:
+    for name, rows in records.stages.items():
         try:
-            prepared = prepare(config, name, tokenizer)
+            prepared = prepare(config, name, tokenizer, rows)
         except UserError as error:
             problems += [
                 problem if name in problem else f"stages.{name}: {problem}" for problem in error.problems
@@ -127,8 +188,6 @@ def read_nodes(
         node = make_node(config, directory, weights, prepared)
         nodes.append(node)
         weights[name] = result_of(config, node)
-        if name == until:
-            break
     if problems:
         raise UserError(problems)
     return nodes

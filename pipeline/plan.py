@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,25 +17,12 @@ DRY_STEPS = 3
 """Steps per stage: the first has its own checks, the second is the first with a non-zero lora_A gradient,
 the third follows a checkpoint."""
 DRY_PROMPTS = 8
-DRY_LENGTH = 512
 DRY_TOKENS = 16
 DRY_WORKERS = 2
 
 
-@dataclass(frozen=True)
-class Change:
-    """One key that the dry run sets differently."""
-
-    key: str
-    wanted: Any
-    used: Any
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.wanted} -> {self.used}"
-
-
-def shrink(config: RunConfig) -> tuple[RunConfig, list[Change]]:
-    """The user's run on a tiny random twin of its base, on CPU; and every key that was changed.
+def shrink(config: RunConfig) -> tuple[RunConfig, list[list[str]]]:
+    """The user's run on a tiny random twin of its base, on CPU; and [key, wanted, used] of every change.
 
     Stages, roles, data, losses and reward functions stay. The rule: dtype float32, no GPUs and no custom
     resources, at most 2 workers a role sharing the machine's cores, `DRY_ROWS` rows, `DRY_BATCH` rows a
@@ -58,7 +44,7 @@ def shrink(config: RunConfig) -> tuple[RunConfig, list[Change]]:
         sampling["max_tokens"] = min(sampling["max_tokens"], DRY_TOKENS)
     data["logging"] |= {"report_to": [], "logging_steps": 1}
     data["ray"] = {"address": None, "num_cpus": None, "object_store_memory": None}
-    changes = [Change(*change) for change in _differences(config.model_dump(mode="json"), data)]
+    changes = [list(map(str, change)) for change in _differences(config.model_dump(mode="json"), data)]
     return RunConfig.model_validate(data), changes
 
 
@@ -67,7 +53,6 @@ def _shrink_stage(stage: dict[str, Any]) -> None:
     stage["max_steps"] = DRY_STEPS if stage["max_steps"] < 0 else min(stage["max_steps"], DRY_STEPS)
     stage["save_steps"] = min(stage["save_steps"], 2)
     stage["eval_steps"] = None
-    stage["max_length"] = min(stage["max_length"] or DRY_LENGTH, DRY_LENGTH)
     if stage["warmup_steps"] >= 1:
         stage["warmup_steps"] = min(stage["warmup_steps"], 1)
     for source in [*stage["data"], *(stage["eval_data"] or [])]:
@@ -87,23 +72,35 @@ def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]
         pairs = [(f"{key}.{n}".strip("."), old.get(n), new.get(n, defaults.get(n))) for n in names]
         return [change for name, a, b in pairs for change in _differences(a, b, name)]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [change for i, (a, b) in enumerate(zip(old, new)) for change in _differences(a, b, f"{key}[{i}]")]
+        return [
+            change for i, (a, b) in enumerate(zip(old, new)) for change in _differences(a, b, f"{key}[{i}]")
+        ]
     return [] if old == new else [(key, old, new)]
 
 
 def write_dry_base(config: RunConfig, original: RunConfig) -> None:
     """Put the twin of the user's base where the shrunk config names it."""
     from actors.models.loading import resolve_base
-    from actors.models.twin import write_twin
+    from actors.models.twin import write_adapter_twin, write_twin
 
     base = resolve_base(original.model).checked()
-    write_twin(base.base_path, Path(config.model.base), seed=original.seed)
+    if base.adapter_path is None:
+        write_twin(base.base_path, Path(config.model.base), seed=original.seed)
+        return
+    twin = Path(config.model.base + "-base")
+    write_twin(base.base_path, twin, seed=original.seed)
+    write_adapter_twin(base.adapter_path, twin, config.model.base, seed=original.seed)
 
 
 def describe(config: RunConfig) -> list[list[str]]:
-    """Role, where it lives, processes, and what they reserve together; a row a role."""
+    """Role, where it lives, processes, and what they reserve together; a row a role that works."""
+    idle = set() if config.eval is not None else {"rollout"}
+    if all(stage.type != "dpo" for stage in config.stages.values()):
+        idle.add("reference")
     rows = []
     for name in type(config.roles).model_fields:
+        if name in idle:
+            continue
         role: RoleSpec = getattr(config.roles, name)
         if role.share is not None:
             rows.append([name, f"on {role.share}'s processes", "0", ""])
@@ -114,11 +111,15 @@ def describe(config: RunConfig) -> list[list[str]]:
     return rows
 
 
+def _epochs(count: float) -> str:
+    return f"{count:g} epoch" + ("" if count == 1 else "s")
+
+
 def cluster_plan(config: RunConfig) -> str:
     """What the same command without --dry-run would start, as text."""
     lines = ["On the cluster this would run:"]
     for name, stage in config.stages.items():
-        length = f"{stage.max_steps} steps" if stage.max_steps > 0 else f"{stage.num_train_epochs:g} epochs"
+        length = f"{stage.max_steps} steps" if stage.max_steps > 0 else _epochs(stage.num_train_epochs)
         lines.append(
             f"  {name} ({stage.type}) from {config.init_of(name)}: {length}, {stage.batch_size} rows a step, "
             f"up to {stage.max_length or 'the model limit of'} tokens a row"

@@ -26,11 +26,11 @@ def run(config: RunConfig, *, dry_run: bool = False, until: str | None = None, f
         UserError: the config, the data, the base or the cluster can't be used; nothing was started.
         RunFailure: an actor failed, overran its deadline, or an invariant did not hold.
     """
-    from pipeline.plan import Change, cluster_plan, shrink, write_dry_base
+    from pipeline.plan import cluster_plan, shrink, write_dry_base
 
     began = time.time()
     wanted = config
-    changes: list[Change] = []
+    changes: list[list[str]] = []
     if dry_run:
         config, changes = shrink(wanted)
     directory = RunDirectory(config.output_dir, config.name)
@@ -40,9 +40,9 @@ def run(config: RunConfig, *, dry_run: bool = False, until: str | None = None, f
         Progress() as progress,
     ):
         if dry_run:
-            progress.note("dry run: " + "; ".join(str(change) for change in changes))
+            progress.table("Dry run: what is set differently", ["key", "yours", "here"], changes)
             write_dry_base(config, wanted)
-        code = Run(config, directory, progress, stop, began).execute(until)
+        code = Run(config, directory, progress, stop, began, fresh).execute(until)
         if dry_run and code == EXIT_DONE:
             progress.note(cluster_plan(wanted))
     return code
@@ -63,22 +63,30 @@ class Run:
     """One execution of a graph: what is shared by its stages."""
 
     def __init__(
-        self, config: RunConfig, directory: RunDirectory, progress: Progress, stop: StopRequests, began: float
+        self,
+        config: RunConfig,
+        directory: RunDirectory,
+        progress: Progress,
+        stop: StopRequests,
+        began: float,
+        fresh: bool = False,
     ) -> None:
         self.config, self.directory, self.progress, self.stop = config, directory, progress, stop
-        self.began = began
+        self.began, self.fresh = began, fresh
         self.startup: dict[str, float] = {}
 
     def execute(self, until: str | None, *, train: bool = True) -> int:
         """The whole graph: read, decide, start, train, evaluate, report."""
         from pipeline.fleet import Fleet
-        from pipeline.nodes import read_graph
+        from pipeline.nodes import read_graph, read_rows
         from pipeline.stages.train import Stopped
         from pipeline.trackers import open_trackers
 
-        with Fleet(self.config, self.directory, self.startup) as fleet:
+        with Fleet(self.config, self.directory, self.startup, self.fresh) as fleet:
+            records = read_rows(self.config, until)
+            self.startup["imports and data"] = round(time.time() - self.began, 2)
             fleet.prestart()
-            graph = read_graph(self.config, self.directory, self.startup, until)
+            graph = read_graph(self.config, self.directory, records, self.startup)
             if not train:
                 graph = graph.evaluations_only(self.config.eval_models())
             self._write_config()
@@ -128,6 +136,8 @@ class Run:
         if node.decision.state in ("changed", "new"):
             clear_stage(node.directory)
         self.progress.note(f"{node.name}: {node.decision.says}")
+        for note in node.data_notes:
+            self.progress.note(note)
         self.directory.record_stage(node.name, state="running", type=node.kind, init=node.init)
         began = time.time()
         self.progress.stage(node.name, node.prepared.total_steps)
@@ -148,6 +158,8 @@ class Run:
             self.directory.record_stage(node.name, state="failed", seconds=round(time.time() - began, 1))
             raise
         drop_previous(node.directory)
+        if not node.spec.keep_warm:
+            fleet.release()
         self.progress.done("done")
         self.directory.record_stage(
             node.name, state="done", seconds=round(time.time() - began, 1), metrics=manifest.metrics

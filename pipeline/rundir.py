@@ -69,6 +69,7 @@ class RunDirectory:
             if fresh:
                 self._clear()
             self._read_state()
+            self.save()
             self.stop_file.unlink(missing_ok=True)
             yield self
         finally:

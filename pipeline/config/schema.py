@@ -39,7 +39,7 @@ class RolesSpec(Spec):
     reference: RoleSpec = Field(default_factory=lambda: RoleSpec(share="policy"))
     """Frozen reference. By default a view of the policy's base; its own actors where that base moves."""
     rollout: RoleSpec = Field(default_factory=RoleSpec)
-    """vLLM engines, for evaluation and samples."""
+    """vLLM engines, for evaluation."""
 
 
 class EvalSamplingSpec(SamplingSpec):
@@ -62,8 +62,6 @@ class EvalSpec(Spec):
     """How answers are drawn."""
     metric: str = "exact_match"
     """`exact_match`, or `module:function` called as f(prompts, completions, **columns) -> list of scores."""
-    samples: int = Field(default=8, ge=0)
-    """Generations kept per model for the report."""
 
 
 class LoggingSpec(Spec):
@@ -73,8 +71,6 @@ class LoggingSpec(Spec):
     """A line of metrics every so many optimizer steps."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
     """Trackers that get the same metrics; each needs its own package."""
-    samples: int = Field(default=4, ge=0)
-    """Generations shown before and after each stage."""
 
 
 class RaySpec(Spec):
@@ -108,7 +104,7 @@ class RunConfig(Spec):
     eval: EvalSpec | None = None
     """Evaluation of base and stages; null: none."""
     logging: LoggingSpec = Field(default_factory=LoggingSpec)
-    """Metrics, trackers, samples."""
+    """Metrics and trackers."""
     limits: LimitsSpec = Field(default_factory=LimitsSpec)
     """Deadlines."""
     ray: RaySpec = Field(default_factory=RaySpec)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ import numpy as np
 from actors.errors import RunFailure, UserError
 from actors.sampling import sample_seed
 from pipeline.artifacts import fingerprint, write_json
-from pipeline.data.records import load_records
+from pipeline.data.records import Records, load_records
 from pipeline.data.tokens import prompt_tokens
 
 if TYPE_CHECKING:
@@ -68,6 +70,8 @@ def find_scorer(metric: str) -> Scorer:
 
         return exact_match
     module, _, function = metric.partition(":")
+    if os.getcwd() not in sys.path:  # The installed command, unlike `python -m`, does not look there.
+        sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
@@ -80,9 +84,9 @@ def find_scorer(metric: str) -> Scorer:
     return found
 
 
-def read_eval_set(spec: EvalSpec, tokenizer: Any, seed: int) -> EvalSet:
-    """Read and tokenise the held-out prompts."""
-    records = load_records(spec.data, "prompt", seed=seed, max_rows=spec.max_rows)
+def read_eval_set(spec: EvalSpec, tokenizer: Any, seed: int, records: Records | None = None) -> EvalSet:
+    """Tokenise the held-out prompts (read here unless given)."""
+    records = records or load_records(spec.data, "prompt", seed=seed, max_rows=spec.max_rows)
     names = dict.fromkeys(name for record in records.rows for name in record.columns)
     columns = {name: [record.columns.get(name) for record in records.rows] for name in names}
     if spec.metric == "exact_match" and None in columns.get("answer", [None]):

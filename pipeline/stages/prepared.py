@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.data.layouts import Kind
 from pipeline.data.order import BatchOrder, batch_order
-from pipeline.data.records import load_records
+from pipeline.data.records import Records, load_records
 from pipeline.data.tokens import TokenizedData, tokenize
 from pipeline.stages.spec import DpoStage, SftStage, StageSpec
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from actors.batch import Batch
     from pipeline.config.schema import RunConfig
-    from pipeline.data.spec import DataSpec
 
 KINDS: dict[type[StageSpec], Kind] = {SftStage: "sft", DpoStage: "preference"}
 """Which records each stage type reads."""
@@ -68,31 +67,50 @@ def make_loss(spec: StageSpec) -> Loss:
     return SftLoss()
 
 
-def read_tokens(
-    sources: list[DataSpec], spec: StageSpec, config: RunConfig, seed: int, tokenizer: Any
-) -> TokenizedData:
-    """Rows of the given sources as the stage's kind of tokens.
+@dataclass(frozen=True)
+class StageRecords:
+    """A stage's rows as they were read, before any tokenizer."""
+
+    train: Records
+    held_out: Records | None
+
+
+def read_records(config: RunConfig, name: str) -> StageRecords:
+    """Read a stage's rows.
 
     Raises:
         UserError: every row and source that can't be used.
     """
+    spec, seed = config.stages[name], config.seed_of(name)
     kind = KINDS[type(spec)]
-    records = load_records(sources, kind, seed=seed)
+    held_out = load_records(spec.eval_data, kind, seed=seed) if spec.eval_data else None
+    return StageRecords(load_records(spec.data, kind, seed=seed), held_out)
+
+
+def to_tokens(records: Records, spec: StageSpec, tokenizer: Any) -> TokenizedData:
+    """Rows as the stage's kind of tokens.
+
+    Raises:
+        UserError: every row that the template or `max_length` refuses.
+    """
     return tokenize(
         records,
         tokenizer,
-        kind=kind,
+        kind=KINDS[type(spec)],
         max_length=spec.max_length,
         truncation=spec.truncation_mode,
         train_on=spec.train_on if isinstance(spec, SftStage) else "answer",
     )
 
 
-def prepare(config: RunConfig, name: str, tokenizer: Any) -> PreparedStage:
-    """Read a stage's data and lay out its steps."""
+def prepare(
+    config: RunConfig, name: str, tokenizer: Any, records: StageRecords | None = None
+) -> PreparedStage:
+    """Tokenise a stage's rows (read here unless given) and lay out its steps."""
     spec, seed = config.stages[name], config.seed_of(name)
-    data = read_tokens(spec.data, spec, config, seed, tokenizer)
-    held_out = read_tokens(spec.eval_data, spec, config, seed, tokenizer) if spec.eval_data else None
+    records = records or read_records(config, name)
+    data = to_tokens(records.train, spec, tokenizer)
+    held_out = to_tokens(records.held_out, spec, tokenizer) if records.held_out is not None else None
     order = batch_order(
         data.n_rows,
         spec.batch_size,

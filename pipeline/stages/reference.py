@@ -40,11 +40,12 @@ class ReferenceLogps:
         ld_alpha: float | None,
         cache: Path,
         chunk_rows: int,
+        fresh: bool = False,
     ) -> None:
         self.data, self.ld_alpha = data, ld_alpha
         self.key = fingerprint([reference, data.fingerprint, ld_alpha])
         self.path = cache / self.key[:24]
-        self.logps = self._load()
+        self.logps = np.full((data.n_rows, 2), np.nan) if fresh else self._load()
         self._reference = reference
         missing = first_use[np.isnan(self.logps[first_use]).any(axis=1)]
         self._chunks = [missing[i : i + chunk_rows] for i in range(0, len(missing), chunk_rows)]

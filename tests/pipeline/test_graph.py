@@ -11,7 +11,9 @@ from pipeline.graph import Identity, checkpoints, decide, identity_config
 
 
 def identity(**stage: object) -> Identity:
-    config = identity_config({"learning_rate": 1e-4, "batch_size": 8, "save_steps": 5, **stage}, {"base": "b"})
+    config = identity_config(
+        {"learning_rate": 1e-4, "batch_size": 8, "save_steps": 5, **stage}, {"base": "b"}
+    )
     return Identity(config, {"base": "abc"}, "data", 0)
 
 
