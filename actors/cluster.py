@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,10 @@ from actors.runtime import RoleSpec, bundle
 OBJECT_STORE_BYTES = 512 * 2**20
 """Object store of a local cluster. Batches are small and what doesn't fit is spilled to disk; Ray's own
 choice, 30 % of the memory, makes it warn wherever /dev/shm is smaller (64 MiB in a plain container)."""
+
+
+REACH_S = 5.0
+"""How long to wait for a cluster's head to accept a connection; one that is there answers in milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,14 @@ def start_ray(
         UserError: there is no cluster at `address`, or its Ray or Python version differs.
     """
     os.environ.update({name: value for name, value in ray_environment().items() if name not in os.environ})
+    address = address or os.environ.get("RAY_ADDRESS")
+    local = address in (None, "local")
     _make_importable()
+    if not local:
+        _offer_token()
     import ray
 
     began = time.monotonic()
-    address = address or os.environ.get("RAY_ADDRESS")
-    local = address in (None, "local")
     if not ray.is_initialized():
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
         if local:
@@ -136,13 +143,48 @@ def local_resources() -> dict[str, float]:
 def _connect(address: str, quiet: Mapping[str, Any]) -> None:
     import ray
 
+    head = _head_of(address)
     try:
-        ray.init(address=address, **quiet)
+        ray.init(address=head, **quiet)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise UserError(
             f"ray.address: no Ray cluster could be used at {address}: {str(error).strip().splitlines()[0]}. "
-            "Start one with `ray start --head`, or leave ray.address out for a local one"
+            "If it asks for a token, set RAY_AUTH_MODE=token and put its token into ~/.ray/auth_token; "
+            "for a local cluster that ends with the run, leave ray.address out"
         ) from None
+
+
+def _head_of(address: str) -> str:
+    """host:port of the cluster's head, which accepts connections.
+
+    Raises:
+        UserError: nothing is there. Ray itself would try for ten minutes.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    if "://" in address:
+        raise UserError(
+            f"ray.address: {address} is a Ray Client address; give host:port of the cluster's head and run "
+            "on one of its machines, or send the run there with `raylign submit`"
+        )
+    try:
+        head = canonicalize_bootstrap_address(address)
+        if head is None:
+            raise UserError(f"ray.address: {address}, but no cluster was started here with `ray start`")
+        host, _, port = head.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
+    except ValueError:
+        raise UserError(f"ray.address: {address!r} is neither auto nor host:port") from None
+    except OSError as error:
+        raise UserError(f"ray.address: nothing answers at {address} ({error.strerror or error})") from None
+    return head
+
+
+def _offer_token() -> None:
+    """Let Ray send the token of this machine, where there is one: with an address given it wouldn't look."""
+    named = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    if named or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _mute_raylet() -> None:
@@ -165,8 +207,10 @@ def _make_importable() -> None:
 
 
 def _totals(resources: Mapping[str, float]) -> dict[str, float]:
+    """What a role can ask for: without Ray's own entries per node and per placement group."""
+    own = ("node:", "object_store_memory", "memory", "bundle_group_")
     return {
         name: float(amount)
         for name, amount in resources.items()
-        if not name.startswith(("node:", "object_store"))
+        if not name.startswith(own) and "_group_" not in name
     }
