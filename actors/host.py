@@ -11,6 +11,7 @@ import resource
 import tempfile
 import time
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,7 @@ class ModelHost:
         resolved = resolve_base(spec.model).checked()
         assert resolved.config is not None
         self.architecture = architecture_of(resolved.config)
-        if spec.packing is True and not self.architecture.packable:
-            raise UserError(
-                f"packing: {self.architecture.model_type} mixes packed sequences; set packing: auto"
-            )
+        packing = self._packing(spec.packing)
         self.base = load_base(spec.model, spec.device, seed=spec.seed)
         self.config = self.base.config
         self.base.requires_grad_(False)
@@ -73,7 +71,7 @@ class ModelHost:
             RouterStats(self.base),
             self.ranks,
             aux_loss_coef(spec.model, self.config),
-            self.architecture.packable if spec.packing == "auto" else spec.packing,
+            packing,
             spec.max_tokens_per_micro_batch,
             self.config.hidden_size,
             spec.seed,
@@ -85,6 +83,23 @@ class ModelHost:
         self.base.eval()
         if resolved.adapter_path is not None:
             self.add_adapter(START_ADAPTER, resolved.adapter_path, trainable=False)
+
+    def _packing(self, asked: bool | str) -> bool:
+        if asked is True and not self.architecture.packable:
+            raise UserError(
+                f"packing: {self.architecture.model_type} mixes packed sequences; set packing: auto"
+            )
+        return self.architecture.packable if asked == "auto" else bool(asked)
+
+    def set_batching(self, packing: bool | str, max_tokens_per_micro_batch: int) -> None:
+        """How the next stage's batches are cut up; the base stays as it is.
+
+        Raises:
+            UserError: packing was asked for where the architecture mixes packed sequences.
+        """
+        self.runner = replace(
+            self.runner, packing=self._packing(packing), max_tokens=max_tokens_per_micro_batch
+        )
 
     # --- Adapters -------------------------------------------------------------------------------
 

@@ -204,8 +204,6 @@ class Fleet:
         fresh = model.random_init and node.init == "base"
         return HostSpec(
             model=model.model_copy(update={"base": weights.base, "random_init": fresh}),
-            packing=node.spec.packing,
-            max_tokens_per_micro_batch=node.spec.max_tokens_per_micro_batch,
             seed=self.config.seed,
         )
 
@@ -215,11 +213,15 @@ class Fleet:
             self._hosts.pop(name)
             self._groups.pop(name).shutdown()
 
-    def _note_start(self, name: str, host: Host) -> None:
-        """Wait for a host; its first load belongs to the start-up that the run reports."""
+    def _ready_host(self, name: str, node: Node, weights: Weights) -> Host:
+        """The role's host, loaded and set to this stage's batching; its wait is part of the start-up."""
+        host = self._host(name, node, weights)
         began = time.monotonic()
         host.ready()
         self.startup.setdefault(f"wait for {name}", round(time.monotonic() - began, 2))
+        spec = node.spec
+        host.group.call("set_batching", spec.packing, spec.max_tokens_per_micro_batch)
+        return host
 
     # --- What a stage is given ------------------------------------------------------------------
 
@@ -232,8 +234,7 @@ class Fleet:
         stop_asked: Callable[[], bool],
     ) -> TrainContext:
         """The policy with this stage's own adapter, started from its input, and the rest of the context."""
-        host = self._host("policy", node, node.start)
-        self._note_start("policy", host)
+        host = self._ready_host("policy", node, node.start)
         role = self._trainable(host, node)
         return TrainContext(
             host=host.group,
@@ -270,8 +271,7 @@ class Fleet:
         if feed is not None and not feed.cached:
             assert node.reference is not None
             share = self.config.roles.reference.share
-            host = self._host(share or "reference", node, node.reference)
-            self._note_start(share or "reference", host)
+            host = self._ready_host(share or "reference", node, node.reference)
             feed.start(
                 host.group, host.view(node.reference, adapter_name(self.config.reference_of(node.name)))
             )
