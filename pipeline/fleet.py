@@ -87,8 +87,9 @@ class Fleet:
     ) -> None:
         if self._starting is not None:
             self._starting.exception()
-        for group in self._groups.values():
-            group.shutdown()
+        if self.config.ray.address is not None:  # A local cluster takes its actors with it.
+            for group in self._groups.values():
+                group.shutdown()
         if self._ray:
             stop_ray()
         self._thread.shutdown()

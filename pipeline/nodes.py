@@ -18,6 +18,8 @@ from pipeline.stages.spec import DpoStage, StageSpec
 from pipeline.trackers import tracker_problems
 
 if TYPE_CHECKING:
+    from actors.models.loading import ResolvedBase
+    from actors.models.targets import Targets
     from pipeline.config.schema import RunConfig
 
 
@@ -67,6 +69,7 @@ class Graph:
     nodes: list[Node]
     weights: dict[str, Weights]
     tokenizer: Any
+    targets: Targets | None
     held_out: EvalSet | None = None
     evaluations: dict[str, str] = field(default_factory=dict)
     """Model name -> key of its evaluation."""
@@ -147,13 +150,14 @@ def read_graph(
     base = resolve_base(config.model).checked()
     local = str(local_base_dir(base.base_path))
     adapter = base.adapter_path
+    targets = check_lora(config, base, local)
     prints = [model_fingerprint(local)] + ([model_fingerprint(adapter)] if adapter else [])
     weights = {"base": Weights(local, adapter, "-".join(prints))}
     tokenizer = load_tokenizer(config.model)
     startup["tokenizer and imports"] = round(time.monotonic() - began, 2)
     began = time.monotonic()
     nodes = read_nodes(config, directory, weights, tokenizer, records)
-    graph = Graph(nodes, weights, tokenizer)
+    graph = Graph(nodes, weights, tokenizer, targets)
     if config.eval is not None:
         graph.held_out = read_eval_set(config.eval, tokenizer, config.seed, records.held_out)
         for name in config.eval_models():
@@ -163,6 +167,24 @@ def read_graph(
                 graph.evaluations_pending |= finished(directory.path / "eval", name, key) is None
     startup["tokens"] = round(time.monotonic() - began, 2)
     return graph
+
+
+def check_lora(config: RunConfig, base: ResolvedBase, local: str) -> Targets | None:
+    """What LoRA will train; None where everything trains.
+
+    Raises:
+        UserError: a target group matches nothing, or `model.base` names an adapter of another base.
+    """
+    from actors.models.adapters import check_adapter_matches_base
+    from actors.models.targets import resolve_targets
+
+    assert base.config is not None
+    lora = config.model.lora
+    if base.adapter_path is not None:
+        problems = check_adapter_matches_base(base.adapter_path, base.config, local)
+        if problems:
+            raise UserError([f"model.base: {problem}" for problem in problems])
+    return resolve_targets(base.config, lora.targets, lora) if lora is not None else None
 
 
 def read_nodes(

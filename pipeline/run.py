@@ -94,6 +94,8 @@ class Run:
             if graph.pending:
                 self.directory.record(began=self.began)
             fleet.start(graph)
+            if graph.pending and graph.targets is not None:
+                self.progress.note(f"LoRA trains\n{graph.targets}")
             self.trackers = open_trackers(
                 self.config.logging.report_to,
                 run_name=self.config.name,
