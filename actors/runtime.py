@@ -69,7 +69,7 @@ class LimitsSpec(Spec):
     """One weight sync, from gathering to verification."""
     call: float = Field(default=120, gt=0)
     """Any other call (describe, digest, counters)."""
-    stop: float = Field(default=10, gt=0)
+    stop: float = Field(default=5, gt=0)
     """A clean end of an actor, before it is killed."""
 
     def of(self, phase: Phase) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from actors.cluster import check_cluster, local_resources, shortages
+from actors.cluster import check_cluster, local_resources, shortages, start_ray
 from actors.errors import UserError
 from actors.runtime import RoleSpec, bundle
 
@@ -50,3 +52,22 @@ def test_a_bundle_names_only_what_is_asked_for() -> None:
 def test_sharing_excludes_resources_of_ones_own() -> None:
     with pytest.raises(ValueError, match="can't set cpus, workers"):
         RoleSpec(share="policy", cpus=1, workers=2)
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("127.0.0.1:1", "nothing answers at 127.0.0.1:1"),
+        ("ray://head:10001", "Ray Client address"),
+        ("somewhere", "neither auto nor host:port"),
+    ],
+)
+def test_an_address_without_a_cluster_is_refused_at_once(address: str, says: str) -> None:
+    import ray
+
+    if ray.is_initialized():
+        pytest.skip("this process is connected already")
+    began = time.monotonic()
+    with pytest.raises(UserError, match=says):
+        start_ray(address)
+    assert time.monotonic() - began < 10
