@@ -76,6 +76,7 @@ class Fleet:
         self._rollout_built = False
         self._ray = False
         self._starting: Future[None] | None = None
+        self._later: list[str] = []
         # Lives as long as the fleet: Linux ties a local cluster's end to the thread that started it.
         self._thread = ThreadPoolExecutor(1, "start-ray")
 
@@ -97,9 +98,7 @@ class Fleet:
     # --- Start ----------------------------------------------------------------------------------
 
     def prestart(self) -> None:
-        """On a local cluster: let Ray and the processes' imports begin while the driver reads its data.
-
-        Guesses from the files on disk who will be needed; `start` ends those who are not.
+        """On a local cluster: let Ray and the first processes' imports begin while the driver reads on.
 
         Raises:
             UserError: the machine has less than the roles ask for; nothing was started.
@@ -108,10 +107,11 @@ class Fleet:
         if not roles or self.config.ray.address is not None:
             return
         check_cluster(self._specs(roles), num_cpus=self.config.ray.num_cpus)
-        self._starting = self._thread.submit(self._start_ray, roles)
+        first = [name for name in roles if name in self._first(roles)]
+        self._starting = self._thread.submit(self._start_ray, first)
 
     def start(self, graph: Graph) -> None:
-        """Every role that the graph needs, all at once; only Ray itself is waited for here.
+        """The processes of the first stage; only Ray itself is waited for. The others: `start_others`.
 
         Raises:
             UserError: the cluster has less than the roles ask for; nothing was started on it.
@@ -121,22 +121,38 @@ class Fleet:
         if starting is not None:
             starting.result()
         roles = self._needed(graph)
+        self._later = [name for name in roles if name not in self._first(roles)]
         if roles:
-            self._start_ray(roles)
+            self._start_ray([])
+            check_cluster(self._specs(roles))
+            self._start_ray(self._first(roles))
         for name in set(self._groups) - set(roles):
             self._groups.pop(name).shutdown()
         self.startup["wait for ray"] = round(time.monotonic() - began, 2)
         if graph.pending:
             first = graph.pending[0]
-            for name in sorted(set(roles) & {"policy", "reference"}, reverse=True):
+            for name in sorted(set(self._first(roles)) & {"policy", "reference"}, reverse=True):
                 self._host(name, first, first.start)
+
+    def start_others(self) -> None:
+        """The processes of later stages: their imports then run beside the first stage's training."""
+        later, self._later = self._later, []
+        self._start_ray(later)
+
+    def _first(self, roles: list[str]) -> list[str]:
+        """Of these roles, those that the first open stage needs; imports of all at once would delay it."""
+        path = self.directory.path
+        for name, stage in self.config.stages.items():
+            if not (path / name / MANIFEST).is_file():
+                needed = ["policy", "reference"] if isinstance(stage, DpoStage) else ["policy"]
+                return [name for name in roles if name in needed] or roles
+        return roles
 
     def _start_ray(self, roles: list[str]) -> None:
         if not self._ray:
             spec = self.config.ray
             self._ray = True
             start_ray(spec.address, num_cpus=spec.num_cpus, object_store_memory=spec.object_store_memory)
-            check_cluster(self._specs(roles))
         for name in roles:
             self._group(name)
 
@@ -237,6 +253,7 @@ class Fleet:
         """The policy with this stage's own adapter, started from its input, and the rest of the context."""
         host = self._ready_host("policy", node, node.start)
         role = self._trainable(host, node)
+        self.start_others()
         return TrainContext(
             host=host.group,
             role=role,

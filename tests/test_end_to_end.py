@@ -73,7 +73,9 @@ def test_a_run_leaves_what_the_house_promises(finished_run: Path) -> None:
     assert state["eval"]["dpo"]["n"] == 20
     for stage in ("sft", "dpo"):
         assert (finished_run / stage / "manifest.json").is_file()
-        lines = [json.loads(line) for line in (finished_run / stage / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line) for line in (finished_run / stage / "metrics.jsonl").read_text().splitlines()
+        ]
         assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert (finished_run / "report.html").is_file()
     assert (finished_run / "config.yaml").is_file()
@@ -127,7 +129,9 @@ def test_a_run_killed_at_several_points_ends_with_the_same_adapters(
     command = [sys.executable, "-m", "pipeline", "run", str(write(tmp_path, config(tiny_base, run)))]
     moments = {
         "while a step of SFT runs": lambda: (run / "sft" / "checkpoint-2").exists(),
-        "in the middle of a save": lambda: any((run / "sft" / name).exists() for name in (".checkpoint-4.tmp", "checkpoint-4")),
+        "in the middle of a save": lambda: any(
+            (run / "sft" / name).exists() for name in (".checkpoint-4.tmp", "checkpoint-4")
+        ),
         "while DPO trains": lambda: (run / "dpo" / "checkpoint-2").exists(),
     }
     for reached in moments.values():
@@ -139,7 +143,9 @@ def test_a_run_killed_at_several_points_ends_with_the_same_adapters(
         assert adapter_digest(run, stage) == adapter_digest(finished_run, stage), stage
 
 
-def test_a_stop_saves_and_the_same_command_goes_on(finished_run: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_a_stop_saves_and_the_same_command_goes_on(
+    finished_run: Path, tiny_base: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     content = config(tiny_base, run)
     content["stages"] = {"sft": content["stages"]["sft"]}  # type: ignore[index]
