@@ -1,0 +1,1 @@
+"""Side-by-side measurements against other ways to do the same training. See docs/benchmarks.md."""

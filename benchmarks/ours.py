@@ -1,0 +1,132 @@
+"""Raylign's side: the host's update, through the actor group that the product uses, or without Ray."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from actors.algorithms.dpo import DpoLoss
+from actors.algorithms.loss import Loss
+from actors.algorithms.sft import SftLoss
+from actors.batch import Batch
+from actors.host_spec import HostSpec
+from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
+from actors.optim_spec import OptimSpec
+from benchmarks.meter import Effort, Meter, Reading, peak_rss_bytes
+from benchmarks.workloads import BETA, LEARNING_RATE, LORA_ALPHA, LORA_R, Workload, batches, make_rows
+
+AHEAD = 2
+"""Steps in flight, as in the product's training loop."""
+ROLE = "policy"
+
+Call = Callable[..., Any]
+"""(method, *args, phase) -> something with `result()`, which is the first rank's answer."""
+
+
+def through_actor(workload: Workload, base: Path, effort: Effort, threads: int) -> dict[str, Any]:
+    """As `raylign run` does it: Ray, one rank in an actor of its own, steps submitted ahead."""
+    from actors.cluster import start_ray, stop_ray
+    from actors.group import HOST, host_group
+    from actors.runtime import LimitsSpec, RoleSpec
+
+    start_ray()
+    with tempfile.TemporaryDirectory(prefix="raylign-bench-") as logs:
+        group = host_group(ROLE, RoleSpec(threads=threads, cpus=1), LimitsSpec(), logs).start()
+        try:
+            group.build(HOST, _host_spec(base)).result()
+            return measure(workload, base, effort, group.submit, group.pids())
+        finally:
+            group.shutdown()
+            stop_ray()
+
+
+def without_ray(workload: Workload, base: Path, effort: Effort, threads: int) -> dict[str, Any]:
+    """The same host in this process: what is left of a difference is Ray's."""
+    import os
+
+    from actors.host import ModelHost
+
+    host = ModelHost(_host_spec(base))
+
+    class Done:
+        def __init__(self, value: Any) -> None:
+            self._value = value
+
+        def result(self) -> list[Any]:
+            return [self._value]
+
+    def call(method: str, *args: Any, phase: str = "call", **kwargs: Any) -> Done:
+        return Done(getattr(host, method)(*args, **kwargs))
+
+    return measure(workload, base, effort, call, [os.getpid()])
+
+
+def measure(workload: Workload, base: Path, effort: Effort, call: Call, pids: list[int]) -> dict[str, Any]:
+    """Train; in DPO first with the reference computed on the way, then with its log-probabilities at hand."""
+    supply = batches(workload, make_rows(workload, effort.batches * workload.batch_rows, base))
+    loss: Loss = SftLoss() if workload.objective == "sft" else DpoLoss(beta=BETA)
+    call("add_adapter", ROLE, phase="load").result()
+    call("prepare_training", ROLE, _optimizer(), 1_000_000, phase="load").result()
+    meter = Meter(effort, pids)
+    if workload.objective == "sft":
+        readings = {"train": _train(call, supply, loss, meter)}
+    else:
+        cold = _train(call, _with_reference(call, supply), loss, meter)
+        cached = list(islice(_with_reference(call, supply), effort.batches))
+        warm = _train(call, _again(cached), loss, meter)
+        readings = {"cold": cold, "warm": warm}
+    return {"readings": readings, "peak_rss_bytes": peak_rss_bytes(pids)}
+
+
+def _train(call: Call, supply: Iterator[Batch], loss: Loss, meter: Meter) -> Reading:
+    step = 0
+    for batch in islice(supply, meter.effort.warm_up_steps):
+        call("update", batch, loss, step, phase="update").result()
+        step += 1
+    flying: deque[tuple[int, Any]] = deque()
+    meter.start()
+    enough = False
+    while flying or not enough:
+        if not enough:
+            batch = next(supply)
+            flying.append((batch.n_tokens, call("update", batch, loss, step, phase="update")))
+            step += 1
+        while len(flying) > (0 if enough else AHEAD):
+            tokens, pending = flying.popleft()
+            pending.result()
+            enough = meter.step(tokens, in_flight=len(flying)) or enough
+    return meter.reading
+
+
+def _with_reference(call: Call, supply: Iterator[Batch]) -> Iterator[Batch]:
+    """Each batch with the bare base's log-probabilities (reference: {share: policy}).
+
+    One batch is asked for ahead. That of the first measured step is therefore done before the clock
+    starts, and one that no step uses before it ends: as many passes as steps are measured.
+    """
+    asked: deque[tuple[Batch, Any]] = deque()
+    while True:
+        while len(asked) <= 1:
+            batch = next(supply)
+            asked.append((batch, call("logprobs", batch, None, phase="logprobs")))
+        batch, pending = asked.popleft()
+        logps = pending.result()[0]
+        yield batch.with_columns(ref_chosen_logps=logps[0::2], ref_rejected_logps=logps[1::2])
+
+
+def _again(made: list[Batch]) -> Iterator[Batch]:
+    while True:
+        yield from made
+
+
+def _host_spec(base: Path) -> HostSpec:
+    lora = LoraSpec(r=LORA_R, lora_alpha=LORA_ALPHA, targets=["attention", "experts"])
+    return HostSpec(model=ModelSpec(base=str(base), lora=lora, moe=MoeSpec(router_aux_loss_coef=0.0)))
+
+
+def _optimizer() -> OptimSpec:
+    return OptimSpec(learning_rate=LEARNING_RATE, lr_scheduler_type="constant", optim="adamw_torch_fused")
