@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -53,8 +54,6 @@ def start_ray(
     address = address or os.environ.get("RAY_ADDRESS")
     local = address in (None, "local")
     _make_importable()
-    if not local:
-        _offer_token()
     import ray
 
     began = time.monotonic()
@@ -144,12 +143,12 @@ def _connect(address: str, quiet: Mapping[str, Any]) -> None:
     import ray
 
     head = _head_of(address)
+    _match_tokens(head)
     try:
         ray.init(address=head, **quiet)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise UserError(
-            f"ray.address: no Ray cluster could be used at {address}: {str(error).strip().splitlines()[0]}. "
-            "If it asks for a token, set RAY_AUTH_MODE=token and put its token into ~/.ray/auth_token; "
+            f"ray.address: no Ray cluster could be used at {address}: {str(error).strip().splitlines()[0]}; "
             "for a local cluster that ends with the run, leave ray.address out"
         ) from None
 
@@ -180,11 +179,39 @@ def _head_of(address: str) -> str:
     return head
 
 
-def _offer_token() -> None:
-    """Let Ray send the token of this machine, where there is one: with an address given it wouldn't look."""
-    named = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
-    if named or (Path.home() / ".ray" / "auth_token").is_file():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+def _match_tokens(head: str) -> None:
+    """Use this machine's token with a cluster that asks for one, and none with one that doesn't.
+
+    With an address given Ray takes RAY_AUTH_MODE's word for it, which few people set; and with the wrong mode
+    it prints warnings for 18 s, or connects and then loses every actor.
+
+    Raises:
+        UserError: the cluster asks for a token and there is none here.
+    """
+    if "RAY_AUTH_MODE" in os.environ or not _asks_for_token(head):
+        return
+    from ray._private.authentication.authentication_token_setup import (
+        maybe_enable_token_auth_if_token_available,
+    )
+
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it would announce the token
+    if not maybe_enable_token_auth_if_token_available(warn_if_disabled=False):
+        raise UserError(
+            f"ray.address: the cluster at {head} asks for a token and there is none here: copy the head's "
+            "~/.ray/auth_token, or name the file in RAY_AUTH_TOKEN_PATH"
+        )
+
+
+def _asks_for_token(head: str) -> bool:
+    import grpc
+
+    with grpc.insecure_channel(head, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
+        try:
+            ask(b"", timeout=REACH_S)
+        except grpc.RpcError as error:
+            return bool(error.code() is grpc.StatusCode.UNAUTHENTICATED)
+    return False
 
 
 def _mute_raylet() -> None:
