@@ -94,6 +94,7 @@ class Run:
             if graph.pending:
                 self.directory.record(began=self.began)
             fleet.start(graph)
+            self.stop.arm()
             if graph.pending and graph.targets is not None:
                 self.progress.note(f"LoRA trains\n{graph.targets}")
             self.trackers = open_trackers(
@@ -208,7 +209,9 @@ class Run:
     def _on_step(self, node: Node) -> Any:
         def on_step(step: int, metrics: dict[str, Any]) -> None:
             if "first training step" not in self.startup:
-                self.startup["first training step"] = round(time.time() - self.began, 2)
+                total = time.time() - self.began
+                self.startup["adapter and first step"] = round(total - sum(self.startup.values()), 2)
+                self.startup["first training step"] = round(total, 2)
             self.progress.step(step, metrics)
 
         return on_step

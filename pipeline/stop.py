@@ -19,12 +19,17 @@ class StopRequests:
         self._before: dict[int, signal._HANDLER] = {}
 
     def __enter__(self) -> StopRequests:
+        self.arm()
+        return self
+
+    def arm(self) -> None:
+        """Take the signals; again once Ray is connected, whose own handler aborts on SIGTERM."""
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
-                self._before[number] = signal.signal(number, self._on_signal)
+                before = signal.signal(number, self._on_signal)
             except ValueError:  # Not the main thread: only the file can ask.
                 break
-        return self
+            self._before.setdefault(number, before)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
