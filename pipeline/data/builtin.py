@@ -11,8 +11,9 @@ task is that each stage has something of its own to learn:
 - `preference`: pairs for DPO. The right answer against a plausible mistake, most often that slip.
 - `test`: held-out questions with their right answers.
 
-So imitation (SFT) gets the easy half right, and preferences are what teaches the carry. Splits are
-disjoint for every seed: an unordered pair of operands belongs to one split by its hash.
+So imitation (SFT) gets the easy half right, and preferences are what teaches the carry: greedy, the
+embedded base has 33 % of the test split right, SFT 61-65 %, DPO 96-98 % (3 seeds, configs/demo.yaml).
+Drawn at temperature 1, the SFT model has 70 % right: what online RL can build on. Splits are disjoint for every seed: an unordered pair of operands belongs to one split by its hash.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Message = dict[str, str]
 
 SPLIT_SHARES = {"test": 15, "preference": 20, "train": 20, "pretrain": 45}
 """Percent of all operand pairs. Pretraining gets most: the digit tables have to be learnt from it."""
-DEFAULT_ROWS = {"pretrain": 120_000, "train": 9_600, "preference": 6_400, "test": 500}
+DEFAULT_ROWS = {"pretrain": 120_000, "train": 6_400, "preference": 6_400, "test": 500}
 OPERANDS = range(10, 100)
 DEMONSTRATED_SLIPS = 0.7
 """Share of demonstrations with the slip where a carry is needed. Above one half, so that a greedy SFT
