@@ -38,7 +38,7 @@ def config(base: Path, output: Path, **sections: object) -> dict[str, object]:
 
 def write(tmp_path: Path, content: dict[str, object], name: str = "run.yaml") -> Path:
     path = tmp_path / name
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
 
 
@@ -84,6 +84,8 @@ def test_a_run_leaves_what_the_house_promises(finished_run: Path) -> None:
 
 def test_the_first_dpo_loss_is_ln_2_after_lora_sft(finished_run: Path) -> None:
     first = json.loads((finished_run / "dpo" / "metrics.jsonl").read_text().splitlines()[0])
+    manifest = json.loads((finished_run / "dpo" / "manifest.json").read_text())
+    assert set(manifest["inputs"]) == {"sft", "reference"}
     assert first["loss"] == pytest.approx(0.693147, abs=1e-4)
     assert first["rewards/chosen"] == pytest.approx(0.0, abs=1e-4)
 
