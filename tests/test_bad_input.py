@@ -17,6 +17,13 @@ from pipeline.rundir import RunDirectory
 pytestmark = pytest.mark.ray
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_ray_of_other_tests() -> None:
+    """So that a Ray found running afterwards was started by a command of this module."""
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+
+
 @pytest.fixture
 def config(tiny_base: Path, tmp_path: Path) -> dict[str, Any]:
     """A small run that would work."""
