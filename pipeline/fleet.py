@@ -32,9 +32,12 @@ CHUNK_BATCHES = 4
 would delay the first step."""
 
 
-def adapter_name(stage: str) -> str:
-    """Name of a stage's adapter inside a host; torch's module names have no dots."""
-    return stage.replace(".", "_")
+def adapter_name(model: str) -> str:
+    """Name inside a host of a stage's adapter, or of the one that `model.base` itself names.
+
+    torch's module names have no dots.
+    """
+    return "initial_adapter" if model == "base" else model.replace(".", "_")
 
 
 class Host:
@@ -54,7 +57,7 @@ class Host:
 
     def view(self, weights: Weights, name: str) -> str | None:
         """Role name under which this host computes with the given weights; loads their adapter if needed."""
-        if weights.adapter is None or name == "base":
+        if weights.adapter is None:
             return None
         if self.adapters.get(name) != weights.fingerprint:
             self.group.call("add_adapter", name, weights.adapter, False, phase="load")

@@ -102,6 +102,17 @@ def test_the_adapter_loads_in_plain_peft(finished_run: Path, tiny_base: Path) ->
     assert (tuned(ids).logits - before).abs().max() > 1e-3
 
 
+def test_dpo_from_an_adapter_has_that_adapter_as_reference(finished_run: Path, tmp_path: Path) -> None:
+    content = config(finished_run / "sft" / "adapter", tmp_path / "run")
+    stages = content["stages"]
+    assert isinstance(stages, dict)
+    content["stages"] = {"dpo": stages["dpo"] | {"max_steps": 1}}
+    result = raylign("run", str(write(tmp_path, content)))
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    first = json.loads((tmp_path / "run" / "dpo" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-4)
+
+
 def test_a_finished_run_is_skipped_and_says_so(finished_run: Path) -> None:
     began = time.monotonic()
     result = raylign("run", str(finished_run.parent / "run.yaml"))
