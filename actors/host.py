@@ -21,6 +21,7 @@ from torch import nn
 
 from actors.algorithms.dpo import ld_weights
 from actors.algorithms.loss import Loss
+from actors.allocator import keep_freed_memory
 from actors.batch import Batch
 from actors.errors import InvariantViolation, UserError
 from actors.host_spec import HostSpec
@@ -349,6 +350,8 @@ class ModelHost:
 def _configure_torch(spec: HostSpec) -> None:
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
+    if torch.device(spec.device).type == "cpu":
+        keep_freed_memory()
     if torch.device(spec.device).type == "cpu" and torch.get_num_threads() > 1:
         # With several threads the backward of indexing adds in any order; resumed runs then differ in the
         # last bits. Filling fresh memory, the other half of that switch, would only cost time.

@@ -8,7 +8,9 @@ causal attention keeps it from every real token, so it needs no mask either.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -20,6 +22,15 @@ ATTENTION_WIDTHS = 4
 """A token's attention to 4 x hidden positions costs as much as all the rest of its forward and backward
 pass. Measured on a CPU at hidden 128 (0.14 us per position and 65 us per token); attention grows with
 hidden, the rest with its square. A packed bin has a dense mask, so attention pays for the whole bin."""
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How the positions of a flat row fall into sequences, see `actors.models.attention.Sequences`."""
+
+    shapes: tuple[tuple[int, int], ...]
+    places: np.ndarray | None
+    outputs: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -42,23 +53,39 @@ class MicroBatch:
     """int64 (R,): rows of the batch, in this micro-batch's order."""
     n_sequences: int
     n_tokens: int
-    """Real tokens, without padding."""
+    """Real tokens, without padding; a prompt that sequences share counts once."""
+    attention: AttentionPlan | None = None
+    """For attention by sequence; None: who attends to whom follows from the position ids."""
 
 
-def micro_batches(batch: Batch, max_tokens: int, packing: bool, hidden_size: int = 1024) -> list[MicroBatch]:
+LayOut = Callable[[Batch, np.ndarray], MicroBatch]
+"""One micro-batch of some rows of a batch."""
+
+
+def micro_batches(batch: Batch, max_tokens: int, lay_out: LayOut) -> list[MicroBatch]:
     """Cut a batch into micro-batches of at most `max_tokens` positions (padding included), rows whole.
 
-    A row beyond the budget is a micro-batch of its own. The result depends on lengths only, and on
-    the model's width, which says how long bins may be before attention outweighs less padding.
+    A row beyond the budget is a micro-batch of its own. The result depends on the batch only.
     """
     if batch.n_rows == 0:
         return []
     parts = max(1, -(-batch.n_tokens // max_tokens))
     while True:
-        made = [_lay_out(batch, rows, hidden_size if packing else None) for rows in _split(batch, parts)]
+        made = [lay_out(batch, rows) for rows in _split(batch, parts)]
         if all(m.input_ids.size <= max_tokens or len(m.rows) == 1 for m in made):
             return made
         parts = min(batch.n_rows, max(parts + 1, int(parts * 1.25)))
+
+
+def in_bins(hidden_size: int) -> LayOut:
+    """Several sequences to a bin. The model's width says how long bins may be before attention outweighs
+    less padding."""
+    return partial(_lay_out, pack_for_width=hidden_size)
+
+
+def padded(batch: Batch, rows: np.ndarray) -> MicroBatch:
+    """One sequence to a bin."""
+    return _lay_out(batch, rows, None)
 
 
 def counted_places(batch: Batch, rows: np.ndarray) -> np.ndarray:

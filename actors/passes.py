@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from actors.algorithms.logprob import LabelStatistics
 from actors.algorithms.loss import Loss, MetricSums, TokenView, Totals
 from actors.batch import Batch
+from actors.flat import lay_flat
 from actors.models.moe import RouterLoad, RouterStats, aux_loss
-from actors.packing import MicroBatch, counted_places, micro_batches
+from actors.packing import LayOut, MicroBatch, counted_places, in_bins, micro_batches, padded
 from actors.ranks import Ranks
 from actors.scoring import TokenScorer
 
@@ -72,7 +74,15 @@ class PassRunner:
         """This rank's rows of a global batch, and the micro-batches made of them."""
         rows = batch.shard_rows(self.ranks.rank, self.ranks.world_size)
         own = batch if self.ranks.world_size == 1 else batch.select(rows)
-        return rows, micro_batches(own, self.max_tokens, self.packing, self.hidden_size)
+        return rows, micro_batches(own, self.max_tokens, self._lay_out())
+
+    def _lay_out(self) -> LayOut:
+        if not self.packing:
+            return padded
+        if self.scorer.by_sequence:
+            # The auxiliary loss counts a shared prompt's tokens: it wants them as often as TRL has them.
+            return partial(lay_flat, share_prompts=not self.aux_coef)
+        return in_bins(self.hidden_size)
 
     def places(self, batch: Batch, rows: np.ndarray, micro: MicroBatch) -> Tensor:
         """int64 (T,): where a micro-batch's counted tokens stand among those of the global batch."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from actors.algorithms.logprob import LabelStatistics, label_logps, label_statistics
+from actors.models.attention import Sequences, no_mask, use_by_sequence
 from actors.packing import MicroBatch
 
 
@@ -25,6 +26,8 @@ class TokenScorer:
         if not isinstance(head, nn.Module):
             raise TypeError(f"{type(model).__name__} has no output head to take logits from")
         self.model = model
+        self.by_sequence = use_by_sequence(model)
+        """Micro-batches may be laid flat."""
         self._predictors: Tensor | None = None
         head.register_forward_pre_hook(self._keep_predictors)
 
@@ -48,10 +51,12 @@ class TokenScorer:
                 input_ids=torch.from_numpy(micro.input_ids).to(device),
                 position_ids=torch.from_numpy(micro.position_ids).to(device),
                 use_cache=False,
+                **_attention(micro, device),
             )
         finally:
             self._predictors = None
-        return output.logits[0]
+        # squeeze, not [0]: the backward pass of an index fills a second tensor of this size with zeros.
+        return output.logits.squeeze(0)
 
     def _keep_predictors(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """(B, L, H) -> (1, T, H), while a micro-batch is being scored."""
@@ -59,3 +64,14 @@ class TokenScorer:
             return None
         hidden = args[0].flatten(0, 1).index_select(0, self._predictors)
         return (hidden[None], *args[1:])
+
+
+def _attention(micro: MicroBatch, device: torch.device) -> dict[str, Any]:
+    """What the model's forward is told about attention, where it does not follow from the position ids."""
+    plan = micro.attention
+    if plan is None:
+        return {}
+    places, outputs = (
+        None if x is None else torch.from_numpy(x).to(device) for x in (plan.places, plan.outputs)
+    )
+    return {"sequences": Sequences(plan.shapes, places, outputs), "attention_mask": no_mask(device)}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 from actors.batch import Batch
-from actors.packing import micro_batches
+from actors.flat import SHORT, lay_flat
+from actors.packing import LayOut, MicroBatch, in_bins, micro_batches, padded
 
 
 def batch_of(lengths: list[int], prompt: int = 2, sequences_per_row: int = 1) -> Batch:
@@ -20,17 +23,20 @@ def batch_of(lengths: list[int], prompt: int = 2, sequences_per_row: int = 1) ->
 
 
 LENGTHS = [9, 3, 14, 5, 5, 7, 4, 11, 3, 8]
+BINS = in_bins(64)
+FLAT = partial(lay_flat, share_prompts=True)
+LAYOUTS = pytest.mark.parametrize("lay_out", [BINS, padded, FLAT], ids=["bins", "padded", "flat"])
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@LAYOUTS
 @pytest.mark.parametrize("max_tokens", [16, 40, 10_000])
 @pytest.mark.parametrize("sequences_per_row", [1, 2])
 def test_every_counted_token_is_predicted_from_the_token_before_it(
-    packing: bool, max_tokens: int, sequences_per_row: int
+    lay_out: LayOut, max_tokens: int, sequences_per_row: int
 ) -> None:
     batch = batch_of(LENGTHS, sequences_per_row=sequences_per_row)
     seen_rows, seen_labels = [], []
-    for micro in micro_batches(batch, max_tokens, packing):
+    for micro in micro_batches(batch, max_tokens, lay_out):
         predicting = micro.input_ids.reshape(-1)[micro.predictors]
         assert np.array_equal(predicting + 1, micro.labels)
         assert micro.real.sum() == micro.n_tokens
@@ -42,10 +48,10 @@ def test_every_counted_token_is_predicted_from_the_token_before_it(
     assert sorted(seen_labels) == batch.token_ids[batch.loss_mask].tolist()
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_position_ids_start_again_in_every_sequence(packing: bool) -> None:
+@LAYOUTS
+def test_position_ids_start_again_in_every_sequence(lay_out: LayOut) -> None:
     batch = batch_of(LENGTHS)
-    (micro,) = micro_batches(batch, 10_000, packing)
+    (micro,) = micro_batches(batch, 10_000, lay_out)
     flat_ids, positions = micro.input_ids.reshape(-1), micro.position_ids.reshape(-1)
     for sequence in range(batch.n_sequences):
         ids = batch.token_ids[batch.offsets[sequence] : batch.offsets[sequence + 1]]
@@ -55,21 +61,91 @@ def test_position_ids_start_again_in_every_sequence(packing: bool) -> None:
 
 
 def test_micro_batches_keep_the_token_budget_unless_one_row_is_longer() -> None:
-    for packing in (True, False):
-        for micro in micro_batches(batch_of([30, *LENGTHS]), 20, packing):
+    for lay_out in (BINS, padded, FLAT):
+        for micro in micro_batches(batch_of([30, *LENGTHS]), 20, lay_out):
             assert micro.input_ids.size <= 20 or len(micro.rows) == 1
 
 
 def test_packing_fills_bins() -> None:
     generator = np.random.default_rng(0)
     lengths = generator.integers(20, 400, size=64).tolist()
-    (packed,) = micro_batches(batch_of(lengths), 10**6, packing=True)
-    (padded,) = micro_batches(batch_of(lengths), 10**6, packing=False)
-    assert packed.real.mean() > 0.85 > 0.7 > padded.real.mean()
+    (packed,) = micro_batches(batch_of(lengths), 10**6, BINS)
+    (one_each,) = micro_batches(batch_of(lengths), 10**6, padded)
+    assert packed.real.mean() > 0.85 > 0.7 > one_each.real.mean()
+
+
+def pairs(prompt: int, answers: list[tuple[int, int]]) -> Batch:
+    """Rows of two answers to one prompt; every token id tells row, answer and place."""
+    ids, masks = [], []
+    for row, lengths in enumerate(answers):
+        head = [1000 * (row + 1) + i for i in range(prompt)]
+        for answer, length in enumerate(lengths):
+            ids.append(head + [1000 * (row + 1) + 100 * (answer + 1) + i for i in range(length)])
+            masks.append([False] * prompt + [True] * length)
+    return Batch.from_sequences(ids, masks, 2)
+
+
+def sequences_of(micro: MicroBatch) -> list[np.ndarray]:
+    """Positions of the row that each sequence attends over, padding at the end included."""
+    plan = micro.attention
+    assert plan is not None
+    places = np.arange(micro.input_ids.size) if plan.places is None else plan.places
+    sizes = [n * length for n, length in plan.shapes]
+    groups = np.split(places, np.cumsum(sizes)[:-1])
+    return [
+        row
+        for (n, length), group in zip(plan.shapes, groups, strict=True)
+        for row in group.reshape(n, length)
+    ]
+
+
+@pytest.mark.parametrize("prompt", [7, SHORT + 5])
+def test_a_flat_row_has_a_shared_prompt_once_and_every_sequence_whole(prompt: int) -> None:
+    batch = pairs(prompt, [(3, 5), (4, 4), (1, 6)])
+    (micro,) = micro_batches(batch, 10**6, FLAT)
+    assert micro.n_tokens == micro.input_ids.size == 3 * prompt + 23
+    ids, positions = micro.input_ids[0], micro.position_ids[0]
+    assert micro.attention is not None
+    wanted = [batch.token_ids[a:b] for a, b in zip(batch.offsets[:-1], batch.offsets[1:], strict=True)]
+    found = sequences_of(micro)
+    assert len(found) == 6
+    for places in found:
+        read = ids[places]
+        (match,) = [
+            w for w in wanted if np.array_equal(w, read[: len(w)]) and (read[len(w) :] == w[-1]).all()
+        ]
+        assert np.array_equal(positions[places[: len(match)]], np.arange(len(match)))
+
+
+@pytest.mark.parametrize("prompt", [7, SHORT + 5])
+def test_each_position_of_a_flat_row_takes_its_attention_from_one_sequence(prompt: int) -> None:
+    (micro,) = micro_batches(pairs(prompt, [(3, 5), (4, 4), (1, 6)]), 10**6, FLAT)
+    assert micro.attention is not None
+    places = np.concatenate(sequences_of(micro))
+    outputs = micro.attention.outputs
+    assert np.array_equal(places if outputs is None else places[outputs], np.arange(micro.input_ids.size))
+
+
+def test_padding_behind_the_last_position_is_left_out() -> None:
+    (micro,) = micro_batches(batch_of([20, 19]), 100, FLAT)
+    assert micro.attention is not None
+    assert micro.attention.outputs is not None
+    assert micro.attention.shapes == ((2, 20),)
+    assert len(micro.attention.outputs) == 39
+
+
+def test_prompts_are_shared_only_up_to_the_first_counted_token() -> None:
+    same = Batch.from_sequences(
+        [[5, 6, 7, 8]] * 2, [[False, True, True, True], [False, False, True, True]], 2
+    )
+    (micro,) = micro_batches(same, 100, FLAT)
+    assert micro.n_tokens == 7
+    (apart,) = micro_batches(same, 100, partial(lay_flat, share_prompts=False))
+    assert apart.n_tokens == 8
 
 
 def test_an_empty_batch_has_no_micro_batches() -> None:
-    assert micro_batches(batch_of([]), 100, packing=True) == []
+    assert micro_batches(batch_of([]), 100, BINS) == []
 
 
 def test_shards_hold_every_row_once_and_balance_tokens() -> None:

@@ -1,0 +1,69 @@
+"""Attention by sequence on a flat row equals one padded sequence at a time, values and gradients."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from actors.batch import Batch
+from actors.flat import lay_flat
+from actors.models.architectures import ARCHITECTURES
+from actors.models.loading import load_base
+from actors.models.spec import ModelSpec
+from actors.packing import LayOut, micro_batches, padded
+from actors.scoring import TokenScorer
+
+PACKABLE = sorted(t for t, row in ARCHITECTURES.items() if row.packable)
+
+
+def pairs(longest: int) -> Batch:
+    """Pairs with a common prompt, some beyond the length from which sequences attend alone."""
+    generator = np.random.default_rng(0)
+    ids, masks = [], []
+    for prompt_length in (4, 11, longest - 20):
+        prompt = generator.integers(3, 300, size=prompt_length).tolist()
+        for answer_length in generator.integers(2, 12, size=2).tolist():
+            ids.append(prompt + generator.integers(3, 300, size=answer_length).tolist())
+            masks.append([False] * prompt_length + [True] * answer_length)
+    return Batch.from_sequences(ids, masks, 2)
+
+
+def logps_and_gradient(
+    scorer: TokenScorer, batch: Batch, lay_out: LayOut
+) -> tuple[torch.Tensor, torch.Tensor]:
+    (micro,) = micro_batches(batch, 10**6, lay_out)
+    scorer.model.zero_grad()
+    logps = scorer.statistics(micro).logps
+    (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
+    gradients = [p.grad.reshape(-1) for p in scorer.model.parameters() if p.grad is not None]
+    return logps.detach(), torch.cat(gradients)
+
+
+@pytest.mark.parametrize("model_type", PACKABLE)
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_a_flat_row_equals_padded_sequences(model_type, share_prompts, base_of) -> None:
+    scorer = TokenScorer(load_base(ModelSpec(base=str(base_of(model_type)))))
+    assert scorer.by_sequence
+    batch = pairs(130)
+    wanted, wanted_gradient = logps_and_gradient(scorer, batch, padded)
+    found, gradient = logps_and_gradient(scorer, batch, partial(lay_flat, share_prompts=share_prompts))
+    assert torch.allclose(found, wanted, atol=2e-5)
+    assert torch.allclose(gradient, wanted_gradient, atol=1e-4 * wanted_gradient.abs().max())
+
+
+def test_a_sliding_window_is_kept(base_of) -> None:
+    model = load_base(ModelSpec(base=str(base_of("mistral"))))
+    model.config.sliding_window = 16
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = 16
+    scorer = TokenScorer(model)
+    batch = pairs(130)
+    wanted, _ = logps_and_gradient(scorer, batch, padded)
+    found, _ = logps_and_gradient(scorer, batch, partial(lay_flat, share_prompts=True))
+    assert torch.allclose(found, wanted, atol=2e-5)
+    model.config.sliding_window = None
+    unlimited, _ = logps_and_gradient(scorer, batch, padded)
+    assert not torch.allclose(unlimited, wanted, atol=1e-3)
