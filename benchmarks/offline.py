@@ -47,9 +47,9 @@ TUNED: dict[str, list[dict[str, Any]]] = {
     "sft-tiny trl-padded": [{"micro_rows": m, "by_length": b} for m in (64, 32) for b in (True, False)],
     "sft-tiny trl-packed": [{"micro_rows": 1, "bin_length": n} for n in (64, 128, 256, 512)],
     "dpo-tiny trl-inline": [{"micro_rows": m, "by_length": b} for m in (32, 16) for b in (True, False)],
-    "sft-120m trl-padded": [{"micro_rows": m, "by_length": b} for m in (16, 8, 4) for b in (True, False)],
+    "sft-120m trl-padded": [{"micro_rows": m, "by_length": b} for m in (16, 8, 4, 2) for b in (True, False)],
     "sft-120m trl-packed": [{"micro_rows": 1, "bin_length": n} for n in (512, 1024, 2048)],
-    "dpo-120m trl-inline": [{"micro_rows": m, "by_length": b} for m in (8, 4) for b in (True, False)],
+    "dpo-120m trl-inline": [{"micro_rows": m, "by_length": b} for m in (8, 4, 2) for b in (True, False)],
 }
 """What `--tune` tries; the best of each stands in trl_side.BEST."""
 

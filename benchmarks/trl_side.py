@@ -36,13 +36,13 @@ class Settings:
 
 BEST: dict[tuple[str, Way], Settings] = {
     ("sft-tiny", "padded"): Settings(64),
-    ("sft-tiny", "packed"): Settings(1, bin_length=256),
+    ("sft-tiny", "packed"): Settings(1, bin_length=512),
     ("dpo-tiny", "inline"): Settings(32),
     ("dpo-tiny", "precomputed"): Settings(32),
-    ("sft-120m", "padded"): Settings(16),
+    ("sft-120m", "padded"): Settings(4),
     ("sft-120m", "packed"): Settings(1, bin_length=1024),
-    ("dpo-120m", "inline"): Settings(8),
-    ("dpo-120m", "precomputed"): Settings(8),
+    ("dpo-120m", "inline"): Settings(4),
+    ("dpo-120m", "precomputed"): Settings(4),
 }
 """Found with `python benchmarks/offline.py --tune`."""
 

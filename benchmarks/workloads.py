@@ -27,11 +27,11 @@ MEDIUM_MODEL: dict[str, Any] = {
     "num_key_value_heads": 4,
     "head_dim": 64,
     "num_experts": 64,
-    "num_experts_per_tok": 8,
+    "num_experts_per_tok": 4,
     "moe_intermediate_size": 224,
     "intermediate_size": 1024,
 }
-"""A Qwen3-MoE of 124 M parameters. 8 of 64 experts act on a token, as in OLMoE."""
+"""A Qwen3-MoE of 124 M parameters. One expert in 16 acts on a token, as in Qwen3-30B-A3B (8 of 128)."""
 PROMPT_MEAN, ANSWER_MEAN = 192, 64
 LENGTH_SPREAD = 1 / 3
 """Standard deviation of prompt and answer lengths, as a share of their mean."""
