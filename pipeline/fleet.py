@@ -138,7 +138,7 @@ class Fleet:
                 self._host(name, first, first.start)
 
     def start_others(self) -> None:
-        """The processes of later stages: their imports then run beside the first stage's training."""
+        """The processes of later stages, once training runs: their imports run beside it."""
         later, self._later = self._later, []
         self._start_ray(later)
 
@@ -256,7 +256,6 @@ class Fleet:
         """The policy with this stage's own adapter, started from its input, and the rest of the context."""
         host = self._ready_host("policy", node, node.start)
         role = self._trainable(host, node)
-        self.start_others()
         return TrainContext(
             host=host.group,
             role=role,

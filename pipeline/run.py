@@ -147,7 +147,7 @@ class Run:
         try:
             reference = fleet.reference_feed(node)
             context = fleet.train_context(
-                node, reference, self._on_step(node), self._on_log(node), self.stop.asked
+                node, reference, self._on_step(fleet), self._on_log(node), self.stop.asked
             )
             manifest = train(node.prepared, context, node.decision)
             if reference is not None:
@@ -206,9 +206,10 @@ class Run:
         except OSError as error:
             self.progress.note(f"report not written: {error}")
 
-    def _on_step(self, node: Node) -> Any:
+    def _on_step(self, fleet: Fleet) -> Any:
         def on_step(step: int, metrics: dict[str, Any]) -> None:
             if "first training step" not in self.startup:
+                fleet.start_others()
                 total = time.time() - self.began
                 self.startup["adapter and first step"] = round(total - sum(self.startup.values()), 2)
                 self.startup["first training step"] = round(total, 2)

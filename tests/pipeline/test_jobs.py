@@ -141,6 +141,12 @@ def test_stop_lets_the_run_save_and_a_second_submission_goes_on(cluster: Cluster
     assert "stopped after saving" in stopped.stdout
     assert list((output / "sft").glob("checkpoint-*/manifest.json"))
     assert "stopped, saved" in cluster.raylign("status", "long").stdout
+    assert cluster.raylign("submit", "run.yaml", *arguments).returncode == 0
+    deadline = time.monotonic() + 120
+    while "continues from checkpoint-" not in cluster.raylign("logs", "long").stdout:
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    cluster.raylign("stop", "long", "--now")
 
 
 def test_a_missing_token_is_explained(cluster: Cluster) -> None:
