@@ -8,9 +8,11 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-# Before torch is imported; the same for every side. Waiting threads leave the cores to others.
+# Before torch is imported; the same for every side. How threads wait is left to the libraries.
+for inherited in ("OMP_WAIT_POLICY", "KMP_BLOCKTIME", "GOMP_SPINCOUNT"):
+    os.environ.pop(inherited, None)
 os.environ.update(
-    OMP_WAIT_POLICY="passive", KMP_BLOCKTIME="0", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1",
+    TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1",
     HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1",
     HF_DATASETS_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error", DO_NOT_TRACK="1",
 )  # fmt: skip
