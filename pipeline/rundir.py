@@ -15,8 +15,6 @@ from typing import IO, Any
 from actors.errors import UserError
 from pipeline.artifacts import disk_errors, write_json
 
-STATES = ("pending", "running", "done", "skipped", "failed", "stopped")
-
 
 class RunDirectory:
     """`runs/NAME`: config.yaml, run.json, one directory per stage, eval/, logs/."""

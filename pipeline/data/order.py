@@ -56,19 +56,6 @@ class BatchOrder(Sequence[np.ndarray]):
         return step / self.steps_per_epoch
 
 
-def batch_order(
-    n_rows: int,
-    batch_size: int,
-    seed: int,
-    *,
-    epochs: float | None = None,
-    max_steps: int | None = None,
-    shuffle: bool = True,
-) -> BatchOrder:
-    """The batches of a stage, as row indices; start a resumed stage at `order[step]`."""
-    return BatchOrder(n_rows, batch_size, seed, epochs=epochs, max_steps=max_steps, shuffle=shuffle)
-
-
 @lru_cache(maxsize=2)  # this epoch's and, around its end, the next one's
 def epoch_order(n_rows: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
     """int64 (n_rows,): the permutation of one epoch."""

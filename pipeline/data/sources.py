@@ -72,11 +72,6 @@ def local_files(spec: DataSpec) -> list[Path] | None:
     return None
 
 
-def is_local(spec: DataSpec) -> bool:
-    """Whether the source can be read without network."""
-    return spec.source.startswith("builtin:") or local_files(spec) is not None
-
-
 def _suffix(path: Path) -> str:
     name = path.name.removesuffix(".gz")
     return next((s for s in SUFFIXES if name.endswith(s)), "")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.data.layouts import Kind
-from pipeline.data.order import BatchOrder, batch_order
+from pipeline.data.order import BatchOrder
 from pipeline.data.records import Records, load_records
 from pipeline.data.tokens import TokenizedData, tokenize
 from pipeline.stages.spec import DpoStage, SftStage, StageSpec
@@ -111,7 +111,7 @@ def prepare(
     records = records or read_records(config, name)
     data = to_tokens(records.train, spec, tokenizer)
     held_out = to_tokens(records.held_out, spec, tokenizer) if records.held_out is not None else None
-    order = batch_order(
+    order = BatchOrder(
         data.n_rows,
         spec.batch_size,
         seed,

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.data.order import batch_order
+from pipeline.data.order import BatchOrder
 from pipeline.data.records import Records, load_records
 from pipeline.data.spec import DataSources
 from pipeline.data.splits import slice_bounds
 
 
 def test_an_epoch_visits_every_row_once_in_another_order_than_the_next() -> None:
-    order = batch_order(10, 4, seed=1, epochs=2)
+    order = BatchOrder(10, 4, seed=1, epochs=2)
     assert [len(batch) for batch in order] == [4, 4, 2] * 2
     first, second = (np.concatenate([order[k] for k in steps]) for steps in (range(3), range(3, 6)))
     assert sorted(first) == sorted(second) == list(range(10))
@@ -24,23 +24,23 @@ def test_an_epoch_visits_every_row_once_in_another_order_than_the_next() -> None
 
 
 def test_a_resumed_run_sees_the_same_batches() -> None:
-    whole = [batch.tolist() for batch in batch_order(100, 7, seed=3, max_steps=40)]
-    later = batch_order(100, 7, seed=3, max_steps=40)
+    whole = [batch.tolist() for batch in BatchOrder(100, 7, seed=3, max_steps=40)]
+    later = BatchOrder(100, 7, seed=3, max_steps=40)
     assert [later[step].tolist() for step in range(25, 40)] == whole[25:]
 
 
 def test_another_seed_gives_another_order_and_no_shuffle_gives_the_rows_as_they_are() -> None:
     assert (
-        batch_order(50, 50, seed=1, epochs=1)[0].tolist() != batch_order(50, 50, seed=2, epochs=1)[0].tolist()
+        BatchOrder(50, 50, seed=1, epochs=1)[0].tolist() != BatchOrder(50, 50, seed=2, epochs=1)[0].tolist()
     )
-    assert batch_order(5, 2, seed=1, max_steps=3, shuffle=False)[2].tolist() == [4]
+    assert BatchOrder(5, 2, seed=1, max_steps=3, shuffle=False)[2].tolist() == [4]
 
 
 @pytest.mark.parametrize(
     ("epochs", "max_steps", "steps"), [(1, -1, 4), (0.5, -1, 2), (2.6, -1, 11), (3, 5, 5), (None, 9, 9)]
 )
 def test_steps_follow_trls_rule(epochs: float | None, max_steps: int, steps: int) -> None:
-    assert len(batch_order(10, 3, seed=0, epochs=epochs, max_steps=max_steps)) == steps
+    assert len(BatchOrder(10, 3, seed=0, epochs=epochs, max_steps=max_steps)) == steps
 
 
 def mixture(
