@@ -7,7 +7,7 @@ there once and passed by reference. Torch tensors are made inside the host.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -31,6 +31,8 @@ class Batch:
     sequences_per_row: int = 1
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     """Per-row values of shape (rows, ...), e.g. `ref_chosen_logps`."""
+    token_columns: dict[str, np.ndarray] = field(default_factory=dict)
+    """Values of shape (counted tokens,), in the order of `loss_mask`, e.g. advantages."""
 
     @property
     def n_sequences(self) -> int:
@@ -79,13 +81,20 @@ class Batch:
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         tokens = np.arange(offsets[-1]) + np.repeat(self.offsets[sequences] - offsets[:-1], lengths)
         columns = {name: values[rows] for name, values in self.columns.items()}
-        return Batch(self.token_ids[tokens], self.loss_mask[tokens], offsets, k, columns)
+        mask = self.loss_mask[tokens]
+        of_tokens = {}
+        if self.token_columns:
+            counted = (np.cumsum(self.loss_mask) - 1)[tokens[mask]]
+            of_tokens = {name: values[counted] for name, values in self.token_columns.items()}
+        return Batch(self.token_ids[tokens], mask, offsets, k, columns, of_tokens)
 
     def with_columns(self, **columns: np.ndarray) -> Batch:
         """The same rows with more per-row values."""
-        return Batch(
-            self.token_ids, self.loss_mask, self.offsets, self.sequences_per_row, {**self.columns, **columns}
-        )
+        return replace(self, columns={**self.columns, **columns})
+
+    def with_token_columns(self, **columns: np.ndarray) -> Batch:
+        """The same rows with more values per counted token."""
+        return replace(self, token_columns={**self.token_columns, **columns})
 
     def shard_rows(self, rank: int, world_size: int) -> np.ndarray:
         """int64: the rows of one data-parallel rank, ascending.

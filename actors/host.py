@@ -217,11 +217,10 @@ class ModelHost:
         return self._run(batch, loss, role, step=0, train=False).reduced(self.ranks)
 
     def _run(self, batch: Batch, loss: Loss, role: str | None, step: int, train: bool) -> Sums:
-        missing = [c for c in loss.required_columns if c not in batch.columns]
+        there = [*batch.columns, *batch.token_columns]
+        missing = [c for c in loss.required_columns if c not in there]
         if missing:
-            raise KeyError(
-                f"{type(loss).__name__} needs columns {missing}; the batch has {list(batch.columns)}"
-            )
+            raise KeyError(f"{type(loss).__name__} needs columns {missing}; the batch has {there}")
         self._set_mode(train, dropout=loss.uses_dropout)
         with self._as(role):
             return self.runner.run(batch, loss, step, train)

@@ -107,8 +107,9 @@ class PassRunner:
         for index, micro in enumerate(micros):
             statistics, extra = self._forward(batch, micro, self._seed(step, index), train, sums)
             columns = {name: values[rows[micro.rows]] for name, values in batch.columns.items()}
+            of_tokens = self._token_columns(batch, rows[micro.rows])
             value, metrics = loss(
-                self._view(statistics, micro.sequence, micro.n_sequences, batch, columns), totals
+                self._view(statistics, micro.sequence, micro.n_sequences, batch, columns, of_tokens), totals
             )
             sums.add(value, metrics)
             if train:
@@ -121,7 +122,9 @@ class PassRunner:
         empty = torch.zeros(0, device=self.device)
         statistics = LabelStatistics(empty, empty, empty.bool(), empty, empty)
         columns = {name: values[:0] for name, values in batch.columns.items()}
-        sums.add(*loss(self._view(statistics, np.zeros(0, dtype=np.int64), 0, batch, columns), totals))
+        of_tokens = {name: values[:0] for name, values in batch.token_columns.items()}
+        view = self._view(statistics, np.zeros(0, dtype=np.int64), 0, batch, columns, of_tokens)
+        sums.add(*loss(view, totals))
         if train and self.aux_coef:
             sums.add(empty.sum(), {"aux_loss": (empty.sum(), 0.0), "aux_loss_term": (empty.sum(), 0.0)})
 
@@ -156,7 +159,7 @@ class PassRunner:
         logps = gathered[0].clone().requires_grad_(train)
         statistics = LabelStatistics(logps, gathered[1], gathered[2] > 0.5, gathered[3], gathered[4])
         sequence = np.repeat(np.arange(batch.n_sequences), batch.label_counts)
-        view = self._view(statistics, sequence, batch.n_sequences, batch, batch.columns)
+        view = self._view(statistics, sequence, batch.n_sequences, batch, batch.columns, batch.token_columns)
         value, metrics = loss(view, loss.totals(batch))
         mine = float(self.ranks.rank == 0)
         sums.add(value * mine, {n: (total * mine, weight * mine) for n, (total, weight) in metrics.items()})
@@ -189,6 +192,7 @@ class PassRunner:
         n_sequences: int,
         batch: Batch,
         columns: dict[str, np.ndarray],
+        token_columns: dict[str, np.ndarray],
     ) -> TokenView:
         return TokenView(
             logps=statistics.logps,
@@ -198,12 +202,23 @@ class PassRunner:
             correct=statistics.correct,
             mean_logits=statistics.mean_logits,
             log_sum_sq=statistics.log_sum_sq,
-            columns={
-                name: torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
-                for name, values in columns.items()
-            },
+            columns=self._tensors(columns),
             sequences_per_row=batch.sequences_per_row,
+            token_columns=self._tensors(token_columns),
         )
+
+    def _tensors(self, columns: dict[str, np.ndarray]) -> dict[str, Tensor]:
+        return {
+            name: torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
+            for name, values in columns.items()
+        }
+
+    @staticmethod
+    def _token_columns(batch: Batch, rows: np.ndarray) -> dict[str, np.ndarray]:
+        if not batch.token_columns:
+            return {}
+        places = counted_places(batch, rows)
+        return {name: values[places] for name, values in batch.token_columns.items()}
 
     def _seed(self, step: int, micro_batch: int) -> int:
         return _hashed((self.seed, step, self.ranks.rank, micro_batch))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import ConfigDict
 
@@ -45,6 +45,14 @@ class TokenView:
     columns: dict[str, torch.Tensor] = field(default_factory=dict)
     """Per-row values (R, ...) as the batch has them, e.g. the reference's log-probabilities in float64."""
     sequences_per_row: int = 1
+    token_columns: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Values per counted token (T,) as the batch has them, e.g. advantages."""
+    values: torch.Tensor | None = None
+    """float32 (T,): the value head's output at the state before each counted token, with gradient; only
+    for a loss that reads values."""
+    scores: torch.Tensor | None = None
+    """float32 (S,): the score head's output at each sequence's last token, with gradient; only for a loss
+    that reads scores."""
 
     @property
     def n_rows(self) -> int:
@@ -71,6 +79,14 @@ class Loss(Spec, ABC):
     uses_dropout: ClassVar[bool] = True
     """Whether dropout stays on in training. Preference losses compare with a reference: off."""
 
+    reads: ClassVar[Literal["logps", "values", "scores"]] = "logps"
+    """What the loss is a function of: token log-probabilities, a value head, or a score head."""
+
+    @property
+    def logit_temperature(self) -> float:
+        """Logits are divided by it before log-probabilities are taken: RL's sampling temperature."""
+        return 1.0
+
     @property
     def separable(self) -> bool:
         """True if the loss is a sum over rows, given the totals of the global batch.
@@ -81,7 +97,7 @@ class Loss(Spec, ABC):
 
     @property
     def required_columns(self) -> tuple[str, ...]:
-        """Columns that a batch must carry."""
+        """Columns, per row or per counted token, that a batch must carry."""
         return ()
 
     @abstractmethod
