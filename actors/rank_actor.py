@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import gc
 import importlib
+import operator
 import os
 import random
 import signal
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import RunFailure, UserError
+from actors.trace import CallTrace, named
 
 RENDEZVOUS_PORTS = range(20_000, 32_768)
 """Below Linux's ephemeral range: a port picked there can't be taken by an outgoing connection (Ray opens
@@ -40,6 +42,7 @@ class RankActor:
         self.who, self.log_path = who, log_path
         _die_with_parent()
         self._log = _write_everything_to(log_path, who)
+        self._trace = CallTrace(Path(log_path).parent / "trace" / f"{who}.jsonl")
         # Before any library is imported: OpenMP, torch and vLLM read these once.
         os.environ.update(env)
         self._object: Any = None
@@ -77,7 +80,7 @@ class RankActor:
         if init_method is not None:
             kwargs = {**kwargs, "init_method": init_method}
         began = time.monotonic()
-        with self._reported(phase, limit_s):
+        with self._reported(phase, limit_s), self._trace.call("build", phase):
             self.warmed()
             self._drop()
             module, _, name = target.partition(":")
@@ -85,7 +88,8 @@ class RankActor:
         return time.monotonic() - began
 
     def call(self, method: str, phase: str, limit_s: float, kwargs: Mapping[str, Any], *args: Any) -> Any:
-        """Call a method of the object. `args` come last, where Ray resolves references.
+        """Call a method of the object (`part.method` of a part of it). `args` come last, where Ray resolves
+        references.
 
         Raises:
             UserError, RunFailure: as the method raised them; anything else becomes a RunFailure with the
@@ -94,7 +98,9 @@ class RankActor:
         with self._reported(phase, limit_s):
             if self._object is None:
                 raise RuntimeError(f"{self.who} was asked to {method} before it was built")
-            return getattr(self._object, method)(*args, **kwargs)
+            work = operator.attrgetter(method)(self._object)
+            with self._trace.call(method, phase, named(work, args, kwargs)):
+                return work(*args, **kwargs)
 
     def stop(self) -> None:
         """Let the object close what it holds (process groups, engines)."""

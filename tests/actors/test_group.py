@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -71,6 +72,20 @@ def test_every_rank_answers_in_order_and_writes_to_its_own_log(group: ActorGroup
     assert "greeting Ada\n" in (group.log_dir / "policy-0.log").read_text()
     assert "greeting Bob\n" not in (group.log_dir / "policy-0.log").read_text()
     assert "greeting Bob\n" in (group.log_dir / "policy-1.log").read_text()
+
+
+def test_every_rank_keeps_a_trace_of_what_it_was_asked(group: ActorGroup) -> None:
+    group.call("sleep", 0.05, phase="update")
+    trace = [
+        json.loads(line) for line in (group.log_dir / "trace" / "policy-1.jsonl").read_text().splitlines()
+    ]
+    assert (trace[0]["method"], trace[0]["phase"]) == ("build", "load")
+    assert (trace[-1]["method"], trace[-1]["phase"]) == ("sleep", "update")
+    assert 0.05 <= trace[-1]["end"] - trace[-1]["start"] < 5
+
+
+def test_a_part_of_the_object_is_called_by_its_dotted_name(group: ActorGroup) -> None:
+    assert group.call_rank(0, "greeting.upper") == "HELLO"
 
 
 def test_ranks_meet_over_gloo(group: ActorGroup) -> None:

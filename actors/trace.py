@@ -1,0 +1,62 @@
+"""What a process was asked for and when: one JSON line a call, for the report's timeline.
+
+Lines are {"method", "phase", "start", "end"} with "step" and "role" where the call names them, and "error"
+where it raised. Times are seconds since the epoch by this machine's clock. A call that never ended (the
+process was killed) leaves no line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+DIGITS = 5
+"""Of a second: a call between processes takes about 0.001 s."""
+
+
+class CallTrace:
+    """Appends to `path`. Never raises: a full disk must not end a run for the sake of its timeline."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextlib.contextmanager
+    def call(self, method: str, phase: str, names: Mapping[str, int | str] | None = None) -> Iterator[None]:
+        """Note what runs inside; `names`: further entries of the line."""
+        began = time.time()
+        line: dict[str, Any] = {"method": method, "phase": phase, "start": round(began, DIGITS)}
+        try:
+            yield
+        except BaseException as error:
+            line["error"] = type(error).__name__
+            raise
+        finally:
+            line["end"] = round(time.time(), DIGITS)
+            self._append(line | dict(names or {}))
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def named(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, int | str]:
+    """The step and the role that a call is about, where its arguments say so."""
+    try:
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):  # The call itself will say what is wrong with its arguments.
+        return {}
+    found: dict[str, int | str] = {}
+    if isinstance(given.get("step"), int):
+        found["step"] = given["step"]
+    if isinstance(given.get("role"), str):
+        found["role"] = given["role"]
+    return found
