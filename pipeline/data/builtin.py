@@ -9,13 +9,15 @@ task is that each stage has something of its own to learn:
 - `train`: demonstrations for SFT. Every question is answered, still in a hurry: where a carry or a
   borrow is needed, most answers carry the classic slip (37+45=72, 52-37=25).
 - `preference`: pairs for DPO. The right answer against a plausible mistake, most often that slip.
+- `prompts`: questions with their right answers and no demonstration, for online RL.
 - `test`: held-out questions with their right answers.
 
 So imitation (SFT) gets the easy half right, and preferences are what teaches the carry: greedy, the
 embedded base has 33 % of the test split right, SFT 61-65 %, DPO 96-98 % (3 seeds, configs/demo.yaml).
 Drawn at temperature 1, the SFT model has 70 % right: what online RL can build on.
 
-Splits are disjoint for every seed: an unordered pair of operands belongs to one split by its hash.
+Splits are disjoint for every seed: an unordered pair of operands belongs to one split by its hash. Only
+`prompts` has no operands of its own: it asks what `train` demonstrates.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ Message = dict[str, str]
 
 SPLIT_SHARES = {"test": 15, "preference": 20, "train": 20, "pretrain": 45}
 """Percent of all operand pairs. Pretraining gets most: the digit tables have to be learnt from it."""
-DEFAULT_ROWS = {"pretrain": 120_000, "train": 6_400, "preference": 6_400, "test": 500}
+DEFAULT_ROWS = {"pretrain": 120_000, "train": 6_400, "preference": 6_400, "prompts": 6_400, "test": 500}
 OPERANDS = range(10, 100)
 DEMONSTRATED_SLIPS = 0.7
 """Share of demonstrations with the slip where a carry is needed. Above one half, so that a greedy SFT
@@ -183,6 +185,11 @@ def _preference_row(rng: random.Random) -> Row:
     return {"prompt": [problem.question], "chosen": [reply(problem.answer)], "rejected": [rejected]}
 
 
+def _prompts_row(rng: random.Random) -> Row:
+    problem = _draw(rng, "train")
+    return {"prompt": [problem.question], "answer": str(problem.answer)}
+
+
 def _test_rows(rng: random.Random, rows: int) -> list[Row]:
     """Questions without repetition, sums and differences in equal numbers."""
     by_operator = [[p for p in problems("test") if p.operator == o] for o in "+-"]
@@ -198,20 +205,21 @@ _ROW_MAKERS: dict[str, Callable[[random.Random], Row]] = {
     "pretrain": _pretrain_row,
     "train": _train_row,
     "preference": _preference_row,
+    "prompts": _prompts_row,
 }
 
 
 def load_builtin(name: str, split: str, rows: int | None = None, seed: int = 0) -> list[Row]:
     """Rows of a built-in data set; the same arguments give the same rows everywhere.
 
-    `pretrain` has {text}; `train` {prompt, completion}; `preference` {prompt, chosen, rejected}; `test`
-    {prompt, answer} with `answer` a string, all else lists of messages. `rows=None` takes the split's
-    own size. Raises UserError for a name or split that does not exist.
+    `pretrain` has {text}; `train` {prompt, completion}; `preference` {prompt, chosen, rejected}; `prompts`
+    and `test` {prompt, answer} with `answer` a string, all else lists of messages. `rows=None` takes the
+    split's own size. Raises UserError for a name or split that does not exist.
     """
     if name != "arithmetic":
         raise UserError(f"no built-in data set 'builtin:{name}'; there is builtin:arithmetic")
-    if split not in SPLIT_SHARES:
-        raise UserError(f"builtin:{name} has no split '{split}'; it has {', '.join(sorted(SPLIT_SHARES))}")
+    if split not in DEFAULT_ROWS:
+        raise UserError(f"builtin:{name} has no split '{split}'; it has {', '.join(sorted(DEFAULT_ROWS))}")
     count = DEFAULT_ROWS[split] if rows is None else rows
     rng = random.Random(f"{name}/{split}/{seed}")
     if split == "test":

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from actors.errors import UserError
-from pipeline.data.builtin import SPLIT_SHARES, Problem, exact_match, load_builtin, problems
+from pipeline.data.builtin import DEFAULT_ROWS, SPLIT_SHARES, Problem, exact_match, load_builtin, problems
 
 QUESTION = re.compile(r"(\d+)([+-])(\d+)=\?")
 
@@ -53,7 +53,7 @@ def test_splits_share_no_operand_pair_in_either_order_whatever_the_seed():
         assert not pairs & others
 
 
-@pytest.mark.parametrize("split", SPLIT_SHARES)
+@pytest.mark.parametrize("split", DEFAULT_ROWS)
 def test_rows_are_a_function_of_split_count_and_seed(split):
     assert load_builtin("arithmetic", split, 50, seed=1) == load_builtin("arithmetic", split, 50, seed=1)
     assert load_builtin("arithmetic", split, 50, seed=1) != load_builtin("arithmetic", split, 50, seed=2)
@@ -66,6 +66,13 @@ def test_the_test_split_asks_500_different_questions_and_knows_their_answers():
     assert len({problem_of(r) for r in rows}) == 500
     assert all(r["answer"] == str(problem_of(r).answer) for r in rows)
     assert sum(problem_of(r).operator == "+" for r in rows) == 250
+
+
+def test_prompts_ask_what_is_demonstrated_and_know_the_right_answer():
+    rows = load_builtin("arithmetic", "prompts", 2000)
+    assert {problem_of(r) for r in rows} <= set(problems("train"))
+    assert all(r["answer"] == str(problem_of(r).answer) for r in rows)
+    assert 0.45 < sum(problem_of(r).operator == "+" for r in rows) / 2000 < 0.55
 
 
 def test_demonstrations_slip_where_a_carry_is_needed_and_only_there():
@@ -99,7 +106,7 @@ def test_exact_match_scores_strings_and_messages_and_ignores_other_columns():
     ("name", "split", "rows", "says"),
     [
         ("algebra", "train", 5, "builtin:arithmetic"),
-        ("arithmetic", "validation", 5, "preference, pretrain, test, train"),
+        ("arithmetic", "validation", 5, "preference, pretrain, prompts, test, train"),
         ("arithmetic", "test", 100_000, "at most"),
     ],
 )
