@@ -127,23 +127,49 @@ def merged_state(
     return revert_weight_conversion(base, state)
 
 
+@dataclass(frozen=True)
+class Factors:
+    """The low-rank update of one weight, or of one stack of experts."""
+
+    a: torch.Tensor
+    """float32 ([experts,] r, in), contiguous."""
+    b: torch.Tensor
+    """float32 ([experts,] out, r), contiguous."""
+    scaling: float
+    transposed: bool
+    """The weight is stored as ([experts,] in, out)."""
+
+
 def adapter_deltas(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
     """Name of each adapted tensor in the bare base -> s B A in float32, of the tensor's shape."""
+    return {name: low_rank_delta(f) for name, f in adapter_factors(model, adapter_name).items()}
+
+
+def low_rank_delta(factors: Factors) -> torch.Tensor:
+    """s B A in float32, of the weight's shape. One place for this product: trainer, engine and written
+    checkpoint have the same bits because all of them come here."""
+    delta = (factors.b @ factors.a) * factors.scaling
+    return delta.transpose(1, 2) if factors.transposed else delta
+
+
+def adapter_factors(model: nn.Module, adapter_name: str) -> dict[str, Factors]:
+    """Name of each adapted tensor in the bare base -> its A and B, out of PEFT's layout."""
     from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
-    deltas = {}
+    factors = {}
     for name, layer in _base_of(model).named_modules():
         if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
             continue
-        a, b = layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
+        a = layer.lora_A[adapter_name].weight.detach().float()
+        b = layer.lora_B[adapter_name].weight.detach().float()
         leaf = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
         if isinstance(layer, ParamWrapper) and layer.num_experts > 1:
-            a = a.float().reshape(layer.num_experts, -1, a.shape[-1])
-            b = b.float().reshape(b.shape[0], -1, layer.num_experts).permute(2, 0, 1)
-        delta = (b.float() @ a.float()) * layer.scaling[adapter_name]
-        stored_transposed = getattr(layer.get_base_layer(), "is_transposed", False) and delta.ndim == 3
-        deltas[f"{_bare(name)}.{leaf}"] = delta.transpose(1, 2) if stored_transposed else delta
-    return deltas
+            a = a.reshape(layer.num_experts, -1, a.shape[-1])
+            b = b.reshape(b.shape[0], -1, layer.num_experts).permute(2, 0, 1)
+        transposed = bool(getattr(layer.get_base_layer(), "is_transposed", False)) and a.ndim == 3
+        scaling = float(layer.scaling[adapter_name])
+        factors[f"{_bare(name)}.{leaf}"] = Factors(a.contiguous(), b.contiguous(), scaling, transposed)
+    return factors
 
 
 def write_model(

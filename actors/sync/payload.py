@@ -1,0 +1,201 @@
+"""What travels in a weight sync: a manifest, and one buffer with all tensors.
+
+Invariants: a payload's bytes are a function of the weights alone (sorted names, aligned offsets, zeroed
+gaps), so equal weights have equal digests; a tensor is never sent without the others of its group.
+
+A group is what an engine rebuilds as a whole: the weights and biases of one module, where q, k and v are
+one module, gate and up are one, and all experts of a layer are one. vLLM's layerwise reload makes such a
+module anew from what arrived; half of a group leaves garbage in the other half, in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from hashlib import blake2b
+from typing import Any, Literal
+
+import torch
+
+from actors.models.merge import Factors
+
+Kind = Literal["adapter", "merged"]
+"""`adapter`: LoRA's A and B, by the adapted weight's name in the bare base. `merged`: whole tensors, by
+their names in the checkpoint."""
+
+ALIGNMENT = 64
+"""Bytes. Products of views that are aligned as torch's own allocations have the same bits on both sides."""
+
+_FUSED: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"\.(?:experts\..*|experts|input_linear|output_linear)$"), ".experts"),
+    (re.compile(r"\.(?:q|k|v)_proj$"), ".qkv_proj"),
+    (re.compile(r"\.(?:q_a_proj|kv_a_proj_with_mqa)$"), ".fused_qkv_a_proj"),
+    (re.compile(r"\.(?:gate|up)_proj$"), ".gate_up_proj"),
+)
+"""Module path -> the module that an engine makes of it and its siblings. GraniteMoe's checkpoints call the
+experts of a layer input_linear and output_linear."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor in the buffer."""
+
+    name: str
+    part: str
+    """`A` or `B` of an adapter, `W` of merged weights."""
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+    """First byte in the buffer."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is in the buffer, and what to do with it."""
+
+    version: int
+    payload: Kind
+    base_dtype: str
+    """Dtype of the base in the trainer. An engine that merges rounds its own base to it first, so that both
+    add to the same weights."""
+    entries: tuple[Entry, ...]
+    scalings: dict[str, float]
+    """Adapted weight -> s of W0 + s B A."""
+    transposed: tuple[str, ...]
+    """Adapted weights that are stored as (..., in, out)."""
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the buffer."""
+        return max((_aligned(entry.offset + entry.nbytes) for entry in self.entries), default=0)
+
+    @property
+    def names(self) -> list[str]:
+        """Weights that this changes, each once, sorted."""
+        return sorted({entry.name for entry in self.entries})
+
+    @cached_property
+    def digest(self) -> str:
+        """Of names, shapes, dtypes, scalings and version."""
+        return blake2b(self.encode(), digest_size=16).hexdigest()
+
+    def encode(self) -> bytes:
+        """JSON, the same bytes for equal manifests."""
+        return json.dumps(asdict(self), sort_keys=True).encode()
+
+    @staticmethod
+    def decode(raw: bytes) -> Manifest:
+        """The inverse of `encode`."""
+        found: dict[str, Any] = json.loads(raw)
+        entries = [Entry(**{**entry, "shape": tuple(entry["shape"])}) for entry in found.pop("entries")]
+        return Manifest(**{**found, "entries": tuple(entries), "transposed": tuple(found["transposed"])})
+
+
+@dataclass(frozen=True)
+class Payload:
+    """A manifest and its bytes."""
+
+    manifest: Manifest
+    buffer: torch.Tensor
+    """uint8 (bytes,)."""
+
+    @cached_property
+    def digest(self) -> str:
+        """Of every byte of the buffer."""
+        return digest_of(self.buffer)
+
+    def tensors(self) -> dict[tuple[str, str], torch.Tensor]:
+        """(name, part) -> a view into the buffer."""
+        return {(entry.name, entry.part): _view(self.buffer, entry) for entry in self.manifest.entries}
+
+    def factors(self) -> dict[str, Factors]:
+        """Adapted weight -> its A and B, of a payload `adapter`."""
+        tensors, manifest = self.tensors(), self.manifest
+        return {
+            name: Factors(tensors[name, "A"], tensors[name, "B"], scaling, name in manifest.transposed)
+            for name, scaling in sorted(manifest.scalings.items())
+        }
+
+
+def pack_adapter(version: int, base_dtype: str, factors: Mapping[str, Factors]) -> Payload:
+    """The A and B of every adapted weight in one buffer."""
+    tensors = {(name, "A"): f.a for name, f in factors.items()}
+    tensors |= {(name, "B"): f.b for name, f in factors.items()}
+    scalings = {name: f.scaling for name, f in factors.items()}
+    transposed = sorted(name for name, f in factors.items() if f.transposed)
+    return _pack(version, "adapter", base_dtype, tensors, scalings, transposed)
+
+
+def pack_merged(version: int, base_dtype: str, tensors: Mapping[str, torch.Tensor]) -> Payload:
+    """Merged weights under the names of their checkpoint in one buffer."""
+    return _pack(version, "merged", base_dtype, {(n, "W"): t for n, t in tensors.items()}, {}, ())
+
+
+def group_of(name: str) -> str:
+    """The group of a weight or bias, by its name in a checkpoint or in the bare base in memory."""
+    module = name.rpartition(".")[0]
+    for pattern, fused in _FUSED:
+        module, changed = pattern.subn(fused, module)
+        if changed:
+            return module
+    return module
+
+
+def closure(touched: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Of all `known` names those whose group has a touched one: what has to be loaded together, sorted."""
+    groups = {group_of(name) for name in touched}
+    return sorted(name for name in known if group_of(name) in groups)
+
+
+def missing_members(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Known names that `names` lacks to be whole groups, sorted; empty when every group is complete."""
+    given = set(names)
+    return [name for name in closure(given, known) if name not in given]
+
+
+def digest_of(tensor: torch.Tensor) -> str:
+    """Of a tensor's bytes in its own order, whatever its strides; 128 bits in hexadecimal."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
+    return blake2b(flat.numpy().data, digest_size=16).hexdigest()
+
+
+def _pack(
+    version: int,
+    payload: Kind,
+    base_dtype: str,
+    tensors: Mapping[tuple[str, str], torch.Tensor],
+    scalings: dict[str, float],
+    transposed: Sequence[str],
+) -> Payload:
+    entries, offset = [], 0
+    for (name, part), tensor in sorted(tensors.items()):
+        entry = Entry(name, part, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), offset)
+        entries.append(entry)
+        offset = _aligned(offset + entry.nbytes)
+    manifest = Manifest(version, payload, base_dtype, tuple(entries), scalings, tuple(transposed))
+    device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
+    buffer = torch.zeros(manifest.nbytes, dtype=torch.uint8, device=device)
+    for entry in entries:
+        _view(buffer, entry).copy_(tensors[entry.name, entry.part].detach())
+    return Payload(manifest, buffer)
+
+
+def _view(buffer: torch.Tensor, entry: Entry) -> torch.Tensor:
+    raw = buffer[entry.offset : entry.offset + entry.nbytes]
+    return raw.view(_dtype(entry.dtype)).view(entry.shape)
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def _dtype(name: str) -> torch.dtype:
+    return getattr(torch, name)

@@ -1,0 +1,182 @@
+"""The protocol of a weight sync as pure decisions: no Ray, no clock, no tensors.
+
+    fresh ----acknowledged----> staged --committed--> committed --verified--> serving --acknowledged--> ...
+    (base)                        |discarded            |mismatched
+                                  v                     v
+                            what it was before         lost --restarted--> fresh
+
+Versions are integers and only grow. An engine serves a version once that was verified on it. Staging that
+fails anywhere is discarded everywhere, and every engine goes on with what it had; a failure while
+committing loses that engine, because its weights are then half of two versions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+NO_VERSION = -1
+"""What an engine holds before the first sync: the base."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What the trainer packed for a version: what every engine has to acknowledge."""
+
+    version: int
+    bytes: int
+    tensors: int
+    digest: str
+    """Of every byte."""
+    manifest_digest: str
+    """Of names, shapes and dtypes."""
+
+
+@dataclass(frozen=True)
+class StageAck(Offer):
+    """What an engine received, by its own count."""
+
+
+@dataclass(frozen=True)
+class CommitReport:
+    """What an engine loaded."""
+
+    version: int
+    bound: int
+    """Checkpoint tensors that found their place in the engine."""
+    expected: int
+    """Checkpoint tensors that were handed to it."""
+    seconds: dict[str, float]
+    """By part: `merge`, `load`, ..."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An engine that did not do what was asked."""
+
+    reason: str
+    died: bool
+    """Its process is gone or does not answer; else it refused, and can be asked again."""
+
+
+class State(StrEnum):
+    """What is known about the weights of one engine."""
+
+    FRESH = "fresh"
+    """Holds the base; serves nobody."""
+    SERVING = "serving"
+    """Holds a verified version."""
+    STAGED = "staged"
+    """Has the next version in a buffer beside the weights that it holds."""
+    COMMITTED = "committed"
+    """Loaded the next version; nothing is proved yet."""
+    LOST = "lost"
+    """Has to be replaced."""
+
+
+class Event(StrEnum):
+    """What was observed about one engine."""
+
+    ACKNOWLEDGED = "acknowledged"
+    DISCARDED = "discarded"
+    COMMITTED = "committed"
+    VERIFIED = "verified"
+    FAILED = "failed"
+    """Failed to commit, was not what it should be after it, or died."""
+    RESTARTED = "restarted"
+
+
+_NEXT: dict[tuple[State, Event], State] = {
+    (State.FRESH, Event.ACKNOWLEDGED): State.STAGED,
+    (State.SERVING, Event.ACKNOWLEDGED): State.STAGED,
+    (State.STAGED, Event.COMMITTED): State.COMMITTED,
+    (State.COMMITTED, Event.VERIFIED): State.SERVING,
+}
+"""Every way forward. Besides, any engine can fail, and only a lost one is restarted."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The weights of one engine."""
+
+    state: State = State.FRESH
+    version: int = NO_VERSION
+    """The version that it serves, or would go on serving."""
+    generation: int = 0
+    """Restarts so far; channels are numbered by it."""
+    reason: str = ""
+    """Why it is lost."""
+
+    def after(self, event: Event, version: int = NO_VERSION, reason: str = "") -> Engine:
+        """The engine once `event` was seen.
+
+        Raises:
+            ValueError: the event can't happen in this state.
+        """
+        if event is Event.FAILED:
+            return replace(self, state=State.LOST, version=NO_VERSION, reason=reason)
+        if event is Event.RESTARTED and self.state is State.LOST:
+            return Engine(generation=self.generation + 1)
+        if event is Event.DISCARDED and self.state is not State.COMMITTED:
+            return replace(self, state=self._before_staging())
+        state = _NEXT.get((self.state, event))
+        if state is None:
+            raise ValueError(f"a {self.state} engine can't be {event}")
+        return replace(self, state=state, version=version if event is Event.VERIFIED else self.version)
+
+    def _before_staging(self) -> State:
+        if self.state is not State.STAGED:
+            return self.state
+        return State.FRESH if self.version == NO_VERSION else State.SERVING
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What follows from the answers to a stage."""
+
+    commit: bool
+    """Every engine staged exactly what was offered: all commit. Else nobody does."""
+    discard: tuple[int, ...]
+    """Engines that staged and have to forget it."""
+    dead: tuple[int, ...]
+    """Engines that have to be replaced before the version is offered again."""
+    refusals: tuple[str, ...]
+    """Why engines refused: not to be cured by offering it again."""
+
+
+def decide(offer: Offer, answers: Mapping[int, StageAck | Failure]) -> Decision:
+    """All commit or nobody does."""
+    wrong = {rank: _objection(offer, answer) for rank, answer in answers.items()}
+    dead = tuple(rank for rank, answer in answers.items() if isinstance(answer, Failure) and answer.died)
+    refusals = tuple(f"engine {rank}: {why}" for rank, why in wrong.items() if why and rank not in dead)
+    staged = tuple(rank for rank, answer in answers.items() if isinstance(answer, StageAck))
+    commit = not any(wrong.values())
+    return Decision(commit, () if commit else staged, dead, refusals)
+
+
+def _objection(offer: Offer, answer: StageAck | Failure) -> str | None:
+    """What is wrong with an answer, or None."""
+    if isinstance(answer, Failure):
+        return answer.reason
+    for what in ("version", "tensors", "manifest_digest", "bytes", "digest"):
+        sent, arrived = getattr(offer, what), getattr(answer, what)
+        if sent != arrived:
+            return f"acknowledged {what} {arrived}, the trainer offered {sent}"
+    return None
+
+
+def objection_to_commit(version: int, report: CommitReport) -> str | None:
+    """What is wrong with a commit, or None: every tensor that was handed over has to be bound."""
+    if report.version != version:
+        return f"committed version {report.version}, not {version}"
+    if report.bound != report.expected or not report.bound:
+        return f"bound {report.bound} of {report.expected} tensors"
+    return None
+
+
+def objection_to_version(current: int, offered: int) -> str | None:
+    """Why a version must not be loaded over another, or None: an old one would undo an update."""
+    if offered > current:
+        return None
+    return f"version {offered} is not newer than version {current}"

@@ -1,0 +1,23 @@
+"""What a weight sync can be told. Free of torch, so that plans and configurations can use it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from actors.models.spec import Spec
+
+
+class SyncSpec(Spec):
+    """How new weights travel, and how their arrival is proved."""
+
+    payload: Literal["adapter", "merged"] = "adapter"
+    """What is sent: LoRA's A and B, merged by the engine into its untouched base, or merged weights."""
+    probes: int = Field(default=4, ge=1)
+    """Sequences whose log-probabilities engine and trainer compare after a sync."""
+    probe_tokens: int = Field(default=32, ge=1)
+    """Tokens of a probe that are compared."""
+    tolerance: float | None = Field(default=None, gt=0)
+    """Largest |log-probability difference| that nine of ten probe tokens may show between engine and
+    trainer. Null: by dtype, 1e-4 in float32 and 0.15 in bfloat16."""
