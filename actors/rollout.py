@@ -15,12 +15,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
+from actors.engine_spec import EngineSpec
 from actors.errors import RunFailure, UserError
-from actors.models.spec import Spec
 from actors.sampling import Generations, SamplingSpec, sample_seed
 
 if TYPE_CHECKING:
@@ -41,27 +39,6 @@ MIN_CACHE, MAX_CACHE = 64 * 2**20, 4 * 2**30
 at the start, which takes 2.3 s per GiB."""
 
 SCRATCH_PREFIX = "raylign-merged-"
-
-
-class EngineSpec(Spec):
-    """How a rollout engine is built, under vLLM's field names where it has one."""
-
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of weights and activations in the engine."""
-    max_model_len: int | None = Field(default=None, ge=16)
-    """Positions of prompt and answer together. Null: the model's own limit, at most 4,096."""
-    max_num_seqs: int = Field(default=256, ge=1)
-    """Samples generated at the same time."""
-    kv_cache_gib: float | None = Field(default=None, gt=0)
-    """Memory for keys and values on the CPU. Null: 64 sequences of full length, between 64 MiB and 4 GiB."""
-    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
-    """Share of a GPU's memory that the engine takes."""
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    """GPUs that one engine is spread over."""
-    enforce_eager: bool = True
-    """Run without CUDA graphs: slower tokens, faster start."""
-    trust_remote_code: bool = False
-    """Allow the base's own Python code."""
 
 
 class RolloutEngine:

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic_core import PydanticCustomError
 
-from pipeline.stages.spec import DpoStage, StageSpec
+from actors.rewards import EXACT_MATCH, FUNCTION
+from pipeline.stages.spec import DpoStage, PpoStage, RewardStage, RlStage, StageSpec
 
 if TYPE_CHECKING:
     from pipeline.config.schema import RunConfig
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-RESERVED_NAMES = frozenset({"base", "eval", "logs", "plots", "cache", "policy", "reference", "rollout"})
-"""`base` names the model that a run starts from; the others are directories and roles of a run."""
+RESERVED_NAMES = frozenset(
+    {"base", "eval", "logs", "plots", "cache", "policy", "reference", "critic", "rollout", EXACT_MATCH}
+)
+"""`base` names the model that a run starts from; the others are directories, roles and rules of a run."""
 SMOOTHED_LOSSES = frozenset({"cdpo", "robust", "exo_pair", "aot", "aot_unpaired"})
 """Losses that read label_smoothing (TRL's, and cdpo)."""
 F_DIVERGENCE_LOSSES = frozenset(
@@ -65,6 +68,7 @@ def cross_problems(config: RunConfig) -> list[Problem]:
         *_role_problems(config),
         *_stage_graph_problems(config),
         *(p for name, stage in config.stages.items() for p in _stage_problems(f"stages.{name}", stage)),
+        *_online_problems(config),
         *_eval_problems(config),
     ]
 
@@ -87,20 +91,35 @@ def _model_problems(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+VIEWS = ("reference", "critic", "reward")
+"""Roles that can be views of the policy's host."""
+
+
 def _role_problems(config: RunConfig) -> Iterator[Problem]:
     for role in ("policy", "rollout"):
         if getattr(config.roles, role).share is not None:
-            yield Problem(
-                f"roles.{role}.share", f"only the reference can be a view of another role, not {role}"
-            )
+            yield Problem(f"roles.{role}.share", f"only {', '.join(VIEWS)} can be views of another role")
+    for role in VIEWS:
+        share = getattr(config.roles, role).share
+        if share is not None and share != "policy":
+            yield Problem(f"roles.{role}.share", f"'{share}' holds no base to share; write `share: policy`")
     share = config.roles.reference.share
-    if share is not None and share != "policy":
-        yield Problem("roles.reference.share", f"'{share}' holds no base to share; write `share: policy`")
-    elif share == "policy" and config.model.lora is None:
+    if share == "policy" and config.model.lora is None:
         yield Problem(
             "roles.reference.share",
             "full fine-tuning (model.lora: null) moves the policy's base, so the reference can't be a view "
             "of it; remove `share` and give the reference workers of its own, e.g. `reference: {workers: 1}`",
+        )
+    yield from _engine_problems(config)
+
+
+def _engine_problems(config: RunConfig) -> Iterator[Problem]:
+    rollout = config.roles.rollout
+    parallel = rollout.engine.tensor_parallel_size
+    if parallel > 1 and rollout.gpus != parallel:
+        yield Problem(
+            "roles.rollout.engine.tensor_parallel_size",
+            f"an engine on {parallel} GPUs, but roles.rollout.gpus is {rollout.gpus:g}; set it to {parallel}",
         )
 
 
@@ -115,19 +134,25 @@ def _stage_graph_problems(config: RunConfig) -> Iterator[Problem]:
             )
         if name in RESERVED_NAMES:
             yield Problem(f"stages.{name}", f"'{name}' is taken by the run itself; name the stage otherwise")
-        sources = {"init": stage.init, "reference": getattr(stage, "reference", None)}
-        for field, source in sources.items():
-            problem = _source_problem(source, name, names[:position], names)
-            if problem:
+        policies = [other for other in names[:position] if config.stages[other].hands_on_policy]
+        for field in ("init", "reference"):
+            source = getattr(stage, field, None)
+            problem = _source_problem(source, name, ["base", *policies], names, config)
+            if source is not None and problem:
                 yield Problem(f"stages.{name}.{field}", problem)
 
 
-def _source_problem(source: str | None, name: str, earlier: list[str], names: list[str]) -> str | None:
-    if source is None or source == "base" or source in earlier:
+def _source_problem(
+    source: str | None, name: str, possible: list[str], names: list[str], config: RunConfig
+) -> str | None:
+    if source is None or source in possible:
         return None
-    choices = ", ".join(["base", *earlier])
+    choices = ", ".join(possible) or "none"
     if source == name:
         return f"'{source}' is the stage itself; possible: {choices}"
+    if source in names and names.index(source) < names.index(name):
+        kind = config.stages[source].type
+        return f"'{source}' is a stage of type {kind}, which can't be used here; possible: {choices}"
     if source in names:
         return f"'{source}' runs after '{name}'; move it before, or choose from: {choices}"
     return f"no stage is named '{source}'; possible: {choices}"
@@ -140,10 +165,12 @@ def _stage_problems(path: str, stage: StageSpec) -> Iterator[Problem]:
         yield Problem(
             f"{path}.warmup_steps", f"{stage.warmup_steps:g}: a whole number of steps, or a share below 1"
         )
-    if 0 < stage.max_steps < stage.warmup_steps:
+    updates = stage.max_steps * (stage.updates_per_step if isinstance(stage, RlStage) else 1)
+    if 0 < updates < stage.warmup_steps:
         yield Problem(
             f"{path}.warmup_steps",
-            f"{stage.warmup_steps:g} is longer than the stage (max_steps: {stage.max_steps})",
+            f"{stage.warmup_steps:g} is longer than the stage ({updates} optimizer steps, by max_steps: "
+            f"{stage.max_steps})",
         )
     if stage.eval_steps is not None and stage.eval_data is None:
         yield Problem(
@@ -152,6 +179,14 @@ def _stage_problems(path: str, stage: StageSpec) -> Iterator[Problem]:
     yield from _schedule_problems(path, stage)
     if isinstance(stage, DpoStage):
         yield from _dpo_problems(path, stage)
+    if isinstance(stage, RlStage):
+        yield from _rl_problems(path, stage)
+    if isinstance(stage, PpoStage) and stage.critic_warmup_steps >= stage.max_steps > 0:
+        yield Problem(
+            f"{path}.critic_warmup_steps",
+            f"{stage.critic_warmup_steps} leaves the policy no step to learn in (max_steps: "
+            f"{stage.max_steps})",
+        )
 
 
 def _schedule_problems(path: str, stage: StageSpec) -> Iterator[Problem]:
@@ -203,17 +238,104 @@ def _dpo_problems(path: str, stage: DpoStage) -> Iterator[Problem]:
         )
 
 
+def _rl_problems(path: str, stage: RlStage) -> Iterator[Problem]:
+    yield from _sampling_problems(path, stage)
+    yield from _kl_problems(path, stage)
+    if stage.epsilon >= 1:
+        yield Problem(f"{path}.epsilon", f"{stage.epsilon:g}: the ratio is clipped at 1 - epsilon, above 0")
+    offline = {"eval_data": None, "eval_steps": None, "truncation_mode": "keep_start"}
+    for key, unset in offline.items():
+        if getattr(stage, key) != unset:
+            yield Problem(
+                f"{path}.{key}",
+                "is for stages with answers in their data; an online stage writes its own: a prompt that is "
+                "too long follows its source's on_bad_row, and `eval` scores held-out prompts",
+            )
+
+
+def _sampling_problems(path: str, stage: RlStage) -> Iterator[Problem]:
+    samples, group = stage.samples_per_step, stage.num_generations
+    if samples % group:
+        yield Problem(
+            f"{path}.num_generations",
+            f"{group} samples of each prompt don't fill {samples} (batch_size {stage.batch_size} x "
+            f"steps_per_generation {stage.steps_per_generation}) evenly",
+        )
+    if group < 2 and stage.advantage != "gae":
+        yield Problem(
+            f"{path}.num_generations", f"{group}: {stage.type} compares a prompt's samples; at least 2"
+        )
+    if stage.max_length is not None and stage.max_completion_length >= stage.max_length:
+        yield Problem(
+            f"{path}.max_completion_length",
+            f"{stage.max_completion_length} leaves a prompt no room within max_length: {stage.max_length}",
+        )
+
+
+def _kl_problems(path: str, stage: RlStage) -> Iterator[Problem]:
+    if stage.beta > 0 and stage.kl_in == "loss" and stage.kl_estimator == "k1":
+        yield Problem(
+            f"{path}.kl_estimator",
+            "k1 in a loss has a gradient of mean zero, whatever the divergence; use k2 (the divergence's own "
+            "gradient) or k3, or kl_in: reward",
+        )
+    if stage.kl_target is not None and stage.beta == 0:
+        yield Problem(f"{path}.kl_target", "steers beta by factors, and beta is 0; give beta a start value")
+
+
+def _online_problems(config: RunConfig) -> Iterator[Problem]:
+    names = list(config.stages)
+    for position, (name, stage) in enumerate(config.stages.items()):
+        path = f"stages.{name}"
+        models = [other for other in names[:position] if isinstance(config.stages[other], RewardStage)]
+        if isinstance(stage, RlStage):
+            yield from _reward_source_problems(path, name, stage, models, config)
+        if isinstance(stage, PpoStage):
+            problem = _source_problem(stage.critic_init, name, models, names, config)
+            if problem:
+                yield Problem(f"{path}.critic_init", problem + " (null: what the policy starts from)")
+        if isinstance(stage, RlStage | RewardStage) and config.model.lora is None:
+            yield Problem(
+                f"{path}.type",
+                f"{stage.type} needs LoRA: its roles are adapters on one base; set model.lora",
+            )
+
+
+def _reward_source_problems(
+    path: str, name: str, stage: RlStage, models: list[str], config: RunConfig
+) -> Iterator[Problem]:
+    sources = [reward.source for reward in stage.rewards]
+    for position, reward in enumerate(stage.rewards):
+        at, source = f"{path}.rewards.{position}", reward.source
+        if source in sources[:position]:
+            yield Problem(at, f"'{source}' is given twice; add up the weights")
+        elif reward.kind == "model" and "/" not in source and source not in models:
+            problem = _source_problem(source, name, models, list(config.stages), config)
+            yield Problem(
+                at,
+                f"{problem}; otherwise `exact_match`, `module:function`, or a reward model's directory "
+                "(written with a slash)",
+            )
+    if all(reward.weight == 0 for reward in stage.rewards):
+        yield Problem(f"{path}.rewards", "every weight is 0: nothing is wanted")
+
+
 def _eval_problems(config: RunConfig) -> Iterator[Problem]:
     spec = config.eval
     if spec is None:
         return
-    choices = ["base", *config.stages]
+    choices = ["base", *(name for name, stage in config.stages.items() if stage.hands_on_policy)]
     for name in spec.models or []:
-        if name not in choices:
+        if name in config.stages and name not in choices:
+            yield Problem(
+                "eval.models",
+                f"'{name}' is a reward model, which answers no prompts; its pairs are scored anyway",
+            )
+        elif name not in choices:
             yield Problem("eval.models", f"no stage is named '{name}'; possible: {', '.join(choices)}")
     if spec.models and len(set(spec.models)) < len(spec.models):
         yield Problem("eval.models", "a model is named more than once")
     if spec.sampling.n != 1:
         yield Problem("eval.sampling.n", f"{spec.sampling.n}: evaluation draws one answer per prompt")
-    if spec.metric != "exact_match" and not re.match(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", spec.metric):
+    if spec.metric != EXACT_MATCH and not FUNCTION.match(spec.metric):
         yield Problem("eval.metric", f"'{spec.metric}' is neither `exact_match` nor `module:function`")

@@ -131,12 +131,16 @@ def unknown_key(keys: list[str], value: Any, model: type[BaseModel], stage_type:
             kinds = [
                 m.model_fields["type"].default for m in _models_at(model, keys[:-1]) if key in m.model_fields
             ]
-            home = f"stages of type {' and '.join(kinds)}"
+            home = f"stages of type {_listed(kinds)}"
         return f"unknown key here; it belongs to `{home}`"
     near = difflib.get_close_matches(key, here, n=1)
     if near:
         return f"unknown key; did you mean `{near[0]}`?"
     return f"unknown key; possible: {', '.join(here)}"
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
 
 
 def did_you_mean(value: str, choices: Iterable[str]) -> str:

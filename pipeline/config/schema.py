@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from actors.engine_spec import EngineOptions
 from actors.models.spec import ModelSpec, Spec
 from actors.runtime import LimitsSpec, RoleSpec
 from actors.sampling import SamplingSpec
 from pipeline.config.checks import NAME_PATTERN, raise_for
 from pipeline.data.spec import DataSources
-from pipeline.stages.spec import STAGE_TYPES, DpoStage, SftStage, Stage, StageSpec
+from pipeline.stages.spec import STAGE_TYPES, DpoStage, PpoStage, RlStage, SftStage, Stage, StageSpec
 
 __all__ = [
     "DpoStage",
@@ -31,6 +32,13 @@ def _as_path(value: Any) -> Any:
     return Path(value).expanduser() if isinstance(value, str) and value else value
 
 
+class RolloutRoleSpec(RoleSpec):
+    """Engines: a process each, and how each is built."""
+
+    engine: EngineOptions = Field(default_factory=EngineOptions)
+    """How each engine is built, by vLLM's field names."""
+
+
 class RolesSpec(Spec):
     """Where each role lives."""
 
@@ -38,8 +46,12 @@ class RolesSpec(Spec):
     """The model being trained: data-parallel ranks."""
     reference: RoleSpec = Field(default_factory=lambda: RoleSpec(share="policy"))
     """Frozen reference. By default a view of the policy's base; its own actors where that base moves."""
-    rollout: RoleSpec = Field(default_factory=RoleSpec)
-    """vLLM engines, for evaluation."""
+    critic: RoleSpec = Field(default_factory=lambda: RoleSpec(share="policy"))
+    """PPO's critic. By default a view of the policy's base."""
+    reward: RoleSpec = Field(default_factory=lambda: RoleSpec(share="policy"))
+    """Reward models that online stages ask. By default views of the policy's base."""
+    rollout: RolloutRoleSpec = Field(default_factory=RolloutRoleSpec)
+    """vLLM engines, for the online stages and for evaluation."""
 
 
 class EvalSamplingSpec(SamplingSpec):
@@ -134,14 +146,28 @@ class RunConfig(Spec):
     def init_of(self, stage: str) -> str:
         """`base` or the stage whose result `stage` starts from."""
         names = list(self.stages)
-        position = names.index(stage)
-        return self.stages[stage].init or (names[position - 1] if position else "base")
+        earlier = names[: names.index(stage)]
+        policies = [name for name in earlier if self.stages[name].hands_on_policy]
+        return self.stages[stage].init or (policies[-1] if policies else "base")
 
     def reference_of(self, stage: str) -> str:
-        """`base` or the stage that is the reference policy of the DPO stage `stage`."""
+        """`base` or the stage that is the reference policy of the DPO or online stage `stage`."""
         spec = self.stages[stage]
-        assert isinstance(spec, DpoStage)
+        assert isinstance(spec, DpoStage | RlStage)
         return spec.reference or self.init_of(stage)
+
+    def reward_models_of(self, stage: str) -> dict[str, str | None]:
+        """Reward models that the online stage `stage` asks: source -> its stage, or None for a directory."""
+        spec = self.stages[stage]
+        assert isinstance(spec, RlStage)
+        sources = [reward.source for reward in spec.rewards if reward.kind == "model"]
+        return {source: source if source in self.stages else None for source in sources}
+
+    def critic_init_of(self, stage: str) -> str:
+        """`base` or the stage whose adapter the critic of the PPO stage `stage` starts from."""
+        spec = self.stages[stage]
+        assert isinstance(spec, PpoStage)
+        return spec.critic_init or self.init_of(stage)
 
     def seed_of(self, stage: str) -> int:
         """Seed of one stage."""
@@ -152,4 +178,7 @@ class RunConfig(Spec):
         """`base` and stages to evaluate, in order."""
         if self.eval is None:
             return []
-        return self.eval.models or ["base", *self.stages]
+        return self.eval.models or [
+            "base",
+            *(name for name, stage in self.stages.items() if stage.hands_on_policy),
+        ]

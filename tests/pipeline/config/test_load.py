@@ -132,7 +132,7 @@ def test_a_key_in_the_wrong_section_is_told_where_it_belongs() -> None:
     problems = problems_of(beta=0.1, model={"base": "b", "lora_alpha": 3})
     assert problems["model.lora_alpha"].endswith("belongs to `model.lora.lora_alpha`")
     assert problems["beta"].endswith("belongs to `stages.STAGE.beta`")
-    assert of_sft(beta=0.1)["stages.sft.beta"].endswith("belongs to `stages of type dpo`")
+    assert of_sft(beta=0.1)["stages.sft.beta"].endswith("belongs to `stages of type dpo, ppo, grpo and rloo`")
 
 
 @pytest.mark.parametrize("value", ["32", True, 1.5, None, [32]])

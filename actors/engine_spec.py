@@ -1,0 +1,35 @@
+"""How a rollout engine is built, under vLLM's field names where it has one; importable without vLLM."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from actors.models.spec import Spec
+
+
+class EngineOptions(Spec):
+    """What a run can say of its engines."""
+
+    max_model_len: int | None = Field(default=None, ge=16)
+    """Positions of prompt and answer together. Null: the model's own limit, at most 4,096."""
+    max_num_seqs: int = Field(default=256, ge=1)
+    """Samples generated at the same time."""
+    kv_cache_gib: float | None = Field(default=None, gt=0)
+    """Memory for keys and values on the CPU. Null: 64 sequences of full length, between 64 MiB and 4 GiB."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of a GPU's memory that the engine takes."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs that one engine is spread over."""
+    enforce_eager: bool = True
+    """Run without CUDA graphs: slower tokens, faster start."""
+
+
+class EngineSpec(EngineOptions):
+    """What an engine is told: the options, and what it shares with the run's model."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of weights and activations in the engine."""
+    trust_remote_code: bool = False
+    """Allow the base's own Python code."""
