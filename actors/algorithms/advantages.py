@@ -1,0 +1,202 @@
+"""Advantages of samples: generalised advantage estimation, group-relative, leave-one-out.
+
+- Columns: tokens of all samples one after the other, `offsets` between samples; samples stand in groups of
+  `num_generations`, one group a prompt.
+- An episode is exactly a sample's counted tokens. Its last token is terminal, whether it is the end-of-turn
+  token or the token limit: the value after it is 0 (as TRL's PPO and verl do; a reward model has scored the
+  cut text as it is, and `missing_eos_penalty` and `mask_truncated_completions` are there for the rest).
+- A sample without a reward (NaN) takes no part: it is in no mean and its advantage is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from actors.algorithms.whitening import Whitening, whiten
+from actors.models.spec import Spec
+
+AdvantageKind = Literal["gae", "group", "rloo"]
+ScaleRewards = Literal["group", "batch", "none"]
+
+
+class AdvantageSpec(Spec):
+    """How advantages come from rewards."""
+
+    kind: AdvantageKind = "group"
+    """gae (PPO, needs values), group (GRPO) or rloo."""
+    num_generations: int = Field(default=8, ge=1)
+    """Samples per prompt: the size of a group."""
+    gamma: float = Field(default=1.0, ge=0, le=1)
+    """Discount per token (gae)."""
+    lam: float = Field(default=0.95, ge=0, le=1)
+    """Lambda of generalised advantage estimation (gae)."""
+    scale_rewards: ScaleRewards = "group"
+    """Divisor of group-relative advantages: each group's standard deviation, the batch's, or none (group)."""
+    whiten_rewards: Whitening = "none"
+    """Whitening of token rewards before gae; `scale` is TRL's PPO."""
+    whiten_advantages: Whitening = "none"
+    """Whitening of advantages over the batch: of tokens (gae; `shift_and_scale` is usual) or of samples."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What advantages are made of: T tokens in N samples."""
+
+    rewards: np.ndarray
+    """float64 (N,): reward of each sample, NaN for none."""
+    offsets: np.ndarray
+    """int64 (N + 1,): tokens of sample `i` are `offsets[i]:offsets[i + 1]`; every sample has at least one."""
+    token_rewards: np.ndarray
+    """float64 (T,): rewards by token beside those of samples: minus beta KL, or 0."""
+    values: np.ndarray | None = None
+    """float64 (T,): the critic's value of the state before each token (gae)."""
+    mask: np.ndarray | None = None
+    """bool (T,): tokens that count in whitening; None: all of samples with a reward."""
+
+    def __post_init__(self) -> None:
+        if (self.lengths < 1).any():
+            raise ValueError(f"samples {np.flatnonzero(self.lengths < 1).tolist()} have no token")
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def by_token(self, of_samples: np.ndarray) -> np.ndarray:
+        """(N,) -> (T,)."""
+        return np.repeat(of_samples, self.lengths)
+
+    def by_sample(self, of_tokens: np.ndarray) -> np.ndarray:
+        """(T,) -> (N,): sums."""
+        sample = self.by_token(np.arange(len(self.rewards)))
+        return np.bincount(sample, weights=of_tokens, minlength=len(self.rewards))
+
+    def totals(self) -> np.ndarray:
+        """float64 (N,): each sample's reward and its tokens' rewards, NaN for none."""
+        return self.rewards + self.by_sample(self.token_rewards)
+
+    def counted(self) -> np.ndarray:
+        """bool (T,): tokens of samples with a reward that the mask leaves."""
+        scored = self.by_token(~np.isnan(self.rewards))
+        return scored if self.mask is None else scored & self.mask
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """Per token, float64 (T,)."""
+
+    advantages: np.ndarray
+    returns: np.ndarray | None = None
+    """What the critic learns (gae): advantages before whitening, plus values. The value itself for samples
+    without a reward, so that the critic learns nothing from them."""
+
+
+def gae(
+    rewards: np.ndarray, values: np.ndarray, offsets: np.ndarray, gamma: float, lam: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16).
+
+    delta_t = r_t + gamma V_t+1 - V_t; A_t = delta_t + gamma lam A_t+1; V and A are 0 after the last token.
+
+    Args:
+        rewards, values: float64 (T,).
+        offsets: int64 (N + 1,).
+
+    Returns:
+        Advantages and returns A + V, float64 (T,).
+    """
+    after = np.append(values[1:], 0.0)
+    after[offsets[1:] - 1] = 0.0
+    deltas = rewards + gamma * after - values
+    advantages = np.zeros_like(deltas)
+    lengths = np.diff(offsets)
+    # All samples' last tokens at once, then all tokens before them: as many steps as the longest has tokens.
+    for back in range(1, int(lengths.max(initial=0)) + 1):
+        at = offsets[1:][lengths >= back] - back
+        following = advantages[at + 1] if back > 1 else 0.0
+        advantages[at] = deltas[at] + gamma * lam * following
+    return advantages, advantages + values
+
+
+def group_relative(rewards: np.ndarray, num_generations: int, scale: ScaleRewards) -> np.ndarray:
+    """(r - mean of its group) / (std + 1e-4), float64 (N,) (GRPO, arXiv 2402.03300; TRL's epsilon).
+
+    The standard deviation is unbiased: of the group, of the batch (arXiv 2508.08221), or left out
+    (Dr. GRPO, arXiv 2503.20783). NaN rewards count nowhere and give 0.
+    """
+    groups = rewards.reshape(-1, num_generations)
+    centred = groups - _mean(groups)
+    if scale == "group":
+        centred = centred / (_std(groups) + 1e-4)
+    elif scale == "batch":
+        centred = centred / (_std(rewards[None]) + 1e-4)
+    return np.nan_to_num(centred.reshape(-1), nan=0.0)
+
+
+def leave_one_out(rewards: np.ndarray, num_generations: int) -> np.ndarray:
+    """r_i - mean of the other rewards of its group, float64 (N,) (RLOO, arXiv 2402.14740).
+
+    NaN rewards count nowhere and give 0, as does a reward without others.
+    """
+    groups = rewards.reshape(-1, num_generations)
+    others = (~np.isnan(groups)).sum(axis=1, keepdims=True) - 1
+    with np.errstate(invalid="ignore", divide="ignore"):
+        baseline = (np.nansum(groups, axis=1, keepdims=True) - groups) / others
+    return np.nan_to_num((groups - baseline).reshape(-1), nan=0.0)
+
+
+def _mean(groups: np.ndarray) -> np.ndarray:
+    """(G, 1), NaN for a group without rewards."""
+    counts = (~np.isnan(groups)).sum(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        return np.nansum(groups, axis=1, keepdims=True) / counts
+
+
+def _std(groups: np.ndarray) -> np.ndarray:
+    """(G, 1): unbiased, NaN for a group with fewer than two rewards."""
+    counts = (~np.isnan(groups)).sum(axis=1, keepdims=True)
+    squares = np.nansum((groups - _mean(groups)) ** 2, axis=1, keepdims=True)
+    return np.sqrt(squares / np.where(counts > 1, counts - 1, np.nan))
+
+
+def _of_gae(spec: AdvantageSpec, scored: Scored) -> Advantages:
+    if scored.values is None:
+        raise ValueError("gae needs the critic's values")
+    counted, known = scored.counted(), scored.by_token(~np.isnan(scored.rewards))
+    rewards = np.array(scored.token_rewards, dtype=np.float64)
+    rewards[scored.offsets[1:] - 1] += np.nan_to_num(scored.rewards, nan=0.0)
+    rewards = whiten(rewards, spec.whiten_rewards, counted)
+    advantages, returns = gae(rewards, scored.values, scored.offsets, spec.gamma, spec.lam)
+    whitened = whiten(np.where(known, advantages, 0.0), spec.whiten_advantages, counted)
+    return Advantages(whitened, np.where(known, returns, scored.values))
+
+
+def _of_group(spec: AdvantageSpec, scored: Scored) -> Advantages:
+    of_samples = group_relative(scored.totals(), spec.num_generations, spec.scale_rewards)
+    return _of_samples(spec, scored, of_samples)
+
+
+def _of_rloo(spec: AdvantageSpec, scored: Scored) -> Advantages:
+    return _of_samples(spec, scored, leave_one_out(scored.totals(), spec.num_generations))
+
+
+def _of_samples(spec: AdvantageSpec, scored: Scored, advantages: np.ndarray) -> Advantages:
+    """One advantage for all tokens of a sample; whitened over samples, whatever their lengths."""
+    counted = scored.by_sample(scored.counted()) > 0
+    return Advantages(scored.by_token(whiten(advantages, spec.whiten_advantages, counted)))
+
+
+ADVANTAGES: dict[str, Callable[[AdvantageSpec, Scored], Advantages]] = {
+    "gae": _of_gae,
+    "group": _of_group,
+    "rloo": _of_rloo,
+}
+
+
+def advantages_of(spec: AdvantageSpec, scored: Scored) -> Advantages:
+    """Advantages of every token by `spec.kind`, whitened as `spec` says; returns are not whitened."""
+    return ADVANTAGES[spec.kind](spec, scored)

@@ -1,0 +1,308 @@
+"""Rewards of samples: functions behind one call with a deadline, weighted sums, and their metrics.
+
+- A reward function is called as TRL 1.16 calls it: f(prompts=, completions=, completion_ids=, **columns),
+  and returns one float or None a sample. None is "not for me": it counts neither in the sum nor in means.
+- Nothing that a function does goes unseen: a raise, a wrong number of values, NaN, or no answer in time
+  ends in one message with the sample, or in the default that the configuration names.
+- A sample that every source passes over has the reward NaN: it is outside every baseline, advantage 0.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from actors.errors import RunFailure, UserError
+from actors.models.spec import Spec
+
+EXACT_MATCH = "exact_match"
+FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+
+RewardFunction = Callable[..., Any]
+SHOWN = 400
+"""Characters of a prompt or completion in a message."""
+
+
+class RewardSpec(Spec):
+    """One source of reward. A bare string in the configuration is a `source`."""
+
+    source: str = Field(min_length=1)
+    """`exact_match`, `module:function`, an earlier reward stage, or the directory of a reward model."""
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    """Factor of this reward in the sum."""
+    timeout_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    """Seconds that a function may take for one call with all samples of a step."""
+    on_error: Literal["stop"] | float = "stop"
+    """What a function's failure does: `stop` ends the run; a number is what the samples concerned get."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_source(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _finite_default(self) -> RewardSpec:
+        if self.on_error != "stop" and not math.isfinite(self.on_error):
+            raise ValueError("on_error is `stop` or a finite number")
+        return self
+
+    @property
+    def kind(self) -> Literal["exact_match", "function", "model"]:
+        """What `source` names; a `model` is a reward stage or a directory."""
+        if self.source == EXACT_MATCH:
+            return "exact_match"
+        return "function" if FUNCTION.match(self.source) else "model"
+
+    @property
+    def name(self) -> str:
+        """Name in metrics: the function's, the stage's, or of a directory `.../NAME/adapter` NAME."""
+        if self.kind == "function":
+            return self.source.partition(":")[2]
+        parts = [part for part in PurePosixPath(self.source).parts if part not in ("adapter", "/", "..")]
+        return parts[-1] if parts else self.source
+
+
+def reward_names(specs: Sequence[RewardSpec]) -> list[str]:
+    """A name for each source; repeated ones are numbered (`length`, `length-2`)."""
+    seen: dict[str, int] = {}
+    names = []
+    for spec in specs:
+        seen[spec.name] = seen.get(spec.name, 0) + 1
+        names.append(spec.name if seen[spec.name] == 1 else f"{spec.name}-{seen[spec.name]}")
+    return names
+
+
+def find_function(source: str) -> RewardFunction:
+    """The function that `module:function` names.
+
+    Raises:
+        UserError: nothing of that name can be imported, or it can't be called.
+    """
+    module, _, name = source.partition(":")
+    if os.getcwd() not in sys.path:  # The installed command, unlike `python -m`, does not look there.
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:  # a user's module can fail in any way while it is imported
+        raise UserError(
+            f"rewards: {source!r} cannot be imported ({type(error).__name__}: {error}); write exact_match, "
+            "module:function with the module on the path, a reward stage, or a reward model's directory"
+        ) from None
+    if not callable(found):
+        raise UserError(f"rewards: {source!r} is a {type(found).__name__}, not a function")
+    return found
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a reward function is given; every list has one entry a sample."""
+
+    prompts: Sequence[Any]
+    """Strings, or message lists where the data is conversational."""
+    completions: Sequence[Any]
+    """Strings, or `[{"role": "assistant", "content": ...}]` beside conversational prompts."""
+    completion_ids: Sequence[Sequence[int]]
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Further columns of the data, repeated for every sample of a prompt."""
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    def only(self, index: int) -> Samples:
+        """One sample by itself."""
+        cut = slice(index, index + 1)
+        columns = {name: values[cut] for name, values in self.columns.items()}
+        return Samples(self.prompts[cut], self.completions[cut], self.completion_ids[cut], columns)
+
+    def shown(self, index: int) -> str:
+        """One sample for a message, long texts cut."""
+        parts = {"prompt": self.prompts[index], "completion": self.completions[index]}
+        parts |= {name: values[index] for name, values in self.columns.items()}
+        return "\n".join(f"    {name}: {_cut(repr(value))}" for name, value in parts.items())
+
+
+@dataclass(frozen=True)
+class Called:
+    """What a call of a reward function came to."""
+
+    values: list[float | None]
+    """One a sample; where `problem` is set, those of `bad` hold nothing of use."""
+    problem: str = ""
+    bad: tuple[int, ...] = ()
+    """Samples without a value that can be used; the first is the one to show."""
+
+
+def call_reward_function(function: RewardFunction, samples: Samples, timeout_s: float) -> Called:
+    """Call a function once with all samples, in a thread of its own, and look at what comes back.
+
+    A function that does not answer in time is left running: Python can't end a thread.
+    """
+    n = len(samples)
+    outcome: dict[str, Any] = {}
+    thread = threading.Thread(target=_answer, args=(function, samples, timeout_s, outcome), daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if "error" in outcome:
+        index, error = outcome["error"]
+        text = f"it raised {type(error).__name__}: {error}"
+        return Called([None] * n, text, (index, *(i for i in range(n) if i != index)))
+    if "values" not in outcome:
+        text = f"no answer within {timeout_s:g} s for {n} samples; the first of them is shown"
+        return Called([None] * n, text, tuple(range(n)))
+    return _examined(outcome["values"], n)
+
+
+def _answer(function: RewardFunction, samples: Samples, timeout_s: float, outcome: dict[str, Any]) -> None:
+    """In the thread: the function's values, or its exception with the sample that provokes it."""
+    deadline = time.monotonic() + timeout_s
+    try:
+        outcome["values"] = _call(function, samples)
+    except BaseException as error:  # SystemExit and the like would end the thread without a word
+        outcome["error"] = (0, error)
+        outcome["error"] = _culprit(function, samples, error, deadline)
+
+
+def _culprit(
+    function: RewardFunction, samples: Samples, error: BaseException, deadline: float
+) -> tuple[int, BaseException]:
+    """The first sample that makes the function raise by itself; 0 if none does."""
+    for index in range(len(samples)):
+        if time.monotonic() > deadline:
+            break
+        try:
+            _call(function, samples.only(index))
+        except BaseException as alone:
+            return index, alone
+    return 0, error
+
+
+def _call(function: RewardFunction, samples: Samples) -> Any:
+    """TRL's call; a function without **kwargs gets only what it names."""
+    given = {
+        **samples.columns,
+        "prompts": samples.prompts,
+        "completions": samples.completions,
+        "completion_ids": samples.completion_ids,
+    }
+    parameters = inspect.signature(function).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        given = {name: value for name, value in given.items() if name in parameters}
+    values = function(**given)
+    if inspect.isawaitable(values):
+        import asyncio
+
+        values = asyncio.run(_awaited(values))
+    return values
+
+
+async def _awaited(values: Any) -> Any:
+    return await values
+
+
+def _examined(values: Any, n: int) -> Called:
+    """Numbers, None or bool as floats; anything else is a problem with its sample."""
+    try:
+        found = list(values)
+    except TypeError:
+        return Called([None] * n, f"it returned {type(values).__name__}, not a list", tuple(range(n)))
+    if len(found) != n:
+        return Called([None] * n, f"it returned {len(found)} values for {n} samples", tuple(range(n)))
+    read = [None if value is None else _number(value) for value in found]
+    bad = tuple(i for i, value in enumerate(read) if value is not None and not math.isfinite(value))
+    problem = f"it returned {_cut(repr(found[bad[0]]))} for sample {bad[0]} of {n}" if bad else ""
+    return Called(read, problem, bad)
+
+
+def _number(value: Any) -> float:
+    """NaN for what is no number; numpy's and torch's scalars are numbers, a text is none."""
+    try:
+        return math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def function_rewards(spec: RewardSpec, function: RewardFunction, samples: Samples) -> tuple[np.ndarray, str]:
+    """Rewards of one function, float64 (N,), NaN where it passes a sample over; and what was replaced.
+
+    Returns:
+        The rewards, and an empty text, or why `on_error` stands in for some of them.
+
+    Raises:
+        RunFailure: the function failed and `on_error` is `stop`; names function, reason and sample.
+    """
+    called = call_reward_function(function, samples, spec.timeout_s)
+    values = np.array([math.nan if v is None else v for v in called.values], dtype=np.float64)
+    if not called.problem:
+        return values, ""
+    if spec.on_error == "stop":
+        raise RunFailure(
+            f"reward '{spec.name}'",
+            "rewards",
+            f"{called.problem}\n{samples.shown(called.bad[0])}",
+            f"mend {spec.source}, or set `on_error` of this reward to the number that such samples get",
+        )
+    values[list(called.bad)] = spec.on_error
+    return values, f"{called.problem}; {len(called.bad)} of {len(samples)} samples get {spec.on_error:g}"
+
+
+def combine(rewards: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """Weighted sum over sources, float64 (N,), as TRL's `sum_then_normalize`.
+
+    Args:
+        rewards: float64 (sources, N), NaN where a source passed a sample over: left out of the sum.
+
+    Returns:
+        NaN where every source passed the sample over.
+    """
+    weighted = rewards * np.asarray(weights, dtype=np.float64)[:, None]
+    total = np.nansum(weighted, axis=0)
+    total[np.isnan(rewards).all(axis=0)] = np.nan
+    return total
+
+
+def without_eos_penalty(rewards: np.ndarray, finished: np.ndarray, penalty: float | None) -> np.ndarray:
+    """Take `penalty` off every sample that ended at the token limit (`missing_eos_penalty`, as TRL's PPO)."""
+    return rewards if penalty is None else np.where(finished, rewards, rewards - penalty)
+
+
+def reward_metrics(
+    names: Sequence[str], rewards: np.ndarray, weights: Sequence[float], num_generations: int
+) -> dict[str, float]:
+    """TRL's reward metrics: means and unbiased standard deviations over scored samples.
+
+    Args:
+        rewards: float64 (sources, N), NaN where passed over; N in groups of `num_generations`.
+
+    Returns:
+        `reward`, `reward_std`, `frac_reward_zero_std` (groups in which all rewards are equal: nothing to
+        learn from), and `rewards/NAME/mean|std`. What has no scored sample is left out.
+    """
+    total = combine(rewards, weights)
+    metrics = {f"rewards/{n}/{key}": v for n, row in zip(names, rewards) for key, v in _moments(row).items()}
+    metrics |= {{"mean": "reward", "std": "reward_std"}[key]: value for key, value in _moments(total).items()}
+    spread = [_moments(group).get("std", math.nan) for group in total.reshape(-1, num_generations)]
+    metrics["frac_reward_zero_std"] = float(np.isclose(spread, 0.0).mean())
+    return metrics
+
+
+def _moments(values: np.ndarray) -> dict[str, float]:
+    scored = values[~np.isnan(values)]
+    found = {"mean": float(scored.mean())} if len(scored) else {}
+    return found | ({"std": float(scored.std(ddof=1))} if len(scored) > 1 else {})
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
