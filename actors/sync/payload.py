@@ -162,9 +162,11 @@ def missing_members(names: Iterable[str], known: Iterable[str]) -> list[str]:
 
 
 def digest_of(tensor: torch.Tensor) -> str:
-    """Of a tensor's bytes in its own order, whatever its strides; 128 bits in hexadecimal."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
-    return blake2b(flat.numpy().data, digest_size=16).hexdigest()
+    """Of a tensor's shape, dtype and bytes (in its own order, whatever its strides); 128 bits, hexadecimal."""
+    state = blake2b(f"{tuple(tensor.shape)}|{tensor.dtype}|".encode(), digest_size=16)
+    if tensor.numel():
+        state.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
+    return state.hexdigest()
 
 
 def _pack(

@@ -52,6 +52,17 @@ class CommitReport:
 
 
 @dataclass(frozen=True)
+class Readback:
+    """What an engine holds after a commit, read out of the parameters that it computes with."""
+
+    version: int
+    digests: dict[str, str]
+    """Checkpoint name -> `payload.digest_of` of the bound values, cut back to that tensor."""
+    unread: tuple[str, ...] = ()
+    """Names that were handed over and can't be read back."""
+
+
+@dataclass(frozen=True)
 class Failure:
     """An engine that did not do what was asked."""
 

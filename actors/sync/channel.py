@@ -1,0 +1,140 @@
+"""A connection of two, trainer and one engine, that carries payloads over gloo or nccl.
+
+Each engine has a group of its own: a collective over all of them would hang everyone when one dies. The
+group is an object (no default group is touched, so it lives beside the ranks' own), and is thrown away
+after any error; a restarted engine gets a new one.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from actors.errors import RunFailure
+from actors.sync.payload import Manifest, Payload
+
+Backend = Literal["gloo", "nccl"]
+
+TRAINER, ENGINE = 0, 1
+"""Ranks in the group."""
+CHUNK_BYTES = 64 * 2**20
+"""Sent at once: a dead peer is noticed between chunks, and gloo's own buffers stay small."""
+HEADER = 2
+"""Numbers that come first: bytes of the manifest, bytes of the buffer."""
+
+
+class Listener:
+    """The trainer's end before the engine has come: a port that one engine is told."""
+
+    def __init__(self, host: str, timeout_s: float) -> None:
+        self._timeout = timedelta(seconds=timeout_s)
+        self._store = dist.TCPStore(host, 0, None, True, self._timeout, wait_for_workers=False)
+        self.address = f"{host}:{self._store.port}"
+
+    def accept(self, name: str, backend: Backend = "gloo") -> Channel:
+        """The connection, once the engine has joined.
+
+        Raises:
+            RunFailure: it did not within the deadline.
+        """
+        return Channel(self._store, TRAINER, self._timeout, backend, name)
+
+
+class Channel:
+    """One end of a connection. Unusable after the first error."""
+
+    def __init__(self, store: Any, rank: int, timeout: timedelta, backend: Backend, name: str) -> None:
+        self.name = name
+        self._peer = ENGINE if rank == TRAINER else TRAINER
+        self._timeout = timeout
+        self._device = torch.device("cuda" if backend == "nccl" else "cpu")
+        self._store = store
+        self._group: Any = self._guarded(lambda: _group(backend, store, rank, timeout), "connect")
+
+    @staticmethod
+    def join(address: str, timeout_s: float, backend: Backend = "gloo", name: str = "trainer") -> Channel:
+        """The engine's end, connected to a `Listener`'s address.
+
+        Raises:
+            RunFailure: nobody listens there, or not within the deadline.
+        """
+        host, _, port = address.rpartition(":")
+        timeout = timedelta(seconds=timeout_s)
+        try:
+            store = dist.TCPStore(host, int(port), None, False, timeout)
+        except RuntimeError as error:
+            raise RunFailure(f"channel to {name}", "sync", f"nobody listens at {address}") from error
+        return Channel(store, ENGINE, timeout, backend, name)
+
+    def send(self, payload: Payload) -> None:
+        """Hand a payload to the other end; returns when all of it is on its way.
+
+        Raises:
+            RunFailure: the peer is gone, or did not take it within the deadline.
+        """
+        manifest = torch.frombuffer(bytearray(payload.manifest.encode()), dtype=torch.uint8)
+        header = torch.tensor([len(manifest), len(payload.buffer)], dtype=torch.int64)
+        for tensor in (header, manifest, payload.buffer):
+            self._each_chunk(tensor.to(self._device), "send")
+
+    def receive(self) -> Payload:
+        """A payload from the other end, in a buffer of its own. Raises as `send`."""
+        header = self._each_chunk(torch.empty(HEADER, dtype=torch.int64, device=self._device), "recv")
+        sizes = [int(size) for size in header]
+        manifest, buffer = (
+            self._each_chunk(torch.empty(size, dtype=torch.uint8, device=self._device), "recv")
+            for size in sizes
+        )
+        return Payload(Manifest.decode(manifest.cpu().numpy().tobytes()), buffer)
+
+    def close(self) -> None:
+        """Drop the connection; the other end's next call fails."""
+        self._group = self._store = None
+
+    def _each_chunk(self, tensor: torch.Tensor, operation: Literal["send", "recv"]) -> torch.Tensor:
+        step = CHUNK_BYTES // tensor.element_size()
+        for chunk in tensor.split(step):
+            self._guarded(lambda chunk=chunk: self._move(chunk, operation), operation)  # type: ignore[misc]
+        return tensor
+
+    def _move(self, chunk: torch.Tensor, operation: str) -> None:
+        if self._group is None:
+            raise RuntimeError("it is closed")
+        getattr(self._group, operation)([chunk], self._peer, 0).wait(self._timeout)
+
+    def _guarded(self, work: Callable[[], Any], operation: str) -> Any:
+        try:
+            return work()
+        except RuntimeError as error:
+            self.close()
+            reason = f"{operation} failed: {_why(error)}"
+            raise RunFailure(f"channel to {self.name}", "sync", reason) from error
+
+
+def own_address() -> str:
+    """The address of this node that other nodes of the cluster reach."""
+    import ray
+
+    return ray.util.get_node_ip_address() if ray.is_initialized() else socket.gethostbyname("localhost")
+
+
+def _group(backend: Backend, store: Any, rank: int, timeout: timedelta) -> Any:
+    if backend == "gloo":
+        return dist.ProcessGroupGloo(store, rank, 2, timeout)
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return dist.ProcessGroupNCCL(store, rank, 2, options)
+
+
+def _why(error: BaseException) -> str:
+    text = str(error)
+    if "closed by peer" in text or "Connection reset" in text or "Broken pipe" in text:
+        return "the other end is gone"
+    if "imed out" in text or "timeout" in text.lower():
+        return "no answer within the deadline"
+    return text.splitlines()[0][:200] if text else type(error).__name__
