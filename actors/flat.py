@@ -39,6 +39,7 @@ def lay_flat(batch: Batch, rows: np.ndarray, share_prompts: bool) -> MicroBatch:
         predictors=places[counted - 1],
         labels=part.token_ids[counted].astype(np.int64),
         sequence=np.repeat(np.arange(part.n_sequences), lengths)[counted],
+        last=places[part.offsets[1:] - 1],
         rows=rows,
         n_sequences=part.n_sequences,
         n_tokens=int(own.sum()),

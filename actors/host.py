@@ -2,7 +2,8 @@
 
 Every rank of a host is given the whole global batch and takes its own share of rows. Losses divide
 by totals of the global batch and gradients are summed over ranks, so one rank and many do the same
-step. Policy, reference and (later) critic are views: an adapter, or the bare base.
+step. Policy, reference, critic and reward model are views: an adapter, with or without a scalar head,
+or the bare base.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import resource
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -27,10 +29,12 @@ from actors.errors import InvariantViolation, UserError
 from actors.host_spec import HostSpec
 from actors.models import adapters
 from actors.models.architectures import architecture_of
+from actors.models.heads import HeadInit, head_parameters, make_head
 from actors.models.loading import load_base, load_tokenizer, resolve_base
 from actors.models.moe import RouterStats, aux_loss_coef
 from actors.optim import names_without_decay
 from actors.optim_spec import OptimSpec
+from actors.packing import MicroBatch, counted_places
 from actors.passes import PassRunner, Sums
 from actors.ranks import Ranks
 from actors.scoring import TokenScorer
@@ -79,7 +83,10 @@ class ModelHost:
             torch.device(spec.device),
         )
         self._dropouts = [m for m in self.base.modules() if isinstance(m, nn.Dropout)]
-        self._training: Training | None = None
+        self.heads: dict[str, nn.Linear] = {}
+        """Scalar heads by role."""
+        self._trainings: dict[str | None, Training] = {}
+        """By role; the last prepared one is last."""
         self._load: np.ndarray | None = None
         self.base.eval()
         if resolved.adapter_path is not None:
@@ -107,7 +114,8 @@ class ModelHost:
     def add_adapter(self, name: str, path: str | Path | None = None, trainable: bool = True) -> None:
         """Add an adapter: saved at `path`, or fresh from the model's LoRA settings (A drawn, B zero).
 
-        With a base that was given as an adapter directory, fresh means: starting from that adapter.
+        A saved reward model or critic brings its head along. With a base that was given as an adapter
+        directory, fresh means: starting from that adapter.
 
         Raises:
             UserError: the adapter doesn't fit the base, or the model has no LoRA settings.
@@ -133,17 +141,38 @@ class ModelHost:
         else:
             source: Any = path if path is not None else lora
             adapters.add_adapter(self.model, name, source, trainable=trainable, seed=self.spec.seed)
+        head = adapters.read_head(path) if path is not None else None
+        if head is not None:
+            self._set_head(name, head)
         self._dropouts = [m for m in self.base.modules() if isinstance(m, nn.Dropout)]
         self._set_mode(train=False)
 
     def copy_adapter(self, source: str, target: str, trainable: bool = False) -> None:
-        """Set `target` to the weights of `source`; it is added if it isn't there."""
+        """Set `target` to the weights of `source`, its head included; it is added if it isn't there."""
         if target in adapters.adapter_names(self.model):
             adapters.copy_adapter_weights(self.model, source, target)
-            return
-        with tempfile.TemporaryDirectory(prefix="raylign-adapter-") as directory:
-            adapters.save_adapter(self.model, source, directory)
-            self.add_adapter(target, directory, trainable)
+        else:
+            with tempfile.TemporaryDirectory(prefix="raylign-adapter-") as directory:
+                adapters.save_adapter(self.model, source, directory)
+                self.add_adapter(target, directory, trainable)
+        if source in self.heads:
+            self._set_head(target, self.heads[source].weight)
+
+    def add_head(self, role: str, init: HeadInit = "zero") -> None:
+        """Give an adapter a fresh scalar head (in place of its own, if any) that trains with it.
+
+        `normal` is drawn from N(0, initializer_range) by the host's seed, as transformers does it.
+        """
+        self._set_head(role, make_head(self.config, init, self.spec.seed, self.spec.device).weight)
+
+    def _set_head(self, role: str, weight: torch.Tensor) -> None:
+        """Set or add a head; one that is there stays the same object, as an optimizer may hold it."""
+        if role not in adapters.adapter_names(self.model):
+            raise KeyError(f"no adapter '{role}' to give a head to")
+        if role not in self.heads:
+            self.heads[role] = make_head(self.config, "zero", 0, self.spec.device)
+        with torch.no_grad():
+            self.heads[role].weight.copy_(weight)
 
     def _as(self, role: str | None) -> AbstractContextManager[None]:
         """Run as an adapter; None is the model as it was given, with its adapter if it had one."""
@@ -153,14 +182,22 @@ class ModelHost:
 
     # --- Training -------------------------------------------------------------------------------
 
-    def prepare_training(self, role: str | None, spec: OptimSpec, total_steps: int) -> dict[str, Any]:
-        """Let exactly this adapter train (None: every parameter of the base), with a fresh optimizer.
+    def prepare_training(
+        self, role: str | None, spec: OptimSpec, total_steps: int, keep: bool = False
+    ) -> dict[str, Any]:
+        """Let exactly this adapter and its head train (None: every parameter of the base), with a fresh
+        optimizer.
+
+        Args:
+            role: the adapter.
+            spec: optimizer, schedule and clipping.
+            total_steps: length of the schedule.
+            keep: roles prepared earlier go on training, each with its own optimizer and schedule.
 
         Returns:
             `{"trainable_parameters": int, "tensors": int}`.
         """
-        if self._training is not None:
-            self._training.flat.release()
+        self._release([role] if keep else list(self._trainings))
         if role is None:
             if self.model is not self.base:
                 raise UserError(
@@ -171,25 +208,43 @@ class ModelHost:
             if self.spec.model.gradient_checkpointing:
                 adapters.enable_gradient_checkpointing(self.base)
         else:
-            adapters.set_trainable(self.model, [role])
-            parameters = adapters.adapter_parameters(self.model, role)
+            adapters.set_trainable(self.model, [role, *(name for name in self._trainings if name)])
+            head = self.heads.get(role)
+            if head is not None:
+                head.requires_grad_(True)
+            parameters = {**adapters.adapter_parameters(self.model, role), **head_parameters(head)}
         exempt = names_without_decay(self.model) if spec.weight_decay > 0 else set()
-        self._training = Training(role, parameters, spec, total_steps, exempt)
-        return {"trainable_parameters": self._training.n_parameters, "tensors": len(parameters)}
+        training = self._trainings[role] = Training(role, parameters, spec, total_steps, exempt)
+        return {"trainable_parameters": training.n_parameters, "tensors": len(parameters)}
+
+    def _release(self, roles: Iterable[str | None]) -> None:
+        for role in roles:
+            training = self._trainings.pop(role, None)
+            if training is not None:
+                training.flat.release()
+            if role in self.heads:
+                self.heads[role].requires_grad_(False)
 
     @property
     def training(self) -> Training:
-        if self._training is None:
+        """Of the role that was prepared last."""
+        if not self._trainings:
             raise RuntimeError("prepare_training comes before update, save_checkpoint and load_checkpoint")
-        return self._training
+        return next(reversed(self._trainings.values()))
 
-    def update(self, batch: Batch, loss: Loss, step: int) -> dict[str, float]:
+    def _training_of(self, role: str | None) -> Training:
+        if role is not None and role not in self._trainings:
+            raise RuntimeError(f"prepare_training comes before anything that trains '{role}'")
+        return self.training if role is None else self._trainings[role]
+
+    def update(self, batch: Batch, loss: Loss, step: int, role: str | None = None) -> dict[str, float]:
         """One optimizer step on a global batch.
 
         Args:
             batch: all rows of the step, the same on every rank.
             loss: what to minimise.
             step: number of this step, from 0; dropout is drawn from it.
+            role: which of the prepared roles trains; None: the one prepared last.
 
         Returns:
             TRL's metric names over the global batch, `moe/...`, and throughput.
@@ -198,13 +253,13 @@ class ModelHost:
             InvariantViolation: loss or gradient is not finite, or a trainable parameter gets no gradient.
         """
         begun = time.perf_counter()
-        training = self.training
+        training = self._training_of(role)
         training.flat.zero_grad()
         sums = self._run(batch, loss, training.role, step, train=True)
         for grad in training.flat.grads:
             self.ranks.sum_(grad)
         metrics = sums.reduced(self.ranks)
-        metrics.update(training.step(step, metrics["loss"], batch.n_tokens))
+        metrics.update(training.step(step, metrics["loss"], batch.n_tokens, loss.gradient_may_vanish))
         if sums.router_load is not None:
             metrics.update(sums.router_load.metrics())
             self._load = sums.router_load.load
@@ -222,19 +277,63 @@ class ModelHost:
         if missing:
             raise KeyError(f"{type(loss).__name__} needs columns {missing}; the batch has {there}")
         self._set_mode(train, dropout=loss.uses_dropout)
+        runner = replace(self.runner, head=self.heads.get(role or ""))
         with self._as(role):
-            return self.runner.run(batch, loss, step, train)
+            return runner.run(batch, loss, step, train)
 
-    # --- Log-probabilities ----------------------------------------------------------------------
+    # --- Log-probabilities, values, scores ------------------------------------------------------
 
-    def token_logprobs(self, batch: Batch, role: str | None) -> np.ndarray:
-        """float64 (counted tokens,): log-probability of each counted token, in the batch's order."""
+    def token_logprobs(self, batch: Batch, role: str | None, temperature: float = 1.0) -> np.ndarray:
+        """float64 (counted tokens,): log-probability of each counted token, in the batch's order.
+
+        Under softmax(logits / temperature), as tokens sampled at that temperature have it.
+        """
+        return self._per_token(batch, role, lambda micro: self.runner.scorer.logps(micro, temperature))
+
+    def values(self, batch: Batch, role: str) -> np.ndarray:
+        """float64 (counted tokens,): the role's head at the state before each counted token."""
+        head = self._head_of(role)
+        return self._per_token(batch, role, lambda micro: self.runner.scorer.values(micro, head))
+
+    def scores(self, batch: Batch, role: str) -> np.ndarray:
+        """float64 (sequences,): the role's head at each sequence's last token."""
+        head, k = self._head_of(role), batch.sequences_per_row
+        return self._gathered(
+            batch,
+            role,
+            batch.n_sequences,
+            lambda rows: torch.from_numpy((rows[:, None] * k + np.arange(k)).reshape(-1)),
+            lambda micro: self.runner.scorer.scores(micro, head),
+        )
+
+    def _head_of(self, role: str) -> nn.Linear:
+        if role not in self.heads:
+            raise KeyError(f"role '{role}' has no head (with one: {', '.join(self.heads) or 'none'})")
+        return self.heads[role]
+
+    def _per_token(
+        self, batch: Batch, role: str | None, compute: Callable[[MicroBatch], torch.Tensor]
+    ) -> np.ndarray:
+        def places(rows: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(counted_places(batch, rows))
+
+        return self._gathered(batch, role, int(batch.loss_mask.sum()), places, compute)
+
+    def _gathered(
+        self,
+        batch: Batch,
+        role: str | None,
+        size: int,
+        places: Callable[[np.ndarray], torch.Tensor],
+        compute: Callable[[MicroBatch], torch.Tensor],
+    ) -> np.ndarray:
+        """float64 (size,): what `compute` says of all ranks' micro-batches, at the `places` of their rows."""
         self._set_mode(train=False)
         rows, micros = self.runner.shard(batch)
-        found = torch.zeros(int(batch.loss_mask.sum()), dtype=torch.float64, device=self.spec.device)
-        with self._as(role):
+        found = torch.zeros(size, dtype=torch.float64, device=self.spec.device)
+        with self._as(role), torch.no_grad():
             for micro in micros:
-                found[self.runner.places(batch, rows, micro)] = self.runner.scorer.logps(micro).double()
+                found[places(rows[micro.rows]).to(found.device)] = compute(micro).double()
         return self.ranks.sum_(found).cpu().numpy()
 
     def logprobs(self, batch: Batch, role: str | None, ld_alpha: float | None = None) -> np.ndarray:
@@ -263,14 +362,13 @@ class ModelHost:
 
     def describe(self) -> dict[str, Any]:
         """Facts for logs and reports."""
-        trained = self._training
+        trained = [p for training in self._trainings.values() for p in training.flat.parameters.values()]
         return {
             "architecture": self.architecture.model_type,
             "parameters": sum(p.numel() for p in self.base.parameters()),
-            "trainable_parameters": sum(p.numel() for p in trained.flat.parameters.values())
-            if trained
-            else 0,
+            "trainable_parameters": sum(p.numel() for p in trained),
             "adapters": adapters.adapter_names(self.model),
+            "heads": list(self.heads),
             "dtype": self.spec.model.dtype,
             "device": self.spec.device,
             "packing": self.runner.packing,
@@ -291,10 +389,12 @@ class ModelHost:
         return adapters.frozen_digest(self.model)
 
     def save_adapter(self, role: str, directory: str | Path) -> None:
-        """Write one adapter in PEFT's layout (rank 0)."""
-        self._check_replicas(adapters.adapter_parameters(self.model, role).values())
+        """Write one adapter in PEFT's layout, with its head if it has one (rank 0)."""
+        head = self.heads.get(role)
+        parameters = {**adapters.adapter_parameters(self.model, role), **head_parameters(head)}
+        self._check_replicas(parameters.values())
         if self.ranks.rank == 0:
-            adapters.save_adapter(self.model, role, directory)
+            adapters.save_adapter(self.model, role, directory, None if head is None else head.weight)
         self.ranks.wait()
 
     def save_model(self, directory: str | Path) -> None:
@@ -313,15 +413,21 @@ class ModelHost:
             load_tokenizer(self.spec.model).save_pretrained(str(directory))
         self.ranks.wait()
 
-    def save_checkpoint(self, directory: str | Path) -> None:
-        """Write all that `load_checkpoint` needs to go on bit for bit (rank 0)."""
-        self._check_replicas(self.training.flat.parameters.values())
+    def save_checkpoint(self, directory: str | Path, role: str | None = None) -> None:
+        """Write all that `load_checkpoint` needs to go on bit for bit (rank 0).
+
+        Args:
+            directory: one for each role.
+            role: which of the prepared roles; None: the one prepared last.
+        """
+        training = self._training_of(role)
+        self._check_replicas(training.flat.parameters.values())
         if self.ranks.rank == 0:
-            self.training.save(Path(directory))
+            training.save(Path(directory))
         self.ranks.wait()
 
-    def load_checkpoint(self, directory: str | Path) -> int:
-        """Go on from a checkpoint, after `prepare_training` with the same settings.
+    def load_checkpoint(self, directory: str | Path, role: str | None = None) -> int:
+        """Go on from a role's checkpoint, after `prepare_training` with the same settings.
 
         Returns:
             Steps done so far: the number of the next step.
@@ -329,8 +435,9 @@ class ModelHost:
         Raises:
             UserError: incomplete, damaged, or of other settings.
         """
-        self.training.load(Path(directory))
-        return self.training.steps_done
+        training = self._training_of(role)
+        training.load(Path(directory))
+        return training.steps_done
 
     def _check_replicas(self, parameters: Any) -> None:
         """Ranks hold replicas; a drift would otherwise show in nothing but worse results."""

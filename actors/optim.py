@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from actors.models.heads import HEAD_NAME
 from actors.optim_spec import OptimSpec
 
 BUCKET_ELEMENTS = 1 << 26
@@ -148,7 +149,8 @@ class GradientCheck:
     """Every trainable parameter must get a gradient: on the first step, or as soon as it can.
 
     A LoRA's A has an exactly zero gradient while its B is zero (which lasts through warm-up steps at
-    rate 0), so A is asked for once B has moved.
+    rate 0), so A is asked for once B has moved. In the same way everything below a scalar head waits
+    while the head is zero.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -160,8 +162,11 @@ class GradientCheck:
         if not self._pending:
             return []
         self._pending = {n: p for n, p in self._pending.items() if p.grad is None or not p.grad.any()}
-        return [name for name in self._pending if not self._waits_for_b(name)]
+        return [name for name in self._pending if not self._waits(name)]
 
-    def _waits_for_b(self, name: str) -> bool:
+    def _waits(self, name: str) -> bool:
+        head = self._all.get(HEAD_NAME)
+        if name != HEAD_NAME and head is not None and not head.any():
+            return True
         partner = self._all.get(name.replace(".lora_A.", ".lora_B."))
         return ".lora_A." in name and partner is not None and not partner.any()

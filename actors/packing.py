@@ -49,6 +49,8 @@ class MicroBatch:
     """int64 (T,): the counted tokens, by sequence and place."""
     sequence: np.ndarray
     """int64 (T,): sequence of each counted token, counted within this micro-batch."""
+    last: np.ndarray
+    """int64 (S,): flat index into (B, L) of each sequence's last token."""
     rows: np.ndarray
     """int64 (R,): rows of the batch, in this micro-batch's order."""
     n_sequences: int
@@ -132,6 +134,7 @@ def _lay_out(batch: Batch, rows: np.ndarray, pack_for_width: int | None) -> Micr
         predictors=flat[counted] - 1,
         labels=part.token_ids[counted].astype(np.int64),
         sequence=np.repeat(np.arange(part.n_sequences), lengths)[counted],
+        last=flat[part.offsets[1:] - 1],
         rows=rows,
         n_sequences=part.n_sequences,
         n_tokens=part.n_tokens,

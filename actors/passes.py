@@ -6,10 +6,11 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from actors.algorithms.logprob import LabelStatistics
 from actors.algorithms.loss import Loss, MetricSums, TokenView, Totals
@@ -28,6 +29,8 @@ class Sums:
     loss: Tensor
     routers: RouterStats | None = None
     metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    extremes: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Largest values so far, times the sign of their weight."""
     router_load: RouterLoad | None = None
     """Of all ranks, once `reduced`."""
 
@@ -36,11 +39,17 @@ class Sums:
         self.loss = self.loss + loss.detach()
         for name, pair in metrics.items():
             total, weight = (torch.as_tensor(x, dtype=torch.float64, device=loss.device) for x in pair)
-            old = self.metrics.get(name)
-            self.metrics[name] = (total, weight) if old is None else (old[0] + total, old[1] + weight)
+            if torch.isinf(weight):
+                # The smallest value is the largest of negated ones.
+                total = total * weight.sign()
+                old = self.extremes.get(name, (total, weight))
+                self.extremes[name] = (torch.maximum(old[0], total), weight)
+                continue
+            old = self.metrics.get(name, (torch.zeros_like(total), torch.zeros_like(weight)))
+            self.metrics[name] = (old[0] + total, old[1] + weight)
 
     def reduced(self, ranks: Ranks) -> dict[str, float]:
-        """Means over the global batch, after one all-reduce."""
+        """Means and extremes over the global batch, after one all-reduce (two with extremes)."""
         names = list(self.metrics)
         numbers = torch.stack([self.loss.double(), *(x for name in names for x in self.metrics[name])])
         routing = self.routers.totals().to(numbers.device) if self.routers is not None else numbers[:0]
@@ -52,7 +61,22 @@ class Sums:
             name: total / weight if weight else total
             for name, total, weight in zip(names, values[0::2], values[1::2], strict=True)
         }
-        return {"loss": loss, **means}
+        return {"loss": loss, **means, **self._reduced_extremes(ranks)}
+
+    def _reduced_extremes(self, ranks: Ranks) -> dict[str, float]:
+        if not self.extremes:
+            return {}
+        largest = ranks.max_(torch.stack([value for value, _ in self.extremes.values()]))
+        signs = torch.stack([weight.sign() for _, weight in self.extremes.values()])
+        return dict(zip(self.extremes, (largest * signs).tolist(), strict=True))
+
+
+class Outputs(NamedTuple):
+    """What a loss reads of a micro-batch: statistics of logits, or a head's outputs beside zeros."""
+
+    statistics: LabelStatistics
+    values: Tensor | None = None
+    scores: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +93,8 @@ class PassRunner:
     hidden_size: int
     seed: int
     device: torch.device
+    head: nn.Linear | None = None
+    """Head of the role that runs, for losses that read values or scores."""
 
     def shard(self, batch: Batch) -> tuple[np.ndarray, list[MicroBatch]]:
         """This rank's rows of a global batch, and the micro-batches made of them."""
@@ -96,6 +122,7 @@ class PassRunner:
         sums = Sums(
             torch.zeros((), dtype=torch.float64, device=self.device), self.routers if counts_routing else None
         )
+        assert loss.separable or loss.reads == "logps", "a loss over all rows at once reads log-probabilities"
         walk = self._by_micro_batch if loss.separable else self._jointly
         with torch.set_grad_enabled(train):
             walk(batch, loss, step, train, sums)
@@ -105,11 +132,11 @@ class PassRunner:
         totals = loss.totals(batch)
         rows, micros = self.shard(batch)
         for index, micro in enumerate(micros):
-            statistics, extra = self._forward(batch, micro, self._seed(step, index), train, sums)
+            outputs, extra = self._forward(batch, micro, loss, self._seed(step, index), train, sums)
             columns = {name: values[rows[micro.rows]] for name, values in batch.columns.items()}
             of_tokens = self._token_columns(batch, rows[micro.rows])
             value, metrics = loss(
-                self._view(statistics, micro.sequence, micro.n_sequences, batch, columns, of_tokens), totals
+                self._view(outputs, micro.sequence, micro.n_sequences, batch, columns, of_tokens), totals
             )
             sums.add(value, metrics)
             if train:
@@ -120,10 +147,10 @@ class PassRunner:
     def _add_nothing(self, batch: Batch, loss: Loss, totals: Totals, train: bool, sums: Sums) -> None:
         """A rank without rows takes part in the sums with the same metrics, all zero."""
         empty = torch.zeros(0, device=self.device)
-        statistics = LabelStatistics(empty, empty, empty.bool(), empty, empty)
+        outputs = Outputs(_no_statistics(empty), empty, empty)
         columns = {name: values[:0] for name, values in batch.columns.items()}
         of_tokens = {name: values[:0] for name, values in batch.token_columns.items()}
-        view = self._view(statistics, np.zeros(0, dtype=np.int64), 0, batch, columns, of_tokens)
+        view = self._view(outputs, np.zeros(0, dtype=np.int64), 0, batch, columns, of_tokens)
         sums.add(*loss(view, totals))
         if train and self.aux_coef:
             sums.add(empty.sum(), {"aux_loss": (empty.sum(), 0.0), "aux_loss_term": (empty.sum(), 0.0)})
@@ -137,11 +164,11 @@ class PassRunner:
         places = [self.places(batch, rows, micro) for micro in micros]
         gathered = torch.zeros(5, int(batch.loss_mask.sum()), device=self.device)
         keep = train and len(micros) == 1
-        kept: list[tuple[LabelStatistics, Tensor]] = []
+        kept: list[tuple[Outputs, Tensor]] = []
         for index, (micro, place) in enumerate(zip(micros, places, strict=True)):
             with torch.set_grad_enabled(keep):
-                scored = self._forward(batch, micro, self._seed(step, index), keep, sums)
-            gathered[:, place] = torch.stack([x.detach().float() for x in scored[0]])
+                scored = self._forward(batch, micro, loss, self._seed(step, index), keep, sums)
+            gathered[:, place] = torch.stack([x.detach().float() for x in scored[0].statistics])
             kept = [scored] if keep else []
         if not micros and train and self.aux_coef:
             zero = torch.zeros((), device=self.device)
@@ -151,49 +178,62 @@ class PassRunner:
             return
         for index, (micro, place) in enumerate(zip(micros, places, strict=True)):
             seed = self._seed(step, index)
-            statistics, extra = kept[0] if kept else self._forward(batch, micro, seed, True, sums)
-            ((statistics.logps * gradient[place]).sum() + extra).backward()
+            outputs, extra = kept[0] if kept else self._forward(batch, micro, loss, seed, True, sums)
+            ((outputs.statistics.logps * gradient[place]).sum() + extra).backward()
 
     def _loss_of_all(self, batch: Batch, loss: Loss, gathered: Tensor, train: bool, sums: Sums) -> Tensor:
         """Adds loss and metrics of the global batch (once, on rank 0); returns d loss / d log-probability."""
         logps = gathered[0].clone().requires_grad_(train)
-        statistics = LabelStatistics(logps, gathered[1], gathered[2] > 0.5, gathered[3], gathered[4])
+        outputs = Outputs(LabelStatistics(logps, gathered[1], gathered[2] > 0.5, gathered[3], gathered[4]))
         sequence = np.repeat(np.arange(batch.n_sequences), batch.label_counts)
-        view = self._view(statistics, sequence, batch.n_sequences, batch, batch.columns, batch.token_columns)
+        view = self._view(outputs, sequence, batch.n_sequences, batch, batch.columns, batch.token_columns)
         value, metrics = loss(view, loss.totals(batch))
         mine = float(self.ranks.rank == 0)
         sums.add(value * mine, {n: (total * mine, weight * mine) for n, (total, weight) in metrics.items()})
         return torch.autograd.grad(value, logps)[0] if train else torch.zeros_like(logps)
 
     def _forward(
-        self, batch: Batch, micro: MicroBatch, seed: int, train: bool, sums: Sums
-    ) -> tuple[LabelStatistics, Tensor]:
-        """Statistics of a micro-batch and its weighted auxiliary loss; routing is counted when training.
+        self, batch: Batch, micro: MicroBatch, loss: Loss, seed: int, train: bool, sums: Sums
+    ) -> tuple[Outputs, Tensor]:
+        """What the loss reads of a micro-batch, and its weighted auxiliary loss; routing is counted when
+        training.
 
         The auxiliary loss is not linear in the batch: micro-batches are averaged by their tokens.
         """
         if not train:
-            return self.scorer.statistics(micro), torch.zeros((), device=self.device)
+            return self._outputs(micro, loss), torch.zeros((), device=self.device)
         torch.manual_seed(seed)
         real = None if micro.real.all() else torch.from_numpy(micro.real).to(self.device)
         with self.routers.collecting(real, keep_logits=self.aux_coef > 0) as logits:
-            statistics = self.scorer.statistics(micro)
+            outputs = self._outputs(micro, loss)
         if not self.aux_coef:
-            return statistics, torch.zeros((), device=self.device)
+            return outputs, torch.zeros((), device=self.device)
         aux = aux_loss(logits, self.routers.top_k) * (micro.n_tokens / batch.n_tokens)
         term = self.aux_coef * aux
         sums.add(term, {"aux_loss": (aux.detach(), 0.0), "aux_loss_term": (term.detach(), 0.0)})
-        return statistics, term
+        return outputs, term
+
+    def _outputs(self, micro: MicroBatch, loss: Loss) -> Outputs:
+        if loss.reads == "logps":
+            temperature, entropy_gradient = loss.logit_temperature, loss.needs_entropy_gradient
+            return Outputs(self.scorer.statistics(micro, temperature, entropy_gradient))
+        if self.head is None:
+            raise KeyError(f"{type(loss).__name__} reads {loss.reads}, and this role has no head")
+        nothing = _no_statistics(torch.zeros(len(micro.labels), device=self.device))
+        if loss.reads == "values":
+            return Outputs(nothing, values=self.scorer.values(micro, self.head))
+        return Outputs(nothing, scores=self.scorer.scores(micro, self.head))
 
     def _view(
         self,
-        statistics: LabelStatistics,
+        outputs: Outputs,
         sequence: np.ndarray,
         n_sequences: int,
         batch: Batch,
         columns: dict[str, np.ndarray],
         token_columns: dict[str, np.ndarray],
     ) -> TokenView:
+        statistics = outputs.statistics
         return TokenView(
             logps=statistics.logps,
             sequence=torch.from_numpy(sequence).to(self.device),
@@ -205,6 +245,8 @@ class PassRunner:
             columns=self._tensors(columns),
             sequences_per_row=batch.sequences_per_row,
             token_columns=self._tensors(token_columns),
+            values=outputs.values,
+            scores=outputs.scores,
         )
 
     def _tensors(self, columns: dict[str, np.ndarray]) -> dict[str, Tensor]:
@@ -222,6 +264,10 @@ class PassRunner:
 
     def _seed(self, step: int, micro_batch: int) -> int:
         return _hashed((self.seed, step, self.ranks.rank, micro_batch))
+
+
+def _no_statistics(zeros: Tensor) -> LabelStatistics:
+    return LabelStatistics(zeros, zeros, zeros.bool(), zeros, zeros)
 
 
 def _hashed(numbers: Iterable[int]) -> int:

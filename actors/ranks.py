@@ -38,6 +38,12 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def max_(self, tensor: Tensor) -> Tensor:
+        """Replace `tensor` on every rank by the largest over ranks, element by element."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
     def agree(self, values: Tensor) -> bool:
         """True if every rank holds the same values."""
         if self.world_size == 1:

@@ -1,14 +1,15 @@
-"""Log-probabilities from a causal language model, with logits at counted positions only.
+"""Log-probabilities from a causal language model, with logits at counted positions only; heads' outputs.
 
 The model's own forward runs to its end: its output head is handed only the hidden states of
 predicting positions, so whatever an architecture does to its logits (Granite's scaling, Gemma's
-soft cap) is done here too.
+soft cap) is done here too. A scalar head reads the trunk's hidden states, and no logits are made.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -31,32 +32,51 @@ class TokenScorer:
         self._predictors: Tensor | None = None
         head.register_forward_pre_hook(self._keep_predictors)
 
-    def statistics(self, micro: MicroBatch) -> LabelStatistics:
+    def statistics(
+        self, micro: MicroBatch, temperature: float = 1.0, entropy_gradient: bool = False
+    ) -> LabelStatistics:
         """Log-probabilities (with gradient where enabled) and statistics of T counted labels."""
         labels = torch.from_numpy(micro.labels).to(self.model.device)
-        return label_statistics(self._logits(micro), labels)
+        return label_statistics(self._logits(micro), labels, temperature, entropy_gradient)
 
-    def logps(self, micro: MicroBatch) -> Tensor:
+    def logps(self, micro: MicroBatch, temperature: float = 1.0) -> Tensor:
         """float32 (T,) log-probabilities, without gradient."""
         labels = torch.from_numpy(micro.labels).to(self.model.device)
         with torch.no_grad():
-            return label_logps(self._logits(micro), labels)
+            return label_logps(self._logits(micro), labels, temperature)
+
+    def values(self, micro: MicroBatch, head: nn.Linear) -> Tensor:
+        """float32 (T,): the head at the state before each counted token."""
+        return self._head_at(micro, micro.predictors, head)
+
+    def scores(self, micro: MicroBatch, head: nn.Linear) -> Tensor:
+        """float32 (S,): the head at each sequence's last token."""
+        return self._head_at(micro, micro.last, head)
+
+    def _head_at(self, micro: MicroBatch, places: np.ndarray, head: nn.Linear) -> Tensor:
+        output = self.model.base_model(**self._inputs(micro))
+        index = torch.from_numpy(places).to(self.model.device)
+        hidden = output.last_hidden_state.flatten(0, 1).index_select(0, index)
+        return head(hidden.float()).squeeze(-1)
 
     def _logits(self, micro: MicroBatch) -> Tensor:
         """(T, V)."""
-        device = self.model.device
-        self._predictors = torch.from_numpy(micro.predictors).to(device)
+        self._predictors = torch.from_numpy(micro.predictors).to(self.model.device)
         try:
-            output = self.model(
-                input_ids=torch.from_numpy(micro.input_ids).to(device),
-                position_ids=torch.from_numpy(micro.position_ids).to(device),
-                use_cache=False,
-                **_attention(micro, device),
-            )
+            output = self.model(**self._inputs(micro))
         finally:
             self._predictors = None
         # squeeze, not [0]: the backward pass of an index fills a second tensor of this size with zeros.
         return output.logits.squeeze(0)
+
+    def _inputs(self, micro: MicroBatch) -> dict[str, Any]:
+        device = self.model.device
+        return {
+            "input_ids": torch.from_numpy(micro.input_ids).to(device),
+            "position_ids": torch.from_numpy(micro.position_ids).to(device),
+            "use_cache": False,
+            **_attention(micro, device),
+        }
 
     def _keep_predictors(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """(B, L, H) -> (1, T, H), while a micro-batch is being scored."""

@@ -38,8 +38,17 @@ class Training:
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.flat.parameters.values())
 
-    def step(self, step: int, loss: float, n_tokens: int) -> dict[str, float]:
+    def step(
+        self, step: int, loss: float, n_tokens: int, gradient_may_vanish: bool = False
+    ) -> dict[str, float]:
         """Check, clip and apply the gradients.
+
+        Args:
+            step: number of this step, from 0.
+            loss: its value over the global batch.
+            n_tokens: in the global batch.
+            gradient_may_vanish: no gradient anywhere is no fault; parameters are then looked at in a
+                later step.
 
         Returns:
             `grad_norm` (before clipping), `learning_rate` (of this step), `num_tokens` (so far).
@@ -51,7 +60,8 @@ class Training:
         norm = self.flat.grad_norm()
         metrics = {"grad_norm": float(norm), "learning_rate": float(self.scheduler.get_last_lr()[0])}
         self._check_finite(step, {"loss": loss, "grad_norm": metrics["grad_norm"]})
-        self._check_gradients(step)
+        if metrics["grad_norm"] > 0 or not gradient_may_vanish:
+            self._check_gradients(step)
         if self.spec.max_grad_norm > 0:
             members = [bucket.flat for bucket in self.flat.buckets]
             torch.nn.utils.clip_grads_with_norm_(members, self.spec.max_grad_norm, norm)

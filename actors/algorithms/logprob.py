@@ -17,7 +17,7 @@ class LabelStatistics(NamedTuple):
     logps: Tensor
     """float32 log-probability, with gradient if the logits have one."""
     entropy: Tensor
-    """float32, nats."""
+    """float32, nats; with gradient where that was asked for."""
     correct: Tensor
     """bool: no other logit is larger than the label's."""
     mean_logits: Tensor
@@ -26,23 +26,39 @@ class LabelStatistics(NamedTuple):
     """float32 log of the sum of squared probabilities."""
 
 
-def label_logps(logits: Tensor, labels: Tensor) -> Tensor:
-    """float32 (T,) log-probabilities without gradient; `logits` (T, V), `labels` int64 (T,)."""
+def label_logps(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """float32 (T,) log-probabilities without gradient under softmax(logits / temperature).
+
+    `logits` (T, V), `labels` int64 (T,).
+    """
     parts = []
     with torch.no_grad():
         for block, wanted in zip(*_blocks(logits, labels), strict=True):
             # The arithmetic of label_statistics: equal weights then give equal bits, and a reference
             # that equals the policy gives rewards of exactly 0.
-            block = block.float()
+            block = _scaled(block, temperature)
             top = block.amax(dim=-1)
             log_z = top + (block - top[:, None]).exp_().sum(-1).log()
             parts.append(block.gather(1, wanted[:, None])[:, 0] - log_z)
     return torch.cat(parts)
 
 
-def label_statistics(logits: Tensor, labels: Tensor) -> LabelStatistics:
-    """Log-probabilities with gradient, and statistics without; `logits` (T, V), `labels` int64 (T,)."""
-    return LabelStatistics(*_LabelStatistics.apply(logits, labels))
+def label_statistics(
+    logits: Tensor, labels: Tensor, temperature: float = 1.0, entropy_gradient: bool = False
+) -> LabelStatistics:
+    """Log-probabilities with gradient, and statistics without, under softmax(logits / temperature).
+
+    Args:
+        logits: (T, V).
+        labels: int64 (T,).
+        temperature: what logits are divided by first; `mean_logits` is of the divided ones too.
+        entropy_gradient: the entropy gets a gradient as well.
+    """
+    return LabelStatistics(*_LabelStatistics.apply(logits, labels, temperature, entropy_gradient))
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    return logits.float() if temperature == 1.0 else logits.float() / temperature
 
 
 def _blocks(logits: Tensor, labels: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -55,12 +71,14 @@ class _LabelStatistics(torch.autograd.Function):
     log_softmax would keep one (T, V) tensor and allocate another."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, temperature: float, entropy_gradient: bool
+    ) -> tuple[Tensor, ...]:
         probabilities = torch.empty_like(logits, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         parts: list[tuple[Tensor, ...]] = []
         first = 0
         for block, wanted in zip(*_blocks(logits, labels), strict=True):
-            block = block.float()
+            block = _scaled(block, temperature)
             top = block.amax(dim=-1)  # max with indices takes 24 times as long on the CPU
             out = None if probabilities is None else probabilities[first : first + len(block)]
             p = torch.sub(block, top[:, None], out=out).exp_()
@@ -79,17 +97,32 @@ class _LabelStatistics(torch.autograd.Function):
             )
             first += len(block)
         outputs = tuple(torch.cat(column) for column in zip(*parts, strict=True))
-        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.mark_non_differentiable(*outputs[2 if entropy_gradient else 1 :])
         ctx.set_materialize_grads(False)
         ctx.probabilities, ctx.labels, ctx.dtype = probabilities, labels, logits.dtype
+        ctx.temperature, ctx.entropy = temperature, outputs[1].clone() if entropy_gradient else None
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
-        if grads[0] is None:
-            return None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        if grads[0] is None and grads[1] is None:
+            return None, None, None, None
         gradient, ctx.probabilities = ctx.probabilities, None
         assert gradient is not None, "the graph of label_statistics can be walked once only"
-        gradient.mul_(-grads[0][:, None])
-        gradient.scatter_add_(1, ctx.labels[:, None], grads[0][:, None])
-        return gradient.to(ctx.dtype), None
+        by_logp = torch.zeros_like(gradient[:, 0]) if grads[0] is None else grads[0] / ctx.temperature
+        if grads[1] is None:
+            gradient.mul_(-by_logp[:, None])
+        else:
+            _with_entropy_gradient_(gradient, by_logp, grads[1] / ctx.temperature, ctx.entropy)
+        gradient.scatter_add_(1, ctx.labels[:, None], by_logp[:, None])
+        return gradient.to(ctx.dtype), None, None, None
+
+
+def _with_entropy_gradient_(p: Tensor, by_logp: Tensor, by_entropy: Tensor, entropy: Tensor) -> None:
+    """Replace probabilities (T, V) by their share of the gradient: dH / dz_j = -p_j (log p_j + H)."""
+    first = 0
+    for block, _ in zip(*_blocks(p, by_logp), strict=True):
+        rows = slice(first, first + len(block))
+        of_entropy = torch.special.xlogy(block, block).addcmul_(block, entropy[rows, None])
+        block.mul_(-by_logp[rows, None]).sub_(of_entropy.mul_(by_entropy[rows, None]))
+        first += len(block)

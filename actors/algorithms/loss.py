@@ -7,6 +7,7 @@ micro-batches and ranks then simply add up, whatever the split.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 Totals = dict[str, float]
 MetricSums = dict[str, tuple["torch.Tensor", "torch.Tensor | float"]]
 """Metric name -> (sum, weight) over the tokens or rows seen; the mean is sum / weight over all
-ranks. Weight 0 marks a share of a global value (a loss term): shares add up and are not divided."""
+ranks. Weight 0 marks a share of a global value (a loss term): shares add up and are not divided.
+Weight `LARGEST` or `SMALLEST` marks an extreme: see `largest` and `smallest`."""
+LARGEST, SMALLEST = math.inf, -math.inf
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,14 @@ class TokenView:
     """The counted tokens of some rows, as tensors on one device; T tokens, S sequences, R rows."""
 
     logps: torch.Tensor
-    """float32 (T,): log-probability of each counted label, with gradient while training."""
+    """float32 (T,): log-probability of each counted label, with gradient while training. For a loss that
+    reads values or scores this and the other statistics of logits are zeros: no logits are made."""
     sequence: torch.Tensor
     """int64 (T,), non-decreasing: the sequence that each token belongs to."""
     n_sequences: int
     entropy: torch.Tensor
-    """float32 (T,): entropy in nats of the predicting distribution, without gradient."""
+    """float32 (T,): entropy in nats of the predicting distribution; with gradient only for a loss that
+    asks for it."""
     correct: torch.Tensor
     """bool (T,): the label was the most likely token."""
     mean_logits: torch.Tensor
@@ -71,8 +76,18 @@ class TokenView:
         return replace(self, logps=logps)
 
 
+def largest(values: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Metric entry for the largest of all values on all ranks; -inf where there are none."""
+    return (values.detach().amax() if values.numel() else values.new_tensor(-math.inf)), LARGEST
+
+
+def smallest(values: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Metric entry for the smallest of all values on all ranks; inf where there are none."""
+    return (values.detach().amin() if values.numel() else values.new_tensor(math.inf)), SMALLEST
+
+
 class Loss(Spec, ABC):
-    """A loss over token log-probabilities: spec and function in one."""
+    """A loss over token log-probabilities, values or scores: spec and function in one."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -81,6 +96,14 @@ class Loss(Spec, ABC):
 
     reads: ClassVar[Literal["logps", "values", "scores"]] = "logps"
     """What the loss is a function of: token log-probabilities, a value head, or a score head."""
+
+    gradient_may_vanish: ClassVar[bool] = False
+    """Whether a step without any gradient can be right, as where all advantages of a batch are zero."""
+
+    @property
+    def needs_entropy_gradient(self) -> bool:
+        """Whether the loss holds the entropy itself, so that `TokenView.entropy` must carry a gradient."""
+        return False
 
     @property
     def logit_temperature(self) -> float:

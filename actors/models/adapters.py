@@ -22,6 +22,7 @@ from torch import nn
 from actors.errors import UserError
 from actors.models import expert_lora
 from actors.models.digests import adapter_digest, base_fingerprint, frozen_digest
+from actors.models.heads import HEAD_FILE, HEAD_NAME, SCORE_KEY, has_sequence_classifier
 from actors.models.loading import ADAPTER_CONFIG
 from actors.models.spec import LoraSpec
 from actors.models.targets import meta_model, resolve_targets
@@ -44,6 +45,7 @@ __all__ = [
     "frozen_digest",
     "load_adapter_weights",
     "lora_config",
+    "read_head",
     "role",
     "save_adapter",
     "set_trainable",
@@ -212,12 +214,16 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
     )
 
 
-def save_adapter(peft: PeftModel, adapter_name: str, directory: str | Path) -> None:
+def save_adapter(
+    peft: PeftModel, adapter_name: str, directory: str | Path, head: torch.Tensor | None = None
+) -> None:
     """Write one adapter in PEFT's layout (config and safetensors), byte for byte reproducible.
 
-    The fingerprint of the base's files goes into the metadata, for `check_adapter_matches_base`.
+    The fingerprint of the base's files goes into the metadata, for `check_adapter_matches_base`. With a
+    `head` (1, hidden) it is the adapter of a sequence classifier, as PEFT writes one; for architectures
+    of which transformers has no such class, the head is a file of its own beside a plain adapter.
     """
-    from peft import get_peft_model_state_dict
+    from peft import TaskType, get_peft_model_state_dict
     from safetensors.torch import save_file
 
     _known(peft, adapter_name)
@@ -225,6 +231,13 @@ def save_adapter(peft: PeftModel, adapter_name: str, directory: str | Path) -> N
     directory.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(peft, adapter_name=adapter_name, save_embedding_layers=False)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in sorted(state.items())}
+    classifies = head is not None and has_sequence_classifier(peft.get_base_model().config.model_type)
+    if head is not None:
+        weight = head.detach().float().cpu().clone()
+        if classifies:
+            tensors[SCORE_KEY] = weight
+        else:
+            save_file({HEAD_NAME: weight}, directory / HEAD_FILE)
     base = peft.get_base_model().config._name_or_path
     fingerprint = base_fingerprint(base) if base and Path(base).is_dir() else None
     metadata = {"format": "pt"} | ({_FINGERPRINT_KEY: fingerprint} if fingerprint else {})
@@ -232,6 +245,8 @@ def save_adapter(peft: PeftModel, adapter_name: str, directory: str | Path) -> N
     _sort_metadata(directory / ADAPTER_WEIGHTS)
     config = copy.deepcopy(peft.peft_config[adapter_name])
     config.inference_mode = True
+    if classifies:
+        config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["score"]
     # PEFT's loaders resolve this name from their own working directory.
     config.base_model_name_or_path = str(Path(base).resolve()) if base and Path(base).is_dir() else base
     config.save_pretrained(str(directory))
@@ -240,6 +255,23 @@ def save_adapter(peft: PeftModel, adapter_name: str, directory: str | Path) -> N
     for key in ("target_modules", "target_parameters"):
         written[key] = sorted(written[key]) if isinstance(written[key], list) else written[key]
     (directory / ADAPTER_CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+
+
+def read_head(directory: str | Path) -> torch.Tensor | None:
+    """float32 (1, hidden): the scalar head saved with an adapter; None for an adapter without one.
+
+    Raises:
+        UserError: a file can't be read, or the head is of another shape than one score.
+    """
+    from safetensors.torch import load_file
+
+    file = Path(directory) / HEAD_FILE
+    head = load_file(file)[HEAD_NAME] if file.is_file() else _all_tensors(Path(directory)).get(SCORE_KEY)
+    if head is not None and (head.ndim != 2 or len(head) != 1):
+        raise UserError(
+            f"adapter '{directory}' has a head of shape {tuple(head.shape)}; one score is (1, hidden)"
+        )
+    return None if head is None else head.float()
 
 
 def load_adapter_weights(peft: PeftModel, adapter_name: str, directory: str | Path) -> None:
@@ -326,7 +358,7 @@ def _known(model: nn.Module, name: str) -> None:
 
 
 def _saved_config(directory: str | Path) -> LoraConfig:
-    from peft import LoraConfig, PeftConfig
+    from peft import LoraConfig, PeftConfig, TaskType
 
     try:
         with _quiet():
@@ -336,10 +368,21 @@ def _saved_config(directory: str | Path) -> LoraConfig:
     if not isinstance(config, LoraConfig):
         raise UserError(f"adapter '{directory}' is {config.peft_type}, not LoRA")
     config.inference_mode = False
+    if config.task_type == TaskType.SEQ_CLS:
+        # Its head is no part of the model here: see `read_head`. PEFT adds the names of any such head.
+        config.task_type = TaskType.CAUSAL_LM
+        config.modules_to_save = [
+            n for n in config.modules_to_save or [] if n not in ("score", "classifier")
+        ] or None
     return config
 
 
 def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """A and B of a saved adapter."""
+    return {name: tensor for name, tensor in _all_tensors(directory).items() if name != SCORE_KEY}
+
+
+def _all_tensors(directory: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     file = directory / ADAPTER_WEIGHTS

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from actors.errors import RunFailure, UserError
-from actors.models.adapters import attach_saved, check_adapter_matches_base, role
+from actors.models.adapters import attach_saved, check_adapter_matches_base, read_head, role
 from actors.models.loading import load_base, local_base_dir, resolve_base
 from actors.models.spec import ModelSpec
 
@@ -81,6 +81,8 @@ def merge_adapter(
     base_dir = local_base_dir(resolved.base_path)
     assert resolved.config is not None
     problems = check_adapter_matches_base(adapter_dir, resolved.config, base_dir)
+    if not problems and read_head(adapter_dir) is not None:
+        problems = [f"adapter '{adapter_dir}' is a reward model or critic: merged, it would lose its head"]
     if problems:
         raise UserError(problems)
     own_dtype = _dtype_name(getattr(resolved.config, "dtype", None))

@@ -1,0 +1,53 @@
+"""Scalar heads of roles: a reward model's score, a critic's value.
+
+A head is a row of weights (hidden -> 1, no bias, float32) beside an adapter. It reads the trunk's last
+hidden states, so passes of such a role make no logits. Heads live beside the model, not in it: saving
+or switching one role's adapter can't touch another role's head.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+HeadInit = Literal["zero", "normal"]
+
+SCORE_KEY = "base_model.model.score.weight"
+"""The head's tensor (1, hidden) in PEFT's files, as transformers' sequence classifiers name it."""
+HEAD_NAME = "score.weight"
+"""The head's parameter among those that train with it, in checkpoints and messages."""
+HEAD_FILE = "score_head.safetensors"
+"""Holds the head as `score.weight` where transformers has no sequence classifier of the architecture."""
+
+
+def make_head(config: PretrainedConfig, init: HeadInit, seed: int, device: str | torch.device) -> nn.Linear:
+    """A fresh head.
+
+    Args:
+        init: `zero` scores everything 0 at the start; `normal` draws from N(0, initializer_range), as
+            transformers initialises the head of a sequence classifier.
+    """
+    text = config.get_text_config()
+    head = nn.Linear(text.hidden_size, 1, bias=False, dtype=torch.float32)
+    with torch.no_grad():
+        if init == "zero":
+            head.weight.zero_()
+        else:
+            generator = torch.Generator().manual_seed(seed)
+            head.weight.normal_(0.0, getattr(text, "initializer_range", 0.02), generator=generator)
+    return head.to(device).requires_grad_(False)
+
+
+def has_sequence_classifier(model_type: str) -> bool:
+    """Whether plain transformers can load a saved head: it has a sequence classifier of this type."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+
+def head_parameters(head: nn.Linear | None) -> dict[str, nn.Parameter]:
+    """A head's parameter under the name that checkpoints and checks give it; empty without a head."""
+    return {} if head is None else {HEAD_NAME: head.weight}
