@@ -10,6 +10,8 @@ def ray_environment() -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         # An actor that died is reported once, by whoever waited for it.
         "RAY_IGNORE_UNHANDLED_ERRORS": "1",
+        # A thread that still waits for an actor after the end of Ray would start a cluster of its own.
+        "RAY_ENABLE_AUTO_CONNECT": "0",
     }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,17 @@ ROLLOUT_MODULES = ("torch", "vllm", "vllm.entrypoints.llm")
 """What an engine needs before it can load a model."""
 
 AGAIN = "run the same command again: it goes on from the last checkpoint"
+
+
+@dataclass(frozen=True)
+class Making:
+    """What `ActorGroup.build` was asked to make."""
+
+    target: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    phase: Phase
+    distributed: bool
 
 
 class ActorGroup:
@@ -57,6 +70,9 @@ class ActorGroup:
         self._env = dict(env or {})
         self._actors: list[Any] = []
         self._placement: Any = None
+        self._made: Making | None = None
+        # A process may be brought up in one thread while another one works with the others.
+        self._fleet_lock = threading.Lock()
 
     # --- Start and end ------------------------------------------------------------------------------
 
@@ -88,6 +104,7 @@ class ActorGroup:
         limit = self.limits.of(phase)
         actors = self._checked(range(self.size), phase)
         where = actors[0].rendezvous.remote(_one_node()) if distributed and self.size > 1 else None
+        self._made = Making(target, args, kwargs, phase, distributed)
         refs = {}
         for rank, actor in enumerate(actors):
             own = dict(kwargs)
@@ -95,6 +112,23 @@ class ActorGroup:
                 own |= {"rank": rank, "world_size": self.size, "timeout_s": self.limits.of("update")}
             refs[rank] = actor.build.remote(target, phase, limit, where, args, own)
         return Pending(refs, phase, self._finish)
+
+    def rebuild(self, rank: int) -> float:
+        """Wait for a restarted process and make in it what the last `build` made; seconds of the making.
+
+        Raises:
+            ValueError: nothing was built, or something distributed, whose ranks meet when they are built.
+            RunFailure: as `ready` and `Pending.result`.
+        """
+        made = self._made
+        if made is None or made.distributed:
+            raise ValueError(f"{self.name} has nothing that one process alone could make again")
+        (actor,) = self._checked([rank], "start")
+        self._finish({rank: actor.ping.remote()}, "start")
+        limit = self.limits.of(made.phase)
+        building = actor.build.remote(made.target, made.phase, limit, None, made.args, dict(made.kwargs))
+        (seconds,) = self._finish({rank: building}, made.phase)
+        return float(seconds)
 
     def shutdown(self) -> None:
         """End the processes: kindly within `limits.stop`, then by force. Never raises."""
@@ -122,7 +156,7 @@ class ActorGroup:
         """
         import ray
 
-        self.fleet = self.fleet.after([rank], Event.RESTARTED)
+        self._saw([rank], Event.RESTARTED)
         ray.kill(self._actors[rank])
         self._actors[rank] = self._start_rank(rank)
 
@@ -146,6 +180,10 @@ class ActorGroup:
         """`submit_rank` and wait: that rank's value. Raises as `Pending.result`."""
         return self.submit_rank(rank, method, *args, phase=phase, **kwargs).result()
 
+    def overrun(self, rank: int, phase: Phase, seconds: float) -> RunFailure:
+        """Take a rank for suspect whose caller, with a deadline of its own, had no answer for `seconds`."""
+        return self._blame_late([rank], phase, seconds)
+
     def startup_seconds(self) -> dict[str, float]:
         """Seconds of each warm import, the slowest rank's; waits for them under `limits.start`."""
         each = self._finish({rank: actor.warmed.remote() for rank, actor in enumerate(self._actors)}, "start")
@@ -155,6 +193,14 @@ class ActorGroup:
         """Process id of each rank, on its own node."""
         asked = {rank: actor.ping.remote() for rank, actor in enumerate(self._actors)}
         return [answer["pid"] for answer in self._finish(asked, "call")]
+
+    def who(self, rank: int) -> str:
+        """Name of a rank in errors and log files."""
+        return f"{self.name}-{rank}"
+
+    def next_of(self, rank: int) -> str:
+        """What to do after a failure of this rank, with its log."""
+        return f"{self.next_step}; log: {self._log(rank)}"
 
     # --- Inside -------------------------------------------------------------------------------------
 
@@ -174,7 +220,7 @@ class ActorGroup:
         return (
             ray.remote(RankActor)
             .options(**options)
-            .remote(self._who(rank), str(self._log(rank)), env, self._warm)
+            .remote(self.who(rank), str(self._log(rank)), env, self._warm)
         )
 
     def _send(
@@ -199,7 +245,7 @@ class ActorGroup:
         for rank in ranks:
             member = self.fleet.members[rank]
             if member.state in (State.SUSPECT, State.DEAD):
-                raise RunFailure(self._who(rank), phase, member.reason, self.next_step)
+                raise RunFailure(self.who(rank), phase, member.reason, self.next_step)
         return [self._actors[rank] for rank in ranks]
 
     def _finish(self, refs: Mapping[int, Any], phase: str) -> list[Any]:
@@ -207,7 +253,7 @@ class ActorGroup:
         limit = self.limits.of(phase)  # type: ignore[arg-type]
         began = time.monotonic()
         answers = waiting.wait(refs, limit)
-        self.fleet = self.fleet.after(answers.values, Event.ANSWERED)
+        self._saw(answers.values, Event.ANSWERED)
         culprit = answers.culprit
         if culprit is not None:
             raise self._blame(culprit, phase)
@@ -216,21 +262,25 @@ class ActorGroup:
             raise self._blame_late(late, phase, time.monotonic() - began)
         return [answers.values[rank] for rank in refs]
 
+    def _saw(self, ranks: Iterable[int], event: Event, reason: str = "") -> None:
+        with self._fleet_lock:
+            self.fleet = self.fleet.after(ranks, event, reason)
+
     def _blame(self, fault: waiting.Fault, phase: str) -> BaseException:
         rank = self._rank_of(fault)
         if not fault.died:
-            return waiting.as_failure(fault.error, self._who(rank), phase, self._next(rank))
+            return waiting.as_failure(fault.error, self.who(rank), phase, self.next_of(rank))
         reason = waiting.explain_death(fault.error)
-        self.fleet = self.fleet.after([rank], Event.DIED, reason)
-        return RunFailure(self._who(rank), phase, reason, self._next(rank))
+        self._saw([rank], Event.DIED, reason)
+        return RunFailure(self.who(rank), phase, reason, self.next_of(rank))
 
     def _blame_late(self, late: list[int], phase: str, seconds: float) -> RunFailure:
         reason = f"no answer within {seconds:.0f} s (limits.{phase})"
         if phase == "start" and not self._placed():
             reason = f"not placed by Ray within {seconds:.0f} s (limits.start): {self._asks()} are not free"
-        self.fleet = self.fleet.after(late, Event.OVERDUE, reason)
-        who = self._who(late[0]) if len(late) == 1 else f"{self.name} ranks {', '.join(map(str, late))}"
-        return RunFailure(who, phase, reason, self._next(late[0]))
+        self._saw(late, Event.OVERDUE, reason)
+        who = self.who(late[0]) if len(late) == 1 else f"{self.name} ranks {', '.join(map(str, late))}"
+        return RunFailure(who, phase, reason, self.next_of(late[0]))
 
     def _rank_of(self, fault: waiting.Fault) -> int:
         """The rank that died: not always the one that was asked, if its argument came from the dead one."""
@@ -249,14 +299,8 @@ class ActorGroup:
         each = ", ".join(f"{amount:g} {name}" for name, amount in bundle(self.role).items())
         return f"{self.size} x ({each})"
 
-    def _who(self, rank: int) -> str:
-        return f"{self.name}-{rank}"
-
     def _log(self, rank: int) -> Path:
-        return self.log_dir / f"{self._who(rank)}.log"
-
-    def _next(self, rank: int) -> str:
-        return f"{self.next_step}; log: {self._log(rank)}"
+        return self.log_dir / f"{self.who(rank)}.log"
 
 
 def host_group(name: str, role: RoleSpec, limits: LimitsSpec, log_dir: str | Path) -> ActorGroup:

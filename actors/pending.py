@@ -126,9 +126,27 @@ class Pending:
 class PendingOne(Pending):
     """A call that was sent to one rank."""
 
+    @property
+    def ref(self) -> Any:
+        """Ray's reference to the value."""
+        (ref,) = self._refs.values()
+        return ref
+
     def result(self) -> Any:
         """That rank's value; raises as `Pending.result`."""
         return super().result()[0]
+
+
+def first_done(calls: Mapping[int, PendingOne], limit_s: float) -> list[int]:
+    """Ranks whose answer is there (or whose process is gone); waits for one at most `limit_s` seconds."""
+    import ray
+
+    refs = [call.ref for call in calls.values()]
+    if not refs:
+        return []
+    ray.wait(refs, num_returns=1, timeout=limit_s)
+    done, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+    return [rank for rank, call in calls.items() if call.ref in done]
 
 
 def explain_death(error: BaseException) -> str:

@@ -63,6 +63,8 @@ class Generations:
     """Name of the weights that produced them."""
     seconds: float
     """Time in the engine."""
+    version: int = 0
+    """Version of the weights, where the engine is kept in step with a trainer."""
 
     @staticmethod
     def of(
@@ -78,6 +80,30 @@ class Generations:
             n=n,
             label=label,
             seconds=seconds,
+        )
+
+    @staticmethod
+    def join(parts: Sequence[Generations], n: int) -> Generations:
+        """Parts of one call in sample order, as if one engine had made them; `seconds` is their sum.
+
+        Raises:
+            ValueError: no parts, or parts of different weights.
+        """
+        weights = {(part.label, part.version) for part in parts}
+        if len(weights) != 1:
+            raise ValueError(f"generations of one model were expected, not of {sorted(weights)}")
+        ((label, version),) = weights
+        ends = np.cumsum([0, *(len(part.token_ids) for part in parts)])
+        shifted = [part.offsets[1:] + start for part, start in zip(parts, ends)]
+        return Generations(
+            token_ids=np.concatenate([part.token_ids for part in parts]),
+            logprobs=np.concatenate([part.logprobs for part in parts]),
+            offsets=np.concatenate([np.zeros(1, np.int64), *shifted]),
+            finish=np.concatenate([part.finish for part in parts]),
+            n=n,
+            label=label,
+            seconds=sum(part.seconds for part in parts),
+            version=version,
         )
 
     @property
