@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,12 @@ from actors.runtime import RoleSpec
 from pipeline.artifacts import MANIFEST
 from pipeline.rundir import RunDirectory
 from pipeline.stages.evaluate import Weights
+from pipeline.stages.prepared import PreparedRl, PreparedStage
 from pipeline.stages.reference import ReferenceFeed, ReferenceLogps, first_use_order
-from pipeline.stages.spec import DpoStage
+from pipeline.stages.rl import RlContext
+from pipeline.stages.spec import DpoStage, PpoStage, RlStage, StageSpec
 from pipeline.stages.train import TrainContext
+from pipeline.stages.views import View
 
 if TYPE_CHECKING:
     from pipeline.config.schema import RunConfig
@@ -63,6 +67,26 @@ class Host:
             self.group.call("add_adapter", name, weights.adapter, False, phase="load")
             self.adapters[name] = weights.fingerprint
         return name
+
+
+@dataclass(frozen=True)
+class Events:
+    """What a stage tells the run, and asks it."""
+
+    on_step: Callable[[int, dict[str, Any]], None]
+    on_log: Callable[[dict[str, Any]], None]
+    stop_asked: Callable[[], bool]
+
+
+def roles_of(stage: StageSpec) -> set[str]:
+    """Roles that work while a stage runs."""
+    if isinstance(stage, DpoStage):
+        return {"policy", "reference"}
+    if not isinstance(stage, RlStage):
+        return {"policy"}
+    critic = {"critic"} if isinstance(stage, PpoStage) else set()
+    models = {"reward"} if any(one.kind == "model" for one in stage.rewards) else set()
+    return {"policy", "reference", "rollout"} | critic | models
 
 
 class Fleet:
@@ -147,7 +171,7 @@ class Fleet:
         path = self.directory.path
         for name, stage in self.config.stages.items():
             if not (path / name / MANIFEST).is_file():
-                needed = ["policy", "reference"] if isinstance(stage, DpoStage) else ["policy"]
+                needed = roles_of(stage)
                 return [name for name in roles if name in needed] or roles
         return roles
 
@@ -166,26 +190,27 @@ class Fleet:
         """Roles that work on what has no finished result in the run directory."""
         path = self.directory.path
         open_stages = [s for name, s in self.config.stages.items() if not (path / name / MANIFEST).is_file()]
-        own_reference = self.config.roles.reference.share is None
-        wanted = {
-            "policy": bool(open_stages),
-            "reference": own_reference and any(isinstance(s, DpoStage) for s in open_stages),
-            "rollout": any(not (path / "eval" / f"{m}.json").is_file() for m in self.config.eval_models()),
-        }
-        return [name for name, needed in wanted.items() if needed]
+        wanted = {role for stage in open_stages for role in roles_of(stage)}
+        if any(not (path / "eval" / f"{m}.json").is_file() for m in self.config.eval_models()):
+            wanted.add("rollout")
+        return self._own_processes(wanted)
 
     def _needed(self, graph: Graph) -> list[str]:
-        roles = []
-        if graph.pending:
-            roles.append("policy")
         self._feeds = {
             node.name: self._feed(node) for node in graph.pending if isinstance(node.spec, DpoStage)
         }
-        if self.config.roles.reference.share is None and not all(f.cached for f in self._feeds.values()):
-            roles.append("reference")
+        wanted = {role for node in graph.pending for role in roles_of(node.spec) - {"reference"}}
+        online = any(isinstance(node.spec, RlStage) for node in graph.pending)
+        if online or not all(feed.cached for feed in self._feeds.values()):
+            wanted.add("reference")
         if graph.evaluations_pending:
-            roles.append("rollout")
-        return roles
+            wanted.add("rollout")
+        return self._own_processes(wanted)
+
+    def _own_processes(self, wanted: set[str]) -> list[str]:
+        """Of these roles, those with processes of their own, in the order of the configuration."""
+        roles = self.config.roles
+        return [n for n in type(roles).model_fields if n in wanted and getattr(roles, n).share is None]
 
     def _group(self, name: str) -> ActorGroup:
         if name not in self._groups:
@@ -245,31 +270,74 @@ class Fleet:
 
     # --- What a stage is given ------------------------------------------------------------------
 
-    def train_context(
-        self,
-        node: Node,
-        reference: ReferenceFeed | None,
-        on_step: Callable[[int, dict[str, Any]], None],
-        on_log: Callable[[dict[str, Any]], None],
-        stop_asked: Callable[[], bool],
-    ) -> TrainContext:
+    def train_context(self, node: Node, reference: ReferenceFeed | None, events: Events) -> TrainContext:
         """The policy with this stage's own adapter, started from its input, and the rest of the context."""
-        host = self._ready_host("policy", node, node.start)
-        role = self._trainable(host, node)
-        return TrainContext(
-            host=host.group,
-            role=role,
-            directory=node.directory,
-            identity=node.identity,
-            reference=reference,
-            dtype=self.config.model.dtype,
-            logging_steps=self.config.logging.logging_steps,
-            starts_as_reference=node.reference == node.start,
-            stop_asked=stop_asked,
-            on_step=on_step,
-            on_log=on_log,
-            card=lambda path, metrics: write_stage_card(self.config, node, path, metrics),
+        return TrainContext(**self._common(node, events), reference=reference)
+
+    def rl_context(self, node: Node, events: Events, tokenizer: Any) -> RlContext:
+        """A view for every role of an online stage, the engines, and the sync between policy and engines."""
+        from actors.pool import RolloutPool
+        from actors.sync.weight_sync import WeightSync
+
+        assert isinstance(node.spec, RlStage)
+        assert isinstance(node.prepared, PreparedRl)
+        assert node.reference is not None
+        common = self._common(node, events)
+        rollout = self.rollout()
+        probes = [ids[: node.spec.sync.probe_tokens] for ids in node.prepared.data.token_ids]
+        sync = WeightSync(
+            common["host"],
+            rollout,
+            node.spec.sync,
+            base_dir=node.start.base,
+            role=common["role"],
+            probes=probes[: node.spec.sync.probes],
         )
+        return RlContext(
+            **common,
+            policy=View(common["host"], common["role"]),
+            reference=self._view("reference", node, node.reference, self.config.reference_of(node.name)),
+            critic=self._critic(node) if isinstance(node.spec, PpoStage) else None,
+            reward_models={
+                source: self._view("reward", node, model, source) for source, model in node.rewards.items()
+            },
+            rollout=RolloutPool(rollout, sync.restore),
+            sync=sync,
+            tokenizer=tokenizer,
+        )
+
+    def _common(self, node: Node, events: Events) -> dict[str, Any]:
+        host = self._ready_host("policy", node, node.start)
+        return {
+            "host": host.group,
+            "role": self._trainable(host, node),
+            "directory": node.directory,
+            "identity": node.identity,
+            "dtype": self.config.model.dtype,
+            "logging_steps": self.config.logging.logging_steps,
+            "starts_as_reference": node.reference == node.start,
+            "stop_asked": events.stop_asked,
+            "on_step": events.on_step,
+            "on_log": events.on_log,
+            "card": lambda path, metrics: write_stage_card(self.config, node, path, metrics),
+        }
+
+    def _view(self, role: str, node: Node, weights: Weights, model: str) -> View:
+        """A role that doesn't train: the weights of `model`, on the role's own host or on the policy's."""
+        host = self._ready_host(getattr(self.config.roles, role).share or role, node, weights)
+        return View(host.group, host.view(weights, adapter_name(model)))
+
+    def _critic(self, node: Node) -> View:
+        """An adapter of its own with a value head, from the weights that `critic_init` names."""
+        assert node.critic is not None
+        source = self._view("critic", node, node.critic, self.config.critic_init_of(node.name))
+        name = adapter_name(f"{node.name}_critic")
+        if source.role is None:
+            source.group.call("add_adapter", name, None, True, phase="load")
+        else:
+            source.group.call("copy_adapter", source.role, name, True, phase="load")
+        source.group.call("add_head", name, phase="load")
+        return View(source.group, name)
 
     def _trainable(self, host: Host, node: Node) -> str | None:
         """A new adapter of this stage, equal to the weights that it starts from."""
@@ -308,6 +376,7 @@ class Fleet:
             "chunk_rows": CHUNK_BATCHES * spec.batch_size,
             "fresh": self.fresh,
         }
+        assert isinstance(node.prepared, PreparedStage)
         data, held_out = node.prepared.data, node.prepared.eval_data
         train = ReferenceLogps(data, first_use_order(node.prepared.order), **settings)
         if held_out is None:
@@ -320,7 +389,9 @@ class Fleet:
         if not self._rollout_built:
             began = time.monotonic()
             engine = EngineSpec(
-                dtype=self.config.model.dtype, trust_remote_code=self.config.model.trust_remote_code
+                dtype=self.config.model.dtype,
+                trust_remote_code=self.config.model.trust_remote_code,
+                **self.config.roles.rollout.engine.model_dump(),
             )
             group.ready().build(ROLLOUT, engine).result()
             self.startup["rollout actors"] = round(time.monotonic() - began, 2)

@@ -13,8 +13,8 @@ from pipeline.data.records import Records, load_records
 from pipeline.graph import Decision, Identity, decide, identity_config
 from pipeline.rundir import RunDirectory
 from pipeline.stages.evaluate import EvalSet, Weights, eval_key, find_scorer, finished, read_eval_set
-from pipeline.stages.prepared import PreparedStage, StageRecords, prepare, read_records
-from pipeline.stages.spec import DpoStage, StageSpec
+from pipeline.stages.prepared import Prepared, StageRecords, prepare, read_records
+from pipeline.stages.spec import DpoStage, PpoStage, RlStage, StageSpec
 from pipeline.trackers import tracker_problems
 
 if TYPE_CHECKING:
@@ -29,17 +29,21 @@ class Node:
 
     name: str
     spec: StageSpec
-    prepared: PreparedStage
+    prepared: Prepared
     init: str
     start: Weights
     reference: Weights | None
     identity: Identity
     decision: Decision
     directory: Path
+    rewards: dict[str, Weights] = field(default_factory=dict)
+    """Reward models that an online stage asks, by their source."""
+    critic: Weights | None = None
+    """Where PPO's critic starts."""
 
     @property
     def kind(self) -> str:
-        """Type of the stage: sft, dpo."""
+        """Type of the stage: sft, reward, dpo, ppo, ..."""
         return str(getattr(self.spec, "type", ""))
 
     @property
@@ -216,15 +220,21 @@ def read_nodes(
 
 
 def make_node(
-    config: RunConfig, directory: RunDirectory, weights: dict[str, Weights], prepared: PreparedStage
+    config: RunConfig, directory: RunDirectory, weights: dict[str, Weights], prepared: Prepared
 ) -> Node:
     """Identity and decision of one stage."""
     name, spec = prepared.name, prepared.spec
     init = config.init_of(name)
-    reference = weights[config.reference_of(name)] if isinstance(spec, DpoStage) else None
+    has_reference = isinstance(spec, DpoStage | RlStage)
+    reference = weights[config.reference_of(name)] if has_reference else None
+    rewards = reward_models(config, name, weights) if isinstance(spec, RlStage) else {}
+    critic = weights[config.critic_init_of(name)] if isinstance(spec, PpoStage) else None
     inputs = {init: weights[init].fingerprint}
     if reference is not None:
         inputs["reference"] = reference.fingerprint
+    if critic is not None:
+        inputs["critic"] = critic.fingerprint
+    inputs |= {f"reward {source}": model.fingerprint for source, model in rewards.items()}
     model = config.model.model_dump(
         mode="json", exclude={"base", "gradient_checkpointing", "attn_implementation"}
     )
@@ -232,7 +242,19 @@ def make_node(
         identity_config(spec.model_dump(mode="json"), model), inputs, prepared.data.fingerprint, prepared.seed
     )
     path = directory.stage(name)
-    return Node(name, spec, prepared, init, weights[init], reference, identity, decide(path, identity), path)
+    decision = decide(path, identity)
+    return Node(
+        name, spec, prepared, init, weights[init], reference, identity, decision, path, rewards, critic
+    )
+
+
+def reward_models(config: RunConfig, name: str, weights: dict[str, Weights]) -> dict[str, Weights]:
+    """Reward models of an online stage: results of earlier stages, or directories on the run's base."""
+    base = weights["base"].base
+    return {
+        source: weights[stage] if stage is not None else Weights(base, source, model_fingerprint(source))
+        for source, stage in config.reward_models_of(name).items()
+    }
 
 
 def result_of(config: RunConfig, node: Node) -> Weights:

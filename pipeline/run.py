@@ -14,6 +14,7 @@ from pipeline.stop import StopRequests
 from pipeline.summary import results_table, say_startup
 
 if TYPE_CHECKING:
+    from pipeline.artifacts import Manifest
     from pipeline.config.schema import RunConfig
     from pipeline.fleet import Fleet
     from pipeline.nodes import Graph, Node
@@ -106,7 +107,7 @@ class Run:
             )
             try:
                 for node in graph.nodes:
-                    self.run_stage(node, fleet)
+                    self.run_stage(node, fleet, graph.tokenizer)
                 self.evaluate(graph, fleet)
             except Stopped as stopped:
                 self.progress.note(f"stopped after saving: {stopped}. The same command goes on from there.")
@@ -121,9 +122,9 @@ class Run:
                 self.report(graph)
         return EXIT_DONE
 
-    def run_stage(self, node: Node, fleet: Fleet) -> None:
+    def run_stage(self, node: Node, fleet: Fleet, tokenizer: Any) -> None:
         """Skip, continue or run one stage; afterwards its artifact is on disk and in run.json."""
-        from pipeline.stages.train import Stopped, train
+        from pipeline.stages.train import Stopped
 
         manifest = node.decision.manifest
         if node.decision.state == "fresh" and manifest is not None:
@@ -145,13 +146,7 @@ class Run:
         began = time.time()
         self.progress.stage(node.name, node.prepared.total_steps)
         try:
-            reference = fleet.reference_feed(node)
-            context = fleet.train_context(
-                node, reference, self._on_step(fleet), self._on_log(node), self.stop.asked
-            )
-            manifest = train(node.prepared, context, node.decision)
-            if reference is not None:
-                reference.finish()
+            manifest = self._train(node, fleet, tokenizer)
         except Stopped:
             self.progress.done("stopped")
             self.directory.record_stage(node.name, state="stopped", seconds=round(time.time() - began, 1))
@@ -167,6 +162,22 @@ class Run:
         self.directory.record_stage(
             node.name, state="done", seconds=round(time.time() - began, 1), metrics=manifest.metrics
         )
+
+    def _train(self, node: Node, fleet: Fleet, tokenizer: Any) -> Manifest:
+        """The stage itself, offline or online."""
+        from pipeline.fleet import Events
+        from pipeline.stages.online import train_rl
+        from pipeline.stages.prepared import PreparedRl
+        from pipeline.stages.train import train
+
+        events = Events(self._on_step(fleet), self._on_log(node), self.stop.asked)
+        if isinstance(node.prepared, PreparedRl):
+            return train_rl(node.prepared, fleet.rl_context(node, events, tokenizer), node.decision)
+        reference = fleet.reference_feed(node)
+        manifest = train(node.prepared, fleet.train_context(node, reference, events), node.decision)
+        if reference is not None:
+            reference.finish()
+        return manifest
 
     def evaluate(self, graph: Graph, fleet: Fleet) -> None:
         """Score every model that the config asks for and that has no finished evaluation yet."""

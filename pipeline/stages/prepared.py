@@ -9,17 +9,33 @@ import numpy as np
 
 from pipeline.data.layouts import Kind
 from pipeline.data.order import BatchOrder
+from pipeline.data.prompts import PromptData, read_prompts
 from pipeline.data.records import Records, load_records
 from pipeline.data.tokens import TokenizedData, tokenize
-from pipeline.stages.spec import DpoStage, SftStage, StageSpec
+from pipeline.stages.spec import (
+    DpoStage,
+    GrpoStage,
+    PpoStage,
+    RewardStage,
+    RlooStage,
+    RlStage,
+    SftStage,
+    StageSpec,
+)
 
 if TYPE_CHECKING:
-    from actors.algorithms.base import Loss
-
+    from actors.algorithms.loss import Loss
     from actors.batch import Batch
     from pipeline.config.schema import RunConfig
 
-KINDS: dict[type[StageSpec], Kind] = {SftStage: "sft", DpoStage: "preference"}
+KINDS: dict[type[StageSpec], Kind] = {
+    SftStage: "sft",
+    RewardStage: "preference",
+    DpoStage: "preference",
+    PpoStage: "prompt",
+    GrpoStage: "prompt",
+    RlooStage: "prompt",
+}
 """Which records each stage type reads."""
 
 
@@ -57,13 +73,62 @@ class PreparedStage:
         return [(chunk, self.eval_data.batch(chunk)) for chunk in chunks]
 
 
+@dataclass
+class PreparedRl:
+    """An online stage made ready: its prompts, and which of them each step samples from."""
+
+    name: str
+    spec: RlStage
+    seed: int
+    data: PromptData
+    order: BatchOrder
+    """Prompts of each step; a pure function of the seed, so resuming is starting at step k."""
+    eval_data: None = None
+
+    @property
+    def total_steps(self) -> int:
+        return len(self.order)
+
+    @property
+    def total_updates(self) -> int:
+        """Optimizer steps of the whole stage: what the learning-rate schedule runs over."""
+        return self.updates_before(self.total_steps)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps at the start in which only a critic learns."""
+        return min(getattr(self.spec, "critic_warmup_steps", 0), self.total_steps)
+
+    def updates_before(self, step: int) -> int:
+        """Optimizer steps over the samples of all steps before `step`; the last step of an epoch may have
+        fewer prompts than the others."""
+        epochs, rest = divmod(step, self.order.steps_per_epoch)
+        whole = self._updates(self.order.batch_size)
+        last = self._updates(self.order.n_rows % self.order.batch_size or self.order.batch_size)
+        return epochs * (whole * (self.order.steps_per_epoch - 1) + last) + rest * whole
+
+    def _updates(self, prompts: int) -> int:
+        samples = prompts * self.spec.num_generations
+        return -(-samples // self.spec.batch_size) * self.spec.num_iterations
+
+    def epoch(self, step: int) -> float:
+        """Passes over the prompts after `step` steps."""
+        return self.order.epoch(step)
+
+
+Prepared = PreparedStage | PreparedRl
+
+
 def make_loss(spec: StageSpec) -> Loss:
-    """The loss of a stage, from its own settings."""
+    """The loss of an offline stage, from its own settings."""
     from actors.algorithms.dpo import DpoLoss
+    from actors.algorithms.reward import RewardLoss
     from actors.algorithms.sft import SftLoss
 
     if isinstance(spec, DpoStage):
         return DpoLoss(**{name: getattr(spec, name) for name in DpoLoss.model_fields})
+    if isinstance(spec, RewardStage):
+        return RewardLoss(center_rewards_coefficient=spec.center_rewards_coefficient)
     return SftLoss()
 
 
@@ -100,23 +165,34 @@ def to_tokens(records: Records, spec: StageSpec, tokenizer: Any) -> TokenizedDat
         max_length=spec.max_length,
         truncation=spec.truncation_mode,
         train_on=spec.train_on if isinstance(spec, SftStage) else "answer",
+        margins=isinstance(spec, RewardStage),
     )
 
 
-def prepare(
-    config: RunConfig, name: str, tokenizer: Any, records: StageRecords | None = None
-) -> PreparedStage:
+def prepare(config: RunConfig, name: str, tokenizer: Any, records: StageRecords | None = None) -> Prepared:
     """Tokenise a stage's rows (read here unless given) and lay out its steps."""
     spec, seed = config.stages[name], config.seed_of(name)
     records = records or read_records(config, name)
+    if isinstance(spec, RlStage):
+        return _prepare_rl(name, spec, seed, tokenizer, records)
     data = to_tokens(records.train, spec, tokenizer)
     held_out = to_tokens(records.held_out, spec, tokenizer) if records.held_out is not None else None
-    order = BatchOrder(
-        data.n_rows,
-        spec.batch_size,
+    order = _order(spec, data.n_rows, spec.batch_size, seed)
+    return PreparedStage(name, spec, seed, data, held_out, order, make_loss(spec))
+
+
+def _prepare_rl(name: str, spec: RlStage, seed: int, tokenizer: Any, records: StageRecords) -> PreparedRl:
+    room = None if spec.max_length is None else spec.max_length - spec.max_completion_length
+    data = read_prompts(records.train, tokenizer, max_prompt_tokens=room)
+    return PreparedRl(name, spec, seed, data, _order(spec, data.n_rows, spec.prompts_per_step, seed))
+
+
+def _order(spec: StageSpec, n_rows: int, rows_per_step: int, seed: int) -> BatchOrder:
+    return BatchOrder(
+        n_rows,
+        rows_per_step,
         seed,
         epochs=spec.num_train_epochs,
         max_steps=spec.max_steps,
         shuffle=spec.shuffle,
     )
-    return PreparedStage(name, spec, seed, data, held_out, order, make_loss(spec))

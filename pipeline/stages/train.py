@@ -18,7 +18,7 @@ from pipeline.artifacts import MANIFEST, Manifest, new_directory, verify, versio
 from pipeline.graph import Decision, Identity, checkpoints
 from pipeline.stages.checks import check_first_dpo_step, check_unmoved
 from pipeline.stages.metrics import MetricsLog
-from pipeline.stages.prepared import PreparedStage
+from pipeline.stages.prepared import Prepared, PreparedStage
 
 if TYPE_CHECKING:
     from actors.group import ActorGroup, Pending
@@ -33,16 +33,15 @@ class Stopped(Exception):
     """The user asked to stop and everything is saved."""
 
 
-@dataclass
-class TrainContext:
-    """What a stage is given to work with, beside its data and loss."""
+@dataclass(kw_only=True)
+class StageContext:
+    """What every stage is given to work with, beside its data and loss."""
 
     host: ActorGroup
     role: str | None
     """Adapter that trains; None trains every parameter."""
     directory: Path
     identity: Identity
-    reference: ReferenceFeed | None
     dtype: str
     logging_steps: int
     starts_as_reference: bool
@@ -51,7 +50,7 @@ class TrainContext:
     on_log: Callable[[dict[str, Any]], None]
     card: Callable[[Path, dict[str, Any]], None] = field(default=lambda path, metrics: None)
 
-    def manifest(self, kind: str, stage: PreparedStage, **more: Any) -> Manifest:
+    def manifest(self, kind: str, stage: Prepared, **more: Any) -> Manifest:
         """A manifest of this stage's work."""
         return Manifest(
             type=kind,
@@ -64,6 +63,13 @@ class TrainContext:
             versions=versions(),
             **more,
         )
+
+
+@dataclass(kw_only=True)
+class TrainContext(StageContext):
+    """The context of an offline stage."""
+
+    reference: ReferenceFeed | None
 
 
 def train(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> Manifest:
@@ -140,18 +146,28 @@ def restore(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> int:
     """Load the checkpoint that a partial stage goes on from; returns the steps already done."""
     if decision.state != "partial" or decision.checkpoint is None or decision.manifest is None:
         return 0
-    damaged = verify(decision.checkpoint, decision.manifest)
+    path = sound_checkpoint(decision.checkpoint, decision.manifest)
+    ctx.host.call("load_checkpoint", str(path), phase="restore")
+    return int(decision.manifest.step or 0)
+
+
+def sound_checkpoint(path: Path, manifest: Manifest) -> Path:
+    """The checkpoint at `path`, if its files are what its manifest says.
+
+    Raises:
+        UserError: every file that is not.
+    """
+    damaged = verify(path, manifest)
     if damaged:
         raise UserError(
             [
-                f"{decision.checkpoint}: corrupt checkpoint, not resumed from: {problem}. Remove that "
+                f"{path}: corrupt checkpoint, not resumed from: {problem}. Remove that "
                 "directory to go on from the checkpoint before it (or from the stage's start), or start "
                 "anew with --fresh"
                 for problem in damaged
             ]
         )
-    ctx.host.call("load_checkpoint", str(decision.checkpoint), phase="restore")
-    return int(decision.manifest.step or 0)
+    return path
 
 
 def save_checkpoint(stage: PreparedStage, ctx: TrainContext, step: int) -> None:
@@ -163,7 +179,7 @@ def save_checkpoint(stage: PreparedStage, ctx: TrainContext, step: int) -> None:
         shutil.rmtree(old)
 
 
-def finish(stage: PreparedStage, ctx: TrainContext, last: dict[str, Any], seconds: float) -> Manifest:
+def finish(stage: Prepared, ctx: StageContext, last: dict[str, Any], seconds: float) -> Manifest:
     """Write the artifact, then the stage's manifest: only then is the stage done."""
     kind = "model" if ctx.role is None else "adapter"
     metrics = {name: value for name, value in last.items() if isinstance(value, int | float)}

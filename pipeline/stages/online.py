@@ -1,0 +1,106 @@
+"""An online stage from its start or its last checkpoint to its artifact, around `RlLoop.step`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+
+from pipeline.artifacts import Manifest, new_directory, write_json
+from pipeline.graph import Decision, checkpoints
+from pipeline.stages.checks import check_unmoved
+from pipeline.stages.metrics import MetricsLog
+from pipeline.stages.prepared import PreparedRl
+from pipeline.stages.rl import RlContext, RlLoop, StepResult
+from pipeline.stages.spec import PpoStage
+from pipeline.stages.train import Stopped, finish, sound_checkpoint
+
+SAMPLES_PER_STEP = 4
+"""Samples of each logged step that are kept for the report, of as many prompts."""
+
+
+def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
+    """Run an online stage to its end, from its last checkpoint if there is one.
+
+    Raises:
+        Stopped: after saving, when a stop was asked for.
+        RunFailure: an actor failed beyond recovery, overran a deadline, or an invariant did not hold.
+    """
+    began = time.monotonic()
+    loop = RlLoop(stage, ctx)
+    prepare(stage, ctx)
+    step = restore(loop, decision)
+    frozen = ctx.policy.frozen_digest()
+    ctx.sync.connect()
+    ctx.sync.push(step)
+    log = MetricsLog(ctx.directory / "metrics.jsonl", resume_at=step, every=ctx.logging_steps)
+    samples = MetricsLog(ctx.directory / "samples.jsonl", resume_at=step, every=1)
+    try:
+        while step < stage.total_steps:
+            result = loop.step(step)
+            step += 1
+            result.metrics["epoch"] = round(stage.epoch(step), 4)
+            line = log.add(step, result.metrics, final=step == stage.total_steps)
+            ctx.on_step(step, result.metrics)
+            if line:
+                ctx.on_log(line)
+                keep_samples(samples, step, result, stage.spec.num_generations)
+            stopping = ctx.stop_asked() and step < stage.total_steps
+            if stopping or (step % stage.spec.save_steps == 0 and step < stage.total_steps):
+                save_checkpoint(loop, step)
+            if stopping:
+                raise Stopped(f"{stage.name} at step {step} of {stage.total_steps}")
+        check_unmoved(stage.name, frozen, ctx.policy.frozen_digest())
+        return finish(stage, ctx, log.last, time.monotonic() - began)
+    finally:
+        ctx.sync.close()
+        log.close()
+        samples.close()
+
+
+def prepare(stage: PreparedRl, ctx: RlContext) -> None:
+    """Optimizers of policy and critic, over as many steps as each will take."""
+    warm = stage.updates_before(stage.warmup_steps)
+    ctx.policy.prepare(stage.spec.optim_spec(), stage.total_updates - warm)
+    if ctx.critic is not None:
+        assert isinstance(stage.spec, PpoStage)
+        ctx.critic.prepare(stage.spec.critic_optim_spec(), stage.total_updates, keep=True)
+
+
+def restore(loop: RlLoop, decision: Decision) -> int:
+    """Load the checkpoint that a partial stage goes on from; returns the steps already done.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if decision.state != "partial" or decision.checkpoint is None or decision.manifest is None:
+        return 0
+    path = sound_checkpoint(decision.checkpoint, decision.manifest)
+    loop.ctx.policy.load_checkpoint(str(path / "policy"))
+    if loop.ctx.critic is not None:
+        loop.ctx.critic.load_checkpoint(str(path / "critic"))
+    loop.load_state(json.loads((path / "loop.json").read_text()))
+    return int(decision.manifest.step or 0)
+
+
+def save_checkpoint(loop: RlLoop, step: int) -> None:
+    """Write policy, critic and the loop's state whole, then remove those beyond `save_total_limit`."""
+    ctx, stage = loop.ctx, loop.stage
+    path = ctx.directory / f"checkpoint-{step}"
+    with new_directory(path, ctx.manifest("checkpoint", stage, step=step)) as aside:
+        for name, view in (("policy", ctx.policy), ("critic", ctx.critic)):
+            if view is not None:
+                (aside / name).mkdir()
+                view.save_checkpoint(str(aside / name))
+        write_json(aside / "loop.json", loop.state())
+    for old in checkpoints(ctx.directory)[stage.spec.save_total_limit :]:
+        shutil.rmtree(old)
+
+
+def keep_samples(log: MetricsLog, step: int, result: StepResult, n: int) -> None:
+    """A few samples of a step, the first of each prompt."""
+    answers = result.prompts.columns.get("answer")
+    for i in range(0, min(len(result.texts), SAMPLES_PER_STEP * n), n):
+        row = {"step": step, "prompt": result.prompts.texts[i], "completion": result.texts[i]}
+        row["reward"] = float(result.rewards.values[i])
+        log.write(row | ({"answer": answers[i]} if answers else {}))

@@ -1,0 +1,223 @@
+"""The online loop: sample, reward, estimate, update, sync, and again. `RlLoop.step` is the whole of it.
+
+- Version k of the policy is what k steps made of it; the samples of step k come from version k, proved on
+  every engine before the first of them is drawn.
+- A step is a pure function of (policy, critic, optimizers, KL coefficient) and its number: prompts, seeds
+  and the order of minibatches follow from the run's seed. So a checkpoint holds just these, and a step that
+  was lost with an actor or with the whole run is the same step when it is done again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actors.algorithms import rl_checks
+from actors.algorithms.kl import KlController
+from actors.algorithms.policy import PolicyLoss
+from actors.algorithms.value import ValueLoss
+from actors.batch import Batch
+from actors.sampling import Generations, sample_seed
+from actors.trajectories import trajectories
+from pipeline.data.prompts import PromptData
+from pipeline.stages.prepared import PreparedRl
+from pipeline.stages.rl_estimates import Estimates, TokenScores, estimate
+from pipeline.stages.rl_rewards import Judge, Rewards
+from pipeline.stages.spec import PpoStage
+from pipeline.stages.train import StageContext
+from pipeline.stages.views import View, put
+
+if TYPE_CHECKING:
+    from actors.group import Pending
+    from actors.pool import RolloutPool
+    from actors.sync.weight_sync import WeightSync
+
+
+@dataclass(kw_only=True)
+class RlContext(StageContext):
+    """What an online stage is given to work with: a view for each role, the engines, and their sync."""
+
+    policy: View
+    reference: View
+    critic: View | None
+    reward_models: dict[str, View]
+    """By source."""
+    rollout: RolloutPool
+    sync: WeightSync
+    tokenizer: Any
+    on_sample: Any = None
+
+
+@dataclass
+class Clock:
+    """Seconds of one step, by part."""
+
+    began: float = field(default_factory=time.monotonic)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - began
+
+    def metrics(self) -> dict[str, float]:
+        parts = {f"time/{part}": value for part, value in self.seconds.items()}
+        return parts | {"time/step": time.monotonic() - self.began}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves behind: its metrics, and its samples for the log."""
+
+    metrics: dict[str, float]
+    prompts: PromptData
+    texts: list[str]
+    rewards: Rewards
+
+
+class RlLoop:
+    """The state that one step hands to the next, and the step."""
+
+    def __init__(self, stage: PreparedRl, ctx: RlContext) -> None:
+        self.stage, self.ctx, self.spec = stage, ctx, stage.spec
+        self.judge = Judge(stage.spec, ctx.reward_models)
+        self.kl = KlController(stage.spec.beta, stage.spec.kl_target, stage.spec.kl_horizon)
+        self.idle = rl_checks.Idle()
+        self.num_tokens = 0
+
+    def step(self, step: int) -> StepResult:
+        """One RL step, from version `step` of the policy to version `step + 1`, served by every engine."""
+        clock = Clock()
+        with clock("generate"):
+            prompts, samples = self.generate(step)
+        batch = trajectories(prompts.token_ids, samples)
+        texts = samples.texts(self.ctx.tokenizer, self.spec.stop)
+        asked, judged = self.submit_scores(batch, step)
+        with clock("rewards"):
+            rewards = self.judge.result(judged, prompts, texts, samples, batch)
+        with clock("logprobs"):
+            scores = TokenScores(**{name: np.asarray(one.result()[0]) for name, one in asked.items()})
+        estimates = estimate(self.spec, batch, rewards.values, scores, self.kl.beta)
+        checked = self.check(step, batch, scores, estimates)
+        with clock("update"):
+            updated = self.update(step, estimates.batch)
+        with clock("sync"):
+            report = self.ctx.sync.push(step + 1)
+        self.kl = self.kl.updated(estimates.kl or 0.0, batch.n_rows)
+        self.num_tokens += batch.n_tokens
+        metrics = {**updated, **rewards.metrics, **estimates.metrics, **checked, **lengths(samples)}
+        metrics |= {"num_tokens": float(self.num_tokens), **report.metrics(), **clock.metrics()}
+        return StepResult(metrics, prompts, texts, rewards)
+
+    # --- The parts of a step ----------------------------------------------------------------------
+
+    def generate(self, step: int) -> tuple[PromptData, Generations]:
+        """The step's prompts (one entry a sample) and its samples.
+
+        A sample's seed is a hash of run, step, prompt and number, so that it doesn't matter who draws it.
+        """
+        rows, n = self.stage.order[step], self.spec.num_generations
+        seeds = [sample_seed(self.stage.seed, step, int(row), i) for row in rows for i in range(n)]
+        drawn = self.ctx.rollout.generate(self.stage.data.select(rows).token_ids, self.spec.sampling(), seeds)
+        return self.stage.data.select(rows, copies=n), drawn
+
+    def submit_scores(self, batch: Batch, step: int) -> tuple[dict[str, Pending], dict[str, Pending]]:
+        """Ask all models about the samples, without waiting: (token scores by field, rewards by source)."""
+        shared, ctx, heat = put(batch), self.ctx, self.spec.temperature
+        asked = {"old_logps": ctx.policy.token_logprobs(shared, heat)}
+        if self.spec.beta > 0 or step == 0:
+            asked["ref_logps"] = ctx.reference.token_logprobs(shared, heat)
+        if ctx.critic is not None:
+            asked["values"] = ctx.critic.values(shared)
+        return asked, self.judge.submit(shared)
+
+    def check(self, step: int, batch: Batch, scores: TokenScores, estimates: Estimates) -> dict[str, float]:
+        """Everything that must hold before the weights move; metrics of what was looked at."""
+        dtype, engine = self.ctx.dtype, batch.token_columns["engine_logps"]
+        advantages = estimates.batch.token_columns["advantages"]
+        rl_checks.check_finite(engine_logps=engine, advantages=advantages, **vars(scores))
+        if step == 0 and self.ctx.starts_as_reference and scores.ref_logps is not None:
+            rl_checks.check_first_kl(scores.old_logps, scores.ref_logps, rl_checks.KL_TOLERANCE[dtype])
+        self.idle = self.idle.after(advantages)
+        mismatch = rl_checks.mismatch_metrics(engine, scores.old_logps)
+        tolerance = self.spec.mismatch_tolerance or rl_checks.MISMATCH_TOLERANCE[dtype]
+        rl_checks.check_mismatch(mismatch, tolerance, rl_checks.BEYOND_2X_TOLERANCE[dtype])
+        return mismatch
+
+    def update(self, step: int, batch: Batch) -> dict[str, float]:
+        """Optimizer steps of policy and critic over the samples; means of their metrics."""
+        first = self.stage.updates_before(step)
+        learns = step >= self.stage.warmup_steps
+        asked: list[tuple[str, Pending]] = []
+        for number, rows in enumerate(minibatches(self.stage, step, batch.n_rows), start=first):
+            part = put(batch.select(rows))
+            if learns:
+                number_ = number - self.stage.updates_before(self.stage.warmup_steps)
+                asked.append(("", self.ctx.policy.update(part, self.policy_loss(), number_)))
+            if self.ctx.critic is not None:
+                asked.append(("critic/", self.ctx.critic.update(part, self.value_loss(), number)))
+        done = [(prefix, pending.result()[0]) for prefix, pending in asked]
+        if learns:
+            rl_checks.check_first_ratio(done[0][1], rl_checks.RATIO_TOLERANCE[self.ctx.dtype])
+        return joined(done)
+
+    def policy_loss(self) -> PolicyLoss:
+        """The stage's policy loss at the current KL coefficient."""
+        names = set(PolicyLoss.model_fields) & set(type(self.spec).model_fields)
+        beta = self.kl.beta if self.spec.kl_in == "loss" else 0.0
+        return PolicyLoss(**{name: getattr(self.spec, name) for name in names} | {"beta": beta})
+
+    def value_loss(self) -> ValueLoss:
+        assert isinstance(self.spec, PpoStage)
+        return ValueLoss(vf_coef=self.spec.vf_coef, cliprange_value=self.spec.cliprange_value)
+
+    # --- What a checkpoint holds beside policy and critic -------------------------------------------
+
+    def state(self) -> dict[str, float]:
+        return {"beta": self.kl.beta, "idle": self.idle.steps, "num_tokens": self.num_tokens}
+
+    def load_state(self, state: dict[str, float]) -> None:
+        self.kl = replace(self.kl, beta=float(state["beta"]))
+        self.idle = rl_checks.Idle(int(state["idle"]))
+        self.num_tokens = int(state["num_tokens"])
+
+
+def minibatches(stage: PreparedRl, step: int, samples: int) -> list[np.ndarray]:
+    """Samples of every optimizer step: each iteration goes through all of them, in an order of its own."""
+    size, found = stage.spec.batch_size, []
+    for iteration in range(stage.spec.num_iterations):
+        order = np.random.default_rng([stage.seed, step, iteration]).permutation(samples)
+        found += [np.sort(order[i : i + size]) for i in range(0, samples, size)]
+    return found
+
+
+def joined(done: list[tuple[str, dict[str, float]]]) -> dict[str, float]:
+    """Means over optimizer steps; the critic's share a prefix where they have a namesake."""
+    own = {"critic/value_loss": "value_loss", "critic/value_clip_ratio": "value_clip_ratio"}
+    values: dict[str, list[float]] = {}
+    for prefix, metrics in done:
+        for name, value in metrics.items():
+            key = f"{prefix}{name}"
+            values.setdefault(own.get(key, key), []).append(value)
+    dropped = {"num_tokens", "critic/num_tokens", "step_seconds", "critic/step_seconds"}
+    return {name: sum(all_) / len(all_) for name, all_ in values.items() if name not in dropped}
+
+
+def lengths(samples: Generations) -> dict[str, float]:
+    """TRL's names for how long the completions are, and how many were cut at the limit."""
+    each = np.diff(samples.offsets)
+    cut = np.mean([reason != "stop" for reason in samples.finish_reasons])
+    return {
+        "completions/mean_length": float(each.mean()),
+        "completions/min_length": float(each.min()),
+        "completions/max_length": float(each.max()),
+        "completions/clipped_ratio": float(cut),
+    }

@@ -1,0 +1,86 @@
+"""From rewards to what the losses read: divergence, advantages and returns, as columns of the samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from actors.algorithms.advantages import AdvantageSpec, Scored, advantages_of
+from actors.algorithms.kl import kl_values
+from actors.batch import Batch
+from actors.trajectories import sample_offsets, sample_sums
+
+if TYPE_CHECKING:
+    from pipeline.stages.spec import RlStage
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What models say of the samples' tokens; each float64 (counted tokens,), None where nobody asked."""
+
+    old_logps: np.ndarray
+    """The policy's log-probabilities before this step's updates, by the trainer, at the temperature."""
+    ref_logps: np.ndarray | None
+    values: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """The samples with every column that the losses read."""
+
+    batch: Batch
+    kl: float | None
+    """Mean over samples of the divergence from the reference, summed over tokens, in nats."""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def estimate(spec: RlStage, batch: Batch, rewards: np.ndarray, scores: TokenScores, beta: float) -> Estimates:
+    """Advantages (and returns) of every token.
+
+    Args:
+        rewards: float64 (samples,), penalties included; NaN for samples that no reward applies to.
+        beta: weight of the divergence at this step.
+    """
+    kl = _divergence(spec, scores)
+    mask = counted_mask(spec, batch)
+    scored = Scored(
+        rewards=rewards,
+        offsets=sample_offsets(batch),
+        token_rewards=-beta * kl if kl is not None and spec.kl_in == "reward" else np.zeros(mask.shape),
+        values=scores.values,
+        mask=mask,
+    )
+    found = advantages_of(advantage_spec(spec), scored)
+    columns = {"old_logps": scores.old_logps, "advantages": found.advantages, "mask": mask}
+    if scores.ref_logps is not None:
+        columns["ref_logps"] = scores.ref_logps
+    if scores.values is not None and found.returns is not None:
+        columns |= {"old_values": scores.values, "returns": found.returns}
+    per_step = np.full(batch.n_rows, mask.sum() / spec.steps_per_generation)
+    batch = batch.with_token_columns(**columns).with_columns(tokens_per_step=per_step)
+    metrics = {"advantages/std": float(found.advantages[mask].std()) if mask.any() else 0.0}
+    if kl is None:
+        return Estimates(batch, None, metrics)
+    of_samples = float(sample_sums(batch, kl).mean())
+    metrics |= {"kl": float(kl.mean()), "objective/kl": of_samples, "beta": beta}
+    return Estimates(batch, of_samples, metrics)
+
+
+def counted_mask(spec: RlStage, batch: Batch) -> np.ndarray:
+    """bool (counted tokens,): tokens that train; those of cut samples don't where the stage says so."""
+    kept = batch.columns["finished"] | (not spec.mask_truncated_completions)
+    return np.repeat(kept, batch.label_counts)
+
+
+def advantage_spec(spec: RlStage) -> AdvantageSpec:
+    """The stage's settings that advantages depend on."""
+    names = set(AdvantageSpec.model_fields) & set(type(spec).model_fields)
+    return AdvantageSpec(kind=spec.advantage, **{name: getattr(spec, name) for name in names})
+
+
+def _divergence(spec: RlStage, scores: TokenScores) -> np.ndarray | None:
+    if scores.ref_logps is None:
+        return None
+    return kl_values(spec.kl_estimator, scores.old_logps, scores.ref_logps)

@@ -1,0 +1,103 @@
+"""What samples are worth: reward functions and reward models behind one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actors.batch import Batch
+from actors.rewards import (
+    RewardFunction,
+    RewardSpec,
+    Samples,
+    combine,
+    find_function,
+    function_rewards,
+    reward_metrics,
+    reward_names,
+    without_eos_penalty,
+)
+from actors.sampling import Generations
+from pipeline.data.prompts import PromptData
+from pipeline.stages.views import View
+
+if TYPE_CHECKING:
+    from actors.group import Pending
+    from pipeline.stages.spec import RlStage
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Rewards of one step's samples."""
+
+    values: np.ndarray
+    """float64 (samples,): what advantages are made of, penalties included; NaN: no source applied."""
+    metrics: dict[str, float]
+    notes: list[str]
+    """What was replaced by a configured default, for the log."""
+
+
+class Judge:
+    """All reward sources of a stage. Models score in their own processes while functions run here."""
+
+    def __init__(self, spec: RlStage, models: Mapping[str, View]) -> None:
+        """`models`: by source.
+
+        Raises:
+            UserError: a function can't be imported.
+        """
+        self.spec, self.models = spec, models
+        self.names = reward_names(spec.rewards)
+        self._functions = {one.source: function_of(one) for one in spec.rewards if one.kind != "model"}
+
+    def submit(self, batch: Any) -> dict[str, Pending]:
+        """Let the reward models begin."""
+        return {source: view.scores(batch) for source, view in self.models.items()}
+
+    def result(
+        self,
+        pending: Mapping[str, Pending],
+        prompts: PromptData,
+        texts: Sequence[str],
+        samples: Generations,
+        batch: Batch,
+    ) -> Rewards:
+        """Rewards of all samples; `prompts` has one entry a sample.
+
+        Raises:
+            RunFailure: a source failed and its `on_error` is `stop`.
+        """
+        asked = Samples(
+            prompts.prompts,
+            prompts.completions(texts),
+            [ids.tolist() for ids in samples.sequences()],
+            prompts.columns,
+        )
+        rows, notes = [], []
+        for one in self.spec.rewards:
+            if one.kind == "model":
+                rows.append(np.asarray(pending[one.source].result()[0], dtype=np.float64))
+                continue
+            values, note = function_rewards(one, self._functions[one.source], asked)
+            rows.append(values)
+            notes += [f"reward '{one.name}': {note}"] if note else []
+        found = np.stack(rows)
+        weights = [one.weight for one in self.spec.rewards]
+        metrics = reward_metrics(self.names, found, weights, self.spec.num_generations)
+        total = combine(found, weights)
+        finished = batch.columns["finished"]
+        return Rewards(without_eos_penalty(total, finished, self.spec.missing_eos_penalty), metrics, notes)
+
+
+def function_of(spec: RewardSpec) -> RewardFunction:
+    """The Python function behind a source that is no model.
+
+    Raises:
+        UserError: it can't be imported.
+    """
+    from pipeline.data.builtin import exact_match
+
+    return exact_match if spec.kind == "exact_match" else find_function(spec.source)

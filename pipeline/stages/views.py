@@ -1,0 +1,57 @@
+"""Roles as an online stage calls them: an adapter on the ranks of some group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from actors.algorithms.loss import Loss
+    from actors.batch import Batch
+    from actors.group import ActorGroup, Pending
+    from actors.optim_spec import OptimSpec
+
+
+def put(batch: Batch) -> Any:
+    """A batch in the object store: written there once, however many roles and ranks read it."""
+    import ray
+
+    return ray.put(batch)
+
+
+@dataclass(frozen=True)
+class View:
+    """What one role computes with. Batches may be references into the object store."""
+
+    group: ActorGroup
+    role: str | None
+    """Adapter; None is the bare base."""
+
+    def token_logprobs(self, batch: Any, temperature: float) -> Pending:
+        """float64 (counted tokens,), from every rank."""
+        return self.group.submit("token_logprobs", batch, self.role, temperature, phase="logprobs")
+
+    def values(self, batch: Any) -> Pending:
+        """float64 (counted tokens,): the value head at the state before each, from every rank."""
+        return self.group.submit("values", batch, self.role, phase="logprobs")
+
+    def scores(self, batch: Any) -> Pending:
+        """float64 (samples,): the score head at each sample's last token, from every rank."""
+        return self.group.submit("scores", batch, self.role, phase="logprobs")
+
+    def update(self, batch: Any, loss: Loss, number: int) -> Pending:
+        """Optimizer step `number` of this role; metrics from every rank."""
+        return self.group.submit("update", batch, loss, number, self.role, phase="update")
+
+    def prepare(self, optim: OptimSpec, total: int, *, keep: bool = False) -> None:
+        """Let this role train; `keep`: roles prepared before it on the same ranks train on."""
+        self.group.call("prepare_training", self.role, optim, total, keep=keep, phase="load")
+
+    def save_checkpoint(self, directory: str) -> None:
+        self.group.call("save_checkpoint", directory, self.role, phase="save")
+
+    def load_checkpoint(self, directory: str) -> None:
+        self.group.call("load_checkpoint", directory, self.role, phase="restore")
+
+    def frozen_digest(self) -> str:
+        return str(self.group.call_rank(0, "frozen_digest", phase="call"))
