@@ -159,11 +159,12 @@ class ModelHost:
             self._set_head(target, self.heads[source].weight)
 
     def add_head(self, role: str, init: HeadInit = "zero") -> None:
-        """Give an adapter a fresh scalar head (in place of its own, if any) that trains with it.
+        """Give an adapter a fresh scalar head that trains with it; one that it has already is kept.
 
         `normal` is drawn from N(0, initializer_range) by the host's seed, as transformers does it.
         """
-        self._set_head(role, make_head(self.config, init, self.spec.seed, self.spec.device).weight)
+        if role not in self.heads:
+            self._set_head(role, make_head(self.config, init, self.spec.seed, self.spec.device).weight)
 
     def _set_head(self, role: str, weight: torch.Tensor) -> None:
         """Set or add a head; one that is there stays the same object, as an optimizer may hold it."""
@@ -385,8 +386,9 @@ class ModelHost:
         return self._load
 
     def frozen_digest(self) -> str:
-        """Digest of everything that training must not change."""
-        return adapters.frozen_digest(self.model)
+        """Digest of everything that training must not change, other roles' heads included."""
+        heads = {f"head of {role}": head for role, head in self.heads.items()}
+        return adapters.frozen_digest(nn.ModuleDict({"model": self.model, **heads}))
 
     def save_adapter(self, role: str, directory: str | Path) -> None:
         """Write one adapter in PEFT's layout, with its head if it has one (rank 0)."""

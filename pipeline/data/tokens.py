@@ -8,17 +8,29 @@ tokenised once, and count where the assistant speaks (TRL's `assistant_only_loss
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
+from actors.algorithms.reward import MARGIN
 from actors.batch import Batch
 from actors.errors import UserError
-from pipeline.data.bad_rows import EMPTY_ANSWER, PROMPT_FILLS, TOO_LONG, BadRow, RowGate, RowProblem, Skipped
+from pipeline.data.bad_rows import (
+    EMPTY_ANSWER,
+    MISSING_COLUMN,
+    PROMPT_FILLS,
+    TOO_LONG,
+    WRONG_TYPE,
+    BadRow,
+    RowGate,
+    RowProblem,
+    Skipped,
+)
 from pipeline.data.layouts import Kind
-from pipeline.data.records import Records
+from pipeline.data.records import Record, Records
 from pipeline.data.texts import RowText, TextMaker
 
 Truncation = Literal["keep_start", "keep_end", "error"]
@@ -82,7 +94,7 @@ class TokenizedData:
         """sha256 over token ids, masks and offsets: what training depends on, wherever it came from."""
         data = self.sequences
         digest = hashlib.sha256(str(data.sequences_per_row).encode())
-        for column in (data.token_ids, data.loss_mask, data.offsets):
+        for column in (data.token_ids, data.loss_mask, data.offsets, *data.columns.values()):
             digest.update(np.ascontiguousarray(column).tobytes())
         return digest.hexdigest()
 
@@ -95,8 +107,9 @@ def tokenize(
     max_length: int | None = None,
     truncation: Truncation = "keep_start",
     train_on: Literal["answer", "all"] = "answer",
+    margins: bool = False,
 ) -> TokenizedData:
-    """Token ids and loss masks of all records.
+    """Token ids and loss masks of all records; with `margins`, the column of that name where rows have it.
 
     A sequence beyond `max_length` is cut and counted, or with `truncation="error"` a bad row; a row that
     has nothing left to train on is a bad row either way. Bad rows follow their source's `on_bad_row`.
@@ -108,11 +121,15 @@ def tokenize(
     texts = TextMaker(records, tokenizer).training_rows(gate, train_on)
     cut = _Cut(max_length, truncation, records.kind)
     rows: list[_TokenRow] = []
+    margins = margins and any(record.columns.get(MARGIN) is not None for record in records.rows)
+    found_margins: list[float] = []
     merged = 0
     for row in _encode(texts.rows, tokenizer, train_on):
         record = records[row.record]
         try:
+            margin = _margin(record) if margins else 0.0
             rows.append(cut(row))
+            found_margins.append(margin)
             merged += row.merged
         except RowProblem as problem:
             bad = BadRow(record.file, record.row, problem.reason, problem.detail)
@@ -124,6 +141,7 @@ def tokenize(
         [ids for row in rows for ids in row.ids],
         [mask for row in rows for mask in row.masks],
         2 if records.kind == "preference" else 1,
+        {MARGIN: np.asarray(found_margins)} if margins else None,
     )
     stats = TokenStats(
         rows=len(rows),
@@ -155,6 +173,16 @@ def prompt_tokens(records: Records, tokenizer: Any) -> tuple[list[str], list[lis
         for (index, text), tokens in zip(group, encoded, strict=True):
             texts[index], ids[index] = text, tokens
     return texts, ids
+
+
+def _margin(record: Record) -> float:
+    """How much better the chosen answer must score, as the row says."""
+    value = record.columns.get(MARGIN)
+    if value is None:
+        raise RowProblem(MISSING_COLUMN, f"{MARGIN}, which other rows have")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RowProblem(WRONG_TYPE, f"{MARGIN} is {value!r}, not a number")
+    return float(value)
 
 
 @dataclass(frozen=True)
