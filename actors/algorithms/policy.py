@@ -1,0 +1,217 @@
+"""Policy losses of the online stage: clipped surrogates, KL to the reference, entropy bonus.
+
+For tokens t of sample i, with r the importance ratio to the policy that is being left:
+loss = aggregate over tokens of [-surrogate(r, A) + beta KL] - entropy_coef * mean entropy.
+`loss_type` names the aggregate, `importance_sampling_level` what r is a ratio of, an entry of POLICY_LOSSES
+the surrogate.
+Ratios are computed in float64 from stored log-probabilities; masked tokens count nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from actors.algorithms.kl import KL_ESTIMATORS, KlEstimator
+from actors.algorithms.loss import Loss, MetricSums, TokenView, Totals, largest
+from actors.batch import Batch
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+PolicyLossKind = Literal["ppo_clip"]
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
+Level = Literal["token", "sequence", "trajectory"]
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """What a policy loss comes to at each token; every tensor is (T,)."""
+
+    loss: Tensor
+    """To be minimised, with gradient."""
+    low_clipped: Tensor
+    """bool: the ratio is below the range where the advantage is negative: no gradient."""
+    high_clipped: Tensor
+    """bool: above the range where the advantage is positive."""
+
+
+def ppo_clip(ratio: Tensor, advantages: Tensor, spec: PolicyLoss) -> Surrogate:
+    """-min(r A, clip(r, 1 - eps, 1 + eps_high) A) (PPO, arXiv 1707.06347, eq. 7).
+
+    With `delta`, r is at most delta in the unclipped term: it bounds the loss of a negative advantage at
+    -delta A (dual-clip PPO, arXiv 1912.09729; TRL's two-sided clipping).
+    """
+    low, high = 1 - spec.epsilon, 1 + spec.upper_epsilon
+    clipped = ratio.clamp(low, high)
+    bounded = ratio if spec.delta is None else ratio.clamp(max=spec.delta)
+    return Surrogate(
+        -(bounded * advantages).minimum(clipped * advantages),
+        (ratio < low) & (advantages < 0),
+        (ratio > high) & (advantages > 0),
+    )
+
+
+POLICY_LOSSES: dict[str, Callable[[Tensor, Tensor, PolicyLoss], Surrogate]] = {"ppo_clip": ppo_clip}
+
+
+class PolicyLoss(Loss):
+    """Policy gradient with importance ratios.
+
+    Token columns read: `old_logps`, `advantages`; `ref_logps` if there (then the KL is a metric, and with
+    beta a term of the loss); `mask` (bool) if there: False takes a token out of loss, metrics and totals.
+    """
+
+    uses_dropout: ClassVar[bool] = False
+    gradient_may_vanish: ClassVar[bool] = True
+
+    kind: PolicyLossKind = "ppo_clip"
+    """Surrogate: an entry of POLICY_LOSSES."""
+    epsilon: float = Field(default=0.2, gt=0)
+    """The ratio is clipped at 1 - epsilon."""
+    epsilon_high: float | None = Field(default=None, gt=0)
+    """The ratio is clipped at 1 + epsilon_high; null: epsilon."""
+    delta: float | None = Field(default=None, gt=1)
+    """Dual clip: bound of the loss of a negative advantage, in advantages; null: none."""
+    importance_sampling_level: Level = "token"
+    """What the ratio is of: a token, a sequence (mean log-ratio: GSPO), a trajectory (their sum: RLOO)."""
+    loss_type: LossType = "dapo"
+    """Aggregate: grpo mean of each sample's mean; bnpo mean over tokens; dr_grpo sum over tokens / (samples x
+    max_completion_length); dapo mean over tokens with the generation batch's mean count."""
+    max_completion_length: int | None = Field(default=None, ge=1)
+    """Divisor of dr_grpo."""
+    beta: float = Field(default=0.0, ge=0)
+    """Weight of the KL to the reference in the loss; 0: none."""
+    kl_estimator: KlEstimator = "k3"
+    """Estimator of that KL, and of the metric `kl`."""
+    entropy_coef: float = Field(default=0.0, ge=0)
+    """Weight of the mean token entropy, which is taken off the loss."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature: logits are divided by it."""
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> PolicyLoss:
+        problems = []
+        if self.delta is not None and self.delta <= 1 + self.upper_epsilon:
+            problems.append(f"delta must be above 1 + epsilon_high = {1 + self.upper_epsilon:g}")
+        if self.loss_type == "dr_grpo" and self.max_completion_length is None:
+            problems.append("dr_grpo divides by max_completion_length: set it")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def upper_epsilon(self) -> float:
+        """How far above 1 the ratio may be."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    @property
+    def logit_temperature(self) -> float:
+        return self.temperature
+
+    @property
+    def needs_entropy_gradient(self) -> bool:
+        return self.entropy_coef > 0
+
+    @property
+    def required_columns(self) -> tuple[str, ...]:
+        columns = ["old_logps", "advantages"]
+        if self.beta > 0:
+            columns.append("ref_logps")
+        if self.loss_type == "dapo":
+            columns.append("tokens_per_step")
+        return tuple(columns)
+
+    def totals(self, batch: Batch) -> Totals:
+        """`divisor` of the aggregate, and `tokens` that count.
+
+        dapo divides by the row column `tokens_per_step`: the counted tokens of the whole generation batch
+        over its number of optimizer steps (the same number in every row).
+        """
+        mask = batch.token_columns.get("mask", np.ones(int(batch.loss_mask.sum()), bool))
+        rows, tokens = float(max(1, batch.n_rows)), float(max(1, mask.sum()))
+        divisors = {"grpo": rows, "bnpo": tokens, "dr_grpo": rows * (self.max_completion_length or 1)}
+        if self.loss_type == "dapo":
+            per_step = batch.columns["tokens_per_step"]
+            divisors["dapo"] = float(max(1.0, per_step.max(initial=0.0)))
+        return {"divisor": divisors[self.loss_type], "tokens": tokens}
+
+    def __call__(self, view: TokenView, totals: Totals) -> tuple[torch.Tensor, MetricSums]:
+        weights = _weights(view)
+        log_ratio = _log_ratio(view, weights, self.importance_sampling_level)
+        ratio = log_ratio.exp()
+        surrogate = POLICY_LOSSES[self.kind](ratio, view.token_columns["advantages"].double(), self)
+        per_token = surrogate.loss
+        kl = self._kl(view)
+        if self.beta > 0:
+            assert kl is not None
+            per_token = per_token + self.beta * kl
+        loss = (per_token * weights * self._share(view, weights)).sum() / totals["divisor"]
+        metrics = _metrics(view, weights, surrogate, ratio.detach(), log_ratio.detach(), kl)
+        if self.entropy_coef > 0:
+            metrics["policy_loss"] = (loss.detach(), 0.0)
+            loss = loss - self.entropy_coef * (view.entropy * weights).sum() / totals["tokens"]
+        return loss, metrics
+
+    def _kl(self, view: TokenView) -> Tensor | None:
+        """(T,): estimated KL to the reference, with gradient; None without a reference."""
+        if "ref_logps" not in view.token_columns:
+            return None
+        return KL_ESTIMATORS[self.kl_estimator](view.logps.double() - view.token_columns["ref_logps"])
+
+    def _share(self, view: TokenView, weights: Tensor) -> Tensor | float:
+        """What a token weighs in the aggregate: 1 / tokens of its sample for `grpo`, else 1."""
+        if self.loss_type != "grpo":
+            return 1.0
+        return 1 / view.sequence_sums(weights).clamp(min=1)[view.sequence]
+
+
+def _weights(view: TokenView) -> Tensor:
+    """float64 (T,): 1 for tokens that count, 0 for masked ones."""
+    mask = view.token_columns.get("mask")
+    return view.logps.new_ones(view.logps.shape).double() if mask is None else mask.double()
+
+
+def _log_ratio(view: TokenView, weights: Tensor, level: Level) -> Tensor:
+    """float64 (T,): log-ratio of the policy to the one that `old_logps` are of.
+
+    token: its own. trajectory: the sum over its sample. sequence: the mean over its sample (GSPO,
+    arXiv 2507.18071, eq. 7). The latter two are the same for all tokens of a sample.
+    """
+    of_tokens = view.logps.double() - view.token_columns["old_logps"]
+    if level == "token":
+        return of_tokens
+    of_samples = view.sequence_sums(of_tokens * weights)
+    if level == "sequence":
+        of_samples = of_samples / view.sequence_sums(weights).clamp(min=1)
+    return of_samples[view.sequence]
+
+
+def _metrics(
+    view: TokenView,
+    weights: Tensor,
+    surrogate: Surrogate,
+    ratio: Tensor,
+    log_ratio: Tensor,
+    kl: Tensor | None,
+) -> MetricSums:
+    """TRL's names, over counted tokens; `approx_kl` is k3 of the policy that is left to the new one."""
+    tokens = weights.sum()
+    low, high = surrogate.low_clipped.double(), surrogate.high_clipped.double()
+    metrics: MetricSums = {
+        "entropy": ((view.entropy.detach() * weights).sum(), tokens),
+        "clip_ratio/low_mean": ((low * weights).sum(), tokens),
+        "clip_ratio/high_mean": ((high * weights).sum(), tokens),
+        "clip_ratio/region_mean": (((low + high) * weights).sum(), tokens),
+        "ratio/mean": ((ratio * weights).sum(), tokens),
+        "ratio/max_deviation": largest((ratio - 1).abs() * weights),
+        "approx_kl": (((log_ratio.expm1() - log_ratio) * weights).sum(), tokens),
+    }
+    if kl is not None:
+        metrics["kl"] = ((kl.detach() * weights).sum(), tokens)
+    return metrics

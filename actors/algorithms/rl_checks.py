@@ -1,0 +1,163 @@
+"""Checks of the online stage on numbers that are known beforehand. Pure: what to raise, not when to look.
+
+- Before the first update of a generation the policy is the one that `old_logps` are of: every ratio is 1.
+- While the policy is the reference, their KL is 0.
+- Engine and trainer hold the same weights: their log-probabilities of the samples agree up to the dtype.
+- A batch in which every advantage is 0 teaches nothing; several in a row mean that nothing will be learnt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from actors.errors import InvariantViolation
+
+RATIO_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
+"""Of |ratio - 1| at the first update. Seen in float32: 1e-5, as packing changes with the batch; a bfloat16
+mixture of experts moves by .01-.4 at single tokens when a route flips."""
+KL_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+"""Of the mean k3 per token between a policy and the reference that it starts from."""
+MISMATCH_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+"""Of the mean k3 per token between engine and trainer. Wrong weights give .1 and more; k3 is quadratic, so
+float32's usual 1e-6 in log-probability vanishes and one flipped route in a thousand tokens stays below."""
+BEYOND_2X_TOLERANCE = {"float32": 0.005, "bfloat16": 0.05}
+"""Of the share of tokens whose probability differs by more than a factor of 2 between engine and trainer."""
+IDLE_LIMIT = 10
+"""Steps in a row without any advantage. At a success rate of 1 % a step of 16 groups of 8 is idle 28 % of the
+time; ten such steps in a row come up once in 390,000."""
+
+
+def check_first_ratio(metrics: Mapping[str, float], tolerance: float) -> None:
+    """Hold the first update's ratios against 1.
+
+    Args:
+        metrics: of that update; `ratio/max_deviation`.
+        tolerance: of |ratio - 1| at the worst token.
+
+    Raises:
+        InvariantViolation: the policy that trains is not the one whose log-probabilities were stored.
+    """
+    found = metrics["ratio/max_deviation"]
+    if not found <= tolerance:
+        raise InvariantViolation(
+            "policy", "first update of a generation", f"a ratio is {found:.3g} away from 1 (at most "
+            f"{tolerance:g}): the old log-probabilities are of other weights, tokens or another temperature",
+            "this is a fault of the run and not of its settings: report it with the stage's config.yaml",
+        )  # fmt: skip
+
+
+def check_first_kl(logps: np.ndarray, ref_logps: np.ndarray, tolerance: float) -> None:
+    """Hold the KL of the untrained policy to the reference that it starts from against 0.
+
+    Args:
+        logps, ref_logps: float64 (T,), of the same samples before the stage's first update.
+        tolerance: of the mean k3 per token.
+
+    Raises:
+        InvariantViolation: the reference is not what the policy started from.
+    """
+    found = divergence(logps, ref_logps)["k3"]
+    if not found <= tolerance:
+        raise InvariantViolation(
+            "reference", "first step", f"policy and reference are {found:.3g} nats per token apart before "
+            f"the first update (at most {tolerance:g}): the reference is not what the policy started from",
+            "check `init` and `reference` of the stage",
+        )  # fmt: skip
+
+
+def divergence(p: np.ndarray, q: np.ndarray) -> dict[str, float]:
+    """How far log-probabilities `q` are from `p` at tokens drawn from `p`; float64 (T,) each.
+
+    Returns:
+        `k1` and `k3` (means, estimates of KL(p || q) in nats per token), `max` (largest |p - q|), and
+        `beyond_2x` (share of tokens with probabilities more than a factor of 2 apart). 0 for no tokens.
+    """
+    d = np.asarray(p, np.float64) - np.asarray(q, np.float64)
+    if not len(d):
+        return {"k1": 0.0, "k3": 0.0, "max": 0.0, "beyond_2x": 0.0}
+    return {
+        "k1": float(d.mean()),
+        "k3": float((np.expm1(-d) + d).mean()),
+        "max": float(np.abs(d).max()),
+        "beyond_2x": float((np.abs(d) > math.log(2)).mean()),
+    }
+
+
+def mismatch_metrics(engine: np.ndarray, trainer: np.ndarray) -> dict[str, float]:
+    """`mismatch/k1|k3|max|beyond_2x` of the engine's behaviour log-probabilities to the trainer's."""
+    return {f"mismatch/{name}": value for name, value in divergence(engine, trainer).items()}
+
+
+def check_mismatch(metrics: Mapping[str, float], tolerance: float, beyond_2x: float) -> None:
+    """Stop where engine and trainer disagree on the samples.
+
+    The largest difference is not held against anything: a single flipped route moves it by .02 and more
+    when all is well.
+
+    Raises:
+        InvariantViolation: mean k3 or the share beyond a factor of 2 is out of tolerance, with all figures.
+    """
+    k3, share = metrics["mismatch/k3"], metrics["mismatch/beyond_2x"]
+    if k3 <= tolerance and share <= beyond_2x:
+        return
+    raise InvariantViolation(
+        "rollout", "log-probabilities", f"engine and trainer disagree on the samples: k3 {k3:.3g} per token "
+        f"(at most {tolerance:g}), k1 {metrics['mismatch/k1']:.3g}, largest difference "
+        f"{metrics['mismatch/max']:.3g}, {share:.2%} of tokens beyond a factor of 2 (at most "
+        f"{beyond_2x:.2%})",
+        "the engine serves other weights, or its dtype is coarser than `mismatch_tolerance` allows",
+    )  # fmt: skip
+
+
+def check_finite(**arrays: np.ndarray | None) -> None:
+    """Refuse NaN and infinities, naming the array and the first place.
+
+    Raises:
+        InvariantViolation: an array has one.
+    """
+    for name, values in arrays.items():
+        if values is None or np.isfinite(values).all():
+            continue
+        bad = np.flatnonzero(~np.isfinite(values))
+        raise InvariantViolation(
+            "rollout batch", name, f"{len(bad)} of {len(values)} values are not finite; the first is "
+            f"{values[bad[0]]} at {bad[0]}", "lower the learning rate, or resume from the checkpoint before",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Counts steps in a row without any advantage."""
+
+    steps: int = 0
+
+    def after(self, advantages: np.ndarray) -> Idle:
+        """After one more step.
+
+        Raises:
+            InvariantViolation: `IDLE_LIMIT` steps in a row taught nothing.
+        """
+        if np.any(advantages != 0):
+            return Idle()
+        if self.steps + 1 < IDLE_LIMIT:
+            return Idle(self.steps + 1)
+        raise InvariantViolation(
+            "policy", "advantages", f"all advantages were 0 in {IDLE_LIMIT} steps in a row: all samples of a "
+            "prompt get the same reward, so nothing is learnt",
+            "look at the rewards in samples.jsonl; more samples per prompt, a higher temperature, easier "
+            "prompts or a reward with more than two values help",
+        )  # fmt: skip
+
+
+def load_distance(trainer: np.ndarray, engine: np.ndarray) -> float:
+    """Largest distance over layers of two expert loads: total variation of their shares, 0 to 1.
+
+    Args:
+        trainer, engine: (layers, experts), tokens that each expert got.
+    """
+    shares = [load / np.maximum(load.sum(axis=1, keepdims=True), 1) for load in (trainer, engine)]
+    return float(np.abs(shares[0] - shares[1]).sum(axis=1).max(initial=0.0) / 2)

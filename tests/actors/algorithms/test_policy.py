@@ -1,0 +1,219 @@
+"""Policy losses against literals: clipping, dual clip, ratios by level, aggregates, masks, entropy, KL."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from actors.algorithms.loss import TokenView
+from actors.algorithms.policy import PolicyLoss
+from actors.batch import Batch
+
+
+def view_of(
+    logps: list[float], lengths: list[int], entropy: torch.Tensor | None = None, **columns: Any
+) -> TokenView:
+    """Tokens of samples with the given lengths; `old_logps` 0 and `advantages` 1 unless given."""
+    n = len(logps)
+    columns = {"old_logps": [0.0] * n, "advantages": [1.0] * n, **columns}
+    tensors = {name: torch.tensor(values) for name, values in columns.items()}
+    tensors = {k: v if v.dtype == torch.bool else v.double() for k, v in tensors.items()}
+    sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    zeros = torch.zeros(n)
+    return TokenView(
+        torch.tensor(logps, requires_grad=True), sequence, len(lengths),
+        zeros if entropy is None else entropy, zeros.bool(), zeros, zeros, token_columns=tensors,
+    )  # fmt: skip
+
+
+def batch_of(lengths: list[int], **token_columns: np.ndarray) -> Batch:
+    """Two prompt tokens before every completion."""
+    ids = [np.arange(2 + n) for n in lengths]
+    batch = Batch.from_sequences(ids, [np.arange(2 + n) >= 2 for n in lengths])
+    return batch.with_token_columns(**token_columns)
+
+
+def value(loss: PolicyLoss, view: TokenView, divisor: float = 1.0) -> float:
+    return loss(view, {"divisor": divisor, "tokens": float(view.logps.numel())})[0].item()
+
+
+BNPO = {"loss_type": "bnpo"}
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage", "expected"),
+    [
+        (1.0, 1.0, -1.2),
+        (-1.0, -1.0, 0.8),
+        (1.0, -1.0, math.e),
+        (-1.0, 1.0, -math.exp(-1)),
+        (0.1, 2.0, -2.21034),
+    ],
+)
+def test_the_clipped_surrogate_has_the_literal_values(
+    log_ratio: float, advantage: float, expected: float
+) -> None:
+    view = view_of([log_ratio], [1], advantages=[advantage])
+    assert value(PolicyLoss(**BNPO), view) == pytest.approx(expected, rel=1e-5)
+
+
+def test_clipped_tokens_have_no_gradient_and_are_counted_by_side() -> None:
+    view = view_of([1.0, -1.0, 0.1, 1.0], [4], advantages=[1.0, -1.0, 1.0, -1.0])
+    loss, metrics = PolicyLoss(**BNPO)(view, {"divisor": 1.0, "tokens": 4.0})
+    gradient = torch.autograd.grad(loss, view.logps)[0]
+    assert gradient.tolist() == pytest.approx([0.0, 0.0, -math.exp(0.1), math.e], rel=1e-5)
+    shares = {n: (s / w).item() for n, (s, w) in metrics.items() if n.startswith("clip_ratio")}
+    assert shares == {
+        "clip_ratio/low_mean": 0.25,
+        "clip_ratio/high_mean": 0.25,
+        "clip_ratio/region_mean": 0.5,
+    }
+
+
+def test_epsilon_high_widens_one_side_only() -> None:
+    loss = PolicyLoss(**BNPO, epsilon_high=0.5)
+    assert value(loss, view_of([1.0], [1])) == pytest.approx(-1.5)
+    assert value(loss, view_of([-1.0], [1], advantages=[-1.0])) == pytest.approx(0.8)
+
+
+def test_dual_clip_bounds_the_loss_of_a_negative_advantage() -> None:
+    far = view_of([4.0], [1], advantages=[-2.0])
+    assert value(PolicyLoss(**BNPO, delta=3.0), far) == pytest.approx(6.0)
+    assert value(PolicyLoss(**BNPO), far) == pytest.approx(2 * math.exp(4), rel=1e-5)
+    near = view_of([0.5], [1], advantages=[-2.0])
+    assert value(PolicyLoss(**BNPO, delta=3.0), near) == pytest.approx(2 * math.exp(0.5), rel=1e-5)
+    assert value(PolicyLoss(**BNPO, delta=3.0), view_of([4.0], [1])) == pytest.approx(-1.2)
+
+
+def test_before_the_first_update_ratios_are_1_and_the_loss_is_minus_the_mean_advantage() -> None:
+    logps = [-0.3, -2.0, -1.1]
+    view = view_of(logps, [2, 1], old_logps=torch.tensor(logps).tolist(), advantages=[-1.0, 3.0, -2.0])
+    loss, metrics = PolicyLoss(**BNPO)(view, {"divisor": 3.0, "tokens": 3.0})
+    assert loss.item() == 0.0
+    assert metrics["ratio/max_deviation"][0].item() == 0.0
+    assert metrics["ratio/mean"][0].item() == 3.0
+    assert metrics["approx_kl"][0].item() == metrics["clip_ratio/region_mean"][0].item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"),
+    [
+        ("token", [0.3, -0.1, 0.4]),
+        ("sequence", [0.1, 0.1, 0.4]),  # GSPO: the mean log-ratio
+        ("trajectory", [0.2, 0.2, 0.4]),  # RLOO: their sum
+    ],
+)
+def test_ratios_are_of_a_token_a_sequence_or_a_trajectory(level: str, expected: list[float]) -> None:
+    view = view_of([0.3, -0.1, 0.4], [2, 1])
+    loss = PolicyLoss(**BNPO, epsilon=0.9, importance_sampling_level=level)
+    assert value(loss, view) == pytest.approx(-sum(math.exp(x) for x in expected), rel=1e-5)
+
+
+LOGPS, LENGTHS = [0.1, 0.2, -0.1, 0.3], [3, 1]
+RATIOS = [math.exp(x) for x in LOGPS]
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "expected"),
+    [
+        ("grpo", -(sum(RATIOS[:3]) / 3 + RATIOS[3]) / 2),
+        ("bnpo", -sum(RATIOS) / 4),
+        ("dr_grpo", -sum(RATIOS) / (2 * 16)),
+        ("dapo", -sum(RATIOS) / 2.5),
+    ],
+)
+def test_aggregates_divide_as_their_names_say(loss_type: str, expected: float) -> None:
+    loss = PolicyLoss(loss_type=loss_type, epsilon=0.9, max_completion_length=16)
+    batch = batch_of(LENGTHS).with_columns(tokens_per_step=np.array([2.5, 2.5]))
+    assert loss(view_of(LOGPS, LENGTHS), loss.totals(batch))[0].item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo"])
+@pytest.mark.parametrize("level", ["token", "sequence", "trajectory"])
+def test_micro_batches_of_whole_samples_add_up(loss_type: str, level: str) -> None:
+    loss = PolicyLoss(loss_type=loss_type, importance_sampling_level=level, max_completion_length=9, beta=0.1)
+    totals = loss.totals(batch_of(LENGTHS))
+    ref = [0.0, 0.1, 0.2, 0.3]
+    whole = loss(view_of(LOGPS, LENGTHS, ref_logps=ref), totals)[0].item()
+    parts = [view_of(LOGPS[:3], [3], ref_logps=ref[:3]), view_of(LOGPS[3:], [1], ref_logps=ref[3:])]
+    assert sum(loss(part, totals)[0].item() for part in parts) == pytest.approx(whole, rel=1e-9)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo"])
+@pytest.mark.parametrize("level", ["token", "sequence", "trajectory"])
+def test_masked_samples_change_nothing_but_the_number_of_rows(loss_type: str, level: str) -> None:
+    """As TRL's mask_truncated_completions: the row stays in the mean over rows, its tokens are gone."""
+    loss = PolicyLoss(
+        loss_type=loss_type, importance_sampling_level=level, max_completion_length=9, entropy_coef=0.1
+    )
+    results = []
+    for hidden in (1.0, 5.0):
+        mask = [True, True, True, False]
+        view = view_of([*LOGPS[:3], hidden], LENGTHS, mask=mask, advantages=[1.0, 1.0, 1.0, hidden])
+        totals = loss.totals(batch_of(LENGTHS, mask=np.array(mask)))
+        value, metrics = loss(view, totals)
+        results.append(
+            (value.item(), torch.autograd.grad(value, view.logps)[0].tolist(),
+             {n: (float(s), float(w)) for n, (s, w) in metrics.items()})
+        )  # fmt: skip
+    assert results[0] == results[1]
+    assert results[0][1][3] == 0.0
+
+
+def test_a_bonus_for_entropy_is_its_mean_over_counted_tokens() -> None:
+    entropy = torch.tensor([1.0, 2.0, 3.0, 100.0], requires_grad=True)
+    mask = [True, True, True, False]
+    loss = PolicyLoss(loss_type="grpo", entropy_coef=0.5)
+    assert loss.needs_entropy_gradient
+    assert not PolicyLoss().needs_entropy_gradient
+    view = view_of([0.0] * 4, LENGTHS, entropy, mask=mask, advantages=[0.0] * 4)
+    found, metrics = loss(view, loss.totals(batch_of(LENGTHS, mask=np.array(mask))))
+    assert found.item() == pytest.approx(-0.5 * 2.0)
+    assert torch.autograd.grad(found, entropy)[0].tolist() == pytest.approx([-0.5 / 3] * 3 + [0.0])
+    assert metrics["policy_loss"][0].item() == 0.0
+    assert not any(torch.is_tensor(x) and x.requires_grad for pair in metrics.values() for x in pair)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"), [("k1", [0.5, -1]), ("k2", [0.125, 0.5]), ("k3", [0.106531, 0.718282])]
+)
+def test_the_kl_term_has_the_literal_values_and_its_metric(name: str, values: list[float]) -> None:
+    view = view_of([-1.0, -2.0], [2], old_logps=[-1.0, -2.0], ref_logps=[-1.5, -1.0], advantages=[0.0, 0.0])
+    loss, metrics = PolicyLoss(**BNPO, beta=0.1, kl_estimator=name)(view, {"divisor": 2.0, "tokens": 2.0})
+    assert loss.item() == pytest.approx(0.1 * sum(values) / 2, abs=1e-6)
+    assert (metrics["kl"][0] / metrics["kl"][1]).item() == pytest.approx(sum(values) / 2, abs=1e-6)
+
+
+def test_with_beta_0_the_reference_is_a_metric_only() -> None:
+    view = view_of([-1.0], [1], old_logps=[-1.0], ref_logps=[-1.5])
+    loss, metrics = PolicyLoss(**BNPO)(view, {"divisor": 1.0, "tokens": 1.0})
+    assert loss.item() == -1.0
+    assert metrics["kl"][0].item() == pytest.approx(0.106531, abs=1e-6)
+
+
+def test_a_loss_names_the_columns_that_it_needs() -> None:
+    assert PolicyLoss(beta=0.1).required_columns == (
+        "old_logps",
+        "advantages",
+        "ref_logps",
+        "tokens_per_step",
+    )
+    assert PolicyLoss(loss_type="grpo").required_columns == ("old_logps", "advantages")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"delta": 1.1}, "delta must be above"), ({"loss_type": "dr_grpo"}, "max_completion_length")],
+)
+def test_options_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        PolicyLoss(**settings)
+
+
+def test_the_sampling_temperature_divides_the_logits() -> None:
+    assert PolicyLoss(temperature=0.7).logit_temperature == 0.7
