@@ -1,0 +1,96 @@
+"""Parts of the online loop that decide by themselves: estimates, minibatches, the count of updates."""
+
+import numpy as np
+import pytest
+
+from actors.sampling import Generations
+from actors.trajectories import trajectories
+from pipeline.data.bad_rows import Skipped
+from pipeline.data.order import BatchOrder
+from pipeline.data.prompts import PromptData
+from pipeline.stages.prepared import PreparedRl
+from pipeline.stages.rl import joined, lengths, minibatches
+from pipeline.stages.rl_estimates import TokenScores, estimate
+from pipeline.stages.spec import GrpoStage, PpoStage, RlStage
+
+DATA = {"data": [{"source": "builtin:arithmetic", "split": "prompts"}], "rewards": ["exact_match"]}
+
+
+def stage_of(spec: RlStage, prompts: int = 10, steps: int = 7) -> PreparedRl:
+    data = PromptData(["q"] * prompts, ["q"] * prompts, [[1]] * prompts, {}, Skipped(), "f")
+    order = BatchOrder(prompts, spec.prompts_per_step, 3, max_steps=steps)
+    return PreparedRl("rl", spec, 3, data, order)
+
+
+def samples_of(*lengths_: int, finish: str = "stop") -> Generations:
+    return Generations.of([([5] * n, [-1.0] * n, finish) for n in lengths_], 1, "v0", 0.0)
+
+
+def test_ppo_advantages_are_those_of_gae() -> None:
+    """The literals of GAE: rewards [0, 0, 1], values [.5, .4, .3], gamma 1, lambda .95."""
+    spec = PpoStage(**DATA, whiten_advantages="none", beta=0)
+    batch = trajectories([[1, 2]], samples_of(3))
+    scores = TokenScores(np.full(3, -1.0), None, np.array([0.5, 0.4, 0.3]))
+    found = estimate(spec, batch, np.array([1.0]), scores, beta=0.0)
+    assert found.batch.token_columns["advantages"] == pytest.approx([0.43675, 0.565, 0.7])
+    assert found.batch.token_columns["returns"] == pytest.approx([0.93675, 0.965, 1.0])
+    assert found.kl is None
+
+
+def test_divergence_in_the_reward_is_taken_off_token_by_token() -> None:
+    """lambda 0, gamma 0, values 0: an advantage is the token's own reward; k1 of [-1, -2], [-1.5, -1]."""
+    spec = PpoStage(**DATA, whiten_advantages="none", lam=0, gamma=0, beta=0.1)
+    batch = trajectories([[1]], samples_of(2))
+    scores = TokenScores(np.array([-1.0, -2.0]), np.array([-1.5, -1.0]), np.zeros(2))
+    found = estimate(spec, batch, np.array([3.0]), scores, beta=0.1)
+    assert found.batch.token_columns["advantages"] == pytest.approx([-0.05, 3.1])
+    assert found.kl == pytest.approx(-0.5)
+    assert found.metrics["kl"] == pytest.approx(-0.25)
+
+
+def test_cut_samples_leave_the_loss_where_the_stage_says_so() -> None:
+    batch = trajectories([[1], [1]], samples_of(2, 1, finish="length"))
+    scores = TokenScores(np.full(3, -1.0), None, None)
+    kept = estimate(GrpoStage(**DATA, num_generations=2), batch, np.array([0.0, 1.0]), scores, 0.0)
+    assert kept.batch.token_columns["mask"].all()
+    spec = GrpoStage(**DATA, num_generations=2, mask_truncated_completions=True)
+    masked = estimate(spec, batch, np.array([0.0, 1.0]), scores, 0.0)
+    assert not masked.batch.token_columns["mask"].any()
+
+
+def test_minibatches_go_through_all_samples_once_an_iteration() -> None:
+    stage = stage_of(
+        GrpoStage(**DATA, batch_size=4, steps_per_generation=2, num_generations=4, num_iterations=2)
+    )
+    found = minibatches(stage, step=1, samples=8)
+    assert [len(rows) for rows in found] == [4, 4, 4, 4]
+    first, second = np.concatenate(found[:2]), np.concatenate(found[2:])
+    assert sorted(first) == sorted(second) == list(range(8))
+    assert not np.array_equal(found[0], found[2])
+    assert [x.tolist() for x in found] == [x.tolist() for x in minibatches(stage, 1, 8)]
+    assert [x.tolist() for x in found] != [x.tolist() for x in minibatches(stage, 2, 8)]
+
+
+def test_updates_are_counted_over_short_last_steps_of_an_epoch() -> None:
+    """10 prompts, 4 a step, 2 samples each, batches of 4: 2, 2 and 1 updates an epoch, twice over."""
+    spec = GrpoStage(**DATA, batch_size=4, steps_per_generation=2, num_generations=2, num_iterations=2)
+    stage = stage_of(spec)
+    assert [stage.updates_before(step) for step in range(8)] == [0, 4, 8, 10, 14, 18, 20, 24]
+    counted = [len(minibatches(stage, s, len(stage.order[s]) * 2)) for s in range(7)]
+    assert np.cumsum([0, *counted]).tolist() == [stage.updates_before(step) for step in range(8)]
+    assert stage.total_updates == 24
+
+
+def test_metrics_of_updates_are_averaged_and_the_critics_kept_apart() -> None:
+    done = [("", {"loss": 1.0}), ("critic/", {"loss": 5.0, "value_loss": 2.0}), ("", {"loss": 3.0})]
+    assert joined(done) == {"loss": 2.0, "critic/loss": 5.0, "value_loss": 2.0}
+
+
+def test_lengths_have_trls_names() -> None:
+    found = lengths(Generations.of([([1], [0.0], "stop"), ([1, 2, 3], [0.0] * 3, "length")], 1, "v", 0.0))
+    assert found == {
+        "completions/mean_length": 2.0,
+        "completions/min_length": 1.0,
+        "completions/max_length": 3.0,
+        "completions/clipped_ratio": 0.5,
+    }
