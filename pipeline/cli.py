@@ -95,13 +95,22 @@ def validate(config: Config, overrides: Overrides = None) -> int:
         console.say(f"base {loaded.model.base}: {findings.base.config.model_type}")
     if findings.targets is not None:
         console.say(f"LoRA targets\n{findings.targets}")
-    columns = ["stage", "starts from", "reference", "rows", "tokens (median / longest)", "steps x rows"]
+    columns = [
+        "stage",
+        "starts from",
+        "reference",
+        "rows",
+        "tokens (median / longest)",
+        "steps x rows or samples",
+    ]
     console.table("Stages", columns, findings.stages)
     if findings.prompts is not None:
         console.say(f"evaluation of {', '.join(loaded.eval_models())} on {findings.prompts} prompts")
     if findings.problems:
         return console.user_error(UserError(findings.problems), str(config))
     console.say(cluster_plan(loaded))
+    for stage, size in findings.sync_bytes.items():
+        console.say(f"  {stage}: a sync sends {size:,} bytes to each engine ({loaded.roles.rollout.workers})")
     console.say(f"{config}: fine")
     return EXIT_DONE
 

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from actors.models.loading import ResolvedBase
     from actors.models.targets import Targets
     from pipeline.config.schema import RunConfig
-    from pipeline.data.layouts import Kind
 
 T = TypeVar("T")
 
@@ -26,7 +25,9 @@ class Findings:
     base: ResolvedBase | None = None
     targets: Targets | None = None
     stages: list[list[str]] = field(default_factory=list)
-    """Stage, start, reference, rows, tokens (median, longest sequence), steps x rows."""
+    """Stage, start, reference, rows, tokens (median, longest sequence), steps x rows (or samples)."""
+    sync_bytes: dict[str, int] = field(default_factory=dict)
+    """What each sync of an online stage sends to one engine."""
     prompts: int | None = None
     """Held-out prompts, when the run evaluates."""
 
@@ -41,13 +42,18 @@ class Findings:
 
 def find(config: RunConfig) -> Findings:
     """Look at run directory, trackers, base, LoRA targets, and every stage's data."""
+    from pipeline.plan import sync_bytes
     from pipeline.rundir import RunDirectory
+    from pipeline.stages.reward_sources import reward_source_problems
     from pipeline.trackers import tracker_problems
 
     findings = Findings()
     findings.attempt(RunDirectory(config.output_dir, config.name).refuse_foreign)
     findings.problems += tracker_problems(config.logging.report_to)
+    findings.problems += reward_source_problems(config, config.stages)
     tokenizer = _look_at_model(config, findings)
+    if findings.targets is not None:
+        findings.sync_bytes = sync_bytes(config, findings.targets)
     for name in config.stages:
         _look_at_stage(config, name, tokenizer, findings)
     _look_at_eval(config, tokenizer, findings)
@@ -71,27 +77,27 @@ def _look_at_model(config: RunConfig, findings: Findings) -> Any:
 
 def _look_at_stage(config: RunConfig, name: str, tokenizer: Any, findings: Findings) -> None:
     from pipeline.data.records import load_records
-    from pipeline.stages.prepared import prepare
-    from pipeline.stages.spec import DpoStage
+    from pipeline.stages.prepared import KINDS, prepare
+    from pipeline.stages.spec import DpoStage, RlStage
 
     spec, where = config.stages[name], f"stages.{name}"
     if tokenizer is None:
-        kind: Kind = "preference" if isinstance(spec, DpoStage) else "sft"
         for sources in filter(None, (spec.data, spec.eval_data)):
-            findings.attempt(partial(load_records, sources, kind, seed=config.seed), where)
+            findings.attempt(partial(load_records, sources, KINDS[type(spec)], seed=config.seed), where)
         return
     prepared = findings.attempt(lambda: prepare(config, name, tokenizer), where)
     if prepared is None:
         return
-    lengths = sorted(int(n) for n in prepared.data.lengths)
+    stats = prepared.data.stats
+    rows = spec.samples_per_step if isinstance(spec, RlStage) else spec.batch_size
     findings.stages.append(
         [
             name,
             config.init_of(name),
-            config.reference_of(name) if isinstance(spec, DpoStage) else "",
+            config.reference_of(name) if isinstance(spec, DpoStage | RlStage) else "",
             f"{prepared.data.n_rows:,}",
-            f"{lengths[len(lengths) // 2]} / {lengths[-1]}" if lengths else "",
-            f"{prepared.total_steps:,} x {spec.batch_size}",
+            f"{stats.median} / {stats.longest}",
+            f"{prepared.total_steps:,} x {rows}",
         ]
     )
 

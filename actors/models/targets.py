@@ -33,6 +33,8 @@ class GroupTargets:
     rank: int
     parameters: int
     """Adapter parameters (A and B of every weight and expert)."""
+    adapted: int
+    """Parameters of the weights themselves: what merging changes."""
 
     @property
     def bytes(self) -> int:
@@ -53,6 +55,10 @@ class Targets:
     @property
     def parameters(self) -> int:
         return sum(group.parameters for group in self.groups)
+
+    @property
+    def adapted(self) -> int:
+        return sum(group.adapted for group in self.groups)
 
     @property
     def bytes(self) -> int:
@@ -132,6 +138,7 @@ def resolve_targets(
                 sum(len(shapes) for shapes in found.values()),
                 ranks[g],
                 sum(_adapter_size(shape, ranks[g]) for shapes in found.values() for shape in shapes),
+                sum(math.prod(shape) for shapes in found.values() for shape in shapes),
             )
             for g, found in matched.items()
         ),

@@ -13,6 +13,20 @@ _ONE_BASE = "write `model.base` (hub id or directory), once for all stages"
 _NOT_YET = "sharding is not there yet; ranks hold the whole base and average their gradients"
 _LENGTH = "write `max_length`, for prompt and answer together"
 _TRACKERS = "write `logging.report_to`"
+_COMPLETION = "write `max_completion_length: {value}`"
+_FILTER = (
+    "leave it out: what it leaves unsampled the trainer still counts, so old log-probabilities would not be "
+    "those of the policy that sampled (top_p 0.9: 0.1 nats off a token); `temperature` and `stop` are "
+    "accounted for, and `eval.sampling` takes it for evaluation"
+)
+_GENERATION = "write `steps_per_generation`: a generation is `batch_size` times as many samples"
+_SAMPLES = "leave it out: samples are in the stage's samples.jsonl and in the report"
+_REWARDS = "write `rewards: [...]`: `exact_match`, `module:function`, a reward stage's name or a directory"
+_ALWAYS_VLLM = "leave it out: online stages sample with vLLM, in the actors of `roles.rollout`"
+_MISMATCH = (
+    "leave it out: old log-probabilities are the trainer's own; the engine's are compared with them at every "
+    "step (`mismatch_tolerance`)"
+)
 
 INSTEAD: dict[str, str] = {
     "per_device_train_batch_size": _BATCH,
@@ -88,5 +102,58 @@ INSTEAD: dict[str, str] = {
     "num_cpus": "write `cpus: {value}` (for each worker)",
     "num_workers": "write `workers: {value}`",
     "world_size": "write `roles.policy.workers`",
-    "max_new_tokens": "write `max_tokens: {value}`",
+    "max_new_tokens": "write `max_tokens: {value}` (in an online stage `max_completion_length: {value}`)",
+    "response_length": _COMPLETION,
+    "max_response_length": _COMPLETION,
+    "generate_max_len": _COMPLETION,
+    "num_ppo_epochs": "write `num_iterations: {value}`",
+    "ppo_epochs": "write `num_iterations: {value}`",
+    "num_mini_batches": "write `steps_per_generation: {value}` (`batch_size` is the size of one of them)",
+    "mini_batch_size": "write `batch_size`: samples per optimizer step, over all ranks",
+    "ppo_mini_batch_size": "write `batch_size`: samples per optimizer step, over all ranks",
+    "rollout_batch_size": _GENERATION,
+    "generation_batch_size": _GENERATION,
+    "total_episodes": "write `max_steps`: a step is batch_size x steps_per_generation samples",
+    "rloo_k": "write `num_generations: {value}`",
+    "n_samples_per_prompt": "write `num_generations: {value}`",
+    "kl_coef": "write `beta: {value}`",
+    "init_kl_coef": "write `beta: {value}`",
+    "adap_kl_ctrl": "write `kl_target` (and `kl_horizon`); without it beta is fixed",
+    "target_kl": "write `kl_target: {value}`",
+    "horizon": "write `kl_horizon: {value}`",
+    "cliprange": "write `epsilon: {value}`",
+    "clip_range": "write `epsilon: {value}`",
+    "eps_clip": "write `epsilon: {value}`",
+    "clip_ratio": "write `epsilon: {value}`",
+    "clip_ratio_c": "write `delta: {value}`",
+    "value_clip": "write `cliprange_value: {value}`",
+    "gae_lambda": "write `lam: {value}`",
+    "lambd": "write `lam: {value}`",
+    "entropy_coeff": "write `entropy_coef: {value}`",
+    "normalize_advantages": "write `whiten_advantages: shift_and_scale`",
+    "normalize_reward": "write `scale_rewards: batch` (GRPO) or `whiten_rewards: scale` (PPO)",
+    "critic_lr": "write `critic_learning_rate: {value}`",
+    "value_model_path": "write `critic_init: STAGE` (a reward stage), or leave it out",
+    "sft_model_path": "write `init: STAGE`; by default it is the last policy before this stage",
+    "reward_model": _REWARDS,
+    "reward_model_path": _REWARDS,
+    "reward_funcs": _REWARDS,
+    "reward_function": _REWARDS,
+    "reward_weights": "write each weight with its source: `rewards: [{{source: ..., weight: ...}}]`",
+    "use_vllm": _ALWAYS_VLLM,
+    "vllm_mode": _ALWAYS_VLLM,
+    "vllm_gpu_memory_utilization": "write `roles.rollout.engine.gpu_memory_utilization: {value}`",
+    "vllm_tensor_parallel_size": "write `roles.rollout.engine.tensor_parallel_size: {value}`",
+    "vllm_max_model_length": "write `roles.rollout.engine.max_model_len: {value}`",
+    "vllm_importance_sampling_correction": _MISMATCH,
+    "top_p": _FILTER,
+    "top_k": _FILTER,
+    "min_p": _FILTER,
+    "repetition_penalty": _FILTER,
+    "presence_penalty": _FILTER,
+    "frequency_penalty": _FILTER,
+    "generation_kwargs": _FILTER,
+    "shuffle_dataset": "write `shuffle: {value}`",
+    "log_completions": _SAMPLES,
+    "num_sample_generations": _SAMPLES,
 }

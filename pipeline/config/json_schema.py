@@ -7,14 +7,14 @@ from typing import Any
 from pipeline.config.schema import RunConfig
 from pipeline.stages.spec import STAGE_TYPES
 
-_SOURCE = {"$ref": "#/$defs/DataSpec"}
+_SOURCES = ({"$ref": "#/$defs/DataSpec"}, {"$ref": "#/$defs/RewardSpec"})
 
 
 def json_schema() -> dict[str, Any]:
     """JSON schema (2020-12) of a run's YAML, with what the loader accepts in short.
 
-    pydantic does not know that a data source may be a bare string or a single mapping, nor that a
-    stage's type may be left out where its name says it.
+    pydantic does not know that a source of data or of rewards may be a bare string or a single mapping,
+    nor that a stage's type may be left out where its name says it.
     """
     schema = RunConfig.model_json_schema()
     schema = _with_short_sources(schema)
@@ -35,8 +35,8 @@ def _with_short_sources(node: Any) -> Any:
         return [_with_short_sources(item) for item in node]
     if not isinstance(node, dict):
         return node
-    if node.get("type") == "array" and node.get("items") == _SOURCE:
-        one = [{"type": "string"}, _SOURCE]
+    if node.get("type") == "array" and node.get("items") in _SOURCES:
+        one = [{"type": "string"}, node["items"]]
         rest = {key: value for key, value in node.items() if key not in ("type", "items", "minItems")}
         return {**rest, "anyOf": [*one, {"type": "array", "minItems": 1, "items": {"anyOf": one}}]}
     return {key: _with_short_sources(value) for key, value in node.items()}

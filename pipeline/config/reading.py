@@ -12,8 +12,8 @@ import yaml
 from actors.errors import UserError
 from pipeline.config.checks import Problem
 
-_SOURCES = frozenset({"data", "eval_data"})
-"""Keys whose plain string is short for `{source: string}`."""
+_SOURCES = frozenset({"data", "eval_data", "rewards"})
+"""Keys whose plain string, alone or in a list, is short for `{source: string}`."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -143,7 +143,7 @@ def set_key(node: Any, path: list[str], value: Any, above: str = "") -> Any:
         return value
     key, rest = path[0], path[1:]
     where = f"{above}.{key}" if above else key
-    if isinstance(node, str) and above.rsplit(".", 1)[-1] in _SOURCES:
+    if isinstance(node, str) and _SOURCES & set(above.split(".")[-2:]):
         node = {"source": node}
     if node is None:
         node = {}
