@@ -38,6 +38,7 @@ from actors.packing import MicroBatch, counted_places
 from actors.passes import PassRunner, Sums
 from actors.ranks import Ranks
 from actors.scoring import TokenScorer
+from actors.sync.source import WeightSource
 from actors.training import Training
 
 START_ADAPTER = "start"
@@ -88,6 +89,7 @@ class ModelHost:
         self._trainings: dict[str | None, Training] = {}
         """By role; the last prepared one is last."""
         self._load: np.ndarray | None = None
+        self.weight_source = WeightSource(self)
         self.base.eval()
         if resolved.adapter_path is not None:
             self.add_adapter(START_ADAPTER, resolved.adapter_path, trainable=False)
@@ -451,7 +453,8 @@ class ModelHost:
             raise InvariantViolation(self._who, "save", "the ranks hold different weights", "report this")
 
     def close(self) -> None:
-        """Leave the group of ranks."""
+        """Leave the group of ranks, and let engines go."""
+        self.weight_source.close()
         self.ranks.close()
 
 

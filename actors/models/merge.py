@@ -120,7 +120,7 @@ def merged_state(
     base = _base_of(model)
     deltas = adapter_deltas(model, adapter_name) if adapter_name else {}
     state = {}
-    for name, tensor in _base_tensors(base).items():
+    for name, tensor in base_tensors(base).items():
         to = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         delta = deltas.pop(name, None)
         state[name] = tensor.to(to) if delta is None else (tensor.float() + delta).to(to)
@@ -232,7 +232,7 @@ def _unchanged(
     peft: PeftModel, deltas: Mapping[str, torch.Tensor], dtypes: tuple[torch.dtype, ...]
 ) -> list[float]:
     """Per dtype: share of adapted weights that rounding gives back their old value."""
-    tensors = _base_tensors(_base_of(peft))
+    tensors = base_tensors(_base_of(peft))
     total = sum(d.numel() for d in deltas.values())
     same = [0] * len(dtypes)
     for name, delta in deltas.items():
@@ -251,7 +251,7 @@ def _bare(name: str) -> str:
     return name.replace(".base_layer", "")
 
 
-def _base_tensors(base: PreTrainedModel) -> dict[str, torch.Tensor]:
+def base_tensors(base: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The bare base's state, tied weights once."""
     tied = set(getattr(base, "all_tied_weights_keys", None) or {})
     state = base.state_dict()

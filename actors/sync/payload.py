@@ -162,7 +162,7 @@ def missing_members(names: Iterable[str], known: Iterable[str]) -> list[str]:
 
 
 def digest_of(tensor: torch.Tensor) -> str:
-    """Of a tensor's shape, dtype and bytes (in its own order, whatever its strides); 128 bits, hexadecimal."""
+    """Of a tensor's shape, dtype and values, whatever its strides; 128 bits in hexadecimal."""
     state = blake2b(f"{tuple(tensor.shape)}|{tensor.dtype}|".encode(), digest_size=16)
     if tensor.numel():
         state.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)

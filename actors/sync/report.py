@@ -1,0 +1,53 @@
+"""What one weight sync did, for logs and reports."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from actors.sync.verify import ProbeReport
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """One version on its way to all engines."""
+
+    version: int
+    payload: str
+    bytes: int
+    tensors: int
+    digest: str
+    seconds: dict[str, float]
+    """gather, pack, wire (until all had staged), load (until all had committed), verify."""
+    probe: ProbeReport
+    """Of the engine that is farthest from the trainer."""
+    share_unchanged_bf16: float
+    """Share of the adapted weights that rounding to bfloat16 would give the base's own value."""
+    replaced: tuple[int, ...] = ()
+    """Engines that were lost on the way and brought up again."""
+
+    def metrics(self) -> dict[str, float]:
+        """For a step's log line, in seconds and bytes."""
+        return {
+            "sync/version": self.version,
+            "sync/bytes": self.bytes,
+            **{f"sync/{part}": seconds for part, seconds in self.seconds.items()},
+            "sync/seconds": sum(self.seconds.values()),
+            "sync/probe_p90": self.probe.p90,
+            "sync/probe_max": self.probe.max,
+            "sync/unchanged_bf16": self.share_unchanged_bf16,
+        }
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by part."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _since: float = field(default_factory=time.perf_counter)
+
+    def part(self, name: str) -> None:
+        """All that passed since the last part was this one."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now
