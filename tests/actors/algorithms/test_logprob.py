@@ -45,3 +45,28 @@ def test_the_gradient_equals_plain_torch(block_elements: None, dtype: torch.dtyp
 def test_no_labels_give_empty_statistics() -> None:
     stats = label_statistics(torch.zeros(0, 23), torch.zeros(0, dtype=torch.int64))
     assert stats.logps.shape == (0,)
+
+
+def test_a_temperature_divides_the_logits(block_elements: None) -> None:
+    logits, labels = sample()
+    cooler = label_statistics(logits, labels, temperature=0.7)
+    log_p = (logits / 0.7).log_softmax(-1)
+    torch.testing.assert_close(cooler.logps, log_p.gather(1, labels[:, None])[:, 0])
+    torch.testing.assert_close(cooler.entropy, -(log_p.exp() * log_p).sum(-1))
+    torch.testing.assert_close(label_logps(logits, labels, 0.7), cooler.logps)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("of_logps", [0.0, 1.0])
+def test_the_entropys_gradient_equals_plain_torch(
+    block_elements: None, temperature: float, of_logps: float
+) -> None:
+    logits, labels = sample()
+    weights = torch.linspace(-1, 2, 17)
+    stats = label_statistics(logits, labels, temperature, entropy_gradient=True)
+    ((stats.entropy + of_logps * stats.logps) * weights).sum().backward()
+    ours, logits.grad = logits.grad, None
+    log_p = (logits / temperature).log_softmax(-1)
+    chosen = log_p.gather(1, labels[:, None])[:, 0]
+    ((-(log_p.exp() * log_p).sum(-1) + of_logps * chosen) * weights).sum().backward()
+    torch.testing.assert_close(ours, logits.grad)
