@@ -18,7 +18,7 @@ from actors.group import ActorGroup
 from actors.pending import Pending, PendingOne
 from actors.sync import protocol, verify
 from actors.sync.channel import Backend
-from actors.sync.protocol import NO_VERSION, Engine, Event, Failure, Offer
+from actors.sync.protocol import NO_VERSION, Engine, Event, Failure, Offer, State
 from actors.sync.report import Stopwatch, SyncReport
 from actors.sync.source import Expected, Prepared
 from actors.sync.spec import SyncSpec
@@ -102,23 +102,26 @@ class WeightSync:
         old = protocol.objection_to_version(self.version, version)
         if old is not None:
             raise self._violation("trainer", version, old)
+        for rank in [r for r, engine in self.engines.items() if engine.state is State.LOST]:
+            self._replace(rank)
         prepared: Prepared = self.policy.call_rank(
             0, "weight_source.prepare", version, self.role, self.spec.payload, self._dtype, phase="sync"
         )
         watch = Stopwatch(dict(prepared.seconds))
         replaced = self._stage_everywhere(prepared.offer)
         watch.part("wire")
-        truth = self._ask_truth(prepared.offer)
-        lost = self._commit(list(self.engines), version)
+        asked = self._ask_truth(prepared.offer)
+        committed = self._commit(list(self.engines), version)
         watch.part("load")
-        self._truth = truth()
-        reports = self._verify([rank for rank in self.engines if rank not in lost])
-        lost += [rank for rank in self.engines if rank not in lost and rank not in reports]
+        truth = asked()
+        reports = self._verify(committed, truth)
+        lost = [rank for rank in self.engines if rank not in reports]
         for rank in lost:
             self._replace(rank)
-            reports[rank] = self._bring_up(rank)
+            reports[rank] = self._bring_up(rank, truth)
         watch.part("verify")
-        return self._report(watch.seconds, list(reports.values()), {*replaced, *lost})
+        self._truth = truth
+        return self._report(truth, watch.seconds, list(reports.values()), {*replaced, *lost})
 
     def restore(self, rank: int) -> None:
         """Bring an engine whose process was replaced and built again to the current version, verified.
@@ -129,7 +132,7 @@ class WeightSync:
         self._mark(rank, Event.FAILED, "its process was replaced")
         self._load_again(rank)
         if self._truth is not None:
-            self._bring_up(rank)
+            self._bring_up(rank, self._truth)
 
     def close(self) -> None:
         """Drop the connections. The engines keep what they serve."""
@@ -168,19 +171,21 @@ class WeightSync:
         return decision
 
     def _commit(self, ranks: list[int], version: int) -> list[int]:
-        """Let engines load what they staged; those that were lost in it."""
+        """Let engines load what they staged; those that did. The others are lost.
+
+        Raises:
+            InvariantViolation: not all that was handed over found its place in the engine.
+        """
         answers = self._answers({rank: self._submit(rank, "commit", version) for rank in ranks})
-        lost = []
         for rank, answer in answers.items():
             if isinstance(answer, Failure):
                 self._mark(rank, Event.FAILED, answer.reason)
-                lost.append(rank)
                 continue
+            self._mark(rank, Event.COMMITTED)
             wrong = protocol.objection_to_commit(version, answer)
             if wrong is not None:
-                raise self._violation(self.rollout.who(rank), version, wrong)
-            self._mark(rank, Event.COMMITTED)
-        return lost
+                raise self._lose(rank, version, wrong)
+        return [rank for rank in ranks if self.engines[rank].state is State.COMMITTED]
 
     def _ask_truth(self, offer: Offer) -> Callable[[], Truth]:
         """What the trainer says that this version is; computed while the engines load it."""
@@ -191,14 +196,13 @@ class WeightSync:
         cuts = np.cumsum(batch.label_counts)[:-1]
         return lambda: Truth(offer, expected.result(), np.split(logps.result()[0], cuts), previous)
 
-    def _verify(self, ranks: list[int]) -> dict[int, ProbeReport]:
-        """Hold engines against the truth; an engine that died over it is not in the answer.
+    def _verify(self, ranks: list[int], truth: Truth) -> dict[int, ProbeReport]:
+        """Hold engines against the truth; one that died over it is lost, and not in the answer.
 
         Raises:
             InvariantViolation: an engine holds something else.
         """
-        assert self._truth is not None
-        version = self._truth.offer.version
+        version = truth.offer.version
         reading = {rank: self._submit(rank, "readback", version) for rank in ranks}
         scoring = {rank: self._submit(rank, "score_tokens", self._probes, self._starts) for rank in ranks}
         read, scored = self._answers(reading), self._answers(scoring)
@@ -206,22 +210,25 @@ class WeightSync:
         for rank in ranks:
             failure = next((a for a in (read[rank], scored[rank]) if isinstance(a, Failure)), None)
             if failure is None:
-                reports[rank] = self._judge(rank, read[rank], scored[rank])
-            elif not failure.died:
-                raise self._violation(self.rollout.who(rank), version, failure.reason)
-            self._mark(rank, Event.FAILED if failure else Event.VERIFIED, failure.reason if failure else "")
+                reports[rank] = self._judge(rank, truth, read[rank], scored[rank])
+                self._mark(rank, Event.VERIFIED, version=version)
+            elif failure.died:
+                self._mark(rank, Event.FAILED, failure.reason)
+            else:
+                raise self._lose(rank, version, failure.reason)
         return reports
 
-    def _judge(self, rank: int, read: protocol.Readback, scored: list[np.ndarray]) -> ProbeReport:
-        assert self._truth is not None
-        truth = self._truth
+    def _judge(
+        self, rank: int, truth: Truth, read: protocol.Readback, scored: list[np.ndarray]
+    ) -> ProbeReport:
         wrong = verify.objection_to_readback(truth.expected.digests, read, truth.offer.version)
-        if wrong is None:
-            report = verify.compare_probes(scored, truth.logps, truth.previous, self._base)
-            wrong = verify.objection_to_probes(report, self._dtype, self.spec.tolerance)
-            if wrong is None:
-                return report
-        raise self._violation(self.rollout.who(rank), truth.offer.version, wrong, truth.offer)
+        if wrong is not None:
+            raise self._lose(rank, truth.offer.version, wrong, truth.offer)
+        report = verify.compare_probes(scored, truth.logps, truth.previous, self._base)
+        wrong = verify.objection_to_probes(report, self._dtype, self.spec.tolerance)
+        if wrong is not None:
+            raise self._lose(rank, truth.offer.version, wrong, truth.offer)
+        return report
 
     # --- Engines that come and go ---------------------------------------------------------------
 
@@ -238,15 +245,14 @@ class WeightSync:
         self.rollout.call_rank(rank, "load", self.base_dir, updatable=True, phase="load")
         self._open_channel(rank)
 
-    def _bring_up(self, rank: int) -> ProbeReport:
-        """One fresh engine to the current version, verified."""
-        assert self._truth is not None
-        offer = self._truth.offer
+    def _bring_up(self, rank: int, truth: Truth) -> ProbeReport:
+        """One fresh engine to a version that was sent before, verified."""
+        offer = truth.offer
         decision = self._stage([rank], offer)
         if decision.refusals:
             raise self._violation(self.rollout.who(rank), offer.version, "; ".join(decision.refusals), offer)
-        lost = list(decision.dead) or self._commit([rank], offer.version)
-        reports = {} if lost else self._verify([rank])
+        committed = self._commit([rank], offer.version) if decision.commit else []
+        reports = self._verify(committed, truth)
         if rank not in reports:
             reason = f"it was replaced, and lost again on its way to version {offer.version}"
             raise RunFailure(self.rollout.who(rank), "sync", reason, self.rollout.next_of(rank))
@@ -276,8 +282,13 @@ class WeightSync:
                 answers[rank] = Failure(reason, died=rank not in self.rollout.fleet.serving)
         return answers
 
-    def _mark(self, rank: int, event: Event, reason: str = "") -> None:
-        self.engines[rank] = self.engines[rank].after(event, self.version, reason)
+    def _mark(self, rank: int, event: Event, reason: str = "", version: int = NO_VERSION) -> None:
+        self.engines[rank] = self.engines[rank].after(event, version, reason)
+
+    def _lose(self, rank: int, version: int, reason: str, offer: Offer | None = None) -> InvariantViolation:
+        """An engine that is not what it should be serves nobody any more."""
+        self._mark(rank, Event.FAILED, reason)
+        return self._violation(self.rollout.who(rank), version, reason, offer)
 
     def _violation(
         self, who: str, version: int, reason: str, offer: Offer | None = None
@@ -290,9 +301,10 @@ class WeightSync:
             "generations of these weights can't be trusted: keep the logs, and report the architecture",
         )
 
-    def _report(self, seconds: dict[str, float], probes: list[ProbeReport], replaced: set[int]) -> SyncReport:
-        assert self._truth is not None
-        offer = self._truth.offer
+    def _report(
+        self, truth: Truth, seconds: dict[str, float], probes: list[ProbeReport], replaced: set[int]
+    ) -> SyncReport:
+        offer = truth.offer
         return SyncReport(
             version=offer.version,
             payload=self.spec.payload,
@@ -301,7 +313,7 @@ class WeightSync:
             digest=offer.digest,
             seconds=seconds,
             probe=max(probes, key=lambda probe: probe.mean),
-            share_unchanged_bf16=self._truth.expected.share_unchanged_bf16,
+            share_unchanged_bf16=truth.expected.share_unchanged_bf16,
             replaced=tuple(sorted(replaced)),
         )
 
