@@ -2,7 +2,8 @@
 
 An engine serves one set of weights. `load` ends it and starts a fresh one in the same process: 0.4 s for a
 tiny model, no more than reading the checkpoint for a large one, and with none of the traps of weights that
-are exchanged in place (a mixture of experts on the CPU goes silently wrong there).
+are exchanged in place. A trainer that needs that every step loads it `updatable`; `actors/sync` knows the
+traps and proves each exchange.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from actors.engine_spec import EngineSpec
 from actors.errors import RunFailure, UserError
@@ -23,6 +27,10 @@ from actors.sampling import Generations, SamplingSpec, sample_seed
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
+
+    from actors.sync.channel import Backend
+    from actors.sync.protocol import CommitReport, Readback, StageAck
+    from actors.sync.updater import WeightUpdater
 
 __all__ = ["EngineSpec", "Generations", "RolloutEngine", "SamplingSpec", "sample_seed"]
 
@@ -49,16 +57,22 @@ class RolloutEngine:
         self.label = ""
         self.max_model_len = 0
         self._llm: LLM | None = None
+        self._updater: WeightUpdater | None = None
 
-    def load(self, base: str, adapter: str | None = None, label: str = "") -> dict[str, float]:
+    def load(
+        self, base: str, adapter: str | None = None, label: str = "", updatable: bool = False
+    ) -> dict[str, float]:
         """Serve `base`, with `adapter` merged into it (out of place), in place of what was served before.
 
-        An adapter directory as `base` stands for itself on the base that it names. Returns seconds of
-        merge and engine start.
+        An adapter directory as `base` stands for itself on the base that it names. With `updatable` the
+        base alone is served, at version -1, and a trainer brings new versions (`stage`, `commit`). Returns
+        seconds of merge and engine start.
 
         Raises:
             UserError: base or adapter can't be used.
         """
+        if updatable:
+            return self._load_updatable(base, label)
         if adapter is None and (Path(base) / "adapter_config.json").is_file():
             return self._load_merged(None, base, label)
         if adapter is not None:
@@ -77,8 +91,7 @@ class RolloutEngine:
             UserError: a prompt leaves no room for an answer.
             RunFailure: nothing is loaded.
         """
-        if self._llm is None:
-            raise RunFailure("rollout", "generate", "no model is loaded")
+        llm = self._running("generate")
         self._check_lengths(prompts)
         if seeds is None:
             seeds = [
@@ -89,13 +102,73 @@ class RolloutEngine:
             raise ValueError(f"{len(seeds)} seeds for {len(requests)} samples")
         began = time.monotonic()
         params = [_sampling_params(sampling, seed) for seed in seeds]
-        outputs = self._llm.generate(requests, params, use_tqdm=False) if requests else []
+        outputs = llm.generate(requests, params, use_tqdm=False) if requests else []
         samples = [_sample(output.outputs[0]) for output in outputs]
-        return Generations.of(samples, sampling.n, self.label, time.monotonic() - began)
+        made = Generations.of(samples, sampling.n, self.label, time.monotonic() - began)
+        return made if self._updater is None else replace(made, version=self._updater.version)
+
+    def score_tokens(self, token_ids: Sequence[Sequence[int]], starts: Sequence[int]) -> list[np.ndarray]:
+        """float64 (tokens from `start` on,) per sequence: log-probabilities of its tokens, at temperature 1.
+
+        Args:
+            token_ids: sequences that leave at least one of the model's positions free.
+            starts: per sequence, the first token that counts; at least 1, as the first has nothing before it.
+
+        Raises:
+            RunFailure: nothing is loaded.
+        """
+        llm = self._running("score_tokens")
+        self._check_lengths(token_ids)
+        requests = [{"prompt_token_ids": list(map(int, ids))} for ids in token_ids]
+        outputs = llm.generate(requests, _scoring_params(), use_tqdm=False) if requests else []
+        return [
+            _scores(output.prompt_logprobs, ids, start)
+            for output, ids, start in zip(outputs, token_ids, starts, strict=True)
+        ]
+
+    # --- Weights that a trainer keeps up to date --------------------------------------------------
+
+    @property
+    def weights(self) -> WeightUpdater:
+        """Versions of this engine's weights.
+
+        Raises:
+            RunFailure: the engine was not loaded as updatable.
+        """
+        if self._updater is None:
+            raise RunFailure("rollout", "sync", "this engine can't be updated", "load it with updatable=True")
+        return self._updater
+
+    @property
+    def version(self) -> int:
+        """Version that is served; -1 is the base."""
+        return self.weights.version
+
+    def open_channel(self, address: str, timeout_s: float, backend: Backend = "gloo") -> None:
+        """Connect to the trainer at `address` (`WeightUpdater.open_channel`)."""
+        self.weights.open_channel(address, timeout_s, backend)
+
+    def stage(self, version: int) -> StageAck:
+        """Receive a version beside the served one (`WeightUpdater.stage`)."""
+        return self.weights.stage(version)
+
+    def commit(self, version: int) -> CommitReport:
+        """Serve the staged version (`WeightUpdater.commit`)."""
+        return self.weights.commit(version)
+
+    def readback(self, version: int) -> Readback:
+        """Digests of what is bound (`WeightUpdater.readback`)."""
+        return self.weights.readback(version)
+
+    def discard(self, version: int) -> None:
+        """Forget what is staged of `version`."""
+        self.weights.discard()
 
     def unload(self) -> None:
         """Give the engine's memory back."""
-        llm, self._llm, self.label = self._llm, None, ""
+        if self._updater is not None:
+            self._updater.close()
+        llm, self._llm, self._updater, self.label = self._llm, None, None, ""
         if llm is None:
             return
         with _no_collections():
@@ -116,12 +189,31 @@ class RolloutEngine:
             seconds = time.monotonic() - began
             return {"merge": seconds, "engine": self._start(str(merged), label)}
 
-    def _start(self, model: str, label: str) -> float:
+    def _load_updatable(self, base: str, label: str) -> dict[str, float]:
+        from actors.models.loading import local_base_dir, resolve_base
+        from actors.models.spec import ModelSpec
+        from actors.sync.updater import WeightUpdater, engine_settings
+
+        resolved = resolve_base(ModelSpec(base=base, trust_remote_code=self.spec.trust_remote_code)).checked()
+        directory = str(local_base_dir(resolved.base_path))
+        seconds = self._start(directory, label or base, engine_settings())
+        assert self._llm is not None
+        self._updater = WeightUpdater(self._llm, directory)
+        return {"merge": 0.0, "engine": seconds}
+
+    def _running(self, phase: str) -> LLM:
+        if self._llm is None:
+            raise RunFailure("rollout", phase, "no model is loaded")
+        if self._updater is not None:
+            self._updater.refuse_lost(phase)
+        return self._llm
+
+    def _start(self, model: str, label: str, more: Mapping[str, Any] | None = None) -> float:
         from vllm import LLM
 
         began = time.monotonic()
         self.unload()
-        settings = self._settings(model)
+        settings = self._settings(model) | dict(more or {})
         with _no_collections():
             self._llm = LLM(model=model, **settings)
         self.label, self.max_model_len = label or model, settings["max_model_len"]
@@ -203,6 +295,16 @@ def _sampling_params(sampling: SamplingSpec, seed: int) -> SamplingParams:
         # Stop strings are looked for in text; nothing else needs it, token ids travel.
         detokenize=bool(sampling.stop),
     )
+
+
+def _scoring_params() -> SamplingParams:
+    from vllm import SamplingParams
+
+    return SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+
+
+def _scores(found: Any, ids: Sequence[int], start: int) -> np.ndarray:
+    return np.array([found[i][int(ids[i])].logprob for i in range(start, len(ids))], dtype=np.float64)
 
 
 def _sample(output: Any) -> tuple[Sequence[int], Sequence[float], str]:

@@ -1,0 +1,159 @@
+"""One engine's weights brought to new versions: stage, commit, read back; seen from beside vLLM.
+
+Invariants: versions only grow; staging leaves the served weights alone; after a failure inside a commit the
+engine is lost and serves nobody.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from actors.errors import InvariantViolation, RunFailure
+from actors.sync.channel import Backend, Channel
+from actors.sync.payload import Payload
+from actors.sync.protocol import NO_VERSION, CommitReport, Readback, StageAck, objection_to_version
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+    from actors.sync.vllm_side import Loaded
+
+
+def engine_settings() -> dict[str, Any]:
+    """Arguments of vLLM's `LLM` without which an engine can't be updated."""
+    from vllm.config import WeightTransferConfig
+
+    from actors.sync.vllm_side import BACKEND, EXTENSION
+
+    return {
+        "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
+        "worker_extension_cls": EXTENSION,
+    }
+
+
+class WeightUpdater:
+    """Versions of the weights of one vLLM engine, which was started with `engine_settings`."""
+
+    def __init__(self, llm: LLM, base: str) -> None:
+        """`base`: directory of the checkpoint that the engine has loaded."""
+        self._llm = llm
+        self._channel: Channel | None = None
+        self._staged: Payload | None = None
+        self._digests: dict[str, str] = {}
+        self.version = NO_VERSION
+        self.lost = ""
+        """Why this engine can't be used any more."""
+        llm.init_weight_transfer_engine({"init_info": {"base": base}})
+        self._elements: Counter[str] = Counter()
+        for found in self._rpc("bound_elements"):
+            self._elements.update(found)
+
+    def open_channel(self, address: str, timeout_s: float, backend: Backend = "gloo") -> None:
+        """Connect to the trainer that listens at `address`, in place of an earlier connection."""
+        self.close()
+        self._channel = Channel.join(address, timeout_s, backend)
+
+    def stage(self, version: int) -> StageAck:
+        """Receive a version and keep it beside the served weights.
+
+        Raises:
+            RunFailure: the trainer is gone, or this can't be loaded; the engine serves on.
+        """
+        if self._channel is None:
+            raise RunFailure("rollout", "stage", "no trainer is connected", "call open_channel first")
+        payload = self._channel.receive()
+        if payload.manifest.version != version:
+            raise RunFailure("rollout", "stage", f"got version {payload.manifest.version}, not {version}")
+        return self.stage_payload(payload)
+
+    def stage_payload(self, payload: Payload) -> StageAck:
+        """`stage`, for a payload that is here already."""
+        self.refuse_lost("stage")
+        self.discard()
+        objection = objection_to_version(self.version, payload.manifest.version)
+        if objection is not None:
+            raise RunFailure("rollout", "stage", objection)
+        for changed in self._rpc("stage_weights", payload):
+            self._refuse_unbound(changed)
+        self._staged = payload
+        manifest = payload.manifest
+        return StageAck(
+            version=manifest.version,
+            bytes=payload.buffer.numel(),
+            tensors=len(manifest.entries),
+            digest=payload.digest,
+            manifest_digest=manifest.digest,
+        )
+
+    def discard(self) -> None:
+        """Forget what is staged."""
+        self._staged = None
+        self._rpc("discard_weights")
+
+    def commit(self, version: int) -> CommitReport:
+        """Load the staged version in place of the served one.
+
+        Raises:
+            RunFailure: it is not staged, or loading failed: then the engine is lost.
+        """
+        self.refuse_lost("commit")
+        if self._staged is None or self._staged.manifest.version != version:
+            raise RunFailure("rollout", "commit", f"version {version} is not staged")
+        began = time.monotonic()
+        try:
+            loaded = self._load(version)
+        except Exception as error:
+            self.lost = f"{type(error).__name__} while committing version {version}: {error}"
+            raise RunFailure("rollout", "commit", self.lost, "restart this engine") from error
+        self.version, self._staged = version, None
+        seconds = {**loaded[0].seconds, "commit": time.monotonic() - began}
+        bound, expected = (max(getattr(one, what) for one in loaded) for what in ("bound", "expected"))
+        return CommitReport(version, bound, expected, seconds)
+
+    def readback(self, version: int) -> Readback:
+        """Digests of what the last commit bound, by checkpoint name.
+
+        Raises:
+            RunFailure: another version is served.
+        """
+        self.refuse_lost("readback")
+        if version != self.version:
+            raise RunFailure("rollout", "readback", f"version {self.version} is served, not {version}")
+        return Readback(version, dict(self._digests))
+
+    def refuse_lost(self, phase: str) -> None:
+        """An engine that failed inside a commit serves nobody."""
+        if self.lost:
+            raise RunFailure("rollout", phase, f"the engine is lost: {self.lost}", "restart this engine")
+
+    def close(self) -> None:
+        """Drop the connection."""
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
+
+    def _load(self, version: int) -> list[Loaded]:
+        llm = self._llm
+        llm.start_weight_update()
+        llm.update_weights({"update_info": {"version": version}})
+        llm.finish_weight_update(f"v{version}")
+        # Keys and values of the old weights would be taken for the same prompts.
+        if not llm.reset_prefix_cache():
+            raise InvariantViolation("rollout", "commit", "samples are still being generated")
+        loaded: list[Loaded] = self._rpc("loaded_weights")
+        self._digests = {name: digest for one in loaded for name, digest in one.digests.items()}
+        if any(self._digests[name] != digest for one in loaded for name, digest in one.digests.items()):
+            raise InvariantViolation("rollout", "commit", "the engine's processes hold different weights")
+        return loaded
+
+    def _refuse_unbound(self, changed: dict[str, int]) -> None:
+        unbound = [name for name, size in changed.items() if self._elements[name] < size]
+        if unbound:
+            self.discard()
+            raise RunFailure("rollout", "stage", f"bound to no module of the engine: {unbound[:3]}")
+
+    def _rpc(self, method: str, *args: Any) -> list[Any]:
+        found: list[Any] = self._llm.llm_engine.collective_rpc(method, args=args)
+        return found

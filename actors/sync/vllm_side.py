@@ -1,0 +1,223 @@
+"""The engine's half of a weight sync, behind vLLM's weight-transfer interface, in vLLM's worker process.
+
+Importing this module registers the backend; vLLM imports it in every worker because the extension below is
+named in `worker_extension_cls`. Nothing of the model is touched before `start_weight_update`: from there
+on every parameter is without storage and there is no way back, so all that can be refused is refused
+while staging.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.model_loader.reload.layerwise import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+
+from actors.errors import InvariantViolation, RunFailure
+from actors.sync.bindings import record_bindings, without_reload_warnings
+from actors.sync.merger import BaseCheckpoint, Merger, Targets
+from actors.sync.payload import Payload
+from actors.sync.readback import Reader
+from actors.sync.repack import repack_experts
+
+BACKEND = "raylign"
+EXTENSION = f"{__name__}.SyncWorkerExtension"
+
+
+@dataclass
+class BaseInfo(WeightTransferInitInfo):
+    """Where the base is."""
+
+    base: str
+    """Directory of the checkpoint that the engine has loaded."""
+
+
+@dataclass
+class VersionInfo(WeightTransferUpdateInfo):
+    """Which staged version to load."""
+
+    version: int
+
+
+@dataclass
+class Loaded:
+    """What one update did."""
+
+    bound: int = 0
+    expected: int = 0
+    digests: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: {"merge": 0.0, "load": 0.0})
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A payload that can be loaded."""
+
+    payload: Payload
+    targets: Targets
+    modules: tuple[str, ...]
+    """What has to be reloaded, in the model's order."""
+
+
+class SyncTransferEngine(WeightTransferEngine):
+    """Loads staged payloads through vLLM's layerwise reload."""
+
+    init_info_cls = BaseInfo
+    update_info_cls = VersionInfo
+    supports_draft_weight_update = False
+
+    def init_transfer_engine(self, init_info: BaseInfo) -> None:
+        """Open the base and learn where its tensors are bound."""
+        base = BaseCheckpoint(init_info.base)
+        with set_current_vllm_config(self.vllm_config):
+            self._bindings, self.elements = record_bindings(self.model, self.model_config, base.shapes)
+            self._merger = Merger(base, self.model_config.hf_config, self.model_config.dtype)
+        self._shapes = base.shapes
+        self._order = {path: i for i, (path, _) in enumerate(self.model.named_modules())}
+        self._staged: Staged | None = None
+        self._reader = Reader({})
+        self.loaded = Loaded()
+
+    def stage(self, payload: Payload) -> dict[str, int]:
+        """Keep a payload for the next update, if it can be loaded. Returns the elements of what it changes.
+
+        Raises:
+            RunFailure: it names what the base lacks, shapes or a dtype that are others, or part of a group.
+        """
+        targets = self._merger.targets(payload)
+        self._refuse_foreign(targets)
+        changed = {name for names in targets.values() for name in names}
+        modules = [path for path, names in self._bindings.items() if changed.intersection(names)]
+        if payload.manifest.payload == "merged":
+            self._refuse_other_dtype(payload)
+            self._refuse_incomplete(changed, modules)
+        self._staged = Staged(payload, targets, tuple(sorted(modules, key=self._order.__getitem__)))
+        return {name: self._shapes[name].numel() for name in changed}
+
+    def discard(self) -> None:
+        """Forget what is staged."""
+        self._staged = None
+
+    def start_weight_update(self) -> None:
+        """Point of no return: parameters lose their storage until they are loaded."""
+        if self._staged is None:
+            raise RunFailure("rollout", "commit", "nothing is staged")
+        self.loaded = Loaded()
+        self._reader = Reader(self._bindings)
+        self._reader.watch(self._modules())
+        with without_reload_warnings():
+            initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: VersionInfo) -> None:
+        """Merge and load, module by module: no more than one module is held twice."""
+        staged = self._the_staged(update_info.version)
+        for path in staged.modules:
+            began = time.monotonic()
+            names = list(self._bindings[path])
+            tensors = self._merger.merged(staged.payload, names, staged.targets)
+            merged = time.monotonic()
+            self._reader.hand(tensors)
+            self.loaded.expected += len(tensors)
+            self.model.load_weights(iter(tensors.items()))
+            self.loaded.seconds["merge"] += merged - began
+            self.loaded.seconds["load"] += time.monotonic() - merged
+
+    def finish_weight_update(self) -> None:
+        """Put the model together again, read back what is bound, pack the experts.
+
+        Raises:
+            InvariantViolation: bound values are not those that were handed over.
+        """
+        began = time.monotonic()
+        modules = self._modules()
+        with without_reload_warnings():
+            finalize_layerwise_reload(self.model, self.model_config)
+        self._reader.finish(modules)
+        repack_experts(modules.values())
+        self.loaded.digests = self._reader.digests
+        self.loaded.bound = len(self._reader.digests)
+        self.loaded.seconds["load"] += time.monotonic() - began
+        self._staged = None
+        if wrong := [*self._reader.differing, *self._reader.unbound]:
+            raise InvariantViolation(
+                "rollout", "commit", f"{len(wrong)} tensors are not bound as they were loaded: {wrong[:3]}"
+            )
+
+    def shutdown(self) -> None:
+        """Nothing is held but what is staged."""
+        self._staged = None
+
+    def _the_staged(self, version: int) -> Staged:
+        if self._staged is None or self._staged.payload.manifest.version != version:
+            raise RunFailure("rollout", "commit", f"version {version} is not staged")
+        return self._staged
+
+    def _modules(self) -> dict[str, torch.nn.Module]:
+        assert self._staged is not None
+        return {path: self.model.get_submodule(path) for path in self._staged.modules}
+
+    def _refuse_foreign(self, targets: Targets) -> None:
+        for source, names in targets.items():
+            for name, shape in names.items():
+                there = self._shapes.get(name)
+                if there is None:
+                    raise refusal(f"{source} is bound to no module: the base has no {name}")
+                if tuple(there.shape) != shape:
+                    raise refusal(f"{source} makes {name} {shape}, the base has {tuple(there.shape)}")
+
+    def _refuse_other_dtype(self, payload: Payload) -> None:
+        own = str(self.model_config.dtype).removeprefix("torch.")
+        other = {entry.name: entry.dtype for entry in payload.manifest.entries if entry.dtype != own}
+        for name, dtype in other.items():
+            raise refusal(f"{name} is {dtype}, the engine computes in {own}")
+
+    def _refuse_incomplete(self, changed: set[str], modules: list[str]) -> None:
+        for path in modules:
+            if missing := sorted(self._bindings[path].keys() - changed):
+                raise refusal(f"half a fused group: {path} also needs {', '.join(missing[:3])}")
+
+
+class SyncWorkerExtension:
+    """What is asked of a worker beside vLLM's own calls."""
+
+    weight_transfer_engine: Any
+
+    def bound_elements(self) -> dict[str, int]:
+        """Checkpoint tensor -> how many of its elements this process holds."""
+        elements: dict[str, int] = self.weight_transfer_engine.elements
+        return elements
+
+    def stage_weights(self, payload: Payload) -> dict[str, int]:
+        """See `SyncTransferEngine.stage`."""
+        changed: dict[str, int] = self.weight_transfer_engine.stage(payload)
+        return changed
+
+    def discard_weights(self) -> None:
+        """See `SyncTransferEngine.discard`."""
+        self.weight_transfer_engine.discard()
+
+    def loaded_weights(self) -> Loaded:
+        """What the last update did in this process."""
+        loaded: Loaded = self.weight_transfer_engine.loaded
+        return loaded
+
+
+def refusal(reason: str) -> RunFailure:
+    """Why a payload is not staged; the engine goes on with what it has."""
+    return RunFailure("rollout", "stage", reason)
+
+
+if BACKEND not in WeightTransferEngineFactory._registry:
+    WeightTransferEngineFactory.register_engine(BACKEND, SyncTransferEngine)
