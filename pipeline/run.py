@@ -165,16 +165,17 @@ class Run:
 
     def _train(self, node: Node, fleet: Fleet, tokenizer: Any) -> Manifest:
         """The stage itself, offline or online."""
-        from pipeline.fleet import Events
+        from pipeline.contexts import Contexts, Events
         from pipeline.stages.online import train_rl
         from pipeline.stages.prepared import PreparedRl
         from pipeline.stages.train import train
 
         events = Events(self._on_step(fleet), self._on_log(node), self.stop.asked)
+        contexts = Contexts(fleet)
         if isinstance(node.prepared, PreparedRl):
-            return train_rl(node.prepared, fleet.rl_context(node, events, tokenizer), node.decision)
-        reference = fleet.reference_feed(node)
-        manifest = train(node.prepared, fleet.train_context(node, reference, events), node.decision)
+            return train_rl(node.prepared, contexts.rl_context(node, events, tokenizer), node.decision)
+        reference = contexts.reference_feed(node)
+        manifest = train(node.prepared, contexts.train_context(node, reference, events), node.decision)
         if reference is not None:
             reference.finish()
         return manifest

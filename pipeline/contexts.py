@@ -1,0 +1,129 @@
+"""What each stage is given to work with: the views of its roles, its reference, its way to report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.hosts import Host, adapter_name
+from pipeline.stage_card import write_stage_card
+from pipeline.stages.evaluate import Weights
+from pipeline.stages.prepared import PreparedRl
+from pipeline.stages.reference import ReferenceFeed
+from pipeline.stages.rl import RlContext
+from pipeline.stages.spec import PpoStage, RlStage
+from pipeline.stages.train import TrainContext
+from pipeline.stages.views import View
+
+if TYPE_CHECKING:
+    from actors.sync.channel import Backend
+    from pipeline.fleet import Fleet
+    from pipeline.nodes import Node
+
+
+@dataclass(frozen=True)
+class Events:
+    """What a stage tells the run, and asks it."""
+
+    on_step: Callable[[int, dict[str, Any]], None]
+    on_log: Callable[[dict[str, Any]], None]
+    stop_asked: Callable[[], bool]
+
+
+class Contexts:
+    """Hands each stage of a run its context; the processes are the fleet's."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet, self.config = fleet, fleet.config
+
+    def train_context(self, node: Node, reference: ReferenceFeed | None, events: Events) -> TrainContext:
+        """The policy with this stage's own adapter, started from its input, and the rest of the context."""
+        return TrainContext(**self._common(node, events), reference=reference)
+
+    def rl_context(self, node: Node, events: Events, tokenizer: Any) -> RlContext:
+        """A view for every role of an online stage, the engines, and the sync between policy and engines."""
+        from actors.pool import RolloutPool
+        from actors.sync.weight_sync import WeightSync
+
+        assert isinstance(node.spec, RlStage)
+        assert isinstance(node.prepared, PreparedRl)
+        assert node.reference is not None
+        common = self._common(node, events)
+        rollout, wanted = self.fleet.rollout(), node.spec.sync
+        probes = [ids[: wanted.probe_tokens + 1] for ids in node.prepared.data.token_ids[: wanted.probes]]
+        on_gpus = self.config.roles.policy.gpus > 0 and self.config.roles.rollout.gpus > 0
+        backend: Backend = "nccl" if on_gpus else "gloo"
+        sync = WeightSync(common["host"], rollout, wanted, node.start.base, common["role"], probes, backend)
+        sync.start_loading()
+        return RlContext(
+            **common,
+            policy=View(common["host"], common["role"]),
+            reference=self._view("reference", node, node.reference, self.config.reference_of(node.name)),
+            critic=self._critic(node) if isinstance(node.spec, PpoStage) else None,
+            reward_models={
+                source: self._view("reward", node, model, source) for source, model in node.rewards.items()
+            },
+            rollout=RolloutPool(rollout, sync.restore),
+            sync=sync,
+            tokenizer=tokenizer,
+        )
+
+    def _common(self, node: Node, events: Events) -> dict[str, Any]:
+        host = self.fleet.ready_host("policy", node, node.start)
+        return {
+            "host": host.group,
+            "role": self._trainable(host, node),
+            "directory": node.directory,
+            "identity": node.identity,
+            "dtype": self.config.model.dtype,
+            "logging_steps": self.config.logging.logging_steps,
+            "starts_as_reference": node.reference == node.start,
+            "stop_asked": events.stop_asked,
+            "on_step": events.on_step,
+            "on_log": events.on_log,
+            "card": lambda path, metrics: write_stage_card(self.config, node, path, metrics),
+        }
+
+    def _view(self, role: str, node: Node, weights: Weights, model: str) -> View:
+        """A role that doesn't train: the weights of `model`, on the role's own host or on the policy's."""
+        host = self.fleet.ready_host(getattr(self.config.roles, role).share or role, node, weights)
+        return View(host.group, host.view(weights, adapter_name(model)))
+
+    def _critic(self, node: Node) -> View:
+        """An adapter of its own with a value head, from the weights that `critic_init` names."""
+        assert node.critic is not None
+        source = self._view("critic", node, node.critic, self.config.critic_init_of(node.name))
+        name = adapter_name(f"{node.name}_critic")
+        if source.role is None:
+            source.group.call("add_adapter", name, None, True, phase="load")
+        else:
+            source.group.call("copy_adapter", source.role, name, True, phase="load")
+        source.group.call("add_head", name, phase="load")
+        return View(source.group, name)
+
+    def _trainable(self, host: Host, node: Node) -> str | None:
+        """A new adapter of this stage, equal to the weights that it starts from."""
+        if self.config.model.lora is None:
+            host.holds = node.identity.fingerprint
+            return None
+        name = adapter_name(node.name)
+        source = host.view(node.start, adapter_name(node.init))
+        if source is None:
+            host.group.call("add_adapter", name, node.start.adapter, True, phase="load")
+        else:
+            host.group.call("copy_adapter", source, name, True, phase="load")
+        host.adapters[name] = node.identity.fingerprint
+        return name
+
+    def reference_feed(self, node: Node) -> ReferenceFeed | None:
+        """Reference log-probabilities of a DPO stage, already being computed; None for other stages."""
+        feed = self.fleet.feeds.get(node.name)
+        if feed is not None and not feed.cached:
+            assert node.reference is not None
+            share = self.config.roles.reference.share
+            host = self.fleet.ready_host(share or "reference", node, node.reference)
+            feed.start(
+                host.group, host.view(node.reference, adapter_name(self.config.reference_of(node.name)))
+            )
+        return feed

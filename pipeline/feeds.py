@@ -1,0 +1,39 @@
+"""Reference log-probabilities of DPO stages: what has to be computed, and what an earlier run left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.stages.prepared import PreparedStage
+from pipeline.stages.reference import ReferenceFeed, ReferenceLogps, first_use_order
+from pipeline.stages.spec import DpoStage
+
+if TYPE_CHECKING:
+    from pipeline.nodes import Node
+
+CHUNK_BATCHES = 4
+"""Training batches per chunk of reference log-probabilities: fewer would wait for Ray more often, more
+would delay the first step."""
+
+
+def make_feed(node: Node, cache: Path, fresh: bool) -> ReferenceFeed:
+    """The feed of a DPO stage; `fresh`: ignore what `cache` holds."""
+    spec, reference = node.spec, node.reference
+    assert isinstance(spec, DpoStage)
+    assert reference is not None
+    settings: dict[str, Any] = {
+        "reference": reference.fingerprint,
+        "ld_alpha": spec.ld_alpha,
+        "cache": cache,
+        "chunk_rows": CHUNK_BATCHES * spec.batch_size,
+        "fresh": fresh,
+    }
+    assert isinstance(node.prepared, PreparedStage)
+    data, held_out = node.prepared.data, node.prepared.eval_data
+    train = ReferenceLogps(data, first_use_order(node.prepared.order), **settings)
+    if held_out is None:
+        return ReferenceFeed(train, None)
+    return ReferenceFeed(train, ReferenceLogps(held_out, np.arange(held_out.n_rows), **settings))
