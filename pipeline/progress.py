@@ -18,11 +18,20 @@ PLAIN_SECONDS = 5.0
 """Without a terminal, the least time between two lines of one stage: readable in a job's log."""
 
 SHOWN = (
-    ("loss", "loss", "{:.3f}"),
-    ("reward", "reward", "{:.3f}"),
-    ("rewards/accuracies", "reward acc", "{:.0%}"),
+    ("loss", "loss {:.3f}"),
+    ("accuracy", "accuracy {:.0%}"),
+    ("rewards/accuracies", "reward acc {:.0%}"),
+    ("tokens_per_second", "{:,.0f} tokens/s"),
 )
-"""Metrics shown beside the step: key, label, format. The others are in metrics.jsonl."""
+"""Metrics shown beside the step: key, format. The others are in metrics.jsonl."""
+
+SHOWN_ONLINE = (
+    ("reward", "reward {:.3f}"),
+    ("kl", "kl {:.4f}"),
+    ("completions/mean_length", "length {:.1f}"),
+    ("time/step", "{:.1f} s/step"),
+)
+"""Those of a stage that generates what it trains on. Its loss says nothing: it starts at 0 every step."""
 
 MARKS = {"done": "✓", "skipped": "↷", "failed": "✗", "stopped": "■", "running": "▶"}
 COLOURS = {"done": "green", "skipped": "cyan", "failed": "red", "stopped": "yellow"}
@@ -60,11 +69,8 @@ class StageClock:
         parts: list[str] = []
         if self.total is not None or self.step:
             parts.append(f"step {self.step}" + ("" if self.total is None else f"/{self.total}"))
-        parts += [
-            f"{label} {form.format(self.metrics[key])}" for key, label, form in SHOWN if key in self.metrics
-        ]
-        if "tokens_per_second" in self.metrics:
-            parts.append(f"{self.metrics['tokens_per_second']:,.0f} tokens/s")
+        shown = SHOWN_ONLINE if "reward" in self.metrics else SHOWN
+        parts += [form.format(self.metrics[key]) for key, form in shown if key in self.metrics]
         left = self.seconds_left(now)
         if finished or left is None:
             parts.append(duration(now - self.started))

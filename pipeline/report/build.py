@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,10 @@ from pipeline.report.figure import Drawing, file_name
 from pipeline.report.paired import paired_difference
 from pipeline.report.panels import charts, format_value
 from pipeline.report.plots import draw_chart, draw_router_load
-from pipeline.report.samples import Side, side_by_side, stage_samples
+from pipeline.report.samples import Side, StepSamples, samples_by_step, side_by_side, stage_samples
 from pipeline.report.stage_graph import artifact_text, interval_text, is_share, score_text, stage_graph
+from pipeline.report.timeline import Waiting, chrome_trace, detail_window, online_window, waiting
+from pipeline.report.timeline_plot import draw_timeline
 from pipeline.report.view import EvalRow, RunView, StageView, read_run
 
 HERE = Path(__file__).parent
@@ -35,6 +38,8 @@ class StageSection:
     rows: list[tuple[str, str, str, str]]
     """Metric, first, last and best-known extremes, as texts: the charts in numbers."""
     samples: Side | None
+    by_step: list[StepSamples]
+    """Samples of a stage that generates while it trains; `samples` is None then."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,26 @@ class EvalLine:
 
 
 @dataclass(frozen=True)
+class EvalTable:
+    """Models with the same metric. `of`: what was scored, prompts or pairs."""
+
+    metric: str
+    of: str
+    lines: list[EvalLine]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What the processes did, drawn whole and in detail, and for whom each waited."""
+
+    drawings: list[Drawing]
+    waits: list[tuple[str, str, str]]
+    """Process, share of its time at work, and for whom it waited in the rest, as texts."""
+    window: str
+    """Which time the shares are of."""
+
+
+@dataclass(frozen=True)
 class TimeBar:
     """One cause of waiting: seconds, and percent of the longest."""
 
@@ -63,18 +88,24 @@ class TimeBar:
 
 
 def build_report(run_dir: Path | str) -> Path:
-    """Write RUN_DIR/report.html and RUN_DIR/plots/*.png; the path of the former.
+    """Write RUN_DIR/report.html, plots/*.png and, of a run with traces, trace.json; the path of the first.
 
     Works on any run that has a run.json, finished or not. UserError when there is none.
     """
     run = read_run(run_dir)
     path = run.directory / "report.html"
     html = render(run, run.directory / "plots")
+    if run.calls:
+        _replace(run.directory / "trace.json", json.dumps(chrome_trace(run.calls)))
+    _replace(path, html)
+    return path
+
+
+def _replace(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.tmp")
     # A byte-level model can write half a surrogate pair, which UTF-8 has no form for.
-    aside.write_text(html, encoding="utf-8", errors="replace")
+    aside.write_text(text, encoding="utf-8", errors="replace")
     os.replace(aside, path)
-    return path
 
 
 def render(run: RunView, plots_dir: Path) -> str:
@@ -97,8 +128,9 @@ def render(run: RunView, plots_dir: Path) -> str:
         facts=headline_facts(run),
         graph=stage_graph(run),
         sections=[stage_section(stage, plots_dir) for stage in run.stages if has_content(stage)],
-        evals=eval_lines(run.evals, run.completions),
+        evals=eval_tables(run.evals, run.completions),
         samples=side_by_side(run.completions) if run.completions else None,
+        timeline=timeline(run, plots_dir) if run.calls else None,
         times=time_bars(run),
         config_lines=config_lines(run.config_text),
     )
@@ -110,12 +142,19 @@ def has_content(stage: StageView) -> bool:
 
 
 def headline(run: RunView) -> str:
-    """The result in one line: each evaluated model's figure, in order."""
-    if not run.evals:
+    """The result in one line: the figure of each model of the main table, in order."""
+    rows = next(iter(by_metric(run.evals).values()), [])
+    if not rows:
         return ""
-    return f"{metric_name(run.evals[0].metric)}: " + " → ".join(
-        f"{row.model} {score_text(row)}" for row in run.evals
-    )
+    return f"{metric_name(rows[0].metric)}: " + " → ".join(f"{row.model} {score_text(row)}" for row in rows)
+
+
+def by_metric(rows: Sequence[EvalRow]) -> dict[str, list[EvalRow]]:
+    """Evaluations that can be compared, together; those of reward models last."""
+    found: dict[str, list[EvalRow]] = {}
+    for row in sorted(rows, key=lambda row: row.of_pairs):
+        found.setdefault(row.metric, []).append(row)
+    return found
 
 
 def metric_name(metric: str) -> str:
@@ -148,6 +187,7 @@ def stage_section(stage: StageView, plots_dir: Path) -> StageSection:
         rows.append((key, format_value(series.values[0], unit), last, extremes))
     # A stage of few metrics has no page of mechanics to fold away.
     fold = len(drawings) > 4 and any(drawing.first for drawing in drawings)
+    by_step = samples_by_step(stage.samples)
     return StageSection(
         stage=stage,
         anchor=f"stage-{file_name(stage.name)}",
@@ -156,8 +196,21 @@ def stage_section(stage: StageView, plots_dir: Path) -> StageSection:
         mechanics=[drawing for drawing in drawings if not drawing.first and fold],
         router_load=load,
         rows=rows,
-        samples=stage_samples(stage.samples) if stage.samples else None,
+        samples=stage_samples(stage.samples) if stage.samples and not by_step else None,
+        by_step=by_step,
     )
+
+
+def eval_tables(
+    rows: Sequence[EvalRow], completions: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> list[EvalTable]:
+    """One table a metric."""
+    return [
+        EvalTable(
+            metric_name(metric), "pairs" if own[0].of_pairs else "prompts", eval_lines(own, completions)
+        )
+        for metric, own in by_metric(rows).items()
+    ]
 
 
 def eval_lines(rows: list[EvalRow], completions: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[EvalLine]:
@@ -205,6 +258,28 @@ def change_text(
         return f"{scale * (row.value - before.value):+{digits}}{unit}", ""
     low, high = scale * paired.low, scale * paired.high
     return f"{scale * paired.value:+{digits}}{unit} ({low:+{digits}} to {high:+{digits}})", paired.verdict
+
+
+def timeline(run: RunView, plots_dir: Path) -> Timeline:
+    """Draw who worked when, and sum up who waited for whom."""
+    whole = (min(call.start for call in run.calls), max(call.end for call in run.calls))
+    drawings = [draw_timeline(run.calls, whole, "Whole run", plots_dir / "timeline.png")]
+    detail = detail_window(run.calls)
+    if detail is not None:
+        path = plots_dir / "timeline-steps.png"
+        drawings.append(draw_timeline(run.calls, detail, "A few steps of the online stage", path))
+    online = online_window(run.calls)
+    return Timeline(
+        drawings,
+        [wait_texts(one) for one in waiting(run.calls, online or whole)] if whole[1] > whole[0] else [],
+        "Shares of the time from the first weight sync to the last" if online else "Shares of the whole run",
+    )
+
+
+def wait_texts(one: Waiting) -> tuple[str, str, str]:
+    """A process's row of the table; causes below half a percent are left out."""
+    causes = [f"{role} {share:.0%}" for role, share in one.waits.items() if share >= 0.005]
+    return one.lane, f"{one.busy:.0%}".replace("%", " %"), ", ".join(causes).replace("%", " %")
 
 
 def time_bars(run: RunView) -> list[TimeBar]:

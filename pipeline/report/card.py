@@ -28,6 +28,10 @@ class CardFacts:
     """Hub id or directory that the adapter belongs to."""
     is_adapter: bool = True
     """False for a full model."""
+    is_reward_model: bool = False
+    """An adapter with a score head, instead of a policy."""
+    loads_elsewhere: bool = True
+    """Whether transformers has a sequence classifier of this architecture, which a reward model needs."""
     started_from: str = ""
     """Stage whose weights this one continued, empty for the base."""
     datasets: Sequence[str] = ()
@@ -72,7 +76,7 @@ def metadata(facts: CardFacts) -> dict[str, Any]:
     header: dict[str, Any] = {
         "base_model": facts.base_model,
         "library_name": "peft" if facts.is_adapter else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if facts.is_reward_model else "text-generation",
         "tags": ["raylign", facts.stage_type, "moe", *(["lora"] if facts.is_adapter else [])],
     }
     hub = [source.split("[")[0] for source in facts.datasets if is_hub_id(source)]
@@ -93,6 +97,8 @@ def is_hub_id(source: str) -> bool:
 def summary(facts: CardFacts) -> str:
     """What this is, in two sentences."""
     kind = "LoRA adapter for" if facts.is_adapter else "model trained from"
+    if facts.is_reward_model:
+        kind = "reward model: a LoRA adapter and a score head for"
     start = f", continued from the stage `{facts.started_from}`" if facts.started_from else ""
     data = ", ".join(f"`{source}`" for source in facts.datasets)
     trained = f" Trained by {facts.stage_type.upper()}" + (f" on {data}." if data else ".")
@@ -101,6 +107,8 @@ def summary(facts: CardFacts) -> str:
 
 def usage(facts: CardFacts) -> str:
     """Code that loads it with the ecosystem's own libraries."""
+    if facts.is_reward_model:
+        return reward_model_usage(facts)
     if not facts.is_adapter:
         return (
             "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -117,13 +125,32 @@ def usage(facts: CardFacts) -> str:
     )
 
 
-def evaluation_table(rows: Sequence[EvalRow]) -> str:
-    """Markdown table of the evaluations."""
-    lines = [f"| model | {rows[0].metric} | 95 % interval | prompts |", "|---|---|---|---|"]
-    for row in rows:
-        lines.append(
-            f"| {row.model} | {score_text(row)} | {interval_text(row)} | {'' if row.n is None else row.n} |"
+def reward_model_usage(facts: CardFacts) -> str:
+    """How to score a text: with transformers and PEFT, or, where these lack the class, with Raylign alone."""
+    if not facts.loads_elsewhere:
+        return (
+            "transformers has no sequence classifier of this architecture, so the score head "
+            "(`score.weight`) is kept in a file that Raylign reads. Use it by naming this directory under "
+            "`rewards`."
         )
+    return (
+        "The score is that of the last token.\n\n"
+        "```python\nfrom peft import PeftModel\n"
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
+        f"base = AutoModelForSequenceClassification.from_pretrained({facts.base_model!r}, num_labels=1)\n"
+        'model = PeftModel.from_pretrained(base, "PATH_OF_THIS_DIRECTORY")\n'
+        f"tokenizer = AutoTokenizer.from_pretrained({facts.base_model!r})\n```"
+    )
+
+
+def evaluation_table(rows: Sequence[EvalRow]) -> str:
+    """Markdown table of the evaluations, each with its own metric where they differ."""
+    several = len({row.metric for row in rows}) > 1
+    lines = [f"| model | {'score' if several else rows[0].metric} | 95 % interval | n |", "|---|---|---|---|"]
+    for row in rows:
+        score = f"{score_text(row)} {row.metric}" if several else score_text(row)
+        n = "" if row.n is None else row.n
+        lines.append(f"| {row.model} | {score} | {interval_text(row)} | {n} |")
     return "\n".join(lines)
 
 

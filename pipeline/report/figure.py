@@ -11,7 +11,7 @@ import io
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -31,8 +31,13 @@ COLOURS = {
     "s2": "#d9622b",
     "s3": "#16936a",
     "s4": "#8a5ac2",
+    "s5": "#b0851a",
+    "s6": "#5d7f93",
 }
 """Light theme; style.css has a CSS variable of each name, for both themes."""
+
+SERIES = tuple(name for name in COLOURS if re.fullmatch(r"s\d", name))
+"""Names of the colours of curves, in the order in which they are given out."""
 
 PNG_DPI = 160
 
@@ -81,6 +86,32 @@ def new_figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure as MatplotlibFigure
 
     return MatplotlibFigure(figsize=(width, height), facecolor=COLOURS["surface"])
+
+
+LABEL_SIZE, LABEL_GAP = 8.5, 0.09
+"""Points of a coloured label, and inches between two of them."""
+
+
+def label_width(text: str, size: float = LABEL_SIZE) -> float:
+    """Inches that a bold text takes in the PNG's font, which is wider than most that a browser picks."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    font = FontProperties(family="DejaVu Sans", weight="bold", size=size)
+    return float(TextPath((0, 0), text, prop=font).get_extents().width) / 72 if text.strip() else 0.0
+
+
+def place_labels(figure: Figure, labels: Sequence[tuple[str, str]], left: float, height: float) -> None:
+    """Write (text, colour) side by side from `left`, in inches; `height` is a share of the figure's."""
+    for text, colour in labels:
+        at = left / figure.get_figwidth()
+        figure.text(at, height, text, size=LABEL_SIZE, color=colour, va="center", weight="bold")
+        left += label_width(text) + LABEL_GAP
+
+
+def labels_width(labels: Sequence[tuple[str, str]]) -> float:
+    """Inches that `place_labels` takes."""
+    return sum(label_width(text) + LABEL_GAP for text, _ in labels) - LABEL_GAP
 
 
 def file_name(stage: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Literal
 
 from pipeline.report.view import Series
@@ -16,34 +17,94 @@ class Panel:
 
     title: str
     keys: tuple[str, ...]
+    """Names of metrics; `*` stands for any name (of a reward function)."""
     unit: Unit = "number"
     names: tuple[str, ...] = ()
-    """What each key is called in the chart; without names, the part after its slash."""
-    first: bool = False
-    """Among the charts that answer "did it learn?"; the others are mechanics."""
+    """What each key is called in the chart; without names, the part that differs."""
+    first: bool | Literal["online", "offline"] = False
+    """Among the charts that answer "did it learn?", perhaps only in stages that generate, or only in the
+    others; the rest are mechanics."""
+    total: str = ""
+    """Draws the keys as parts stacked on each other, under a line of this metric: their sum and more."""
 
 
 PANELS = (
-    Panel("Loss", ("loss",), first=True),
     Panel("Reward", ("reward",), first=True),
+    Panel("Rewards by source", ("rewards/*/mean",), first=True),
+    Panel("Loss", ("loss",), first="offline"),
+    Panel("Pair accuracy", ("accuracy",), "percent", first=True),
+    Panel("Margin of a pair", ("margin",), first=True),
+    Panel(
+        "Rewards",
+        ("mean_reward", "min_reward", "max_reward"),
+        names=("mean", "lowest", "highest"),
+        first=True,
+    ),
     Panel("Reward accuracy", ("rewards/accuracies",), "percent", first=True),
     Panel("Reward margin", ("rewards/margins",), first=True),
     Panel("Implicit rewards", ("rewards/chosen", "rewards/rejected"), first=True),
     Panel("Token accuracy", ("mean_token_accuracy",), "percent", first=True),
     Panel("KL to the reference", ("kl",), first=True),
-    Panel("Entropy of the policy", ("entropy",)),
+    Panel(
+        "Response length",
+        ("completions/mean_length", "completions/min_length", "completions/max_length"),
+        names=("mean", "shortest", "longest"),
+        first=True,
+    ),
+    Panel("Entropy of the policy", ("entropy",), first="online"),
+    Panel(
+        "Clipped tokens",
+        ("clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean"),
+        "percent",
+        names=("all", "low", "high"),
+        first=True,
+    ),
+    Panel("Engine against trainer", ("mismatch/k1", "mismatch/k3"), "scientific", first=True),
+    Panel(
+        "Seconds of a step",
+        ("time/generate", "time/rewards", "time/logprobs", "time/values", "time/update", "time/sync"),
+        total="time/step",
+        first=True,
+    ),
+    Panel(
+        "Seconds of a sync",
+        ("sync/gather", "sync/pack", "sync/wire", "sync/load", "sync/verify"),
+        total="sync/seconds",
+        first=True,
+    ),
+    Panel("Largest mismatch of a token", ("mismatch/max",)),
+    Panel("Tokens off by more than 2x", ("mismatch/beyond_2x",), "percent"),
+    Panel("Spread of rewards", ("reward_std", "rewards/*/std"), names=("reward", "")),
+    Panel("Groups of equal rewards", ("frac_reward_zero_std",), "percent"),
+    Panel("Cut-off responses", ("completions/clipped_ratio",), "percent"),
+    Panel("Value loss", ("value_loss",)),
+    Panel("Variance explained by the critic", ("explained_variance",)),
     Panel("Log-probability of answers", ("logps/chosen", "logps/rejected")),
     Panel("Mean logits", ("logits/chosen", "logits/rejected")),
-    Panel("Learning rate", ("learning_rate",), "scientific"),
-    Panel("Gradient norm", ("grad_norm",)),
+    Panel("KL of a response", ("objective/kl",)),
+    Panel("KL coefficient", ("beta",)),
+    Panel("Ratio of new to old policy", ("ratio/mean",)),
+    Panel("Largest deviation of a ratio", ("ratio/max_deviation",)),
+    Panel("Spread of advantages", ("advantages/std",)),
+    Panel(
+        "Learning rate", ("learning_rate", "critic/learning_rate"), "scientific", names=("policy", "critic")
+    ),
+    Panel("Gradient norm", ("grad_norm", "critic/grad_norm"), names=("policy", "critic")),
     Panel("Tokens per second", ("tokens_per_second",), "count"),
-    Panel("Expert imbalance (MaxVio)", ("moe/maxvio", "moe/maxvio_worst"), names=("mean", "worst layer")),
-    Panel("Dead experts", ("moe/dead_experts",), "count"),
-    Panel("Routing entropy", ("moe/entropy",)),
+    Panel("Bytes of a sync", ("sync/bytes",), "count"),
+    Panel(
+        "Expert imbalance (MaxVio)",
+        ("moe/maxvio", "moe/maxvio_worst", "moe/engine_maxvio", "moe/engine_maxvio_worst"),
+        names=("mean", "worst layer", "engine", "engine's worst"),
+    ),
+    Panel(
+        "Dead experts", ("moe/dead_experts", "moe/engine_dead_experts"), "count", names=("trainer", "engine")
+    ),
+    Panel("Routing entropy", ("moe/entropy", "moe/engine_entropy"), names=("trainer", "engine")),
     Panel("Auxiliary loss", ("aux_loss",)),
 )
 
-CLOCKS = frozenset({"epoch", "num_tokens", "seconds", "time", "wall_time", "timestamp"})
+CLOCKS = frozenset({"epoch", "num_tokens", "sync/version", "seconds", "time", "wall_time", "timestamp"})
 """Counters that only ever go up: an axis, not a finding."""
 
 
@@ -53,12 +114,19 @@ class Chart:
 
     panel: Panel
     curves: dict[str, Series] = field(default_factory=dict)
+    first: bool = False
+    total: Series | None = None
+    """Of a stacked chart, the line over its parts."""
 
     @property
     def slug(self) -> str:
         """File name part made of the title."""
         kept = "".join(letter if letter.isalnum() else " " for letter in self.panel.title.lower())
         return "-".join(kept.split())
+
+    @property
+    def stacked(self) -> bool:
+        return bool(self.panel.total)
 
 
 def charts(series: dict[str, Series]) -> tuple[list[Chart], dict[str, float]]:
@@ -72,31 +140,52 @@ def charts(series: dict[str, Series]) -> tuple[list[Chart], dict[str, float]]:
     }
     for key in constants:
         del left[key]
-    found = []
-    for panel in PANELS:
-        curves = {
-            _label(key, panel): left.pop(key)
-            for name in panel.keys
-            for key in (name, f"eval_{name}")
-            if key in left
-        }
-        if curves:
-            found.append(Chart(panel, curves))
+    _drop_twin_of_reward(left)
+    online = "reward" in series
+    found = [chart for panel in PANELS if (chart := _take(panel, left, online))]
     for key in sorted(left, key=lambda key: key.removeprefix("eval_")):
-        if key.startswith("eval_") and key.removeprefix("eval_") in left:
-            continue
-        panel = Panel(key, (key.removeprefix("eval_"),))
-        names = dict.fromkeys((key, f"eval_{key}"))
-        found.append(Chart(panel, {_label(name, panel): left[name] for name in names if name in left}))
-    return sorted(found, key=lambda chart: not chart.panel.first), constants
+        if key in left and (chart := _take(Panel(key, (key.removeprefix("eval_"),)), left, online)):
+            found.append(chart)
+    return sorted(found, key=lambda chart: not chart.first), constants
 
 
-def _label(key: str, panel: Panel) -> str:
+def _take(panel: Panel, left: dict[str, Series], online: bool) -> Chart | None:
+    """The chart of a panel, whose metrics leave `left`; None where the stage has none of them."""
+    curves = {
+        _label(key, pattern, panel): left.pop(key)
+        for pattern in panel.keys
+        for name in _matches(pattern, left)
+        for key in (name, f"eval_{name}")
+        if key in left
+    }
+    if not curves:
+        return None
+    first = panel.first if isinstance(panel.first, bool) else (panel.first == "online") == online
+    return Chart(panel, curves, first, left.pop(panel.total, None))
+
+
+def _matches(pattern: str, left: dict[str, Series]) -> list[str]:
+    """Names of metrics, without `eval_`, that a panel's key stands for."""
+    names = dict.fromkeys(key.removeprefix("eval_") for key in left)
+    return [name for name in names if fnmatchcase(name, pattern)] if "*" in pattern else [pattern]
+
+
+def _drop_twin_of_reward(left: dict[str, Series]) -> None:
+    """With one reward function of weight 1, its mean and spread are the reward's: no second chart of them."""
+    for total, pattern in (("reward", "rewards/*/mean"), ("reward_std", "rewards/*/std")):
+        parts = _matches(pattern, left)
+        if len(parts) == 1 and total in left and left.get(parts[0]) == left[total]:
+            del left[parts[0]]
+
+
+def _label(key: str, pattern: str, panel: Panel) -> str:
     held_out = key.startswith("eval_")
     name = key.removeprefix("eval_")
-    if panel.names:
-        own = panel.names[panel.keys.index(name)]
-    else:
+    own = panel.names[panel.keys.index(pattern)] if panel.names else ""
+    if not own and "*" in pattern:
+        before, after = pattern.split("*")
+        own = name.removeprefix(before).removesuffix(after)
+    elif not own:
         own = name.rsplit("/", 1)[-1] if len(panel.keys) > 1 else ""
     return " ".join(part for part in (own, "held out" if held_out else "") if part) or "training"
 

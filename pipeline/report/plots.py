@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.report.figure import COLOURS, Drawing, drawing_style, file_name, new_figure, save
+from pipeline.report.figure import (
+    COLOURS,
+    SERIES,
+    Drawing,
+    drawing_style,
+    file_name,
+    label_width,
+    labels_width,
+    new_figure,
+    place_labels,
+    save,
+)
 from pipeline.report.panels import Chart, Unit, format_value
 from pipeline.report.view import Series
 
@@ -20,6 +33,9 @@ SMOOTH_FROM = 40
 WIDTH, HEIGHT = 3.75, 2.25
 """Inches of one chart; at 96 px an inch the size at which three fit a line of the report."""
 
+HEADING_ROOM = 0.9
+"""Share of a chart's width that title and labels may take on one line."""
+
 CELL_TEXT_EXPERTS, CELL_TEXT_LAYERS = 8, 12
 """Up to so many a heatmap's cells carry their value: more would be too small to read."""
 
@@ -28,17 +44,21 @@ CELL_TEXT_EXPERTS, CELL_TEXT_LAYERS = 8, 12
 def draw_chart(chart: Chart, stage: str, plots_dir: Path) -> Drawing:
     """Draw a stage's chart to `plots_dir/STAGE-TITLE.png`."""
     figure = new_figure(WIDTH, HEIGHT)
-    axes = figure.add_axes((0.125, 0.15, 0.845, 0.66))
+    axes = figure.add_axes((0.125, 0.15, 0.845, 0.66 - heading(figure, chart)))
     style_axes(axes, chart.panel.unit)
-    # A schedule has no noise: an average would only round its corners.
-    measured = chart.panel.unit != "scientific"
-    for index, (label, series) in enumerate(chart.curves.items()):
-        plot_series(axes, series, COLOURS[f"s{index % 4 + 1}"], label, smooth=measured)
+    if chart.stacked:
+        plot_stack(axes, chart)
+    else:
+        # A schedule has no noise: an average would only round its corners.
+        measured = "learning_rate" not in chart.panel.keys
+        for colour, (label, series) in zip(cycle(SERIES), chart.curves.items()):
+            plot_series(axes, series, COLOURS[colour], label, smooth=measured)
     axes.margins(x=0.015, y=0.08)
+    if chart.stacked:
+        axes.set_ylim(bottom=0)
     axes.set_xlabel("step", loc="right", labelpad=1)
-    heading(figure, chart)
     png = plots_dir / f"{file_name(stage)}-{chart.slug}.png"
-    return save(figure, png, chart.panel.title, first=chart.panel.first)
+    return save(figure, png, chart.panel.title, first=chart.first)
 
 
 @drawing_style()
@@ -111,9 +131,14 @@ def style_axes(axes: Axes, unit: Unit) -> None:
     if unit == "percent":
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
     elif unit == "scientific":
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: "0" if value == 0 else f"{value:.2g}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: scientific(value)))
     else:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+
+
+def scientific(value: float) -> str:
+    """An axis label of a small number, as short as it gets: 2.5e-7, 0.004."""
+    return re.sub(r"e([+-])0+", r"e\1", f"{value:.2g}") if value else "0"
 
 
 def compact(value: float) -> str:
@@ -145,6 +170,25 @@ def plot_series(axes: Axes, series: Series, colour: str, label: str, *, smooth: 
     axes.plot(series.steps, moving_average(series.values), color=colour, linewidth=1.8, label=label)
 
 
+def plot_stack(axes: Axes, chart: Chart) -> None:
+    """Parts on top of each other, a step without one counting as 0, and a thin line for the total."""
+    steps = sorted({step for series in chart.curves.values() for step in series.steps})
+    if len(steps) == 1:
+        axes.set_xticks(steps)
+    # One step is a band too: half a step wide on each side.
+    places = steps if len(steps) > 1 else [steps[0] - 0.5, steps[0] + 0.5]
+    parts = []
+    for series in chart.curves.values():
+        known = dict(zip(series.steps, series.values))
+        heights = [known.get(step, 0.0) for step in steps]
+        parts.append(heights if len(steps) > 1 else heights * 2)
+    axes.stackplot(
+        places, parts, colors=[COLOURS[name] for name in SERIES[: len(parts)]], alpha=0.75, linewidth=0
+    )
+    if chart.total is not None and len(steps) > 1:
+        axes.plot(chart.total.steps, chart.total.values, color=COLOURS["muted"], linewidth=0.9)
+
+
 def moving_average(values: Sequence[float]) -> list[float]:
     """Centred mean over about a fifteenth of the points.
 
@@ -160,19 +204,23 @@ def moving_average(values: Sequence[float]) -> list[float]:
     return means
 
 
-def heading(figure: Figure, chart: Chart) -> None:
-    """Title on the left; on the right the last value, or what each colour is when there are several."""
+def heading(figure: Figure, chart: Chart) -> float:
+    """Title on the left; on the right the last value, or what each colour is when there are several.
+
+    Labels that don't fit beside the title stand below it: the share of the height that this takes is
+    returned.
+    """
     ink, muted = COLOURS["ink"], COLOURS["muted"]
     figure.text(0.02, 0.915, chart.panel.title, size=9.5, weight="bold", color=ink, va="center")
     labels = list(chart.curves)
-    if len(labels) == 1:
+    if len(labels) == 1 and not chart.stacked:
         last = next(iter(chart.curves.values())).values[-1]
         text = format_value(last, chart.panel.unit)
         text += " held out" if labels[0] == "held out" else ""
         figure.text(0.97, 0.915, text, size=9, color=muted, ha="right", va="center")
-        return
-    at = 0.97
-    for index in reversed(range(len(labels))):
-        colour = COLOURS[f"s{index % 4 + 1}"]
-        figure.text(at, 0.915, labels[index], size=8.5, color=colour, ha="right", va="center", weight="bold")
-        at -= 0.018 * len(labels[index]) + 0.025
+        return 0.0
+    coloured = [(label, COLOURS[name]) for label, name in zip(labels, cycle(SERIES))]
+    taken = labels_width(coloured)
+    below = label_width(chart.panel.title, 9.5) + taken > HEADING_ROOM * WIDTH
+    place_labels(figure, coloured, 0.02 * WIDTH if below else 0.97 * WIDTH - taken, 0.815 if below else 0.915)
+    return 0.09 if below else 0.0

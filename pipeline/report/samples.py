@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from pipeline.report.values import as_number
 
 SHOWN_PER_CHANGE = {"better": 4, "worse": 2, "same": 4}
 """Prompts shown per kind of change from the first model to the last. Losses are always among them."""
+
+STEPS_SHOWN, PROMPTS_SHOWN, ANSWERS_SHOWN = 5, 2, 4
+"""Of an online stage: steps from first to last, prompts of each, and answers to each prompt."""
 
 TEXT_LIMIT = 1200
 """Characters of one text; a longer one is cut, and says by how much."""
@@ -77,9 +83,62 @@ def side_by_side(completions: Mapping[str, Sequence[Mapping[str, Any]]]) -> Side
     return Side(labels, choose(whole), len(whole), counts)
 
 
+@dataclass(frozen=True)
+class StepSamples:
+    """Some of what an online stage generated in one step. `reward`: mean of all of the step's samples."""
+
+    step: int
+    reward: float | None
+    total: int
+    samples: list[Sample]
+
+
+def samples_by_step(rows: Sequence[Mapping[str, Any]]) -> list[StepSamples]:
+    """Samples {step, prompt, completion, reward, answer} of a few steps, evenly from first to last."""
+    by_step: dict[int, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        step = as_number(row.get("step"))
+        if step is not None and "completion" in row:
+            by_step.setdefault(int(step), []).append(row)
+    steps = sorted(by_step)
+    last, shown = len(steps) - 1, min(STEPS_SHOWN, len(steps))
+    chosen = [steps[round(at * last / max(1, shown - 1))] for at in range(shown)]
+    return [_step_samples(step, by_step[step]) for step in chosen]
+
+
+def _step_samples(step: int, rows: Sequence[Mapping[str, Any]]) -> StepSamples:
+    """Prompts with answers of different rewards first: the others taught the policy nothing."""
+    samples: dict[str, Sample] = {}
+    for row in rows:
+        prompt = as_text(row.get("prompt"))
+        sample = samples.setdefault(prompt, Sample(clip(prompt), clip(as_text(row.get("answer")))))
+        sample.answers.append(
+            Answer("reward", clip(as_text(row["completion"])), as_number(row.get("reward")), "")
+        )
+    found = sorted(samples.values(), key=lambda sample: -_spread(sample))[:PROMPTS_SHOWN]
+    rewards = [reward for row in rows if (reward := as_number(row.get("reward"))) is not None]
+    mean = sum(rewards) / len(rewards) if rewards else None
+    return StepSamples(step, mean, len(samples), [_extremes(sample) for sample in found])
+
+
+def _spread(sample: Sample) -> float:
+    scores = [answer.score for answer in sample.answers if answer.score is not None]
+    return max(scores) - min(scores) if scores else 0.0
+
+
+def _extremes(sample: Sample) -> Sample:
+    """At most ANSWERS_SHOWN answers, the best and the worst among them, best first."""
+    ranked = sorted(
+        sample.answers, key=lambda answer: -(answer.score if answer.score is not None else -math.inf)
+    )
+    half = ANSWERS_SHOWN // 2
+    kept = ranked if len(ranked) <= ANSWERS_SHOWN else ranked[:half] + ranked[-half:]
+    return replace(sample, answers=kept)
+
+
 def stage_samples(rows: Sequence[Mapping[str, Any]]) -> Side:
     """A stage's samples.jsonl: one row a prompt with `before` and `after`, or one row a generation,
-    told apart by `when`, `model` or `step`."""
+    told apart by `when` or `model`. Those of a stage that names steps: `samples_by_step`."""
     by_label: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         for label in ("before", "after"):
@@ -87,8 +146,8 @@ def stage_samples(rows: Sequence[Mapping[str, Any]]) -> Side:
                 score = row.get(f"score_{label}", row.get(f"{label}_score"))
                 by_label.setdefault(label, []).append({**row, "completion": row[label], "score": score})
         if "before" not in row and "after" not in row:
-            step = f"step {row['step']}" if "step" in row else "generation"
-            by_label.setdefault(str(row.get("when") or row.get("model") or step), []).append(dict(row))
+            label = str(row.get("when") or row.get("model") or "generation")
+            by_label.setdefault(label, []).append(dict(row))
     return side_by_side(by_label)
 
 

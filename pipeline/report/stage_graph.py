@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.progress import MARKS, duration
-from pipeline.report.view import BASE, EvalRow, RunView, StageView
+from pipeline.report.view import BASE, REWARD, EvalRow, RunView, StageView
 
 BOX_WIDTH = 178
 BOX_HEIGHT, SCORE_HEIGHT = 76, 16
@@ -39,8 +39,8 @@ class Arrow:
     label: str
     x: float
     y: float
-    reference: bool
-    """Drawn dashed: read as the reference policy, not trained further."""
+    read: bool
+    """Drawn dashed: used as it is (reference, reward model), not trained further."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def stage_graph(run: RunView) -> StageGraph:
     """Lay the stages out left to right by what they start from; stages from one parent stand in a column."""
     known = {BASE, *(stage.name for stage in run.stages)}
     cells = _cells(run.stages)
-    scores = {result.model: score_text(result) for result in run.evals}
+    scores = {row.model: f"{score_text(row)}{' of pairs' if row.of_pairs else ''}" for row in run.evals}
     height = BOX_HEIGHT + (SCORE_HEIGHT if scores else 0)
 
     def box(name: str, state: str, kind: str, facts: str) -> Box:
@@ -73,26 +73,28 @@ def stage_graph(run: RunView) -> StageGraph:
     arrows = []
     for stage in run.stages:
         parent = stage.init if stage.init in known else BASE
-        arrows.append(_arrow(boxes[parent], boxes[stage.name], passed.get(parent, ""), reference=False))
-        if stage.reference in known and stage.reference is not None:
-            arrows.append(_arrow(boxes[stage.reference], boxes[stage.name], "reference", reference=True))
-    reference_room = 34 if any(arrow.reference for arrow in arrows) else 0
+        arrows.append(_arrow(boxes[parent], boxes[stage.name], passed.get(parent, "")))
+        arrows += [_read_arrow(boxes[name], boxes[stage.name], use) for name, use in stage.reads.items()]
+    lows = [box.y + box.height for box in boxes.values()] + [math.ceil(arrow.y) + 8 for arrow in arrows]
     return StageGraph(
         boxes=list(boxes.values()),
         arrows=arrows,
         width=max(box.x for box in boxes.values()) + BOX_WIDTH + MARGIN,
-        height=max(box.y + box.height for box in boxes.values()) + MARGIN + reference_room,
+        height=max(lows) + MARGIN,
     )
 
 
 def _cells(stages: Sequence[StageView]) -> dict[str, tuple[int, int]]:
-    """(column, row) of the base and of each stage: one column after its parent, in the first free row."""
+    """(column, row) of the base and of each stage: one column after all that it uses, in the first free row,
+    which is below the stages that hand on a policy for a reward model."""
     cells = {BASE: (0, 0)}
-    taken = {0: 1}
+    columns = {BASE: 0}
     for stage in stages:
-        parent = cells.get(stage.init, cells[BASE])
-        column = parent[0] + 1
-        row = max(parent[1], taken.get(column, 0))
+        columns[stage.name] = 1 + max(columns.get(name, 0) for name in (stage.init, *stage.reads))
+    taken: dict[int, int] = {0: 1}
+    for stage in sorted(stages, key=lambda stage: stage.type == REWARD):
+        column = columns[stage.name]
+        row = max(cells.get(stage.init, cells[BASE])[1], taken.get(column, 0))
         taken[column] = row + 1
         cells[stage.name] = (column, row)
     return cells
@@ -105,20 +107,27 @@ def _facts(stage: StageView) -> str:
     return f"{mark} {words}{time}"
 
 
-def _arrow(start: Box, end: Box, label: str, *, reference: bool) -> Arrow:
-    if reference:
-        # Under the boxes, where it crosses no other arrow.
-        left, right = start.x + start.width / 2, end.x + end.width / 2
-        top, bottom = start.y + start.height, end.y + end.height
-        low = max(top, bottom) + 22
-        path = f"M{left:g} {top} C{left:g} {low} {left:g} {low} {left + 30:g} {low} L{right - 30:g} {low} "
-        path += f"C{right:g} {low} {right:g} {low} {right:g} {bottom + 3}"
-        return Arrow(path, label, (left + right) / 2, low - 5, reference=True)
+def _arrow(start: Box, end: Box, label: str) -> Arrow:
+    """From a box's right side to another's left."""
     x0, y0 = start.x + start.width, start.y + start.height / 2
     x1, y1 = end.x - 3, end.y + end.height / 2
     middle = (x0 + x1) / 2
     path = f"M{x0:g} {y0:g} C{middle:g} {y0:g} {middle:g} {y1:g} {x1:g} {y1:g}"
-    return Arrow(path, label, middle, (y0 + y1) / 2 - 8, reference=False)
+    return Arrow(path, label, middle, (y0 + y1) / 2 - 8, read=False)
+
+
+def _read_arrow(start: Box, end: Box, label: str) -> Arrow:
+    """Dashed, from below: where it crosses no arrow of a policy."""
+    right, bottom = end.x + end.width / 2, end.y + end.height
+    if start.y > end.y:
+        x, y = start.x + start.width, start.y + start.height / 2
+        path = f"M{x:g} {y:g} L{right - 30:g} {y:g} C{right:g} {y:g} {right:g} {y:g} {right:g} {bottom + 3}"
+        return Arrow(path, label, (x + right) / 2, y - 7, read=True)
+    left, top = start.x + start.width / 2, start.y + start.height
+    low = max(top, bottom) + 22
+    path = f"M{left:g} {top} C{left:g} {low} {left:g} {low} {left + 30:g} {low} L{right - 30:g} {low} "
+    path += f"C{right:g} {low} {right:g} {low} {right:g} {bottom + 3}"
+    return Arrow(path, label, (left + right) / 2, low - 5, read=True)
 
 
 def artifact_text(stage: StageView) -> str:
@@ -126,7 +135,7 @@ def artifact_text(stage: StageView) -> str:
     if not stage.artifact:
         return ""
     size = f", {byte_text(stage.artifact_bytes)}" if stage.artifact_bytes else ""
-    return f"{stage.artifact}{size}"
+    return f"{stage.artifact.replace('_', ' ')}{size}"
 
 
 def byte_text(count: float) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from actors.errors import UserError
+from pipeline.report.timeline import Call, last_execution, to_calls
 from pipeline.report.values import as_mapping, as_number, as_numbers, read_json, read_jsonl
 
 BASE = "base"
@@ -22,6 +23,12 @@ BASE = "base"
 
 FIRST_STEP = "first training step"
 """The entry of `startup` that is a moment, not a cause."""
+
+REWARD = "reward"
+"""Type of the stages that hand on a reward model: no policy starts from one unless it says so."""
+
+PAIR_ACCURACY = "pair_accuracy"
+"""Metric of reward models: the share of held-out pairs of which the chosen answer scores higher."""
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
@@ -47,8 +54,8 @@ class StageView:
     state: str
     """done, skipped, running, failed, stopped, or pending (in the config, not reached)."""
     init: str = BASE
-    reference: str | None = None
-    """Set when the stage's reference is another stage than the one that it started from."""
+    reads: dict[str, str] = field(default_factory=dict)
+    """Other stages than the one that it started from, and what it uses each as: reference, reward model."""
     seconds: float | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     error: str = ""
@@ -63,7 +70,8 @@ class StageView:
 
 @dataclass
 class EvalRow:
-    """One evaluated model: `value` is the mean of `metric` over `n` prompts, `ci95` its interval."""
+    """One evaluated model: `value` is the mean of `metric` over `n` prompts (pairs, for a reward model),
+    `ci95` its interval."""
 
     model: str
     metric: str
@@ -71,6 +79,11 @@ class EvalRow:
     n: int | None = None
     ci95: tuple[float, float] | None = None
     seconds: float | None = None
+
+    @property
+    def of_pairs(self) -> bool:
+        """Whether a reward model was scored, on pairs, instead of a policy on prompts."""
+        return self.metric == PAIR_ACCURACY
 
 
 @dataclass
@@ -84,6 +97,8 @@ class RunView:
     evals: list[EvalRow]
     completions: dict[str, list[dict[str, Any]]]
     """Per evaluated model, the rows {prompt, completion, answer, score} of eval/MODEL.jsonl."""
+    calls: list[Call]
+    """What the actors were asked for in the last execution, from logs/trace."""
     base: str
     config_text: str
     versions: dict[str, str]
@@ -115,6 +130,7 @@ def read_run(run_dir: Path | str) -> RunView:
         stages=stages,
         evals=evals,
         completions=_read_completions(directory / "eval", names, notes),
+        calls=_read_calls(directory / "logs" / "trace", run, notes),
         base=str(as_mapping(config.get("model")).get("base") or BASE),
         config_text=config_text,
         versions=_versions(directory, run, stages),
@@ -159,24 +175,39 @@ def _read_stages(
     wanted = as_mapping(config.get("stages"))
     found = as_mapping(run.get("stages"))
     stages: list[StageView] = []
+    policy = BASE
     for name in dict.fromkeys([*wanted, *found]):
         asked, had = as_mapping(wanted.get(name)), as_mapping(found.get(name))
-        previous = stages[-1].name if stages else BASE
         stage = StageView(
             name=str(name),
             type=str(asked.get("type") or had.get("type") or name),
             state=str(had.get("state") or "pending"),
-            init=str(asked.get("init") or previous),
+            init=str(asked.get("init") or had.get("init") or policy),
             seconds=as_number(had.get("seconds")),
             metrics=as_mapping(had.get("metrics")),
             error=_error_text(had.get("error")),
         )
-        reference = asked.get("reference")
-        if isinstance(reference, str) and reference != stage.init:
-            stage.reference = reference
+        stage.reads = _reads(asked, stage.init, [earlier.name for earlier in stages])
         _read_stage_files(directory / stage.name, stage, notes)
         stages.append(stage)
+        if stage.type != REWARD:
+            policy = stage.name
     return stages
+
+
+def _reads(asked: dict[str, Any], init: str, earlier: list[str]) -> dict[str, str]:
+    """Stages that a stage's config names beside its start, and what as."""
+    rewards = asked.get("rewards")
+    sources = [
+        as_mapping(one).get("source", one) for one in (rewards if isinstance(rewards, list) else [rewards])
+    ]
+    named = [(source, "reward model") for source in sources]
+    named += [(asked.get("critic_init"), "critic"), (asked.get("reference"), "reference")]
+    reads: dict[str, str] = {}
+    for name, use in named:
+        if isinstance(name, str) and name != init and name in (BASE, *earlier):
+            reads.setdefault(name, use)
+    return reads
 
 
 def _read_stage_files(directory: Path, stage: StageView, notes: list[str]) -> None:
@@ -269,7 +300,21 @@ def _read_completions(
     files = {path.stem: path for path in sorted(directory.glob("*.jsonl"))} if directory.is_dir() else {}
     names = [name for name in evaluated if name in files] + [name for name in files if name not in evaluated]
     completions = {name: read_jsonl(files[name], notes) for name in names}
-    return {name: rows for name, rows in completions.items() if rows}
+    # Scores of a reward model's pairs are no generations.
+    kept = {name: [row for row in rows if "completion" in row] for name, rows in completions.items()}
+    return {name: rows for name, rows in kept.items() if rows}
+
+
+def _read_calls(directory: Path, run: dict[str, Any], notes: list[str]) -> list[Call]:
+    """The traces of all processes, of the run's last execution."""
+    files = sorted(directory.glob("*.jsonl")) if directory.is_dir() else []
+    calls = [call for file in files for call in to_calls(file.stem, read_jsonl(file, notes))]
+    running = run.get("state") == "running" or any(
+        as_mapping(stage).get("state") == "running" for stage in as_mapping(run.get("stages")).values()
+    )
+    return last_execution(
+        calls, as_number(run.get("began")), None if running else as_number(run.get("seconds"))
+    )
 
 
 def _versions(directory: Path, run: dict[str, Any], stages: list[StageView]) -> dict[str, str]:

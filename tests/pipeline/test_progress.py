@@ -43,6 +43,22 @@ def test_without_a_terminal_a_line_comes_every_few_seconds(clock: Clock) -> None
     assert len(lines) == 7
 
 
+def test_an_online_stage_shows_reward_kl_length_and_seconds_instead_of_its_loss(clock: Clock) -> None:
+    progress, text = plain(clock)
+    figures = {
+        "loss": 0.0,
+        "reward": 0.6123,
+        "kl": 0.00412,
+        "completions/mean_length": 9.25,
+        "time/step": 3.9,
+    }
+    with progress:
+        progress.stage("ppo", total=40)
+        clock.now += 4.0
+        progress.step(1, figures)
+    assert "▶ ppo  step 1/40 · reward 0.612 · kl 0.0041 · length 9.2 · 3.9 s/step · 4.0 s" in text.getvalue()
+
+
 def test_time_left_counts_only_what_this_process_did(clock: Clock) -> None:
     progress, text = plain(clock)
     with progress:

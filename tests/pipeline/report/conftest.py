@@ -1,6 +1,6 @@
 """A run directory like a real one, with plausible curves, for the report's tests and for looking at it.
 
-`python tests/pipeline/report/conftest.py DIR [whole|failed|bare|online]` writes one and builds its report.
+`python -m tests.pipeline.report.conftest DIR [whole|failed|bare|online]` writes one and builds its report.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.pipeline.report.rlhf_run import write_rlhf_run
 
 CONFIG = """\
 name: demo
@@ -200,7 +202,7 @@ def write_completions(folder: Path, rows: int = 500) -> dict[str, Any]:
 
 
 def write_online_run(root: Path) -> Path:
-    """SFT -> reward model and GRPO: stage types and metrics that the report has no panel for."""
+    """SFT -> reward model and GRPO: stage types and metrics that the report does not know."""
     write_sample_run(root, evaluated=False)
     config = CONFIG.replace("type: dpo", "type: reward_model").replace("  dpo:", "  reward:")
     grpo = "  grpo:\n    type: grpo\n    init: sft\n    reference: base\n"
@@ -211,7 +213,7 @@ def write_online_run(root: Path) -> Path:
         return {
             "reward": 0.4 + 0.4 * at + noise.gauss(0, 0.05),
             "kl": 0.02 * at + abs(noise.gauss(0, 0.002)),
-            "completions/mean_length": 9 + 3 * at + noise.gauss(0, 0.4),
+            "odd/length": 9 + 3 * at + noise.gauss(0, 0.4),
             "sync/seconds": noise.uniform(0.3, 0.5),
         }
 
@@ -244,6 +246,12 @@ def reported_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = write_sample_run(tmp_path_factory.mktemp("runs") / "demo")
     assert build_report(root) == root / "report.html"
     return root
+
+
+@pytest.fixture
+def rlhf_run(tmp_path: Path) -> Path:
+    """The files of a made-up SFT -> reward model, DPO -> PPO; only PPO has curves."""
+    return write_rlhf_run(tmp_path / "synthetic", steps=8, offline=False)
 
 
 @pytest.fixture

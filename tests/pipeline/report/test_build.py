@@ -107,11 +107,44 @@ def test_a_run_that_failed_half_way_says_who_failed_and_what_to_do(failed_run: P
 def test_stages_and_metrics_that_nobody_foresaw_are_plotted(online_run: Path) -> None:
     page = Page(build_report(online_run).read_text())
     names = {png.name for png in (online_run / "plots").iterdir()}
-    assert {"grpo-reward.png", "grpo-completions-mean-length.png", "grpo-sync-seconds.png"} <= names
+    assert {"grpo-reward.png", "grpo-odd-length.png"} <= names
     assert "reward_model" in page.text
     assert "▶ running" in page.text
     assert "10 + 1 = ?" in page.text
     assert "step 10" in page.text
+
+
+def test_an_online_run_shows_what_it_learnt_who_waited_and_what_it_wrote(rlhf_run: Path) -> None:
+    page = Page(build_report(rlhf_run).read_text())
+    for words in (
+        "exact match: base 33.0 % → sft 64.0 % → dpo 90.0 % → ppo 97.0 %",
+        "93.0 % of pairs",
+        "Reward models, on held-out pairs",
+        "Rewards by source",
+        "KL to the reference",
+        "Clipped tokens",
+        "Response length",
+        "Engine against trainer",
+        "Seconds of a sync",
+        "passes on adapter, 1.33 MB",
+        "step 1 · mean reward",
+        "2 of 3 prompts",
+        "waited while these worked",
+        "from the first weight sync to the last",
+        "log-probabilities, values, scores",
+    ):
+        assert words in page.text, words
+    assert "<b>can't say</b>" in page.text, "text of a model, not markup"
+    assert len(page.ids) == len(set(page.ids))
+    names = {png.name for png in (rlhf_run / "plots").iterdir()}
+    assert {"timeline.png", "timeline-steps.png", "ppo-seconds-of-a-sync.png", "ppo-reward.png"} <= names
+    events = json.loads((rlhf_run / "trace.json").read_text())["traceEvents"]
+    assert {"policy", "rollout"} == {e["args"]["name"] for e in events if e["name"] == "process_name"}
+
+
+def test_a_run_without_traces_has_no_timeline(reported_run: Path) -> None:
+    assert "Timeline" not in Page((reported_run / "report.html").read_text()).text
+    assert not (reported_run / "trace.json").exists()
 
 
 def test_a_run_that_has_only_begun_has_a_report(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.report.paired import paired_difference
-from pipeline.report.samples import TEXT_LIMIT, as_text, clip, side_by_side, stage_samples
+from pipeline.report.samples import TEXT_LIMIT, as_text, clip, samples_by_step, side_by_side, stage_samples
 
 
 def rows(scores: list[float]) -> list[dict[str, object]]:
@@ -56,3 +56,16 @@ def test_equal_models_are_even_and_other_prompts_are_not_compared() -> None:
     assert same.verdict == "even"
     assert paired_difference(rows([0.0]), [{"prompt": "another", "score": 1.0}]) is None
     assert paired_difference([], []) is None
+
+
+def test_of_an_online_stage_a_few_steps_show_the_prompts_whose_answers_differ_most() -> None:
+    def row(step: int, prompt: str, reward: float) -> dict[str, object]:
+        return {"step": step, "prompt": prompt, "completion": f"{reward}", "reward": reward}
+
+    generated = [row(step, "all right", 1.0) for step in range(100) for _ in range(6)]
+    generated += [row(step, "mixed", reward) for step in range(100) for reward in (0, 1, 0.5, 0.2, 0.7, 0.1)]
+    shown = samples_by_step([*generated, {"prompt": "no step", "completion": "x"}])
+    assert [one.step for one in shown] == [0, 25, 50, 74, 99]
+    assert shown[0].reward == pytest.approx((6 + 2.5) / 12)
+    assert [sample.prompt for sample in shown[0].samples] == ["mixed", "all right"]
+    assert [answer.score for answer in shown[0].samples[0].answers] == [1.0, 0.7, 0.1, 0.0]

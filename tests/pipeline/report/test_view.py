@@ -54,6 +54,12 @@ def test_a_single_step_is_a_chart_not_a_constant() -> None:
     assert constants == {}
 
 
+def test_scores_of_pairs_are_no_generations(rlhf_run: Path) -> None:
+    (rlhf_run / "eval").mkdir()
+    (rlhf_run / "eval" / "reward.jsonl").write_text('{"chosen": 1.0, "rejected": 0.5}\n')
+    assert read_run(rlhf_run).completions == {}
+
+
 def test_figures_are_short() -> None:
     assert [format_value(value) for value in (0.41234, 12.345, 1234.5, 0.0, 2e-4)] == [
         "0.412",
@@ -65,6 +71,33 @@ def test_figures_are_short() -> None:
     assert format_value(0.831, "percent") == "83.1 %"
 
 
+def test_a_reward_that_is_the_only_one_has_no_second_chart() -> None:
+    up, other = Series([1, 2], [1.0, 2.0]), Series([1, 2], [0.0, 5.0])
+    found, _ = charts({"reward": up, "rewards/exact/mean": up})
+    assert [chart.panel.title for chart in found] == ["Reward"]
+    found, _ = charts({"reward": up, "rewards/exact/mean": up, "rewards/model/mean": other})
+    assert [list(chart.curves) for chart in found] == [["training"], ["exact", "model"]]
+
+
+def test_a_loss_comes_first_but_where_the_stage_generates() -> None:
+    up = Series([1, 2], [1.0, 2.0])
+    assert {chart.panel.title: chart.first for chart in charts({"loss": up})[0]} == {"Loss": True}
+    found, _ = charts({"loss": up, "reward": up, "entropy": up})
+    assert {chart.panel.title: chart.first for chart in found} == {
+        "Reward": True,
+        "Entropy of the policy": True,
+        "Loss": False,
+    }
+
+
+def test_parts_of_a_step_share_a_chart_with_their_total() -> None:
+    part, total = Series([1, 2], [1.0, 2.0]), Series([1, 2], [3.0, 5.0])
+    found, _ = charts({"time/generate": part, "time/update": part, "time/step": total})
+    assert [(list(chart.curves), chart.total, chart.stacked) for chart in found] == [
+        (["generate", "update"], total, True)
+    ]
+
+
 def test_stages_of_the_config_that_were_not_reached_are_pending(failed_run: Path) -> None:
     config = failed_run / "config.yaml"
     config.write_text(
@@ -72,5 +105,5 @@ def test_stages_of_the_config_that_were_not_reached_are_pending(failed_run: Path
     )
     run = read_run(failed_run)
     last = run.stages[-1]
-    assert (last.state, last.init, last.reference) == ("pending", "dpo", "sft")
+    assert (last.state, last.init, last.reads) == ("pending", "dpo", {"sft": "reference"})
     assert run.state == "failed"
