@@ -10,8 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from actors.algorithms.dpo import DpoLoss
+from actors.algorithms.reward import RewardLoss
 from actors.algorithms.sft import SftLoss
+from actors.algorithms.value import ValueLoss
 from actors.host import ModelHost
 from actors.models.adapters import adapter_digest
 from actors.optim_spec import OptimSpec
@@ -60,12 +64,36 @@ def scenarios(
         assert load is not None
         results[f"{name}/load"] = load.reshape(-1).tolist()
         results[f"{name}/eval"] = [host.evaluate(batch, loss, "policy")["loss"]]
+    results.update(heads(host, rows, pairs))
     results["logprobs"] = host.logprobs(sft_batch(rows[:11]), "policy").tolist()
     results["digest"] = adapter_digest(host.model, "policy")
     host.save_adapter("policy", out / "adapter")
     host.save_checkpoint(out / "checkpoint")
     assert host.load_checkpoint(out / "checkpoint") == STEPS
     host.close()
+    return results
+
+
+def heads(host: ModelHost, rows: list[Any], pairs: list[Any]) -> dict[str, Any]:
+    """A reward model and a critic that take turns, then what they say."""
+    results: dict[str, Any] = {}
+    for role, init in (("reward", "normal"), ("critic", "zero")):
+        host.add_adapter(role)
+        host.add_head(role, init)
+        host.prepare_training(role, OPTIM, STEPS, keep=True)
+    for step in range(STEPS):
+        n = 1 if step == STEPS - 1 else 7
+        batch = sft_batch(rows[9 * step : 9 * step + n])
+        returns = np.random.default_rng(step).normal(size=int(batch.loss_mask.sum()))
+        batch = batch.with_token_columns(returns=returns, old_values=0 * returns)
+        margin = np.linspace(0, 1, n)
+        of_pairs = pair_batch(pairs[7 * step : 7 * step + n], margin=margin)
+        for role, loss, given in (("reward", RewardLoss(), of_pairs), ("critic", ValueLoss(), batch)):
+            for metric, value in host.update(given, loss, step, role).items():
+                if "second" not in metric:
+                    results.setdefault(f"{role}/{metric}", []).append(value)
+    results["scores"] = host.scores(pair_batch(pairs[:5]), "reward").tolist()
+    results["values"] = host.values(sft_batch(rows[:11]), "critic").tolist()
     return results
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from actors.algorithms.dpo import DpoLoss
+from actors.algorithms.reward import RewardLoss
 from actors.algorithms.sft import SftLoss
 from actors.host import ModelHost
 from actors.models.spec import LoraSpec
@@ -172,3 +174,54 @@ def test_dpo_equals_trl(variant: str, tiny_base: Path, tmp_path: Path) -> None:
         ours.append(host.update(with_reference(host, batch, None, loss.ld_alpha), loss, step))
     loss.check_start(ours[0], tolerance=1e-4)
     assert_equal_curves(ours, theirs, (*COMMON, *PAIRS))
+
+
+SCORES = ("min_reward", "mean_reward", "max_reward", "accuracy", "margin")
+REWARD_VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "centered, with margins": {"center_rewards_coefficient": 0.05},
+}
+
+
+@pytest.mark.parametrize("variant", REWARD_VARIANTS)
+def test_reward_equals_trl(variant: str, tiny_base: Path, tmp_path: Path) -> None:
+    """From the same head: TRL starts from the saved adapter, which holds it."""
+    import torch
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from trl import RewardConfig, RewardTrainer
+
+    settings = REWARD_VARIANTS[variant]
+    pairs = random_pairs(STEPS * BATCH)
+    margins = np.random.default_rng(0).uniform(0, 1, len(pairs)) if settings else None
+    host = ModelHost(host_spec(tiny_base, max_tokens_per_micro_batch=200))
+    host.add_adapter("policy")
+    host.add_head("policy", "normal")
+    host.save_adapter("policy", tmp_path / "start")
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=1, dtype=torch.float32)
+    model = PeftModel.from_pretrained(plain, tmp_path / "start", is_trainable=True)
+    rows = [
+        {
+            "chosen_ids": pair["prompt_ids"] + pair["chosen_ids"],
+            "rejected_ids": pair["prompt_ids"] + pair["rejected_ids"],
+            **({} if margins is None else {"margin": margins[i]}),
+        }
+        for i, pair in enumerate(pairs)
+    ]
+    # TRL has no auxiliary loss here.
+    arguments = {k: v for k, v in trl_arguments(tmp_path).items() if k != "router_aux_loss_coef"}
+    trainer = RewardTrainer(
+        model=model,
+        args=RewardConfig(**arguments, **settings),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(tiny_base),
+    )
+    theirs = curve(trainer)
+    host.prepare_training("policy", OPTIM, STEPS)
+    ours = []
+    for step in range(STEPS):
+        part = slice(step * BATCH, (step + 1) * BATCH)
+        batch = pair_batch(pairs[part], **({} if margins is None else {"margin": margins[part]}))
+        ours.append(host.update(batch, RewardLoss(**settings), step))
+    assert_equal_curves(ours, theirs, ("loss", "grad_norm", "learning_rate", "num_tokens", *SCORES))
