@@ -144,9 +144,10 @@ class RolloutEngine:
         """Version that is served; -1 is the base."""
         return self.weights.version
 
-    def open_channel(self, address: str, timeout_s: float, backend: Backend = "gloo") -> None:
-        """Connect to the trainer at `address` (`WeightUpdater.open_channel`)."""
+    def open_channel(self, address: str, timeout_s: float, backend: Backend = "gloo") -> str:
+        """Connect to the trainer at `address` (`WeightUpdater.open_channel`); returns the engine's dtype."""
         self.weights.open_channel(address, timeout_s, backend)
+        return self.spec.dtype
 
     def stage(self, version: int) -> StageAck:
         """Receive a version beside the served one (`WeightUpdater.stage`)."""
