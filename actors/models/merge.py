@@ -20,6 +20,7 @@ from torch import nn
 from actors.errors import RunFailure, UserError
 from actors.models.adapters import attach_saved, check_adapter_matches_base, read_head, role
 from actors.models.loading import load_base, local_base_dir, resolve_base
+from actors.models.low_rank import Factors, low_rank_delta
 from actors.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -129,29 +130,9 @@ def merged_state(
     return revert_weight_conversion(base, state)
 
 
-@dataclass(frozen=True)
-class Factors:
-    """The low-rank update of one weight, or of one stack of experts."""
-
-    a: torch.Tensor
-    """float32 ([experts,] r, in), contiguous."""
-    b: torch.Tensor
-    """float32 ([experts,] out, r), contiguous."""
-    scaling: float
-    transposed: bool
-    """The weight is stored as ([experts,] in, out)."""
-
-
 def adapter_deltas(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
     """Name of each adapted tensor in the bare base -> s B A in float32, of the tensor's shape."""
     return {name: low_rank_delta(f) for name, f in adapter_factors(model, adapter_name).items()}
-
-
-def low_rank_delta(factors: Factors) -> torch.Tensor:
-    """s B A in float32, of the weight's shape. One place for this product: trainer, engine and written
-    checkpoint have the same bits because all of them come here."""
-    delta = (factors.b @ factors.a) * factors.scaling
-    return delta.transpose(1, 2) if factors.transposed else delta
 
 
 def adapter_factors(model: nn.Module, adapter_name: str) -> dict[str, Factors]:

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import torch
 
 from actors.errors import RunFailure, UserError
-from actors.models.merge import Factors, adapter_factors, base_tensors, low_rank_delta
+from actors.models.low_rank import Factors, low_rank_delta
+from actors.models.merge import adapter_factors, base_tensors
 from actors.sync.channel import Backend, Channel, Listener, own_address
 from actors.sync.payload import Kind, Payload, closure, digest_of, pack_adapter, pack_merged
 from actors.sync.protocol import Offer

@@ -1,0 +1,115 @@
+"""A connection of two over real gloo: payloads arrive whole, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from actors.errors import RunFailure
+from actors.sync.channel import CHUNK_BYTES, Channel, Listener
+from actors.sync.payload import Payload, pack_merged
+
+TIMEOUT_S = 5.0
+
+
+@pytest.fixture(autouse=True)
+def _loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+
+
+def connected(timeout_s: float = TIMEOUT_S) -> tuple[Channel, Channel]:
+    listener = Listener("127.0.0.1", timeout_s)
+    with ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(Channel.join, listener.address, timeout_s)
+        trainer = listener.accept("engine 0")
+        return trainer, joining.result()
+
+
+def payload(size: int = 1000, version: int = 1) -> Payload:
+    return pack_merged(version, "float32", {"layer.weight": torch.arange(size, dtype=torch.float32)})
+
+
+def sent(trainer: Channel, engine: Channel, *payloads: Payload) -> list[Payload]:
+    with ThreadPoolExecutor(1) as pool:
+        receiving = pool.submit(lambda: [engine.receive() for _ in payloads])
+        for one in payloads:
+            trainer.send(one)
+        return receiving.result()
+
+
+def test_payloads_arrive_byte_for_byte_one_after_the_other() -> None:
+    trainer, engine = connected()
+    one, two = payload(), payload(10, version=2)
+    first, second = sent(trainer, engine, one, two)
+    assert (first.manifest, first.digest) == (one.manifest, one.digest)
+    assert (second.manifest, second.digest) == (two.manifest, two.digest)
+
+
+def test_more_than_a_chunk_arrives_whole() -> None:
+    big = payload(CHUNK_BYTES // 4 + 17)
+    assert len(big.buffer) > CHUNK_BYTES
+    (arrived,) = sent(*connected(), big)
+    assert torch.equal(arrived.buffer, big.buffer)
+
+
+def test_several_engines_have_channels_that_know_nothing_of_each_other() -> None:
+    pairs = [connected() for _ in range(3)]
+    pairs[1][1].close()
+    for trainer, engine in (pairs[0], pairs[2]):
+        assert len(sent(trainer, engine, payload())) == 1
+
+
+def test_nobody_listening_is_said_within_the_deadline() -> None:
+    listener = Listener("127.0.0.1", 1.0)
+    address = listener.address
+    del listener
+    began = time.monotonic()
+    with pytest.raises(RunFailure, match="nobody listens at 127"):
+        Channel.join(address, 1.0)
+    assert time.monotonic() - began < 10
+
+
+def test_an_engine_that_never_comes_is_said_within_the_deadline() -> None:
+    began = time.monotonic()
+    with pytest.raises(RunFailure, match=r"channel to engine 3 failed in phase 'sync': connect failed"):
+        Listener("127.0.0.1", 1.0).accept("engine 3")
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("operation", ["send", "receive"])
+def test_a_peer_that_does_nothing_costs_the_deadline_and_the_channel(operation: str) -> None:
+    trainer, engine = connected(timeout_s=1.0)
+    work: Callable[[], object] = (lambda: trainer.send(payload())) if operation == "send" else engine.receive
+    began = time.monotonic()
+    with pytest.raises(RunFailure, match="no answer within the deadline"):
+        work()
+    assert 0.5 < time.monotonic() - began < 5
+    with pytest.raises(RunFailure, match="it is closed"):
+        work()
+
+
+def test_a_peer_that_is_killed_between_two_chunks_is_noticed_at_once() -> None:
+    listener = Listener("127.0.0.1", 60.0)
+    context = multiprocessing.get_context("spawn")
+    peer = context.Process(target=take_the_header_and_die, args=(listener.address,), daemon=True)
+    peer.start()
+    trainer = listener.accept("engine 0")
+    began = time.monotonic()
+    with pytest.raises(RunFailure, match="send failed: the other end is gone"):
+        trainer.send(payload(CHUNK_BYTES))
+    assert time.monotonic() - began < 20
+    peer.join(10)
+
+
+def take_the_header_and_die(address: str) -> None:
+    channel = Channel.join(address, 60.0)
+    threading.Timer(0.5, os._exit, (9,)).start()
+    channel._move(torch.empty(2, dtype=torch.int64), "recv")
+    time.sleep(60)
