@@ -3,7 +3,7 @@
 PEFT adapts a stack of experts by materialising W + s B A for all of them in every forward, and by
 back-propagating a gradient of the stack's full size. Here the low-rank term is computed next to
 transformers' grouped expert product instead. Parameters, names and files stay PEFT's, so adapters go
-both ways, and with the adapter off the base's own code runs.
+both ways, and with the adapter off the outputs are those of the base's own code, to the bit.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers.integrations.moe import (
 )
 
 from actors.errors import UserError
+from actors.models.grouped import Routes, combined, grouped_lora, sorted_rows
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -116,9 +117,12 @@ def _experts_forward(
     """transformers' grouped expert product with low-rank terms beside it.
 
     Shapes: hidden_states (tokens, hidden), top_k_index and top_k_weights (tokens, k) -> (tokens, hidden).
-    Same order of operations as `grouped_mm_experts_forward`, to which it hands over without LoRA.
+    On the CPU by functions of our own, which have no gradient for the frozen weights. Elsewhere in the
+    order of operations of `grouped_mm_experts_forward`, to which it hands over without LoRA.
     """
     factors: dict[str, Factors] = self.__dict__.get(_FACTORS) or {}
+    if _runs_grouped(self, hidden_states, factors):
+        return _grouped_forward(self, hidden_states, top_k_index, top_k_weights, factors)
     if not factors:
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     if self._is_expert_parallel:
@@ -143,6 +147,36 @@ def _experts_forward(
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel(), device=order.device)
     return weighted[back].view(n_tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+def _runs_grouped(experts: Any, hidden_states: torch.Tensor, factors: dict[str, Factors]) -> bool:
+    """Frozen float32 experts on the CPU, one adapter at most."""
+    return (
+        hidden_states.device.type == "cpu"
+        and hidden_states.dtype == experts.down_proj.dtype == torch.float32
+        and not (experts.has_bias or experts.is_transposed or experts._is_expert_parallel)
+        and not experts.down_proj.requires_grad
+        and all(len(found) == 1 for found in factors.values())
+    )
+
+
+def _grouped_forward(
+    self: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    factors: dict[str, Factors],
+) -> torch.Tensor:
+    """The same without LoRA too: a reference whose adapter is off then equals its policy to the bit."""
+    routes = Routes.of(top_k_index, self.num_experts)
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        a, b, scaling = factors[name][0] if name in factors else (None, None, 1.0)
+        return grouped_lora(x, getattr(self, name), routes, a, b, scaling)
+
+    up = linear(sorted_rows(hidden_states, routes), "gate_up_proj" if self.has_gate else "up_proj")
+    activated = self._apply_gate(up) if self.has_gate else self.act_fn(up)
+    return combined(linear(activated, "down_proj"), top_k_weights, routes)
 
 
 ALL_EXPERTS_FUNCTIONS.register(BESIDE, _experts_forward)
