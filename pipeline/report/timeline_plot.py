@@ -45,19 +45,8 @@ def draw_timeline(calls: Sequence[Call], window: tuple[float, float], title: str
     left = 0.2 + 0.075 * max(len(name) for name in names)
     axes = figure.add_axes((left / width, 0.4 / height, 1 - (left + 0.15) / width, 1 - 0.85 / height))
     style_lanes(axes, names)
-    gap = (window[1] - window[0]) / RESOLUTION
     for row, name in enumerate(names):
-        for bar in bars([call for call in seen if call.lane == name], gap):
-            start, end = max(bar.start, window[0]), min(bar.end, window[1])
-            colour = COLOURS[COLOUR_OF[bar.kind]]
-            alpha = 0.35 if bar.kind == OTHER else 0.9
-            axes.broken_barh(
-                [(start - window[0], max(end - start, gap))],
-                (row - 0.36, 0.72),
-                color=colour,
-                alpha=alpha,
-                linewidth=0,
-            )
+        draw_lane(axes, row, [call for call in seen if call.lane == name], window)
     ends = [end - window[0] for _, end in syncs(seen) if window[0] < end < window[1]]
     if len(ends) <= MARKED_SYNCS:
         for end in ends:
@@ -65,6 +54,20 @@ def draw_timeline(calls: Sequence[Call], window: tuple[float, float], title: str
     axes.set_xlim(0, window[1] - window[0])
     legend(figure, title, {call.kind for call in seen})
     return save(figure, png, title, wide=True)
+
+
+def draw_lane(axes: Axes, row: int, calls: Sequence[Call], window: tuple[float, float]) -> None:
+    """One process's bars: a collection for each kind, as single bars take seconds to draw."""
+    gap = (window[1] - window[0]) / RESOLUTION
+    joined = bars(calls, gap)
+    for kind in dict.fromkeys(bar.kind for bar in joined):
+        spans = []
+        for bar in joined:
+            start, end = max(bar.start, window[0]), min(bar.end, window[1])
+            if bar.kind == kind:
+                spans.append((start - window[0], max(end - start, gap)))
+        colour, alpha = COLOURS[COLOUR_OF[kind]], 0.35 if kind == OTHER else 0.9
+        axes.broken_barh(spans, (row - 0.36, 0.72), color=colour, alpha=alpha, linewidth=0)
 
 
 def style_lanes(axes: Axes, names: Sequence[str]) -> None:
