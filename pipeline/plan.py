@@ -154,8 +154,7 @@ def working_roles(config: RunConfig) -> list[str]:
     online = {name: stage for name, stage in stages.items() if isinstance(stage, RlStage)}
     works = {
         "policy": True,
-        "reference": any(isinstance(stage, DpoStage) for stage in stages.values())
-        or any(stage.beta > 0 for stage in online.values()),
+        "reference": any(isinstance(stage, DpoStage | RlStage) for stage in stages.values()),
         "critic": any(isinstance(stage, PpoStage) for stage in stages.values()),
         "reward": any(config.reward_models_of(name) for name in online),
         "rollout": bool(online) or config.eval is not None,

@@ -15,8 +15,18 @@ from actors.errors import UserError
 from pipeline.cli import app
 from pipeline.config.load import load_config, resolved, validate
 from pipeline.config.reading import parse_yaml
-from pipeline.config.schema import RunConfig
-from pipeline.plan import DRY_BATCH, DRY_PROMPTS, DRY_ROWS, DRY_STEPS, DRY_WORKERS, shrink
+from pipeline.config.schema import RolesSpec, RunConfig
+from pipeline.plan import (
+    DRY_BATCH,
+    DRY_PROMPTS,
+    DRY_RL_STEPS,
+    DRY_ROWS,
+    DRY_STEPS,
+    DRY_TOKENS,
+    DRY_WORKERS,
+    shrink,
+)
+from pipeline.stages.spec import DpoStage, GrpoStage, RlStage
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path for folder in ("configs", "examples") for path in (ROOT / folder).glob("*.yaml"))
@@ -82,9 +92,13 @@ def test_the_dry_run_of_every_config_is_valid_and_small(path: Path) -> None:
     assert list(small.stages) == list(config.stages)
     for stage in small.stages.values():
         assert stage.batch_size <= DRY_BATCH
+        if isinstance(stage, RlStage):
+            assert stage.samples_per_step <= DRY_BATCH
+            assert 0 < stage.max_steps <= DRY_RL_STEPS
+            assert stage.max_completion_length <= DRY_TOKENS
         assert 0 < stage.max_steps <= DRY_STEPS
         assert all(source.max_rows and source.max_rows <= DRY_ROWS for source in stage.data)
-    for name in ("policy", "reference", "rollout"):
+    for name in RolesSpec.model_fields:
         role = getattr(small.roles, name)
         assert role.share or (role.workers <= DRY_WORKERS and not role.gpus and not role.resources)
     assert small.eval is None or small.eval.max_rows <= DRY_PROMPTS
@@ -99,7 +113,7 @@ def test_no_two_configs_share_a_run_directory() -> None:
 
 def test_a_recipe_that_was_not_run_says_so() -> None:
     for path in CONFIGS:
-        if any(getattr(load_config(path).roles, role).gpus for role in ("policy", "reference", "rollout")):
+        if any(getattr(load_config(path).roles, role).gpus for role in RolesSpec.model_fields):
             assert "NOT RUN HERE" in path.read_text(), f"{relative(path)} needs GPUs, which no test has"
 
 
@@ -163,11 +177,19 @@ def test_every_yaml_block_is_a_run_or_part_of_one(page: Path) -> None:
         fragment = parse_yaml(block)
         assert isinstance(fragment, dict), block
         if not set(fragment) <= set(RunConfig.model_fields):
-            kind = "dpo" if {"beta", "loss_type", "reference"} & set(fragment) else "sft"
-            fragment = {"stages": {kind: {"data": "x", **fragment}}}
+            fragment = {"stages": around(fragment)}
         config, problems = validate({**SKELETON, **fragment})
         assert not problems, f"{block}\n{problems}"
         assert config is not None
+
+
+def around(fragment: dict[str, Any]) -> dict[str, Any]:
+    """Stages around a few keys of one, as the documentation shows them."""
+    keys = set(fragment)
+    if keys & (set(GrpoStage.model_fields) - set(DpoStage.model_fields)):
+        return {"reward": {"data": "x"}, "grpo": {"data": "x", "rewards": "exact_match", **fragment}}
+    kind = "dpo" if {"beta", "loss_type", "reference"} & keys else "sft"
+    return {kind: {"data": "x", **fragment}}
 
 
 def test_the_configuration_page_names_every_key() -> None:
@@ -216,9 +238,12 @@ def test_gsm8k_answers_are_compared_by_their_number(completion: str, expected: f
 
 def test_score_functions_named_in_configs_exist() -> None:
     for path in CONFIGS:
-        evaluation = load_config(path).eval
-        if evaluation is not None and ":" in evaluation.metric:
-            module, function = evaluation.metric.split(":")
+        config = load_config(path)
+        rewarded = [s for s in config.stages.values() if isinstance(s, RlStage)]
+        named = [r.source for s in rewarded for r in s.rewards if r.kind == "function"]
+        named += [config.eval.metric] if config.eval is not None and ":" in config.eval.metric else []
+        for source in named:
+            module, function = source.split(":")
             tree = ast.parse((ROOT / Path(*module.split("."))).with_suffix(".py").read_text())
             assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 

@@ -243,6 +243,9 @@ def _rl_problems(path: str, stage: RlStage) -> Iterator[Problem]:
     yield from _kl_problems(path, stage)
     if stage.epsilon >= 1:
         yield Problem(f"{path}.epsilon", f"{stage.epsilon:g}: the ratio is clipped at 1 - epsilon, above 0")
+    high = stage.epsilon if stage.epsilon_high is None else stage.epsilon_high
+    if stage.delta is not None and stage.delta <= 1 + high:
+        yield Problem(f"{path}.delta", f"{stage.delta:g} must be above 1 + epsilon_high = {1 + high:g}")
     offline = {"eval_data": None, "eval_steps": None, "truncation_mode": "keep_start"}
     for key, unset in offline.items():
         if getattr(stage, key) != unset:

@@ -11,13 +11,15 @@ task is that each stage has something of its own to learn:
 - `preference`: pairs for DPO. The right answer against a plausible mistake, most often that slip.
 - `prompts`: questions with their right answers and no demonstration, for online RL.
 - `test`: held-out questions with their right answers.
+- `test_preference`: pairs of answers to held-out questions, for the accuracy of a reward model.
 
 So imitation (SFT) gets the easy half right, and preferences are what teaches the carry: greedy, the
 embedded base has 33 % of the test split right, SFT 61-65 %, DPO 96-98 % (3 seeds, configs/demo.yaml).
 Drawn at temperature 1, the SFT model has 70 % right: what online RL can build on.
 
 Splits are disjoint for every seed: an unordered pair of operands belongs to one split by its hash. Only
-`prompts` has no operands of its own: it asks what `train` demonstrates.
+`prompts` and `test_preference` have no operands of their own: they ask what `train` demonstrates, and what
+`test` asks.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from hashlib import blake2b
 from typing import Any
 
@@ -37,7 +39,14 @@ Message = dict[str, str]
 
 SPLIT_SHARES = {"test": 15, "preference": 20, "train": 20, "pretrain": 45}
 """Percent of all operand pairs. Pretraining gets most: the digit tables have to be learnt from it."""
-DEFAULT_ROWS = {"pretrain": 120_000, "train": 6_400, "preference": 6_400, "prompts": 6_400, "test": 500}
+DEFAULT_ROWS = {
+    "pretrain": 120_000,
+    "train": 6_400,
+    "preference": 6_400,
+    "prompts": 6_400,
+    "test": 500,
+    "test_preference": 500,
+}
 OPERANDS = range(10, 100)
 DEMONSTRATED_SLIPS = 0.7
 """Share of demonstrations with the slip where a carry is needed. Above one half, so that a greedy SFT
@@ -179,8 +188,8 @@ def _train_row(rng: random.Random) -> Row:
     return {"prompt": [problem.question], "completion": [reply(_hurried(rng, problem))]}
 
 
-def _preference_row(rng: random.Random) -> Row:
-    problem = _draw(rng, "preference")
+def _preference_row(rng: random.Random, split: str = "preference") -> Row:
+    problem = _draw(rng, split)
     rejected = reply(_mistake(rng, problem))
     return {"prompt": [problem.question], "chosen": [reply(problem.answer)], "rejected": [rejected]}
 
@@ -206,15 +215,17 @@ _ROW_MAKERS: dict[str, Callable[[random.Random], Row]] = {
     "train": _train_row,
     "preference": _preference_row,
     "prompts": _prompts_row,
+    "test_preference": partial(_preference_row, split="test"),
 }
 
 
 def load_builtin(name: str, split: str, rows: int | None = None, seed: int = 0) -> list[Row]:
     """Rows of a built-in data set; the same arguments give the same rows everywhere.
 
-    `pretrain` has {text}; `train` {prompt, completion}; `preference` {prompt, chosen, rejected}; `prompts`
-    and `test` {prompt, answer} with `answer` a string, all else lists of messages. `rows=None` takes the
-    split's own size. Raises UserError for a name or split that does not exist.
+    `pretrain` has {text}; `train` {prompt, completion}; `preference` and `test_preference` {prompt, chosen,
+    rejected}; `prompts` and `test` {prompt, answer}. `answer` is a string, all else but text lists of
+    messages. `rows=None` takes the split's own size. Raises UserError for a name or split that does not
+    exist.
     """
     if name != "arithmetic":
         raise UserError(f"no built-in data set 'builtin:{name}'; there is builtin:arithmetic")

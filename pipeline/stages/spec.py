@@ -204,12 +204,12 @@ class RlStage(StageSpec):
     log-ratios: GSPO), or the `trajectory` (their sum)."""
     loss_type: PolicyNorm = "dapo"
     """How token losses are averaged, by TRL's names: `grpo` over each sample and then over samples, `bnpo`
-    over each micro-batch's tokens as one, `dapo` over all tokens of the batch, `dr_grpo` by
-    `max_completion_length`."""
+    over the tokens of an optimizer step, `dapo` the same by the generation's mean count, `dr_grpo` by
+    samples x max_completion_length."""
     entropy_coef: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Weight of the entropy bonus."""
     whiten_advantages: Whitening = "none"
-    """Normalise advantages over the tokens of a generation: `shift_and_scale` to mean 0 and standard
+    """Normalise advantages over the samples of a generation: `shift_and_scale` to mean 0 and standard
     deviation 1 (unbiased), `scale` keeps the mean."""
     mask_truncated_completions: bool = False
     """Leave samples that hit `max_completion_length` out of the loss."""

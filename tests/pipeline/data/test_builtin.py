@@ -83,8 +83,10 @@ def test_demonstrations_slip_where_a_carry_is_needed_and_only_there():
     assert 0.66 < sum(text == str(p.slip) for p, text in hard) / len(hard) < 0.74
 
 
-def test_preferences_hold_the_right_answer_against_a_wrong_one():
-    for row in load_builtin("arithmetic", "preference", 2000):
+@pytest.mark.parametrize(("split", "operands"), [("preference", "preference"), ("test_preference", "test")])
+def test_preferences_hold_the_right_answer_against_a_wrong_one(split, operands):
+    for row in load_builtin("arithmetic", split, 2000):
+        assert problem_of(row) in problems(operands)
         right = problem_of(row).answer
         assert row["chosen"][0]["content"] == str(right)
         assert row["rejected"][0]["content"].isdigit()
@@ -106,7 +108,7 @@ def test_exact_match_scores_strings_and_messages_and_ignores_other_columns():
     ("name", "split", "rows", "says"),
     [
         ("algebra", "train", 5, "builtin:arithmetic"),
-        ("arithmetic", "validation", 5, "preference, pretrain, prompts, test, train"),
+        ("arithmetic", "validation", 5, "preference, pretrain, prompts, test, test_preference, train"),
         ("arithmetic", "test", 100_000, "at most"),
     ],
 )
