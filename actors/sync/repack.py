@@ -3,7 +3,7 @@
 vLLM (seen in 0.32) packs the experts of a layer only when it builds the layer's kernel, which a reload
 does not do again: the packed kernel then computes with plain weights, off by .07 to 1.7 in log-probability
 and without a word. Packing a packed layer again ruins it too, so exactly the reloaded ones are packed.
-`tests/actors/sync/test_vllm_repack.py` fails once vLLM does this itself: drop this file then.
+A test in `tests/actors/sync/test_vllm_updates.py` fails once vLLM does this itself: drop this file then.
 """
 
 from __future__ import annotations
