@@ -17,8 +17,7 @@ import torch.distributed as dist
 
 from actors.errors import RunFailure
 from actors.sync.payload import Manifest, Payload
-
-Backend = Literal["gloo", "nccl"]
+from actors.sync.spec import Backend
 
 TRAINER, ENGINE = 0, 1
 """Ranks in the group."""

@@ -63,6 +63,25 @@ class Readback:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """A version that is ready to be sent."""
+
+    offer: Offer
+    seconds: dict[str, float]
+    """`gather` and `pack`."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an engine has to hold once a version is loaded."""
+
+    digests: dict[str, str]
+    """Checkpoint name -> `payload.digest_of` the merged tensor in the engine's dtype."""
+    share_unchanged_bf16: float
+    """Share of the adapted weights that rounding to bfloat16 would give the base's own value."""
+
+
+@dataclass(frozen=True)
 class Failure:
     """An engine that did not do what was asked."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,9 +16,10 @@ import torch
 from actors.errors import RunFailure, UserError
 from actors.models.low_rank import Factors, low_rank_delta
 from actors.models.merge import adapter_factors, base_tensors
-from actors.sync.channel import Backend, Channel, Listener, own_address
+from actors.sync.channel import Channel, Listener, own_address
 from actors.sync.payload import Kind, Payload, closure, digest_of, pack_adapter, pack_merged
-from actors.sync.protocol import Offer
+from actors.sync.protocol import Expected, Offer, Prepared
+from actors.sync.spec import Backend
 
 
 class Holder(Protocol):
@@ -27,25 +27,6 @@ class Holder(Protocol):
 
     base: Any
     model: Any
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A version that is ready to be sent."""
-
-    offer: Offer
-    seconds: dict[str, float]
-    """`gather` and `pack`."""
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What an engine has to hold once a version is loaded."""
-
-    digests: dict[str, str]
-    """Checkpoint name -> `digest_of` the merged tensor in the engine's dtype."""
-    share_unchanged_bf16: float
-    """Share of the adapted weights that rounding to bfloat16 would give the base's own value."""
 
 
 class WeightSource:

@@ -16,8 +16,8 @@ import numpy as np
 
 from actors.sync.protocol import Readback
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.15, "float16": 0.05}
-"""Of the 0.9 quantile of |log-probability difference|. Seen when right: 5e-7 in float32 at 1 M parameters,
+TOLERANCE = {"float32": 5e-4, "bfloat16": 0.15, "float16": 0.05}
+"""Of the 0.9 quantile of |log-probability difference|. Seen when right: 2e-5 in float32 at 1 M parameters,
 a mean of .005 in bfloat16; experts that were not repacked: .07 to 1.7."""
 MEDIAN_SHARE = 0.2
 """The median has to stay below this share of the tolerance."""

@@ -17,11 +17,9 @@ from actors.errors import InvariantViolation, RunFailure, UserError
 from actors.group import ActorGroup
 from actors.pending import Pending, PendingOne
 from actors.sync import protocol, verify
-from actors.sync.channel import Backend
-from actors.sync.protocol import NO_VERSION, Engine, Event, Failure, Offer, State
+from actors.sync.protocol import NO_VERSION, Engine, Event, Expected, Failure, Offer, Prepared, State
 from actors.sync.report import Stopwatch, SyncReport
-from actors.sync.source import Expected, Prepared
-from actors.sync.spec import SyncSpec
+from actors.sync.spec import Backend, SyncSpec
 from actors.sync.verify import ProbeReport
 
 STAGE_ROUNDS = 3

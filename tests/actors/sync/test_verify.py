@@ -45,7 +45,7 @@ def test_noise_of_the_dtype_is_within_tolerance() -> None:
     assert objection_to_probes(fine, "float32") is None
     rough = compare_probes(moved(TRAINER, 5e-3), TRAINER)
     assert objection_to_probes(rough, "bfloat16") is None
-    assert "probes beyond 0.0001" in str(objection_to_probes(rough, "float32"))
+    assert "probes beyond 0.0005" in str(objection_to_probes(rough, "float32"))
     assert objection_to_probes(rough, "float32", tolerance=0.1) is None
 
 
@@ -67,7 +67,7 @@ def test_experts_that_were_not_repacked_are_beyond_tolerance_in_both_dtypes() ->
 def test_an_old_version_is_seen_far_below_the_tolerance() -> None:
     before = moved(TRAINER, 5e-6, seed=2)  # as a step at learning rate 1e-6 moves them
     report = compare_probes(moved(before, 5e-7), TRAINER, previous=before)
-    assert report.p90 < 1e-4
+    assert report.p90 < 5e-4
     assert report.arrived == pytest.approx(0, abs=0.1)
     assert "nearer to the previous version" in str(objection_to_probes(report, "float32"))
     arrived = compare_probes(moved(TRAINER, 5e-7), TRAINER, previous=before)
