@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from actors.batch import Batch
-from actors.packing import AttentionPlan, MicroBatch
+from actors.packing import AttentionPlan, Gathering, MicroBatch
 
 SHORT = 96
 """Sequences up to this length attend several in one call: there calls cost more than padding."""
@@ -72,7 +72,7 @@ def _tokens_before_answer(part: Batch, sequence: int) -> np.ndarray:
 def _plan(places: np.ndarray, offsets: np.ndarray, shared: np.ndarray) -> AttentionPlan:
     """`places`: position of the row for each token of each sequence; `shared`: as of `_shared`."""
     lengths = np.diff(offsets)
-    shapes, picked, own = [], [], []
+    shapes, picked, real, own = [], [], [], []
     for group in _groups(lengths):
         longest = int(lengths[group].max())
         step = np.arange(longest)
@@ -80,13 +80,16 @@ def _plan(places: np.ndarray, offsets: np.ndarray, shared: np.ndarray) -> Attent
         # Padding stands at the end and repeats the last token: nothing before it can see it.
         at = offsets[group][:, None] + np.minimum(step, lengths[group][:, None] - 1)
         picked.append(places[at].reshape(-1))
-        own.append(((step < lengths[group][:, None]) & (step >= shared[group][:, None])).reshape(-1))
+        real.append((step < lengths[group][:, None]).reshape(-1))
+        own.append(real[-1] & (step >= shared[group][:, None]).reshape(-1))
     position = np.concatenate(picked)
     kept = np.flatnonzero(np.concatenate(own))
     outputs = np.empty_like(kept)
     outputs[position[kept]] = kept
     return AttentionPlan(
-        tuple(shapes), _unless_all_in_order(position, len(kept)), _unless_all_in_order(outputs, len(position))
+        tuple(shapes),
+        _unless_all_in_order(position, len(kept), np.concatenate(real)),
+        _unless_all_in_order(outputs, len(position)),
     )
 
 
@@ -109,6 +112,8 @@ def _groups(lengths: np.ndarray) -> list[np.ndarray]:
     return long + [np.array(group) for group in members]
 
 
-def _unless_all_in_order(index: np.ndarray, n: int) -> np.ndarray | None:
+def _unless_all_in_order(index: np.ndarray, n: int, real: np.ndarray | None = None) -> Gathering | None:
     """None for 0 to n - 1: then nothing has to be picked."""
-    return None if len(index) == n and np.array_equal(index, np.arange(n)) else index
+    if len(index) == n and np.array_equal(index, np.arange(n)):
+        return None
+    return Gathering.of(index, n, real)

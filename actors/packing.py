@@ -25,12 +25,34 @@ hidden, the rest with its square. A packed bin has a dense mask, so attention pa
 
 
 @dataclass(frozen=True)
+class Gathering:
+    """Rows picked from N rows, and the way back for their gradients."""
+
+    index: np.ndarray
+    """int64 (M,): which row is picked."""
+    readers: tuple[np.ndarray, ...]
+    """Of int64 (N,) each: the picks that read a row, one per array; M: none. Picks whose gradient is zero,
+    as padding's, are left out."""
+
+    @staticmethod
+    def of(index: np.ndarray, n: int, real: np.ndarray | None = None) -> Gathering:
+        """`n`: rows to pick from; `real`: bool (M,), False for picks without gradient."""
+        picks = np.arange(len(index)) if real is None else np.flatnonzero(real)
+        picks = picks[np.argsort(index[picks], kind="stable")]
+        rows = index[picks]
+        nth = np.arange(len(rows)) - np.searchsorted(rows, rows)
+        readers = np.full((int(nth.max(initial=0)) + 1, n), len(index), dtype=np.int64)
+        readers[nth, rows] = picks
+        return Gathering(index, tuple(readers))
+
+
+@dataclass(frozen=True)
 class AttentionPlan:
     """How the positions of a flat row fall into sequences, see `actors.models.attention.Sequences`."""
 
     shapes: tuple[tuple[int, int], ...]
-    places: np.ndarray | None
-    outputs: np.ndarray | None
+    places: Gathering | None
+    outputs: Gathering | None
 
 
 @dataclass(frozen=True)

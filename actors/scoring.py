@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from actors.algorithms.logprob import LabelStatistics, label_logps, label_statistics
-from actors.models.attention import Sequences, no_mask, use_by_sequence
+from actors.models.attention import Gather, Sequences, no_mask, use_by_sequence
 from actors.packing import MicroBatch
 
 
@@ -91,7 +91,5 @@ def _attention(micro: MicroBatch, device: torch.device) -> dict[str, Any]:
     plan = micro.attention
     if plan is None:
         return {}
-    places, outputs = (
-        None if x is None else torch.from_numpy(x).to(device) for x in (plan.places, plan.outputs)
-    )
+    places, outputs = (None if x is None else Gather.of(x, device) for x in (plan.places, plan.outputs))
     return {"sequences": Sequences(plan.shapes, places, outputs), "attention_mask": no_mask(device)}

@@ -89,7 +89,7 @@ def sequences_of(micro: MicroBatch) -> list[np.ndarray]:
     """Positions of the row that each sequence attends over, padding at the end included."""
     plan = micro.attention
     assert plan is not None
-    places = np.arange(micro.input_ids.size) if plan.places is None else plan.places
+    places = np.arange(micro.input_ids.size) if plan.places is None else plan.places.index
     sizes = [n * length for n, length in plan.shapes]
     groups = np.split(places, np.cumsum(sizes)[:-1])
     return [
@@ -123,7 +123,9 @@ def test_each_position_of_a_flat_row_takes_its_attention_from_one_sequence(promp
     assert micro.attention is not None
     places = np.concatenate(sequences_of(micro))
     outputs = micro.attention.outputs
-    assert np.array_equal(places if outputs is None else places[outputs], np.arange(micro.input_ids.size))
+    assert np.array_equal(
+        places if outputs is None else places[outputs.index], np.arange(micro.input_ids.size)
+    )
 
 
 def test_padding_behind_the_last_position_is_left_out() -> None:
@@ -131,7 +133,7 @@ def test_padding_behind_the_last_position_is_left_out() -> None:
     assert micro.attention is not None
     assert micro.attention.outputs is not None
     assert micro.attention.shapes == ((2, 20),)
-    assert len(micro.attention.outputs) == 39
+    assert len(micro.attention.outputs.index) == 39
 
 
 def test_prompts_are_shared_only_up_to_the_first_counted_token() -> None:

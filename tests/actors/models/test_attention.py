@@ -11,9 +11,10 @@ import torch
 from actors.batch import Batch
 from actors.flat import lay_flat
 from actors.models.architectures import ARCHITECTURES
+from actors.models.attention import Gather, picked
 from actors.models.loading import load_base
 from actors.models.spec import ModelSpec
-from actors.packing import LayOut, micro_batches, padded
+from actors.packing import Gathering, LayOut, micro_batches, padded
 from actors.scoring import TokenScorer
 
 PACKABLE = sorted(t for t, row in ARCHITECTURES.items() if row.packable)
@@ -67,3 +68,21 @@ def test_a_sliding_window_is_kept(base_of) -> None:
     model.config.sliding_window = None
     unlimited, _ = logps_and_gradient(scorer, batch, padded)
     assert not torch.allclose(unlimited, wanted, atol=1e-3)
+
+
+def test_the_gradient_of_picked_rows_adds_up_over_all_that_read_them() -> None:
+    index = np.array([2, 0, 2, 3, 2])
+    gather = Gather.of(Gathering.of(index, 5), torch.device("cpu"))
+    assert len(gather.readers) == 3
+    rows = torch.randn(5, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(picked(rows, gather), rows[torch.from_numpy(index)])
+    assert torch.autograd.gradcheck(lambda rows: picked(rows, gather), rows.requires_grad_())
+
+
+def test_picks_of_padding_add_nothing_to_the_gradient() -> None:
+    real = np.array([True, True, False])
+    gather = Gather.of(Gathering.of(np.array([0, 1, 1]), 2, real), torch.device("cpu"))
+    rows = torch.zeros(2, 1, requires_grad=True)
+    picked(rows, gather).sum().backward()
+    assert rows.grad is not None
+    assert rows.grad.tolist() == [[1.0], [1.0]]
