@@ -22,8 +22,8 @@ class TokenScores:
 
     old_logps: np.ndarray
     """The policy's log-probabilities before this step's updates, by the trainer, at the temperature."""
-    ref_logps: np.ndarray | None
-    values: np.ndarray | None
+    ref_logps: np.ndarray | None = None
+    values: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
