@@ -272,7 +272,9 @@ def timeline(run: RunView, plots_dir: Path) -> Timeline:
     return Timeline(
         drawings,
         [wait_texts(one) for one in waiting(run.calls, online or whole)] if whole[1] > whole[0] else [],
-        "Shares of the time from the first weight sync to the last" if online else "Shares of the whole run",
+        "Shares of the time from the first weight sync to the last"
+        if online
+        else "Shares of the time from the first call to the last",
     )
 
 

@@ -16,7 +16,7 @@ from pipeline.report.figure import (
     place_labels,
     save,
 )
-from pipeline.report.plots import WIDTH
+from pipeline.report.plots import WIDTH, compact
 from pipeline.report.timeline import KINDS, OTHER, Call, bars, shown_lanes, syncs, within
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ def draw_lane(axes: Axes, row: int, calls: Sequence[Call], window: tuple[float, 
 
 def style_lanes(axes: Axes, names: Sequence[str]) -> None:
     """Lanes from top to bottom with a hairline each; seconds below."""
+    from matplotlib.ticker import FuncFormatter
+
     axes.set_facecolor("none")
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
@@ -81,6 +83,7 @@ def style_lanes(axes: Axes, names: Sequence[str]) -> None:
     for row in range(len(names)):
         axes.axhline(row, color=COLOURS["line"], linewidth=0.8, zorder=0)
     axes.tick_params(length=0, pad=5)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
     axes.set_xlabel("seconds", loc="right", labelpad=1)
 
 
