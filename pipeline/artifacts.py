@@ -40,7 +40,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     type: str
-    """adapter, model, checkpoint or reference_logps."""
+    """adapter, reward_model, model, checkpoint or reference_logps."""
     stage: str
     """Name of the stage that wrote it."""
     fingerprint: str

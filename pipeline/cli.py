@@ -228,19 +228,54 @@ def inspect(
     return inspect_source(data, split=split, name=subset, base=base, rows=rows, max_length=max_length)
 
 
-@app.command("eval", epilog=_example("raylign eval configs/demo.yaml --models base,dpo"))
+@app.command(
+    "eval",
+    epilog=_example(
+        "raylign eval configs/demo.yaml --models base,dpo",
+        "raylign eval runs/demo/reward/adapter --pairs builtin:arithmetic --split test_preference",
+    ),
+)
 def evaluate(
-    config: Config,
+    target: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="The run's YAML file, or with --pairs a reward model.")
+    ],
     overrides: Overrides = None,
     models: Annotated[
         str | None, typer.Option(help="base and stages, with commas; default: the config's.")
     ] = None,
+    pairs: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Pairs for a reward model: hub id, file, directory, builtin:NAME."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the pairs, with slices: test[:100].")] = "train",
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Longest sequence of a pair in tokens; the rest is cut off.")
+    ] = 1024,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Leave out pairs that can't be used, counted.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Where the scores of the pairs go.")] = Path("pair_scores.jsonl"),
 ) -> int:
-    """Evaluate the models of a run on its held-out prompts, in vLLM."""
+    """Evaluate the models of a run on its held-out prompts, in vLLM; its reward models on held-out pairs.
+
+    With --pairs: score pairs of your own with one reward model.
+    """
+    if pairs is not None:
+        from pipeline.pair_scoring import eval_pairs
+
+        on_bad_row = "skip" if skip_bad_rows else "error"
+        return eval_pairs(
+            str(target), pairs, split=split, out=out, max_length=max_length, on_bad_row=on_bad_row
+        )
+    config = target
     chosen = [f"eval.models=[{models}]"] if models else []
     loaded = _load(config, [*(overrides or []), *chosen])
-    if loaded.eval is None:
-        raise UserError(f"{config}: eval: missing; it names the held-out data (see `raylign init`)")
+    scores_pairs = any(stage.type == "reward" and stage.eval_data for stage in loaded.stages.values())
+    if loaded.eval is None and not scores_pairs:
+        raise UserError(
+            f"{config}: eval: missing; it names the held-out data (see `raylign init`). A reward stage is "
+            "evaluated on its `eval_data`"
+        )
     from pipeline.run import evaluate_only
 
     return evaluate_only(loaded)

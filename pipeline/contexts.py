@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from pipeline.hosts import Host, adapter_name
 from pipeline.stage_card import write_stage_card
 from pipeline.stages.evaluate import Weights
+from pipeline.stages.pairs import Scorer
 from pipeline.stages.prepared import PreparedRl
 from pipeline.stages.reference import ReferenceFeed
 from pipeline.stages.rl import RlContext
-from pipeline.stages.spec import PpoStage, RlStage
+from pipeline.stages.spec import PpoStage, RewardStage, RlStage
 from pipeline.stages.train import TrainContext
 from pipeline.stages.views import View
 
@@ -113,8 +114,16 @@ class Contexts:
             host.group.call("add_adapter", name, node.start.adapter, True, phase="load")
         else:
             host.group.call("copy_adapter", source, name, True, phase="load")
+        if isinstance(node.spec, RewardStage):
+            host.group.call("add_head", name, "normal", phase="load")
         host.adapters[name] = node.identity.fingerprint
         return name
+
+    def pair_scorer(self, node: Node, made: Weights) -> Scorer:
+        """Scores of pairs by the reward model that a stage has made, on the policy's ranks."""
+        host = self.fleet.ready_host("policy", node, made)
+        role = host.view(made, adapter_name(node.name))
+        return lambda batch: host.group.call("scores", batch, role, phase="evaluate")[0]
 
     def reference_feed(self, node: Node) -> ReferenceFeed | None:
         """Reference log-probabilities of a DPO stage, already being computed; None for other stages."""

@@ -155,6 +155,8 @@ class Fleet:
             wanted.add("reference")
         if graph.evaluations_pending:
             wanted.add("rollout")
+        if not all(pairs.done for pairs in graph.pair_evaluations):
+            wanted.add("policy")
         return self._own_processes(wanted)
 
     def _own_processes(self, wanted: set[str]) -> list[str]:

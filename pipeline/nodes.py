@@ -13,8 +13,10 @@ from pipeline.data.records import Records, load_records
 from pipeline.graph import Decision, Identity, decide, identity_config
 from pipeline.rundir import RunDirectory
 from pipeline.stages.evaluate import EvalSet, Weights, eval_key, find_scorer, finished, read_eval_set
+from pipeline.stages.pairs import pair_key
 from pipeline.stages.prepared import Prepared, StageRecords, prepare, read_records
-from pipeline.stages.spec import DpoStage, PpoStage, RlStage, StageSpec
+from pipeline.stages.reward_sources import reward_source_problems
+from pipeline.stages.spec import DpoStage, PpoStage, RewardStage, RlStage, StageSpec
 from pipeline.trackers import tracker_problems
 
 if TYPE_CHECKING:
@@ -66,6 +68,15 @@ class Node:
         return self.decision.state != "fresh"
 
 
+@dataclass(frozen=True)
+class PairEvaluation:
+    """A reward stage whose held-out pairs are to be scored."""
+
+    node: Node
+    key: str
+    done: bool
+
+
 @dataclass
 class Graph:
     """All stages in order, the weights by name, and the evaluations that the config asks for."""
@@ -78,6 +89,8 @@ class Graph:
     evaluations: dict[str, str] = field(default_factory=dict)
     """Model name -> key of its evaluation."""
     evaluations_pending: bool = False
+    pair_evaluations: list[PairEvaluation] = field(default_factory=list)
+    """Reward stages with held-out pairs."""
 
     @property
     def pending(self) -> list[Node]:
@@ -96,7 +109,8 @@ class Graph:
         ]
         if problems:
             raise UserError(problems)
-        return replace(self, nodes=[])
+        made = [found for found in self.pair_evaluations if not found.node.pending]
+        return replace(self, nodes=[], pair_evaluations=made)
 
 
 @dataclass(frozen=True)
@@ -114,6 +128,7 @@ def read_rows(config: RunConfig, until: str | None = None) -> RunRecords:
         UserError: everything wrong with data, trackers and scorer, from all stages at once.
     """
     problems = tracker_problems(config.logging.report_to)
+    problems += reward_source_problems(config, up_to(config, until))
     stages: dict[str, StageRecords] = {}
     held_out = None
     for name in up_to(config, until):
@@ -162,6 +177,7 @@ def read_graph(
     began = time.monotonic()
     nodes = read_nodes(config, directory, weights, tokenizer, records)
     graph = Graph(nodes, weights, tokenizer, targets)
+    graph.pair_evaluations = pair_evaluations(graph, directory.path / "eval")
     if config.eval is not None:
         graph.held_out = read_eval_set(config.eval, tokenizer, config.seed, records.held_out)
         for name in config.eval_models():
@@ -171,6 +187,16 @@ def read_graph(
                 graph.evaluations_pending |= finished(directory.path / "eval", name, key) is None
     startup["tokens"] = round(time.monotonic() - began, 2)
     return graph
+
+
+def pair_evaluations(graph: Graph, directory: Path) -> list[PairEvaluation]:
+    """Reward stages with held-out pairs, and whether these were scored already."""
+    found = []
+    for node in graph.nodes:
+        if isinstance(node.spec, RewardStage) and node.prepared.eval_data is not None:
+            key = pair_key(graph.weights[node.name], node.prepared.eval_data)
+            found.append(PairEvaluation(node, key, finished(directory, node.name, key) is not None))
+    return found
 
 
 def check_lora(config: RunConfig, base: ResolvedBase, local: str) -> Targets | None:

@@ -11,7 +11,7 @@ from pipeline.artifacts import versions
 from pipeline.progress import Progress
 from pipeline.rundir import RunDirectory, clear_stage, drop_previous
 from pipeline.stop import StopRequests
-from pipeline.summary import results_table, say_startup
+from pipeline.summary import pairs_table, results_table, say_startup
 
 if TYPE_CHECKING:
     from pipeline.artifacts import Manifest
@@ -185,6 +185,7 @@ class Run:
         from pipeline.stages.evaluate import evaluate, finished
         from pipeline.stages.train import Stopped
 
+        self.evaluate_pairs(graph, fleet)
         for name, key in graph.evaluations.items():
             if self.stop.asked():
                 raise Stopped(f"before evaluating {name}")
@@ -207,11 +208,33 @@ class Run:
             self.directory.state["eval"][name] = result
             self.directory.save()
 
+    def evaluate_pairs(self, graph: Graph, fleet: Fleet) -> None:
+        """Let every reward model score its stage's held-out pairs, unless it has done so."""
+        from pipeline.contexts import Contexts
+        from pipeline.stages.evaluate import finished
+        from pipeline.stages.pairs import evaluate_pairs
+
+        directory = self.directory.path / "eval"
+        for wanted in graph.pair_evaluations:
+            name, pairs = wanted.node.name, wanted.node.prepared.eval_data
+            assert pairs is not None
+            result = finished(directory, name, wanted.key)
+            if result is None:
+                began = time.time()
+                scorer = Contexts(fleet).pair_scorer(wanted.node, graph.weights[name])
+                result = evaluate_pairs(name, scorer, pairs, graph.tokenizer, directory, wanted.key)
+                result["seconds"] = round(time.time() - began, 1)
+            self.directory.state["eval"][name] = result
+            self.directory.save()
+
     def report(self, graph: Graph) -> None:
         """Print the table and write the report, also of a run that stopped or failed."""
         from pipeline.report import build_report
 
         results_table(self.progress, self.directory.state, list(graph.evaluations))
+        pairs_table(
+            self.progress, self.directory.state, [found.node.name for found in graph.pair_evaluations]
+        )
         say_startup(self.progress, self.startup, time.time() - self.began)
         try:
             self.progress.note(f"report: {build_report(self.directory.path)}")

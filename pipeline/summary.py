@@ -27,6 +27,18 @@ def results_table(progress: Progress, state: Mapping[str, Any], names: Sequence[
         )
 
 
+def pairs_table(progress: Progress, state: Mapping[str, Any], names: Sequence[str]) -> None:
+    """How often each reward model scores the chosen answer of a held-out pair higher."""
+    rows = []
+    for name in names:
+        result = state["eval"].get(name)
+        if result is not None:
+            low, high = (f"{100 * bound:.1f} %" for bound in result["ci95"])
+            rows.append([name, f"{100 * result['accuracy']:.1f} %", f"{low} - {high}", result["n"]])
+    if rows:
+        progress.table("Held-out pairs", ["reward model", "accuracy", "95 % interval", "pairs"], rows)
+
+
 def say_startup(progress: Progress, startup: Mapping[str, float], total: float) -> None:
     """One line: how long until the first step, and for what."""
     first = startup.get("first training step")

@@ -19,6 +19,7 @@ from pipeline.graph import Decision, Identity, checkpoints
 from pipeline.stages.checks import check_first_dpo_step, check_unmoved
 from pipeline.stages.metrics import MetricsLog
 from pipeline.stages.prepared import Prepared, PreparedStage
+from pipeline.stages.spec import RewardStage
 
 if TYPE_CHECKING:
     from actors.group import ActorGroup, Pending
@@ -181,9 +182,10 @@ def save_checkpoint(stage: PreparedStage, ctx: TrainContext, step: int) -> None:
 
 def finish(stage: Prepared, ctx: StageContext, last: dict[str, Any], seconds: float) -> Manifest:
     """Write the artifact, then the stage's manifest: only then is the stage done."""
-    kind = "model" if ctx.role is None else "adapter"
+    place = "model" if ctx.role is None else "adapter"
+    kind = "reward_model" if isinstance(stage.spec, RewardStage) else place
     metrics = {name: value for name, value in last.items() if isinstance(value, int | float)}
-    with new_directory(ctx.directory / kind, ctx.manifest(kind, stage, metrics=metrics)) as aside:
+    with new_directory(ctx.directory / place, ctx.manifest(kind, stage, metrics=metrics)) as aside:
         if ctx.role is None:
             ctx.host.call("save_model", str(aside), phase="save")
         else:
@@ -193,9 +195,9 @@ def finish(stage: Prepared, ctx: StageContext, last: dict[str, Any], seconds: fl
     if load is not None:
         write_json(ctx.directory / "router_load.json", {"load": np.asarray(load).tolist()})
     manifest = ctx.manifest(kind, stage, metrics=metrics, step=stage.total_steps, seconds=round(seconds, 3))
-    made = ctx.directory / kind
+    made = ctx.directory / place
     inner = Manifest.model_validate_json((made / MANIFEST).read_text())
-    manifest.files = {f"{kind}/{name}": entry for name, entry in inner.files.items()}
+    manifest.files = {f"{place}/{name}": entry for name, entry in inner.files.items()}
     manifest.created = inner.created
     write_json(ctx.directory / MANIFEST, manifest.model_dump())
     return manifest
