@@ -15,6 +15,7 @@ from pipeline.artifacts import MANIFEST, Manifest, fingerprint, read_manifest, r
 
 NOT_IN_IDENTITY = frozenset(
     {"save_steps", "save_total_limit", "eval_steps", "eval_data", "keep_warm", "max_tokens_per_micro_batch"}
+    | {"sync", "mismatch_tolerance"}
 )
 """Stage keys that change when or how often something is done, but not the weights that come out."""
 

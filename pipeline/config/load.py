@@ -15,6 +15,9 @@ from pipeline.config.messages import bad_paths, explain, keys_in
 from pipeline.config.reading import apply_overrides, read_mapping, set_key
 from pipeline.config.schema import RunConfig
 
+_NAMING_STAGES = frozenset({"init", "reference", "models", "rewards", "critic_init"})
+"""Keys whose values are names of stages."""
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run that a file and `key=value` overrides describe.
@@ -63,9 +66,14 @@ def _rules_of_the_rest(data: dict[str, Any], bad: set[tuple[str, ...]]) -> list[
             problem
             for problem in explain(error, rest, RunConfig)
             if problem.path.rpartition(".")[0] not in parents
-            and not (a_stage_is_gone and problem.path.rpartition(".")[2] in ("init", "reference", "models"))
+            and not any(_within(problem.path, path) for path in bad)
+            and not (a_stage_is_gone and _NAMING_STAGES & set(problem.path.split(".")))
         ]
     return []
+
+
+def _within(path: str, refused: tuple[str, ...]) -> bool:
+    return tuple(path.split("."))[: len(refused)] == refused
 
 
 def _filled(rest: Any) -> Any:
