@@ -19,7 +19,7 @@ from pipeline.report.samples import Side, StepSamples, samples_by_step, side_by_
 from pipeline.report.stage_graph import artifact_text, interval_text, is_share, score_text, stage_graph
 from pipeline.report.timeline import Waiting, chrome_trace, detail_window, online_window, waiting
 from pipeline.report.timeline_plot import draw_timeline
-from pipeline.report.view import EvalRow, RunView, StageView, read_run
+from pipeline.report.view import EvalRow, RunView, Series, StageView, read_run
 
 HERE = Path(__file__).parent
 
@@ -187,7 +187,8 @@ def stage_section(stage: StageView, plots_dir: Path) -> StageSection:
         rows.append((key, format_value(series.values[0], unit), last, extremes))
     # A stage of few metrics has no page of mechanics to fold away.
     fold = len(drawings) > 4 and any(drawing.first for drawing in drawings)
-    by_step = samples_by_step(stage.samples)
+    rewards = stage.series.get("reward", Series([], []))
+    by_step = samples_by_step(stage.samples, dict(zip(rewards.steps, rewards.values)))
     return StageSection(
         stage=stage,
         anchor=f"stage-{file_name(stage.name)}",

@@ -12,8 +12,9 @@ from pipeline.report.values import as_number
 SHOWN_PER_CHANGE = {"better": 4, "worse": 2, "same": 4}
 """Prompts shown per kind of change from the first model to the last. Losses are always among them."""
 
-STEPS_SHOWN, PROMPTS_SHOWN, ANSWERS_SHOWN = 5, 2, 4
-"""Of an online stage: steps from first to last, prompts of each, and answers to each prompt."""
+STEPS_SHOWN, PROMPTS_SHOWN, ANSWERS_SHOWN, SINGLES_SHOWN = 5, 2, 4, 4
+"""Of an online stage: steps from first to last, prompts of each, answers to each prompt; and prompts of each
+step where a prompt has one answer."""
 
 TEXT_LIMIT = 1200
 """Characters of one text; a longer one is cut, and says by how much."""
@@ -85,16 +86,25 @@ def side_by_side(completions: Mapping[str, Sequence[Mapping[str, Any]]]) -> Side
 
 @dataclass(frozen=True)
 class StepSamples:
-    """Some of what an online stage generated in one step. `reward`: mean of all of the step's samples."""
+    """Some of what an online stage generated in one step. `reward`: the step's mean, if it was logged;
+    `total`: prompts of which samples were kept."""
 
     step: int
     reward: float | None
     total: int
     samples: list[Sample]
 
+    @property
+    def singles(self) -> bool:
+        """Whether each prompt has one answer: these fit a line each."""
+        return all(len(sample.answers) == 1 for sample in self.samples)
 
-def samples_by_step(rows: Sequence[Mapping[str, Any]]) -> list[StepSamples]:
-    """Samples {step, prompt, completion, reward, answer} of a few steps, evenly from first to last."""
+
+def samples_by_step(rows: Sequence[Mapping[str, Any]], rewards: Mapping[int, float]) -> list[StepSamples]:
+    """Samples {step, prompt, completion, reward, answer} of a few steps, evenly from first to last.
+
+    `rewards`: mean of each step over all of its samples, of which the rows may be a few.
+    """
     by_step: dict[int, list[Mapping[str, Any]]] = {}
     for row in rows:
         step = as_number(row.get("step"))
@@ -103,10 +113,10 @@ def samples_by_step(rows: Sequence[Mapping[str, Any]]) -> list[StepSamples]:
     steps = sorted(by_step)
     last, shown = len(steps) - 1, min(STEPS_SHOWN, len(steps))
     chosen = [steps[round(at * last / max(1, shown - 1))] for at in range(shown)]
-    return [_step_samples(step, by_step[step]) for step in chosen]
+    return [_step_samples(step, by_step[step], rewards.get(step)) for step in chosen]
 
 
-def _step_samples(step: int, rows: Sequence[Mapping[str, Any]]) -> StepSamples:
+def _step_samples(step: int, rows: Sequence[Mapping[str, Any]], reward: float | None) -> StepSamples:
     """Prompts with answers of different rewards first: the others taught the policy nothing."""
     samples: dict[str, Sample] = {}
     for row in rows:
@@ -115,10 +125,10 @@ def _step_samples(step: int, rows: Sequence[Mapping[str, Any]]) -> StepSamples:
         sample.answers.append(
             Answer("reward", clip(as_text(row["completion"])), as_number(row.get("reward")), "")
         )
-    found = sorted(samples.values(), key=lambda sample: -_spread(sample))[:PROMPTS_SHOWN]
-    rewards = [reward for row in rows if (reward := as_number(row.get("reward"))) is not None]
-    mean = sum(rewards) / len(rewards) if rewards else None
-    return StepSamples(step, mean, len(samples), [_extremes(sample) for sample in found])
+    alone = all(len(sample.answers) == 1 for sample in samples.values())
+    limit = SINGLES_SHOWN if alone else PROMPTS_SHOWN
+    found = sorted(samples.values(), key=lambda sample: -_spread(sample))[:limit]
+    return StepSamples(step, reward, len(samples), [_extremes(sample) for sample in found])
 
 
 def _spread(sample: Sample) -> float:

@@ -142,6 +142,27 @@ def test_an_online_run_shows_what_it_learnt_who_waited_and_what_it_wrote(rlhf_ru
     assert {"policy", "rollout"} == {e["args"]["name"] for e in events if e["name"] == "process_name"}
 
 
+def test_single_answers_stand_in_one_table_with_their_rewards(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"stages": {"ppo": {"state": "running"}}}')
+    (tmp_path / "ppo").mkdir()
+    rows = [{"step": 1, "prompt": "1+1", "completion": "2", "answer": "2", "reward": 0.5}]
+    rows.append({"step": 2, "prompt": "<i>", "completion": "", "reward": float("nan")})
+    (tmp_path / "ppo" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "ppo" / "metrics.jsonl").write_text(
+        '{"step": 1, "reward": 0.25}\n{"step": 2, "reward": 0.75}'
+    )
+    text = Page(build_report(tmp_path).read_text()).text
+    for words in (
+        "step 1 · mean reward 0.25",
+        "step 2 · mean reward 0.75",
+        "expected",
+        "1+1",
+        "<i>",
+        "empty",
+    ):
+        assert words in text, words
+
+
 def test_a_run_without_traces_has_no_timeline(reported_run: Path) -> None:
     assert "Timeline" not in Page((reported_run / "report.html").read_text()).text
     assert not (reported_run / "trace.json").exists()

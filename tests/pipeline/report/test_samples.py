@@ -64,8 +64,9 @@ def test_of_an_online_stage_a_few_steps_show_the_prompts_whose_answers_differ_mo
 
     generated = [row(step, "all right", 1.0) for step in range(100) for _ in range(6)]
     generated += [row(step, "mixed", reward) for step in range(100) for reward in (0, 1, 0.5, 0.2, 0.7, 0.1)]
-    shown = samples_by_step([*generated, {"prompt": "no step", "completion": "x"}])
+    shown = samples_by_step([*generated, {"prompt": "no step", "completion": "x"}], {0: 0.71})
     assert [one.step for one in shown] == [0, 25, 50, 74, 99]
-    assert shown[0].reward == pytest.approx((6 + 2.5) / 12)
+    assert [one.reward for one in shown] == [0.71, None, None, None, None]
+    assert not shown[0].singles
     assert [sample.prompt for sample in shown[0].samples] == ["mixed", "all right"]
     assert [answer.score for answer in shown[0].samples[0].answers] == [1.0, 0.7, 0.1, 0.0]
