@@ -55,11 +55,19 @@ def _load(path: Path, overrides: list[str] | None) -> RunConfig:
         raise typer.Exit(console.user_error(error, str(path))) from None
 
 
-@app.command(epilog=_example("raylign init my-run.yaml --base assets/tiny-moe"))
+@app.command(
+    epilog=_example(
+        "raylign init my-run.yaml --base assets/tiny-moe",
+        "raylign init online.yaml --stages sft,reward,dpo,ppo",
+    )
+)
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("run.yaml"),
     base: Annotated[str, typer.Option(help="Hub id or directory of the base model.")] = "assets/tiny-moe",
     name: Annotated[str | None, typer.Option(help="Name of the run; default: the file's.")] = None,
+    stages: Annotated[
+        str, typer.Option(metavar="TYPE,...", help="Stages in order: sft, reward, dpo, ppo, grpo, rloo.")
+    ] = "sft,dpo",
     schema: Annotated[
         bool, typer.Option("--schema", help="Write the JSON schema for editors instead.")
     ] = False,
@@ -73,7 +81,8 @@ def init(
 
     if path.exists() and not force:
         raise UserError(f"{path}: exists already; name another file, or add --force")
-    text = json.dumps(json_schema(), indent=1) + "\n" if schema else starter(name or path.stem, base)
+    kinds = [kind.strip() for kind in stages.split(",") if kind.strip()]
+    text = json.dumps(json_schema(), indent=1) + "\n" if schema else starter(name or path.stem, base, kinds)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

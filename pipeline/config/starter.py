@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from typing import Any
 
 import yaml
@@ -11,23 +11,68 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from actors.engine_spec import EngineOptions
+from actors.errors import UserError
 from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
 from actors.runtime import LimitsSpec, RoleSpec
-from pipeline.config.schema import EvalSamplingSpec, EvalSpec, LoggingSpec, RaySpec, RolesSpec, RunConfig
+from actors.sync.spec import SyncSpec
+from pipeline.config.checks import VIEWS
+from pipeline.config.schema import (
+    EvalSamplingSpec,
+    EvalSpec,
+    LoggingSpec,
+    RaySpec,
+    RolesSpec,
+    RolloutRoleSpec,
+    RunConfig,
+)
 from pipeline.data.spec import DataSpec
-from pipeline.stages.spec import DpoStage, SftStage
+from pipeline.stages.spec import STAGE_TYPES, RlStage
 
 WIDTH = 100
 
+DEFAULT_STAGES = ("sft", "dpo")
+ONLINE = ("ppo", "grpo", "rloo")
+ABOUT: dict[str, str] = {
+    "sft": "The stage `sft`: its name says its type. For another name add `type: sft`.",
+    "reward": "A reward model, from pairs as DPO has them. It is no policy: later stages start from others.",
+    "dpo": "The stage `dpo` starts from the last policy before it, and has it as its reference.",
+    "ppo": "Online: samples from the engines, rewards, updates of policy and critic, new weights synced.",
+    "grpo": "Online: samples from the engines, each compared with all of its prompt.",
+    "rloo": "Online: samples from the engines, each compared with the others of its prompt.",
+}
 DATA: dict[str, dict[str, Any]] = {
     "sft": {"source": "builtin:arithmetic", "split": "train", "max_rows": 4096},
+    "reward": {"source": "builtin:arithmetic", "split": "preference", "max_rows": 4096},
     "dpo": {"source": "builtin:arithmetic", "split": "preference", "max_rows": 4096},
+    **{kind: {"source": "builtin:arithmetic", "split": "prompts"} for kind in ONLINE},
     "eval": {"source": "builtin:arithmetic", "split": "test"},
 }
+ABOUT_DATA: dict[str, str] = {
+    "sft": "Training data: hub id, file, directory or built-in; any usual layout.",
+    "reward": "Preference pairs: prompt, chosen, rejected, in any usual layout.",
+    "dpo": "Preference pairs: prompt, chosen, rejected, in any usual layout.",
+    **dict.fromkeys(ONLINE, "Prompts; their other columns reach the reward functions."),
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "sft": {"learning_rate": 1e-3, "batch_size": 64, "max_steps": 100},
+    "reward": {"learning_rate": 1e-3, "batch_size": 64, "max_steps": 100},
+    "dpo": {"learning_rate": 5e-4, "batch_size": 64, "max_steps": 100, "beta": 0.1, "loss_type": "sigmoid"},
+    **{
+        kind: {"learning_rate": 2e-4, "batch_size": 64, "max_steps": 30, "max_completion_length": 16}
+        for kind in ONLINE
+    },
+}
+"""What a starter sets, for the tiny base and the built-in task."""
 
 
-def starter(name: str, base: str) -> str:
-    """A runnable config: SFT, then DPO, then evaluation; what is left at its default is commented out."""
+def starter(name: str, base: str, stages: Sequence[str] = DEFAULT_STAGES) -> str:
+    """A runnable config: stages, then evaluation; what is left at its default is commented out.
+
+    Raises:
+        UserError: one of `stages` is no type of stage, or is named twice.
+    """
+    _check(stages)
     parts = [
         _header(),
         *_fields(
@@ -42,44 +87,14 @@ def starter(name: str, base: str) -> str:
         *_indent(_fields(MoeSpec, _first(MoeSpec)), 4),
         "",
         *_section("stages", RunConfig),
-        *_indent(["# The stage `sft`: its name says its type. For another name add `type: sft`.", "sft:"]),
-        *_indent(
-            _data(
-                "data", DATA["sft"], "Training data: hub id, file, directory or built-in; any usual layout."
-            ),
-            4,
-        ),
-        *_indent(
-            _fields(SftStage, {"learning_rate": 1e-3, "batch_size": 64, "max_steps": 100}, skip={"data"}), 4
-        ),
-        "",
-        *_indent(["# The stage `dpo` starts from the stage before it, and has it as its reference.", "dpo:"]),
-        *_indent(
-            _data("data", DATA["dpo"], "Preference pairs: prompt, chosen, rejected, in any usual layout."), 4
-        ),
-        *_indent(
-            _fields(
-                DpoStage,
-                {
-                    "learning_rate": 5e-4,
-                    "batch_size": 64,
-                    "max_steps": 100,
-                    "beta": 0.1,
-                    "loss_type": "sigmoid",
-                },
-                skip={"data"},
-                brief=set(SftStage.model_fields),
-            ),
-            4,
-        ),
-        "",
+        *(line for kind in stages for line in [*_indent(_stage(kind, stages)), ""]),
         *_section("roles", RunConfig),
         *_indent(_section("policy", RolesSpec)),
         *_indent(_fields(RoleSpec, {"workers": 1}, skip={"share"}), 4),
-        *_indent(_section("reference", RolesSpec)),
-        *_indent(["share: policy"], 4),
+        *(line for role in VIEWS for line in _indent(_view(role))),
         *_indent(_section("rollout", RolesSpec)),
-        *_indent(["workers: 1"], 4),
+        *_indent(["workers: 1", *_section("engine", RolloutRoleSpec)], 4),
+        *_indent(_fields(EngineOptions, _first(EngineOptions)), 6),
         "",
         *_section("eval", RunConfig),
         *_indent(_data("data", DATA["eval"], "Held-out prompts with their answers.")),
@@ -91,6 +106,50 @@ def starter(name: str, base: str) -> str:
     for section, spec in (("logging", LoggingSpec), ("limits", LimitsSpec), ("ray", RaySpec)):
         parts += [*_section(section, RunConfig), *_indent(_fields(spec, _first(spec))), ""]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _check(stages: Sequence[str]) -> None:
+    types = ", ".join(STAGE_TYPES)
+    problems = [
+        f"--stages: '{kind}' is no type of stage; possible: {types}"
+        for kind in stages
+        if kind not in STAGE_TYPES
+    ]
+    problems += [f"--stages: '{kind}' is named twice" for kind in set(stages) if stages.count(kind) > 1]
+    if problems or not stages:
+        raise UserError(problems or [f"--stages: none given; possible: {types}"])
+
+
+def _stage(kind: str, stages: Sequence[str]) -> list[str]:
+    """One stage; what the first of the stages explains is only listed in later ones."""
+    spec = STAGE_TYPES[kind]
+    earlier = stages[: stages.index(kind)]
+    brief = {name for name in spec.model_fields for other in earlier if _same(name, spec, STAGE_TYPES[other])}
+    values = dict(SETTINGS[kind])
+    if issubclass(spec, RlStage):
+        values["rewards"] = ["reward"] if "reward" in earlier else ["exact_match"]
+    nested = {"sync"} & set(spec.model_fields)
+    return [
+        *_comment_text(ABOUT[kind]),
+        f"{kind}:",
+        *_indent(_data("data", DATA[kind], ABOUT_DATA[kind])),
+        *_indent(_fields(spec, values, skip={"data"} | nested, brief=brief)),
+        *(
+            _indent([*_section("sync", spec), *_indent(_fields(SyncSpec, _first(SyncSpec)))])
+            if nested
+            else []
+        ),
+    ]
+
+
+def _same(name: str, spec: type[BaseModel], other: type[BaseModel]) -> bool:
+    """Whether two specs say the same of a key."""
+    mine, its = spec.model_fields[name], other.model_fields.get(name)
+    return its is not None and (mine.description, mine.default) == (its.description, its.default)
+
+
+def _view(role: str) -> list[str]:
+    return [*_section(role, RolesSpec), "  share: policy"]
 
 
 def _header() -> str:

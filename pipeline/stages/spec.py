@@ -69,11 +69,11 @@ class StageSpec(OptimSpec):
     eval_steps: int | None = Field(default=None, ge=1)
     """Evaluate on `eval_data` every so many steps; null: at the end only."""
     batch_size: int = Field(default=32, ge=1)
-    """Rows (or pairs) per optimizer step, over all ranks."""
+    """Rows, pairs or samples per optimizer step, over all ranks."""
     num_train_epochs: float = Field(default=3.0, gt=0, allow_inf_nan=False)
     """Passes over the data; `max_steps` overrides it."""
     max_steps: int = Field(default=-1, ge=-1)
-    """Optimizer steps; -1: as many as `num_train_epochs` gives."""
+    """Optimizer steps (online: rounds of sampling and updates); -1: as many as `num_train_epochs` gives."""
     shuffle: bool = True
     """Draw rows in an order made from the seed; false: in the order of the data."""
     max_length: int | None = Field(default=1024, ge=2)
