@@ -91,6 +91,13 @@ PANELS = (
     ),
     Panel("Gradient norm", ("grad_norm", "critic/grad_norm"), names=("policy", "critic")),
     Panel("Tokens per second", ("tokens_per_second",), "count"),
+    Panel(
+        "Probes of a sync",
+        ("sync/probe_p90", "sync/probe_max"),
+        "scientific",
+        names=("90 % of tokens", "largest"),
+    ),
+    Panel("Weights unchanged in bfloat16", ("sync/unchanged_bf16",), "percent"),
     Panel("Bytes of a sync", ("sync/bytes",), "count"),
     Panel(
         "Expert imbalance (MaxVio)",
@@ -100,6 +107,7 @@ PANELS = (
     Panel(
         "Dead experts", ("moe/dead_experts", "moe/engine_dead_experts"), "count", names=("trainer", "engine")
     ),
+    Panel("Expert load, engine against trainer", ("moe/engine_load_distance",)),
     Panel("Routing entropy", ("moe/entropy", "moe/engine_entropy"), names=("trainer", "engine")),
     Panel("Auxiliary loss", ("aux_loss",)),
 )
@@ -135,8 +143,11 @@ def charts(series: dict[str, Series]) -> tuple[list[Chart], dict[str, float]]:
     Metrics that no panel knows (those of a later kind of stage) get a chart each, named after their key.
     """
     left = {key: curve for key, curve in series.items() if key not in CLOCKS}
+    several = max((len(curve.values) for curve in left.values()), default=0) > 1
     constants = {
-        key: curve.values[0] for key, curve in left.items() if curve.constant and len(curve.values) > 1
+        key: curve.values[0]
+        for key, curve in left.items()
+        if several and curve.constant and not _is_mark(key, left)
     }
     for key in constants:
         del left[key]
@@ -162,6 +173,12 @@ def _take(panel: Panel, left: dict[str, Series], online: bool) -> Chart | None:
         return None
     first = panel.first if isinstance(panel.first, bool) else (panel.first == "online") == online
     return Chart(panel, curves, first, left.pop(panel.total, None))
+
+
+def _is_mark(key: str, left: dict[str, Series]) -> bool:
+    """Whether a metric is one figure of held-out rows, to be seen as a point beside the curve of its twin."""
+    twin = left.get(key.removeprefix("eval_"))
+    return key.startswith("eval_") and len(left[key].values) == 1 and twin is not None and not twin.constant
 
 
 def _matches(pattern: str, left: dict[str, Series]) -> list[str]:

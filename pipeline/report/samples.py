@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -70,10 +71,13 @@ class Side:
 def side_by_side(completions: Mapping[str, Sequence[Mapping[str, Any]]]) -> Side:
     """Join each model's rows {prompt, completion, answer, score} on the prompt, and choose which to show."""
     samples: dict[str, Sample] = {}
+    asked = frame({as_text(row.get("prompt")) for rows in completions.values() for row in rows})
     for label, rows in completions.items():
         for row in rows:
             prompt = as_text(row.get("prompt"))
-            sample = samples.setdefault(prompt, Sample(clip(prompt), clip(as_text(row.get("answer")))))
+            sample = samples.setdefault(
+                prompt, Sample(clip(asked.inside(prompt)), clip(as_text(row.get("answer"))))
+            )
             if not any(answer.label == label for answer in sample.answers):
                 sample.answers.append(to_answer(label, row))
     labels = list(completions)
@@ -113,15 +117,20 @@ def samples_by_step(rows: Sequence[Mapping[str, Any]], rewards: Mapping[int, flo
     steps = sorted(by_step)
     last, shown = len(steps) - 1, min(STEPS_SHOWN, len(steps))
     chosen = [steps[round(at * last / max(1, shown - 1))] for at in range(shown)]
-    return [_step_samples(step, by_step[step], rewards.get(step)) for step in chosen]
+    asked = frame({as_text(row.get("prompt")) for rows in by_step.values() for row in rows})
+    return [_step_samples(step, by_step[step], rewards.get(step), asked) for step in chosen]
 
 
-def _step_samples(step: int, rows: Sequence[Mapping[str, Any]], reward: float | None) -> StepSamples:
+def _step_samples(
+    step: int, rows: Sequence[Mapping[str, Any]], reward: float | None, asked: Frame
+) -> StepSamples:
     """Prompts with answers of different rewards first: the others taught the policy nothing."""
     samples: dict[str, Sample] = {}
     for row in rows:
         prompt = as_text(row.get("prompt"))
-        sample = samples.setdefault(prompt, Sample(clip(prompt), clip(as_text(row.get("answer")))))
+        sample = samples.setdefault(
+            prompt, Sample(clip(asked.inside(prompt)), clip(as_text(row.get("answer"))))
+        )
         sample.answers.append(
             Answer("reward", clip(as_text(row["completion"])), as_number(row.get("reward")), "")
         )
@@ -175,6 +184,39 @@ def to_answer(label: str, row: Mapping[str, Any]) -> Answer:
     score = float(raw) if isinstance(raw, (int, float)) else None
     verdict = {0.0: "wrong", 1.0: "right"}.get(score, "") if score is not None else ""
     return Answer(label, clip(as_text(row.get("completion"))), score, verdict)
+
+
+def _shared_start(texts: Sequence[str]) -> str:
+    low, high = min(texts), max(texts)
+    same = next((at for at, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
+    return low[:same]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a chat template puts around every prompt."""
+
+    head: str = ""
+    tail: str = ""
+
+    def inside(self, prompt: str) -> str:
+        """The prompt without its frame."""
+        return prompt.removeprefix(self.head).removesuffix(self.tail) or prompt
+
+
+def frame(prompts: Iterable[str]) -> Frame:
+    """The markers (`<|im_start|>user` and their like) that all of several prompts begin and end with.
+
+    What is shared but is no marker stays: it is part of what was asked.
+    """
+    texts = list(prompts)
+    if len(texts) < 2:
+        return Frame()
+    head = _shared_start(texts)
+    tail = _shared_start([text[::-1] for text in texts])[::-1]
+    markers = list(re.finditer(r"<\|[^|\n]*\|>[^\n<]*\n+", head))
+    marker = tail.find("<|")
+    return Frame(head[: markers[-1].end()] if markers else "", tail[marker:] if marker >= 0 else "")
 
 
 def as_text(value: Any) -> str:

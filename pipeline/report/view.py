@@ -176,7 +176,8 @@ def _read_stages(
     found = as_mapping(run.get("stages"))
     stages: list[StageView] = []
     policy = BASE
-    for name in dict.fromkeys([*wanted, *found]):
+    # run.json keeps what it once knew of stages that have left the config.
+    for name in wanted or found:
         asked, had = as_mapping(wanted.get(name)), as_mapping(found.get(name))
         stage = StageView(
             name=str(name),

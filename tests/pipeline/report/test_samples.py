@@ -39,6 +39,20 @@ def test_messages_become_text_and_long_texts_are_cut_with_a_count() -> None:
     assert clip("x" * (TEXT_LIMIT + 7)).endswith("… (7 more characters)")
 
 
+def test_the_chat_templates_markers_are_left_out_and_shared_words_stay() -> None:
+    around = (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    rows = [{"prompt": around.format(f"What is\n{n}?"), "completion": "c"} for n in (1, 2)]
+    assert [sample.prompt for sample in side_by_side({"base": rows}).samples] == [
+        "What is\n1?",
+        "What is\n2?",
+    ]
+    plain = [{"prompt": f"Sum up:\n{n}", "completion": "c"} for n in (1, 2)]
+    assert side_by_side({"base": plain}).samples[0].prompt == "Sum up:\n1"
+    assert side_by_side({"base": rows[:1]}).samples[0].prompt == rows[0]["prompt"].strip("\n")
+
+
 def test_a_model_that_gets_more_of_the_same_prompts_right_is_better() -> None:
     before, after = rows([0.0, 1.0] * 100), rows([1.0, 1.0] * 50 + [0.0, 1.0] * 50)
     difference = paired_difference(before, after)

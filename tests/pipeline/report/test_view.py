@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,23 @@ def test_metrics_group_into_charts_with_their_held_out_twins() -> None:
         ("odd/thing", ["training"]),
     ]
     assert constants == {"moe/dead_experts": 0.0}
+
+
+def test_a_figure_logged_once_is_a_point_beside_its_twin_and_no_chart_of_its_own() -> None:
+    found, constants = charts(
+        {"loss": Series([1, 2], [2.0, 1.0]), "eval_loss": Series([2], [1.5]), "kl": Series([1], [0.0])}
+    )
+    assert [list(chart.curves) for chart in found] == [["training", "held out"]]
+    assert constants == {"kl": 0.0}
+
+
+def test_a_stage_that_has_left_the_config_is_left_out(rlhf_run: Path) -> None:
+    run = json.loads((rlhf_run / "run.json").read_text())
+    run["stages"]["older"] = {"state": "failed"}
+    (rlhf_run / "run.json").write_text(json.dumps(run))
+    view = read_run(rlhf_run)
+    assert [stage.name for stage in view.stages] == ["sft", "reward", "dpo", "ppo"]
+    assert view.state == "done"
 
 
 def test_a_single_step_is_a_chart_not_a_constant() -> None:
