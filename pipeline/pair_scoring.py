@@ -36,7 +36,9 @@ def eval_pairs(
     spec = ModelSpec(base=model)
     tokenizer = load_tokenizer(spec)
     data = DataSpec.model_validate({"source": source, "split": split, "on_bad_row": on_bad_row})
-    pairs = tokenize(load_records([data], "preference", seed=0), tokenizer, max_length=max_length)
+    pairs = tokenize(
+        load_records([data], "preference", seed=0), tokenizer, max_length=max_length, scored=True
+    )
     host = ModelHost(HostSpec(model=spec))
     scores = score_pairs(lambda batch: host.scores(batch, START_ADAPTER), pairs)
     write_scores(out, pairs, scores, tokenizer)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 def write_stage_card(config: RunConfig, node: Node, directory: Path, metrics: dict[str, Any]) -> None:
     """README.md of a stage's artifact."""
+    from actors.models.heads import HEAD_FILE
     from pipeline.artifacts import versions
     from pipeline.report import CardFacts, write_card
 
@@ -24,6 +25,8 @@ def write_stage_card(config: RunConfig, node: Node, directory: Path, metrics: di
             stage_type=node.kind,
             base_model=config.model.base,
             is_adapter=config.model.lora is not None,
+            is_reward_model=node.kind == "reward",
+            loads_elsewhere=not (directory / HEAD_FILE).is_file(),
             started_from="" if node.init == "base" else node.init,
             datasets=[source.source for source in node.spec.data],
             settings=settings | {"steps": node.prepared.total_steps, "seed": node.prepared.seed},

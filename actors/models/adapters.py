@@ -48,6 +48,7 @@ __all__ = [
     "read_head",
     "role",
     "save_adapter",
+    "saved_config",
     "set_trainable",
 ]
 
@@ -115,7 +116,7 @@ def attach_saved(
     expert_impl: str = "auto",
 ) -> PeftModel:
     """Like `attach_lora`, with the config and weights of a saved adapter."""
-    config = _saved_config(adapter_dir)
+    config = saved_config(adapter_dir)
     peft = attach_config(model, config, adapter_name, 0, expert_impl)
     load_adapter_weights(peft, adapter_name, adapter_dir)
     set_trainable(peft, [adapter_name] if trainable else [])
@@ -138,7 +139,7 @@ def add_adapter(
     if isinstance(source, LoraSpec):
         config = lora_config(peft.get_base_model(), source)
     else:
-        config = _saved_config(source)
+        config = saved_config(source)
     _refuse_other_parameters(peft, config, adapter_name)
     grads = {name: p.requires_grad for name, p in peft.named_parameters()}
     with _seeded(seed), _quiet():
@@ -302,7 +303,7 @@ def check_adapter_matches_base(
     from peft import get_peft_model, get_peft_model_state_dict
 
     try:
-        saved, adapter = _read_tensors(Path(adapter_dir)), _saved_config(adapter_dir)
+        saved, adapter = _read_tensors(Path(adapter_dir)), saved_config(adapter_dir)
         named = adapter.base_model_name_or_path  # PEFT overwrites it below
         with _quiet(), torch.device("meta"):
             peft = get_peft_model(meta_model(config), adapter)
@@ -357,7 +358,12 @@ def _known(model: nn.Module, name: str) -> None:
         raise KeyError(f"no adapter '{name}' (there are: {', '.join(adapter_names(model)) or 'none'})")
 
 
-def _saved_config(directory: str | Path) -> LoraConfig:
+def saved_config(directory: str | Path) -> LoraConfig:
+    """PEFT's config of a saved adapter, as one of a causal model: a head of its is loaded by `read_head`.
+
+    Raises:
+        UserError: it can't be read, or the adapter is no LoRA.
+    """
     from peft import LoraConfig, PeftConfig, TaskType
 
     try:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.errors import UserError
-from actors.models.adapters import attach_config, save_adapter
+from actors.models.adapters import attach_config, read_head, save_adapter, saved_config
 from actors.models.architectures import architecture_of
+from actors.models.heads import make_head
 from actors.models.loading import load_base, resolve_base
 from actors.models.merge import merged_state, write_model
 from actors.models.spec import ModelSpec
@@ -97,16 +98,18 @@ def write_twin(base: str | Path | PretrainedConfig, out_dir: str | Path, seed: i
 def write_adapter_twin(
     adapter_dir: str | Path, twin_dir: str | Path, out_dir: str | Path, seed: int = 0
 ) -> None:
-    """A fresh adapter (B zero) with the targets and ranks of a saved one, for a twin of its base."""
-    from peft import PeftConfig
+    """A fresh adapter (B zero) with the targets and ranks of a saved one, for a twin of its base.
 
+    A reward model's twin has a fresh score head.
+    """
     model = load_base(ModelSpec(base=str(twin_dir)))
     try:
-        config = PeftConfig.from_pretrained(str(adapter_dir))
-        peft = attach_config(model, config, "twin", seed)
+        peft = attach_config(model, saved_config(adapter_dir), "twin", seed)
     except ValueError as error:
         raise UserError(f"adapter '{adapter_dir}' can't be rebuilt on a twin: {error}") from error
-    save_adapter(peft, "twin", out_dir)
+    scores = read_head(adapter_dir) is not None
+    head = make_head(model.config, "normal", seed, model.device).weight if scores else None
+    save_adapter(peft, "twin", out_dir, head)
 
 
 def _shown(value: Any) -> Any:

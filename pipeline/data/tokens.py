@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -107,13 +107,16 @@ def tokenize(
     max_length: int | None = None,
     truncation: Truncation = "keep_start",
     train_on: Literal["answer", "all"] = "answer",
-    margins: bool = False,
+    scored: bool = False,
 ) -> TokenizedData:
-    """Token ids and loss masks of all records; with `margins`, the column of that name where rows have it.
+    """Token ids and loss masks of all records.
 
     A sequence beyond `max_length` is cut and counted, or with `truncation="error"` a bad row; a row that
-    has nothing left to train on is a bad row either way. Bad rows follow their source's `on_bad_row`.
-    UserError lists all of them, or says why the tokenizer can't serve these rows.
+    has nothing left to train on is a bad row either way. `scored` is for a reward model, which reads a
+    sequence's last token: whatever the template writes after the end of the answer's turn is left out, as
+    samples end there too, and the column `margin` is kept where rows have it.
+    Bad rows follow their source's `on_bad_row`. UserError lists all of them, or says why the tokenizer
+    can't serve these rows.
     """
     if (kind or records.kind) != records.kind or records.kind == "prompt":
         raise ValueError(f"records are {records.kind!r} rows, not {kind or 'rows to train on'!r}")
@@ -121,14 +124,14 @@ def tokenize(
     texts = TextMaker(records, tokenizer).training_rows(gate, train_on)
     cut = _Cut(max_length, truncation, records.kind)
     rows: list[_TokenRow] = []
-    margins = margins and any(record.columns.get(MARGIN) is not None for record in records.rows)
+    margins = scored and any(record.columns.get(MARGIN) is not None for record in records.rows)
     found_margins: list[float] = []
     merged = 0
     for row in _encode(texts.rows, tokenizer, train_on):
         record = records[row.record]
         try:
             margin = _margin(record) if margins else 0.0
-            rows.append(cut(row))
+            rows.append(cut(_without_tail(row, tokenizer) if scored else row))
             found_margins.append(margin)
             merged += row.merged
         except RowProblem as problem:
@@ -173,6 +176,23 @@ def prompt_tokens(records: Records, tokenizer: Any) -> tuple[list[str], list[lis
         for (index, text), tokens in zip(group, encoded, strict=True):
             texts[index], ids[index] = text, tokens
     return texts, ids
+
+
+def _without_tail(row: _TokenRow, tokenizer: Any) -> _TokenRow:
+    """Sequences up to their last end-of-turn token, where only white space follows it.
+
+    Qwen's template, for one, writes a line break there, which no sample ever has.
+    """
+    lengths = []
+    for ids in row.ids:
+        (ends,) = np.nonzero(ids == tokenizer.eos_token_id)
+        tail = ids[ends[-1] + 1 :] if len(ends) else ids
+        lengths.append(len(ids) - len(tail) if not tokenizer.decode(tail).strip() else len(ids))
+    return replace(
+        row,
+        ids=[ids[:n] for ids, n in zip(row.ids, lengths, strict=True)],
+        masks=[mask[:n] for mask, n in zip(row.masks, lengths, strict=True)],
+    )
 
 
 def _margin(record: Record) -> float:

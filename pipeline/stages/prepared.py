@@ -165,7 +165,7 @@ def to_tokens(records: Records, spec: StageSpec, tokenizer: Any) -> TokenizedDat
         max_length=spec.max_length,
         truncation=spec.truncation_mode,
         train_on=spec.train_on if isinstance(spec, SftStage) else "answer",
-        margins=isinstance(spec, RewardStage),
+        scored=isinstance(spec, RewardStage),
     )
 
 

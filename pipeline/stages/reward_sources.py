@@ -27,16 +27,26 @@ def reward_source_problems(config: RunConfig, names: Iterable[str]) -> list[str]
 
 
 def _problems(reward: RewardSpec, config: RunConfig) -> list[str]:
-    if reward.kind == "function":
-        try:
+    try:
+        if reward.kind == "function":
             find_function(reward.source)
-        except UserError as error:
-            return [problem.removeprefix("rewards: ") for problem in error.problems]
-    if reward.kind != "model" or reward.source in config.stages:
-        return []
-    if not (Path(reward.source) / "adapter_config.json").is_file():
-        return [
-            f"{reward.source} holds no reward model (adapter_config.json is missing); name the `adapter` "
-            "directory of a finished reward stage"
-        ]
+        elif reward.kind == "model" and reward.source not in config.stages:
+            _check_reward_model(Path(reward.source))
+    except UserError as error:
+        return [problem.removeprefix("rewards: ") for problem in error.problems]
     return []
+
+
+def _check_reward_model(directory: Path) -> None:
+    """Refuse a directory that holds no adapter with a score head."""
+    from actors.models.adapters import read_head
+
+    if not (directory / "adapter_config.json").is_file():
+        raise UserError(
+            f"{directory} holds no reward model (adapter_config.json is missing); name the `adapter` "
+            "directory of a finished reward stage"
+        )
+    if read_head(directory) is None:
+        raise UserError(
+            f"{directory} is a policy's adapter: it has no score head, so it can't reward anything"
+        )

@@ -63,3 +63,14 @@ def test_an_adapter_has_a_twin_with_its_targets(adapted, base_of, tmp_path, ids)
         r"mlp\.experts\.gate_up_proj": 2,
         r"mlp\.experts\.down_proj": 2,
     }
+
+
+def test_a_reward_model_has_a_twin_with_a_head_of_the_twins_width(adapted, base_of, tmp_path):
+    lora = LoraSpec(r=4, targets=["attention", "experts"])
+    head = torch.ones(1, 128)
+    adapters.save_adapter(adapted("qwen3_moe", lora), "policy", tmp_path / "adapter", head)
+    assert torch.equal(adapters.read_head(tmp_path / "adapter"), head)
+    write_twin(base_of("qwen3_moe"), tmp_path / "twin")
+    write_adapter_twin(tmp_path / "adapter", tmp_path / "twin", tmp_path / "adapter-twin")
+    width = load_base(ModelSpec(base=str(tmp_path / "twin"))).config.hidden_size
+    assert adapters.read_head(tmp_path / "adapter-twin").shape == (1, width)
