@@ -138,6 +138,11 @@ class Engine:
     reason: str = ""
     """Why it is lost."""
 
+    @property
+    def whole(self) -> bool:
+        """It holds one version, or the base, and nothing is going on."""
+        return self.state in (State.FRESH, State.SERVING)
+
     def after(self, event: Event, version: int = NO_VERSION, reason: str = "") -> Engine:
         """The engine once `event` was seen.
 

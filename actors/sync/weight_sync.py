@@ -100,7 +100,7 @@ class WeightSync:
         old = protocol.objection_to_version(self.version, version)
         if old is not None:
             raise self._violation("trainer", version, old)
-        for rank in [r for r, engine in self.engines.items() if engine.state is State.LOST]:
+        for rank in [r for r, engine in self.engines.items() if not engine.whole]:
             self._replace(rank)
         prepared: Prepared = self.policy.call_rank(
             0, "weight_source.prepare", version, self.role, self.spec.payload, self._dtype, phase="sync"
@@ -252,7 +252,8 @@ class WeightSync:
         committed = self._commit([rank], offer.version) if decision.commit else []
         reports = self._verify(committed, truth)
         if rank not in reports:
-            reason = f"it was replaced, and lost again on its way to version {offer.version}"
+            again = self.engines[rank].reason or "its process died while it staged"
+            reason = f"it was replaced, and lost again on its way to version {offer.version}: {again}"
             raise RunFailure(self.rollout.who(rank), "sync", reason, self.rollout.next_of(rank))
         return reports[rank]
 

@@ -1,0 +1,226 @@
+"""Trainer and engine of the sync tests: the real ones, and the same with a fault planted on request."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from actors.group import ActorGroup, host_group, rollout_group
+from actors.host import ModelHost
+from actors.host_spec import HostSpec
+from actors.models.adapters import adapter_parameters
+from actors.models.low_rank import Factors
+from actors.models.spec import LoraSpec, ModelSpec
+from actors.rollout import EngineSpec, RolloutEngine
+from actors.runtime import LimitsSpec, RoleSpec
+from actors.sync.payload import Entry, Payload, pack_adapter, pack_merged
+from actors.sync.protocol import CommitReport, Prepared, StageAck
+from actors.sync.source import WeightSource
+from actors.sync.spec import SyncSpec
+from actors.sync.weight_sync import WeightSync
+
+PROBES = [[(7 * i + 3 * p) % 200 + 20 for i in range(40)] for p in range(4)]
+Q, K, O = (f"model.layers.1.self_attn.{name}_proj.weight" for name in "qko")  # noqa: E741
+
+Tamper = Callable[[Payload], Payload]
+
+
+def started(base: Path, logs: Path, engines: int) -> tuple[ActorGroup, ActorGroup]:
+    """A trainer with an adapter `policy`, and engines that are built and still empty."""
+    limits = LimitsSpec(start=120, load=120, sync=30, stop=5)
+    policy = host_group("policy", RoleSpec(), limits, logs).start()
+    rollout = rollout_group(RoleSpec(workers=engines), limits, logs).start()
+    spec = HostSpec(model=ModelSpec(base=str(base), lora=LoraSpec(r=4)))
+    here = "tests.actors.sync.sync_faults"
+    building = [
+        policy.build(f"{here}:FaultyHost", spec, distributed=True),
+        rollout.build(f"{here}:FaultyEngine", EngineSpec(max_num_seqs=16, max_model_len=256)),
+    ]
+    for each in building:
+        each.result()
+    policy.call("add_adapter", "policy", phase="load")
+    return policy, rollout
+
+
+def connected(base: Path, policy: ActorGroup, rollout: ActorGroup, payload: str = "adapter") -> WeightSync:
+    """A sync whose engines hold the base, after a first, faultless version 0."""
+    spec = SyncSpec(payload=payload)  # type: ignore[arg-type]
+    sync = WeightSync(policy, rollout, spec, str(base), "policy", PROBES)
+    sync.connect()
+    policy.call("nudge", 0)
+    sync.push(0)
+    policy.call("nudge", 1)
+    return sync
+
+
+# --- Trainer --------------------------------------------------------------------------------------
+
+
+class FaultyHost(ModelHost):
+    """A host whose weights change on request and whose weight source can be spoilt."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.weight_source = FaultySource(self)
+
+    def nudge(self, seed: int) -> None:
+        """Move every A and B of the policy a little, as a step of training would."""
+        draw = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in adapter_parameters(self.model, "policy").values():
+                parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.02)
+
+
+class FaultySource(WeightSource):
+    """Spoils what it packs (in good faith: the offer describes what was packed) or what it sends."""
+
+    packed: Tamper | None = None
+    sent: Tamper | None = None
+    earlier: Payload | None = None
+
+    def plant(self, fault: str, where: str) -> None:
+        """The next version is spoilt by this fault of `FAULTS`."""
+        setattr(self, where, lambda payload: FAULTS[fault](self, payload))
+
+    def prepare(self, *args: object) -> Prepared:  # type: ignore[override]
+        self.earlier = self._payload
+        prepared = super().prepare(*args)  # type: ignore[arg-type]
+        assert self._payload is not None
+        tamper, self.packed = self.packed, None
+        if tamper is not None:
+            self._payload = tamper(self._payload)
+        return dataclasses.replace(prepared, offer=self._offer(self._payload))
+
+    def send(self, engines: Sequence[int]) -> dict[int, str]:
+        right, tamper = self._payload, self.sent
+        assert right is not None
+        self.sent = None
+        self._payload = right if tamper is None else tamper(right)
+        try:
+            return super().send(engines)
+        finally:
+            self._payload = right
+
+
+def _without(payload: Payload, *gone: str) -> Payload:
+    return _packed(payload, {name: f for name, f in _weights(payload).items() if name not in gone})
+
+
+def _weights(payload: Payload) -> dict[str, Factors] | dict[str, torch.Tensor]:
+    if payload.manifest.payload == "adapter":
+        return payload.factors()
+    return {name: tensor for (name, _), tensor in payload.tensors().items()}
+
+
+def _packed(like: Payload, weights: dict) -> Payload:
+    pack = pack_adapter if like.manifest.payload == "adapter" else pack_merged
+    return pack(like.manifest.version, like.manifest.base_dtype, weights)
+
+
+def _swapped(payload: Payload) -> Payload:
+    """The q projections of two layers, of one shape, in each other's place."""
+    weights = dict(_weights(payload))
+    other = Q.replace("layers.1", "layers.0")
+    weights[Q], weights[other] = weights[other], weights[Q]
+    return _packed(payload, weights)
+
+
+def _flipped(payload: Payload) -> Payload:
+    entry: Entry = payload.manifest.entries[0]
+    buffer = payload.buffer.clone()
+    buffer[entry.offset] ^= 1
+    return Payload(payload.manifest, buffer)
+
+
+def _relabelled(source: FaultySource, payload: Payload) -> Payload:
+    assert source.earlier is not None
+    manifest = dataclasses.replace(source.earlier.manifest, version=payload.manifest.version)
+    return Payload(manifest, source.earlier.buffer)
+
+
+def _earlier(source: FaultySource, payload: Payload) -> Payload:
+    assert source.earlier is not None
+    return source.earlier
+
+
+def _renamed(payload: Payload) -> Payload:
+    weights = dict(_weights(payload))
+    weights["model.layers.9.self_attn.o_proj.weight"] = weights.pop(O)
+    return _packed(payload, weights)
+
+
+def _base(payload: Payload) -> Payload:
+    zero = {n: dataclasses.replace(f, b=torch.zeros_like(f.b)) for n, f in payload.factors().items()}
+    return _packed(payload, zero)
+
+
+FAULTS: dict[str, Callable[[FaultySource, Payload], Payload]] = {
+    "tensor dropped": lambda source, payload: _without(payload, O),
+    "tensors swapped": lambda source, payload: _swapped(payload),
+    "byte flipped": lambda source, payload: _flipped(payload),
+    "old version": _earlier,
+    "old weights under the new version": _relabelled,
+    "half a group": lambda source, payload: _without(payload, Q),
+    "bound to no module": lambda source, payload: _renamed(payload),
+    "base instead of policy": lambda source, payload: _base(payload),
+}
+
+
+# --- Engine ---------------------------------------------------------------------------------------
+
+
+class FaultyEngine(RolloutEngine):
+    """An engine that can be told to die or to leave something out, once."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        super().__init__(spec)
+        self.fault = ""
+        self.calls: list[str] = []
+
+    def plant(self, fault: str) -> None:
+        self.fault = fault
+
+    def log(self) -> list[str]:
+        """Which parts of syncs this engine was asked for."""
+        return self.calls
+
+    def forget_log(self) -> None:
+        self.calls = []
+
+    def stage(self, version: int) -> StageAck:
+        self.calls.append(f"stage {version}")
+        self._die_if("dies while staging")
+        return super().stage(version)
+
+    def discard(self, version: int) -> None:
+        self.calls.append(f"discard {version}")
+        super().discard(version)
+
+    def commit(self, version: int) -> CommitReport:
+        from actors.sync import vllm_side
+
+        self.calls.append(f"commit {version}")
+        fault, self.fault = self.fault, ""
+        if fault == "repack left out":
+            with mock.patch.object(vllm_side, "repack_experts"):
+                return super().commit(version)
+        if fault:
+            # From inside: the old weights are gone, the new ones are not there.
+            with mock.patch.object(vllm_side, "repack_experts", side_effect=lambda _: self._break(fault)):
+                return super().commit(version)
+        return super().commit(version)
+
+    def _break(self, fault: str) -> None:
+        self.fault = fault
+        self._die_if("dies inside commit")
+        raise MemoryError("no room for the experts")
+
+    def _die_if(self, fault: str) -> None:
+        if self.fault == fault:
+            os.kill(os.getpid(), signal.SIGKILL)

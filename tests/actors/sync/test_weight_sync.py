@@ -1,0 +1,127 @@
+"""The policy's weights in two engines: versions, engines that die on the way, engines that come back."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from actors.batch import Batch
+from actors.errors import RunFailure
+from actors.group import ActorGroup
+from actors.sampling import SamplingSpec
+from actors.sync.protocol import State
+from actors.sync.weight_sync import WeightSync
+from tests.actors.sync.sync_faults import PROBES, connected, started
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm]
+
+
+@pytest.fixture(scope="module")
+def groups(
+    ray_cluster: None, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[ActorGroup, ActorGroup]]:
+    both = started(tiny_base, tmp_path_factory.mktemp("sync") / "logs", engines=2)
+    yield both
+    for group in both:
+        group.shutdown()
+
+
+@pytest.fixture(scope="module")
+def sync(groups: tuple[ActorGroup, ActorGroup], tiny_base: Path) -> WeightSync:
+    return connected(tiny_base, *groups)
+
+
+def apart(sync: WeightSync, rank: int) -> float:
+    """Largest |log-probability difference| of an engine from the trainer, over tokens that no probe has."""
+    ids = [[(11 * i + 5 * p) % 200 + 20 for i in range(30)] for p in range(3)]
+    batch = Batch.from_sequences(ids, [np.arange(30) > 0] * 3)
+    engine = np.concatenate(sync.rollout.call_rank(rank, "score_tokens", ids, [1] * 3))
+    return float(np.abs(engine - sync.policy.call("token_logprobs", batch, "policy")[0]).max())
+
+
+def served(sync: WeightSync) -> list[int]:
+    """The version that each engine writes on what it generates."""
+    sampling = SamplingSpec(max_tokens=2)
+    return [made.version for made in sync.rollout.call("generate", PROBES[:1], sampling, phase="generate")]
+
+
+def clean_log(sync: WeightSync) -> None:
+    for rank in sync.engines:
+        sync.rollout.call_rank(rank, "plant", "")
+    sync.rollout.call("forget_log")
+
+
+@pytest.mark.parametrize("payload", ["merged", "adapter"])
+def test_every_push_brings_both_engines_to_the_trainers_weights(
+    groups: tuple[ActorGroup, ActorGroup], tiny_base: Path, payload: str
+) -> None:
+    sync = connected(tiny_base, *groups, payload)
+    for version in (1, 2, 5):
+        sync.policy.call("nudge", version)
+        before = apart(sync, 0)
+        report = sync.push(version)
+        assert before > 1e-2 > 1e-4 > max(apart(sync, rank) for rank in (0, 1))
+        assert served(sync) == [version, version]
+        assert (report.version, report.payload, report.replaced) == (version, payload, ())
+        assert report.probe.arrived == pytest.approx(1, abs=1e-3)
+    assert list(report.seconds) == ["gather", "pack", "wire", "load", "verify"]
+    assert all(seconds > 0 for seconds in report.seconds.values())
+    assert report.tensors == {"adapter": 24, "merged": 56}[payload]
+    assert 0 < report.share_unchanged_bf16 < 0.5
+    assert report.metrics()["sync/seconds"] == pytest.approx(sum(report.seconds.values()))
+    assert {f"sync/{key}" for key in ("version", "bytes", *report.seconds)} < set(report.metrics())
+
+
+def test_an_engine_that_dies_while_staging_lets_nobody_commit_until_it_is_replaced(sync: WeightSync) -> None:
+    version = sync.version + 1
+    clean_log(sync)
+    sync.policy.call("nudge", version)
+    sync.rollout.call_rank(0, "plant", "dies while staging")
+    report = sync.push(version)
+    assert report.replaced == (0,)
+    assert sync.rollout.call("log")[1] == [
+        f"{what} {version}" for what in ("stage", "discard", "stage", "commit")
+    ], "the other engine forgot what it had staged, and served on, until both could commit"
+    assert sync.engines[0].generation == 1
+    assert served(sync) == [version, version]
+    assert max(apart(sync, rank) for rank in (0, 1)) < 1e-4
+
+
+@pytest.mark.parametrize("fault", ["dies inside commit", "fails inside commit"])
+def test_an_engine_lost_inside_commit_is_replaced_and_verified_before_it_serves(
+    sync: WeightSync, fault: str
+) -> None:
+    version = sync.version + 1
+    clean_log(sync)
+    sync.policy.call("nudge", version)
+    sync.rollout.call_rank(1, "plant", fault)
+    report = sync.push(version)
+    assert report.replaced == (1,)
+    assert sync.rollout.call("log") == [[f"stage {version}", f"commit {version}"]] * 2
+    assert [engine.state for engine in sync.engines.values()] == [State.SERVING] * 2
+    assert served(sync) == [version, version]
+    assert max(apart(sync, rank) for rank in (0, 1)) < 1e-4
+
+
+def test_an_engine_that_was_killed_comes_back_with_the_served_version_though_the_trainer_went_on(
+    sync: WeightSync,
+) -> None:
+    target = apart(sync, 1)
+    before = sync.rollout.call_rank(1, "score_tokens", PROBES, [1] * 4)
+    sync.policy.call("nudge", 77)
+    os.kill(sync.rollout.pids()[1], signal.SIGKILL)
+    with pytest.raises(RunFailure, match="its process died"):
+        sync.rollout.call_rank(1, "log")
+    sync.rollout.restart(1)
+    sync.rollout.rebuild(1)
+    sync.restore(1)
+    assert target < 1e-4
+    after = sync.rollout.call_rank(1, "score_tokens", PROBES, [1] * 4)
+    assert max(np.abs(a - b).max() for a, b in zip(before, after)) < 1e-6
+    assert served(sync) == [sync.version] * 2
+    assert sync.engines[1].state is State.SERVING
