@@ -25,9 +25,9 @@ def resolve(extras: str, fixed: dict[str, str] | None = None) -> dict[str, str]:
         constraints.writelines(f"{name}=={version}\n" for name, version in (fixed or {}).items())
         constraints.flush()
         command += ["--constraint", constraints.name, "--report", "-", f"{HERE.parent}[{extras}]"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"pip could not resolve [{extras}]: see above")
+        sys.exit(f"pip could not resolve [{extras}]:\n{done.stderr}")
     report = json.loads(done.stdout)
     packages = {item["metadata"]["name"]: item["metadata"]["version"] for item in report["install"]}
     return {name: version for name, version in packages.items() if not LEFT_OUT.match(name.lower())}

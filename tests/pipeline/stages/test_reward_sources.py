@@ -21,10 +21,23 @@ def config(*rewards: Any) -> RunConfig:
 
 def test_what_can_be_found_is_no_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "wanted_rewards.py").write_text("def brevity(completions, **columns):\n    return []\n")
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    run = config("exact_match", "reward", "wanted_rewards:brevity", f"{tmp_path}/adapter")
+    run = config("exact_match", "reward", "wanted_rewards:brevity")
+    assert reward_source_problems(run, run.stages) == []
+
+
+def test_a_directory_has_to_hold_an_adapter_with_a_head(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from actors.models.adapters import SCORE_KEY
+
+    (tmp_path / "adapter_config.json").write_text("{}")
+    run = config(str(tmp_path))
+    assert "adapter_model.safetensors" in reward_source_problems(run, run.stages)[0]
+    save_file({"base_model.model.a.lora_A.weight": torch.zeros(1, 2)}, tmp_path / "adapter_model.safetensors")
+    assert "a policy's adapter" in reward_source_problems(run, run.stages)[0]
+    save_file({SCORE_KEY: torch.zeros(1, 2)}, tmp_path / "adapter_model.safetensors")
     assert reward_source_problems(run, run.stages) == []
 
 
