@@ -51,10 +51,12 @@ def compare_probes(
     trainer: Sequence[np.ndarray],
     previous: Sequence[np.ndarray] | None = None,
     base: Sequence[np.ndarray] | None = None,
+    floor: float = 0.0,
 ) -> ProbeReport:
     """Log-probabilities of the probes' tokens, one array per probe, by the engine and by the trainer.
 
-    `previous`: the trainer's for the version before; `base`: those of the base.
+    `previous`: the trainer's for the version before; `base`: those of the base, by an engine; `floor`: as of
+    `nearness`.
 
     Raises:
         ValueError: the arrays don't have the same lengths.
@@ -78,13 +80,21 @@ def compare_probes(
         p99=p99,
         tokens=len(off),
         worst_probe=int(np.argmax(means)),
-        arrived=None if previous is None else nearness(found, right, np.concatenate(previous)),
-        left_base=None if base is None else nearness(found, right, np.concatenate(base)),
+        arrived=None if previous is None else nearness(found, right, np.concatenate(previous), floor),
+        left_base=None if base is None else nearness(found, right, np.concatenate(base), floor),
     )
 
 
-def nearness(found: np.ndarray, target: np.ndarray, origin: np.ndarray) -> float | None:
+def noise_floor(dtype: str, tolerance: float | None = None) -> float:
+    """What right engines may differ by in the median: a smaller change of the trainer proves nothing."""
+    return MEDIAN_SHARE * (TOLERANCE[dtype] if tolerance is None else tolerance)
+
+
+def nearness(found: np.ndarray, target: np.ndarray, origin: np.ndarray, floor: float = 0.0) -> float | None:
     """Where `found` lies on the way from `origin` (0) to `target` (1), or None if noise hides it.
+
+    `floor`: root mean square of target - origin up to which nothing is said. An engine that serves the base
+    scores like itself to the bit, so that its own noise can't be seen where a policy starts as the base.
 
     The projection <found - origin, u> / <u, u> with u = target - origin: above 1/2 exactly if `found` is
     nearer to `target` (in the 2-norm). Its noise is |found - nearer end| / (sqrt(n) |u|).
@@ -95,7 +105,7 @@ def nearness(found: np.ndarray, target: np.ndarray, origin: np.ndarray) -> float
     way = target - origin
     length = float(np.linalg.norm(way))
     noise = min(float(np.linalg.norm(found - target)), float(np.linalg.norm(found - origin)))
-    if length == 0 or not length * np.sqrt(len(way)) > DECIDABLE * noise:
+    if length <= floor * np.sqrt(len(way)) or not length * np.sqrt(len(way)) > DECIDABLE * noise:
         return None
     return float((found - origin) @ way / (way @ way))
 
@@ -108,7 +118,7 @@ def objection_to_probes(report: ProbeReport, dtype: str, tolerance: float | None
         f"trainer: median {report.p50:.2g}, 0.9 quantile {report.p90:.2g}, mean {report.mean:.2g}, max "
         f"{report.max:.2g} over {report.tokens} tokens"
     )
-    if not (report.p90 <= limit and report.p50 <= MEDIAN_SHARE * limit):
+    if not (report.p90 <= limit and report.p50 <= noise_floor(dtype, tolerance)):
         return f"probes beyond {limit:g}: {facts}"
     for share, origin in ((report.arrived, "the previous version"), (report.left_base, "the base")):
         if share is not None and share < 0.5:

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from actors.sync.protocol import Readback
-from actors.sync.verify import compare_probes, nearness, objection_to_probes, objection_to_readback
+from actors.sync.verify import (
+    compare_probes,
+    nearness,
+    noise_floor,
+    objection_to_probes,
+    objection_to_readback,
+)
 
 DRAW = np.random.default_rng(0)
 TRAINER = [DRAW.normal(-2, 1, 32) for _ in range(4)]
@@ -96,3 +102,14 @@ def test_a_value_that_is_no_number_is_beyond_every_tolerance() -> None:
 def test_probes_have_to_be_scored_token_by_token() -> None:
     with pytest.raises(ValueError, match="were scored as"):
         compare_probes([v[1:] for v in TRAINER], TRAINER)
+
+
+def test_a_policy_that_starts_as_the_base_is_not_held_against_it() -> None:
+    """The engine repeats its own base to the bit; the trainer's base differs by kernels only."""
+    rng = np.random.default_rng(0)
+    base = rng.normal(-1, 0.5, 40)
+    report = compare_probes([base], [base + rng.normal(0, 3e-7, 40)], None, [base], noise_floor("float32"))
+    assert report.left_base is None
+    assert objection_to_probes(report, "float32") is None
+    unmoved = compare_probes([base], [base + rng.normal(0, 1e-2, 40)], None, [base], noise_floor("float32"))
+    assert unmoved.left_base == 0.0
