@@ -89,6 +89,9 @@ class PolicyLoss(Loss):
     """Weight of the KL to the reference in the loss; 0: none."""
     kl_estimator: KlEstimator = "k3"
     """Estimator of that KL, and of the metric `kl`."""
+    use_bias_correction_kl: bool = True
+    """Multiply that KL by the ratio, gradient included: it is then the KL of the new policy estimated on the
+    old one's tokens, and its gradient that of KL(policy || reference) (arXiv 2512.02556)."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of the mean token entropy, which is taken off the loss."""
     temperature: float = Field(default=1.0, gt=0)
@@ -147,7 +150,7 @@ class PolicyLoss(Loss):
         ratio = log_ratio.exp()
         surrogate = POLICY_LOSSES[self.kind](ratio, view.token_columns["advantages"].double(), self)
         per_token = surrogate.loss
-        kl = self._kl(view)
+        kl = self._kl(view, ratio)
         if self.beta > 0:
             assert kl is not None
             per_token = per_token + self.beta * kl
@@ -158,11 +161,12 @@ class PolicyLoss(Loss):
             loss = loss - self.entropy_coef * (view.entropy * weights).sum() / totals["tokens"]
         return loss, metrics
 
-    def _kl(self, view: TokenView) -> Tensor | None:
+    def _kl(self, view: TokenView, ratio: Tensor) -> Tensor | None:
         """(T,): estimated KL to the reference, with gradient; None without a reference."""
         if "ref_logps" not in view.token_columns:
             return None
-        return KL_ESTIMATORS[self.kl_estimator](view.logps.double() - view.token_columns["ref_logps"])
+        kl = KL_ESTIMATORS[self.kl_estimator](view.logps.double() - view.token_columns["ref_logps"])
+        return kl * ratio if self.use_bias_correction_kl else kl
 
     def _share(self, view: TokenView, weights: Tensor) -> Tensor | float:
         """What a token weighs in the aggregate: 1 / tokens of its sample for `grpo`, else 1."""

@@ -1,0 +1,343 @@
+"""GRPO and RLOO equal TRL's trainers: loss and gradient on one batch, and whole curves.
+
+The same prompts, samples and rewards go into both; sampling itself is left out. The curves run on LoRA
+(attention and experts), packed here and padded there, 12 optimizer steps with two on every generation, so
+that ratios leave 1 and clipping acts.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from actors.algorithms.advantages import AdvantageSpec, Scored, advantages_of
+from actors.algorithms.kl import kl_values
+from actors.algorithms.policy import PolicyLoss
+from actors.algorithms.rl_checks import RATIO_TOLERANCE, check_first_ratio
+from actors.batch import Batch
+from actors.host import ModelHost
+from actors.rewards import combine, reward_metrics
+from actors.trajectories import sample_offsets
+from tests.actors.algorithms.test_policy import batch_of, view_of
+from tests.actors.host_cases import policy_host, random_rows
+from tests.actors.test_equals_trl import OPTIM, trl_arguments, trl_model
+
+# --- Loss and gradient of one batch ---------------------------------------------------------------
+
+LENGTHS, LONGEST = [3, 7, 1, 5], 7
+
+
+class Stub:
+    """What TRL's `_compute_loss` asks of its trainer: settings, and log-probabilities handed in."""
+
+    def __init__(self, logps: torch.Tensor, entropy: torch.Tensor, **settings: Any) -> None:
+        defaults = {
+            "epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.0, "loss_type": "grpo", "temperature": 1.0,
+            "importance_sampling_level": "token", "max_completion_length": LONGEST, "entropy_coef": 0.0,
+        }  # fmt: skip
+        args = types.SimpleNamespace(
+            delta=settings.pop("delta", None), steps_per_generation=1,
+            use_bias_correction_kl=settings.pop("use_bias_correction_kl", True),
+        )  # fmt: skip
+        self.__dict__.update({**defaults, **settings}, args=args)
+        self._entropy_bonus_enabled = self.entropy_coef != 0.0
+        self.outputs = logps, entropy, None
+        self.model = types.SimpleNamespace(training=True)
+        self.accelerator = types.SimpleNamespace(
+            gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1, sync_gradients=True,
+            gather_for_metrics=lambda x: x,
+        )  # fmt: skip
+        self.aux_loss_enabled = self.use_vllm = self.use_adaptive_entropy = False
+        self.top_entropy_quantile, self.current_gradient_accumulation_steps = 1.0, 1
+        self.off_policy_mask_threshold = None
+        self._metrics: Any = {"train": defaultdict(list)}
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        return self.outputs
+
+
+def padded(values: np.ndarray, lengths: list[int]) -> torch.Tensor:
+    """(T,) -> (S, longest), zeros at the end of each row."""
+    rows = np.zeros((len(lengths), LONGEST))
+    rows[np.arange(LONGEST) < np.array(lengths)[:, None]] = values
+    return torch.tensor(rows)
+
+
+def of_trl(trainer: type, columns: dict[str, np.ndarray], mask: np.ndarray, **settings: Any) -> Any:
+    """TRL's loss, its gradient by log-probability (T,), and its metrics."""
+    logps = padded(columns["logps"], LENGTHS).requires_grad_()
+    keep = padded(mask.astype(float), LENGTHS)
+    offsets = np.cumsum([0, *LENGTHS])[:-1]
+    old = padded(columns["old_logps"], LENGTHS)
+    inputs = {
+        "prompt_ids": torch.zeros(len(LENGTHS), 2), "prompt_mask": torch.ones(len(LENGTHS), 2),
+        "completion_ids": torch.zeros(len(LENGTHS), LONGEST), "completion_mask": keep,
+        "advantages": torch.tensor(columns["advantages"][offsets]), "num_items_in_batch": keep.sum(),
+        "old_per_token_logps": old, "old_logps": (old * keep).sum(1),
+        "ref_per_token_logps": padded(columns["ref_logps"], LENGTHS),
+    }  # fmt: skip
+    entropy = padded(columns["entropy"], LENGTHS).requires_grad_()
+    stub = Stub(logps, entropy, **settings)
+    loss = trainer._compute_loss(stub, None, inputs)  # type: ignore[attr-defined]
+    gradient = torch.autograd.grad(loss, logps, retain_graph=True)[0]
+    real = np.arange(LONGEST) < np.array(LENGTHS)[:, None]
+    metrics = {name: values[0] for name, values in stub._metrics["train"].items()}
+    return loss.item(), gradient.numpy()[real], metrics
+
+
+def of_ours(loss: PolicyLoss, columns: dict[str, np.ndarray], mask: np.ndarray) -> Any:
+    tokens = {name: columns[name] for name in ("old_logps", "ref_logps", "advantages")}
+    batch = batch_of(LENGTHS, mask=mask, **tokens)
+    batch = batch.with_columns(tokens_per_step=np.full(len(LENGTHS), float(mask.sum())))
+    given = {name: values.tolist() for name, values in tokens.items()}
+    view = view_of(
+        columns["logps"].tolist(), LENGTHS, torch.tensor(columns["entropy"]), mask=mask.tolist(), **given
+    )
+    value, sums = loss(view, loss.totals(batch))
+    metrics = {name: float(total / weight) for name, (total, weight) in sums.items() if weight}
+    return value.item(), torch.autograd.grad(value, view.logps)[0].numpy(), metrics
+
+
+def off_policy_batch(seed: int) -> dict[str, np.ndarray]:
+    """Ratios from 0.3 to 3 to the old policy; advantages of both signs, one a sample."""
+    generator = np.random.default_rng(seed)
+    n = sum(LENGTHS)
+    logps = -generator.exponential(1.0, size=n).astype(np.float32).astype(np.float64)
+    return {
+        "logps": logps,
+        "old_logps": logps + generator.uniform(-1.1, 1.1, size=n),
+        "ref_logps": logps + generator.normal(0, 0.5, size=n),
+        "advantages": np.repeat(generator.normal(size=len(LENGTHS)), LENGTHS),
+        "entropy": generator.exponential(1.0, size=n),
+    }
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "grpo": {"loss_type": "grpo"},
+    "bnpo": {"loss_type": "bnpo"},
+    "dapo": {"loss_type": "dapo"},
+    "dr_grpo": {"loss_type": "dr_grpo", "max_completion_length": LONGEST},
+    "KL": {"loss_type": "grpo", "beta": 0.3},
+    "KL without correction": {"loss_type": "dapo", "beta": 0.3, "use_bias_correction_kl": False},
+    "one-sided": {"loss_type": "dapo", "epsilon": 0.1, "epsilon_high": 0.28},
+    "two-sided clipping": {"loss_type": "bnpo", "delta": 1.5},
+    "GSPO": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    "entropy bonus": {"loss_type": "grpo", "entropy_coef": 0.05},
+}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all samples", "a sample masked"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_loss_and_gradient_of_grpo_equal_trls(name: str, masked: bool) -> None:
+    from trl import GRPOTrainer
+
+    columns, settings = off_policy_batch(len(name)), SETTINGS[name]
+    mask = np.repeat([True, not masked, True, True], LENGTHS)
+    theirs = {("epsilon_low" if k == "epsilon" else k): v for k, v in settings.items()}
+    value, gradient, metrics = of_trl(GRPOTrainer, columns, mask, **theirs)
+    ours = of_ours(PolicyLoss(**settings), columns, mask)
+    assert ours[0] == pytest.approx(value, rel=1e-6)
+    assert ours[1] == pytest.approx(gradient, rel=1e-5, abs=1e-9)
+    names = {"entropy"} | ({"kl"} if "beta" in settings else set())
+    if (
+        settings.get("importance_sampling_level") != "sequence"
+    ):  # there TRL's clip ratios are means of samples
+        names |= {"clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"}
+        assert metrics["clip_ratio/region_mean"] > 0
+    for key in names:
+        assert ours[2][key] == pytest.approx(metrics[key], rel=1e-5), key
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_loss_and_gradient_of_rloo_equal_trls(seed: int) -> None:
+    from trl import RLOOTrainer
+
+    columns, mask = off_policy_batch(seed), np.ones(sum(LENGTHS), bool)
+    # near the old policy, or every trajectory is clipped: log-ratios add up over tokens
+    columns["old_logps"] = columns["logps"] + (columns["old_logps"] - columns["logps"]) / 10
+    value, gradient, _ = of_trl(RLOOTrainer, columns, mask)
+    loss = PolicyLoss(loss_type="grpo", importance_sampling_level="trajectory")
+    ours = of_ours(loss, columns, mask)
+    assert ours[0] == pytest.approx(value, rel=1e-6)
+    assert ours[1] == pytest.approx(gradient, rel=1e-5, abs=1e-9)
+    assert np.abs(gradient).max() > 0
+
+
+# --- Whole curves -----------------------------------------------------------------------------------
+
+STEPS, GROUP, PER_STEP = 12, 3, 2
+BATCH = GROUP * PER_STEP
+ITERATIONS = 2
+
+
+class Fixed:
+    """Samples that stand in for sampling: `GROUP` completions of every prompt."""
+
+    def __init__(self) -> None:
+        n = STEPS // ITERATIONS * PER_STEP
+        rows = random_rows(n * GROUP, seed=5)
+        self.prompts = [rows[i * GROUP][0] for i in range(n)]
+        self.completions = [[rows[i * GROUP + k][1] for k in range(GROUP)] for i in range(n)]
+        self.eos = 2
+        for group in self.completions:
+            for completion in group[1:]:  # the first of each group is cut at the limit
+                completion[-1] = self.eos
+
+    def of(self, names: list[str]) -> tuple[list[list[int]], list[list[int]]]:
+        """Prompt and completion of each sample, for prompts named by their numbers, each `GROUP` times."""
+        numbers = [int(name) for name in names]
+        taken: dict[int, int] = defaultdict(int)
+        completions = []
+        for number in numbers:
+            completions.append(list(self.completions[number][taken[number]]))
+            taken[number] += 1
+        return [list(self.prompts[n]) for n in numbers], completions
+
+
+def brightness(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [sum(ids) / len(ids) / 256 for ids in completion_ids]
+
+
+def parity(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+    """Passes samples over whose last token is large."""
+    return [None if ids[0] > 200 else float(ids[0] % 2) for ids in completion_ids]
+
+
+FUNCTIONS, WEIGHTS = (brightness, parity), (1.0, 0.5)
+
+
+def trl_curve(
+    kind: str, base: Path, host: ModelHost, directory: Path, **settings: Any
+) -> list[dict[str, float]]:
+    import trl
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    fixed = Fixed()
+    trainer_class, config_class = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
+
+    class FromFixed(trainer_class):  # type: ignore[misc, valid-type]
+        def _generate(self, prompts: list[str]) -> Any:
+            ids, completions = fixed.of(prompts)
+            texts = ["-"] * len(ids)
+            rest = (None, texts, None, {}, None, None) if kind == "GRPO" else (texts,)
+            return (ids, completions, *rest)
+
+    arguments = trl_arguments(directory)
+    for name in ("max_length", "per_device_train_batch_size"):
+        arguments.pop(name)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(fixed.eos)
+    trainer = FromFixed(
+        model=trl_model(base, host, directory),
+        reward_funcs=list(FUNCTIONS),
+        args=config_class(
+            **arguments, per_device_train_batch_size=BATCH, num_generations=GROUP, max_completion_length=40,
+            num_iterations=ITERATIONS, shuffle_dataset=False, reward_weights=list(WEIGHTS), **settings,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": str(i)} for i in range(len(fixed.prompts))]),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def scored_batch(host: ModelHost, first: int, advantage: AdvantageSpec, loss: PolicyLoss, beta: float) -> Any:
+    """Our way from fixed samples to a batch with every column; `beta`: KL in the reward."""
+    fixed = Fixed()
+    prompts, completions = fixed.of([str(first + i // GROUP) for i in range(BATCH)])
+    batch = Batch.from_sequences(
+        [p + c for p, c in zip(prompts, completions, strict=True)],
+        [[False] * len(p) + [True] * len(c) for p, c in zip(prompts, completions, strict=True)],
+    )
+    rewards = np.array([f(completion_ids=completions) for f in FUNCTIONS], dtype=np.float64)
+    old = host.token_logprobs(batch, "policy", loss.temperature)
+    ref = host.token_logprobs(batch, None, loss.temperature)
+    kl = beta * kl_values("k1", old, ref)
+    found = advantages_of(advantage, Scored(combine(rewards, WEIGHTS), sample_offsets(batch), -kl))
+    per_step = np.full(BATCH, float(batch.label_counts.sum()))
+    batch = batch.with_token_columns(old_logps=old, ref_logps=ref, advantages=found.advantages)
+    metrics = reward_metrics([f.__name__ for f in FUNCTIONS], rewards, WEIGHTS, GROUP)
+    return batch.with_columns(tokens_per_step=per_step), metrics
+
+
+def our_curve(
+    host: ModelHost, advantage: AdvantageSpec, loss: PolicyLoss, beta: float
+) -> list[dict[str, float]]:
+    host.prepare_training("policy", OPTIM, STEPS)
+    curve = []
+    for generation in range(STEPS // ITERATIONS):
+        batch, rewards = scored_batch(host, generation * PER_STEP, advantage, loss, beta)
+        for iteration in range(ITERATIONS):
+            metrics = host.update(batch, loss, generation * ITERATIONS + iteration)
+            if iteration == 0:
+                check_first_ratio(metrics, RATIO_TOLERANCE["float32"])
+            curve.append({**metrics, **rewards, "size": np.abs(batch.token_columns["advantages"]).mean()})
+    return curve
+
+
+REWARDS = (
+    "reward", "reward_std", "frac_reward_zero_std", "rewards/brightness/mean", "rewards/brightness/std",
+    "rewards/parity/mean", "rewards/parity/std",
+)  # fmt: skip
+"""TRL logs them when it samples."""
+CLIPS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
+
+CURVES: dict[str, tuple[str, dict[str, Any], AdvantageSpec, PolicyLoss, float]] = {
+    "grpo": (
+        "GRPO",
+        {"loss_type": "grpo", "beta": 0.2, "scale_rewards": "group", "epsilon": 0.02, "temperature": 0.8},
+        AdvantageSpec(kind="group", num_generations=GROUP),
+        PolicyLoss(loss_type="grpo", beta=0.2, epsilon=0.02, temperature=0.8),
+        0.0,
+    ),
+    "rloo": (
+        "RLOO",
+        {"beta": 0.05, "epsilon": 0.05, "temperature": 0.8},
+        AdvantageSpec(kind="rloo", num_generations=GROUP),
+        PolicyLoss(loss_type="grpo", importance_sampling_level="trajectory", epsilon=0.05, temperature=0.8),
+        0.05,
+    ),
+    "dapo, batch scale": (
+        "GRPO",
+        {"loss_type": "dapo", "scale_rewards": "batch", "epsilon": 0.01, "epsilon_high": 0.03,
+         "temperature": 1.0, "entropy_coef": 0.01},
+        AdvantageSpec(kind="group", num_generations=GROUP, scale_rewards="batch"),
+        PolicyLoss(loss_type="dapo", epsilon=0.01, epsilon_high=0.03, entropy_coef=0.01),
+        0.0,
+    ),
+    "dr_grpo": (
+        "GRPO",
+        {"loss_type": "dr_grpo", "scale_rewards": "none", "temperature": 1.0, "delta": 1.05, "epsilon": 0.02},
+        AdvantageSpec(kind="group", num_generations=GROUP, scale_rewards="none"),
+        PolicyLoss(loss_type="dr_grpo", max_completion_length=40, delta=1.05, epsilon=0.02),
+        0.0,
+    ),
+}  # fmt: skip
+IN_MAKE_TEST = ("grpo", "rloo")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in IN_MAKE_TEST else pytest.param(n, marks=pytest.mark.slow) for n in CURVES]
+)
+def test_a_curve_equals_trls(name: str, tiny_base: Path, tmp_path: Path) -> None:
+    kind, settings, advantage, loss, beta = CURVES[name]
+    host = policy_host(tiny_base)
+    theirs = trl_curve(kind, tiny_base, host, tmp_path, **settings)
+    ours = our_curve(host, advantage, loss, beta)
+    assert len(ours) == len(theirs) == STEPS
+    names = ["loss", "grad_norm", "learning_rate", "entropy"]
+    if kind == "GRPO":  # RLOO's clip ratios and KL are means of samples and of the sampling policy
+        names += [*CLIPS, *(["kl"] if loss.beta else [])]
+        assert max(step["clip_ratio/region_mean"] for step in theirs) > 0
+    for step, (mine, trl) in enumerate(zip(ours, theirs, strict=True)):
+        for key in (*names, *(() if step % ITERATIONS else REWARDS)):
+            # the loss is what is left of advantages of both signs: measured against their size
+            scale = mine["size"] if key == "loss" else 0.0
+            assert mine[key] == pytest.approx(trl[key], rel=1e-5, abs=1e-6 + 1e-5 * scale), (step, key)
