@@ -144,6 +144,16 @@ class RolloutEngine:
         """Version that is served; -1 is the base."""
         return self.weights.version
 
+    def expert_load(self) -> np.ndarray | None:
+        """int64 (layers, experts): tokens that each expert got in this engine since the last call.
+
+        None where it can't be counted: dense models, GPUs, engines that can't be updated.
+        """
+        if self._updater is None:
+            return None
+        load: np.ndarray | None = self._running("expert_load").llm_engine.collective_rpc("expert_load")[0]
+        return load
+
     def open_channel(self, address: str, timeout_s: float, backend: Backend = "gloo") -> str:
         """Connect to the trainer at `address` (`WeightUpdater.open_channel`); returns the engine's dtype."""
         self.weights.open_channel(address, timeout_s, backend)

@@ -15,7 +15,7 @@ import torch
 
 from actors.errors import UserError
 from actors.models.merge import low_rank_delta
-from actors.sync.payload import Payload
+from actors.sync.payload import Entry, Payload
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """safetensors' names of what can be added to; quantised bases are refused."""
@@ -63,15 +63,20 @@ class Merger:
         self._dtype = dtype
         # Names and shapes alone: transformers' conversions need the model, not its weights.
         self._model = meta_model(config)
+        self._last: tuple[tuple[Entry, ...], Targets] = ((), {})
 
     def targets(self, payload: Payload) -> Targets:
         """Which checkpoint tensors a payload changes, and the shape that it gives them."""
+        entries = payload.manifest.entries
         if payload.manifest.payload == "merged":
-            return {entry.name: {entry.name: entry.shape} for entry in payload.manifest.entries}
+            return {entry.name: {entry.name: entry.shape} for entry in entries}
+        if entries == self._last[0]:
+            return self._last[1]
         found = {}
         for name, f in payload.factors().items():
             delta = torch.empty(_delta_shape(f.a.shape, f.b.shape, f.transposed), device="meta")
             found[name] = {n: tuple(t.shape) for n, t in self._split({name: delta}).items()}
+        self._last = entries, found
         return found
 
     def merged(self, payload: Payload, names: Sequence[str], targets: Targets) -> dict[str, torch.Tensor]:

@@ -9,9 +9,11 @@ while staging.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
@@ -26,6 +28,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 )
 
 from actors.errors import InvariantViolation, RunFailure
+from actors.routes import RouteCounter
 from actors.sync.bindings import record_bindings, without_reload_warnings
 from actors.sync.merger import BaseCheckpoint, Merger, Targets
 from actors.sync.payload import Payload
@@ -84,6 +87,7 @@ class SyncTransferEngine(WeightTransferEngine):
         with set_current_vllm_config(self.vllm_config):
             self._bindings, self.elements = record_bindings(self.model, self.model_config, base.shapes)
             self._merger = Merger(base, self.model_config.hf_config, self.model_config.dtype)
+        self.routes = RouteCounter(self.model)
         self._shapes = base.shapes
         self._order = {path: i for i, (path, _) in enumerate(self.model.named_modules())}
         self._staged: Staged | None = None
@@ -122,17 +126,18 @@ class SyncTransferEngine(WeightTransferEngine):
 
     def receive_weights(self, update_info: VersionInfo) -> None:
         """Merge and load, module by module: no more than one module is held twice."""
-        staged = self._the_staged(update_info.version)
+        began = time.monotonic()
+        self.model.load_weights(self._merged(self._the_staged(update_info.version)))
+        self.loaded.seconds["load"] += time.monotonic() - began - self.loaded.seconds["merge"]
+
+    def _merged(self, staged: Staged) -> Iterator[tuple[str, torch.Tensor]]:
         for path in staged.modules:
             began = time.monotonic()
-            names = list(self._bindings[path])
-            tensors = self._merger.merged(staged.payload, names, staged.targets)
-            merged = time.monotonic()
-            self._reader.hand(tensors)
+            tensors = self._merger.merged(staged.payload, list(self._bindings[path]), staged.targets)
+            self.loaded.seconds["merge"] += time.monotonic() - began
             self.loaded.expected += len(tensors)
-            self.model.load_weights(iter(tensors.items()))
-            self.loaded.seconds["merge"] += merged - began
-            self.loaded.seconds["load"] += time.monotonic() - merged
+            self._reader.hand(tensors)
+            yield from tensors.items()
 
     def finish_weight_update(self) -> None:
         """Put the model together again, read back what is bound, pack the experts.
@@ -207,6 +212,11 @@ class SyncWorkerExtension:
     def discard_weights(self) -> None:
         """See `SyncTransferEngine.discard`."""
         self.weight_transfer_engine.discard()
+
+    def expert_load(self) -> np.ndarray | None:
+        """See `RouteCounter.take`."""
+        load: np.ndarray | None = self.weight_transfer_engine.routes.take()
+        return load
 
     def loaded_weights(self) -> Loaded:
         """What the last update did in this process."""

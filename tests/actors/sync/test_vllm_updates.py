@@ -118,6 +118,20 @@ def test_samples_name_their_version_and_use_no_keys_of_the_one_before(
         np.testing.assert_allclose(made.logprobs[made.offsets[i] : made.offsets[i + 1]], expected, atol=1e-5)
 
 
+def test_the_engine_counts_tokens_per_expert_as_the_routers_of_transformers_choose(
+    process: ActorGroup, base_of: Callable[[str], Path]
+) -> None:
+    policy = Policy(base_of("qwen3_moe"), "qwen3_moe")
+    policy.change(seed=3)
+    rollout = engine(process, policy.base)
+    push(rollout, policy.payload(ADAPTER, 1))
+    rollout.call_rank(0, "expert_load")
+    rollout.call_rank(0, "score_tokens", SEQUENCES[1:], STARTS[1:], phase="sync")
+    counted = rollout.call_rank(0, "expert_load")
+    assert counted.tolist() == policy.expert_load(SEQUENCES[1:]).tolist()
+    assert not rollout.call_rank(0, "expert_load").any()
+
+
 def test_every_tensor_of_a_base_is_bound_and_can_be_replaced(
     process: ActorGroup, base_of: Callable[[str], Path]
 ) -> None:

@@ -12,6 +12,7 @@ from actors.group import ActorGroup
 from actors.models.adapters import adapter_parameters, attach_lora, role
 from actors.models.loading import load_base
 from actors.models.merge import adapter_factors, merged_state, write_model
+from actors.models.moe import RouterStats
 from actors.models.spec import LoraSpec, ModelSpec
 from actors.rollout import RolloutEngine
 from actors.sync.payload import Payload, closure, digest_of, pack_adapter, pack_merged
@@ -64,6 +65,14 @@ class Policy:
             logps = logits[start - 1 : -1].log_softmax(-1)
             found.append(logps.gather(1, torch.tensor(ids[start:])[:, None])[:, 0].numpy())
         return found
+
+    def expert_load(self, sequences: list[list[int]]) -> np.ndarray:
+        """(layers, experts): choices of transformers' routers."""
+        routers = RouterStats(self.peft.get_base_model())
+        for ids in sequences:
+            with torch.no_grad(), role(self.peft, "policy"), routers.collecting():
+                self.peft(input_ids=torch.tensor([ids]))
+        return routers.read().load
 
     def state(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
         """All merged weights under checkpoint names."""
