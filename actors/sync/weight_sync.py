@@ -222,7 +222,8 @@ class WeightSync:
         wrong = verify.objection_to_readback(truth.expected.digests, read, truth.offer.version)
         if wrong is not None:
             raise self._lose(rank, truth.offer.version, wrong, truth.offer)
-        report = verify.compare_probes(scored, truth.logps, truth.previous, self._base)
+        floor = verify.noise_floor(self._dtype, self.spec.tolerance)
+        report = verify.compare_probes(scored, truth.logps, truth.previous, self._base, floor)
         wrong = verify.objection_to_probes(report, self._dtype, self.spec.tolerance)
         if wrong is not None:
             raise self._lose(rank, truth.offer.version, wrong, truth.offer)
