@@ -185,7 +185,7 @@ def _log_ratio(view: TokenView, weights: Tensor, level: Level) -> Tensor:
     """float64 (T,): log-ratio of the policy to the one that `old_logps` are of.
 
     token: its own. trajectory: the sum over its sample. sequence: the mean over its sample (GSPO,
-    arXiv 2507.18071, eq. 7). The latter two are the same for all tokens of a sample.
+    arXiv 2507.18071). The latter two are the same for all tokens of a sample.
     """
     of_tokens = view.logps.double() - view.token_columns["old_logps"]
     if level == "token":

@@ -16,9 +16,10 @@ import numpy as np
 
 from actors.errors import InvariantViolation
 
-RATIO_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
-"""Of |ratio - 1| at the first update. Seen in float32: 1e-5, as packing changes with the batch; a bfloat16
-mixture of experts moves by .01-.4 at single tokens when a route flips."""
+RATIO_TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}
+"""Of |ratio - 1| at the worst token or sample of the first update. Seen on the tiny base in float32: 0. Other
+micro-batches may round differently (1e-6 a token, which a trajectory's ratio adds up); in bfloat16 a route
+that flips moves a token's log-probability by up to 0.4."""
 KL_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 """Of the mean k3 per token between a policy and the reference that it starts from."""
 MISMATCH_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
