@@ -28,6 +28,9 @@ class Panel:
     """Draws the keys as parts stacked on each other, under a line of this metric: their sum and more."""
 
 
+HELD_OUT = "held out"
+"""Ends the label of a curve that is of held-out rows."""
+
 PANELS = (
     Panel("Reward", ("reward",), first=True),
     Panel("Rewards by source", ("rewards/*/mean",), first=True),
@@ -204,7 +207,7 @@ def _label(key: str, pattern: str, panel: Panel) -> str:
         own = name.removeprefix(before).removesuffix(after)
     elif not own:
         own = name.rsplit("/", 1)[-1] if len(panel.keys) > 1 else ""
-    return " ".join(part for part in (own, "held out" if held_out else "") if part) or "training"
+    return " ".join(part for part in (own, HELD_OUT if held_out else "") if part) or "training"
 
 
 def format_value(value: float, unit: Unit = "number") -> str:

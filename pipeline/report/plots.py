@@ -20,7 +20,7 @@ from pipeline.report.figure import (
     place_labels,
     save,
 )
-from pipeline.report.panels import Chart, Unit, format_value
+from pipeline.report.panels import HELD_OUT, Chart, Unit, format_value
 from pipeline.report.view import Series
 
 if TYPE_CHECKING:
@@ -51,8 +51,9 @@ def draw_chart(chart: Chart, stage: str, plots_dir: Path) -> Drawing:
     else:
         # A schedule has no noise: an average would only round its corners.
         measured = "learning_rate" not in chart.panel.keys
-        for colour, (label, series) in zip(cycle(SERIES), chart.curves.items()):
-            plot_series(axes, series, COLOURS[colour], label, smooth=measured)
+        colours = curve_colours(chart)
+        for label, series in chart.curves.items():
+            plot_series(axes, series, colours[label], smooth=measured, dashed=is_twin(label))
     axes.margins(x=0.015, y=0.08)
     if chart.stacked:
         axes.set_ylim(bottom=0)
@@ -149,25 +150,32 @@ def compact(value: float) -> str:
     return f"{value:.4g}"
 
 
-def plot_series(axes: Axes, series: Series, colour: str, label: str, *, smooth: bool) -> None:
+def is_twin(label: str) -> bool:
+    """Whether a curve is the held-out figure of another one in a chart of several metrics."""
+    return label.endswith(f" {HELD_OUT}")
+
+
+def curve_colours(chart: Chart) -> dict[str, str]:
+    """A colour a metric: the held-out figures of one of several share its colour, and are dashed."""
+    metrics = dict.fromkeys(label.removesuffix(f" {HELD_OUT}") for label in chart.curves)
+    own = dict(zip(metrics, cycle(COLOURS[name] for name in SERIES)))
+    return {label: own[label.removesuffix(f" {HELD_OUT}")] for label in chart.curves}
+
+
+def plot_series(axes: Axes, series: Series, colour: str, *, smooth: bool, dashed: bool = False) -> None:
     """One curve: points as they are; many of them, if `smooth`, pale under their moving average."""
+    line = "--" if dashed else "-"
     if len(series.values) == 1:
-        axes.plot(series.steps, series.values, "o", color=colour, markersize=4.5, label=label)
+        axes.plot(series.steps, series.values, "o", color=colour, markersize=4.5)
         return
     if not smooth or len(series.values) < SMOOTH_FROM:
-        few = len(series.values) <= 15
+        marker = "o" if len(series.values) <= 15 else None
         axes.plot(
-            series.steps,
-            series.values,
-            color=colour,
-            linewidth=1.7,
-            marker="o" if few else None,
-            markersize=3.2,
-            label=label,
+            series.steps, series.values, line, color=colour, linewidth=1.7, marker=marker, markersize=3.2
         )
         return
     axes.plot(series.steps, series.values, color=colour, linewidth=0.9, alpha=0.28)
-    axes.plot(series.steps, moving_average(series.values), color=colour, linewidth=1.8, label=label)
+    axes.plot(series.steps, moving_average(series.values), line, color=colour, linewidth=1.8)
 
 
 def plot_stack(axes: Axes, chart: Chart) -> None:
@@ -216,11 +224,23 @@ def heading(figure: Figure, chart: Chart) -> float:
     if len(labels) == 1 and not chart.stacked:
         last = next(iter(chart.curves.values())).values[-1]
         text = format_value(last, chart.panel.unit)
-        text += " held out" if labels[0] == "held out" else ""
+        text += f" {HELD_OUT}" if labels[0] == HELD_OUT else ""
         figure.text(0.97, 0.915, text, size=9, color=muted, ha="right", va="center")
         return 0.0
-    coloured = [(label, COLOURS[name]) for label, name in zip(labels, cycle(SERIES))]
-    taken = labels_width(coloured)
-    below = label_width(chart.panel.title, 9.5) + taken > HEADING_ROOM * WIDTH
-    place_labels(figure, coloured, 0.02 * WIDTH if below else 0.97 * WIDTH - taken, 0.815 if below else 0.915)
+    coloured = [(label, colour) for label, colour in curve_colours(chart).items() if not is_twin(label)]
+    if any(is_twin(label) for label in labels):
+        coloured.append((f"dashed, dots: {HELD_OUT}", muted))
+    below = label_width(chart.panel.title, 9.5) + labels_width(coloured) > HEADING_ROOM * WIDTH
+    coloured = fitting(coloured, 0.95 * WIDTH, muted)
+    left = 0.02 * WIDTH if below else 0.97 * WIDTH - labels_width(coloured)
+    place_labels(figure, coloured, left, 0.815 if below else 0.915)
     return 0.09 if below else 0.0
+
+
+def fitting(labels: list[tuple[str, str]], room: float, muted: str) -> list[tuple[str, str]]:
+    """As many labels as fit `room` inches, and how many there are beside."""
+    for kept in range(len(labels), 0, -1):
+        more = [(f"+{len(labels) - kept}", muted)] if kept < len(labels) else []
+        if labels_width(labels[:kept] + more) <= room:
+            return labels[:kept] + more
+    return labels[:1]
