@@ -30,6 +30,7 @@ class Events:
     on_step: Callable[[int, dict[str, Any]], None]
     on_log: Callable[[dict[str, Any]], None]
     stop_asked: Callable[[], bool]
+    note: Callable[[str], None]
 
 
 class Contexts:
@@ -68,6 +69,7 @@ class Contexts:
             rollout=RolloutPool(rollout, sync.restore),
             sync=sync,
             tokenizer=tokenizer,
+            note=events.note,
         )
 
     def _common(self, node: Node, events: Events) -> dict[str, Any]:

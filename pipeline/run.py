@@ -170,7 +170,7 @@ class Run:
         from pipeline.stages.prepared import PreparedRl
         from pipeline.stages.train import train
 
-        events = Events(self._on_step(fleet), self._on_log(node), self.stop.asked)
+        events = Events(self._on_step(fleet), self._on_log(node), self.stop.asked, self.progress.note)
         contexts = Contexts(fleet)
         if isinstance(node.prepared, PreparedRl):
             return train_rl(node.prepared, contexts.rl_context(node, events, tokenizer), node.decision)

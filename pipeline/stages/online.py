@@ -42,6 +42,8 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
             result.metrics["epoch"] = round(stage.epoch(step), 4)
             line = log.add(step, result.metrics, final=step == stage.total_steps)
             ctx.on_step(step, result.metrics)
+            for note in result.notes:
+                ctx.note(f"{stage.name} step {step}: {note}")
             if line:
                 ctx.on_log(line)
                 keep_samples(samples, step, result, stage.spec.num_generations)

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from actors.algorithms.kl import KlController
 from actors.algorithms.policy import PolicyLoss
 from actors.algorithms.value import ValueLoss
 from actors.batch import Batch
+from actors.errors import RunFailure
 from actors.sampling import Generations, sample_seed
 from actors.trajectories import trajectories
 from pipeline.data.prompts import PromptData
@@ -35,6 +36,7 @@ from pipeline.stages.views import View, put
 if TYPE_CHECKING:
     from actors.group import Pending
     from actors.pool import RolloutPool
+    from actors.sync.report import SyncReport
     from actors.sync.weight_sync import WeightSync
 
 
@@ -50,7 +52,8 @@ class RlContext(StageContext):
     rollout: RolloutPool
     sync: WeightSync
     tokenizer: Any
-    on_sample: Any = None
+    note: Callable[[str], None]
+    """Tells the user."""
 
 
 @dataclass
@@ -81,6 +84,8 @@ class StepResult:
     prompts: PromptData
     texts: list[str]
     rewards: Rewards
+    notes: list[str]
+    """What the user should know: replaced engines, rewards that a default stands in for."""
 
 
 class RlLoop:
@@ -91,7 +96,7 @@ class RlLoop:
         self.judge = Judge(stage.spec, ctx.reward_models)
         self.kl = KlController(stage.spec.beta, stage.spec.kl_target, stage.spec.kl_horizon)
         self.idle = rl_checks.Idle()
-        self.num_tokens = 0
+        self.num_tokens = self.restarts = 0
 
     def step(self, step: int) -> StepResult:
         """One RL step, from version `step` of the policy to version `step + 1`, served by every engine."""
@@ -109,13 +114,14 @@ class RlLoop:
         checked = self.check(step, batch, scores, estimates)
         with clock("update"):
             updated = self.update(step, estimates.batch)
+        routed = self.routing()
         with clock("sync"):
             report = self.ctx.sync.push(step + 1)
         self.kl = self.kl.updated(estimates.kl or 0.0, batch.n_rows)
         self.num_tokens += batch.n_tokens
-        metrics = {**updated, **rewards.metrics, **estimates.metrics, **checked, **lengths(samples)}
+        metrics = {**updated, **rewards.metrics, **estimates.metrics, **checked, **routed, **lengths(samples)}
         metrics |= {"num_tokens": float(self.num_tokens), **report.metrics(), **clock.metrics()}
-        return StepResult(metrics, prompts, texts, rewards)
+        return StepResult(metrics, prompts, texts, rewards, [*rewards.notes, *self.replaced(report)])
 
     # --- The parts of a step ----------------------------------------------------------------------
 
@@ -168,6 +174,29 @@ class RlLoop:
         if learns:
             rl_checks.check_first_ratio(done[0][1], rl_checks.RATIO_TOLERANCE[self.ctx.dtype])
         return joined(done)
+
+    def replaced(self, report: SyncReport) -> list[str]:
+        """Engines that were lost in this step, while they generated or while they took new weights."""
+        restarts, self.restarts = self.ctx.rollout.restarts[self.restarts :], len(self.ctx.rollout.restarts)
+        lost = [
+            f"rollout-{one.rank} was replaced: {one.reason}; its samples were drawn again" for one in restarts
+        ]
+        return lost + [f"rollout-{rank} was replaced while it took new weights" for rank in report.replaced]
+
+    def routing(self) -> dict[str, float]:
+        """How far apart the experts' shares are in engines and trainer, for the samples of this step.
+
+        Not 0 when all is well: the trainer counts a prompt with each of its samples, engines once, and
+        engines count what they generate and score between two calls.
+        """
+        trainer = self.ctx.policy.group.call_rank(0, "router_load")
+        try:
+            loads = [load for load in self.ctx.rollout.group.call("expert_load") if load is not None]
+        except RunFailure:  # An engine is gone: the sync that comes next brings up another.
+            loads = []
+        if not loads or trainer is None:
+            return {}
+        return {"moe/engine_load_distance": rl_checks.load_distance(trainer, sum(loads))}
 
     def policy_loss(self) -> PolicyLoss:
         """The stage's policy loss at the current KL coefficient."""
