@@ -276,11 +276,12 @@ def _sampling_problems(path: str, stage: RlStage) -> Iterator[Problem]:
 
 
 def _kl_problems(path: str, stage: RlStage) -> Iterator[Problem]:
-    if stage.beta > 0 and stage.kl_in == "loss" and stage.kl_estimator == "k1":
+    plain = stage.beta > 0 and stage.kl_in == "loss" and not stage.use_bias_correction_kl
+    if plain and stage.kl_estimator == "k1":
         yield Problem(
             f"{path}.kl_estimator",
-            "k1 in a loss has a gradient of mean zero, whatever the divergence; use k2 (the divergence's own "
-            "gradient) or k3, or kl_in: reward",
+            "k1 in a loss has a gradient of mean zero, whatever the divergence, without "
+            "use_bias_correction_kl; use k2 (the divergence's own gradient) or k3, or kl_in: reward",
         )
     if stage.kl_target is not None and stage.beta == 0:
         yield Problem(f"{path}.kl_target", "steers beta by factors, and beta is 0; give beta a start value")

@@ -188,7 +188,10 @@ class RlStage(StageSpec):
     kl_in: Literal["reward", "loss"] = "loss"
     """Where the divergence goes: subtracted from the reward, or added to the loss."""
     kl_estimator: KlEstimator = "k3"
-    """How it is estimated from the sampled tokens. In a loss k1 has no gradient to speak of: refused."""
+    """How it is estimated from the sampled tokens."""
+    use_bias_correction_kl: bool = True
+    """In a loss: multiply the estimate by the ratio, so that its gradient is the divergence's own. Without
+    it k1 has a gradient of mean zero there and is refused."""
     kl_target: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Divergence per sample, in nats, that `beta` is steered to; null: `beta` stays."""
     kl_horizon: int = Field(default=10_000, ge=1)
@@ -261,7 +264,7 @@ class PpoStage(RlStage):
     kl_in: Literal["reward", "loss"] = "reward"
     """Where the divergence goes: subtracted from the reward, token by token, or added to the loss."""
     kl_estimator: KlEstimator = "k1"
-    """How it is estimated from the sampled tokens. In a loss k1 has no gradient to speak of: refused."""
+    """How it is estimated from the sampled tokens."""
     whiten_advantages: Whitening = "shift_and_scale"
     """Normalise advantages over the tokens of a generation: `shift_and_scale` to mean 0 and standard
     deviation 1 (unbiased), `scale` keeps the mean."""
@@ -319,7 +322,7 @@ class RlooStage(RlStage):
     kl_in: Literal["reward", "loss"] = "reward"
     """Where the divergence goes: subtracted from the reward, or added to the loss."""
     kl_estimator: KlEstimator = "k1"
-    """How it is estimated from the sampled tokens. In a loss k1 has no gradient to speak of: refused."""
+    """How it is estimated from the sampled tokens."""
 
 
 Stage = Annotated[

@@ -73,6 +73,7 @@ def test_defaults_are_those_of_the_installed_trl() -> None:
 
     of_both = {"beta", "epsilon", "epsilon_high", "num_iterations", "num_generations", "temperature"}
     of_grpo = of_both | {"delta", "loss_type", "scale_rewards", "entropy_coef", "importance_sampling_level"}
+    of_grpo |= {"use_bias_correction_kl", "mask_truncated_completions"}
     for spec, theirs, names in ((GrpoStage, trl.GRPOConfig, of_grpo), (RlooStage, trl.RLOOConfig, of_both)):
         for name in names:
             assert spec.model_fields[name].get_default() == theirs.__dataclass_fields__[name].default, name
@@ -146,7 +147,11 @@ def test_a_reward_that_nothing_can_give_is_refused(rewards: Any, at: str, says: 
         ("grpo", {"num_generations": 1}, "num_generations"),
         ("rloo", {"num_generations": 1}, "num_generations"),
         ("ppo", {"max_completion_length": 1024}, "max_completion_length"),
-        ("grpo", {"beta": 0.1, "kl_estimator": "k1"}, "kl_estimator"),
+        (
+            "grpo",
+            {"beta": 0.1, "kl_estimator": "k1", "use_bias_correction_kl": False},
+            "kl_estimator",
+        ),
         ("grpo", {"kl_target": 6.0}, "kl_target"),
         ("grpo", {"delta": 1.1}, "delta"),
         ("grpo", {"epsilon_high": 3.0, "delta": 3.5}, "delta"),
@@ -171,7 +176,9 @@ def test_settings_that_cannot_be_are_refused(kind: str, keys: dict[str, Any], re
         ("ppo", {"max_steps": 2, "warmup_steps": 8}),
         ("ppo", {"kl_target": 6.0, "kl_in": "loss", "kl_estimator": "k2"}),
         ("ppo", {"critic_warmup_steps": 4, "max_steps": 5}),
-        ("grpo", {"beta": 0.0, "kl_estimator": "k1"}),
+        ("grpo", {"beta": 0.1, "kl_estimator": "k1"}),
+        ("ppo", {"use_bias_correction_kl": False}),
+        ("grpo", {"beta": 0.0, "kl_estimator": "k1", "use_bias_correction_kl": False}),
         ("grpo", {"delta": 1.5}),
         ("grpo", {"num_generations": 4, "batch_size": 2, "steps_per_generation": 2}),
         ("rloo", {"importance_sampling_level": "token", "loss_type": "dr_grpo"}),
