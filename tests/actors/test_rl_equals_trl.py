@@ -292,9 +292,10 @@ CLIPS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"
 CURVES: dict[str, tuple[str, dict[str, Any], AdvantageSpec, PolicyLoss, float]] = {
     "grpo": (
         "GRPO",
-        {"loss_type": "grpo", "beta": 0.2, "scale_rewards": "group", "epsilon": 0.02, "temperature": 0.8},
+        {"loss_type": "grpo", "beta": 0.2, "scale_rewards": "group", "epsilon": 0.02, "temperature": 0.8,
+         "entropy_coef": 0.01},
         AdvantageSpec(kind="group", num_generations=GROUP),
-        PolicyLoss(loss_type="grpo", beta=0.2, epsilon=0.02, temperature=0.8),
+        PolicyLoss(loss_type="grpo", beta=0.2, epsilon=0.02, temperature=0.8, entropy_coef=0.01),
         0.0,
     ),
     "rloo": (
@@ -307,9 +308,9 @@ CURVES: dict[str, tuple[str, dict[str, Any], AdvantageSpec, PolicyLoss, float]] 
     "dapo, batch scale": (
         "GRPO",
         {"loss_type": "dapo", "scale_rewards": "batch", "epsilon": 0.01, "epsilon_high": 0.03,
-         "temperature": 1.0, "entropy_coef": 0.01},
+         "temperature": 1.0},
         AdvantageSpec(kind="group", num_generations=GROUP, scale_rewards="batch"),
-        PolicyLoss(loss_type="dapo", epsilon=0.01, epsilon_high=0.03, entropy_coef=0.01),
+        PolicyLoss(loss_type="dapo", epsilon=0.01, epsilon_high=0.03),
         0.0,
     ),
     "dr_grpo": (
