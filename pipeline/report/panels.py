@@ -81,11 +81,15 @@ PANELS = (
     Panel("Groups of equal rewards", ("frac_reward_zero_std",), "percent"),
     Panel("Cut-off responses", ("completions/clipped_ratio",), "percent"),
     Panel("Value loss", ("value_loss",)),
+    Panel("Returns and values", ("critic/returns/mean", "critic/values/mean"), names=("returns", "values")),
+    Panel("Clipped values", ("value_clip_ratio",), "percent"),
+    Panel("Loss of the critic", ("critic/loss",)),
     Panel("Variance explained by the critic", ("explained_variance",)),
     Panel("Log-probability of answers", ("logps/chosen", "logps/rejected")),
     Panel("Mean logits", ("logits/chosen", "logits/rejected")),
     Panel("KL of a response", ("objective/kl",)),
     Panel("KL coefficient", ("beta",)),
+    Panel("KL of the updates", ("approx_kl",)),
     Panel("Ratio of new to old policy", ("ratio/mean",)),
     Panel("Largest deviation of a ratio", ("ratio/max_deviation",)),
     Panel("Spread of advantages", ("advantages/std",)),
@@ -93,7 +97,12 @@ PANELS = (
         "Learning rate", ("learning_rate", "critic/learning_rate"), "scientific", names=("policy", "critic")
     ),
     Panel("Gradient norm", ("grad_norm", "critic/grad_norm"), names=("policy", "critic")),
-    Panel("Tokens per second", ("tokens_per_second",), "count"),
+    Panel(
+        "Tokens per second",
+        ("tokens_per_second", "critic/tokens_per_second"),
+        "count",
+        names=("policy", "critic"),
+    ),
     Panel(
         "Probes of a sync",
         ("sync/probe_p90", "sync/probe_max"),
@@ -108,10 +117,22 @@ PANELS = (
         names=("mean", "worst layer", "engine", "engine's worst"),
     ),
     Panel(
-        "Dead experts", ("moe/dead_experts", "moe/engine_dead_experts"), "count", names=("trainer", "engine")
+        "Expert imbalance of the critic",
+        ("critic/moe/maxvio", "critic/moe/maxvio_worst"),
+        names=("mean", "worst layer"),
+    ),
+    Panel(
+        "Dead experts",
+        ("moe/dead_experts", "moe/engine_dead_experts", "critic/moe/dead_experts"),
+        "count",
+        names=("trainer", "engine", "critic"),
     ),
     Panel("Expert load, engine against trainer", ("moe/engine_load_distance",)),
-    Panel("Routing entropy", ("moe/entropy", "moe/engine_entropy"), names=("trainer", "engine")),
+    Panel(
+        "Routing entropy",
+        ("moe/entropy", "moe/engine_entropy", "critic/moe/entropy"),
+        names=("trainer", "engine", "critic"),
+    ),
     Panel("Auxiliary loss", ("aux_loss",)),
 )
 
