@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from actors.algorithms.head_logprob import head_logps, head_statistics
 from actors.algorithms.logprob import LabelStatistics, label_logps, label_statistics
 from actors.models.attention import Gather, Sequences, no_mask, use_by_sequence
 from actors.packing import MicroBatch
@@ -29,7 +30,11 @@ class TokenScorer:
         self.model = model
         self.by_sequence = use_by_sequence(model)
         """Micro-batches may be laid flat."""
+        self.head = head
+        self.logits_are_heads = _logits_are_heads(model, head)
+        """The model does nothing to its head's outputs: they need not be made whole."""
         self._predictors: Tensor | None = None
+        self._states: Tensor | None = None
         head.register_forward_pre_hook(self._keep_predictors)
 
     def statistics(
@@ -37,13 +42,31 @@ class TokenScorer:
     ) -> LabelStatistics:
         """Log-probabilities (with gradient where enabled) and statistics of T counted labels."""
         labels = torch.from_numpy(micro.labels).to(self.model.device)
+        if self._by_blocks and not entropy_gradient:
+            return head_statistics(self._hidden(micro), self.head.weight, labels, temperature)
         return label_statistics(self._logits(micro), labels, temperature, entropy_gradient)
 
     def logps(self, micro: MicroBatch, temperature: float = 1.0) -> Tensor:
         """float32 (T,) log-probabilities, without gradient."""
         labels = torch.from_numpy(micro.labels).to(self.model.device)
         with torch.no_grad():
+            if self._by_blocks:
+                return head_logps(self._hidden(micro), self.head.weight, labels, temperature)
             return label_logps(self._logits(micro), labels, temperature)
+
+    @property
+    def _by_blocks(self) -> bool:
+        """A head that trains needs a gradient by its weights."""
+        return self.logits_are_heads and not self.head.weight.requires_grad
+
+    def _hidden(self, micro: MicroBatch) -> Tensor:
+        """(T, H): what the head reads at predicting positions; it is itself handed no rows."""
+        self._states = torch.empty(0)
+        try:
+            self._logits(micro)
+            return self._states
+        finally:
+            self._states = None
 
     def values(self, micro: MicroBatch, head: nn.Linear) -> Tensor:
         """float32 (T,): the head at the state before each counted token."""
@@ -83,7 +106,24 @@ class TokenScorer:
         if self._predictors is None:
             return None
         hidden = args[0].flatten(0, 1).index_select(0, self._predictors)
+        if self._states is not None:
+            self._states, hidden = hidden, hidden[:0]
         return (hidden[None], *args[1:])
+
+
+def _logits_are_heads(model: PreTrainedModel, head: nn.Module) -> bool:
+    """Whether the model hands out its head's product as it is: seen on one token."""
+    if type(head) is not nn.Linear or head.bias is not None:
+        return False
+    made: list[Any] = []
+    hook = head.register_forward_hook(lambda module, args, output: made.append(output))
+    try:
+        with torch.no_grad():
+            token = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
+            output = model(input_ids=token, use_cache=False)
+    finally:
+        hook.remove()
+    return len(made) == 1 and output.logits is made[0]
 
 
 def _attention(micro: MicroBatch, device: torch.device) -> dict[str, Any]:
