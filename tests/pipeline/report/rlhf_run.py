@@ -1,6 +1,6 @@
 """A made-up run of the whole graph (SFT -> reward model, DPO -> PPO): for the report's tests, and to look at.
 
-Every figure is invented. `python tests/pipeline/report/rlhf_run.py DIR` writes it and builds its report.
+Every figure is invented. `python -m tests.pipeline.report.rlhf_run DIR` writes it and builds its report.
 """
 
 from __future__ import annotations
