@@ -8,6 +8,10 @@ from pydantic import Field
 
 from actors.models.spec import Spec
 
+DEFAULT_POSITIONS = 4096
+"""Longest prompt and answer where nothing else is said: long-context models would want tens of GB of
+cache."""
+
 
 class EngineOptions(Spec):
     """What a run can say of its engines."""

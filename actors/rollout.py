@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actors.engine_spec import EngineSpec
+from actors.engine_spec import DEFAULT_POSITIONS, EngineSpec
 from actors.errors import RunFailure, UserError
 from actors.sampling import Generations, SamplingSpec, sample_seed
 
@@ -33,10 +33,6 @@ if TYPE_CHECKING:
     from actors.sync.updater import WeightUpdater
 
 __all__ = ["EngineSpec", "Generations", "RolloutEngine", "SamplingSpec", "sample_seed"]
-
-DEFAULT_POSITIONS = 4096
-"""Longest prompt and answer where nothing else is said: long-context models would want tens of GB of
-cache."""
 
 TOKENS_PER_STEP = 8192
 """Tokens that one engine step may prefill on the CPU."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic_core import PydanticCustomError
 
+from actors.engine_spec import DEFAULT_POSITIONS
 from actors.rewards import EXACT_MATCH, FUNCTION
 from pipeline.stages.spec import DpoStage, PpoStage, RewardStage, RlStage, StageSpec
 
@@ -294,6 +295,7 @@ def _online_problems(config: RunConfig) -> Iterator[Problem]:
         models = [other for other in names[:position] if isinstance(config.stages[other], RewardStage)]
         if isinstance(stage, RlStage):
             yield from _reward_source_problems(path, name, stage, models, config)
+            yield from _engine_room_problems(path, stage, config)
         if isinstance(stage, PpoStage):
             problem = _source_problem(stage.critic_init, name, models, names, config)
             if problem:
@@ -303,6 +305,18 @@ def _online_problems(config: RunConfig) -> Iterator[Problem]:
                 f"{path}.type",
                 f"{stage.type} needs LoRA: its roles are adapters on one base; set model.lora",
             )
+
+
+def _engine_room_problems(path: str, stage: RlStage, config: RunConfig) -> Iterator[Problem]:
+    asked = config.roles.rollout.engine.max_model_len
+    positions = DEFAULT_POSITIONS if asked is None else asked
+    longest = stage.max_completion_length + 1 if stage.max_length is None else stage.max_length
+    if longest > positions:
+        yield Problem(
+            f"{path}.max_length" if stage.max_length is not None else f"{path}.max_completion_length",
+            f"prompt and completion may take {longest} tokens, an engine holds {positions}; lower it, or "
+            f"set roles.rollout.engine.max_model_len to {longest}",
+        )
 
 
 def _reward_source_problems(

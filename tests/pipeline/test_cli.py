@@ -118,6 +118,22 @@ def test_validate_lists_model_data_and_directory_together(
     assert not (tmp_path / "runs").exists()
 
 
+def test_validate_says_what_a_sync_sends_and_which_reward_cannot_be_found(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "run.yaml", "--base", str(tiny_base), "--stages", "reward,ppo"]) == 0
+    assert main(["validate", "run.yaml", "stages.ppo.max_length=64"]) == 0
+    fine = capsys.readouterr().out
+    assert "ppo: a sync sends " in fine
+    assert "critic: on policy's processes" in fine
+    rewards = "stages.ppo.rewards=[reward, nowhere:f, ./nothing]"
+    assert main(["validate", "run.yaml", rewards]) == 2
+    text = capsys.readouterr().err
+    assert "- stages.ppo.rewards.1: 'nowhere:f' cannot be imported" in text
+    assert "- stages.ppo.rewards.2: nothing holds no reward model" in text
+
+
 def test_env_says_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env"]) == 0
     text = capsys.readouterr().out

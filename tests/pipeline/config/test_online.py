@@ -182,7 +182,7 @@ def test_settings_that_cannot_be_are_refused(kind: str, keys: dict[str, Any], re
         ("grpo", {"delta": 1.5}),
         ("grpo", {"num_generations": 4, "batch_size": 2, "steps_per_generation": 2}),
         ("rloo", {"importance_sampling_level": "token", "loss_type": "dr_grpo"}),
-        ("ppo", {"max_length": None, "max_completion_length": 4096}),
+        ("ppo", {"max_length": None, "max_completion_length": 4000}),
     ],
 )
 def test_settings_that_go_together_are_allowed(kind: str, keys: dict[str, Any]) -> None:
@@ -232,6 +232,18 @@ def test_an_engine_over_several_gpus_asks_for_as_many() -> None:
     spread = {"engine": {"tensor_parallel_size": 2}}
     assert set(problems_of(roles={"rollout": spread})) == {"roles.rollout.engine.tensor_parallel_size"}
     assert not problems_of(roles={"rollout": {**spread, "gpus": 2}})
+
+
+def test_what_a_sample_may_take_fits_into_an_engine() -> None:
+    short = {"rollout": {"engine": {"max_model_len": 512}}}
+    assert set(of("grpo", max_length=4097)) == {"max_length"}
+    assert of("grpo", max_length=4096) == {}
+    stages = {"grpo": {"data": "x", "rewards": "exact_match"}}
+    assert set(problems_of(stages, roles=short)) == {"stages.grpo.max_length"}
+    long = {"rollout": {"engine": {"max_model_len": 8192}}}
+    stages["grpo"] |= {"max_length": None, "max_completion_length": 8000}
+    assert not problems_of(stages, roles=long)
+    assert set(problems_of(stages)) == {"stages.grpo.max_completion_length"}
 
 
 def test_stages_of_adapters_need_lora() -> None:
