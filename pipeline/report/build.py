@@ -16,10 +16,11 @@ from pipeline.report.paired import paired_difference
 from pipeline.report.panels import charts, format_value
 from pipeline.report.plots import draw_chart, draw_router_load
 from pipeline.report.samples import Side, StepSamples, samples_by_step, side_by_side, stage_samples
+from pipeline.report.series import Series
 from pipeline.report.stage_graph import artifact_text, interval_text, is_share, score_text, stage_graph
 from pipeline.report.timeline import Waiting, chrome_trace, detail_window, online_window, waiting
 from pipeline.report.timeline_plot import draw_timeline
-from pipeline.report.view import EvalRow, RunView, Series, StageView, read_run
+from pipeline.report.view import EvalRow, RunView, StageView, read_run
 
 HERE = Path(__file__).parent
 

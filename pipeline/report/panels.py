@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from pipeline.report.view import Series
+from pipeline.report.series import Series
 
 Unit = Literal["number", "percent", "scientific", "count"]
 

@@ -21,7 +21,7 @@ from pipeline.report.figure import (
     save,
 )
 from pipeline.report.panels import HELD_OUT, Chart, Unit, format_value
-from pipeline.report.view import Series
+from pipeline.report.series import Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

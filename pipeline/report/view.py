@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from actors.errors import UserError
+from pipeline.report.series import Series, fair_share, to_series
 from pipeline.report.timeline import Call, last_execution, to_calls
 from pipeline.report.values import as_mapping, as_number, as_numbers, read_json, read_jsonl
 
@@ -31,18 +32,6 @@ PAIR_ACCURACY = "pair_accuracy"
 """Metric of reward models: the share of held-out pairs of which the chosen answer scores higher."""
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
-
-
-@dataclass
-class Series:
-    """One metric over a stage's steps: `steps` ascending, one finite value each."""
-
-    steps: list[int]
-    values: list[float]
-
-    @property
-    def constant(self) -> bool:
-        return len(set(self.values)) <= 1
 
 
 @dataclass
@@ -225,46 +214,6 @@ def _read_stage_files(directory: Path, stage: StageView, notes: list[str]) -> No
                 file for file in folder.rglob("*") if file.suffix in WEIGHT_SUFFIXES and file.is_file()
             ]
             stage.artifact_bytes = sum(file.stat().st_size for file in weights)
-
-
-def to_series(rows: list[dict[str, Any]]) -> dict[str, Series]:
-    """Metric rows to one series a metric. A step logged again after a resume counts once, as last seen."""
-    values: dict[str, dict[int, float]] = {}
-    for index, row in enumerate(rows):
-        step = as_number(row.get("step"))
-        at = index if step is None else int(step)
-        for key, value in row.items():
-            number = as_number(value)
-            if key != "step" and number is not None:
-                values.setdefault(key, {})[at] = number
-    return {
-        key: Series(steps=sorted(points), values=[points[step] for step in sorted(points)])
-        for key, points in values.items()
-    }
-
-
-def fair_share(load: Any) -> list[list[float]]:
-    """Expert loads as [layer][expert] multiples of the fair share; of [step][layer][expert] the last."""
-    while isinstance(load, list) and load and _depth(load) > 2:
-        load = load[-1]
-    if not isinstance(load, list) or _depth(load) != 2:
-        return []
-    shares = []
-    for row in load:
-        numbers = [as_number(value) or 0.0 for value in row]
-        total = sum(numbers)
-        shares.append([value * len(numbers) / total if total else 0.0 for value in numbers])
-    # Layers without experts (a dense first layer) are reported as empty rows.
-    shares = [row for row in shares if row]
-    return shares if len({len(row) for row in shares}) == 1 else []
-
-
-def _depth(value: Any) -> int:
-    depth = 0
-    while isinstance(value, list):
-        depth += 1
-        value = next((item for item in value if item != []), None)
-    return depth
 
 
 def _eval_rows(evals: dict[str, Any], notes: list[str]) -> list[EvalRow]:

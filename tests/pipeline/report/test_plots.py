@@ -7,7 +7,7 @@ import pytest
 from pipeline.report.figure import COLOURS, labels_width
 from pipeline.report.panels import charts
 from pipeline.report.plots import curve_colours, fitting, is_twin, moving_average, scientific
-from pipeline.report.view import Series
+from pipeline.report.series import Series
 
 
 def test_held_out_figures_of_one_of_several_metrics_share_its_colour() -> None:
