@@ -237,7 +237,8 @@ def joined(done: list[tuple[str, dict[str, float]]]) -> dict[str, float]:
             key = f"{prefix}{name}"
             values.setdefault(own.get(key, key), []).append(value)
     dropped = {"num_tokens", "critic/num_tokens", "step_seconds", "critic/step_seconds"}
-    return {name: sum(all_) / len(all_) for name, all_ in values.items() if name not in dropped}
+    means = {name: sum(all_) / len(all_) for name, all_ in values.items() if name not in dropped}
+    return means | {name: max(values[name]) for name in ("ratio/max_deviation",) if name in values}
 
 
 def lengths(samples: Generations) -> dict[str, float]:

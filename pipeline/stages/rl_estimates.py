@@ -9,6 +9,7 @@ import numpy as np
 
 from actors.algorithms.advantages import AdvantageSpec, Scored, advantages_of
 from actors.algorithms.kl import kl_values
+from actors.algorithms.value import explained_variance
 from actors.batch import Batch
 from actors.trajectories import sample_offsets, sample_sums
 
@@ -61,6 +62,8 @@ def estimate(spec: RlStage, batch: Batch, rewards: np.ndarray, scores: TokenScor
     per_step = np.full(batch.n_rows, mask.sum() / spec.steps_per_generation)
     batch = batch.with_token_columns(**columns).with_columns(tokens_per_step=per_step)
     metrics = {"advantages/std": float(found.advantages[mask].std()) if mask.any() else 0.0}
+    if scores.values is not None and found.returns is not None:
+        metrics["explained_variance"] = explained_variance(scores.values, found.returns, mask)
     if kl is None:
         return Estimates(batch, None, metrics)
     of_samples = float(sample_sums(batch, kl).mean())

@@ -35,6 +35,9 @@ def test_ppo_advantages_are_those_of_gae() -> None:
     assert found.batch.token_columns["advantages"] == pytest.approx([0.43675, 0.565, 0.7])
     assert found.batch.token_columns["returns"] == pytest.approx([0.93675, 0.965, 1.0])
     assert found.kl is None
+    residual = np.array([0.43675, 0.565, 0.7])
+    varied = np.array([0.93675, 0.965, 1.0])
+    assert found.metrics["explained_variance"] == pytest.approx(1 - residual.var() / varied.var())
 
 
 def test_divergence_in_the_reward_is_taken_off_token_by_token() -> None:
@@ -84,6 +87,8 @@ def test_updates_are_counted_over_short_last_steps_of_an_epoch() -> None:
 def test_metrics_of_updates_are_averaged_and_the_critics_kept_apart() -> None:
     done = [("", {"loss": 1.0}), ("critic/", {"loss": 5.0, "value_loss": 2.0}), ("", {"loss": 3.0})]
     assert joined(done) == {"loss": 2.0, "critic/loss": 5.0, "value_loss": 2.0}
+    worst = joined([("", {"ratio/max_deviation": 0.1}), ("", {"ratio/max_deviation": 0.3})])
+    assert worst == {"ratio/max_deviation": 0.3}
 
 
 def test_lengths_have_trls_names() -> None:
