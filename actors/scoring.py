@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from actors.algorithms.head_logprob import head_logps, head_statistics
+from actors.algorithms.head_logprob import HEAD_BLOCK_ELEMENTS, head_logps, head_statistics
 from actors.algorithms.logprob import LabelStatistics, label_logps, label_statistics
 from actors.models.attention import Gather, Sequences, no_mask, use_by_sequence
 from actors.packing import MicroBatch
@@ -42,7 +42,7 @@ class TokenScorer:
     ) -> LabelStatistics:
         """Log-probabilities (with gradient where enabled) and statistics of T counted labels."""
         labels = torch.from_numpy(micro.labels).to(self.model.device)
-        if self._by_blocks and not entropy_gradient:
+        if self._by_blocks(micro) and not entropy_gradient:
             return head_statistics(self._hidden(micro), self.head.weight, labels, temperature)
         return label_statistics(self._logits(micro), labels, temperature, entropy_gradient)
 
@@ -50,14 +50,18 @@ class TokenScorer:
         """float32 (T,) log-probabilities, without gradient."""
         labels = torch.from_numpy(micro.labels).to(self.model.device)
         with torch.no_grad():
-            if self._by_blocks:
+            if self._by_blocks(micro):
                 return head_logps(self._hidden(micro), self.head.weight, labels, temperature)
             return label_logps(self._logits(micro), labels, temperature)
 
-    @property
-    def _by_blocks(self) -> bool:
-        """A head that trains needs a gradient by its weights."""
-        return self.logits_are_heads and not self.head.weight.requires_grad
+    def _by_blocks(self, micro: MicroBatch) -> bool:
+        """Where whole logits are more than a block: below, blocks save no memory and take a little longer.
+
+        A head that trains needs a gradient by its weights.
+        """
+        if not self.logits_are_heads or self.head.weight.requires_grad:
+            return False
+        return len(micro.labels) * len(self.head.weight) > HEAD_BLOCK_ELEMENTS
 
     def _hidden(self, micro: MicroBatch) -> Tensor:
         """(T, H): what the head reads at predicting positions; it is itself handed no rows."""

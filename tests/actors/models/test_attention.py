@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from actors import scoring
+from actors.algorithms import head_logprob
 from actors.batch import Batch
 from actors.flat import lay_flat
 from actors.models.architectures import ARCHITECTURES
@@ -86,3 +88,16 @@ def test_picks_of_padding_add_nothing_to_the_gradient() -> None:
     picked(rows, gather).sum().backward()
     assert rows.grad is not None
     assert rows.grad.tolist() == [[1.0], [1.0]]
+
+
+@pytest.mark.parametrize("model_type", PACKABLE)
+def test_logits_by_blocks_equal_whole_ones(model_type, base_of, monkeypatch) -> None:
+    model = load_base(ModelSpec(base=str(base_of(model_type))))
+    model.get_output_embeddings().weight.requires_grad_(False)
+    scorer, whole = TokenScorer(model), partial(lay_flat, share_prompts=True)
+    wanted, wanted_gradient = logps_and_gradient(scorer, pairs(130), whole)
+    monkeypatch.setattr(scoring, "HEAD_BLOCK_ELEMENTS", 0)
+    monkeypatch.setattr(head_logprob, "HEAD_BLOCK_ELEMENTS", 3000)
+    found, gradient = logps_and_gradient(scorer, pairs(130), whole)
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert torch.allclose(gradient, wanted_gradient, atol=1e-4 * wanted_gradient.abs().max())
