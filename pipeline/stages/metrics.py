@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-LAST = ("learning_rate", "num_tokens", "epoch", "step")
+LAST = ("learning_rate", "num_tokens", "epoch", "step", "sync/version", "beta")
 """Metrics of which a logging window keeps the last value; of the others it keeps the mean."""
 
 

@@ -15,8 +15,9 @@ from pipeline.stages.rl import RlContext, RlLoop, StepResult
 from pipeline.stages.spec import PpoStage
 from pipeline.stages.train import Stopped, finish, sound_checkpoint
 
-SAMPLES_PER_STEP = 4
-"""Samples of each logged step that are kept for the report, of as many prompts."""
+KEPT_SAMPLES = 4
+"""Samples of each logged step that are kept for the report: of as many prompts, or, where prompts have
+several samples each, so many of two prompts."""
 
 
 def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
@@ -100,9 +101,11 @@ def save_checkpoint(loop: RlLoop, step: int) -> None:
 
 
 def keep_samples(log: MetricsLog, step: int, result: StepResult, n: int) -> None:
-    """A few samples of a step, the first of each prompt."""
+    """A few samples of a step; `n` is the number of samples of a prompt."""
     answers = result.prompts.columns.get("answer")
-    for i in range(0, min(len(result.texts), SAMPLES_PER_STEP * n), n):
+    prompts = KEPT_SAMPLES if n == 1 else 2
+    kept = [p * n + k for p in range(prompts) for k in range(min(n, KEPT_SAMPLES))]
+    for i in (i for i in kept if i < len(result.texts)):
         row = {"step": step, "prompt": result.prompts.texts[i], "completion": result.texts[i]}
         row["reward"] = float(result.rewards.values[i])
         log.write(row | ({"answer": answers[i]} if answers else {}))
