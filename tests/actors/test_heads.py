@@ -20,6 +20,7 @@ from actors.errors import InvariantViolation, UserError
 from actors.host import ModelHost
 from actors.models import adapters
 from actors.models.merge import merge_adapter
+from actors.models.spec import LoraSpec
 from actors.optim_spec import OptimSpec
 from tests.actors.host_cases import (
     host_spec,
@@ -234,6 +235,20 @@ def test_a_loss_of_scores_on_a_role_without_a_head_is_refused(tiny_base: Path) -
     host.prepare_training("policy", OPTIM, 4)
     with pytest.raises(KeyError, match="RewardLoss reads scores, and this role has no head"):
         host.update(pair_batch(PAIRS[:4]), RewardLoss(), 0)
+
+
+def test_a_router_that_trains_gets_its_auxiliary_loss_in_a_reward_model_too(tiny_base: Path) -> None:
+    lora = LoraSpec(r=4, targets=["attention", "experts", "router"])
+    first = {}
+    for aux in (0.0, 0.05):
+        host = ModelHost(host_spec(tiny_base, lora=lora, aux=aux))
+        host.add_adapter("reward")
+        host.add_head("reward", "normal")
+        host.prepare_training("reward", OPTIM, 4)
+        first[aux] = host.update(pair_batch(PAIRS[:4]), RewardLoss(), 0)
+    assert first[0.05]["aux_loss"] == pytest.approx(2.0, rel=0.2), "uniform routing gives top_k"
+    expected = first[0.0]["loss"] + 0.05 * first[0.05]["aux_loss"]
+    assert first[0.05]["loss"] == pytest.approx(expected, rel=1e-6)
 
 
 class Extremes(Loss):
