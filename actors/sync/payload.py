@@ -114,11 +114,19 @@ class Payload:
 
     def tensors(self) -> dict[tuple[str, str], torch.Tensor]:
         """(name, part) -> a view into the buffer."""
-        return {(entry.name, entry.part): _view(self.buffer, entry) for entry in self.manifest.entries}
+        return self._views
 
     def factors(self) -> dict[str, Factors]:
         """Adapted weight -> its A and B, of a payload `adapter`."""
-        tensors, manifest = self.tensors(), self.manifest
+        return self._factors
+
+    @cached_property
+    def _views(self) -> dict[tuple[str, str], torch.Tensor]:
+        return {(entry.name, entry.part): _view(self.buffer, entry) for entry in self.manifest.entries}
+
+    @cached_property
+    def _factors(self) -> dict[str, Factors]:
+        tensors, manifest = self._views, self.manifest
         return {
             name: Factors(tensors[name, "A"], tensors[name, "B"], scaling, name in manifest.transposed)
             for name, scaling in sorted(manifest.scalings.items())

@@ -33,7 +33,7 @@ class SyncReport:
             "sync/bytes": self.bytes,
             **{f"sync/{part}": seconds for part, seconds in self.seconds.items()},
             "sync/seconds": sum(self.seconds.values()),
-            "sync/probe_p90": self.probe.p90,
+            "sync/probe_p90": self.probe.relative_p90,
             "sync/probe_max": self.probe.max,
             "sync/unchanged_bf16": self.share_unchanged_bf16,
         }

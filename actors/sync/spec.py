@@ -22,5 +22,5 @@ class SyncSpec(Spec):
     probe_tokens: int = Field(default=32, ge=1)
     """Tokens of a probe that are compared."""
     tolerance: float | None = Field(default=None, gt=0)
-    """Largest |log-probability difference| that nine of ten probe tokens may show between engine and
-    trainer. Null: by dtype, 5e-4 in float32 and 0.15 in bfloat16."""
+    """Largest |difference| / max(1, |log-probability|) that nine of ten probe tokens may show between engine
+    and trainer (the median: a fifth of it). Null: by the engine's dtype, 1e-4 in float32, 0.6 in bfloat16."""

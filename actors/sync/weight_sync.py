@@ -86,8 +86,10 @@ class WeightSync:
         self._loading.result()
         for rank in self.engines:
             self._open_channel(rank)
-        # On all engines: their first pass over tokens is slow, and nobody waits for this one.
-        self._base = self.rollout.call("score_tokens", self._probes, self._starts, phase="sync")[0]
+        # An engine's first pass over tokens is slow; this one delays no step.
+        warming = self.rollout.submit("score_tokens", self._probes, self._starts, phase="sync")
+        self._base = self._trainer_logps(None)()
+        warming.result()
 
     def push(self, version: int) -> SyncReport:
         """Bring all engines to the policy's present weights, under a new version.
@@ -187,12 +189,17 @@ class WeightSync:
 
     def _ask_truth(self, offer: Offer) -> Callable[[], Truth]:
         """What the trainer says that this version is; computed while the engines load it."""
-        batch = _probe_batch(self._probes, self._starts)
         expected = self.policy.submit_rank(0, "weight_source.expected", self.role, self._dtype, phase="sync")
-        logps = self.policy.submit("token_logprobs", batch, self.role, phase="sync")
+        logps = self._trainer_logps(self.role)
         previous = None if self._truth is None else self._truth.logps
+        return lambda: Truth(offer, expected.result(), logps(), previous)
+
+    def _trainer_logps(self, role: str | None) -> Callable[[], list[np.ndarray]]:
+        """The trainer's log-probabilities of each probe's tokens; asked for at once."""
+        batch = _probe_batch(self._probes, self._starts)
+        logps = self.policy.submit("token_logprobs", batch, role, phase="sync")
         cuts = np.cumsum(batch.label_counts)[:-1]
-        return lambda: Truth(offer, expected.result(), np.split(logps.result()[0], cuts), previous)
+        return lambda: np.split(logps.result()[0], cuts)
 
     def _verify(self, ranks: list[int], truth: Truth) -> dict[int, ProbeReport]:
         """Hold engines against the truth; one that died over it is lost, and not in the answer.
@@ -222,9 +229,9 @@ class WeightSync:
         wrong = verify.objection_to_readback(truth.expected.digests, read, truth.offer.version)
         if wrong is not None:
             raise self._lose(rank, truth.offer.version, wrong, truth.offer)
-        floor = verify.noise_floor(self._dtype, self.spec.tolerance)
-        report = verify.compare_probes(scored, truth.logps, truth.previous, self._base, floor)
-        wrong = verify.objection_to_probes(report, self._dtype, self.spec.tolerance)
+        report = verify.compare_probes(scored, truth.logps, truth.previous, self._base)
+        unchanged = truth.expected.share_unchanged_bf16
+        wrong = verify.objection_to_probes(report, self._dtype, self.spec.tolerance, unchanged)
         if wrong is not None:
             raise self._lose(rank, truth.offer.version, wrong, truth.offer)
         return report

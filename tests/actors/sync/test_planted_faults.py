@@ -113,7 +113,7 @@ def test_experts_that_were_not_repacked_are_seen_by_the_probes(syncs: Syncs) -> 
     sync = syncs("adapter")
     sync.policy.call("nudge", sync.version)
     sync.rollout.call("plant", "repack left out")
-    assert "probes beyond 0.0005: probe" in caught(sync)
+    assert "probes beyond 0.0001 (relative: median" in caught(sync)
     sync.push(sync.version + 1)
 
 
