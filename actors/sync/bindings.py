@@ -80,7 +80,7 @@ def record_bindings(
             with contextlib.ExitStack() as recording:
                 for path, module in model.named_modules():
                     _record_loads(path, module, recorder, recording)
-                model.load_weights(iter(tensors.items()))
+                model.load_weights((n, t) for n, t in tensors.items() if _is_reloaded(n))
         finally:
             finalize_layerwise_reload(model, model_config)
     elements: dict[str, int] = dict.fromkeys(tensors, 0)
@@ -142,12 +142,28 @@ def _record_loads(path: str, module: nn.Module, recorder: _Recorder, until: cont
     for name, tensor in get_layer_tensors(module).items():
         if name not in SKIP_LOAD_TENSORS:
             until.callback(setattr, tensor, "weight_loader", tensor.weight_loader)
-            tensor.weight_loader = _recording(_get_original_loader(tensor), recorder, path, name)
+            tensor.weight_loader = _recording(tensor, _get_original_loader(tensor), recorder, path, name)
 
 
-def _recording(loader: Callable[..., Any], recorder: _Recorder, path: str, name: str) -> Callable[..., Any]:
+def _is_reloaded(name: str) -> bool:
+    """vLLM's reload leaves a few tensors (biases of routers) as they are."""
+    from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
+
+    return name.rpartition(".")[2] not in SKIP_LOAD_TENSORS
+
+
+def _recording(
+    tensor: torch.Tensor, loader: Callable[..., Any], recorder: _Recorder, path: str, name: str
+) -> Callable[..., Any]:
+    from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
+
+    # vLLM leaves biases where they are; nothing must be copied into those.
+    bare = tensor if tensor.is_meta else to_meta_tensor(tensor)
+
     @wraps(loader, assigned=("__doc__", "__annotations__"))
     def recording(*args: Any, **kwargs: Any) -> Any:
+        args = tuple(bare if value is tensor else value for value in args)
+        kwargs = {key: bare if value is tensor else value for key, value in kwargs.items()}
         with recorder.at(path, name):
             return loader(*args, **kwargs)
 

@@ -12,6 +12,7 @@ import torch
 
 from actors.errors import RunFailure
 from actors.group import ROLLOUT, ActorGroup, rollout_group
+from actors.models.architectures import ARCHITECTURES
 from actors.rollout import EngineSpec, SamplingSpec
 from actors.runtime import LimitsSpec, RoleSpec
 from actors.sync.payload import pack_adapter, pack_merged
@@ -20,8 +21,9 @@ from tests.actors.sync.vllm_cases import ADAPTER, LONG, MERGED, SEQUENCES, START
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 
-ARCHITECTURES = ["qwen3_moe", "mixtral", "qwen3"]
+PROVED = ["qwen3_moe", "mixtral", "qwen3"]
 """Experts that keep their names, experts that get others in a checkpoint, no experts."""
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES if name not in PROVED]
 SPEC = EngineSpec(max_num_seqs=16, max_model_len=512)
 FAULTY = "tests.actors.sync.vllm_cases"
 
@@ -36,13 +38,14 @@ def process(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.fixture(scope="module")
-def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
+def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    made: dict[tuple[str, torch.dtype], Path] = {}
 
-    def make(architecture: str) -> Path:
-        if architecture not in made:
-            made[architecture] = cases.write_base(tmp_path_factory.mktemp(architecture), architecture)
-        return made[architecture]
+    def make(architecture: str, dtype: torch.dtype = torch.float32) -> Path:
+        if (architecture, dtype) not in made:
+            path = tmp_path_factory.mktemp(architecture)
+            made[architecture, dtype] = cases.write_base(path, architecture, dtype)
+        return made[architecture, dtype]
 
     return make
 
@@ -54,9 +57,9 @@ def engine(process: ActorGroup, base: Path, spec: EngineSpec = SPEC, what: str =
     return process
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*PROVED, *OTHERS])
 def test_after_five_adapter_and_five_merged_syncs_the_engine_equals_transformers(
-    process: ActorGroup, base_of: Callable[[str], Path], architecture: str
+    process: ActorGroup, base_of: Callable[..., Path], architecture: str
 ) -> None:
     policy = Policy(base_of(architecture), architecture)
     rollout = engine(process, policy.base)
@@ -76,15 +79,16 @@ def test_after_five_adapter_and_five_merged_syncs_the_engine_equals_transformers
 
 
 @pytest.mark.parametrize("kind", [ADAPTER, MERGED])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*PROVED, *OTHERS])
 def test_in_bfloat16_an_updated_engine_is_exactly_a_fresh_one(
     process: ActorGroup,
-    base_of: Callable[[str], Path],
+    base_of: Callable[..., Path],
     tmp_path: Path,
     architecture: str,
     kind: str,
 ) -> None:
-    policy = Policy(base_of(architecture), architecture)
+    # Routers that vLLM keeps in float32 would be finer than a written checkpoint's in a float32 base.
+    policy = Policy(base_of(architecture, torch.bfloat16), architecture)
     rollout = engine(process, policy.base, SPEC.model_copy(update={"dtype": "bfloat16"}))
     for version in range(2):
         policy.change(seed=version)
@@ -104,7 +108,7 @@ def samples(rollout: ActorGroup, prompts: list[list[int]]) -> Any:
 
 
 def test_samples_name_their_version_and_use_no_keys_of_the_one_before(
-    process: ActorGroup, base_of: Callable[[str], Path]
+    process: ActorGroup, base_of: Callable[..., Path]
 ) -> None:
     policy = Policy(base_of("qwen3"), "qwen3")
     rollout = engine(process, policy.base)
@@ -119,7 +123,7 @@ def test_samples_name_their_version_and_use_no_keys_of_the_one_before(
 
 
 def test_the_engine_counts_tokens_per_expert_as_the_routers_of_transformers_choose(
-    process: ActorGroup, base_of: Callable[[str], Path]
+    process: ActorGroup, base_of: Callable[..., Path]
 ) -> None:
     policy = Policy(base_of("qwen3_moe"), "qwen3_moe")
     policy.change(seed=3)
@@ -133,7 +137,7 @@ def test_the_engine_counts_tokens_per_expert_as_the_routers_of_transformers_choo
 
 
 def test_every_tensor_of_a_base_is_bound_and_can_be_replaced(
-    process: ActorGroup, base_of: Callable[[str], Path]
+    process: ActorGroup, base_of: Callable[..., Path]
 ) -> None:
     policy = Policy(base_of("qwen3_moe"), "qwen3_moe")
     rollout = engine(process, policy.base)
@@ -153,7 +157,7 @@ def test_every_tensor_of_a_base_is_bound_and_can_be_replaced(
 
 
 @pytest.fixture(scope="module")
-def served(process: ActorGroup, base_of: Callable[[str], Path]) -> Callable[[], tuple[ActorGroup, Policy]]:
+def served(process: ActorGroup, base_of: Callable[..., Path]) -> Callable[[], tuple[ActorGroup, Policy]]:
     """An engine of the file's process that serves version 4 of a policy."""
 
     def make() -> tuple[ActorGroup, Policy]:
@@ -265,7 +269,7 @@ def test_the_readback_shows_a_base_that_was_sent_in_place_of_the_policy(
     [("BreakingEngine", "no space left on device"), ("DroppingEngine", "are not bound .*o_proj")],
 )
 def test_an_engine_that_fails_inside_a_commit_serves_nobody_until_it_is_loaded_again(
-    process: ActorGroup, base_of: Callable[[str], Path], fault: str, reason: str
+    process: ActorGroup, base_of: Callable[..., Path], fault: str, reason: str
 ) -> None:
     policy = Policy(base_of("qwen3_moe"), "qwen3_moe")
     policy.change(seed=1)
@@ -283,7 +287,7 @@ def test_an_engine_that_fails_inside_a_commit_serves_nobody_until_it_is_loaded_a
 
 
 def test_vllm_still_needs_experts_packed_after_a_reload(
-    process: ActorGroup, base_of: Callable[[str], Path]
+    process: ActorGroup, base_of: Callable[..., Path]
 ) -> None:
     policy = Policy(base_of("qwen3_moe"), "qwen3_moe")
     policy.change(seed=1)
@@ -297,7 +301,7 @@ def test_vllm_still_needs_experts_packed_after_a_reload(
 
 
 def test_an_engine_that_was_not_loaded_for_updates_says_so(
-    process: ActorGroup, base_of: Callable[[str], Path]
+    process: ActorGroup, base_of: Callable[..., Path]
 ) -> None:
     process.build(ROLLOUT, SPEC).result()
     process.call_rank(0, "load", str(base_of("qwen3")), phase="load")
