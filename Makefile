@@ -34,7 +34,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements/dev.txt
 install: $(VENV)/.installed ## Set up .venv with the locked CPU set and the project
 install-dev: $(VENV)/.installed-dev ## The same plus the tools that the tests need
 
-demo: install ## SFT -> DPO on the embedded model, with its table and report, in runs/demo
+demo: install ## SFT -> reward -> DPO -> PPO on the embedded model, with table and report, in runs/demo
 	$(BIN)/raylign run configs/demo.yaml
 
 base: install ## Train the embedded base anew from its recipe and put it into assets/
@@ -51,11 +51,11 @@ format: install-dev ## Put the code into the house's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-test: lint ## Lint, then every test but the slow ones
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+test: lint test-fast ## Lint, then every test but the slow ones
+	$(BIN)/python -m pytest -q -m "(ray or vllm) and not slow and not gpu"
 
-test-fast: install-dev ## The tests that start neither Ray nor vLLM
-	$(BIN)/python -m pytest -q -m "not slow and not gpu and not ray and not vllm"
+test-fast: install-dev ## The tests that start neither Ray nor vLLM, in two processes
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu and not ray and not vllm"
 
 test-slow: install-dev ## The longer checks
 	$(BIN)/python -m pytest -q -m "slow and not gpu" --timeout 1800
