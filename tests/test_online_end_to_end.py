@@ -34,8 +34,8 @@ def digits(completions, answer, **columns):
     share = [sum(x.isdigit() for x in text) / max(1, len(text)) for text in texts]
     return [s + (text.strip() == str(a)) for s, text, a in zip(share, texts, answer)]
 '''
-UNEQUAL = re.compile(r"^(time/|sync/|mismatch/|step_seconds|tokens_per_second|critic/tokens_per_second)")
-"""Metrics that a repeated run may have otherwise: times, and what engines say in the last bits."""
+UNEQUAL = re.compile(r"^(time/|sync/|mismatch/|moe/engine_|step_seconds|tokens_per_second|critic/tokens_per_second)")
+"""Metrics that a repeated run may have otherwise: times, and what engines say or count for themselves."""
 
 
 def config(output: Path, engines: int = 1) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def adapter_digest(run: Path) -> str:
 def calls(run: Path, who: str, method: str) -> int:
     """How many calls of a method a process has finished, by its trace; all its lives together."""
     path = run / "logs" / "trace" / f"{who}.jsonl"
-    return path.read_text().count(f'"{method}"') if path.is_file() else 0
+    return path.read_text().count(f'"method": "{method}"') if path.is_file() else 0
 
 
 def pid_of(run: Path, who: str) -> int:
