@@ -13,6 +13,11 @@ DEFAULT_POSITIONS = 4096
 cache."""
 
 
+def positions_of(asked: int | None, own: int | None) -> int:
+    """Positions that an engine holds: `max_model_len` as asked for, within the model's own limit."""
+    return min(own or DEFAULT_POSITIONS, asked or DEFAULT_POSITIONS)
+
+
 class EngineOptions(Spec):
     """What a run can say of its engines."""
 

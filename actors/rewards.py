@@ -17,7 +17,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -32,6 +32,8 @@ EXACT_MATCH = "exact_match"
 FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 
 RewardFunction = Callable[..., Any]
+ARGUMENTS = ("prompts", "completions", "completion_ids")
+"""What every reward function is given, beside the columns of the data."""
 SHOWN = 400
 """Characters of a prompt or completion in a message."""
 
@@ -102,7 +104,7 @@ def find_function(source: str) -> RewardFunction:
             "module:function with the module on the path, a reward stage, or a reward model's directory"
         ) from None
     if not callable(found):
-        raise UserError(f"rewards: {source!r} is a {type(found).__name__}, not a function")
+        raise UserError(f"rewards: {source!r} is not a function but of type {type(found).__name__}")
     return found
 
 
@@ -197,15 +199,31 @@ def _call(function: RewardFunction, samples: Samples) -> Any:
         "completions": samples.completions,
         "completion_ids": samples.completion_ids,
     }
-    parameters = inspect.signature(function).parameters
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        given = {name: value for name, value in given.items() if name in parameters}
-    values = function(**given)
+    values = function(**named_by(function, given))
     if inspect.isawaitable(values):
         import asyncio
 
         values = asyncio.run(_awaited(values))
     return values
+
+
+def named_by(function: RewardFunction, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the arguments that there are, those that a function takes: all with **kwargs, else what it names."""
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return dict(given)
+    return {name: value for name, value in given.items() if name in parameters}
+
+
+def missing_arguments(function: RewardFunction, given: Iterable[str]) -> list[str]:
+    """Arguments without a default that a function asks for and that are not among those given."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    there = set(given)
+    return [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind in named and parameter.default is parameter.empty and name not in there
+    ]
 
 
 async def _awaited(values: Any) -> Any:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actors.engine_spec import DEFAULT_POSITIONS, EngineSpec
+from actors.engine_spec import EngineSpec, positions_of
 from actors.errors import RunFailure, UserError
 from actors.sampling import Generations, SamplingSpec, sample_seed
 
@@ -236,8 +236,8 @@ class RolloutEngine:
         except (OSError, ValueError) as error:
             reason = "no such directory" if _is_missing_path(model) else str(error).splitlines()[0]
             raise UserError(f"{model}: the rollout engine can't read this model: {reason}") from None
-        own = getattr(config.get_text_config(), "max_position_embeddings", None) or DEFAULT_POSITIONS
-        length = min(own, spec.max_model_len or DEFAULT_POSITIONS)
+        own = getattr(config.get_text_config(), "max_position_embeddings", None)
+        length = positions_of(spec.max_model_len, own)
         settings: dict[str, Any] = {
             "dtype": spec.dtype,
             "max_model_len": length,

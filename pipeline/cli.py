@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="raylign",
-    help="Preference tuning of mixture-of-experts models with LoRA on Ray.",
+    help="SFT, reward models, DPO and online RL of mixture-of-experts models, with LoRA, in Ray actors.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -12,10 +12,23 @@ from pipeline.artifacts import model_fingerprint
 from pipeline.data.records import Records, load_records
 from pipeline.graph import Decision, Identity, decide, identity_config
 from pipeline.rundir import RunDirectory
-from pipeline.stages.evaluate import EvalSet, Weights, eval_key, find_scorer, finished, read_eval_set
+from pipeline.stages.evaluate import (
+    EvalSet,
+    Weights,
+    check_columns,
+    eval_key,
+    find_scorer,
+    finished,
+    read_eval_set,
+)
 from pipeline.stages.pairs import pair_key
 from pipeline.stages.prepared import Prepared, StageRecords, prepare, read_records
-from pipeline.stages.reward_sources import reward_source_problems
+from pipeline.stages.reward_sources import (
+    reward_base_problems,
+    reward_column_problems,
+    reward_source_problems,
+)
+from pipeline.stages.room import engine_positions, held_out_problems, sample_problems
 from pipeline.stages.spec import DpoStage, PpoStage, RewardStage, RlStage, StageSpec
 from pipeline.trackers import tracker_problems
 
@@ -134,6 +147,8 @@ def read_rows(config: RunConfig, until: str | None = None) -> RunRecords:
     for name in up_to(config, until):
         try:
             stages[name] = read_records(config, name)
+            train = stages[name].train
+            problems += reward_column_problems(name, config.stages[name], train.columns, len(train))
         except UserError as error:
             problems += [f"stages.{name}: {problem}" for problem in error.problems]
     if config.eval is not None:
@@ -142,6 +157,7 @@ def read_rows(config: RunConfig, until: str | None = None) -> RunRecords:
             held_out = load_records(
                 config.eval.data, "prompt", seed=config.seed, max_rows=config.eval.max_rows
             )
+            check_columns(config.eval, held_out)
         except UserError as error:
             problems += [p if p.startswith("eval") else f"eval.data: {p}" for p in error.problems]
     if problems:
@@ -169,22 +185,30 @@ def read_graph(
     base = resolve_base(config.model).checked()
     local = str(local_base_dir(base.base_path))
     adapter = base.adapter_path
+    assert base.config is not None
     targets = check_lora(config, base, local)
+    if problems := reward_base_problems(config, records.stages, base):
+        raise UserError(problems)
     prints = [model_fingerprint(local)] + ([model_fingerprint(adapter)] if adapter else [])
     weights = {"base": Weights(local, adapter, "-".join(prints))}
     tokenizer = load_tokenizer(config.model)
     startup["tokenizer and imports"] = round(time.monotonic() - began, 2)
     began = time.monotonic()
     nodes = read_nodes(config, directory, weights, tokenizer, records)
+    positions = engine_positions(config, base.config)
+    problems = [problem for node in nodes for problem in sample_problems(node.prepared, positions)]
     graph = Graph(nodes, weights, tokenizer, targets)
     graph.pair_evaluations = pair_evaluations(graph, directory.path / "eval")
     if config.eval is not None:
         graph.held_out = read_eval_set(config.eval, tokenizer, config.seed, records.held_out)
+        problems += held_out_problems(graph.held_out, positions)
         for name in config.eval_models():
             if name in weights:
                 key = eval_key(weights[name], graph.held_out, config.eval, config.seed)
                 graph.evaluations[name] = key
                 graph.evaluations_pending |= finished(directory.path / "eval", name, key) is None
+    if problems:
+        raise UserError(problems)
     startup["tokens"] = round(time.monotonic() - began, 2)
     return graph
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.errors import UserError
@@ -39,6 +38,14 @@ class Findings:
             self.problems += [p if not where or where in p else f"{where}: {p}" for p in error.problems]
             return None
 
+    def positions(self, config: RunConfig) -> int:
+        """Tokens of prompt and completion that an engine holds; the base has been read."""
+        from pipeline.stages.room import engine_positions
+
+        assert self.base is not None
+        assert self.base.config is not None
+        return engine_positions(config, self.base.config)
+
 
 def find(config: RunConfig) -> Findings:
     """Look at run directory, trackers, base, LoRA targets, and every stage's data."""
@@ -64,6 +71,7 @@ def _look_at_model(config: RunConfig, findings: Findings) -> Any:
     """Base and targets into the findings; the tokenizer, or None."""
     from actors.models.loading import load_tokenizer, resolve_base
     from actors.models.targets import resolve_targets
+    from pipeline.stages.reward_sources import reward_base_problems
 
     findings.base = base = resolve_base(config.model)
     findings.problems += base.problems
@@ -72,22 +80,28 @@ def _look_at_model(config: RunConfig, findings: Findings) -> Any:
         findings.targets = findings.attempt(
             lambda: resolve_targets(base.config, lora.targets, lora), "model.lora.targets"
         )
+    if base.config is not None and not base.problems:
+        findings.problems += reward_base_problems(config, config.stages, base)
     return None if base.problems else findings.attempt(lambda: load_tokenizer(config.model))
 
 
 def _look_at_stage(config: RunConfig, name: str, tokenizer: Any, findings: Findings) -> None:
-    from pipeline.data.records import load_records
-    from pipeline.stages.prepared import KINDS, prepare
+    from pipeline.stages.prepared import prepare, read_records
+    from pipeline.stages.reward_sources import reward_column_problems
+    from pipeline.stages.room import sample_problems
     from pipeline.stages.spec import DpoStage, RlStage
 
     spec, where = config.stages[name], f"stages.{name}"
-    if tokenizer is None:
-        for sources in filter(None, (spec.data, spec.eval_data)):
-            findings.attempt(partial(load_records, sources, KINDS[type(spec)], seed=config.seed), where)
+    records = findings.attempt(lambda: read_records(config, name), where)
+    if records is None:
         return
-    prepared = findings.attempt(lambda: prepare(config, name, tokenizer), where)
+    findings.problems += reward_column_problems(name, spec, records.train.columns, len(records.train))
+    if tokenizer is None:
+        return
+    prepared = findings.attempt(lambda: prepare(config, name, tokenizer, records), where)
     if prepared is None:
         return
+    findings.problems += sample_problems(prepared, findings.positions(config))
     stats = prepared.data.stats
     rows = spec.samples_per_step if isinstance(spec, RlStage) else spec.batch_size
     findings.stages.append(
@@ -105,14 +119,16 @@ def _look_at_stage(config: RunConfig, name: str, tokenizer: Any, findings: Findi
 def _look_at_eval(config: RunConfig, tokenizer: Any, findings: Findings) -> None:
     from pipeline.data.records import load_records
     from pipeline.stages.evaluate import find_scorer, read_eval_set
+    from pipeline.stages.room import held_out_problems
 
     spec = config.eval
     if spec is None:
         return
-    findings.attempt(lambda: find_scorer(spec.metric), "eval.metric")
-    if tokenizer is None:
+    scorer = findings.attempt(lambda: find_scorer(spec.metric), "eval.metric")
+    if scorer is None or tokenizer is None:
         findings.attempt(lambda: load_records(spec.data, "prompt", seed=config.seed), "eval.data")
         return
     held_out = findings.attempt(lambda: read_eval_set(spec, tokenizer, config.seed), "eval.data")
     if held_out is not None:
+        findings.problems += held_out_problems(held_out, findings.positions(config))
         findings.prompts = len(held_out.prompts)

@@ -34,7 +34,9 @@ def digits(completions, answer, **columns):
     share = [sum(x.isdigit() for x in text) / max(1, len(text)) for text in texts]
     return [s + (text.strip() == str(a)) for s, text, a in zip(share, texts, answer)]
 '''
-UNEQUAL = re.compile(r"^(time/|sync/|mismatch/|moe/engine_|step_seconds|tokens_per_second|critic/tokens_per_second)")
+UNEQUAL = re.compile(
+    r"^(time/|sync/|mismatch/|moe/engine_|step_seconds|tokens_per_second|critic/tokens_per_second)"
+)
 """Metrics that a repeated run may have otherwise: times, and what engines say or count for themselves."""
 
 

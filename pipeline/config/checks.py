@@ -329,9 +329,11 @@ def _reward_source_problems(
             yield Problem(at, f"'{source}' is given twice; add up the weights")
         elif reward.kind == "model" and "/" not in source and source not in models:
             problem = _source_problem(source, name, models, list(config.stages), config)
+            colon = ":".join(source.rsplit(".", 1))
+            near = f"; did you mean `{colon}`?" if FUNCTION.match(colon) else ""
             yield Problem(
                 at,
-                f"{problem}; otherwise `exact_match`, `module:function`, or a reward model's directory "
+                f"{problem}{near}; otherwise `exact_match`, `module:function`, or a reward model's directory "
                 "(written with a slash)",
             )
     if all(reward.weight == 0 for reward in stage.rewards):

@@ -44,7 +44,7 @@ INSTEAD: dict[str, str] = {
     "optimizer": "write `optim`",
     "max_seq_length": _LENGTH,
     "max_prompt_length": _LENGTH,
-    "max_completion_length": _LENGTH,
+    "max_completion_length": f"{_LENGTH}; online stages have it as well",
     "padding_free": "write `packing: auto`",
     "save_strategy": "write `save_steps`",
     "eval_strategy": "write `eval_steps`",

@@ -67,7 +67,7 @@ class EvalSpec(Spec):
     data: DataSources
     """Held-out prompts with their answers."""
     models: list[str] | None = Field(default=None, min_length=1)
-    """`base` and names of stages; null: base and every stage."""
+    """`base` and names of stages; null: base and every stage but reward models."""
     max_rows: int = Field(default=500, ge=1)
     """Prompts per model."""
     sampling: EvalSamplingSpec = Field(default_factory=EvalSamplingSpec)
@@ -80,7 +80,7 @@ class LoggingSpec(Spec):
     """What is recorded while a stage trains."""
 
     logging_steps: int = Field(default=1, ge=1)
-    """A line of metrics every so many optimizer steps."""
+    """A line of metrics every so many steps, as `max_steps` counts them."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
     """Trackers that get the same metrics; each needs its own package."""
 

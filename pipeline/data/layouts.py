@@ -155,11 +155,11 @@ def _as_json(value: Any) -> Any:
 
 def _no_layout(spec: DataSpec, kind: Kind, found: list[str], rows: Sequence[dict[str, Any]]) -> str:
     start = f"data source {spec.source!r}: the columns {', '.join(found)} are no layout for "
-    start += {"sft": "an sft stage", "preference": "a preference (dpo) stage", "prompt": "prompts"}[kind]
+    start += {"sft": "an sft stage", "preference": "a dpo or reward stage", "prompt": "prompts"}[kind]
     if kind == "sft" and _fits("preference", spec, found, rows):
         return (
-            f"{start}: they are preferences, which a dpo stage takes. To train on the chosen answers, "
-            "write `columns: {completion: chosen}`"
+            f"{start}: they are preferences, which a dpo or reward stage takes. To train on the chosen "
+            "answers, write `columns: {completion: chosen}`"
         )
     if kind == "preference" and _fits("sft", spec, found, rows):
         return (

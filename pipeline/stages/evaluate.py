@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.errors import RunFailure, UserError
+from actors.rewards import missing_arguments, named_by
 from actors.sampling import sample_seed
 from pipeline.artifacts import fingerprint, write_json
 from pipeline.data.records import Records, load_records
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 Scorer = Callable[..., Sequence[float | None]]
 """TRL's signature of a reward function: prompts, completions, columns -> a score (or None) each."""
+GIVEN = ("prompts", "completions")
+"""What a scorer is given beside the columns. No `completion_ids`: completions are scored as text."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,10 @@ def find_scorer(metric: str) -> Scorer:
         sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # a user's module can fail in any way while it is imported
         raise UserError(
-            f"eval.metric: {metric!r} cannot be imported ({error}); write exact_match, or "
-            "module:function with the module on the path"
+            f"eval.metric: {metric!r} cannot be imported ({type(error).__name__}: {error}); write "
+            "exact_match, or module:function with the module on the path"
         ) from None
     if not callable(found):
         raise UserError(f"eval.metric: {metric!r} is not a function")
@@ -87,16 +90,26 @@ def find_scorer(metric: str) -> Scorer:
 def read_eval_set(spec: EvalSpec, tokenizer: Any, seed: int, records: Records | None = None) -> EvalSet:
     """Tokenise the held-out prompts (read here unless given)."""
     records = records or load_records(spec.data, "prompt", seed=seed, max_rows=spec.max_rows)
-    names = dict.fromkeys(name for record in records.rows for name in record.columns)
-    columns = {name: [record.columns.get(name) for record in records.rows] for name in names}
+    check_columns(spec, records)
+    texts, token_ids = prompt_tokens(records, tokenizer)
+    return EvalSet(texts, token_ids, records.columns, records.fingerprint)
+
+
+def check_columns(spec: EvalSpec, records: Records) -> None:
+    """Refuse held-out rows without a column that the scorer asks for."""
+    columns = records.columns
     if spec.metric == "exact_match" and None in columns.get("answer", [None]):
         raise UserError(
             "eval.data: exact_match compares with a column `answer`, which some rows lack "
-            f"(columns: {', '.join(names) or 'none'}); name it under `columns:`, or set eval.metric to "
+            f"(columns: {', '.join(columns) or 'none'}); name it under `columns:`, or set eval.metric to "
             "module:function"
         )
-    texts, token_ids = prompt_tokens(records, tokenizer)
-    return EvalSet(texts, token_ids, columns, records.fingerprint)
+    missing = missing_arguments(find_scorer(spec.metric), [*GIVEN, *columns])
+    if missing:
+        raise UserError(
+            f"eval.data: {spec.metric} asks for {', '.join(missing)}, which an evaluation does not have "
+            f"(it has {', '.join([*GIVEN, *columns])}); add such a column, or give the argument a default"
+        )
 
 
 def evaluate(
@@ -184,7 +197,8 @@ def score(scorer: Scorer, name: str, held_out: EvalSet, completions: list[str]) 
         RunFailure: it raised, or returned the wrong number of scores or something that is no number.
     """
     try:
-        scores = list(scorer(prompts=held_out.prompts, completions=completions, **held_out.columns))
+        given = dict(zip(GIVEN, (held_out.prompts, completions))) | held_out.columns
+        scores = list(scorer(**named_by(scorer, given)))
     except Exception as error:
         raise RunFailure("driver", "score", f"{name} raised {type(error).__name__}: {error}") from error
     if len(scores) != len(completions):

@@ -1,16 +1,17 @@
-"""Sources of reward as the configuration names them, looked up before anything is started."""
+"""Sources of reward as the configuration names them, looked up before anything is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from actors.errors import UserError
-from actors.rewards import RewardSpec, find_function
-from pipeline.stages.spec import RlStage
+from actors.rewards import ARGUMENTS, RewardSpec, find_function, missing_arguments
+from pipeline.stages.spec import RlStage, StageSpec
 
 if TYPE_CHECKING:
+    from actors.models.loading import ResolvedBase
     from pipeline.config.schema import RunConfig
 
 
@@ -22,6 +23,62 @@ def reward_source_problems(config: RunConfig, names: Iterable[str]) -> list[str]
         if isinstance(stage, RlStage):
             for position, reward in enumerate(stage.rewards):
                 found = _problems(reward, config)
+                problems += [f"stages.{name}.rewards.{position}: {problem}" for problem in found]
+    return problems
+
+
+def reward_column_problems(
+    name: str, stage: StageSpec, columns: Mapping[str, Sequence[Any]], rows: int
+) -> list[str]:
+    """What the rewards of a stage ask of its data and do not find there.
+
+    Args:
+        columns: of the data, beside the prompt; one value a row, None where a row lacks it.
+    """
+    if not isinstance(stage, RlStage):
+        return []
+    problems = []
+    for position, reward in enumerate(stage.rewards):
+        problem = _column_problem(reward, columns, rows)
+        problems += [f"stages.{name}.rewards.{position}: {problem}"] if problem else []
+    return problems
+
+
+def _column_problem(reward: RewardSpec, columns: Mapping[str, Sequence[Any]], rows: int) -> str:
+    there = f"columns beside the prompt: {', '.join(columns) or 'none'}"
+    if reward.kind == "exact_match":
+        lack = rows - sum(value is not None for value in columns.get("answer", []))
+        which = "the rows" if lack == rows else f"{lack} of {rows} rows"
+        instead = "name it under `columns:` of the data, or reward by a function or a model"
+        return f"exact_match compares with `answer`, which {which} lack ({there}); {instead}" if lack else ""
+    if reward.kind == "model":
+        return ""
+    try:
+        missing = missing_arguments(find_function(reward.source), [*ARGUMENTS, *columns])
+    except UserError:  # `reward_source_problems` tells of it.
+        return ""
+    if not missing:
+        return ""
+    named = ", `columns: {answer: ...}` names one" if "answer" in missing else ""
+    return (
+        f"{reward.source} asks for {', '.join(missing)}, which the data do not have ({there}); add such a "
+        f"column{named}, or give the argument a default"
+    )
+
+
+def reward_base_problems(config: RunConfig, names: Iterable[str], base: ResolvedBase) -> list[str]:
+    """What keeps the named stages' directories of reward models from running on the run's base."""
+    from actors.models.adapters import check_adapter_matches_base
+
+    assert base.config is not None
+    local = base.base_path if Path(base.base_path).is_dir() else None
+    problems = []
+    for name in names:
+        stage = config.stages[name]
+        for position, reward in enumerate(stage.rewards if isinstance(stage, RlStage) else []):
+            directory = reward.kind == "model" and reward.source not in config.stages
+            if directory and not _problems(reward, config):
+                found = check_adapter_matches_base(reward.source, base.config, local)
                 problems += [f"stages.{name}.rewards.{position}: {problem}" for problem in found]
     return problems
 

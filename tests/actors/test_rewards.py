@@ -180,7 +180,7 @@ def test_functions_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert find_function("my_rewards_here:one")() == [1.0]
     for wrong, reason in (
         ("my_rewards_here:three", "AttributeError"),
-        ("my_rewards_here:TWO", "int, not a function"),
+        ("my_rewards_here:TWO", "not a function but of type int"),
         ("no_such_module_here:f", "ModuleNotFoundError"),
         ("broken_rewards_here:f", "ZeroDivisionError"),
     ):

@@ -146,7 +146,7 @@ def test_tools_as_json_reach_the_template(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "row", "said"),
     [
-        ("sft", PREFERENCES["preference"], "preferences, which a dpo stage takes"),
+        ("sft", PREFERENCES["preference"], "preferences, which a dpo or reward stage takes"),
         ("preference", SFT["prompt_completion"], "one answer each, which an sft stage takes"),
         ("sft", {"promt": "2+2?", "completio": "4"}, "columns: {prompt: promt, completion: completio}"),
         ("prompt", {"text": "once upon a time"}, "are no layout for prompts"),
