@@ -173,6 +173,64 @@ def test_a_corrupt_manifest_is_named(config, tmp_path, capfd) -> None:
     assert "--fresh" in said
 
 
+@pytest.fixture
+def online(config: dict[str, Any]) -> dict[str, Any]:
+    """The same with a small online stage."""
+    data = {"source": "builtin:arithmetic", "split": "prompts", "max_rows": 16}
+    config["stages"]["grpo"] = {"data": data, "rewards": ["exact_match"], "max_steps": 2, "batch_size": 8}
+    return config
+
+
+def test_a_reward_without_the_column_that_it_compares_with(online, tmp_path, capfd) -> None:
+    online["stages"]["grpo"]["data"] = jsonl(tmp_path / "prompts.jsonl", [{"prompt": "1+1?"}])
+    said = refused(online, tmp_path, capfd)
+    assert "stages.grpo.rewards.0: exact_match compares with `answer`, which the rows lack" in said
+    assert "stages.grpo.rewards.0: exact_match compares" in refused(online, tmp_path, capfd, "validate")
+
+
+def test_rewards_that_cannot_be_imported_or_are_no_reward_models(online, tmp_path, capfd) -> None:
+    online["stages"]["grpo"]["rewards"] = ["nowhere:f", f"{tmp_path}/nothing"]
+    said = refused(online, tmp_path, capfd)
+    assert "stages.grpo.rewards.0: 'nowhere:f' cannot be imported" in said
+    assert "stages.grpo.rewards.1: " in said
+    assert "holds no reward model" in said
+
+
+def test_what_the_configuration_of_an_online_stage_refuses(online, tmp_path, capfd) -> None:
+    online["stages"]["grpo"] |= {"top_p": 0.9, "critic_init": "sft"}
+    online["roles"] = {"critic": {"share": "nobody"}}
+    said = refused(online, tmp_path, capfd)
+    for at in ("stages.grpo.top_p", "stages.grpo.critic_init", "roles.critic.share"):
+        assert at in said
+
+
+def test_prompts_that_leave_no_room_for_a_completion(online, tmp_path, capfd) -> None:
+    online["stages"]["grpo"] |= {"max_length": 20, "max_completion_length": 16}
+    said = refused(online, tmp_path, capfd)
+    assert "max_length - max_completion_length leaves 4" in said
+
+
+def test_samples_that_an_engine_does_not_hold(online, tmp_path, capfd) -> None:
+    online["stages"]["grpo"] |= {"max_length": None, "max_completion_length": 16}
+    online["roles"] = {"rollout": {"engine": {"max_model_len": 24}}}
+    assert "an engine holds 24" in refused(online, tmp_path, capfd)
+
+
+def test_prompts_given_to_a_reward_model(online, tmp_path, capfd) -> None:
+    online["stages"] = {"reward": {"data": online["stages"]["grpo"]["data"]}}
+    assert "no layout for a dpo or reward stage" in refused(online, tmp_path, capfd)
+
+
+def test_a_metric_that_asks_for_what_an_evaluation_does_not_have(
+    config, tmp_path, capfd, monkeypatch
+) -> None:
+    (tmp_path / "asking_metric.py").write_text("def f(completions, completion_ids, **rest):\n    return []\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    data = {"source": "builtin:arithmetic", "split": "test"}
+    config["eval"] = {"data": data, "metric": "asking_metric:f"}
+    assert "asks for completion_ids, which an evaluation does not have" in refused(config, tmp_path, capfd)
+
+
 def test_a_metric_that_cannot_be_imported(config, tmp_path, capfd) -> None:
     config["eval"] = {"data": {"source": "builtin:arithmetic", "split": "test"}, "metric": "nowhere:score"}
     assert "nowhere:score" in refused(config, tmp_path, capfd)
