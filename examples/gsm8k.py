@@ -1,4 +1,4 @@
-"""A score function for GSM8K, as an example of `eval.metric: module:function`."""
+"""Functions for GSM8K, as examples of `eval.metric: module:function` and of an online stage's `rewards`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,16 @@ def final_answer(
     return [
         float(_number(completion) is not None and _number(completion) == _number(right))
         for completion, right in zip(completions, answer, strict=True)
+    ]
+
+
+def marked(completions: Sequence[str], **columns: Any) -> list[float]:
+    """1.0 where a completion ends in one line `#### NUMBER`, as GSM8K's own solutions do, else 0.0."""
+    return [
+        float(
+            len(_MARKED.findall(text)) == 1 and _MARKED.match(text.rstrip().rsplit("\n", 1)[-1]) is not None
+        )
+        for text in completions
     ]
 
 
