@@ -68,7 +68,9 @@ def read_checkpoint(
     changed = [key for key in settings if state.get(key) != settings[key]]
     if changed:
         raise UserError(_unusable(directory, f"was made with other settings: {', '.join(changed)}"))
-    if sorted(moments) != sorted(_expected_moments(flat, optimizer)):
+    # Before its first step (a critic that learns alone at the start) an optimizer has no state yet.
+    expected = _expected_moments(flat, optimizer) if state.get("step") else []
+    if sorted(moments) != sorted(expected):
         raise UserError(_unusable(directory, f"{OPTIMIZER} lacks optimizer state"))
     with torch.no_grad():
         for name, parameter in flat.parameters.items():

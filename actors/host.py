@@ -88,7 +88,8 @@ class ModelHost:
         """Scalar heads by role."""
         self._trainings: dict[str | None, Training] = {}
         """By role; the last prepared one is last."""
-        self._load: np.ndarray | None = None
+        self._loads: dict[str | None, np.ndarray] = {}
+        """Tokens per expert by role; of the last one that was updated last."""
         self.weight_source = WeightSource(self)
         self.base.eval()
         if resolved.adapter_path is not None:
@@ -265,7 +266,8 @@ class ModelHost:
         metrics.update(training.step(step, metrics["loss"], batch.n_tokens, loss.gradient_may_vanish))
         if sums.router_load is not None:
             metrics.update(sums.router_load.metrics())
-            self._load = sums.router_load.load
+            self._loads.pop(training.role, None)
+            self._loads[training.role] = sums.router_load.load
         metrics["step_seconds"] = time.perf_counter() - begun
         metrics["tokens_per_second"] = batch.n_tokens / metrics["step_seconds"]
         return metrics
@@ -383,9 +385,14 @@ class ModelHost:
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
 
-    def router_load(self) -> np.ndarray | None:
-        """int64 (layers, experts): tokens per expert in the last update, over all ranks; None if dense."""
-        return self._load
+    def router_load(self, role: str | None = None) -> np.ndarray | None:
+        """int64 (layers, experts): tokens per expert in a role's last update, over all ranks.
+
+        `role` None: the one that was updated last. None for a dense model, and before the first update.
+        """
+        if role is not None:
+            return self._loads.get(role)
+        return next(reversed(self._loads.values()), None)
 
     def frozen_digest(self) -> str:
         """Digest of everything that training must not change, other roles' heads included."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.hosts import Host, adapter_name
+from pipeline.hosts import Host, adapter_name, critic_name
 from pipeline.stage_card import write_stage_card
 from pipeline.stages.evaluate import Weights
 from pipeline.stages.pairs import Scorer
@@ -97,7 +97,7 @@ class Contexts:
         """An adapter of its own with a value head, from the weights that `critic_init` names."""
         assert node.critic is not None
         source = self._view("critic", node, node.critic, self.config.critic_init_of(node.name))
-        name = adapter_name(f"{node.name}_critic")
+        name = critic_name(node.name)
         if source.role is None:
             source.group.call("add_adapter", name, None, True, phase="load")
         else:

@@ -21,6 +21,11 @@ def adapter_name(model: str) -> str:
     return "initial_adapter" if model == "base" else model.replace(".", "_")
 
 
+def critic_name(stage: str) -> str:
+    """Name inside a host of a PPO stage's critic; no stage can be named like it."""
+    return f"{adapter_name(stage)}:critic"
+
+
 class Host:
     """A group of ranks with one base, and which artifacts' adapters it holds by now."""
 

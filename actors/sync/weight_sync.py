@@ -6,6 +6,7 @@ staged what the trainer offered; whatever goes wrong, an engine holds one whole 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,13 +103,12 @@ class WeightSync:
         old = protocol.objection_to_version(self.version, version)
         if old is not None:
             raise self._violation("trainer", version, old)
-        for rank in [r for r, engine in self.engines.items() if not engine.whole]:
-            self._replace(rank)
+        replaced = self._replace_lost()
         prepared: Prepared = self.policy.call_rank(
             0, "weight_source.prepare", version, self.role, self.spec.payload, self._dtype, phase="sync"
         )
         watch = Stopwatch(dict(prepared.seconds))
-        replaced = self._stage_everywhere(prepared.offer)
+        replaced += self._stage_everywhere(prepared.offer)
         watch.part("wire")
         asked = self._ask_truth(prepared.offer)
         committed = self._commit(list(self.engines), version)
@@ -135,8 +135,10 @@ class WeightSync:
             self._bring_up(rank, self._truth)
 
     def close(self) -> None:
-        """Drop the connections. The engines keep what they serve."""
-        self.policy.call_rank(0, "weight_source.close", phase="sync")
+        """Drop the connections; a trainer that is gone has none. The engines keep what they serve."""
+        # Often on the way out of a failure, which is the one to report.
+        with contextlib.suppress(RunFailure):
+            self.policy.call_rank(0, "weight_source.close", phase="sync")
 
     # --- The phases of a sync -------------------------------------------------------------------
 
@@ -150,8 +152,8 @@ class WeightSync:
             if decision.refusals:
                 raise self._violation("rollout", offer.version, "; ".join(decision.refusals), offer)
             for rank in decision.dead:
-                self._replace(rank)
-            replaced += decision.dead
+                self._mark(rank, Event.FAILED, "it died while it staged")
+            replaced += self._replace_lost()
         reason = f"engines {replaced} died while they staged version {offer.version}, replaced each time"
         raise RunFailure("rollout", "sync", reason, self.rollout.next_step)
 
@@ -237,6 +239,14 @@ class WeightSync:
         return report
 
     # --- Engines that come and go ---------------------------------------------------------------
+
+    def _replace_lost(self) -> list[int]:
+        """Fresh engines in place of those that are lost, also where another call has seen them die."""
+        serving = self.rollout.fleet.serving
+        lost = [rank for rank, one in self.engines.items() if not one.whole or rank not in serving]
+        for rank in lost:
+            self._replace(rank)
+        return lost
 
     def _replace(self, rank: int) -> None:
         """A fresh engine in place of a lost one, with the base, connected."""

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 RESERVED_NAMES = frozenset(
     {"base", "eval", "logs", "plots", "cache", "policy", "reference", "critic", "rollout", EXACT_MATCH}
+    | {"start", "initial_adapter"}
 )
-"""`base` names the model that a run starts from; the others are directories, roles and rules of a run."""
+"""`base` names the model that a run starts from; the others are directories, roles and rules of a run, and
+adapters of its hosts that belong to no stage."""
 SMOOTHED_LOSSES = frozenset({"cdpo", "robust", "exo_pair", "aot", "aot_unpaired"})
 """Losses that read label_smoothing (TRL's, and cdpo)."""
 F_DIVERGENCE_LOSSES = frozenset(

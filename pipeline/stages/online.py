@@ -67,7 +67,8 @@ def prepare(stage: PreparedRl, ctx: RlContext) -> None:
     ctx.policy.prepare(stage.spec.optim_spec(), stage.total_updates - warm)
     if ctx.critic is not None:
         assert isinstance(stage.spec, PpoStage)
-        ctx.critic.prepare(stage.spec.critic_optim_spec(), stage.total_updates, keep=True)
+        shared = ctx.critic.group is ctx.policy.group
+        ctx.critic.prepare(stage.spec.critic_optim_spec(), stage.total_updates, keep=shared)
 
 
 def restore(loop: RlLoop, decision: Decision) -> int:

@@ -181,18 +181,18 @@ class RlLoop:
         lost = [
             f"rollout-{one.rank} was replaced: {one.reason}; its samples were drawn again" for one in restarts
         ]
-        return lost + [f"rollout-{rank} was replaced while it took new weights" for rank in report.replaced]
+        return lost + [f"rollout-{rank} was replaced before it took new weights" for rank in report.replaced]
 
     def routing(self) -> dict[str, float]:
-        """How far apart the experts' shares are in engines and trainer, for the samples of this step.
+        """How far apart the experts' shares are in engines and trainer, in this step.
 
-        Not 0 when all is well: the trainer counts a prompt with each of its samples, engines once, and
-        engines count what they generate and score between two calls.
+        Not 0 when all is well: the trainer counts its last optimizer step, and a prompt with each of its
+        samples; engines count each prompt once, and all that they generate and score between two calls.
         """
-        trainer = self.ctx.policy.group.call_rank(0, "router_load")
+        trainer = self.ctx.policy.router_load()
         try:
             loads = [load for load in self.ctx.rollout.group.call("expert_load") if load is not None]
-        except RunFailure:  # An engine is gone: the sync that comes next brings up another.
+        except RunFailure:  # An engine is gone: the push that comes next replaces it.
             loads = []
         if not loads or trainer is None:
             return {}

@@ -59,7 +59,9 @@ def estimate(spec: RlStage, batch: Batch, rewards: np.ndarray, scores: TokenScor
         columns["ref_logps"] = scores.ref_logps
     if scores.values is not None and found.returns is not None:
         columns |= {"old_values": scores.values, "returns": found.returns}
-    per_step = np.full(batch.n_rows, mask.sum() / spec.steps_per_generation)
+    # The last generation of an epoch may be shorter than the others, and so have fewer optimizer steps.
+    optimizer_steps = -(-batch.n_rows // spec.batch_size)
+    per_step = np.full(batch.n_rows, mask.sum() / optimizer_steps)
     batch = batch.with_token_columns(**columns).with_columns(tokens_per_step=per_step)
     metrics = {"advantages/std": float(found.advantages[mask].std()) if mask.any() else 0.0}
     if scores.values is not None and found.returns is not None:

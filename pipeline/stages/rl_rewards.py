@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from actors.algorithms.rl_checks import check_finite
 from actors.batch import Batch
 from actors.rewards import (
     RewardFunction,
@@ -68,7 +69,7 @@ class Judge:
         """Rewards of all samples; `prompts` has one entry a sample.
 
         Raises:
-            RunFailure: a source failed and its `on_error` is `stop`.
+            RunFailure: a source failed and its `on_error` is `stop`, or a model's score is no number.
         """
         asked = Samples(
             prompts.prompts,
@@ -79,7 +80,10 @@ class Judge:
         rows, notes = [], []
         for one in self.spec.rewards:
             if one.kind == "model":
-                rows.append(np.asarray(pending[one.source].result()[0], dtype=np.float64))
+                scores = np.asarray(pending[one.source].result()[0], dtype=np.float64)
+                # Unlike a function's None, a model's NaN is no way of passing a sample over.
+                check_finite(**{f"reward '{one.name}'": scores})
+                rows.append(scores)
                 continue
             values, note = function_rewards(one, self._functions[one.source], asked)
             rows.append(values)

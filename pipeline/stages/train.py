@@ -191,7 +191,7 @@ def finish(stage: Prepared, ctx: StageContext, last: dict[str, Any], seconds: fl
         else:
             ctx.host.call("save_adapter", ctx.role, str(aside), phase="save")
         ctx.card(aside, metrics)
-    load = ctx.host.call_rank(0, "router_load", phase="call")
+    load = ctx.host.call_rank(0, "router_load", ctx.role, phase="call")
     if load is not None:
         write_json(ctx.directory / "router_load.json", {"load": np.asarray(load).tolist()})
     manifest = ctx.manifest(kind, stage, metrics=metrics, step=stage.total_steps, seconds=round(seconds, 3))

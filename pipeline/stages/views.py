@@ -53,5 +53,9 @@ class View:
     def load_checkpoint(self, directory: str) -> None:
         self.group.call("load_checkpoint", directory, self.role, phase="restore")
 
+    def router_load(self) -> Any:
+        """int64 (layers, experts): tokens per expert in this role's last update; None if there is none."""
+        return self.group.call_rank(0, "router_load", self.role, phase="call")
+
     def frozen_digest(self) -> str:
         return str(self.group.call_rank(0, "frozen_digest", phase="call"))

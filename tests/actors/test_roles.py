@@ -234,6 +234,31 @@ def test_every_role_resumes_from_its_own_checkpoint_to_the_bit(tiny_base: Path, 
         assert np.array_equal(answers(resumed, role), answers(straight, role))
 
 
+def test_a_role_that_has_not_stepped_yet_resumes_too(tiny_base: Path, tmp_path: Path) -> None:
+    """A critic that learns alone at the start: the policy's optimizer has nothing to remember."""
+    straight = host_with(tiny_base, ("policy", "critic"))
+    straight.update(batch_of("critic", 0), LOSSES["critic"], 0, "critic")
+    for role in ("policy", "critic"):
+        straight.save_checkpoint(tmp_path / role, role)
+    resumed = host_with(tiny_base, ("policy", "critic"))
+    assert [resumed.load_checkpoint(tmp_path / role, role) for role in ("policy", "critic")] == [0, 1]
+    for host in (straight, resumed):
+        host.update(batch_of("policy", 0), LOSSES["policy"], 0, "policy")
+    assert adapter_digest(resumed.model, "policy") == adapter_digest(straight.model, "policy")
+
+
+def test_routing_is_counted_for_each_role(tiny_base: Path) -> None:
+    host = host_with(tiny_base, ("policy", "critic"))
+    assert host.router_load() is None
+    host.update(batch_of("policy", 0), LOSSES["policy"], 0, "policy")
+    of_policy = host.router_load("policy")
+    assert of_policy is not None
+    host.update(batch_of("critic", 1), LOSSES["critic"], 0, "critic")
+    assert np.array_equal(host.router_load("policy"), of_policy)
+    assert np.array_equal(host.router_load(), host.router_load("critic"))
+    assert not np.array_equal(host.router_load("critic"), of_policy)
+
+
 def test_critic_and_reward_start_from_another_roles_adapter(tiny_base: Path) -> None:
     host = host_with(tiny_base, ("policy", "reward"))
     host.update(batch_of("policy", 0), LOSSES["policy"], 0, "policy")

@@ -108,6 +108,16 @@ def test_an_engine_lost_inside_commit_is_replaced_and_verified_before_it_serves(
     assert max(apart(sync, rank) for rank in (0, 1)) < 1e-4
 
 
+def test_an_engine_that_another_call_saw_die_is_replaced_before_it_is_sent_anything(sync: WeightSync) -> None:
+    version = sync.version + 1
+    sync.policy.call("nudge", version)
+    os.kill(sync.rollout.pids()[1], signal.SIGKILL)
+    with pytest.raises(RunFailure, match="its process died"):
+        sync.rollout.call("expert_load")
+    assert sync.push(version).replaced == (1,)
+    assert served(sync) == [version, version]
+
+
 def test_an_engine_that_was_killed_comes_back_with_the_served_version_though_the_trainer_went_on(
     sync: WeightSync,
 ) -> None:

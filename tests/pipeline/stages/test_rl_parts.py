@@ -61,6 +61,16 @@ def test_cut_samples_leave_the_loss_where_the_stage_says_so() -> None:
     assert not masked.batch.token_columns["mask"].any()
 
 
+def test_a_short_generation_weighs_a_token_as_its_own_optimizer_steps_do() -> None:
+    """`dapo` divides by tokens per optimizer step: of 4 batches of 2 samples, a short one fills 1 or 2."""
+    spec = GrpoStage(**DATA, batch_size=2, steps_per_generation=4, num_generations=2)
+    for samples, expected in ((8, 6.0), (4, 6.0), (2, 6.0)):
+        batch = trajectories([[1]] * samples, samples_of(*[3] * samples))
+        scores = TokenScores(np.full(3 * samples, -1.0))
+        found = estimate(spec, batch, np.arange(samples, dtype=float), scores, 0.0)
+        assert found.batch.columns["tokens_per_step"] == pytest.approx([expected] * samples)
+
+
 def test_minibatches_go_through_all_samples_once_an_iteration() -> None:
     stage = stage_of(
         GrpoStage(**DATA, batch_size=4, steps_per_generation=2, num_generations=4, num_iterations=2)
