@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from actors.environment import ray_environment
-from actors.errors import UserError
+from actors.errors import RunFailure, UserError
 from actors.runtime import RoleSpec, bundle
 
+NOT_STARTED = (
+    "try again: a machine that is busy with other work is too slow for Ray's own deadlines; if that does not "
+    "help, look at Ray's logs under /tmp/ray, and at free memory and disk"
+)
 OBJECT_STORE_BYTES = 512 * 2**20
 """Object store of a local cluster. Batches are small and what doesn't fit is spilled to disk; Ray's own
 choice, 30 % of the memory, makes it warn wherever /dev/shm is smaller (64 MiB in a plain container)."""
@@ -49,6 +53,7 @@ def start_ray(
 
     Raises:
         UserError: there is no cluster at `address`, or its Ray or Python version differs.
+        RunFailure: a local cluster does not come up, as on a machine that is busy with other work.
     """
     os.environ.update({name: value for name, value in ray_environment().items() if name not in os.environ})
     address = address or os.environ.get("RAY_ADDRESS")
@@ -60,13 +65,16 @@ def start_ray(
     if not ray.is_initialized():
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
         if local:
-            ray.init(
-                address="local",
-                num_cpus=num_cpus if num_cpus is not None else local_resources()["CPU"],
-                include_dashboard=False,
-                object_store_memory=object_store_memory or OBJECT_STORE_BYTES,
-                **quiet,
-            )
+            settings = {
+                "num_cpus": num_cpus if num_cpus is not None else local_resources()["CPU"],
+                "include_dashboard": False,
+                "object_store_memory": object_store_memory or OBJECT_STORE_BYTES,
+            }
+            try:
+                ray.init(address="local", **settings, **quiet)
+            except Exception as error:  # a bare one where Ray's processes don't come up in time
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                raise RunFailure("ray", "start", reason, NOT_STARTED) from error
         else:
             _connect(str(address), quiet)
     _mute_raylet()

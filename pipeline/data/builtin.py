@@ -14,8 +14,8 @@ task is that each stage has something of its own to learn:
 - `test_preference`: pairs of answers to held-out questions, for the accuracy of a reward model.
 
 So imitation (SFT) gets the easy half right, and preferences are what teaches the carry: greedy, the
-embedded base has 33 % of the test split right, SFT 61-65 %, 80 steps of DPO 96-98 % (3 seeds; the 20 steps
-of configs/demo.yaml 88 %, one seed).
+embedded base has 33 % of the test split right, SFT 61-66 %, 20 steps of DPO 87-88 % and 80 of them 96-98 %
+(3 seeds each, by configs/demo.yaml).
 Drawn at temperature 1, the SFT model has 70 % right: what online RL can build on.
 
 Splits are disjoint for every seed: an unordered pair of operands belongs to one split by its hash. Only

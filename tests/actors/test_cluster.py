@@ -7,7 +7,7 @@ import time
 import pytest
 
 from actors.cluster import check_cluster, local_resources, shortages, start_ray
-from actors.errors import UserError
+from actors.errors import RunFailure, UserError
 from actors.runtime import RoleSpec, bundle
 
 
@@ -71,3 +71,21 @@ def test_an_address_without_a_cluster_is_refused_at_once(address: str, says: str
     with pytest.raises(UserError, match=says):
         start_ray(address)
     assert time.monotonic() - began < 10
+
+
+def test_a_local_cluster_that_does_not_come_up_is_a_failure_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray
+
+    def too_slow(**settings: object) -> None:
+        raise Exception("The current node timed out during startup.\nMore of it.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", too_slow)
+    with pytest.raises(RunFailure) as caught:
+        start_ray()
+    assert str(caught.value).startswith(
+        "ray failed in phase 'start': The current node timed out during startup.\n  next: try again"
+    )
