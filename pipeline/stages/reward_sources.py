@@ -11,6 +11,8 @@ from actors.rewards import ARGUMENTS, RewardSpec, find_function, missing_argumen
 from pipeline.stages.spec import RlStage, StageSpec
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from actors.models.loading import ResolvedBase
     from pipeline.config.schema import RunConfig
 
@@ -79,8 +81,31 @@ def reward_base_problems(config: RunConfig, names: Iterable[str], base: Resolved
             directory = reward.kind == "model" and reward.source not in config.stages
             if directory and not _problems(reward, config):
                 found = check_adapter_matches_base(reward.source, base.config, local)
+                found = found or _target_problems(config, reward.source, base.config)
                 problems += [f"stages.{name}.rewards.{position}: {problem}" for problem in found]
     return problems
+
+
+def _target_problems(config: RunConfig, directory: str, base: PretrainedConfig) -> list[str]:
+    """PEFT wants the same experts and router targets in all adapters on one base."""
+    from actors.models.adapters import saved_config
+    from actors.models.targets import resolve_targets
+
+    lora = config.model.lora
+    if lora is None or config.roles.reward.share is None:
+        return []
+    try:
+        mine = set(resolve_targets(base, lora.targets, lora).target_parameters)
+    except UserError:  # Told of under model.lora.targets.
+        return []
+    its = set(saved_config(directory).target_parameters or [])
+    if not mine or not its or mine == its:
+        return []
+    return [
+        f"adapter '{directory}' adapts {', '.join(sorted(its))}, the policy {', '.join(sorted(mine))}: on "
+        "one base these must be the same; take the same model.lora.targets, or give the reward models processes "
+        "of their own (roles.reward: {workers: 1})"
+    ]
 
 
 def _problems(reward: RewardSpec, config: RunConfig) -> list[str]:

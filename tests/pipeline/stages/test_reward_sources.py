@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from actors.runtime import RoleSpec
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.stages.reward_sources import (
@@ -98,6 +99,13 @@ def test_a_reward_model_of_another_base_is_refused_and_one_of_this_base_is_not(
     assert len(problems) == 1
     assert problems[0].startswith("stages.grpo.rewards.1: ")
     assert "weights differ" in problems[0]
+    run = config(str(tmp_path / "mine"))
+    assert run.model.lora is not None
+    run.model.lora.targets = ["attention", "router"]
+    (problem,) = reward_base_problems(run, run.stages, resolve_base(ModelSpec(base=str(tiny_base))))
+    assert "on one base these must be the same" in problem
+    run.roles.reward = RoleSpec()
+    assert reward_base_problems(run, run.stages, resolve_base(ModelSpec(base=str(tiny_base)))) == []
 
 
 def test_stages_that_will_not_run_are_not_looked_at() -> None:
