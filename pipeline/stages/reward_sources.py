@@ -103,8 +103,8 @@ def _target_problems(config: RunConfig, directory: str, base: PretrainedConfig) 
         return []
     return [
         f"adapter '{directory}' adapts {', '.join(sorted(its))}, the policy {', '.join(sorted(mine))}: on "
-        "one base these must be the same; take the same model.lora.targets, or give the reward models processes "
-        "of their own (roles.reward: {workers: 1})"
+        "one base these must be the same; take the same model.lora.targets, or give the reward models "
+        "processes of their own (roles.reward: {workers: 1})"
     ]
 
 
