@@ -15,12 +15,13 @@ WIDTH = 120
 """Columns where there is no terminal to ask: a table in a log or pipe is not folded at 80."""
 
 
-def _console(stderr: bool) -> Console:
+def console_for(stderr: bool) -> Console:
+    """As wide as the terminal; `WIDTH` where there is none."""
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
     return Console(stderr=stderr, highlight=False, soft_wrap=not terminal, width=None if terminal else WIDTH)
 
 
-out, err = _console(stderr=False), _console(stderr=True)
+out, err = console_for(stderr=False), console_for(stderr=True)
 
 
 def say(text: str) -> None:

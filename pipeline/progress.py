@@ -106,9 +106,9 @@ class Progress:
     def __init__(
         self, console: Console | None = None, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        from rich.console import Console as RichConsole
+        from pipeline.console import console_for
 
-        self.console = console or RichConsole()
+        self.console = console or console_for(stderr=False)
         self.live = self.console.is_terminal
         self._clock = clock
         self._current: StageClock | None = None
