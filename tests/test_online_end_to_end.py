@@ -200,6 +200,20 @@ def test_two_engines_of_which_one_is_killed_make_the_same_adapter(whole: Path, t
     assert repeatable(run) == repeatable(whole)
 
 
+@pytest.mark.slow
+def test_roles_on_hosts_of_their_own_make_the_same_adapter(whole: Path, tmp_path: Path) -> None:
+    """Two ranks each, as the policy has them: then rows are dealt alike, and not a bit differs."""
+    command, run = command_for(tmp_path), tmp_path / "run"
+    apart = config(run)
+    own = {"workers": 2, "cpus": 0.1}
+    apart["roles"] |= {"critic": own, "reward": own, "reference": own}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(apart, sort_keys=False))
+    complete(command, tmp_path)
+    assert (run / "logs" / "critic-1.log").is_file()
+    assert adapter_digest(run) == adapter_digest(whole)
+    assert repeatable(run) == repeatable(whole)
+
+
 def test_a_dead_policy_rank_ends_the_run_with_its_name(whole: Path, tmp_path: Path) -> None:
     command, run = command_for(tmp_path), tmp_path / "run"
     process = start(command, tmp_path)
