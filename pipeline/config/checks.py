@@ -22,6 +22,12 @@ RESERVED_NAMES = frozenset(
 )
 """`base` names the model that a run starts from; the others are directories, roles and rules of a run, and
 adapters of its hosts that belong to no stage."""
+MODULE_NAMES = frozenset(
+    {"model", "base_model", "base_layer", "layers", "self_attn", "mlp", "feed_forward", "block_sparse_moe"}
+    | {"experts", "gate", "router", "shared_expert", "shared_experts", "lora_A", "lora_B", "weight"}
+)
+"""Parts of a parameter's path. PEFT looks for an adapter's name anywhere in that path: an adapter `1` would
+be saved with what the others have in layer 1, and they without it."""
 SMOOTHED_LOSSES = frozenset({"cdpo", "robust", "exo_pair", "aot", "aot_unpaired"})
 """Losses that read label_smoothing (TRL's, and cdpo)."""
 F_DIVERGENCE_LOSSES = frozenset(
@@ -137,6 +143,12 @@ def _stage_graph_problems(config: RunConfig) -> Iterator[Problem]:
             )
         if name in RESERVED_NAMES:
             yield Problem(f"stages.{name}", f"'{name}' is taken by the run itself; name the stage otherwise")
+        if name in MODULE_NAMES or name.isdigit():
+            yield Problem(
+                f"stages.{name}",
+                f"'{name}' names a part of models too, and the stage's adapter is named like the stage; name it "
+                "otherwise",
+            )
         policies = [other for other in names[:position] if config.stages[other].hands_on_policy]
         for field in ("init", "reference"):
             source = getattr(stage, field, None)

@@ -55,7 +55,9 @@ def test_stages_start_from_base_or_an_earlier_stage() -> None:
     assert "the stage itself" in problems["stages.third.init"]
 
 
-@pytest.mark.parametrize("name", ["base", "eval", "logs", "start", "../x", "a b", ".hidden", ""])
+@pytest.mark.parametrize(
+    "name", ["base", "eval", "logs", "start", "1", "experts", "../x", "a b", ".hidden", ""]
+)
 def test_a_stage_name_is_a_safe_directory_of_its_own(name: str) -> None:
     assert f"stages.{name}" in problems_of({name: {"type": "sft", "data": "x"}})
 
