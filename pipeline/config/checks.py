@@ -146,8 +146,8 @@ def _stage_graph_problems(config: RunConfig) -> Iterator[Problem]:
         if name in MODULE_NAMES or name.isdigit():
             yield Problem(
                 f"stages.{name}",
-                f"'{name}' names a part of models too, and the stage's adapter is named like the stage; name it "
-                "otherwise",
+                f"'{name}' names a part of models too, and the stage's adapter is named like the stage; "
+                "name it otherwise",
             )
         policies = [other for other in names[:position] if config.stages[other].hands_on_policy]
         for field in ("init", "reference"):
