@@ -1,0 +1,30 @@
+"""What the repository says that its online stages learn, learnt again: whole runs of the ready configs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.learning import gain, learn
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.vllm]
+
+
+@pytest.mark.parametrize("config", ["ppo-tiny", "grpo-tiny", "rloo-tiny", "grpo-from-base-tiny"])
+def test_a_rule_as_reward_raises_held_out_accuracy_far_above_the_start(config: str, tmp_path: Path) -> None:
+    run = learn(config, 0, tmp_path / config)
+    assert run["gain"]["low"] > 0.2
+    last = list(run["eval"].values())[-1]
+    assert last["n"] == 500
+    assert last["ci95"][0] > 0.95
+
+
+def test_every_stage_of_the_demo_beats_the_one_before(tmp_path: Path) -> None:
+    run = learn("demo", 0, tmp_path / "demo")
+    for earlier, later in (("base", "sft"), ("sft", "dpo"), ("dpo", "ppo")):
+        assert gain(tmp_path / "demo", [earlier, later]).low > 0
+    assert run["eval"]["dpo"]["ci95"][0] > run["eval"]["sft"]["ci95"][1]
+    assert run["eval"]["reward"]["metric"] == "pair_accuracy"
+    assert run["eval"]["reward"]["ci95"][0] > 0.8
+    assert run["seconds"] < 480
