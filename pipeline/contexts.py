@@ -53,7 +53,9 @@ class Contexts:
         assert node.reference is not None
         common = self._common(node, events)
         rollout, wanted = self.fleet.rollout(), node.spec.sync
-        probes = [ids[: wanted.probe_tokens + 1] for ids in node.prepared.data.token_ids[: wanted.probes]]
+        # A probe's first token has nothing before it to be predicted from.
+        usable = [ids for ids in node.prepared.data.token_ids if len(ids) > 1]
+        probes = [ids[: wanted.probe_tokens + 1] for ids in usable[: wanted.probes]]
         on_gpus = self.config.roles.policy.gpus > 0 and self.config.roles.rollout.gpus > 0
         backend: Backend = "nccl" if on_gpus else "gloo"
         sync = WeightSync(common["host"], rollout, wanted, node.start.base, common["role"], probes, backend)

@@ -112,8 +112,9 @@ class Run:
             except Stopped as stopped:
                 self.progress.note(f"stopped after saving: {stopped}. The same command goes on from there.")
                 return EXIT_STOPPED
-            except RunFailure as failure:
-                self.directory.record(error=str(failure))
+            except Exception as failure:
+                what = str(failure) if isinstance(failure, RunFailure) else repr(failure)
+                self.directory.record(error=what)
                 raise
             finally:
                 self.trackers.close()

@@ -149,6 +149,13 @@ def _stage_graph_problems(config: RunConfig) -> Iterator[Problem]:
                 f"'{name}' names a part of models too, and the stage's adapter is named like the stage; "
                 "name it otherwise",
             )
+        twins = [other for other in names[:position] if other.replace(".", "_") == name.replace(".", "_")]
+        if twins:
+            yield Problem(
+                f"stages.{name}",
+                f"adapters have no dots in their names, so that it can't be told from stage '{twins[0]}'; "
+                "name one of them otherwise",
+            )
         policies = [other for other in names[:position] if config.stages[other].hands_on_policy]
         for field in ("init", "reference"):
             source = getattr(stage, field, None)

@@ -63,7 +63,7 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
 
 def prepare(stage: PreparedRl, ctx: RlContext) -> None:
     """Optimizers of policy and critic, over as many steps as each will take."""
-    warm = stage.updates_before(stage.warmup_steps)
+    warm = stage.updates_before(stage.critic_warmup_steps)
     ctx.policy.prepare(stage.spec.optim_spec(), stage.total_updates - warm)
     if ctx.critic is not None:
         assert isinstance(stage.spec, PpoStage)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from actors.errors import UserError
 from pipeline.data.layouts import Kind
 from pipeline.data.order import BatchOrder
 from pipeline.data.prompts import PromptData, read_prompts
@@ -95,7 +96,7 @@ class PreparedRl:
         return self.updates_before(self.total_steps)
 
     @property
-    def warmup_steps(self) -> int:
+    def critic_warmup_steps(self) -> int:
         """Steps at the start in which only a critic learns."""
         return min(getattr(self.spec, "critic_warmup_steps", 0), self.total_steps)
 
@@ -184,7 +185,14 @@ def prepare(config: RunConfig, name: str, tokenizer: Any, records: StageRecords 
 def _prepare_rl(name: str, spec: RlStage, seed: int, tokenizer: Any, records: StageRecords) -> PreparedRl:
     room = None if spec.max_length is None else spec.max_length - spec.max_completion_length
     data = read_prompts(records.train, tokenizer, max_prompt_tokens=room)
-    return PreparedRl(name, spec, seed, data, _order(spec, data.n_rows, spec.prompts_per_step, seed))
+    stage = PreparedRl(name, spec, seed, data, _order(spec, data.n_rows, spec.prompts_per_step, seed))
+    warm = getattr(spec, "critic_warmup_steps", 0)
+    if warm >= stage.total_steps:
+        raise UserError(
+            f"stages.{name}.critic_warmup_steps: only the critic learns in the first {warm} steps, and there "
+            f"are {stage.total_steps}: the policy would never learn; lower it, or raise num_train_epochs"
+        )
+    return stage
 
 
 def _order(spec: StageSpec, n_rows: int, rows_per_step: int, seed: int) -> BatchOrder:

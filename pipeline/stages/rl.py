@@ -152,7 +152,7 @@ class RlLoop:
         rl_checks.check_finite(engine_logps=engine, advantages=advantages, **vars(scores))
         if step == 0 and self.ctx.starts_as_reference and scores.ref_logps is not None:
             rl_checks.check_first_kl(scores.old_logps, scores.ref_logps, rl_checks.KL_TOLERANCE[dtype])
-        self.idle = self.idle.after(advantages)
+        self.idle = self.idle.after(advantages[estimates.batch.token_columns["mask"]])
         mismatch = rl_checks.mismatch_metrics(engine, scores.old_logps)
         tolerance = self.spec.mismatch_tolerance or rl_checks.MISMATCH_TOLERANCE[dtype]
         rl_checks.check_mismatch(mismatch, tolerance, rl_checks.BEYOND_2X_TOLERANCE[dtype])
@@ -161,13 +161,13 @@ class RlLoop:
     def update(self, step: int, batch: Batch) -> dict[str, float]:
         """Optimizer steps of policy and critic over the samples; means of their metrics."""
         first = self.stage.updates_before(step)
-        learns = step >= self.stage.warmup_steps
+        learns = step >= self.stage.critic_warmup_steps
         asked: list[tuple[str, Pending]] = []
         for number, rows in enumerate(minibatches(self.stage, step, batch.n_rows), start=first):
             part = put(batch.select(rows))
             if learns:
-                number_ = number - self.stage.updates_before(self.stage.warmup_steps)
-                asked.append(("", self.ctx.policy.update(part, self.policy_loss(), number_)))
+                own = number - self.stage.updates_before(self.stage.critic_warmup_steps)
+                asked.append(("", self.ctx.policy.update(part, self.policy_loss(), own)))
             if self.ctx.critic is not None:
                 asked.append(("critic/", self.ctx.critic.update(part, self.value_loss(), number)))
         done = [(prefix, pending.result()[0]) for prefix, pending in asked]

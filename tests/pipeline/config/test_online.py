@@ -268,3 +268,8 @@ def test_a_missing_reward_is_one_problem() -> None:
 def test_a_stage_that_cannot_be_read_does_not_make_others_that_name_it_wrong() -> None:
     stages = {"reward": {"data": "x", "beta": 1, "type": "rewrd"}, "ppo": {"data": "x", "rewards": "reward"}}
     assert set(problems_of(stages)) == {"stages.reward"}
+
+
+def test_stages_whose_adapters_would_share_a_name_are_refused() -> None:
+    sft = {"type": "sft", "data": "x"}
+    assert "stage 'a.b'" in problems_of({"a.b": sft, "a_b": sft})["stages.a_b"]

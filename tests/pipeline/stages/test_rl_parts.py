@@ -1,14 +1,18 @@
 """Parts of the online loop that decide by themselves: estimates, minibatches, the count of updates."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from actors.errors import UserError
 from actors.sampling import Generations
 from actors.trajectories import trajectories
+from pipeline.config.schema import RunConfig
 from pipeline.data.bad_rows import Skipped
 from pipeline.data.order import BatchOrder
 from pipeline.data.prompts import PromptData
-from pipeline.stages.prepared import PreparedRl
+from pipeline.stages.prepared import PreparedRl, prepare
 from pipeline.stages.rl import joined, lengths, minibatches
 from pipeline.stages.rl_estimates import TokenScores, estimate
 from pipeline.stages.spec import GrpoStage, PpoStage, RlStage
@@ -109,3 +113,23 @@ def test_lengths_have_trls_names() -> None:
         "completions/max_length": 3.0,
         "completions/clipped_ratio": 0.5,
     }
+
+
+def test_a_warm_up_longer_than_the_stage_is_refused(repository: Path) -> None:
+    """64 prompts, 32 a step, one epoch: 2 steps."""
+    from actors.models.loading import load_tokenizer
+
+    base = str(repository / "assets" / "tiny-moe")
+    stage = {
+        "data": {"source": "builtin:arithmetic", "split": "prompts", "max_rows": 64},
+        "rewards": "exact_match",
+        "batch_size": 32,
+        "num_train_epochs": 1,
+    }
+    made = {"name": "a", "model": {"base": base}, "stages": {"ppo": stage | {"critic_warmup_steps": 2}}}
+    config = RunConfig.model_validate(made)
+    with pytest.raises(UserError, match="only the critic learns in the first 2 steps, and there are 2"):
+        prepare(config, "ppo", load_tokenizer(config.model))
+    made["stages"] = {"ppo": stage | {"critic_warmup_steps": 1}}
+    config = RunConfig.model_validate(made)
+    assert prepare(config, "ppo", load_tokenizer(config.model)).total_steps == 2
