@@ -212,6 +212,7 @@ def test_roles_on_hosts_of_their_own_make_the_same_adapter(whole: Path, tmp_path
     assert repeatable(run) == repeatable(whole)
 
 
+@pytest.mark.slow
 def test_a_dead_policy_rank_ends_the_run_with_its_name(tmp_path: Path) -> None:
     command, run = command_for(tmp_path), tmp_path / "run"
     process = start(command, tmp_path)
