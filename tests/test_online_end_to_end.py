@@ -109,6 +109,10 @@ def calls(run: Path, who: str, method: str) -> int:
     return path.read_text().count(f'"method": "{method}"') if path.is_file() else 0
 
 
+def has_done(run: Path, who: str, method: str, times: int) -> Callable[[], bool]:
+    return lambda: calls(run, who, method) == times
+
+
 def pid_of(run: Path, who: str) -> int:
     """Process id of the latest life of a process, by its log."""
     return int(re.findall(rf"--- {who} pid (\d+)", (run / "logs" / f"{who}.log").read_text())[-1])
@@ -163,19 +167,31 @@ def test_a_finished_run_is_skipped(whole: Path) -> None:
     assert "ppo: already done, skipped" in said
 
 
-def test_a_run_killed_in_every_phase_ends_with_the_same_adapter(whole: Path, tmp_path: Path) -> None:
+MOMENTS = {
+    "generate": ("rollout-0", "readback", 4),
+    "update": ("rollout-0", "generate", 3),
+    "sync": ("policy-0", "weight_source.prepare", 1),
+}
+"""What a process has done, and how often in this life of the run, just before a phase begins."""
+
+
+@pytest.mark.parametrize(
+    "phases",
+    [("update", "sync"), pytest.param(("generate", "update", "sync"), marks=pytest.mark.slow)],
+    ids=" ".join,
+)
+def test_a_run_killed_in_these_phases_ends_with_the_same_adapter(
+    phases: tuple[str, ...], whole: Path, tmp_path: Path
+) -> None:
     command, run = command_for(tmp_path), tmp_path / "run"
-    moments: dict[str, Callable[[], bool]] = {
-        "while samples are generated": lambda: calls(run, "rollout-0", "readback") == 4,
-        "while the policy is updated": lambda: calls(run, "rollout-0", "generate") == 5,
-        "while weights are synced": lambda: calls(run, "policy-0", "weight_source.prepare") == 7,
-    }
-    for moment, reached in moments.items():
+    for phase in phases:
+        who, method, times = MOMENTS[phase]
+        moment = has_done(run, who, method, calls(run, who, method) + times)
         process = start(command, tmp_path)
-        when(process, reached)
+        when(process, moment)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        assert not (run / "ppo" / "manifest.json").exists(), moment
+        assert not (run / "ppo" / "manifest.json").exists(), phase
     said = complete(command, tmp_path)
     assert "ppo: continues from checkpoint-" in said
     assert adapter_digest(run) == adapter_digest(whole)

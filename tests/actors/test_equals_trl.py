@@ -29,6 +29,8 @@ from tests.actors.host_cases import (
     with_reference,
 )
 
+pytestmark = pytest.mark.trl
+
 STEPS, BATCH = 12, 6
 OPTIM = OptimSpec(
     learning_rate=2e-3, lr_scheduler_type="cosine", warmup_steps=0.2, weight_decay=0.01, max_grad_norm=0.5,

@@ -28,6 +28,8 @@ from tests.actors.algorithms.test_policy import batch_of, view_of
 from tests.actors.host_cases import policy_host, random_rows
 from tests.actors.test_equals_trl import OPTIM, trl_arguments, trl_model
 
+pytestmark = pytest.mark.trl
+
 # --- Loss and gradient of one batch ---------------------------------------------------------------
 
 LENGTHS, LONGEST = [3, 7, 1, 5], 7

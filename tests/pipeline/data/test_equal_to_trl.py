@@ -14,6 +14,8 @@ from pipeline.data.records import load_records
 from pipeline.data.spec import DataSpec
 from pipeline.data.tokens import TokenizedData, tokenize
 
+pytestmark = pytest.mark.trl
+
 CHATML_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
