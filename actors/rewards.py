@@ -88,7 +88,20 @@ def reward_names(specs: Sequence[RewardSpec]) -> list[str]:
 
 
 def find_function(source: str) -> RewardFunction:
-    """The function that `module:function` names.
+    """The reward function that `module:function` names.
+
+    Raises:
+        UserError: nothing of that name can be imported, or it can't be called.
+    """
+    other = "a reward stage, or a reward model's directory"
+    return import_function(
+        source, "rewards", f"exact_match, module:function with the module on the path, {other}"
+    )
+
+
+def import_function(source: str, key: str, choices: str) -> Callable[..., Any]:
+    """The function that `module:function` names; `key` and `choices` say in errors where it was named and
+    what could be.
 
     Raises:
         UserError: nothing of that name can be imported, or it can't be called.
@@ -100,11 +113,10 @@ def find_function(source: str) -> RewardFunction:
         found = getattr(importlib.import_module(module), name)
     except Exception as error:  # a user's module can fail in any way while it is imported
         raise UserError(
-            f"rewards: {source!r} cannot be imported ({type(error).__name__}: {error}); write exact_match, "
-            "module:function with the module on the path, a reward stage, or a reward model's directory"
+            f"{key}: {source!r} cannot be imported ({type(error).__name__}: {error}); write {choices}"
         ) from None
     if not callable(found):
-        raise UserError(f"rewards: {source!r} is not a function but of type {type(found).__name__}")
+        raise UserError(f"{key}: {source!r} is not a function but of type {type(found).__name__}")
     return found
 
 

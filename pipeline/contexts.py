@@ -18,6 +18,7 @@ from pipeline.stages.train import TrainContext
 from pipeline.stages.views import View
 
 if TYPE_CHECKING:
+    from actors.group import ActorGroup
     from actors.sync.channel import Backend
     from pipeline.fleet import Fleet
     from pipeline.nodes import Node
@@ -100,10 +101,7 @@ class Contexts:
         assert node.critic is not None
         source = self._view("critic", node, node.critic, self.config.critic_init_of(node.name))
         name = critic_name(node.name)
-        if source.role is None:
-            source.group.call("add_adapter", name, None, True, phase="load")
-        else:
-            source.group.call("copy_adapter", source.role, name, True, phase="load")
+        _start_adapter(source.group, source.role, name)
         source.group.call("add_head", name, phase="load")
         return View(source.group, name)
 
@@ -113,11 +111,7 @@ class Contexts:
             host.holds = node.identity.fingerprint
             return None
         name = adapter_name(node.name)
-        source = host.view(node.start, adapter_name(node.init))
-        if source is None:
-            host.group.call("add_adapter", name, node.start.adapter, True, phase="load")
-        else:
-            host.group.call("copy_adapter", source, name, True, phase="load")
+        _start_adapter(host.group, host.view(node.start, adapter_name(node.init)), name)
         if isinstance(node.spec, RewardStage):
             host.group.call("add_head", name, "normal", phase="load")
         host.adapters[name] = node.identity.fingerprint
@@ -134,9 +128,14 @@ class Contexts:
         feed = self.fleet.feeds.get(node.name)
         if feed is not None and not feed.cached:
             assert node.reference is not None
-            share = self.config.roles.reference.share
-            host = self.fleet.ready_host(share or "reference", node, node.reference)
-            feed.start(
-                host.group, host.view(node.reference, adapter_name(self.config.reference_of(node.name)))
-            )
+            view = self._view("reference", node, node.reference, self.config.reference_of(node.name))
+            feed.start(view.group, view.role)
         return feed
+
+
+def _start_adapter(group: ActorGroup, source: str | None, name: str) -> None:
+    """A trainable adapter `name`, equal to `source`, or fresh on the bare base."""
+    if source is None:
+        group.call("add_adapter", name, None, True, phase="load")
+    else:
+        group.call("copy_adapter", source, name, True, phase="load")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.errors import RunFailure, UserError
-from actors.rewards import missing_arguments, named_by
+from actors.rewards import import_function, missing_arguments, named_by
 from actors.sampling import sample_seed
 from pipeline.artifacts import fingerprint, write_json
 from pipeline.data.records import Records, load_records
@@ -72,19 +69,9 @@ def find_scorer(metric: str) -> Scorer:
         from pipeline.data.builtin import exact_match
 
         return exact_match
-    module, _, function = metric.partition(":")
-    if os.getcwd() not in sys.path:  # The installed command, unlike `python -m`, does not look there.
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except Exception as error:  # a user's module can fail in any way while it is imported
-        raise UserError(
-            f"eval.metric: {metric!r} cannot be imported ({type(error).__name__}: {error}); write "
-            "exact_match, or module:function with the module on the path"
-        ) from None
-    if not callable(found):
-        raise UserError(f"eval.metric: {metric!r} is not a function")
-    return found
+    return import_function(
+        metric, "eval.metric", "exact_match, or module:function with the module on the path"
+    )
 
 
 def read_eval_set(spec: EvalSpec, tokenizer: Any, seed: int, records: Records | None = None) -> EvalSet:

@@ -132,7 +132,8 @@ class RlLoop:
         """
         rows, n = self.stage.order[step], self.spec.num_generations
         seeds = [sample_seed(self.stage.seed, step, int(row), i) for row in rows for i in range(n)]
-        drawn = self.ctx.rollout.generate(self.stage.data.select(rows).token_ids, self.spec.sampling(), seeds)
+        asked = [self.stage.data.token_ids[row] for row in rows]
+        drawn = self.ctx.rollout.generate(asked, self.spec.sampling(), seeds)
         return self.stage.data.select(rows, copies=n), drawn
 
     def submit_scores(self, batch: Batch, step: int) -> tuple[dict[str, Pending], dict[str, Pending]]:
