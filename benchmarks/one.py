@@ -18,9 +18,10 @@ os.environ.update(
 )  # fmt: skip
 
 from benchmarks.meter import Effort
-from benchmarks.workloads import WORKLOADS
+from benchmarks.workloads import PLAIN, WORKLOADS
 
-SIDES = ("ours", "ours-without-ray", "bare", "trl-padded", "trl-packed", "trl-inline", "trl-precomputed")
+TRL_SIDES = ("trl-padded", "trl-packed", "trl-inline", "trl-precomputed")
+SIDES = ("ours", "ours-without-ray", "bare", *TRL_SIDES, *(side + PLAIN for side in TRL_SIDES))
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def main() -> None:
         from benchmarks.trl_side import run as run_trl
 
         settings = Settings(**args.settings) if args.settings else None
-        way = args.side.removeprefix("trl-")
+        way = args.side.removeprefix("trl-").removesuffix(PLAIN)
         found = run_trl(workload, way, args.base, effort, args.threads, settings)
     found["readings"] = {name: asdict(reading) for name, reading in found["readings"].items()}
     args.out.write_text(json.dumps(found))

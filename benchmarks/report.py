@@ -37,16 +37,20 @@ class Comparison:
 
 def _sft(model: str, padded: float, packed: float) -> list[Comparison]:
     ours, name = ("ours", "train"), f"sft-{model}"
+    plain = (("trl-padded-plain", "train"),)
     return [
-        Comparison("SFT / TRL padded", name, ours, (("trl-padded", "train"),), padded),
+        Comparison("SFT / TRL padded, its allocator set", name, ours, (("trl-padded", "train"),), padded),
+        Comparison("SFT / TRL padded, as a user starts it", name, ours, plain, padded),
         Comparison("SFT / TRL packed", name, ours, (("trl-packed", "train"),), packed),
     ]
 
 
 def _dpo(model: str, aim: float) -> list[Comparison]:
     name, cold = f"dpo-{model}", (("trl-inline", "cold"), ("trl-precomputed", "cold"))
+    plain, both = (("trl-inline-plain", "cold"),), "DPO, both compute the reference"
     return [
-        Comparison("DPO, both compute the reference", name, ("ours", "cold"), cold, aim),
+        Comparison(f"{both}, TRL's allocator set", name, ("ours", "cold"), cold, aim),
+        Comparison(f"{both}, TRL as a user starts it", name, ("ours", "cold"), plain, aim),
         Comparison("DPO, ours cached / TRL computes it", name, ("ours", "warm"), cold, aim),
         Comparison("DPO, both cached", name, ("ours", "warm"), (("trl-precomputed", "warm"),), 1.0),
     ]

@@ -18,6 +18,8 @@ LORA_R, LORA_ALPHA = 16, 32
 LEARNING_RATE = 1e-4
 """Constant; the value has no influence on speed."""
 BETA = 0.1
+PLAIN = "-plain"
+"""Ending of a side that is measured as a user starts it, without settings of the allocator."""
 
 MEDIUM_MODEL: dict[str, Any] = {
     "vocab_size": 32_000,
