@@ -15,15 +15,15 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actors.engine_spec import EngineSpec, positions_of
+from actors.engine_spec import EngineSpec
 from actors.errors import RunFailure, UserError
 from actors.sampling import Generations, SamplingSpec, sample_seed
+from actors.vllm_settings import architecture_in_use, llm_settings, read_config
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -33,14 +33,6 @@ if TYPE_CHECKING:
     from actors.sync.updater import WeightUpdater
 
 __all__ = ["EngineSpec", "Generations", "RolloutEngine", "SamplingSpec", "sample_seed"]
-
-TOKENS_PER_STEP = 8192
-"""Tokens that one engine step may prefill on the CPU."""
-
-FULL_SEQUENCES = 64
-MIN_CACHE, MAX_CACHE = 64 * 2**20, 4 * 2**30
-"""Key-value cache on the CPU: room for so many sequences of full length, within these bytes. vLLM zeroes it
-at the start, which takes 2.3 s per GiB."""
 
 SCRATCH_PREFIX = "raylign-merged-"
 
@@ -54,6 +46,7 @@ class RolloutEngine:
         self.max_model_len = 0
         self._llm: LLM | None = None
         self._updater: WeightUpdater | None = None
+        self._in_use = contextlib.ExitStack()
 
     def load(
         self, base: str, adapter: str | None = None, label: str = "", updatable: bool = False
@@ -100,8 +93,8 @@ class RolloutEngine:
         params = [_sampling_params(sampling, seed) for seed in seeds]
         outputs = llm.generate(requests, params, use_tqdm=False) if requests else []
         samples = [_sample(output.outputs[0]) for output in outputs]
-        made = Generations.of(samples, sampling.n, self.label, time.monotonic() - began)
-        return made if self._updater is None else replace(made, version=self._updater.version)
+        version = 0 if self._updater is None else self._updater.version
+        return Generations.of(samples, sampling.n, self.label, time.monotonic() - began, version)
 
     def score_tokens(self, token_ids: Sequence[Sequence[int]], starts: Sequence[int]) -> list[np.ndarray]:
         """float64 (tokens from `start` on,) per sequence: log-probabilities of its tokens, at temperature 1.
@@ -176,6 +169,7 @@ class RolloutEngine:
         if self._updater is not None:
             self._updater.close()
         llm, self._llm, self._updater, self.label = self._llm, None, None, ""
+        self._in_use.close()
         if llm is None:
             return
         with _no_collections():
@@ -220,55 +214,13 @@ class RolloutEngine:
 
         began = time.monotonic()
         self.unload()
-        settings = self._settings(model) | dict(more or {})
+        config = read_config(model, self.spec)
+        settings = llm_settings(config, self.spec) | dict(more or {})
         with _no_collections():
+            self._in_use.enter_context(architecture_in_use(config))
             self._llm = LLM(model=model, **settings)
         self.label, self.max_model_len = label or model, settings["max_model_len"]
         return time.monotonic() - began
-
-    def _settings(self, model: str) -> dict[str, Any]:
-        from transformers import AutoConfig
-        from vllm.platforms import current_platform
-
-        spec = self.spec
-        try:
-            config = AutoConfig.from_pretrained(model, trust_remote_code=spec.trust_remote_code)
-        except (OSError, ValueError) as error:
-            reason = "no such directory" if _is_missing_path(model) else str(error).splitlines()[0]
-            raise UserError(f"{model}: the rollout engine can't read this model: {reason}") from None
-        own = getattr(config.get_text_config(), "max_position_embeddings", None)
-        length = positions_of(spec.max_model_len, own)
-        settings: dict[str, Any] = {
-            "dtype": spec.dtype,
-            "max_model_len": length,
-            "max_num_seqs": spec.max_num_seqs,
-            "trust_remote_code": spec.trust_remote_code,
-            # After temperature and filters: what the behaviour policy really drew from.
-            "logprobs_mode": "processed_logprobs",
-            "enforce_eager": spec.enforce_eager,
-        }
-        if not current_platform.is_cpu():
-            return settings | {
-                "gpu_memory_utilization": spec.gpu_memory_utilization,
-                "tensor_parallel_size": spec.tensor_parallel_size,
-            }
-        return settings | {
-            "enforce_eager": True,
-            "distributed_executor_backend": "uni",
-            # A prompt cut into chunks loses its seed on the CPU ("CPU Generator does not use offset").
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(TOKENS_PER_STEP, length),
-            "kv_cache_memory_bytes": self._cache_bytes(config.get_text_config(), length),
-        }
-
-    def _cache_bytes(self, config: Any, length: int) -> int:
-        if self.spec.kv_cache_gib is not None:
-            return int(self.spec.kv_cache_gib * 2**30)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        size = 4 if self.spec.dtype == "float32" else 2
-        sequence = config.num_hidden_layers * 2 * heads * head_dim * size * length
-        return max(sequence, min(MAX_CACHE, max(MIN_CACHE, FULL_SEQUENCES * sequence)))
 
     def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
         too_long = [i for i, ids in enumerate(prompts) if len(ids) >= self.max_model_len]
@@ -278,10 +230,6 @@ class RolloutEngine:
                 f"{len(too_long)} of {len(prompts)} prompts leave no room for an answer in the model's "
                 f"{self.max_model_len} positions (the first: prompt {i} with {len(prompts[i])} tokens)"
             )
-
-
-def _is_missing_path(model: str) -> bool:
-    return model.startswith((".", "/", "~")) and not Path(model).exists()
 
 
 def _sampling_params(sampling: SamplingSpec, seed: int) -> SamplingParams:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,10 +39,15 @@ class SamplingSpec(Spec):
     """Where the samples' seeds come from when the caller gives none."""
 
 
-def sample_seed(run_seed: int, step: int, prompt: int, sample: int) -> int:
-    """63-bit seed of one sample: a hash, because `seed + i` makes neighbouring samples collide."""
-    digest = hashlib.blake2b(f"{run_seed}/{step}/{prompt}/{sample}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+def sample_seed(
+    run_seed: int, step: int, prompt: int, sample: int, stage: str = "", attempt: int = 0
+) -> int:
+    """63-bit seed of one sample: a hash, because `seed + i` makes neighbouring samples collide.
+
+    `stage`: two stages of one run draw differently; `attempt`: so does a group that is drawn again.
+    """
+    place = f"{run_seed}/{step}/{prompt}/{sample}" + (f"/{stage}/{attempt}" if stage or attempt else "")
+    return int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest(), "big") >> 1
 
 
 @dataclass(frozen=True)
@@ -63,14 +68,19 @@ class Generations:
     """Name of the weights that produced them."""
     seconds: float
     """Time in the engine."""
-    version: int = 0
-    """Version of the weights, where the engine is kept in step with a trainer."""
+    token_versions: np.ndarray
+    """int32 (tokens,): version of the weights that drew each token, where a trainer keeps the engine up to
+    date; 0 where none does. A sample can have several: weights may change while it is drawn."""
 
     @staticmethod
     def of(
-        samples: Sequence[tuple[Sequence[int], Sequence[float], str]], n: int, label: str, seconds: float
+        samples: Sequence[tuple[Sequence[int], Sequence[float], str]],
+        n: int,
+        label: str,
+        seconds: float,
+        version: int = 0,
     ) -> Generations:
-        """Join (token ids, log-probabilities, finish reason) of each sample."""
+        """Join (token ids, log-probabilities, finish reason) of each sample, all drawn by one version."""
         lengths = [len(ids) for ids, _, _ in samples]
         return Generations(
             token_ids=np.fromiter((t for ids, _, _ in samples for t in ids), np.int32, sum(lengths)),
@@ -80,19 +90,23 @@ class Generations:
             n=n,
             label=label,
             seconds=seconds,
+            token_versions=np.full(sum(lengths), version, np.int32),
         )
 
     @staticmethod
-    def join(parts: Sequence[Generations], n: int) -> Generations:
+    def join(parts: Sequence[Generations], n: int, *, mixed: bool = False) -> Generations:
         """Parts of one call in sample order, as if one engine had made them; `seconds` is their sum.
+
+        `mixed`: versions may differ.
 
         Raises:
             ValueError: no parts, or parts of different weights.
         """
-        weights = {(part.label, part.version) for part in parts}
-        if len(weights) != 1:
+        labels = {part.label for part in parts}
+        weights = {(part.label, int(v)) for part in parts for v in np.unique(part.token_versions)}
+        if len(labels) != 1 or (len(weights) > 1 and not mixed):
             raise ValueError(f"generations of one model were expected, not of {sorted(weights)}")
-        ((label, version),) = weights
+        (label,) = labels
         ends = np.cumsum([0, *(len(part.token_ids) for part in parts)])
         shifted = [part.offsets[1:] + start for part, start in zip(parts, ends)]
         return Generations(
@@ -103,8 +117,22 @@ class Generations:
             n=n,
             label=label,
             seconds=sum(part.seconds for part in parts),
-            version=version,
+            token_versions=np.concatenate([part.token_versions for part in parts]),
         )
+
+    @staticmethod
+    def from_arrays(arrays: Mapping[str, np.ndarray], n: int, label: str, seconds: float) -> Generations:
+        """What `arrays` of some generations gave."""
+        return Generations(**arrays, n=n, label=label, seconds=seconds)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Every array, by field: with `n`, `label` and `seconds` this is all there is."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+
+    @property
+    def version(self) -> int:
+        """The oldest version that drew one of the tokens; 0 for no tokens."""
+        return int(self.token_versions.min()) if len(self.token_versions) else 0
 
     @property
     def n_samples(self) -> int:

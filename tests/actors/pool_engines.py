@@ -40,8 +40,7 @@ class FakeEngine:
         with (self.directory / "calls.jsonl").open("a") as log:
             row = {"pid": os.getpid(), "samples": len(prompts), "start": began, "end": time.time()}
             log.write(json.dumps(row) + "\n")
-        made = Generations.of(samples, sampling.n, "fake", time.time() - began)
-        return Generations(**{**vars(made), "version": self.version})
+        return Generations.of(samples, sampling.n, "fake", time.time() - began, self.version)
 
     def _fault(self, token: int) -> None:
         if token == HANG and self._first("hang"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from actors.sampling import Generations, sample_seed
 
@@ -19,6 +20,26 @@ def test_a_seed_depends_on_run_step_prompt_and_sample_only() -> None:
     assert (
         len({sample_seed(*place) for place in [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0)]}) == 4
     )
+
+
+def test_stages_and_attempts_draw_with_other_seeds() -> None:
+    """The first of them is the seed of evaluations: it has neither."""
+    places = [("", 0), ("grpo", 0), ("ppo", 0), ("grpo", 1)]
+    seeds = [sample_seed(1, 2, 3, 4, stage, attempt) for stage, attempt in places]
+    assert len(set(seeds)) == 4
+    assert seeds[0] == sample_seed(1, 2, 3, 4) == 6152771116767582224
+
+
+def test_versions_go_with_tokens_through_joining_and_files() -> None:
+    old, new = (Generations.of([([1, 2], [0.0, 0.0], "stop")], 1, "m", 1.0, version) for version in (3, 4))
+    with pytest.raises(ValueError, match=r"not of \[\('m', 3\), \('m', 4\)\]"):
+        Generations.join([old, new], 1)
+    both = Generations.join([old, new], 1, mixed=True)
+    assert both.token_versions.tolist() == [3, 3, 4, 4]
+    assert (both.version, both.seconds) == (3, 2.0)
+    again = Generations.from_arrays(both.arrays(), both.n, both.label, both.seconds)
+    assert again.token_versions.tolist() == [3, 3, 4, 4]
+    assert [ids.tolist() for ids in again.sequences()] == [[1, 2], [1, 2]]
 
 
 def test_generations_keep_samples_apart() -> None:
