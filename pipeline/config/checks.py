@@ -10,7 +10,14 @@ from pydantic_core import PydanticCustomError
 
 from actors.engine_spec import DEFAULT_POSITIONS
 from actors.rewards import EXACT_MATCH, FUNCTION
-from pipeline.stages.spec import DpoStage, PpoStage, RewardStage, RlStage, StageSpec
+from pipeline.stages.spec import (
+    DpoOptions,
+    PolicyGradientStage,
+    PpoStage,
+    RewardStage,
+    RlStage,
+    StageSpec,
+)
 
 if TYPE_CHECKING:
     from pipeline.config.schema import RunConfig
@@ -199,10 +206,12 @@ def _stage_problems(path: str, stage: StageSpec) -> Iterator[Problem]:
             f"{path}.eval_steps", "there is no eval_data to evaluate on; add it, or remove eval_steps"
         )
     yield from _schedule_problems(path, stage)
-    if isinstance(stage, DpoStage):
+    if isinstance(stage, DpoOptions):
         yield from _dpo_problems(path, stage)
     if isinstance(stage, RlStage):
         yield from _rl_problems(path, stage)
+    if isinstance(stage, PolicyGradientStage):
+        yield from _policy_gradient_problems(path, stage)
     if isinstance(stage, PpoStage) and stage.critic_warmup_steps >= stage.max_steps > 0:
         yield Problem(
             f"{path}.critic_warmup_steps",
@@ -226,7 +235,7 @@ def _schedule_problems(path: str, stage: StageSpec) -> Iterator[Problem]:
         yield Problem(f"{path}.lr_scheduler_kwargs", "warmup_stable_decay needs num_decay_steps")
 
 
-def _dpo_problems(path: str, stage: DpoStage) -> Iterator[Problem]:
+def _dpo_problems(path: str, stage: DpoOptions) -> Iterator[Problem]:
     losses, smoothing = stage.loss_type, stage.label_smoothing
     if stage.loss_weights is not None and len(stage.loss_weights) != len(losses):
         yield Problem(
@@ -262,12 +271,6 @@ def _dpo_problems(path: str, stage: DpoStage) -> Iterator[Problem]:
 
 def _rl_problems(path: str, stage: RlStage) -> Iterator[Problem]:
     yield from _sampling_problems(path, stage)
-    yield from _kl_problems(path, stage)
-    if stage.epsilon >= 1:
-        yield Problem(f"{path}.epsilon", f"{stage.epsilon:g}: the ratio is clipped at 1 - epsilon, above 0")
-    high = stage.epsilon if stage.epsilon_high is None else stage.epsilon_high
-    if stage.delta is not None and stage.delta <= 1 + high:
-        yield Problem(f"{path}.delta", f"{stage.delta:g} must be above 1 + epsilon_high = {1 + high:g}")
     offline = {"eval_data": None, "eval_steps": None, "truncation_mode": "keep_start"}
     for key, unset in offline.items():
         if getattr(stage, key) != unset:
@@ -278,6 +281,15 @@ def _rl_problems(path: str, stage: RlStage) -> Iterator[Problem]:
             )
 
 
+def _policy_gradient_problems(path: str, stage: PolicyGradientStage) -> Iterator[Problem]:
+    yield from _kl_problems(path, stage)
+    if stage.epsilon >= 1:
+        yield Problem(f"{path}.epsilon", f"{stage.epsilon:g}: the ratio is clipped at 1 - epsilon, above 0")
+    high = stage.epsilon if stage.epsilon_high is None else stage.epsilon_high
+    if stage.delta is not None and stage.delta <= 1 + high:
+        yield Problem(f"{path}.delta", f"{stage.delta:g} must be above 1 + epsilon_high = {1 + high:g}")
+
+
 def _sampling_problems(path: str, stage: RlStage) -> Iterator[Problem]:
     samples, group = stage.samples_per_step, stage.num_generations
     if samples % group:
@@ -286,7 +298,7 @@ def _sampling_problems(path: str, stage: RlStage) -> Iterator[Problem]:
             f"{group} samples of each prompt don't fill {samples} (batch_size {stage.batch_size} x "
             f"steps_per_generation {stage.steps_per_generation}) evenly",
         )
-    if group < 2 and stage.advantage != "gae":
+    if group < 2 and stage.compares_samples:
         yield Problem(
             f"{path}.num_generations", f"{group}: {stage.type} compares a prompt's samples; at least 2"
         )
@@ -297,7 +309,7 @@ def _sampling_problems(path: str, stage: RlStage) -> Iterator[Problem]:
         )
 
 
-def _kl_problems(path: str, stage: RlStage) -> Iterator[Problem]:
+def _kl_problems(path: str, stage: PolicyGradientStage) -> Iterator[Problem]:
     plain = stage.beta > 0 and stage.kl_in == "loss" and not stage.use_bias_correction_kl
     if plain and stage.kl_estimator == "k1":
         yield Problem(

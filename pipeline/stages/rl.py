@@ -18,16 +18,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.algorithms import rl_checks
-from actors.algorithms.kl import KlController
-from actors.algorithms.policy import PolicyLoss
 from actors.algorithms.value import ValueLoss
 from actors.batch import Batch
 from actors.errors import RunFailure
 from actors.sampling import Generations, sample_seed
 from actors.trajectories import trajectories
 from pipeline.data.prompts import PromptData
+from pipeline.stages.objectives import objective_of
 from pipeline.stages.prepared import PreparedRl
-from pipeline.stages.rl_estimates import Estimates, TokenScores, estimate
+from pipeline.stages.rl_estimates import Estimates, TokenScores
 from pipeline.stages.rl_rewards import Judge, Rewards
 from pipeline.stages.spec import PpoStage
 from pipeline.stages.train import StageContext
@@ -94,7 +93,8 @@ class RlLoop:
     def __init__(self, stage: PreparedRl, ctx: RlContext) -> None:
         self.stage, self.ctx, self.spec = stage, ctx, stage.spec
         self.judge = Judge(stage.spec, ctx.reward_models)
-        self.kl = KlController(stage.spec.beta, stage.spec.kl_target, stage.spec.kl_horizon)
+        self.objective = objective_of(stage.spec)
+        self.kl = self.objective.kl_controller()
         self.idle = rl_checks.Idle()
         self.num_tokens = self.restarts = 0
 
@@ -110,10 +110,10 @@ class RlLoop:
             rewards = self.judge.result(judged, prompts, texts, samples, batch)
         with clock("logprobs"):
             scores = TokenScores(**{name: np.asarray(one.result()[0]) for name, one in asked.items()})
-        estimates = estimate(self.spec, batch, rewards.values, scores, self.kl.beta)
+        estimates = self.objective.estimate(batch, rewards.values, scores, self.kl.beta)
         checked = self.check(step, batch, scores, estimates)
         with clock("update"):
-            updated = self.update(step, estimates.batch)
+            updated = self.update(step, estimates, batch.n_rows)
         routed = self.routing()
         with clock("sync"):
             report = self.ctx.sync.push(step + 1)
@@ -140,7 +140,7 @@ class RlLoop:
         """Ask all models about the samples, without waiting: (token scores by field, rewards by source)."""
         shared, ctx, heat = put(batch), self.ctx, self.spec.temperature
         asked = {"old_logps": ctx.policy.token_logprobs(shared, heat)}
-        if self.spec.beta > 0 or step == 0:
+        if self.objective.needs_reference(step):
             asked["ref_logps"] = ctx.reference.token_logprobs(shared, heat)
         if ctx.critic is not None:
             asked["values"] = ctx.critic.values(shared)
@@ -149,31 +149,32 @@ class RlLoop:
     def check(self, step: int, batch: Batch, scores: TokenScores, estimates: Estimates) -> dict[str, float]:
         """Everything that must hold before the weights move; metrics of what was looked at."""
         dtype, engine = self.ctx.dtype, batch.token_columns["engine_logps"]
-        advantages = estimates.batch.token_columns["advantages"]
-        rl_checks.check_finite(engine_logps=engine, advantages=advantages, **vars(scores))
+        rl_checks.check_finite(engine_logps=engine, **estimates.finite, **vars(scores))
         if step == 0 and self.ctx.starts_as_reference and scores.ref_logps is not None:
             rl_checks.check_first_kl(scores.old_logps, scores.ref_logps, rl_checks.KL_TOLERANCE[dtype])
-        self.idle = self.idle.after(advantages[estimates.batch.token_columns["mask"]])
+        self.idle = self.idle.after(estimates.signal)
         mismatch = rl_checks.mismatch_metrics(engine, scores.old_logps)
         tolerance = self.spec.mismatch_tolerance or rl_checks.MISMATCH_TOLERANCE[dtype]
         rl_checks.check_mismatch(mismatch, tolerance, rl_checks.BEYOND_2X_TOLERANCE[dtype])
         return mismatch
 
-    def update(self, step: int, batch: Batch) -> dict[str, float]:
+    def update(self, step: int, estimates: Estimates, samples: int) -> dict[str, float]:
         """Optimizer steps of policy and critic over the samples; means of their metrics."""
         first = self.stage.updates_before(step)
         learns = step >= self.stage.critic_warmup_steps
         asked: list[tuple[str, Pending]] = []
-        for number, rows in enumerate(minibatches(self.stage, step, batch.n_rows), start=first):
-            part = put(batch.select(rows))
+        parts = self.objective.minibatches(estimates.batch.n_rows, samples, self.stage.seed, step)
+        for number, rows in enumerate(parts, start=first):
+            part = put(estimates.batch.select(rows))
             if learns:
                 own = number - self.stage.updates_before(self.stage.critic_warmup_steps)
-                asked.append(("", self.ctx.policy.update(part, self.policy_loss(), own)))
+                asked.append(("", self.ctx.policy.update(part, self.objective.loss(self.kl.beta), own)))
             if self.ctx.critic is not None:
                 asked.append(("critic/", self.ctx.critic.update(part, self.value_loss(), number)))
         done = [(prefix, pending.result()[0]) for prefix, pending in asked]
         if learns:
-            rl_checks.check_first_ratio(done[0][1], rl_checks.RATIO_TOLERANCE[self.ctx.dtype])
+            at_reference = step == 0 and self.ctx.starts_as_reference
+            self.objective.check_first(done[0][1], self.ctx.dtype, at_reference)
         return joined(done)
 
     def replaced(self, report: SyncReport) -> list[str]:
@@ -199,12 +200,6 @@ class RlLoop:
             return {}
         return {"moe/engine_load_distance": rl_checks.load_distance(trainer, sum(loads))}
 
-    def policy_loss(self) -> PolicyLoss:
-        """The stage's policy loss at the current KL coefficient."""
-        names = set(PolicyLoss.model_fields) & set(type(self.spec).model_fields)
-        beta = self.kl.beta if self.spec.kl_in == "loss" else 0.0
-        return PolicyLoss(**{name: getattr(self.spec, name) for name in names} | {"beta": beta})
-
     def value_loss(self) -> ValueLoss:
         assert isinstance(self.spec, PpoStage)
         return ValueLoss(vf_coef=self.spec.vf_coef, cliprange_value=self.spec.cliprange_value)
@@ -218,15 +213,6 @@ class RlLoop:
         self.kl = replace(self.kl, beta=float(state["beta"]))
         self.idle = rl_checks.Idle(int(state["idle"]))
         self.num_tokens = int(state["num_tokens"])
-
-
-def minibatches(stage: PreparedRl, step: int, samples: int) -> list[np.ndarray]:
-    """Samples of every optimizer step: each iteration goes through all of them, in an order of its own."""
-    size, found = stage.spec.batch_size, []
-    for iteration in range(stage.spec.num_iterations):
-        order = np.random.default_rng([stage.seed, step, iteration]).permutation(samples)
-        found += [np.sort(order[i : i + size]) for i in range(0, samples, size)]
-    return found
 
 
 def joined(done: list[tuple[str, dict[str, float]]]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from actors.batch import Batch
 from actors.trajectories import sample_offsets, sample_sums
 
 if TYPE_CHECKING:
-    from pipeline.stages.spec import RlStage
+    from pipeline.stages.spec import PolicyGradientStage
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,22 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class Estimates:
-    """The samples with every column that the losses read."""
+    """What the losses read of the samples."""
 
     batch: Batch
+    """Its rows with every column: the samples, or pairs of them."""
     kl: float | None
     """Mean over samples of the divergence from the reference, summed over tokens, in nats."""
+    signal: np.ndarray
+    """What there is to learn from: all zero, or empty, where the samples teach nothing."""
+    finite: dict[str, np.ndarray] = field(default_factory=dict)
+    """Arrays that must be finite, by name."""
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def estimate(spec: RlStage, batch: Batch, rewards: np.ndarray, scores: TokenScores, beta: float) -> Estimates:
+def estimate(
+    spec: PolicyGradientStage, batch: Batch, rewards: np.ndarray, scores: TokenScores, beta: float
+) -> Estimates:
     """Advantages (and returns) of every token.
 
     Args:
@@ -66,26 +73,27 @@ def estimate(spec: RlStage, batch: Batch, rewards: np.ndarray, scores: TokenScor
     metrics = {"advantages/std": float(found.advantages[mask].std()) if mask.any() else 0.0}
     if scores.values is not None and found.returns is not None:
         metrics["explained_variance"] = explained_variance(scores.values, found.returns, mask)
+    signal, finite = found.advantages[mask], {"advantages": found.advantages}
     if kl is None:
-        return Estimates(batch, None, metrics)
+        return Estimates(batch, None, signal, finite, metrics)
     of_samples = float(sample_sums(batch, kl).mean())
     metrics |= {"kl": float(kl.mean()), "objective/kl": of_samples, "beta": beta}
-    return Estimates(batch, of_samples, metrics)
+    return Estimates(batch, of_samples, signal, finite, metrics)
 
 
-def counted_mask(spec: RlStage, batch: Batch) -> np.ndarray:
+def counted_mask(spec: PolicyGradientStage, batch: Batch) -> np.ndarray:
     """bool (counted tokens,): tokens that train; those of cut samples don't where the stage says so."""
     kept = batch.columns["finished"] | (not spec.mask_truncated_completions)
     return np.repeat(kept, batch.label_counts)
 
 
-def advantage_spec(spec: RlStage) -> AdvantageSpec:
+def advantage_spec(spec: PolicyGradientStage) -> AdvantageSpec:
     """The stage's settings that advantages depend on."""
     names = set(AdvantageSpec.model_fields) & set(type(spec).model_fields)
     return AdvantageSpec(kind=spec.advantage, **{name: getattr(spec, name) for name in names})
 
 
-def _divergence(spec: RlStage, scores: TokenScores) -> np.ndarray | None:
+def _divergence(spec: PolicyGradientStage, scores: TokenScores) -> np.ndarray | None:
     if scores.ref_logps is None:
         return None
     return kl_values(spec.kl_estimator, scores.old_logps, scores.ref_logps)

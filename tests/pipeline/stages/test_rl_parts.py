@@ -12,10 +12,11 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.bad_rows import Skipped
 from pipeline.data.order import BatchOrder
 from pipeline.data.prompts import PromptData
+from pipeline.stages.objectives import PolicyGradient
 from pipeline.stages.prepared import PreparedRl, prepare
-from pipeline.stages.rl import joined, lengths, minibatches
+from pipeline.stages.rl import joined, lengths
 from pipeline.stages.rl_estimates import TokenScores, estimate
-from pipeline.stages.spec import GrpoStage, PpoStage, RlStage
+from pipeline.stages.spec import GrpoStage, PolicyGradientStage, PpoStage, RlStage
 
 DATA = {"data": [{"source": "builtin:arithmetic", "split": "prompts"}], "rewards": ["exact_match"]}
 
@@ -75,11 +76,16 @@ def test_a_short_generation_weighs_a_token_as_its_own_optimizer_steps_do() -> No
         assert found.batch.columns["tokens_per_step"] == pytest.approx([expected] * samples)
 
 
+def minibatches(stage: PreparedRl, step: int, samples: int) -> list[np.ndarray]:
+    assert isinstance(stage.spec, PolicyGradientStage)
+    return PolicyGradient(stage.spec).minibatches(samples, samples, stage.seed, step)
+
+
 def test_minibatches_go_through_all_samples_once_an_iteration() -> None:
     stage = stage_of(
         GrpoStage(**DATA, batch_size=4, steps_per_generation=2, num_generations=4, num_iterations=2)
     )
-    found = minibatches(stage, step=1, samples=8)
+    found = minibatches(stage, 1, 8)
     assert [len(rows) for rows in found] == [4, 4, 4, 4]
     first, second = np.concatenate(found[:2]), np.concatenate(found[2:])
     assert sorted(first) == sorted(second) == list(range(8))
