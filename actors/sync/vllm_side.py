@@ -28,12 +28,13 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 )
 
 from actors.errors import InvariantViolation, RunFailure
-from actors.routes import RouteCounter
+from actors.routes import RouteCounter, moe_layers
 from actors.sync.bindings import record_bindings, without_reload_warnings
 from actors.sync.merger import BaseCheckpoint, Merger, Targets
 from actors.sync.payload import Payload
 from actors.sync.readback import Reader
 from actors.sync.repack import repack_experts
+from actors.workarounds import worker as worker  # applies the architecture's workarounds in worker processes
 
 BACKEND = "raylign"
 EXTENSION = f"{__name__}.SyncWorkerExtension"
@@ -198,6 +199,7 @@ class SyncWorkerExtension:
     """What is asked of a worker beside vLLM's own calls."""
 
     weight_transfer_engine: Any
+    model_runner: Any
 
     def bound_elements(self) -> dict[str, int]:
         """Checkpoint tensor -> how many of its elements this process holds."""
@@ -217,6 +219,19 @@ class SyncWorkerExtension:
         """See `RouteCounter.take`."""
         load: np.ndarray | None = self.weight_transfer_engine.routes.take()
         return load
+
+    def keep_routes(self) -> None:
+        """See `RouteCounter.keep`."""
+        self.weight_transfer_engine.routes.keep(self.model_runner)
+
+    def take_routes(self, requests: list[str]) -> list[np.ndarray]:
+        """See `RouteKeeper.take`."""
+        kept: list[np.ndarray] = self.weight_transfer_engine.routes.keeper.take(requests)
+        return kept
+
+    def moe_layers(self) -> list[int]:
+        """See `actors.routes.moe_layers`."""
+        return moe_layers(self.weight_transfer_engine.model)
 
     def loaded_weights(self) -> Loaded:
         """What the last update did in this process."""
