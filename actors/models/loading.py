@@ -13,6 +13,7 @@ import torch
 
 from actors.errors import UserError
 from actors.models.architectures import architecture_of, unsupported
+from actors.models.moe import make_routing_deterministic
 from actors.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -105,7 +106,10 @@ def load_base(spec: ModelSpec, device: str | torch.device = "cpu", seed: int = 0
         "attn_implementation": spec.attn_implementation,
         "trust_remote_code": spec.trust_remote_code,
     }
-    if resolved.config is not None and architecture_of(resolved.config).is_moe:
+    row = None if resolved.config is None else architecture_of(resolved.config)
+    if row is not None and spec.attn_implementation == "sdpa":
+        how["attn_implementation"] = row.attention
+    if row is not None and row.is_moe and row.grouped_experts:
         how["experts_implementation"] = spec.moe.experts_implementation
     if spec.random_init:
         with torch.random.fork_rng(devices=[]):
@@ -122,6 +126,7 @@ def load_base(spec: ModelSpec, device: str | torch.device = "cpu", seed: int = 0
     model.config.use_cache = False
     # With router logits in the outputs transformers adds its auxiliary loss, also to a frozen router.
     model.config.output_router_logits = False
+    make_routing_deterministic(model)
     return model.to(device).eval()
 
 

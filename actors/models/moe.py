@@ -13,6 +13,7 @@ from torch import nn
 
 from actors.errors import UserError
 from actors.models.architectures import architecture_of
+from actors.models.row import config_value
 from actors.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -117,13 +118,13 @@ class RouterStats:
 
     def _hook(self, index: int) -> Any:
         assert self.router is not None
-        logits_at, experts_at, score = self.router.logits_at, self.router.experts_at, self.router.score
+        router = self.router
 
         def count(module: nn.Module, inputs: Any, output: Any) -> None:
             if not self._active:
                 return
-            logits = output[logits_at].reshape(-1, self.n_experts)
-            chosen = output[experts_at].reshape(-1, self.top_k)
+            logits, chosen = router.read(output, self.top_k)
+            logits, chosen = logits.reshape(-1, self.n_experts), chosen.reshape(-1, self.top_k)
             # Nothing here may save a tensor for the backward pass: under gradient checkpointing the layer
             # runs again without this hook, and torch refuses a different number of saved tensors.
             if self._kept is not None:
@@ -132,7 +133,7 @@ class RouterStats:
                 if self._counted is not None:
                     logits, chosen = logits[self._counted], chosen[self._counted]
                 load = torch.bincount(chosen.reshape(-1), minlength=self.n_experts)
-                entropy = _entropy(logits.detach(), score).sum(dtype=torch.float64)
+                entropy = _entropy(logits.detach(), router.score).sum(dtype=torch.float64)
                 old, old_entropy = self._load[index], self._entropy[index]
                 self._load[index] = load if old is None else old + load
                 self._entropy[index] = entropy if old_entropy is None else old_entropy + entropy
@@ -176,7 +177,32 @@ def aux_loss_coef(spec: ModelSpec, config: PretrainedConfig) -> float:
     if asked is not None:
         return asked
     trains = spec.lora is None or "router" in spec.lora.targets
-    return float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0) if defined and trains else 0.0
+    return float(config_value(config, row.aux_loss_key, 0.0)) if defined and trains else 0.0
+
+
+def make_routing_deterministic(model: nn.Module) -> None:
+    """Let training choose the experts that evaluation and generation choose.
+
+    In training mode some families draw experts at random (phimoe) or multiply the router's input by noise
+    (a config's jitter). The log-probability that an update starts from would then not be the one that was
+    recorded, and the policy not the one that sampled.
+    """
+    router = architecture_of(model.config).router
+    for module in model.modules():
+        for noise in _NOISE:
+            if getattr(module, noise, None):
+                setattr(module, noise, 0.0 if noise != "moe_jitter_eps" else None)
+    if router is not None and router.samples_in_training:
+        for module in _routers(model, router.module).values():
+            module.register_forward_pre_hook(_evaluate)
+
+
+_NOISE = ("input_jitter_noise", "jitter_noise", "moe_jitter_eps")
+"""Attributes of blocks and routers. Not `router_jitter_noise`: phimoe's is a threshold, in evaluation too."""
+
+
+def _evaluate(module: nn.Module, _: Any) -> None:
+    module.training = False
 
 
 def _routers(model: nn.Module, suffix: str) -> dict[str, nn.Module]:

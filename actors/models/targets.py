@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from actors.errors import UserError
-from actors.models.architectures import Architecture, architecture_of
+from actors.models.architectures import architecture_of
+from actors.models.row import Architecture
 from actors.models.spec import LoraSpec, TargetGroup
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def resolve_targets(
     row = architecture_of(net.config)
     weights = _weights(net)
     matched = {group: _match(row, group, weights) for group in dict.fromkeys(groups)}
-    _refuse_empty(row, matched, weights)
+    _refuse_groups(row, matched, weights)
     ranks = dict.fromkeys(matched, lora.r)
     if "experts" in matched:
         ranks["experts"] = expert_rank(lora, row.top_k(net.config))
@@ -170,19 +171,22 @@ def _match(
     return {suffix: shapes for suffix, shapes in found.items() if shapes}
 
 
-def _refuse_empty(
+def _refuse_groups(
     row: Architecture, matched: dict[TargetGroup, dict[str, list[torch.Size]]], weights: dict[str, torch.Size]
 ) -> None:
-    available = [g for g in (*row.modules, *row.parameters) if _match(row, g, weights)]
-    empty = [group for group, found in matched.items() if not found]
-    if empty:
-        raise UserError(
-            [
-                f"model.lora.targets: '{g}' matches nothing in a {row.model_type} model; "
-                f"groups with a match: {', '.join(available)}"
-                for g in empty
-            ]
-        )
+    """Every asked group that can't be adapted, with the reason and those that can."""
+    available = ", ".join(g for g in row.groups if _match(row, g, weights))
+    problems = [
+        f"model.lora.targets: '{group}' of a {row.model_type} model can't be adapted: {row.refused[group]}; "
+        f"groups that can: {available}"
+        if group in row.refused
+        else f"model.lora.targets: '{group}' matches nothing in a {row.model_type} model; "
+        f"groups with a match: {available}"
+        for group, found in matched.items()
+        if not found
+    ]
+    if problems:
+        raise UserError(problems)
 
 
 def _adapter_size(shape: torch.Size, rank: int) -> int:

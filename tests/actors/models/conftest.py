@@ -12,70 +12,9 @@ import torch
 from actors.models.adapters import adapter_parameters, attach_lora
 from actors.models.loading import load_base
 from actors.models.spec import LoraSpec, ModelSpec, TargetGroup
+from tests.actors.models.tiny_models import GROUPS, SIZES, tiny_config_of, tiny_model
 
-_COMMON: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "initializer_range": 0.05,
-}
-_DENSE = {"intermediate_size": 128, "head_dim": 32}
-_QWEN_MOE = {
-    "intermediate_size": 128,
-    "moe_intermediate_size": 64,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "norm_topk_prob": True,
-}
-_LOCAL = {"intermediate_size": 64, "num_local_experts": 8, "num_experts_per_tok": 2}
-
-SIZES: dict[str, dict[str, Any]] = {
-    "llama": _DENSE,
-    "mistral": _DENSE,
-    "qwen2": {"intermediate_size": 128},
-    "qwen3": _DENSE,
-    "qwen3_moe": {**_QWEN_MOE, "head_dim": 32},
-    "qwen2_moe": {**_QWEN_MOE, "shared_expert_intermediate_size": 64, "mlp_only_layers": [0]},
-    "mixtral": {**_LOCAL, "head_dim": 32},
-    "olmoe": {"intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 4},
-    "granitemoe": {**_LOCAL, "logits_scaling": 2.0, "residual_multiplier": 0.5},
-    "glm4_moe": {
-        "intermediate_size": 128,
-        "moe_intermediate_size": 64,
-        "head_dim": 32,
-        "first_k_dense_replace": 1,
-        "n_routed_experts": 8,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "use_qk_norm": True,
-    },
-}
-GROUPS: dict[str, list[TargetGroup]] = {
-    "llama": ["attention", "mlp"],
-    "mistral": ["attention", "mlp"],
-    "qwen2": ["attention", "mlp"],
-    "qwen3": ["attention", "mlp"],
-    "qwen3_moe": ["attention", "experts", "router"],
-    "qwen2_moe": ["attention", "experts", "router", "shared_experts", "mlp"],
-    "mixtral": ["attention", "experts", "router"],
-    "olmoe": ["attention", "experts", "router"],
-    "granitemoe": ["attention", "experts", "router"],
-    "glm4_moe": ["attention", "experts", "router", "shared_experts", "mlp"],
-}
-"""All groups that each architecture has."""
-
-
-def tiny_config_of(model_type: str, **overrides: Any) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(model_type, **{**_COMMON, **SIZES[model_type], **overrides})
+__all__ = ["GROUPS", "SIZES", "tiny_config_of"]
 
 
 @pytest.fixture(scope="session")
@@ -92,15 +31,10 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def make(model_type: str, seed: int = 0, **overrides: Any) -> Path:
         key = f"{model_type}-{seed}-{sorted(overrides.items())}"
         if key not in made:
-            from transformers import AutoModelForCausalLM
-
             from actors.models.tiny import byte_tokenizer
 
             made[key] = tmp_path_factory.mktemp(model_type)
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                model = AutoModelForCausalLM.from_config(tiny_config_of(model_type, **overrides))
-            model.save_pretrained(made[key])
+            tiny_model(model_type, seed, **overrides).save_pretrained(made[key])
             byte_tokenizer().save_pretrained(made[key])
         return made[key]
 

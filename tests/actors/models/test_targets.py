@@ -128,7 +128,7 @@ def test_the_table_for_users_has_counts_and_sizes(config_of):
     assert "573.4 kB" in text
 
 
-@pytest.mark.parametrize("model_type", ["jamba", "dbrx", "bloom"])
+@pytest.mark.parametrize("model_type", ["jamba", "switch_transformers", "bloom"])
 def test_an_unsupported_architecture_is_refused_with_the_reason(model_type):
     with pytest.raises(UserError, match=f"'{model_type}' is not supported: "):
         architecture_of(AutoConfig.for_model(model_type))
