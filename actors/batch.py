@@ -33,6 +33,9 @@ class Batch:
     """Per-row values of shape (rows, ...), e.g. `ref_chosen_logps`."""
     token_columns: dict[str, np.ndarray] = field(default_factory=dict)
     """Values of shape (counted tokens,), in the order of `loss_mask`, e.g. advantages."""
+    experts: np.ndarray | None = None
+    """uint8 or uint16 (tokens, layers, top_k): experts that a model which computes this batch has to use
+    (`actors.expert_choices`); None: its routers choose."""
 
     @property
     def n_sequences(self) -> int:
@@ -86,7 +89,8 @@ class Batch:
         if self.token_columns:
             counted = (np.cumsum(self.loss_mask) - 1)[tokens[mask]]
             of_tokens = {name: values[counted] for name, values in self.token_columns.items()}
-        return Batch(self.token_ids[tokens], mask, offsets, k, columns, of_tokens)
+        experts = None if self.experts is None else self.experts[tokens]
+        return Batch(self.token_ids[tokens], mask, offsets, k, columns, of_tokens, experts)
 
     def with_columns(self, **columns: np.ndarray) -> Batch:
         """The same rows with more per-row values."""
@@ -95,6 +99,10 @@ class Batch:
     def with_token_columns(self, **columns: np.ndarray) -> Batch:
         """The same rows with more values per counted token."""
         return replace(self, token_columns={**self.token_columns, **columns})
+
+    def unrouted(self) -> Batch:
+        """The same rows, whose experts the model's own routers choose."""
+        return self if self.experts is None else replace(self, experts=None)
 
     def shard_rows(self, rank: int, world_size: int) -> np.ndarray:
         """int64: the rows of one data-parallel rank, ascending.

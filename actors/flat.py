@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from actors.batch import Batch
-from actors.packing import AttentionPlan, Gathering, MicroBatch
+from actors.packing import AttentionPlan, Gathering, MicroBatch, experts_at
 
 SHORT = 96
 """Sequences up to this length attend several in one call: there calls cost more than padding."""
@@ -44,12 +44,16 @@ def lay_flat(batch: Batch, rows: np.ndarray, share_prompts: bool) -> MicroBatch:
         n_sequences=part.n_sequences,
         n_tokens=int(own.sum()),
         attention=_plan(places, part.offsets, shared),
+        # A shared position is that of the first sequence, and was routed as such.
+        experts=experts_at(
+            places[~is_shared], None if part.experts is None else part.experts[~is_shared], int(own.sum())
+        ),
     )
 
 
 def _shared(part: Batch) -> np.ndarray:
     """int64 (S,): leading tokens that a sequence has in common with the first one of its row, and that
-    stand before any counted token of both."""
+    stand before any counted token of both. Where experts are given, these are the same too."""
     found = np.zeros(part.n_sequences, dtype=np.int64)
     k = part.sequences_per_row
     for row in range(part.n_rows if k > 1 else 0):
@@ -57,8 +61,12 @@ def _shared(part: Batch) -> np.ndarray:
         for sequence in range(row * k + 1, (row + 1) * k):
             other = _tokens_before_answer(part, sequence)
             n = min(len(first), len(other))
-            differ = np.flatnonzero(first[:n] != other[:n])
-            found[sequence] = differ[0] if len(differ) else n
+            differ = first[:n] != other[:n]
+            if part.experts is not None:
+                mine, theirs = (part.experts[part.offsets[s] :][:n] for s in (row * k, sequence))
+                differ = differ | (mine != theirs).any(axis=(1, 2))
+            places = np.flatnonzero(differ)
+            found[sequence] = places[0] if len(places) else n
     return found
 
 

@@ -15,7 +15,10 @@ from functools import partial
 import numpy as np
 
 from actors.batch import Batch
+from actors.expert_choices import free
 
+FREE = -1
+"""In `MicroBatch.experts`: the model's own router chooses."""
 BIN_LENGTHS = (1.0, 1.25, 1.5, 2.0)
 """Bin lengths tried, as multiples of the longest sequence. Longer bins waste less but attend further."""
 ATTENTION_WIDTHS = 4
@@ -80,6 +83,8 @@ class MicroBatch:
     """Real tokens, without padding; a prompt that sequences share counts once."""
     attention: AttentionPlan | None = None
     """For attention by sequence; None: who attends to whom follows from the position ids."""
+    experts: np.ndarray | None = None
+    """int64 (B * L, layers, top_k): experts that are given for each position; `FREE` where none are."""
 
 
 LayOut = Callable[[Batch, np.ndarray], MicroBatch]
@@ -160,7 +165,17 @@ def _lay_out(batch: Batch, rows: np.ndarray, pack_for_width: int | None) -> Micr
         rows=rows,
         n_sequences=part.n_sequences,
         n_tokens=part.n_tokens,
+        experts=experts_at(flat, part.experts, n_bins * length),
     )
+
+
+def experts_at(places: np.ndarray, experts: np.ndarray | None, size: int) -> np.ndarray | None:
+    """int64 (size, layers, top_k): a batch's given experts, `experts[i]` at position `places[i]`."""
+    if experts is None:
+        return None
+    found = np.full((size, *experts.shape[1:]), FREE, dtype=np.int64)
+    found[places] = np.where(experts == free(experts.dtype), FREE, experts.astype(np.int64))
+    return found
 
 
 def _positions(n_bins: int, length: int, bins: np.ndarray, starts: np.ndarray) -> np.ndarray:

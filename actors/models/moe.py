@@ -65,7 +65,7 @@ class RouterStats:
         self._counted: torch.Tensor | None = None
         self._kept: list[torch.Tensor] | None = None
         self._active = False
-        routers = _routers(model, self.router.module) if self.router else {}
+        routers = routers_of(model, self.router.module) if self.router else {}
         for index, (name, module) in enumerate(routers.items()):
             self.layers.append(name)
             module.register_forward_hook(self._hook(index))
@@ -193,7 +193,7 @@ def make_routing_deterministic(model: nn.Module) -> None:
             if getattr(module, noise, None):
                 setattr(module, noise, 0.0 if noise != "moe_jitter_eps" else None)
     if router is not None and router.samples_in_training:
-        for module in _routers(model, router.module).values():
+        for module in routers_of(model, router.module).values():
             module.register_forward_pre_hook(_evaluate)
 
 
@@ -205,7 +205,7 @@ def _evaluate(module: nn.Module, _: Any) -> None:
     module.training = False
 
 
-def _routers(model: nn.Module, suffix: str) -> dict[str, nn.Module]:
+def routers_of(model: nn.Module, suffix: str) -> dict[str, nn.Module]:
     """Layer name -> the router itself, inside any LoRA wrapper."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

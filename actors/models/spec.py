@@ -41,6 +41,12 @@ class MoeSpec(Spec):
     """Weight of the load-balancing loss. None: the base's own value where the router trains, else 0."""
     experts_implementation: Literal["grouped_mm", "batched_mm", "eager"] = "grouped_mm"
     """transformers' implementation of the expert product."""
+    router_replay: Literal["none", "rollout"] = "none"
+    """Online stages: `rollout` lets the policy compute samples with the experts that the engine chose for
+    them (rollout routing replay); the gates are its own."""
+    router_replay_compare_steps: int = Field(default=10, ge=0)
+    """With router replay: every so many steps also compute the mismatch without it, for one more pass of log-
+    probabilities; 0: never."""
 
 
 class ModelSpec(Spec):

@@ -1,0 +1,165 @@
+"""Rollout routing replay: a trainer computes samples with the experts that the rollout engine chose for them.
+
+Engine and trainer hold the same weights but round differently, and where two experts are nearly as good for a
+token, rounding decides: then both compute with different experts, and their log-probabilities are far apart.
+With the engine's choice forced on the trainer only rounding remains (arXiv 2510.11370). What is replayed is
+the choice alone: the gates that weigh the chosen experts are computed from the trainer's own logits, in the
+way of the model's family, and gradients flow through them into the router.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from actors.errors import InvariantViolation, UserError
+from actors.models.moe import routers_of
+
+Gates = Callable[[Tensor, Tensor, PretrainedConfig], Tensor]
+"""(logits (tokens, experts), chosen (tokens, top_k), config) -> gates (tokens, top_k)."""
+
+
+def _of_all(logits: Tensor, chosen: Tensor, config: PretrainedConfig) -> Tensor:
+    """Probabilities over all experts, divided by their sum where the config says so."""
+    gates = torch.softmax(logits, dim=-1, dtype=torch.float).gather(1, chosen)
+    return gates / gates.sum(dim=-1, keepdim=True) if config.norm_topk_prob else gates
+
+
+def _of_all_normalised(logits: Tensor, chosen: Tensor, config: PretrainedConfig) -> Tensor:
+    gates = torch.softmax(logits, dim=-1, dtype=torch.float).gather(1, chosen)
+    return gates / gates.sum(dim=-1, keepdim=True)
+
+
+def _of_chosen(logits: Tensor, chosen: Tensor, config: PretrainedConfig) -> Tensor:
+    """Probabilities over the chosen experts' logits."""
+    return torch.softmax(logits.gather(1, chosen), dim=-1)
+
+
+GATES: Mapping[str, Gates] = {
+    "qwen3_moe": _of_all,
+    "qwen2_moe": _of_all,
+    "olmoe": _of_all,
+    "mixtral": _of_all_normalised,
+    "granitemoe": _of_chosen,
+    "gpt_oss": _of_chosen,
+}
+"""By `model_type`: how a family makes gates of its router's logits. Its router module returns logits, gates
+and experts."""
+
+
+def replay_objection(model_type: str, is_moe: bool) -> str | None:
+    """Why the routes of this architecture can't be replayed, or None."""
+    if model_type in GATES:
+        return None
+    if not is_moe:
+        return f"a {model_type} model has no router"
+    known = ", ".join(GATES)
+    return f"the gates of a {model_type} model are not known to be a softmax of its logits; known: {known}"
+
+
+class RouteReplay:
+    """Forces experts on the routers of one model, inside `forcing` alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Listen to the routers of `model` (plain or wrapped by PEFT).
+
+        Raises:
+            UserError: this architecture's routes can't be replayed.
+        """
+        from actors.models.architectures import architecture_of
+
+        self._config: Any = model.config
+        row = architecture_of(self._config)
+        objection = replay_objection(row.model_type, row.router is not None)
+        if objection is not None or row.router is None:
+            raise UserError(f"model.moe.router_replay: 'rollout', but {objection}")
+        self.top_k = row.top_k(self._config)
+        self._gates, self._router = GATES[row.model_type], row.router
+        self._experts: Tensor | None = None
+        self._counts = False
+        self._agreed: list[Tensor | float] = []
+        self._device = next(model.parameters()).device
+        routers = routers_of(model, row.router.module)
+        self.n_layers = len(routers)
+        for layer, module in enumerate(routers.values()):
+            # Before all other hooks: what counts routes has to see those that are computed.
+            module.register_forward_hook(self._hook(layer), prepend=True)
+        self.reset()
+
+    @contextmanager
+    def forcing(self, experts: np.ndarray | None, count: bool = False) -> Iterator[None]:
+        """Compute with these experts inside; backward passes that recompute layers belong inside too.
+
+        Args:
+            experts: int64 (tokens, layers, top_k), in the order of the model's input; negative where the
+                router chooses. None: it chooses everywhere.
+            count: compare with what the routers would have chosen, for `agreement`.
+
+        Raises:
+            InvariantViolation: layers or experts per token are not those of the model.
+        """
+        before = self._experts, self._counts
+        self._experts, self._counts = (None if experts is None else self._checked(experts)), count
+        try:
+            yield
+        finally:
+            self._experts, self._counts = before
+
+    def reset(self) -> None:
+        """Forget what `agreement` has counted."""
+        self._agreed, self._given = [0.0] * self.n_layers, 0
+
+    def totals(self) -> Tensor:
+        """float64 (layers + 1,): choices in common by layer, and choices per layer; ranks add them up."""
+        common = [torch.as_tensor(x, dtype=torch.float64, device=self._device) for x in self._agreed]
+        given = torch.tensor(self._given, dtype=torch.float64, device=self._device)
+        return torch.stack([*common, given])
+
+    @staticmethod
+    def agreement(totals: Tensor) -> np.ndarray:
+        """float64 (layers,): share of the given experts that the model's routers would have chosen too."""
+        found = totals.cpu().numpy()
+        return found[:-1] / max(found[-1], 1.0)
+
+    def _checked(self, experts: np.ndarray) -> Tensor:
+        if experts.shape[1:] != (self.n_layers, self.top_k):
+            raise InvariantViolation(
+                "policy",
+                "router replay",
+                f"the engine has {experts.shape[1]} layers with {experts.shape[2]} experts a token, the "
+                f"trainer {self.n_layers} with {self.top_k}",
+                "report this",
+            )
+        return torch.from_numpy(experts).to(self._device)
+
+    def _hook(self, layer: int) -> Any:
+        logits_at, experts_at = self._router.logits_at, self._router.experts_at
+        assert logits_at is not None and experts_at is not None
+        (gates_at,) = {0, 1, 2} - {logits_at, experts_at}
+
+        def replace(module: nn.Module, inputs: Any, output: Any) -> Any:
+            if self._experts is None:
+                return None
+            logits, own = output[logits_at], output[experts_at]
+            given = self._experts[:, layer]
+            chosen = torch.where(given < 0, own, given)
+            if self._counts:
+                self._count(layer, given, own)
+            found = list(output)
+            found[experts_at] = chosen
+            found[gates_at] = self._gates(logits, chosen, self._config).to(output[gates_at].dtype)
+            return tuple(found)
+
+        return replace
+
+    def _count(self, layer: int, given: Tensor, own: Tensor) -> None:
+        common = (given[:, :, None] == own[:, None, :]).any(dim=-1).sum(dtype=torch.float64)
+        self._agreed[layer] = self._agreed[layer] + common
+        if layer == 0:
+            self._given += int((given >= 0).sum())
