@@ -114,6 +114,31 @@ def check_mismatch(metrics: Mapping[str, float], tolerance: float, beyond_2x: fl
     )  # fmt: skip
 
 
+def staleness(versions: np.ndarray, step: int, allowed: int) -> np.ndarray:
+    """Age of every token: how many versions the policy of `step` is ahead of what drew it.
+
+    Args:
+        versions: int (T,), of the weights that drew each token.
+        allowed: largest age.
+
+    Returns:
+        int64 (T,), 0 to `allowed`.
+
+    Raises:
+        InvariantViolation: a token is older than allowed, or of weights that are not there yet.
+    """
+    ages = step - np.asarray(versions, np.int64)
+    wrong = (ages < 0) | (ages > allowed)
+    if not wrong.any():
+        return ages
+    raise InvariantViolation(
+        "rollout", "generate", f"{int(wrong.sum())} of {len(ages)} tokens of step {step} were drawn by other "
+        f"weights than versions {max(0, step - allowed)} to {step} (the first: version "
+        f"{int(np.asarray(versions)[wrong][0])})",
+        "this is a fault of the run and not of its settings: report it with the stage's config.yaml",
+    )  # fmt: skip
+
+
 def check_finite(**arrays: np.ndarray | None) -> None:
     """Refuse NaN and infinities, naming the array and the first place.
 

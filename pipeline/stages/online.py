@@ -84,11 +84,13 @@ def restore(loop: RlLoop, decision: Decision) -> int:
     if loop.ctx.critic is not None:
         loop.ctx.critic.load_checkpoint(str(path / "critic"))
     loop.load_state(json.loads((path / "loop.json").read_text()))
+    loop.ahead.load(path, loop.stage.data)
     return int(decision.manifest.step or 0)
 
 
 def save_checkpoint(loop: RlLoop, step: int) -> None:
-    """Write policy, critic and the loop's state whole, then remove those beyond `save_total_limit`."""
+    """Write policy, critic, the loop's state and samples drawn ahead, then remove those beyond
+    `save_total_limit`."""
     ctx, stage = loop.ctx, loop.stage
     path = ctx.directory / f"checkpoint-{step}"
     with new_directory(path, ctx.manifest("checkpoint", stage, step=step)) as aside:
@@ -97,6 +99,7 @@ def save_checkpoint(loop: RlLoop, step: int) -> None:
                 (aside / name).mkdir()
                 view.save_checkpoint(str(aside / name))
         write_json(aside / "loop.json", loop.state())
+        loop.ahead.save(aside)
     for old in checkpoints(ctx.directory)[stage.spec.save_total_limit :]:
         shutil.rmtree(old)
 

@@ -58,6 +58,9 @@ class RlStage(StageSpec):
     """Taken off the reward of a sample that did not end by itself."""
     mismatch_tolerance: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Largest k3 divergence per token between engine and trainer before the run stops; null: by dtype."""
+    staleness: int = Field(default=0, ge=0)
+    """Versions that the policy may be ahead of the weights that drew its samples: so many steps are drawn
+    while earlier ones train. 0: nothing overlaps, and every sample is of the present policy."""
     sync: SyncSpec = Field(default_factory=SyncSpec)
     """How new weights reach the rollout engines, and how that is proved."""
 

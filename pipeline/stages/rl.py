@@ -1,10 +1,10 @@
 """The online loop: sample, reward, estimate, update, sync, and again. `RlLoop.step` is the whole of it.
 
-- Version k of the policy is what k steps made of it; the samples of step k come from version k, proved on
-  every engine before the first of them is drawn.
-- A step is a pure function of (policy, critic, optimizers, KL coefficient) and its number: prompts, seeds
-  and the order of minibatches follow from the run's seed. So a checkpoint holds just these, and a step that
-  was lost with an actor or with the whole run is the same step when it is done again.
+- Version k of the policy is what k steps made of it; the samples of step k come from version k - `staleness`
+  (0: from version k), proved on every engine before the first of them is drawn.
+- A step is a pure function of (policy, critic, optimizers, KL coefficient, samples that were drawn ahead) and
+  its number: prompts, seeds and the order of minibatches follow from the run's seed. So a checkpoint holds
+  just these, and a step that was lost with an actor or with the whole run is the same when it is done again.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import numpy as np
 from actors.algorithms import rl_checks
 from actors.algorithms.value import ValueLoss
 from actors.batch import Batch
-from actors.errors import RunFailure
-from actors.sampling import Generations, sample_seed
+from actors.sampling import Generations
 from actors.trajectories import trajectories
 from pipeline.data.prompts import PromptData
 from pipeline.stages.objectives import objective_of
 from pipeline.stages.prepared import PreparedRl
+from pipeline.stages.rl_drawing import Ahead, Drawer, Drawn
 from pipeline.stages.rl_estimates import Estimates, TokenScores
 from pipeline.stages.rl_rewards import Judge, Rewards
 from pipeline.stages.spec import PpoStage
@@ -93,6 +93,8 @@ class RlLoop:
     def __init__(self, stage: PreparedRl, ctx: RlContext) -> None:
         self.stage, self.ctx, self.spec = stage, ctx, stage.spec
         self.judge = Judge(stage.spec, ctx.reward_models)
+        drawer = Drawer(stage, ctx.rollout, self.judge)
+        self.ahead = Ahead(drawer.draw, stage.spec.staleness, stage.total_steps)
         self.objective = objective_of(stage.spec)
         self.kl = self.objective.kl_controller()
         self.idle = rl_checks.Idle()
@@ -102,61 +104,68 @@ class RlLoop:
         """One RL step, from version `step` of the policy to version `step + 1`, served by every engine."""
         clock = Clock()
         with clock("generate"):
-            prompts, samples = self.generate(step)
-        batch = trajectories(prompts.token_ids, samples)
-        texts = samples.texts(self.ctx.tokenizer, self.spec.stop)
-        asked, judged = self.submit_scores(batch, step)
+            drawn = self.ahead.take(step)
+        batch = trajectories(drawn.prompts.token_ids, drawn.samples)
+        asked, judging = self.submit_scores(batch, step, drawn)
         with clock("rewards"):
-            rewards = self.judge.result(judged, prompts, texts, samples, batch)
+            texts = drawn.samples.texts(self.ctx.tokenizer, self.spec.stop)
+            rewards = judging(texts)
         with clock("logprobs"):
             scores = TokenScores(**{name: np.asarray(one.result()[0]) for name, one in asked.items()})
         estimates = self.objective.estimate(batch, rewards.values, scores, self.kl.beta)
-        checked = self.check(step, batch, scores, estimates)
+        checked = self.check(step, drawn, batch, scores, estimates)
         with clock("update"):
             updated = self.update(step, estimates, batch.n_rows)
-        routed = self.routing()
+        routed = self.routing(drawn)
+        with clock("wait"):
+            self.before_sync()
         with clock("sync"):
             report = self.ctx.sync.push(step + 1)
         self.kl = self.kl.updated(estimates.kl or 0.0, batch.n_rows)
         self.num_tokens += batch.n_tokens
-        metrics = {**updated, **rewards.metrics, **estimates.metrics, **checked, **routed, **lengths(samples)}
-        metrics |= {"num_tokens": float(self.num_tokens), **report.metrics(), **clock.metrics()}
-        return StepResult(metrics, prompts, texts, rewards, [*rewards.notes, *self.replaced(report)])
+        metrics = {**updated, **rewards.metrics, **estimates.metrics, **checked, **routed, **drawn.metrics}
+        metrics |= {"num_tokens": float(self.num_tokens), **lengths(drawn.samples), **report.metrics()}
+        notes = [*drawn.notes, *rewards.notes, *self.replaced(report)]
+        return StepResult(metrics | clock.metrics(), drawn.prompts, texts, rewards, notes)
 
     # --- The parts of a step ----------------------------------------------------------------------
 
-    def generate(self, step: int) -> tuple[PromptData, Generations]:
-        """The step's prompts (one entry a sample) and its samples.
-
-        A sample's seed is a hash of run, step, prompt and number, so that it doesn't matter who draws it.
-        """
-        rows, n = self.stage.order[step], self.spec.num_generations
-        seeds = [sample_seed(self.stage.seed, step, int(row), i) for row in rows for i in range(n)]
-        asked = [self.stage.data.token_ids[row] for row in rows]
-        drawn = self.ctx.rollout.generate(asked, self.spec.sampling(), seeds)
-        return self.stage.data.select(rows, copies=n), drawn
-
-    def submit_scores(self, batch: Batch, step: int) -> tuple[dict[str, Pending], dict[str, Pending]]:
-        """Ask all models about the samples, without waiting: (token scores by field, rewards by source)."""
+    def submit_scores(
+        self, batch: Batch, step: int, drawn: Drawn
+    ) -> tuple[dict[str, Pending], Callable[[list[str]], Rewards]]:
+        """Ask all models about the samples, without waiting: token scores by field, and what turns the
+        samples' texts into rewards."""
         shared, ctx, heat = put(batch), self.ctx, self.spec.temperature
         asked = {"old_logps": ctx.policy.token_logprobs(shared, heat)}
         if self.objective.needs_reference(step):
             asked["ref_logps"] = ctx.reference.token_logprobs(shared, heat)
         if ctx.critic is not None:
             asked["values"] = ctx.critic.values(shared)
-        return asked, self.judge.submit(shared)
+        if drawn.rewards is not None:
+            known = drawn.rewards
+            return asked, lambda texts: known
+        judged = self.judge.submit(shared)
+        return asked, lambda texts: self.judge.result(judged, drawn.prompts, texts, drawn.samples, batch)
 
-    def check(self, step: int, batch: Batch, scores: TokenScores, estimates: Estimates) -> dict[str, float]:
+    def check(
+        self, step: int, drawn: Drawn, batch: Batch, scores: TokenScores, estimates: Estimates
+    ) -> dict[str, float]:
         """Everything that must hold before the weights move; metrics of what was looked at."""
         dtype, engine = self.ctx.dtype, batch.token_columns["engine_logps"]
         rl_checks.check_finite(engine_logps=engine, **estimates.finite, **vars(scores))
+        stale = rl_checks.staleness(drawn.samples.token_versions, step, self.spec.staleness)
         if step == 0 and self.ctx.starts_as_reference and scores.ref_logps is not None:
             rl_checks.check_first_kl(scores.old_logps, scores.ref_logps, rl_checks.KL_TOLERANCE[dtype])
         self.idle = self.idle.after(estimates.signal)
-        mismatch = rl_checks.mismatch_metrics(engine, scores.old_logps)
+        # Only tokens of the present version can be held to the trainer's word: others it would say otherwise.
+        now = stale == 0
+        fresh = rl_checks.mismatch_metrics(engine[now], scores.old_logps[now])
         tolerance = self.spec.mismatch_tolerance or rl_checks.MISMATCH_TOLERANCE[dtype]
-        rl_checks.check_mismatch(mismatch, tolerance, rl_checks.BEYOND_2X_TOLERANCE[dtype])
-        return mismatch
+        rl_checks.check_mismatch(fresh, tolerance, rl_checks.BEYOND_2X_TOLERANCE[dtype])
+        if not self.spec.staleness:
+            return fresh
+        ages = {"staleness/mean": float(stale.mean()), "staleness/max": float(stale.max(initial=0))}
+        return rl_checks.mismatch_metrics(engine, scores.old_logps) | ages
 
     def update(self, step: int, estimates: Estimates, samples: int) -> dict[str, float]:
         """Optimizer steps of policy and critic over the samples; means of their metrics."""
@@ -185,20 +194,21 @@ class RlLoop:
         ]
         return lost + [f"rollout-{rank} was replaced before it took new weights" for rank in report.replaced]
 
-    def routing(self) -> dict[str, float]:
+    def routing(self, drawn: Drawn) -> dict[str, float]:
         """How far apart the experts' shares are in engines and trainer, in this step.
 
         Not 0 when all is well: the trainer counts its last optimizer step, and a prompt with each of its
-        samples; engines count each prompt once, and all that they generate and score between two calls.
+        samples; engines count each prompt once, and all that they score and generate between two calls.
         """
         trainer = self.ctx.policy.router_load()
-        try:
-            loads = [load for load in self.ctx.rollout.group.call("expert_load") if load is not None]
-        except RunFailure:  # An engine is gone: the push that comes next replaces it.
-            loads = []
-        if not loads or trainer is None:
+        if drawn.expert_load is None or trainer is None:
             return {}
-        return {"moe/engine_load_distance": rl_checks.load_distance(trainer, sum(loads))}
+        return {"moe/engine_load_distance": rl_checks.load_distance(trainer, drawn.expert_load)}
+
+    def before_sync(self) -> None:
+        """Let the engines end what they draw for later steps, so that one version draws all of it."""
+        if self.spec.sync.in_flight == "wait":
+            self.ahead.settle()
 
     def value_loss(self) -> ValueLoss:
         assert isinstance(self.spec, PpoStage)

@@ -82,6 +82,7 @@ class Engines:
 
     logps: float = LOGP
     restarts: list[Any] = field(default_factory=list)
+    version: int = 0
 
     @property
     def group(self) -> Engines:
@@ -91,7 +92,9 @@ class Engines:
         return [None]
 
     def generate(self, prompts: list[list[int]], sampling: SamplingSpec, seeds: list[int]) -> Generations:
-        return Generations.of([([5] * TOKENS, [self.logps] * TOKENS, "stop") for _ in seeds], 1, "v", 0.0)
+        return Generations.of(
+            [([5] * TOKENS, [self.logps] * TOKENS, "stop") for _ in seeds], 1, "v", 0.0, self.version
+        )
 
 
 @dataclass
@@ -106,6 +109,7 @@ class Report:
 @dataclass
 class Sync:
     log: list[str]
+    engines: Engines
 
     def connect(self) -> None: ...
 
@@ -113,6 +117,7 @@ class Sync:
 
     def push(self, version: int) -> Report:
         self.log.append(f"push {version}")
+        self.engines.version = version
         return Report(version)
 
 
@@ -134,13 +139,13 @@ def loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RlLoop:
     )  # fmt: skip
     data = PromptData(["q"] * 4, ["q"] * 4, [[1]] * 4, {"answer": ["7"] * 4}, Skipped(), "f")
     stage = PreparedRl("ppo", spec, 3, data, BatchOrder(4, 2, 3, max_steps=3))
-    ranks = object()
+    ranks, engines = object(), Engines()
     context = RlContext(
         host=None, role="ppo", directory=tmp_path, identity=Identity({}, {}, "", 3), dtype="float32",
         logging_steps=1, starts_as_reference=True, stop_asked=lambda: False, on_step=lambda *_: None,
         on_log=lambda line: None, policy=Role(log, "policy", group=ranks), reference=Role(log, "reference"),
         critic=Role(log, "critic", group=ranks), reward_models={"judge": Role(log, "judge")},
-        rollout=Engines(), sync=Sync(log), tokenizer=Tokenizer(), note=lambda text: None,
+        rollout=engines, sync=Sync(log, engines), tokenizer=Tokenizer(), note=lambda text: None,
     )  # type: ignore[arg-type]  # fmt: skip
     return RlLoop(stage, context)
 
