@@ -13,14 +13,22 @@ _LATENT_ATTENTION = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv
 """DeepSeek's multi-head latent attention; `q_proj` in models without a query rank, else `q_a` and `q_b`."""
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+_ONE_SHARED = {"n_shared_experts": 1}
 _LATENT_TWIN = {
+    **_ONE_SHARED,
     "kv_lora_rank": 64,
     "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 32,
     "v_head_dim": 64,
-    "head_dim": 32,
-    "n_shared_experts": 1,
 }
+_LINEAR_TWIN = {
+    "head_dim": 64,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+"""The smallest linear heads that vLLM runs on the CPU are of 64."""
 
 
 def _dense(model_type: str) -> Architecture:
@@ -92,7 +100,7 @@ ROWS = (
         _parameters(shared="mlp.shared_experts", dense_layers=True),
         Router("mlp.gate", score="sigmoid", has_aux_loss=False),
         experts_key="n_routed_experts",
-        twin={"n_shared_experts": 1},
+        twin=_ONE_SHARED,
     ),
     Architecture(
         "deepseek_v2",
@@ -117,7 +125,7 @@ ROWS = (
         Router("mlp.gate"),
         experts_key="moe_num_experts",
         top_k_key="moe_k",
-        twin={"moe_layer_interval": 1},
+        twin={"moe_layer_interval": 1, "moe_num_shared_experts": 1},
     ),
     Architecture(
         "minimax_m2",
@@ -125,6 +133,7 @@ ROWS = (
         _parameters(),
         Router("mlp.gate", score="sigmoid"),
         experts_key="num_local_experts",
+        twin={"rotary_dim": 16},
     ),
     Architecture(
         "hunyuan_v1_moe",
@@ -177,6 +186,7 @@ ROWS = (
         Router("mlp.gate"),
         packable=False,
         stages=("sft",),
+        twin=_LINEAR_TWIN,
         limits=(
             "SFT and generation only: log-probabilities of vLLM and transformers differ by .018 at most "
             "and .002 on average in bfloat16, for a reason not yet known.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import dataclass
@@ -14,29 +15,29 @@ from actors.models.architectures import architecture_of
 from actors.models.heads import make_head
 from actors.models.loading import load_base, resolve_base
 from actors.models.merge import merged_state, write_model
+from actors.models.row import config_value
 from actors.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _CAPS = {
-    "hidden_size": 128,
     "intermediate_size": 128,
     "moe_intermediate_size": 64,
     "shared_expert_intermediate_size": 64,
-    "num_experts": 8,
-    "num_local_experts": 8,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
+    "ffn_config.ffn_hidden_size": 64,
+    "q_lora_rank": 64,
+    "n_group": 2,
     "topk_group": 1,
 }
 """Largest value of each size in a twin; smaller ones stay."""
+EXPERTS = 8
+TOP_K = 2
 HEAD_DIM = 32
 """The smallest head that vLLM's CPU attention runs."""
 HEADS = 4
 LAYERS = 2
-"""Of each kind that the first layers have: a dense layer before expert layers is kept as one."""
+"""At least, and as many as it takes to have every kind of layer; of dense ones before experts, one."""
 _TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -79,7 +80,7 @@ def write_twin(base: str | Path | PretrainedConfig, out_dir: str | Path, seed: i
     if not copied:
         sizes |= _write_byte_tokenizer(config, out_dir)
     before = config.to_dict()
-    twin_config = type(config).from_dict({**before, **sizes, "dtype": "float32"})
+    twin_config = _changed(config, sizes)
     twin_config.architectures = before.get("architectures") or None
     twin_config.save_pretrained(out_dir)
     spec = ModelSpec(base=str(out_dir), random_init=True)
@@ -89,9 +90,8 @@ def write_twin(base: str | Path | PretrainedConfig, out_dir: str | Path, seed: i
         twin_config.save_pretrained(out_dir)
     write_model(model, merged_state(model), out_dir, out_dir)
     after = json.loads((out_dir / "config.json").read_text())
-    changed = {
-        k: (_shown(before.get(k)), _shown(after.get(k))) for k in sizes if before.get(k) != after.get(k)
-    }
+    values = {k: (config_value(before, k), config_value(after, k)) for k in sizes}
+    changed = {k: (_shown(old), _shown(new)) for k, (old, new) in values.items() if old != new}
     return Twin(str(out_dir), changed, model.num_parameters(), bool(copied))
 
 
@@ -117,36 +117,75 @@ def _shown(value: Any) -> Any:
 
 
 def _shrunk(config: Any) -> dict[str, Any]:
-    """The config keys to change, with their new values."""
+    """The config keys to change, with their new values. Keys of nested configs have dots."""
     row = architecture_of(config)
     sizes: dict[str, Any] = {k: cap for k, cap in _CAPS.items() if _above(config, k, cap)}
-    heads = min(HEADS, config.num_attention_heads)
-    grouped = config.num_key_value_heads < config.num_attention_heads
-    if row.is_moe and row.top_k(config) > 1 and row.top_k(config) % 2:
-        sizes["num_experts_per_tok"] = 1  # a rank that top_k divides is divided by the twin's too
-    sizes["num_attention_heads"] = heads
-    sizes["num_key_value_heads"] = max(1, heads // 2) if grouped else heads
-    sizes["hidden_size"] = heads * HEAD_DIM
-    if getattr(config, "head_dim", None) is not None:
-        sizes["head_dim"] = HEAD_DIM
-    dense_first = min(1, getattr(config, "first_k_dense_replace", 0) or 0)
-    sizes["num_hidden_layers"] = min(config.num_hidden_layers, LAYERS + dense_first)
-    if dense_first:
-        sizes["first_k_dense_replace"] = dense_first
-    if row.is_moe and getattr(config, "mlp_only_layers", None):
-        sizes["mlp_only_layers"] = [i for i in config.mlp_only_layers if i == 0]
-    if row.is_moe and getattr(config, "decoder_sparse_step", 1) != 1:
-        sizes["decoder_sparse_step"] = 1
-    for key in ("layer_types", "mlp_layer_types"):
+    sizes |= _heads(config)
+    if row.is_moe:
+        sizes[row.experts_key] = min(EXPERTS, row.n_experts(config))
+        top_k = row.top_k(config)
+        # A rank that top_k divides is divided by the twin's too.
+        sizes[row.top_k_key] = TOP_K if top_k % TOP_K == 0 else 1
+        sizes |= _layers_without_experts(config)
+    kinds = next((k for key in _LAYER_KINDS if (k := getattr(config, key, None))), [])
+    n_layers = LAYERS + max((sizes.get(key, 0) for key in _DENSE_FIRST), default=0)
+    n_layers = max([n_layers, *(kinds.index(kind) + 1 for kind in kinds)])
+    sizes["num_hidden_layers"] = min(config.num_hidden_layers, n_layers)
+    if hasattr(config, "moe_layer_end_index"):
+        sizes["moe_layer_end_index"] = sizes["num_hidden_layers"] - 1
+    for key in _LAYER_KINDS:
         if getattr(config, key, None):
             sizes[key] = list(getattr(config, key))[: sizes["num_hidden_layers"]]
+    sizes |= row.twin
     # A config may know one number under two names (attribute_map) and writes only one of them.
-    written = config.to_dict()
-    return {k: v for k, v in sizes.items() if k in written and written[k] != v}
+    written, names = config.to_dict(), config.attribute_map
+    sizes = {names.get(k, k): v for k, v in sizes.items()}
+    return {k: v for k, v in sizes.items() if config_value(written, k) not in (None, v)}
+
+
+_LAYER_KINDS = ("layer_types", "mlp_layer_types")
+_DENSE_FIRST = ("first_k_dense_replace", "moe_layer_start_index")
+
+
+def _heads(config: Any) -> dict[str, Any]:
+    """Attention heads of the smallest size, and the width that they make."""
+    heads = min(HEADS, config.num_attention_heads)
+    grouped = config.num_key_value_heads < config.num_attention_heads
+    kv_heads = max(1, heads // 2) if grouped else heads
+    return {
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "attn_config.kv_n_heads": kv_heads,
+        "hidden_size": heads * HEAD_DIM,
+        "ffn_config.hidden_size": heads * HEAD_DIM,
+        "head_dim": HEAD_DIM,
+    }
+
+
+def _layers_without_experts(config: Any) -> dict[str, Any]:
+    """At most the first one."""
+    sizes: dict[str, Any] = {key: min(1, getattr(config, key, 0) or 0) for key in _DENSE_FIRST}
+    if getattr(config, "mlp_only_layers", None):
+        sizes["mlp_only_layers"] = [i for i in config.mlp_only_layers if i == 0]
+    return sizes | {"decoder_sparse_step": 1}
+
+
+def _changed(config: Any, sizes: dict[str, Any]) -> Any:
+    """The config with other values, in float32; what it derives from them is derived anew."""
+    values = config.to_dict()
+    # Nested configs are handed over as they are: written as dicts they hold keys that they don't read.
+    values |= {name: copy.deepcopy(getattr(config, name)) for name in config.sub_configs}
+    for key, value in sizes.items():
+        outer, _, inner = key.partition(".")
+        if inner:
+            setattr(values[outer], inner, value)
+        else:
+            values[key] = value
+    return type(config).from_dict({**values, "dtype": "float32"})
 
 
 def _above(config: Any, key: str, cap: int) -> bool:
-    value = getattr(config, key, None)
+    value = config_value(config, key)
     return isinstance(value, int) and value > cap
 
 

@@ -10,17 +10,32 @@ from actors.models.loading import load_base
 from actors.models.spec import LoraSpec, ModelSpec
 from actors.models.twin import write_adapter_twin, write_twin
 
+PUBLISHED = {
+    "dbrx": {
+        "attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "rope_theta": 500000.0},
+        "n_heads": 48,
+        "d_model": 6144,
+    },
+    "deepseek_v2": {"num_experts_per_tok": 6, "first_k_dense_replace": 1, "n_group": 8, "topk_group": 3},
+    "dots1": {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 2},
+    "hunyuan_v1_moe": {"num_experts": 64, "moe_topk": [8] * 32, "head_dim": 128},
+}
+"""Sizes of models that people use, where the defaults of a config class are no working mixture of experts."""
+
+ALL_EXPERTS = ("qwen2_moe", "qwen3_next", "dots1")
+"""Their config classes have experts in every layer by default."""
+
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_a_twin_is_a_small_model_of_the_same_class(model_type, tmp_path, groups_of):
-    config = AutoConfig.for_model(model_type)
+    config = AutoConfig.for_model(model_type, **PUBLISHED.get(model_type, {}))
     twin = write_twin(config, tmp_path)
     model = load_base(ModelSpec(base=str(tmp_path)))
     assert type(model.config) is type(config)
     assert twin.parameters == model.num_parameters() < 2e6
     assert "num_hidden_layers" in twin.changed
     assert not twin.tokenizer_copied
-    groups = [g for g in groups_of(model_type) if g != "mlp" or model_type in ("llama", "qwen3", "glm4_moe")]
+    groups = [g for g in groups_of(model_type) if g != "mlp" or model_type not in ALL_EXPERTS]
     adapters.attach_lora(model, LoraSpec(targets=groups, expert_rank="r/top_k"))
 
 
