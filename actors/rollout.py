@@ -94,7 +94,8 @@ class RolloutEngine:
         outputs = llm.generate(requests, params, use_tqdm=False) if requests else []
         samples = [_sample(output.outputs[0]) for output in outputs]
         version = 0 if self._updater is None else self._updater.version
-        return Generations.of(samples, sampling.n, self.label, time.monotonic() - began, version)
+        made = Generations.of(samples, sampling.n, self.label, time.monotonic() - began, version)
+        return self._with_experts(made, outputs)
 
     def score_tokens(self, token_ids: Sequence[Sequence[int]], starts: Sequence[int]) -> list[np.ndarray]:
         """float64 (tokens from `start` on,) per sequence: log-probabilities of its tokens, at temperature 1.
@@ -193,14 +194,28 @@ class RolloutEngine:
     def _load_updatable(self, base: str, label: str) -> dict[str, float]:
         from actors.models.loading import local_base_dir, resolve_base
         from actors.models.spec import ModelSpec
+        from actors.routes import capture_settings, keep_experts
         from actors.sync.updater import WeightUpdater, engine_settings
 
         resolved = resolve_base(ModelSpec(base=base, trust_remote_code=self.spec.trust_remote_code)).checked()
         directory = str(local_base_dir(resolved.base_path))
-        seconds = self._start(directory, label or base, engine_settings())
+        keeps = self.spec.enable_return_routed_experts
+        settings = engine_settings() | (capture_settings() if keeps else {})
+        seconds = self._start(directory, label or base, settings)
         assert self._llm is not None
         self._updater = WeightUpdater(self._llm, directory)
+        if keeps:
+            keep_experts(self._llm)
         return {"merge": 0.0, "engine": seconds}
+
+    def _with_experts(self, made: Generations, outputs: Sequence[Any]) -> Generations:
+        """Samples that a trainer asked for come with their experts, where the engine was told to keep them."""
+        from actors.routes import expert_choices
+
+        if self._updater is None or not outputs or not self.spec.enable_return_routed_experts:
+            return made
+        assert self._llm is not None
+        return made.with_experts(expert_choices(self._llm, outputs))
 
     def _running(self, phase: str) -> LLM:
         if self._llm is None:

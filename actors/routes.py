@@ -137,6 +137,25 @@ class RouteKeeper:
             self._ended[request] = self._slots[slots[:computed]]
 
 
+def capture_settings() -> dict[str, Any]:
+    """Arguments of vLLM's `LLM` with which it returns experts itself: on GPUs, by its second model runner."""
+    from vllm.platforms import current_platform
+
+    return {} if current_platform.is_cpu() else {"enable_return_routed_experts": True}
+
+
+def keep_experts(llm: LLM) -> None:
+    """Let an engine on a CPU keep what `expert_choices` reads, from its first sample on.
+
+    Raises:
+        RunFailure: its routers can't be listened to.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        llm.llm_engine.collective_rpc("keep_routes")
+
+
 def expert_choices(llm: LLM, outputs: Sequence[RequestOutput]) -> ExpertChoices:
     """Experts of ended samples, one for each of vLLM's outputs.
 

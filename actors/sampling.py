@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from pydantic import Field
 
+from actors.expert_choices import ExpertChoices
 from actors.models.spec import Spec
 
 FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
@@ -39,9 +40,7 @@ class SamplingSpec(Spec):
     """Where the samples' seeds come from when the caller gives none."""
 
 
-def sample_seed(
-    run_seed: int, step: int, prompt: int, sample: int, stage: str = "", attempt: int = 0
-) -> int:
+def sample_seed(run_seed: int, step: int, prompt: int, sample: int, stage: str = "", attempt: int = 0) -> int:
     """63-bit seed of one sample: a hash, because `seed + i` makes neighbouring samples collide.
 
     `stage`: two stages of one run draw differently; `attempt`: so does a group that is drawn again.
@@ -71,6 +70,9 @@ class Generations:
     token_versions: np.ndarray
     """int32 (tokens,): version of the weights that drew each token, where a trainer keeps the engine up to
     date; 0 where none does. A sample can have several: weights may change while it is drawn."""
+    experts: np.ndarray | None = None
+    """Of `ExpertChoices`, as is `expert_offsets`; None where the engine was not asked for them."""
+    expert_offsets: np.ndarray | None = None
 
     @staticmethod
     def of(
@@ -100,16 +102,20 @@ class Generations:
         `mixed`: versions may differ.
 
         Raises:
-            ValueError: no parts, or parts of different weights.
+            ValueError: no parts, parts of different weights, or some with experts and some without.
         """
         labels = {part.label for part in parts}
         weights = {(part.label, int(v)) for part in parts for v in np.unique(part.token_versions)}
         if len(labels) != 1 or (len(weights) > 1 and not mixed):
             raise ValueError(f"generations of one model were expected, not of {sorted(weights)}")
         (label,) = labels
+        choices = [part.expert_choices for part in parts]
+        known = [one for one in choices if one is not None]
+        if known and len(known) < len(parts):
+            raise ValueError("some of these generations come with experts, others without")
         ends = np.cumsum([0, *(len(part.token_ids) for part in parts)])
         shifted = [part.offsets[1:] + start for part, start in zip(parts, ends)]
-        return Generations(
+        joined = Generations(
             token_ids=np.concatenate([part.token_ids for part in parts]),
             logprobs=np.concatenate([part.logprobs for part in parts]),
             offsets=np.concatenate([np.zeros(1, np.int64), *shifted]),
@@ -119,6 +125,7 @@ class Generations:
             seconds=sum(part.seconds for part in parts),
             token_versions=np.concatenate([part.token_versions for part in parts]),
         )
+        return joined.with_experts(ExpertChoices.join(known)) if known else joined
 
     @staticmethod
     def from_arrays(arrays: Mapping[str, np.ndarray], n: int, label: str, seconds: float) -> Generations:
@@ -128,6 +135,17 @@ class Generations:
     def arrays(self) -> dict[str, np.ndarray]:
         """Every array, by field: with `n`, `label` and `seconds` this is all there is."""
         return {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+
+    @property
+    def expert_choices(self) -> ExpertChoices | None:
+        """The engine's experts of every position that it computed."""
+        if self.experts is None or self.expert_offsets is None:
+            return None
+        return ExpertChoices(self.experts, self.expert_offsets)
+
+    def with_experts(self, choices: ExpertChoices) -> Generations:
+        """The same samples with the engine's experts."""
+        return replace(self, experts=choices.experts, expert_offsets=choices.offsets)
 
     @property
     def version(self) -> int:

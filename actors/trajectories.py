@@ -7,6 +7,7 @@ out (log-probabilities, values, advantages) is added as a column per sample or p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -24,12 +25,16 @@ def trajectories(prompts: Sequence[Sequence[int]], samples: Generations) -> Batc
 
     Returns:
         N rows; columns `finished` (bool: it ended by itself, not at the limit) and, per counted token,
-        `engine_logps` (float64).
+        `engine_logps` (float64). With the engine's experts, where the samples have them: their last position
+        is free.
     """
     completions = list(samples.sequences())
     ids = [np.concatenate([np.asarray(p, np.int32), c]) for p, c in zip(prompts, completions, strict=True)]
     masks = [np.arange(len(row)) >= len(prompt) for row, prompt in zip(ids, prompts, strict=True)]
     batch = Batch.from_sequences(ids, masks, columns={"finished": samples.finish == STOPPED})
+    choices = samples.expert_choices
+    if choices is not None:
+        batch = replace(batch, experts=choices.of_sequences(batch.lengths))
     return batch.with_token_columns(engine_logps=samples.logprobs.astype(np.float64))
 
 

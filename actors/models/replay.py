@@ -140,7 +140,8 @@ class RouteReplay:
 
     def _hook(self, layer: int) -> Any:
         logits_at, experts_at = self._router.logits_at, self._router.experts_at
-        assert logits_at is not None and experts_at is not None
+        assert logits_at is not None
+        assert experts_at is not None
         (gates_at,) = {0, 1, 2} - {logits_at, experts_at}
 
         def replace(module: nn.Module, inputs: Any, output: Any) -> Any:
