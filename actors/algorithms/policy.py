@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from actors.algorithms.correction import CORRECTION
 from actors.algorithms.kl import KL_ESTIMATORS, KlEstimator
 from actors.algorithms.loss import Loss, MetricSums, TokenView, Totals, largest
 from actors.batch import Batch
@@ -63,7 +64,8 @@ POLICY_LOSSES: dict[str, Callable[[Tensor, Tensor, PolicyLoss], Surrogate]] = {"
 class PolicyLoss(Loss):
     """Policy gradient with importance ratios.
 
-    Token columns read: `old_logps`, `advantages`; `ref_logps` if there (then the KL is a metric, and with
+    Token columns read: `old_logps`, `advantages`; `importance_sampling_ratio` if there (what each token's
+    surrogate is multiplied by: see `actors.algorithms.correction`); `ref_logps` if there (then the KL is a metric, and with
     beta a term of the loss); `mask` (bool) if there: False takes a token out of loss, metrics and totals.
     """
 
@@ -150,6 +152,8 @@ class PolicyLoss(Loss):
         ratio = log_ratio.exp()
         surrogate = POLICY_LOSSES[self.kind](ratio, view.token_columns["advantages"].double(), self)
         per_token = surrogate.loss
+        if CORRECTION in view.token_columns:
+            per_token = per_token * view.token_columns[CORRECTION]
         kl = self._kl(view, ratio)
         if self.beta > 0:
             assert kl is not None

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
+from actors.algorithms.correction import Correction, CorrectionMode
 from actors.optim_spec import OptimSpec
 from actors.rewards import RewardSpec
 from actors.sampling import SamplingSpec
@@ -131,8 +132,39 @@ class PolicyGradientStage(RlStage):
     whiten_advantages: Whitening = "none"
     """Normalise advantages over the samples of a generation: `shift_and_scale` to mean 0 and standard
     deviation 1 (unbiased), `scale` keeps the mean."""
+    vllm_importance_sampling_correction: bool | None = None
+    """Multiply each token's surrogate by the bounded ratio of the policy to the weights and the engine that
+    drew it; null: where `staleness` is above 0. False there takes the clipped ratio to the engine's own
+    log-probabilities instead."""
+    vllm_importance_sampling_mode: CorrectionMode = "sequence_mask"
+    """How that ratio is bounded: `token_truncate` and `sequence_truncate` clip it, `token_mask` (IcePop) and
+    `sequence_mask` make it 0 outside the bounds; of each token, or of the whole sample."""
+    vllm_importance_sampling_clip_max: float | None = Field(default=3.0, gt=0, allow_inf_nan=False)
+    """Its upper bound; null: none."""
+    vllm_importance_sampling_clip_min: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Its lower bound; null: none."""
     mask_truncated_completions: bool = False
     """Leave samples that hit `max_completion_length` out of the loss."""
+
+
+    @property
+    def corrected(self) -> bool:
+        """Whether surrogates are multiplied by importance ratios to the engine."""
+        wanted = self.vllm_importance_sampling_correction
+        return self.staleness > 0 if wanted is None else wanted
+
+    @property
+    def clips_to_engine(self) -> bool:
+        """Whether the clipped ratio is to what the engines drew from, and not to the step's first policy."""
+        return self.staleness > 0 and not self.corrected
+
+    def correction(self) -> Correction:
+        """How importance ratios are bounded."""
+        return Correction(
+            self.vllm_importance_sampling_mode,
+            self.vllm_importance_sampling_clip_max,
+            self.vllm_importance_sampling_clip_min,
+        )
 
 
 class PpoStage(PolicyGradientStage):

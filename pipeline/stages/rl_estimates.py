@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from actors.algorithms.advantages import AdvantageSpec, Scored, advantages_of
+from actors.algorithms.correction import CORRECTION, importance_ratios
 from actors.algorithms.kl import kl_values
 from actors.algorithms.value import explained_variance
 from actors.batch import Batch
@@ -69,8 +70,16 @@ def estimate(
     # The last generation of an epoch may be shorter than the others, and so have fewer optimizer steps.
     optimizer_steps = -(-batch.n_rows // spec.batch_size)
     per_step = np.full(batch.n_rows, mask.sum() / optimizer_steps)
-    batch = batch.with_token_columns(**columns).with_columns(tokens_per_step=per_step)
     metrics = {"advantages/std": float(found.advantages[mask].std()) if mask.any() else 0.0}
+    engine = batch.token_columns["engine_logps"]
+    if spec.corrected:
+        how = spec.correction()
+        bounded = importance_ratios(scores.old_logps, engine, sample_offsets(batch), mask, how)
+        columns[CORRECTION] = bounded.ratio
+        metrics |= bounded.metrics
+    elif spec.clips_to_engine:
+        columns["old_logps"] = engine
+    batch = batch.with_token_columns(**columns).with_columns(tokens_per_step=per_step)
     if scores.values is not None and found.returns is not None:
         metrics["explained_variance"] = explained_variance(scores.values, found.returns, mask)
     signal, finite = found.advantages[mask], {"advantages": found.advantages}
