@@ -8,10 +8,11 @@ from peft.tuners.lora.layer import ParamWrapper
 
 from actors.errors import UserError
 from actors.models import adapters, expert_lora
+from actors.models.architectures import ARCHITECTURES
 from actors.models.loading import load_base
 from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
 
-MOES = ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "granitemoe", "glm4_moe"]
+MOES = sorted(t for t, row in ARCHITECTURES.items() if "experts" in row.parameters)
 
 
 def loss_and_gradients(peft, ids):

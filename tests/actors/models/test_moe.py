@@ -3,15 +3,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from actors.errors import UserError
+from actors.models.architectures import ARCHITECTURES
 from actors.models.loading import load_base
 from actors.models.moe import RouterLoad, RouterStats, aux_loss, aux_loss_coef
 from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
+from tests.actors.models.tiny_models import SIZES
 
-MOES = ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "granitemoe", "glm4_moe"]
-WITH_AUX = [m for m in MOES if m != "glm4_moe"]
+MOES = sorted(t for t, row in ARCHITECTURES.items() if row.is_moe)
+WITHOUT_AUX = ["deepseek_v2", "deepseek_v3", "dots1", "glm4_moe", "hunyuan_v1_moe"]
+WITH_AUX = [m for m in MOES if m not in WITHOUT_AUX]
 WITH_OUTPUT_LOGITS = [m for m in WITH_AUX if m != "granitemoe"]
+DENSE_FIRST = ("qwen2_moe", "glm4_moe", "dots1", "deepseek_v2", "deepseek_v3", "ernie4_5_moe")
+LAYERS = {m: 1 if m in DENSE_FIRST else 3 if m == "qwen3_next" else 2 for m in MOES}
+"""With experts: the tiny models of some have a first layer without."""
 
 
 @pytest.mark.parametrize("model_type", MOES)
@@ -26,7 +33,7 @@ def test_every_counted_token_chooses_top_k_experts_in_every_layer(model_type, ba
     assert (seen.load.sum(axis=1) == 2 * ids.numel()).all()
     assert (seen.entropy_sum > 0).all()
     assert (seen.entropy_sum <= ids.numel() * np.log(8) + 1e-6).all()
-    assert len(stats.layers) == (1 if model_type in ("qwen2_moe", "glm4_moe") else 2)
+    assert len(stats.layers) == LAYERS[model_type]
 
 
 def test_padding_is_not_counted(base_of, ids):
@@ -101,7 +108,7 @@ def test_the_auxiliary_loss_is_transformers_own_also_with_padding(model_type, ba
     assert float(aux_loss(kept, stats.top_k)) == pytest.approx(float(theirs), rel=1e-5)
 
 
-@pytest.mark.parametrize("model_type", WITH_AUX)
+@pytest.mark.parametrize("model_type", [m for m in WITH_AUX if m != "dbrx"])
 def test_the_auxiliary_loss_trains_the_router(model_type, adapted, ids):
     peft = adapted(model_type, LoraSpec(r=4, targets=["attention", "experts", "router"]))
     stats = RouterStats(peft)
@@ -111,6 +118,25 @@ def test_the_auxiliary_loss_trains_the_router(model_type, adapted, ids):
     suffix = stats.router.module
     touched = [n for n, p in peft.named_parameters() if f".{suffix}." in n and "lora_" in n and p.grad.any()]
     assert len(touched) == 2 * len(stats.layers)
+
+
+NOISE = {
+    "phimoe": {"input_jitter_noise": 0.5},
+    "minimax_m2": {"router_jitter_noise": 0.5},
+    "mixtral": {"router_jitter_noise": 0.5},
+    "dbrx": {"ffn_config": {**SIZES["dbrx"]["ffn_config"], "moe_jitter_eps": 0.5}},
+}
+
+
+@pytest.mark.parametrize(("model_type", "noise"), NOISE.items())
+def test_training_routes_as_evaluation_does(model_type, noise, base_of, ids):
+    base = base_of(model_type, **noise)
+    model = load_base(ModelSpec(base=str(base)))
+    noisy = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        evaluated = model(input_ids=ids).logits
+        assert torch.equal(model.train()(input_ids=ids).logits, evaluated)
+        assert not torch.equal(noisy.train()(input_ids=ids).logits, evaluated)
 
 
 def test_the_weight_of_the_auxiliary_loss_follows_the_router(config_of):
