@@ -209,7 +209,7 @@ class RolloutEngine:
         return {"merge": 0.0, "engine": seconds}
 
     def _with_experts(self, made: Generations, outputs: Sequence[Any]) -> Generations:
-        """Samples that a trainer asked for come with their experts, where the engine was told to keep them."""
+        """With the experts of every position, where a trainer wants them."""
         from actors.routes import expert_choices
 
         if self._updater is None or not outputs or not self.spec.enable_return_routed_experts:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from actors.algorithms.head_logprob import HEAD_BLOCK_ELEMENTS, head_logps, head_statistics
 from actors.algorithms.logprob import LabelStatistics, label_logps, label_statistics
 from actors.models.attention import Gather, Sequences, no_mask, use_by_sequence
+from actors.models.replay import RouteReplay
 from actors.packing import MicroBatch
 
 
@@ -33,6 +34,8 @@ class TokenScorer:
         self.head = head
         self.logits_are_heads = _logits_are_heads(model, head)
         """The model does nothing to its head's outputs: they need not be made whole."""
+        self.replay: RouteReplay | None = None
+        """Forces the experts of micro-batches that come with some; None: there are none that do."""
         self._predictors: Tensor | None = None
         self._states: Tensor | None = None
         head.register_forward_pre_hook(self._keep_predictors)
@@ -98,6 +101,10 @@ class TokenScorer:
 
     def _inputs(self, micro: MicroBatch) -> dict[str, Any]:
         device = self.model.device
+        if self.replay is not None:
+            self.replay.force(micro.experts)
+        elif micro.experts is not None:
+            raise ValueError("this model was not told to replay experts: model.moe.router_replay")
         return {
             "input_ids": torch.from_numpy(micro.input_ids).to(device),
             "position_ids": torch.from_numpy(micro.position_ids).to(device),

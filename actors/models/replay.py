@@ -9,8 +9,7 @@ way of the model's family, and gradients flow through them into the router.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -64,7 +63,7 @@ def replay_objection(model_type: str, is_moe: bool) -> str | None:
 
 
 class RouteReplay:
-    """Forces experts on the routers of one model, inside `forcing` alone."""
+    """Forces experts on the routers of one model."""
 
     def __init__(self, model: nn.Module) -> None:
         """Listen to the routers of `model` (plain or wrapped by PEFT).
@@ -82,8 +81,6 @@ class RouteReplay:
         self.top_k = row.top_k(self._config)
         self._gates, self._router = GATES[row.model_type], row.router
         self._experts: Tensor | None = None
-        self._counts = False
-        self._agreed: list[Tensor | float] = []
         self._device = next(model.parameters()).device
         routers = routers_of(model, row.router.module)
         self.n_layers = len(routers)
@@ -92,27 +89,20 @@ class RouteReplay:
             module.register_forward_hook(self._hook(layer), prepend=True)
         self.reset()
 
-    @contextmanager
-    def forcing(self, experts: np.ndarray | None, count: bool = False) -> Iterator[None]:
-        """Compute with these experts inside; backward passes that recompute layers belong inside too.
+    def force(self, experts: np.ndarray | None) -> None:
+        """What the next forward pass computes with, and a backward pass after it that recomputes layers.
 
         Args:
             experts: int64 (tokens, layers, top_k), in the order of the model's input; negative where the
                 router chooses. None: it chooses everywhere.
-            count: compare with what the routers would have chosen, for `agreement`.
 
         Raises:
             InvariantViolation: layers or experts per token are not those of the model.
         """
-        before = self._experts, self._counts
-        self._experts, self._counts = (None if experts is None else self._checked(experts)), count
-        try:
-            yield
-        finally:
-            self._experts, self._counts = before
+        self._experts = None if experts is None else self._checked(experts)
 
     def reset(self) -> None:
-        """Forget what `agreement` has counted."""
+        """Forget what `agreement` has counted: forward passes without gradient."""
         self._agreed, self._given = [0.0] * self.n_layers, 0
 
     def totals(self) -> Tensor:
@@ -150,7 +140,7 @@ class RouteReplay:
             logits, own = output[logits_at], output[experts_at]
             given = self._experts[:, layer]
             chosen = torch.where(given < 0, own, given)
-            if self._counts:
+            if not torch.is_grad_enabled():
                 self._count(layer, given, own)
             found = list(output)
             found[experts_at] = chosen
