@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from actors.engine_spec import DEFAULT_POSITIONS
 from actors.rewards import EXACT_MATCH, FUNCTION
+from pipeline.config.staleness import staleness_problems
 from pipeline.stages.spec import (
     DpoOptions,
     PolicyGradientStage,
@@ -210,6 +211,7 @@ def _stage_problems(path: str, stage: StageSpec) -> Iterator[Problem]:
         yield from _dpo_problems(path, stage)
     if isinstance(stage, RlStage):
         yield from _rl_problems(path, stage)
+        yield from (Problem(f"{path}.{key}", why) for key, why in staleness_problems(stage))
     if isinstance(stage, PolicyGradientStage):
         yield from _policy_gradient_problems(path, stage)
     if isinstance(stage, PpoStage) and stage.critic_warmup_steps >= stage.max_steps > 0:
