@@ -160,7 +160,16 @@ def group_of(name: str) -> str:
 def closure(touched: Iterable[str], known: Iterable[str]) -> list[str]:
     """Of all `known` names those whose group has a touched one: what has to be loaded together, sorted."""
     groups = {group_of(name) for name in touched}
-    return sorted(name for name in known if group_of(name) in groups)
+    return sorted(name for name in known if group_of(name) in groups and not stays(name))
+
+
+def stays(name: str) -> bool:
+    """vLLM's reload leaves this tensor as it was loaded (model_loader/reload/meta.py, SKIP_LOAD_TENSORS).
+
+    Corrections of routers, which no gradient reaches: transformers chooses experts with them and weighs
+    the chosen without.
+    """
+    return name.rpartition(".")[2] == "e_score_correction_bias"
 
 
 def missing_members(names: Iterable[str], known: Iterable[str]) -> list[str]:

@@ -130,7 +130,7 @@ class WeightSource:
         from transformers.core_model_loading import revert_weight_conversion
 
         base, target = base_tensors(self._host.base), getattr(torch, dtype)
-        names = sorted(base) if role is None else closure(factors, base)
+        names = closure(base if role is None else factors, base)
         with torch.no_grad():
             state = {name: _merge(base[name], factors.get(name), target) for name in names}
         return revert_weight_conversion(self._host.base, state)
