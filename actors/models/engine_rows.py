@@ -80,7 +80,7 @@ ENGINE_ROWS: dict[str, EngineRow] = {
     "olmoe": _MOE,
     "granitemoe": _MOE,
     "glm4_moe": _MOE,
-    "dots1": _MOE,
+    "dots1": _TRANSFORMERS,
     "flex_olmo": _TRANSFORMERS,
     "hunyuan_v1_moe": _TRANSFORMERS,
     "gpt_oss": EngineRow(workarounds=(_REPACK, "gpt_oss_loaders")),
