@@ -1,10 +1,9 @@
-"""Rewards of samples: functions behind one call with a deadline, weighted sums, and their metrics.
+"""Rewards of samples: functions behind one call with a deadline. Their sums: `reward_sums.py`.
 
 - A reward function is called as TRL 1.16 calls it: f(prompts=, completions=, completion_ids=, **columns),
   and returns one float or None a sample. None is "not for me": it counts neither in the sum nor in means.
 - Nothing that a function does goes unseen: a raise, a wrong number of values, NaN, or no answer in time
   ends in one message with the sample, or in the default that the configuration names.
-- A sample that every source passes over has the reward NaN: it is outside every baseline, advantage 0.
 """
 
 from __future__ import annotations
@@ -286,52 +285,6 @@ def function_rewards(spec: RewardSpec, function: RewardFunction, samples: Sample
         )
     values[list(called.bad)] = spec.on_error
     return values, f"{called.problem}; {len(called.bad)} of {len(samples)} samples get {spec.on_error:g}"
-
-
-def combine(rewards: np.ndarray, weights: Sequence[float]) -> np.ndarray:
-    """Weighted sum over sources, float64 (N,), as TRL's `sum_then_normalize`.
-
-    Args:
-        rewards: float64 (sources, N), NaN where a source passed a sample over: left out of the sum.
-
-    Returns:
-        NaN where every source passed the sample over.
-    """
-    weighted = rewards * np.asarray(weights, dtype=np.float64)[:, None]
-    total = np.nansum(weighted, axis=0)
-    total[np.isnan(rewards).all(axis=0)] = np.nan
-    return total
-
-
-def without_eos_penalty(rewards: np.ndarray, finished: np.ndarray, penalty: float | None) -> np.ndarray:
-    """Take `penalty` off every sample that ended at the token limit (`missing_eos_penalty`, as TRL's PPO)."""
-    return rewards if penalty is None else np.where(finished, rewards, rewards - penalty)
-
-
-def reward_metrics(
-    names: Sequence[str], rewards: np.ndarray, weights: Sequence[float], num_generations: int
-) -> dict[str, float]:
-    """TRL's reward metrics: means and unbiased standard deviations over scored samples.
-
-    Args:
-        rewards: float64 (sources, N), NaN where passed over; N in groups of `num_generations`.
-
-    Returns:
-        `reward`, `reward_std`, `frac_reward_zero_std` (groups in which all rewards are equal: nothing to
-        learn from), and `rewards/NAME/mean|std`. What has no scored sample is left out.
-    """
-    total = combine(rewards, weights)
-    metrics = {f"rewards/{n}/{key}": v for n, row in zip(names, rewards) for key, v in _moments(row).items()}
-    metrics |= {{"mean": "reward", "std": "reward_std"}[key]: value for key, value in _moments(total).items()}
-    spread = [_moments(group).get("std", math.nan) for group in total.reshape(-1, num_generations)]
-    metrics["frac_reward_zero_std"] = float(np.isclose(spread, 0.0).mean())
-    return metrics
-
-
-def _moments(values: np.ndarray) -> dict[str, float]:
-    scored = values[~np.isnan(values)]
-    found = {"mean": float(scored.mean())} if len(scored) else {}
-    return found | ({"std": float(scored.std(ddof=1))} if len(scored) > 1 else {})
 
 
 def _cut(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Advantages of samples: generalised advantage estimation, group-relative, leave-one-out.
+"""Advantages of samples: generalised advantage estimation, group-relative, leave-one-out, returns-to-go.
 
 - Columns: tokens of all samples one after the other, `offsets` between samples; samples stand in groups of
   `num_generations`, one group a prompt.
@@ -20,27 +20,31 @@ from pydantic import Field
 from actors.algorithms.whitening import Whitening, whiten
 from actors.models.spec import Spec
 
-AdvantageKind = Literal["gae", "group", "rloo"]
+AdvantageKind = Literal["gae", "group", "rloo", "reinforce"]
 ScaleRewards = Literal["group", "batch", "none"]
+Baseline = Literal["none", "group"]
 
 
 class AdvantageSpec(Spec):
     """How advantages come from rewards."""
 
     kind: AdvantageKind = "group"
-    """gae (PPO, needs values), group (GRPO) or rloo."""
+    """gae (PPO, needs values), group (GRPO), rloo or reinforce (REINFORCE++)."""
     num_generations: int = Field(default=8, ge=1)
     """Samples per prompt: the size of a group."""
     gamma: float = Field(default=1.0, ge=0, le=1)
-    """Discount per token (gae)."""
+    """Discount per token (gae, reinforce)."""
     lam: float = Field(default=0.95, ge=0, le=1)
     """Lambda of generalised advantage estimation (gae)."""
     scale_rewards: ScaleRewards = "group"
     """Divisor of group-relative advantages: each group's standard deviation, the batch's, or none (group)."""
+    baseline: Baseline = "none"
+    """What is taken off a sample's reward first: nothing, or its group's mean (reinforce)."""
     whiten_rewards: Whitening = "none"
     """Whitening of token rewards before gae; `scale` is TRL's PPO."""
     whiten_advantages: Whitening = "none"
-    """Whitening of advantages over the batch: of tokens (gae; `shift_and_scale` is usual) or of samples."""
+    """Whitening of advantages over the batch: of tokens (gae, reinforce; `shift_and_scale` is usual) or of
+    samples."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,17 @@ def leave_one_out(rewards: np.ndarray, num_generations: int) -> np.ndarray:
     return np.nan_to_num((groups - baseline).reshape(-1), nan=0.0)
 
 
+def returns_to_go(rewards: np.ndarray, offsets: np.ndarray, gamma: float) -> np.ndarray:
+    """G_t = r_t + gamma G_t+1 within each sample, float64 (T,): the advantage of REINFORCE (arXiv 2501.03262,
+    eq. 8, where r is -beta KL_t at each token and the sample's reward at its last).
+
+    Args:
+        rewards: float64 (T,).
+        offsets: int64 (N + 1,).
+    """
+    return gae(rewards, np.zeros_like(rewards), offsets, gamma, 1.0)[0]
+
+
 def _mean(groups: np.ndarray) -> np.ndarray:
     """(G, 1), NaN for a group without rewards."""
     counts = (~np.isnan(groups)).sum(axis=1, keepdims=True)
@@ -184,6 +199,18 @@ def _of_rloo(spec: AdvantageSpec, scored: Scored) -> Advantages:
     return _of_samples(spec, scored, leave_one_out(scored.totals(), spec.num_generations))
 
 
+def _of_reinforce(spec: AdvantageSpec, scored: Scored) -> Advantages:
+    known = scored.by_token(~np.isnan(scored.rewards))
+    of_samples = scored.rewards
+    if spec.baseline == "group":
+        groups = of_samples.reshape(-1, spec.num_generations)
+        of_samples = (groups - _mean(groups)).reshape(-1)
+    rewards = np.array(scored.token_rewards, dtype=np.float64)
+    rewards[scored.offsets[1:] - 1] += np.nan_to_num(of_samples, nan=0.0)
+    returns = np.where(known, returns_to_go(rewards, scored.offsets, spec.gamma), 0.0)
+    return Advantages(whiten(returns, spec.whiten_advantages, scored.counted()))
+
+
 def _of_samples(spec: AdvantageSpec, scored: Scored, advantages: np.ndarray) -> Advantages:
     """One advantage for all tokens of a sample; whitened over samples, whatever their lengths."""
     counted = scored.by_sample(scored.counted()) > 0
@@ -194,6 +221,7 @@ ADVANTAGES: dict[str, Callable[[AdvantageSpec, Scored], Advantages]] = {
     "gae": _of_gae,
     "group": _of_group,
     "rloo": _of_rloo,
+    "reinforce": _of_reinforce,
 }
 
 

@@ -2,8 +2,8 @@
 
 For tokens t of sample i, with r the importance ratio to the policy that is being left:
 loss = aggregate over tokens of [-surrogate(r, A) + beta KL] - entropy_coef * mean entropy.
-`loss_type` names the aggregate, `importance_sampling_level` what r is a ratio of, an entry of POLICY_LOSSES
-the surrogate.
+`loss_type` names the aggregate and, for cispo, the surrogate; `importance_sampling_level` what r is a ratio
+of.
 Ratios are computed in float64 from stored log-probabilities; masked tokens count nowhere.
 """
 
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-PolicyLossKind = Literal["ppo_clip"]
-LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
 Level = Literal["token", "sequence", "trajectory"]
 
 
@@ -42,7 +41,7 @@ class Surrogate:
     """bool: above the range where the advantage is positive."""
 
 
-def ppo_clip(ratio: Tensor, advantages: Tensor, spec: PolicyLoss) -> Surrogate:
+def ppo_clip(ratio: Tensor, logps: Tensor, advantages: Tensor, spec: PolicyLoss) -> Surrogate:
     """-min(r A, clip(r, 1 - eps, 1 + eps_high) A) (PPO, arXiv 1707.06347, eq. 7).
 
     With `delta`, r is at most delta in the unclipped term: it bounds the loss of a negative advantage at
@@ -58,33 +57,54 @@ def ppo_clip(ratio: Tensor, advantages: Tensor, spec: PolicyLoss) -> Surrogate:
     )
 
 
-POLICY_LOSSES: dict[str, Callable[[Tensor, Tensor, PolicyLoss], Surrogate]] = {"ppo_clip": ppo_clip}
+def cispo(ratio: Tensor, logps: Tensor, advantages: Tensor, spec: PolicyLoss) -> Surrogate:
+    """-stopgrad(min(r, eps_max)) A log p (CISPO: MiniMax-M1, arXiv 2506.13585, eq. 4; with the upper bound
+    only, as ScaleRL, arXiv 2510.13786, and TRL have it).
+
+    The weight of a token is clipped, never its gradient. `epsilon_high` is eps_max itself.
+    """
+    assert spec.epsilon_high is not None
+    bounded = ratio.clamp(max=spec.epsilon_high).detach()
+    high = (ratio > spec.epsilon_high) & (advantages > 0)
+    return Surrogate(-bounded * advantages * logps, high.new_zeros(high.shape), high)
+
+
+PolicySurrogate = Callable[["Tensor", "Tensor", "Tensor", "PolicyLoss"], Surrogate]
+"""(ratio, log-probabilities with gradient, advantages, each float64 (T,); settings) -> loss of each token."""
+POLICY_LOSSES: dict[LossType, PolicySurrogate] = {
+    "grpo": ppo_clip,
+    "bnpo": ppo_clip,
+    "dr_grpo": ppo_clip,
+    "dapo": ppo_clip,
+    "cispo": cispo,
+}
+"""Surrogate of every `loss_type`."""
 
 
 class PolicyLoss(Loss):
     """Policy gradient with importance ratios.
 
     Token columns read: `old_logps`, `advantages`; `importance_sampling_ratio` if there (what each token's
-    surrogate is multiplied by: see `actors.algorithms.correction`); `ref_logps` if there (then the KL is a metric, and with
-    beta a term of the loss); `mask` (bool) if there: False takes a token out of loss, metrics and totals.
+    surrogate is multiplied by: see `actors.algorithms.correction`); `ref_logps` if there (then the KL is a
+    metric, and with beta a term of the loss); `mask` (bool) if there: False takes a token out of loss,
+    metrics and totals.
     """
 
     uses_dropout: ClassVar[bool] = False
     gradient_may_vanish: ClassVar[bool] = True
 
-    kind: PolicyLossKind = "ppo_clip"
-    """Surrogate: an entry of POLICY_LOSSES."""
     epsilon: float = Field(default=0.2, gt=0)
     """The ratio is clipped at 1 - epsilon."""
     epsilon_high: float | None = Field(default=None, gt=0)
-    """The ratio is clipped at 1 + epsilon_high; null: epsilon."""
+    """The ratio is clipped at 1 + epsilon_high (null: epsilon); of cispo the bound itself."""
     delta: float | None = Field(default=None, gt=1)
     """Dual clip: bound of the loss of a negative advantage, in advantages; null: none."""
     importance_sampling_level: Level = "token"
     """What the ratio is of: a token, a sequence (mean log-ratio: GSPO), a trajectory (their sum: RLOO)."""
     loss_type: LossType = "dapo"
     """Aggregate: grpo mean of each sample's mean; bnpo mean over tokens; dr_grpo sum over tokens / (samples x
-    max_completion_length); dapo mean over tokens with the generation batch's mean count."""
+    max_completion_length); dapo mean over tokens with the generation batch's mean count; cispo as dapo, with
+    weights that are clipped in place of the surrogate."""
     max_completion_length: int | None = Field(default=None, ge=1)
     """Divisor of dr_grpo."""
     beta: float = Field(default=0.0, ge=0)
@@ -104,6 +124,12 @@ class PolicyLoss(Loss):
         problems = []
         if self.delta is not None and self.delta <= 1 + self.upper_epsilon:
             problems.append(f"delta must be above 1 + epsilon_high = {1 + self.upper_epsilon:g}")
+        if self.loss_type == "cispo" and (self.epsilon_high is None or self.epsilon_high < 1):
+            problems.append(
+                "cispo bounds the ratio at epsilon_high itself: set it, to 1 or more (5 is usual)"
+            )
+        if self.loss_type == "cispo" and self.delta is not None:
+            problems.append("delta bounds a clipped surrogate, which cispo has not: leave it out")
         if self.loss_type == "dr_grpo" and self.max_completion_length is None:
             problems.append("dr_grpo divides by max_completion_length: set it")
         if problems:
@@ -128,29 +154,30 @@ class PolicyLoss(Loss):
         columns = ["old_logps", "advantages"]
         if self.beta > 0:
             columns.append("ref_logps")
-        if self.loss_type == "dapo":
+        if self.loss_type in ("dapo", "cispo"):
             columns.append("tokens_per_step")
         return tuple(columns)
 
     def totals(self, batch: Batch) -> Totals:
         """`divisor` of the aggregate, and `tokens` that count.
 
-        dapo divides by the row column `tokens_per_step`: the counted tokens of the whole generation batch
-        over its number of optimizer steps (the same number in every row).
+        dapo and cispo divide by the row column `tokens_per_step`: the counted tokens of the whole
+        generation batch over its number of optimizer steps (the same number in every row).
         """
         mask = batch.token_columns.get("mask", np.ones(int(batch.loss_mask.sum()), bool))
         rows, tokens = float(max(1, batch.n_rows)), float(max(1, mask.sum()))
         divisors = {"grpo": rows, "bnpo": tokens, "dr_grpo": rows * (self.max_completion_length or 1)}
-        if self.loss_type == "dapo":
+        if self.loss_type in ("dapo", "cispo"):
             per_step = batch.columns["tokens_per_step"]
-            divisors["dapo"] = float(max(1.0, per_step.max(initial=0.0)))
+            divisors[self.loss_type] = float(max(1.0, per_step.max(initial=0.0)))
         return {"divisor": divisors[self.loss_type], "tokens": tokens}
 
     def __call__(self, view: TokenView, totals: Totals) -> tuple[torch.Tensor, MetricSums]:
         weights = _weights(view)
         log_ratio = _log_ratio(view, weights, self.importance_sampling_level)
         ratio = log_ratio.exp()
-        surrogate = POLICY_LOSSES[self.kind](ratio, view.token_columns["advantages"].double(), self)
+        advantages = view.token_columns["advantages"].double()
+        surrogate = POLICY_LOSSES[self.loss_type](ratio, view.logps.double(), advantages, self)
         per_token = surrogate.loss
         if CORRECTION in view.token_columns:
             per_token = per_token * view.token_columns[CORRECTION]
@@ -159,7 +186,8 @@ class PolicyLoss(Loss):
             assert kl is not None
             per_token = per_token + self.beta * kl
         loss = (per_token * weights * self._share(view, weights)).sum() / totals["divisor"]
-        metrics = _metrics(view, weights, surrogate, ratio.detach(), log_ratio.detach(), kl)
+        metrics = _metrics(view, weights, ratio.detach(), log_ratio.detach(), kl)
+        metrics |= self._clipped(surrogate, weights)
         if self.entropy_coef > 0:
             metrics["policy_loss"] = (loss.detach(), 0.0)
             loss = loss - self.entropy_coef * (view.entropy * weights).sum() / totals["tokens"]
@@ -171,6 +199,18 @@ class PolicyLoss(Loss):
             return None
         kl = KL_ESTIMATORS[self.kl_estimator](view.logps.double() - view.token_columns["ref_logps"])
         return kl * ratio if self.use_bias_correction_kl else kl
+
+    def _clipped(self, surrogate: Surrogate, weights: Tensor) -> MetricSums:
+        """TRL's names for the share of tokens whose ratio was clipped."""
+        tokens = weights.sum()
+        low, high = surrogate.low_clipped.double(), surrogate.high_clipped.double()
+        if self.loss_type == "cispo":
+            return {"cispo_clip_ratio": ((high * weights).sum(), tokens)}
+        return {
+            "clip_ratio/low_mean": ((low * weights).sum(), tokens),
+            "clip_ratio/high_mean": ((high * weights).sum(), tokens),
+            "clip_ratio/region_mean": (((low + high) * weights).sum(), tokens),
+        }
 
     def _share(self, view: TokenView, weights: Tensor) -> Tensor | float:
         """What a token weighs in the aggregate: 1 / tokens of its sample for `grpo`, else 1."""
@@ -203,19 +243,14 @@ def _log_ratio(view: TokenView, weights: Tensor, level: Level) -> Tensor:
 def _metrics(
     view: TokenView,
     weights: Tensor,
-    surrogate: Surrogate,
     ratio: Tensor,
     log_ratio: Tensor,
     kl: Tensor | None,
 ) -> MetricSums:
     """TRL's names, over counted tokens; `approx_kl` is k3 of the policy that is left to the new one."""
     tokens = weights.sum()
-    low, high = surrogate.low_clipped.double(), surrogate.high_clipped.double()
     metrics: MetricSums = {
         "entropy": ((view.entropy.detach() * weights).sum(), tokens),
-        "clip_ratio/low_mean": ((low * weights).sum(), tokens),
-        "clip_ratio/high_mean": ((high * weights).sum(), tokens),
-        "clip_ratio/region_mean": (((low + high) * weights).sum(), tokens),
         "ratio/mean": ((ratio * weights).sum(), tokens),
         "ratio/max_deviation": largest((ratio - 1).abs() * weights),
         "approx_kl": (((log_ratio.expm1() - log_ratio) * weights).sum(), tokens),

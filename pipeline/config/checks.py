@@ -288,8 +288,22 @@ def _policy_gradient_problems(path: str, stage: PolicyGradientStage) -> Iterator
     if stage.epsilon >= 1:
         yield Problem(f"{path}.epsilon", f"{stage.epsilon:g}: the ratio is clipped at 1 - epsilon, above 0")
     high = stage.epsilon if stage.epsilon_high is None else stage.epsilon_high
-    if stage.delta is not None and stage.delta <= 1 + high:
+    if stage.loss_type != "cispo" and stage.delta is not None and stage.delta <= 1 + high:
         yield Problem(f"{path}.delta", f"{stage.delta:g} must be above 1 + epsilon_high = {1 + high:g}")
+    if stage.loss_type == "cispo":
+        yield from _cispo_problems(path, stage)
+
+
+def _cispo_problems(path: str, stage: PolicyGradientStage) -> Iterator[Problem]:
+    if stage.epsilon_high is None or stage.epsilon_high < 1:
+        given = "null" if stage.epsilon_high is None else f"{stage.epsilon_high:g}"
+        yield Problem(
+            f"{path}.epsilon_high",
+            f"{given}: cispo bounds the ratio at epsilon_high itself, not at 1 + epsilon_high; write 1 or "
+            "more (5 is usual)",
+        )
+    if stage.delta is not None:
+        yield Problem(f"{path}.delta", "bounds a clipped surrogate, which cispo has not; leave it out")
 
 
 def _sampling_problems(path: str, stage: RlStage) -> Iterator[Problem]:
@@ -303,6 +317,12 @@ def _sampling_problems(path: str, stage: RlStage) -> Iterator[Problem]:
     if group < 2 and stage.compares_samples:
         yield Problem(
             f"{path}.num_generations", f"{group}: {stage.type} compares a prompt's samples; at least 2"
+        )
+    if stage.soft_punish_cache is not None and stage.soft_punish_cache > stage.max_completion_length:
+        yield Problem(
+            f"{path}.soft_punish_cache",
+            f"{stage.soft_punish_cache} tokens below max_completion_length: {stage.max_completion_length} "
+            "are more than a sample has",
         )
     if stage.max_length is not None and stage.max_completion_length >= stage.max_length:
         yield Problem(

@@ -23,7 +23,7 @@ Rewards = Annotated[
 Whitening = Literal["none", "shift_and_scale", "scale"]
 KlEstimator = Literal["k1", "k2", "k3"]
 RatioLevel = Literal["token", "sequence", "trajectory"]
-PolicyNorm = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
+PolicyNorm = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
 
 
 class RlStage(StageSpec):
@@ -57,6 +57,11 @@ class RlStage(StageSpec):
     """Reference policy: `base` or an earlier stage. Null: the weights that this stage starts from."""
     missing_eos_penalty: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Taken off the reward of a sample that did not end by itself."""
+    soft_punish_cache: int | None = Field(default=None, ge=1)
+    """DAPO's overlong penalty: within so many tokens below `max_completion_length` the reward falls linearly,
+    by up to `soft_punish_weight`; null: none."""
+    soft_punish_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """What a sample as long as `max_completion_length` loses with `soft_punish_cache`."""
     mismatch_tolerance: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Largest k3 divergence per token between engine and trainer before the run stops; null: by dtype."""
     staleness: int = Field(default=0, ge=0)
@@ -98,7 +103,7 @@ class RlStage(StageSpec):
 class PolicyGradientStage(RlStage):
     """What the stages with a policy gradient have in common: ratio, clipping, divergence, averaging."""
 
-    advantage: ClassVar[Literal["gae", "group", "rloo"]]
+    advantage: ClassVar[Literal["gae", "group", "rloo", "reinforce"]]
     """Name in `actors.algorithms.advantages.ADVANTAGES`."""
 
     beta: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -117,7 +122,7 @@ class PolicyGradientStage(RlStage):
     epsilon: float = Field(default=0.2, gt=0, allow_inf_nan=False)
     """The ratio to the sampling policy is clipped at 1 - epsilon ..."""
     epsilon_high: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """... and at 1 + epsilon_high; null: `epsilon`."""
+    """... and at 1 + epsilon_high; null: `epsilon`. With `loss_type: cispo` the bound itself (5 is usual)."""
     delta: float | None = Field(default=None, gt=1, allow_inf_nan=False)
     """Bound of the ratio where the advantage is negative (dual clip); null: none."""
     importance_sampling_level: RatioLevel = "token"
@@ -126,7 +131,8 @@ class PolicyGradientStage(RlStage):
     loss_type: PolicyNorm = "dapo"
     """How token losses are averaged, by TRL's names: `grpo` over each sample and then over samples, `bnpo`
     over the tokens of an optimizer step, `dapo` the same by the generation's mean count, `dr_grpo` by
-    samples x max_completion_length."""
+    samples x max_completion_length; `cispo` as dapo, but the ratio is a weight, bounded by `epsilon_high`, of
+    each token's log-probability, and no token is left out."""
     entropy_coef: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Weight of the entropy bonus."""
     whiten_advantages: Whitening = "none"
@@ -145,7 +151,6 @@ class PolicyGradientStage(RlStage):
     """Its lower bound; null: none."""
     mask_truncated_completions: bool = False
     """Leave samples that hit `max_completion_length` out of the loss."""
-
 
     @property
     def corrected(self) -> bool:
@@ -246,3 +251,31 @@ class RlooStage(PolicyGradientStage):
     """Where the divergence goes: subtracted from the reward, or added to the loss."""
     kl_estimator: KlEstimator = "k1"
     """How it is estimated from the sampled tokens."""
+
+
+class ReinforcePpStage(PolicyGradientStage):
+    """REINFORCE++: a token's advantage is its return, normalised over all tokens of the generation."""
+
+    advantage: ClassVar[Literal["reinforce"]] = "reinforce"
+
+    type: Literal["reinforce_pp"] = "reinforce_pp"
+    """Kind of stage; may be left out where the stage's name says it."""
+    num_generations: int = Field(default=1, ge=1)
+    """Samples per prompt."""
+    baseline: Literal["none", "group"] = "none"
+    """Taken off a sample's reward first: nothing, or the mean of its prompt's samples."""
+    gamma: float = Field(default=1.0, ge=0, le=1)
+    """Discount per token."""
+    beta: float = Field(default=0.01, ge=0, allow_inf_nan=False)
+    """Weight of the KL divergence from the reference; 0: none is computed."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Where the divergence goes: subtracted from the reward, token by token, or added to the loss."""
+    kl_estimator: KlEstimator = "k1"
+    """How it is estimated from the sampled tokens; with `baseline: group` the paper adds k2 to the loss."""
+    whiten_advantages: Whitening = "shift_and_scale"
+    """Normalise advantages over the tokens of a generation: `shift_and_scale` to mean 0 and standard
+    deviation 1 (unbiased), `scale` keeps the mean."""
+
+    @property
+    def compares_samples(self) -> bool:
+        return self.baseline == "group"

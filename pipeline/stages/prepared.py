@@ -17,6 +17,7 @@ from pipeline.stages.spec import (
     DpoStage,
     GrpoStage,
     PpoStage,
+    ReinforcePpStage,
     RewardStage,
     RlooStage,
     RlStage,
@@ -36,6 +37,7 @@ KINDS: dict[type[StageSpec], Kind] = {
     PpoStage: "prompt",
     GrpoStage: "prompt",
     RlooStage: "prompt",
+    ReinforcePpStage: "prompt",
 }
 """Which records each stage type reads."""
 

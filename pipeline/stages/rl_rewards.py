@@ -10,16 +10,14 @@ import numpy as np
 
 from actors.algorithms.rl_checks import check_finite
 from actors.batch import Batch
+from actors.reward_sums import combine, reward_metrics, soft_overlong_punishment, without_eos_penalty
 from actors.rewards import (
     RewardFunction,
     RewardSpec,
     Samples,
-    combine,
     find_function,
     function_rewards,
-    reward_metrics,
     reward_names,
-    without_eos_penalty,
 )
 from actors.sampling import Generations
 from pipeline.data.prompts import PromptData
@@ -92,8 +90,13 @@ class Judge:
         weights = [one.weight for one in self.spec.rewards]
         metrics = reward_metrics(self.names, found, weights, self.spec.num_generations)
         total = combine(found, weights)
-        finished = batch.columns["finished"]
-        return Rewards(without_eos_penalty(total, finished, self.spec.missing_eos_penalty), metrics, notes)
+        total = without_eos_penalty(total, batch.columns["finished"], self.spec.missing_eos_penalty)
+        if self.spec.soft_punish_cache is not None:
+            limit, cache = self.spec.max_completion_length, self.spec.soft_punish_cache
+            punished = soft_overlong_punishment(batch.label_counts, limit, cache)
+            metrics["rewards/overlong/mean"] = float(punished.mean())
+            total = total + self.spec.soft_punish_weight * punished
+        return Rewards(total, metrics, notes)
 
 
 def function_of(spec: RewardSpec) -> RewardFunction:

@@ -7,7 +7,14 @@ from typing import Annotated
 from pydantic import Field
 
 from pipeline.stages.offline_spec import DpoOptions, DpoStage, RewardStage, SftStage
-from pipeline.stages.online_spec import GrpoStage, PolicyGradientStage, PpoStage, RlooStage, RlStage
+from pipeline.stages.online_spec import (
+    GrpoStage,
+    PolicyGradientStage,
+    PpoStage,
+    ReinforcePpStage,
+    RlooStage,
+    RlStage,
+)
 from pipeline.stages.stage_spec import StageSpec
 
 __all__ = [
@@ -17,6 +24,7 @@ __all__ = [
     "GrpoStage",
     "PolicyGradientStage",
     "PpoStage",
+    "ReinforcePpStage",
     "RewardStage",
     "RlStage",
     "RlooStage",
@@ -26,7 +34,8 @@ __all__ = [
 ]
 
 Stage = Annotated[
-    SftStage | DpoStage | RewardStage | PpoStage | GrpoStage | RlooStage, Field(discriminator="type")
+    SftStage | DpoStage | RewardStage | PpoStage | GrpoStage | RlooStage | ReinforcePpStage,
+    Field(discriminator="type"),
 ]
 STAGE_TYPES: dict[str, type[StageSpec]] = {
     "sft": SftStage,
@@ -35,4 +44,5 @@ STAGE_TYPES: dict[str, type[StageSpec]] = {
     "ppo": PpoStage,
     "grpo": GrpoStage,
     "rloo": RlooStage,
+    "reinforce_pp": ReinforcePpStage,
 }

@@ -14,16 +14,14 @@ import torch
 from pydantic import ValidationError
 
 from actors.errors import RunFailure, UserError
+from actors.reward_sums import combine, reward_metrics, without_eos_penalty
 from actors.rewards import (
     RewardSpec,
     Samples,
     call_reward_function,
-    combine,
     find_function,
     function_rewards,
-    reward_metrics,
     reward_names,
-    without_eos_penalty,
 )
 
 SAMPLES = Samples(

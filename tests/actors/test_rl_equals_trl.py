@@ -22,7 +22,7 @@ from actors.algorithms.policy import PolicyLoss
 from actors.algorithms.rl_checks import RATIO_TOLERANCE, check_first_ratio
 from actors.batch import Batch
 from actors.host import ModelHost
-from actors.rewards import combine, reward_metrics
+from actors.reward_sums import combine, reward_metrics
 from actors.trajectories import sample_offsets
 from tests.actors.algorithms.test_policy import batch_of, view_of
 from tests.actors.host_cases import policy_host, random_rows
@@ -131,7 +131,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "two-sided clipping": {"loss_type": "bnpo", "delta": 1.5},
     "GSPO": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
     "entropy bonus": {"loss_type": "grpo", "entropy_coef": 0.05},
+    "CISPO": {"loss_type": "cispo", "epsilon_high": 1.3},
+    "CISPO with KL": {"loss_type": "cispo", "epsilon_high": 5.0, "beta": 0.3},
 }
+
+
+EXTREMES = {"clip_ratio/low_min", "clip_ratio/high_max"}
+"""TRL's, of single samples; not logged here."""
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all samples", "a sample masked"])
@@ -150,8 +156,9 @@ def test_loss_and_gradient_of_grpo_equal_trls(name: str, masked: bool) -> None:
     if (
         settings.get("importance_sampling_level") != "sequence"
     ):  # there TRL's clip ratios are means of samples
-        names |= {"clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"}
-        assert metrics["clip_ratio/region_mean"] > 0
+        clipped = "cispo_clip_ratio" if settings["loss_type"] == "cispo" else "clip_ratio/region_mean"
+        names |= {name for name in metrics if name.startswith(("clip_ratio/", "cispo"))} - EXTREMES
+        assert metrics[clipped] > 0 or settings.get("epsilon_high") == 5.0
     for key in names:
         assert ours[2][key] == pytest.approx(metrics[key], rel=1e-5), key
 
@@ -322,6 +329,21 @@ CURVES: dict[str, tuple[str, dict[str, Any], AdvantageSpec, PolicyLoss, float]] 
         PolicyLoss(loss_type="dr_grpo", max_completion_length=40, delta=1.05, epsilon=0.02),
         0.0,
     ),
+    "gspo": (
+        "GRPO",
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-3, "epsilon_high": 4e-3,
+         "temperature": 1.0},
+        AdvantageSpec(kind="group", num_generations=GROUP),
+        PolicyLoss(loss_type="grpo", importance_sampling_level="sequence", epsilon=3e-3, epsilon_high=4e-3),
+        0.0,
+    ),
+    "cispo": (
+        "GRPO",
+        {"loss_type": "cispo", "epsilon_high": 1.02, "temperature": 1.0},
+        AdvantageSpec(kind="group", num_generations=GROUP),
+        PolicyLoss(loss_type="cispo", epsilon_high=1.02),
+        0.0,
+    ),
 }  # fmt: skip
 IN_MAKE_TEST = ("grpo", "rloo")
 
@@ -337,8 +359,12 @@ def test_a_curve_equals_trls(name: str, tiny_base: Path, tmp_path: Path) -> None
     assert len(ours) == len(theirs) == STEPS
     names = ["loss", "grad_norm", "learning_rate", "entropy"]
     if kind == "GRPO":  # RLOO's clip ratios and KL are means of samples and of the sampling policy
-        names += [*CLIPS, *(["kl"] if loss.beta else [])]
-        assert max(step["clip_ratio/region_mean"] for step in theirs) > 0
+        clips = ("cispo_clip_ratio",) if loss.loss_type == "cispo" else CLIPS
+        names += [
+            *(clips if loss.importance_sampling_level == "token" else ()),
+            *(["kl"] if loss.beta else []),
+        ]
+        assert max(step[clips[-1]] for step in theirs) > 0
     for step, (mine, trl) in enumerate(zip(ours, theirs, strict=True)):
         for key in (*names, *(() if step % ITERATIONS else REWARDS)):
             # the loss is what is left of advantages of both signs: measured against their size

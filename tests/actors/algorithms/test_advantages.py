@@ -162,3 +162,27 @@ def test_whitening_of_sample_advantages_does_not_weigh_long_samples_more() -> No
     )
     found = advantages_of(spec, scored([3.0, 1.0], [5, 1]))
     assert found.advantages == pytest.approx([2**-0.5] * 5 + [-(2**-0.5)])
+
+
+def test_reinforce_pp_has_the_literal_returns() -> None:
+    """Reward 1 at the end, KL penalties before it: A_t = R - beta sum of KL from t on (eq. 8)."""
+    tokens = np.array([-0.1, -0.2, -0.3, 0.0])
+    plain = AdvantageSpec(kind="reinforce")
+    found = advantages_of(plain, scored([1.0, -2.0], [3, 1], token_rewards=tokens))
+    assert found.advantages == pytest.approx([0.4, 0.5, 0.7, -2.0])
+    assert found.returns is None
+    halved = AdvantageSpec(kind="reinforce", gamma=0.5)
+    assert advantages_of(halved, scored([1.0], [3])).advantages == pytest.approx([0.25, 0.5, 1.0])
+
+
+def test_reinforce_pp_is_normalised_over_all_tokens_of_the_generation() -> None:
+    """Returns 1, 1, 1, -1 over tokens: mean 0.5, unbiased variance 1 (eq. 10)."""
+    spec = AdvantageSpec(kind="reinforce", whiten_advantages="shift_and_scale")
+    found = advantages_of(spec, scored([1.0, -1.0], [3, 1]))
+    assert found.advantages == pytest.approx([0.5, 0.5, 0.5, -1.5])
+
+
+def test_reinforce_pp_with_a_baseline_compares_the_samples_of_a_prompt_first() -> None:
+    spec = AdvantageSpec(kind="reinforce", baseline="group", num_generations=2)
+    found = advantages_of(spec, scored([3.0, 1.0, 5.0, float("nan")], [1, 2, 1, 1]))
+    assert found.advantages == pytest.approx([1.0, -1.0, -1.0, 0.0, 0.0])

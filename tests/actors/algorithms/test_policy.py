@@ -237,3 +237,42 @@ def test_options_that_contradict_each_other_are_refused(settings: dict[str, Any]
 
 def test_the_sampling_temperature_divides_the_logits() -> None:
     assert PolicyLoss(temperature=0.7).logit_temperature == 0.7
+
+
+CISPO = {"loss_type": "cispo", "epsilon_high": 2.0}
+
+
+def test_cispo_bounds_the_weight_of_a_token_and_never_its_gradient() -> None:
+    """Ratios e, 1 / e and e: weights 2, 1 / e and 2, each times A log p; no lower bound."""
+    view = view_of([1.0, -1.0, 1.0], [3], advantages=[1.0, 3.0, -1.0])
+    found, metrics = PolicyLoss(**CISPO)(view, {"divisor": 2.0, "tokens": 3.0})
+    assert found.item() == pytest.approx(
+        -(2 * 1.0 * 1 + math.exp(-1) * 3.0 * -1 + 2 * -1.0 * 1) / 2, rel=1e-6
+    )
+    gradient = torch.autograd.grad(found, view.logps)[0]
+    assert gradient.tolist() == pytest.approx([-1.0, -1.5 * math.exp(-1), 1.0], rel=1e-6)
+    assert {n: float(s / w) for n, (s, w) in metrics.items() if "clip" in n} == {
+        "cispo_clip_ratio": pytest.approx(1 / 3)  # TRL counts it where the advantage is positive
+    }
+
+
+def test_cispo_is_averaged_as_dapo_is() -> None:
+    loss = PolicyLoss(**CISPO)
+    batch = batch_of(LENGTHS).with_columns(tokens_per_step=np.array([2.5, 2.5]))
+    assert loss.required_columns == ("old_logps", "advantages", "tokens_per_step")
+    assert loss.totals(batch) == {"divisor": 2.5, "tokens": 4.0}
+
+
+@pytest.mark.parametrize("settings", [{}, {"epsilon_high": 0.28}, {"epsilon_high": 5.0, "delta": 7.0}])
+def test_cispo_without_its_bound_or_with_another_ones_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="cispo"):
+        PolicyLoss(loss_type="cispo", **settings)
+
+
+def test_gspo_clips_the_whole_sample_by_its_mean_log_ratio() -> None:
+    """Mean log-ratio 0.1 of two tokens: e^0.1 is above 1.0004, so that no token of it has a gradient."""
+    loss = PolicyLoss(loss_type="grpo", importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4)
+    view = view_of([0.3, -0.1, 2e-4], [2, 1])
+    found, _ = loss(view, {"divisor": 2.0, "tokens": 3.0})
+    assert found.item() == pytest.approx(-(1.0004 + math.exp(2e-4)) / 2, rel=1e-6)
+    assert torch.autograd.grad(found, view.logps)[0].tolist() == pytest.approx([0, 0, -0.5 * math.exp(2e-4)])

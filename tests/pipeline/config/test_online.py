@@ -83,10 +83,10 @@ def test_the_losses_and_advantages_take_their_options_from_the_stage_under_the_s
     from actors.algorithms.advantages import ADVANTAGES, AdvantageSpec
     from actors.algorithms.policy import PolicyLoss
     from actors.algorithms.value import ValueLoss
-    from pipeline.stages.spec import GrpoStage, PpoStage, RlooStage
+    from pipeline.stages.spec import STAGE_TYPES, PolicyGradientStage, PpoStage
 
-    stages = (PpoStage, GrpoStage, RlooStage)
-    assert set(PolicyLoss.model_fields) - {"kind"} <= set.intersection(*(set(s.model_fields) for s in stages))
+    stages = [stage for stage in STAGE_TYPES.values() if issubclass(stage, PolicyGradientStage)]
+    assert set(PolicyLoss.model_fields) <= set.intersection(*(set(s.model_fields) for s in stages))
     assert set(ValueLoss.model_fields) <= set(PpoStage.model_fields)
     assert {s.advantage for s in stages} == set(ADVANTAGES)
     assert set(AdvantageSpec.model_fields) - {"kind"} <= set().union(*(s.model_fields for s in stages))
@@ -273,3 +273,26 @@ def test_a_stage_that_cannot_be_read_does_not_make_others_that_name_it_wrong() -
 def test_stages_whose_adapters_would_share_a_name_are_refused() -> None:
     sft = {"type": "sft", "data": "x"}
     assert "stage 'a.b'" in problems_of({"a.b": sft, "a_b": sft})["stages.a_b"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "path"),
+    [
+        ({"loss_type": "cispo"}, "epsilon_high"),
+        ({"loss_type": "cispo", "epsilon_high": 0.28}, "epsilon_high"),
+        ({"loss_type": "cispo", "epsilon_high": 5, "delta": 6}, "delta"),
+        ({"soft_punish_cache": 300}, "soft_punish_cache"),
+    ],
+)
+def test_cispo_and_the_overlong_penalty_say_what_they_lack(keys: dict[str, Any], path: str) -> None:
+    assert set(problems_of({"grpo": {"data": "x", "rewards": "exact_match", **keys}})) == {
+        f"stages.grpo.{path}"
+    }
+
+
+def test_reinforce_pp_needs_several_samples_of_a_prompt_only_for_their_baseline() -> None:
+    stage = {"data": "x", "rewards": "exact_match", "num_generations": 1}
+    assert run({"reinforce_pp": stage}).stages["reinforce_pp"].advantage == "reinforce"
+    assert problems_of({"reinforce_pp": {**stage, "baseline": "group"}}) == {
+        "stages.reinforce_pp.num_generations": "1: reinforce_pp compares a prompt's samples; at least 2"
+    }
