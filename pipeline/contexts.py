@@ -73,6 +73,7 @@ class Contexts:
             sync=sync,
             tokenizer=tokenizer,
             note=events.note,
+            replay_compare_steps=self.config.model.moe.router_replay_compare_steps,
         )
 
     def _common(self, node: Node, events: Events) -> dict[str, Any]:

@@ -88,9 +88,9 @@ def divergence(p: np.ndarray, q: np.ndarray) -> dict[str, float]:
     }
 
 
-def mismatch_metrics(engine: np.ndarray, trainer: np.ndarray) -> dict[str, float]:
+def mismatch_metrics(engine: np.ndarray, trainer: np.ndarray, prefix: str = "mismatch") -> dict[str, float]:
     """`mismatch/k1|k3|max|beyond_2x` of the engine's behaviour log-probabilities to the trainer's."""
-    return {f"mismatch/{name}": value for name, value in divergence(engine, trainer).items()}
+    return {f"{prefix}/{name}": value for name, value in divergence(engine, trainer).items()}
 
 
 def check_mismatch(metrics: Mapping[str, float], tolerance: float, beyond_2x: float) -> None:

@@ -35,7 +35,10 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
     ctx.sync.connect()
     ctx.sync.push(step)
     log = MetricsLog(ctx.directory / "metrics.jsonl", resume_at=step, every=ctx.logging_steps)
-    samples = MetricsLog(ctx.directory / "samples.jsonl", resume_at=step, every=1)
+    samples, routing = (
+        MetricsLog(ctx.directory / name, resume_at=step, every=1)
+        for name in ("samples.jsonl", "routing.jsonl")
+    )
     try:
         while step < stage.total_steps:
             result = loop.step(step)
@@ -48,6 +51,8 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
             if line:
                 ctx.on_log(line)
                 keep_samples(samples, step, result, stage.spec.num_generations)
+                if routed := result.routing.row(step):
+                    routing.write(routed)
             stopping = ctx.stop_asked() and step < stage.total_steps
             if stopping or (step % stage.spec.save_steps == 0 and step < stage.total_steps):
                 save_checkpoint(loop, step)
@@ -59,6 +64,7 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
         ctx.sync.close()
         log.close()
         samples.close()
+        routing.close()
 
 
 def prepare(stage: PreparedRl, ctx: RlContext) -> None:

@@ -28,6 +28,7 @@ from pipeline.stages.prepared import PreparedRl
 from pipeline.stages.rl_drawing import Ahead, Drawer, Drawn
 from pipeline.stages.rl_estimates import Estimates, TokenScores
 from pipeline.stages.rl_rewards import Judge, Rewards
+from pipeline.stages.rl_routing import Routing
 from pipeline.stages.spec import PpoStage
 from pipeline.stages.train import StageContext
 from pipeline.stages.views import View, put
@@ -53,6 +54,8 @@ class RlContext(StageContext):
     tokenizer: Any
     note: Callable[[str], None]
     """Tells the user."""
+    replay_compare_steps: int = 0
+    """Every so many steps the policy also says what it thinks of samples without their experts; 0: never."""
 
 
 @dataclass
@@ -85,6 +88,7 @@ class StepResult:
     rewards: Rewards
     notes: list[str]
     """What the user should know: replaced engines, rewards that a default stands in for."""
+    routing: Routing = field(default_factory=Routing)
 
 
 class RlLoop:
@@ -116,17 +120,18 @@ class RlLoop:
         checked = self.check(step, drawn, batch, scores, estimates)
         with clock("update"):
             updated = self.update(step, estimates, batch.n_rows)
-        routed = self.routing(drawn)
+        routing = self.routing(drawn, batch)
         with clock("wait"):
             self.before_sync()
         with clock("sync"):
             report = self.ctx.sync.push(step + 1)
         self.kl = self.kl.updated(estimates.kl or 0.0, batch.n_rows)
         self.num_tokens += batch.n_tokens
-        metrics = {**updated, **rewards.metrics, **estimates.metrics, **checked, **routed, **drawn.metrics}
+        metrics = {**updated, **rewards.metrics, **estimates.metrics, **checked, **drawn.metrics}
         metrics |= {"num_tokens": float(self.num_tokens), **lengths(drawn.samples), **report.metrics()}
+        metrics |= {**routing.metrics(), **clock.metrics()}
         notes = [*drawn.notes, *rewards.notes, *self.replaced(report)]
-        return StepResult(metrics | clock.metrics(), drawn.prompts, texts, rewards, notes)
+        return StepResult(metrics, drawn.prompts, texts, rewards, notes, routing)
 
     # --- The parts of a step ----------------------------------------------------------------------
 
@@ -134,17 +139,24 @@ class RlLoop:
         self, batch: Batch, step: int, drawn: Drawn
     ) -> tuple[dict[str, Pending], Callable[[list[str]], Rewards]]:
         """Ask all models about the samples, without waiting: token scores by field, and what turns the
-        samples' texts into rewards."""
+        samples' texts into rewards.
+
+        Only the policy replays the engines' experts: it drew the samples. The reference routes for itself, as
+        it would if it drew some, so that the divergence is from what it is.
+        """
         shared, ctx, heat = put(batch), self.ctx, self.spec.temperature
+        unrouted = shared if batch.experts is None else put(batch.unrouted())
         asked = {"old_logps": ctx.policy.token_logprobs(shared, heat)}
+        if batch.experts is not None and ctx.replay_compare_steps and step % ctx.replay_compare_steps == 0:
+            asked["unreplayed_logps"] = ctx.policy.token_logprobs(unrouted, heat)
         if self.objective.needs_reference(step):
-            asked["ref_logps"] = ctx.reference.token_logprobs(shared, heat)
+            asked["ref_logps"] = ctx.reference.token_logprobs(unrouted, heat)
         if ctx.critic is not None:
-            asked["values"] = ctx.critic.values(shared)
+            asked["values"] = ctx.critic.values(unrouted)
         if drawn.rewards is not None:
             known = drawn.rewards
             return asked, lambda texts: known
-        judged = self.judge.submit(shared)
+        judged = self.judge.submit(unrouted)
         return asked, lambda texts: self.judge.result(judged, drawn.prompts, texts, drawn.samples, batch)
 
     def check(
@@ -162,10 +174,12 @@ class RlLoop:
         fresh = rl_checks.mismatch_metrics(engine[now], scores.old_logps[now])
         tolerance = self.spec.mismatch_tolerance or rl_checks.MISMATCH_TOLERANCE[dtype]
         rl_checks.check_mismatch(fresh, tolerance, rl_checks.BEYOND_2X_TOLERANCE[dtype])
+        if scores.unreplayed_logps is not None:
+            fresh |= rl_checks.mismatch_metrics(engine, scores.unreplayed_logps, "mismatch_unreplayed")
         if not self.spec.staleness:
             return fresh
         ages = {"staleness/mean": float(stale.mean()), "staleness/max": float(stale.max(initial=0))}
-        return rl_checks.mismatch_metrics(engine, scores.old_logps) | ages
+        return fresh | rl_checks.mismatch_metrics(engine, scores.old_logps) | ages
 
     def update(self, step: int, estimates: Estimates, samples: int) -> dict[str, float]:
         """Optimizer steps of policy and critic over the samples; means of their metrics."""
@@ -194,16 +208,11 @@ class RlLoop:
         ]
         return lost + [f"rollout-{rank} was replaced before it took new weights" for rank in report.replaced]
 
-    def routing(self, drawn: Drawn) -> dict[str, float]:
-        """How far apart the experts' shares are in engines and trainer, in this step.
-
-        Not 0 when all is well: the trainer counts its last optimizer step, and a prompt with each of its
-        samples; engines count each prompt once, and all that they score and generate between two calls.
-        """
-        trainer = self.ctx.policy.router_load()
-        if drawn.expert_load is None or trainer is None:
-            return {}
-        return {"moe/engine_load_distance": rl_checks.load_distance(trainer, drawn.expert_load)}
+    def routing(self, drawn: Drawn, batch: Batch) -> Routing:
+        """What the routers of engines and trainer did in this step."""
+        policy = self.ctx.policy
+        agreement = None if batch.experts is None else policy.route_agreement()
+        return Routing(policy.router_load(), drawn.expert_load, agreement)
 
     def before_sync(self) -> None:
         """Let the engines end what they draw for later steps, so that one version draws all of it."""

@@ -26,6 +26,8 @@ class TokenScores:
     """The policy's log-probabilities before this step's updates, by the trainer, at the temperature."""
     ref_logps: np.ndarray | None = None
     values: np.ndarray | None = None
+    unreplayed_logps: np.ndarray | None = None
+    """As `old_logps`, with the trainer's own routes where those replay the engine's."""
 
 
 @dataclass(frozen=True)

@@ -57,5 +57,10 @@ class View:
         """int64 (layers, experts): tokens per expert in this role's last update; None if there is none."""
         return self.group.call_rank(0, "router_load", self.role, phase="call")
 
+    def route_agreement(self) -> Any:
+        """float64 (layers,): share of given experts that the routers of the group's ranks would have chosen
+        too, in the last log-probabilities of a batch with experts."""
+        return self.group.call_rank(0, "route_agreement", phase="call")
+
     def frozen_digest(self) -> str:
         return str(self.group.call_rank(0, "frozen_digest", phase="call"))
