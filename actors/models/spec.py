@@ -58,6 +58,8 @@ class ModelSpec(Spec):
     """Dtype of the frozen base."""
     trust_remote_code: bool = False
     """Allow the base's own Python code. Off: code from a hub is not run."""
+    allow_untested: bool = False
+    """Try an architecture that the table lacks, after a probe that compares the engine with the trainer."""
     random_init: bool = False
     """Take only config and tokenizer from `base` and draw fresh weights from the seed."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
