@@ -1,0 +1,144 @@
+"""Experts that a trainer is told to use: their gates, their gradients, and what is counted of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from actors.errors import InvariantViolation, UserError
+from actors.models.architectures import ARCHITECTURES, architecture_of
+from actors.models.moe import RouterStats, routers_of
+from actors.models.replay import GATES, RouteReplay, replay_objection
+from tests.actors.models.tiny_models import tiny_model
+
+IDS = torch.from_numpy(np.random.default_rng(3).integers(5, 250, (2, 9)))
+LOGITS = torch.tensor([[1.0, 2.0, 3.0]])
+"""e, e^2 and e^3 are 2.718, 7.389 and 20.086: 30.193 in all, 22.804 for the first and the third."""
+
+
+def choices_of(model: Any) -> np.ndarray:
+    """int64 (tokens, layers, top_k) that the model's routers choose for `IDS`."""
+    row = architecture_of(model.config)
+    assert row.router is not None
+    router, found = row.router, []
+    hooks = [
+        module.register_forward_hook(lambda _, __, output: found.append(router.read(output, 2)[1]))
+        for module in routers_of(model, router.module).values()
+    ]
+    logits(model)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found, dim=1).numpy()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize(
+    ("model_type", "normalised", "expected"),
+    [
+        ("qwen3_moe", True, [0.1192, 0.8808]),
+        ("qwen3_moe", False, [0.0900, 0.6652]),
+        ("mixtral", None, [0.1192, 0.8808]),
+        ("granitemoe", None, [0.1192, 0.8808]),
+    ],
+)
+def test_gates_of_given_experts_are_made_as_the_family_does(
+    model_type: str, normalised: bool | None, expected: list[float]
+) -> None:
+    config: Any = type("Config", (), {"norm_topk_prob": normalised})
+    gates = GATES[model_type](LOGITS, torch.tensor([[0, 2]]), config)
+    np.testing.assert_allclose(gates[0].numpy(), expected, atol=5e-5)
+
+
+@pytest.mark.parametrize("model_type", GATES)
+def test_a_model_that_replays_its_own_choices_is_itself_to_the_bit(model_type: str) -> None:
+    model = tiny_model(model_type).eval()
+    expected, own = logits(model), choices_of(model)
+    replay = RouteReplay(model)
+    replay.force(own[..., ::-1].copy())
+    # Another order of a token's experts adds them up in another order.
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    replay.force(own)
+    assert torch.equal(logits(model), expected)
+    assert replay.agreement(replay.totals()).tolist() == [1.0] * replay.n_layers
+    replay.force(np.full_like(own, -1))
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("model_type", GATES)
+def test_given_experts_are_what_is_computed_and_counted(model_type: str) -> None:
+    model = tiny_model(model_type).eval()
+    routers, replay = RouterStats(model), RouteReplay(model)
+    own = choices_of(model)
+    given = (own + 1) % 8
+    given[::3] = -1
+    replay.force(given)
+    with routers.collecting():
+        changed = logits(model)
+    assert (changed - logits(tiny_model(model_type).eval())).abs().max() > 1e-2
+    load = routers.read().load
+    for layer in range(replay.n_layers):
+        forced = np.bincount(given[1::3, layer].ravel(), minlength=8)
+        forced += np.bincount(given[2::3, layer].ravel(), minlength=8)
+        assert (load[layer] >= forced).all()
+        assert load[layer].sum() == 2 * IDS.numel()
+
+
+def test_agreement_is_the_share_of_given_experts_that_the_router_would_have_chosen() -> None:
+    model = tiny_model("qwen3_moe").eval()
+    own = choices_of(model)
+    unchosen = np.array([[[min(set(range(8)) - set(token))] for token in layers] for layers in own])
+    given = own.copy()
+    # The first layer's half as well: with it changed the second layer's router sees something else.
+    given[:, 0, 1:] = unchosen[:, 0]
+    given[4:, :, :] = -1
+    replay = RouteReplay(model)
+    replay.force(given)
+    logits(model)
+    assert replay.totals()[0].item() == 4
+    assert replay.agreement(replay.totals())[0] == 0.5
+
+
+def test_gradients_flow_through_the_gates_into_the_router() -> None:
+    model = tiny_model("qwen3_moe").double().eval()
+    model.set_experts_implementation("eager")
+    replay = RouteReplay(model)
+    replay.force((choices_of(model) + 3) % 8)
+
+    def loss() -> torch.Tensor:
+        return model(input_ids=IDS, labels=IDS).loss
+
+    loss().backward()
+    weight = model.model.layers[0].mlp.gate.weight
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected, step = float((weight.grad * direction).sum()), 1e-3
+    with torch.no_grad():
+        ends = []
+        for sign in (1, -1):
+            weight += sign * step * direction
+            ends.append(float(loss()))
+            weight -= sign * step * direction
+    # Gates are made in float32, which leaves noise in a loss; the step is far above it.
+    assert abs(expected) > 1e-3
+    assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(expected, rel=1e-3)
+
+
+def test_experts_of_another_model_are_refused() -> None:
+    replay = RouteReplay(tiny_model("qwen3_moe"))
+    with pytest.raises(InvariantViolation, match="3 layers with 2 experts a token, the trainer 2 with 2"):
+        replay.force(np.zeros((18, 3, 2), np.int64))
+
+
+def test_families_whose_gates_are_no_softmax_are_refused_by_name() -> None:
+    assert [t for t, row in ARCHITECTURES.items() if replay_objection(t, row.is_moe) is None] == [
+        t for t in ARCHITECTURES if t in GATES
+    ]
+    assert replay_objection("llama", False) == "a llama model has no router"
+    with pytest.raises(UserError, match="router_replay: 'rollout', but the gates of a glm4_moe model"):
+        RouteReplay(tiny_model("glm4_moe"))
