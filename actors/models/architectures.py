@@ -17,7 +17,15 @@ from actors.models.row import Architecture, Router
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["ARCHITECTURES", "REFUSED", "Architecture", "Router", "architecture_of", "unsupported"]
+__all__ = [
+    "ARCHITECTURES",
+    "REFUSED",
+    "Architecture",
+    "Router",
+    "allow_untested",
+    "architecture_of",
+    "unsupported",
+]
 
 ARCHITECTURES: dict[str, Architecture] = {row.model_type: row for row in ROWS}
 

@@ -7,11 +7,12 @@ or switching one role's adapter can't touch another role's head.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import nn
-from transformers import PretrainedConfig
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PretrainedConfig
 
 HeadInit = Literal["zero", "normal"]
 
@@ -30,6 +31,9 @@ def make_head(config: PretrainedConfig, init: HeadInit, seed: int, device: str |
         init: `zero` scores everything 0 at the start; `normal` draws from N(0, initializer_range), as
             transformers initialises the head of a sequence classifier.
     """
+    import torch
+    from torch import nn
+
     text = config.get_text_config()
     head = nn.Linear(text.hidden_size, 1, bias=False, dtype=torch.float32)
     with torch.no_grad():

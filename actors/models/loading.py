@@ -9,14 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from actors.errors import UserError
-from actors.models.architectures import architecture_of, unsupported
-from actors.models.moe import make_routing_deterministic
+from actors.models.architectures import (
+    ARCHITECTURES,
+    REFUSED,
+    allow_untested,
+    architecture_of,
+    unsupported,
+)
 from actors.models.spec import ModelSpec
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -57,10 +61,22 @@ def resolve_base(spec: ModelSpec) -> ResolvedBase:
         return ResolvedBase(base, adapter, None, problems)
     config, problems = _read_config(base, spec.trust_remote_code)
     if config is not None:
-        problems += _check_config(config, base)
+        problems += _check_config(config, base, spec.allow_untested)
     if config is not None and not spec.random_init and Path(base).is_dir():
         problems += _check_weights(Path(base))
     return ResolvedBase(base, adapter, config, problems)
+
+
+def locate_base(spec: ModelSpec) -> tuple[str, str | None]:
+    """(directory with the base's files, adapter directory or None); a hub id is downloaded. Reads no config.
+
+    Raises:
+        UserError: it is not there.
+    """
+    base, adapter, problems = _follow_adapter(spec.base)
+    if problems:
+        raise UserError(problems)
+    return str(local_base_dir(base)), adapter
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
@@ -69,17 +85,18 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     Raises:
         UserError: there is no tokenizer beside the base.
     """
-    from transformers import AutoTokenizer
-
-    resolved = resolve_base(spec).checked()
-    place = resolved.base_path
-    if resolved.adapter_path and _has_tokenizer(resolved.adapter_path):
-        place = resolved.adapter_path
+    place, adapter, problems = _follow_adapter(spec.base)
+    if problems:
+        raise UserError(problems)
+    if not Path(place).is_dir():
+        resolve_base(spec).checked()
+    if adapter and _has_tokenizer(adapter):
+        place = adapter
     # Without this, transformers 5 makes an empty tokenizer of the class that the model type names.
     if Path(place).is_dir() and not _has_tokenizer(place):
         raise UserError(f"model.base: '{place}' has no tokenizer ({' or '.join(_TOKENIZER_FILES)})")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=spec.trust_remote_code)
+        tokenizer = _tokenizer_class(place).from_pretrained(place, trust_remote_code=spec.trust_remote_code)
     except Exception as error:
         problem = f"model.base: '{place}' has no tokenizer that loads: {_first_line(error)}"
         raise UserError(problem) from error
@@ -88,17 +105,41 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(spec: ModelSpec, device: str | torch.device = "cpu", seed: int = 0) -> PreTrainedModel:
+def _tokenizer_class(place: str) -> Any:
+    """AutoTokenizer, or the general class where the files name that one: importing AutoTokenizer also imports
+    torch and half of transformers, 4 s that a driver has no other use for."""
+    try:
+        named = json.loads((Path(place) / "tokenizer_config.json").read_text())
+    except (OSError, ValueError):
+        named = {}
+    fast = (Path(place) / "tokenizer.json").is_file() and "auto_map" not in named
+    if fast and named.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
+
+
+def load_base(
+    spec: ModelSpec, device: str | torch.device = "cpu", seed: int = 0, shards: int = 1
+) -> PreTrainedModel:
     """The base model in evaluation mode, without cache and without router logits in its outputs.
 
     With `spec.random_init` its weights are drawn from `seed`. An adapter named by `spec.base` is not
-    applied: see `resolve_base(...).adapter_path` and `actors.models.adapters`.
+    applied: see `resolve_base(...).adapter_path` and `actors.models.adapters`. With `shards` above 1, the
+    ranks of the process group, each reads and holds only its slices (`actors.models.sharding`).
 
     Raises:
         UserError: the base can't be found, is no causal LM, or is an architecture without a row.
     """
+    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+
+    from actors.models.moe import make_routing_deterministic
+    from actors.models.sharding import load_weights, shard_loaded
 
     resolved = resolve_base(spec).checked()
     how: dict[str, Any] = {
@@ -116,10 +157,11 @@ def load_base(spec: ModelSpec, device: str | torch.device = "cpu", seed: int = 0
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(resolved.config, **how)
         model.config._name_or_path = resolved.base_path
+        model = shard_loaded(model, shards) if shards > 1 else model
     else:
         try:
             with no_progress_bars():
-                model = AutoModelForCausalLM.from_pretrained(resolved.base_path, use_safetensors=True, **how)
+                model = load_weights(AutoModelForCausalLM, resolved.base_path, shards, how)
         except (OSError, SafetensorError) as error:
             problem = f"model.base: '{resolved.base_path}' did not load: {_first_line(error)}"
             raise UserError(problem) from error
@@ -127,7 +169,7 @@ def load_base(spec: ModelSpec, device: str | torch.device = "cpu", seed: int = 0
     # With router logits in the outputs transformers adds its auxiliary loss, also to a frozen router.
     model.config.output_router_logits = False
     make_routing_deterministic(model)
-    return model.to(device).eval()
+    return (model if shards > 1 else model.to(device)).eval()
 
 
 @contextmanager
@@ -221,19 +263,33 @@ def _read_config(base: str, trust_remote_code: bool) -> tuple[PretrainedConfig |
         return None, [f"model.base: the config of '{base}' is not understood: {_first_line(error)}"]
 
 
-def _check_config(config: PretrainedConfig, base: str) -> list[str]:
+def _check_config(config: PretrainedConfig, base: str, may_be_untested: bool) -> list[str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     classes = list(getattr(config, "architectures", None) or [])
     causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if not causal or (classes and not any(c.endswith(("ForCausalLM", "LMHeadModel")) for c in classes)):
+    causal &= not classes or any(c.endswith(("ForCausalLM", "LMHeadModel")) for c in classes)
+    if not causal and config.model_type not in REFUSED:
         kind = ", ".join(classes) or config.model_type
         return [f"model.base: '{base}' is no causal language model ({kind})"]
-    problem = unsupported(config.model_type)
-    problems = [problem] if problem else []
+    problems = _row_problems(config, may_be_untested)
     if getattr(config, "quantization_config", None):
         problems.append(f"model.base: '{base}' is quantised; use its bf16 or fp32 weights")
     return problems
+
+
+def _row_problems(config: PretrainedConfig, may_be_untested: bool) -> list[str]:
+    """Why this architecture can't be used; one without a row gets one where that is allowed."""
+    if may_be_untested and config.model_type not in {**ARCHITECTURES, **REFUSED}:
+        from actors.models.untested import derived_row
+
+        try:
+            allow_untested(derived_row(config))
+        except UserError as error:
+            return list(error.problems)
+        return []
+    problem = None if config.model_type in ARCHITECTURES else unsupported(config.model_type)
+    return [problem] if problem else []
 
 
 def _check_weights(path: Path) -> list[str]:

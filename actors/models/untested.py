@@ -78,7 +78,8 @@ def _linear_layers(net: nn.Module, is_moe: bool) -> dict[TargetGroup, tuple[str,
     found: dict[TargetGroup, list[str]] = {}
     for name, module in net.named_modules():
         parts = name.split(".")
-        if not isinstance(module, nn.Linear) or (is_moe and {"gate", "router"} & set(parts)):
+        gates = is_moe and any(part.endswith("gate") or part == "router" for part in parts)
+        if gates or not isinstance(module, nn.Linear):
             continue
         group = next((g for g, pattern in _KINDS if any(pattern.search(part) for part in parts[:-1])), None)
         if group is not None:
