@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from actors.models.spec import ModelSpec, Spec
+from actors.runtime import Sharding
 
 
 class HostSpec(Spec):
@@ -18,6 +19,8 @@ class HostSpec(Spec):
     """Several sequences in one bin; auto: where the architecture keeps packed sequences apart."""
     max_tokens_per_micro_batch: int = Field(default=8192, ge=1)
     """Positions, padding included, of one forward and backward pass per rank."""
+    sharding: Sharding = "none"
+    """What the ranks of a host split among them (`RoleSpec.sharding`)."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of fresh weights and adapters, and of dropout."""
     device: str = "cpu"

@@ -8,7 +8,7 @@ moving a fully trained model into them needs little extra memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from actors.models.heads import HEAD_NAME
+from actors.models.sharding import is_sharded, own_slice
 from actors.optim_spec import OptimSpec
+from actors.ranks import Ranks
 
 BUCKET_ELEMENTS = 1 << 26
 """Elements of one buffer (256 MiB in float32): bounds the copy made while parameters move in."""
@@ -34,6 +36,15 @@ class Bucket:
     names: tuple[str, ...]
     flat: nn.Parameter
     decays: bool
+    shapes: tuple[torch.Size, ...]
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """By parameter, its part of a tensor that is laid out as `flat`."""
+        found, at = {}, 0
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            found[name] = flat.reshape(-1)[at : at + shape.numel()].view(shape)
+            at += _room(shape.numel())
+        return found
 
 
 class FlatParameters:
@@ -48,7 +59,7 @@ class FlatParameters:
         groups: dict[tuple[torch.dtype, torch.device, bool], list[list[str]]] = {}
         for name, parameter in self.parameters.items():
             runs = groups.setdefault((parameter.dtype, parameter.device, name not in exempt), [[]])
-            if runs[-1] and sum(_room(self.parameters[n]) for n in runs[-1]) >= BUCKET_ELEMENTS:
+            if runs[-1] and sum(_room(self.parameters[n].numel()) for n in runs[-1]) >= BUCKET_ELEMENTS:
                 runs.append([])
             runs[-1].append(name)
         self.buckets = [
@@ -57,17 +68,15 @@ class FlatParameters:
 
     def _move_in(self, names: tuple[str, ...], decays: bool) -> Bucket:
         members = [self.parameters[name] for name in names]
-        flat = nn.Parameter(members[0].new_zeros(sum(map(_room, members))))
+        flat = nn.Parameter(members[0].new_zeros(sum(_room(p.numel()) for p in members)))
         flat.grad = torch.zeros_like(flat)
-        at = 0
-        for parameter in members:
-            span = slice(at, at + parameter.numel())
-            view = flat.data[span].view(parameter.shape)
-            view.copy_(parameter.data)
-            parameter.data = view
-            parameter.grad = flat.grad[span].view(parameter.shape)
-            at += _room(parameter)
-        return Bucket(names, flat, decays)
+        bucket = Bucket(names, flat, decays, tuple(p.shape for p in members))
+        data, grads = bucket.views(flat.data), bucket.views(flat.grad)
+        for name, parameter in zip(names, members, strict=True):
+            data[name].copy_(parameter.data)
+            parameter.data = data[name]
+            parameter.grad = grads[name]
+        return bucket
 
     @property
     def grads(self) -> list[Tensor]:
@@ -79,11 +88,10 @@ class FlatParameters:
             grad.zero_()
 
     def grad_norm(self) -> Tensor:
-        """Euclidean norm over all gradients.
-
-        In two levels: torch's float32 norm of one long vector on the CPU was off by 7e-5 at 6e5 elements.
-        """
-        pieces = [torch.linalg.vector_norm(grad.view(-1, ALIGNMENT), dim=1) for grad in self.grads]
+        """Euclidean norm over all gradients, in two levels (see `norms`)."""
+        if not self.grads:
+            return torch.zeros(())
+        pieces = [norms(grad) for grad in self.grads]
         return torch.linalg.vector_norm(torch.stack([piece.double().norm() for piece in pieces])).float()
 
     def release(self) -> None:
@@ -93,8 +101,20 @@ class FlatParameters:
         self.buckets = []
 
 
-def _room(parameter: Tensor) -> int:
-    return -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+def norms(grad: Tensor) -> Tensor:
+    """Euclidean norms of short pieces of a gradient, one after the other.
+
+    torch's float32 norm of one long vector on the CPU was off by 7e-5 at 6e5 elements.
+    """
+    flat = grad.reshape(-1)
+    even = len(flat) // ALIGNMENT * ALIGNMENT
+    pieces = torch.linalg.vector_norm(flat[:even].view(-1, ALIGNMENT), dim=1)
+    rest = torch.linalg.vector_norm(flat[even:]).view(1)
+    return torch.cat([pieces, rest]) if even < len(flat) else pieces
+
+
+def _room(elements: int) -> int:
+    return -(-elements // ALIGNMENT) * ALIGNMENT
 
 
 def names_without_decay(model: nn.Module) -> set[str]:
@@ -105,11 +125,11 @@ def names_without_decay(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters()} - decayed
 
 
-def make_optimizer(flat: FlatParameters, spec: OptimSpec) -> torch.optim.Optimizer:
-    """torch's optimizer over the flat buffers; elementwise ones only, for which flat is exact."""
+def make_optimizer(buckets: Sequence[Bucket], spec: OptimSpec) -> torch.optim.Optimizer:
+    """torch's optimizer over buffers; elementwise ones only, for which flat and sliced are exact."""
     groups: list[dict[str, Any]] = []
     for decays in (True, False):
-        members = [b.flat for b in flat.buckets if b.decays == decays]
+        members = [b.flat for b in buckets if b.decays == decays]
         if members:
             groups.append({"params": members, "weight_decay": spec.weight_decay if decays else 0.0})
     if spec.optim == "sgd":
@@ -153,20 +173,36 @@ class GradientCheck:
     while the head is zero.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], ranks: Ranks | None = None) -> None:
+        """`ranks`: who holds the other slices of sharded parameters."""
         self._pending = dict(parameters)
         self._all = dict(parameters)
+        self._ranks = ranks or Ranks()
 
     def missing(self) -> list[str]:
         """Names that should have had a gradient by now, given the gradients of this step."""
         if not self._pending:
             return []
-        self._pending = {n: p for n, p in self._pending.items() if p.grad is None or not p.grad.any()}
-        return [name for name in self._pending if not self._waits(name)]
+        got = self._nonzero({name: p.grad for name, p in self._pending.items()})
+        self._pending = {n: p for n, p in self._pending.items() if not got[n]}
+        awaited = {n: _awaits(n) for n in self._pending}
+        moved = self._nonzero({n: self._all.get(n) for n in {HEAD_NAME, *awaited.values()}})
+        return [name for name in self._pending if not self._waits(name, awaited[name], moved)]
 
-    def _waits(self, name: str) -> bool:
-        head = self._all.get(HEAD_NAME)
-        if name != HEAD_NAME and head is not None and not head.any():
+    def _waits(self, name: str, partner: str, moved: Mapping[str, bool]) -> bool:
+        if name != HEAD_NAME and HEAD_NAME in self._all and not moved[HEAD_NAME]:
             return True
-        partner = self._all.get(name.replace(".lora_A.", ".lora_B."))
-        return ".lora_A." in name and partner is not None and not partner.any()
+        return ".lora_A." in name and partner in self._all and not moved[partner]
+
+    def _nonzero(self, tensors: Mapping[str, Tensor | None]) -> dict[str, bool]:
+        """Whether a tensor, or its slice on any rank, has an element other than 0."""
+        names = sorted(tensors)
+        flags = [t is not None and bool(own_slice(t).any()) for t in (tensors[name] for name in names)]
+        if any(is_sharded(p) for p in self._all.values()):
+            flags = [bool(x) for x in self._ranks.max_(torch.tensor(flags, dtype=torch.int32)).tolist()]
+        return dict(zip(names, flags, strict=True))
+
+
+def _awaits(name: str) -> str:
+    """A LoRA's A gets its first gradient once this has moved."""
+    return name.replace(".lora_A.", ".lora_B.")

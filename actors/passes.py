@@ -95,6 +95,8 @@ class PassRunner:
     device: torch.device
     head: nn.Linear | None = None
     """Head of the role that runs, for losses that read values or scores."""
+    lockstep: bool = False
+    """Ranks hold slices of the weights, so that each has to make as many passes as the others."""
 
     def shard(self, batch: Batch) -> tuple[np.ndarray, list[MicroBatch]]:
         """This rank's rows of a global batch, and the micro-batches made of them."""
@@ -109,6 +111,16 @@ class PassRunner:
             # The auxiliary loss counts a shared prompt's tokens: it wants them as often as TRL has them.
             return partial(lay_flat, share_prompts=not self.aux_coef)
         return in_bins(self.hidden_size)
+
+    def idle(self, done: int, batch: Batch) -> list[MicroBatch]:
+        """What a rank has to run after `done` micro-batches so that others can finish theirs: two tokens,
+        nothing of which counts. Empty without lockstep."""
+        if not self.lockstep:
+            return []
+        most = int(self.ranks.max_(torch.tensor(done)))
+        k = batch.sequences_per_row
+        nothing = Batch.from_sequences([[0, 0]] * k, [[False, True]] * k, k)
+        return [self._lay_out()(nothing, np.arange(1))] * (most - done)
 
     def places(self, batch: Batch, rows: np.ndarray, micro: MicroBatch) -> Tensor:
         """int64 (T,): where a micro-batch's counted tokens stand among those of the global batch."""
@@ -141,8 +153,20 @@ class PassRunner:
             sums.add(value, metrics)
             if train:
                 (value + extra).backward()
+        for micro in self.idle(len(micros), batch):
+            self._pass_idly(micro, loss, train)
         if not micros:
             self._add_nothing(batch, loss, totals, train, sums)
+
+    def _pass_idly(self, micro: MicroBatch, loss: Loss, train: bool, keep: bool = False) -> Tensor:
+        """A pass in which nothing counts; with `keep` its backward pass is still to come, of what it
+        returns."""
+        outputs = self._outputs(micro, loss)
+        read = {"logps": outputs.statistics.logps, "values": outputs.values, "scores": outputs.scores}
+        nothing = read[loss.reads].sum() * 0
+        if train and not keep:
+            nothing.backward()
+        return nothing
 
     def _add_nothing(self, batch: Batch, loss: Loss, totals: Totals, train: bool, sums: Sums) -> None:
         """A rank without rows takes part in the sums with the same metrics, all zero."""
@@ -163,13 +187,16 @@ class PassRunner:
         rows, micros = self.shard(batch)
         places = [self.places(batch, rows, micro) for micro in micros]
         gathered = torch.zeros(5, int(batch.loss_mask.sum()), device=self.device)
-        keep = train and len(micros) == 1
+        idle = self.idle(len(micros), batch)
+        keep = train and len(micros) + len(idle) == 1
         kept: list[tuple[Outputs, Tensor]] = []
         for index, (micro, place) in enumerate(zip(micros, places, strict=True)):
             with torch.set_grad_enabled(keep):
                 scored = self._forward(batch, micro, loss, self._seed(step, index), keep, sums)
             gathered[:, place] = torch.stack([x.detach().float() for x in scored[0].statistics])
             kept = [scored] if keep else []
+        with torch.set_grad_enabled(keep):
+            unread = [self._pass_idly(micro, loss, train=keep, keep=keep) for micro in idle]
         if not micros and train and self.aux_coef:
             zero = torch.zeros((), device=self.device)
             sums.add(zero, {"aux_loss": (zero, 0.0), "aux_loss_term": (zero, 0.0)})
@@ -180,6 +207,11 @@ class PassRunner:
             seed = self._seed(step, index)
             outputs, extra = kept[0] if kept else self._forward(batch, micro, loss, seed, True, sums)
             ((outputs.statistics.logps * gradient[place]).sum() + extra).backward()
+        for micro, nothing in zip(idle, unread, strict=True):
+            if keep:
+                nothing.backward()
+            else:
+                self._pass_idly(micro, loss, train)
 
     def _loss_of_all(self, batch: Batch, loss: Loss, gathered: Tensor, train: bool, sums: Sums) -> Tensor:
         """Adds loss and metrics of the global batch (once, on rank 0); returns d loss / d log-probability."""

@@ -16,6 +16,10 @@ Phase = Literal[
 ]
 """What an actor is being asked to do; each has its deadline in `LimitsSpec`."""
 
+Sharding = Literal["none", "base", "full"]
+"""`none`: every rank holds all weights. `base`: the frozen base is split by torch's `fully_shard` (FSDP2),
+gathered a layer at a time; adapters stay whole. `full`: all is split, gradients and optimizer too."""
+
 
 class RoleSpec(Spec):
     """Processes and resources of one role (policy, reference, rollout, ...)."""
@@ -32,6 +36,9 @@ class RoleSpec(Spec):
     """Compute threads (OpenMP, torch) of each process. Not tied to `cpus`, which only reserves."""
     placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
     """How Ray lays the processes over nodes: together, or apart; `strict_` makes it a condition."""
+    sharding: Sharding = "none"
+    """What the `workers` of a host split among them: nothing, the frozen `base`, or everything (`full`,
+    FSDP2). Without an effect on one worker; rollout engines know nothing of it."""
     share: str | None = None
     """Be a view of that role's host (no processes, no second base in memory). Excludes the others."""
 

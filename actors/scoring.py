@@ -7,6 +7,7 @@ soft cap) is done here too. A scalar head reads the trunk's hidden states, and n
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from actors.algorithms.head_logprob import HEAD_BLOCK_ELEMENTS, head_logps, head
 from actors.algorithms.logprob import LabelStatistics, label_logps, label_statistics
 from actors.models.attention import Gather, Sequences, no_mask, use_by_sequence
 from actors.models.replay import RouteReplay
+from actors.models.sharding import is_managed
 from actors.packing import MicroBatch
 
 
@@ -84,6 +86,9 @@ class TokenScorer:
         return self._head_at(micro, micro.last, head)
 
     def _head_at(self, micro: MicroBatch, places: np.ndarray, head: nn.Linear) -> Tensor:
+        if is_managed(self.model):
+            # A sharded model is entered by its root alone: FSDP knows no pass that begins further down.
+            return head(self._hidden(replace(micro, predictors=places)).float()).squeeze(-1)
         output = self.model.base_model(**self._inputs(micro))
         index = torch.from_numpy(places).to(self.model.device)
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, index)

@@ -11,8 +11,11 @@ from torch import nn
 
 from actors import checkpoint
 from actors.errors import InvariantViolation
-from actors.optim import FlatParameters, GradientCheck, make_optimizer, make_scheduler
+from actors.models.sharding import is_sharded
+from actors.optim import Bucket, FlatParameters, GradientCheck, make_optimizer, make_scheduler
 from actors.optim_spec import OptimSpec
+from actors.ranks import Ranks
+from actors.sliced import SlicedParameters
 
 
 class Training:
@@ -25,18 +28,57 @@ class Training:
         spec: OptimSpec,
         total_steps: int,
         without_decay: Collection[str] = (),
+        ranks: Ranks | None = None,
     ) -> None:
         self.role, self.spec, self.total_steps = role, spec, total_steps
-        self.flat = FlatParameters(parameters, without_decay)
-        self.optimizer = make_optimizer(self.flat, spec)
+        self.parameters = dict(parameters)
+        self.ranks = ranks or Ranks()
+        replicas = {n: p for n, p in self.parameters.items() if not is_sharded(p)}
+        self._flat = FlatParameters(replicas, without_decay)
+        self._sliced = SlicedParameters(
+            {n: p for n, p in self.parameters.items() if n not in replicas}, without_decay
+        )
+        self.optimizer = make_optimizer(self.buckets, spec)
         self.scheduler = make_scheduler(self.optimizer, spec, total_steps)
-        self.check = GradientCheck(parameters)
+        self.check = GradientCheck(self.parameters, self.ranks)
         self.steps_done = 0
         self.num_tokens = 0
 
     @property
     def n_parameters(self) -> int:
-        return sum(p.numel() for p in self.flat.parameters.values())
+        return sum(p.numel() for p in self.parameters.values())
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a rank holds slices of what is trained; `save` and `step` are then collective."""
+        return bool(self._sliced.parameters)
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """What the optimizer steps on, on this rank."""
+        return [*self._flat.buckets, *self._sliced.buckets]
+
+    def zero_grad(self) -> None:
+        self._flat.zero_grad()
+        self._sliced.zero_grad()
+
+    def reduce_gradients(self) -> None:
+        """Sum the gradients of all ranks, after the backward pass; FSDP has done that to sharded ones."""
+        for grad in self._flat.grads:
+            self.ranks.sum_(grad)
+        self._sliced.collect()
+
+    def grad_norm(self) -> torch.Tensor:
+        """Euclidean norm over all gradients, the same on every rank."""
+        if not self.is_sharded:
+            return self._flat.grad_norm()
+        others = self.ranks.sum_(self._sliced.square_norm())
+        return (self._flat.grad_norm().double().square() + others).sqrt().float()
+
+    def release(self) -> None:
+        """Drop the gradients; the parameters keep their values."""
+        self._flat.release()
+        self._sliced.release()
 
     def step(
         self, step: int, loss: float, n_tokens: int, gradient_may_vanish: bool = False
@@ -57,13 +99,13 @@ class Training:
             InvariantViolation: loss or gradient is not finite, or a parameter that should have a
                 gradient has none. The weights are then those of the step before.
         """
-        norm = self.flat.grad_norm()
+        norm = self.grad_norm()
         metrics = {"grad_norm": float(norm), "learning_rate": float(self.scheduler.get_last_lr()[0])}
         self._check_finite(step, {"loss": loss, "grad_norm": metrics["grad_norm"]})
         if metrics["grad_norm"] > 0 or not gradient_may_vanish:
             self._check_gradients(step)
         if self.spec.max_grad_norm > 0:
-            members = [bucket.flat for bucket in self.flat.buckets]
+            members = [bucket.flat for bucket in self.buckets]
             torch.nn.utils.clip_grads_with_norm_(members, self.spec.max_grad_norm, norm)
         self.optimizer.step()
         self.scheduler.step()
@@ -92,23 +134,26 @@ class Training:
                 next_step="take their group out of model.lora.targets, or report this architecture",
             )
 
-    def save(self, directory: Path) -> None:
-        """Write a checkpoint's files into `directory`."""
+    def save(self, directory: Path, write: bool = True) -> None:
+        """Write a checkpoint's files into `directory`, whole tensors by name.
+
+        Collective where parameters are sharded; those with `write` write.
+        """
         state = {
             **self._settings(),
             "step": self.steps_done,
             "num_tokens": self.num_tokens,
             "scheduler": self.scheduler.state_dict(),
         }
-        checkpoint.write_checkpoint(directory, self.flat, self.optimizer, state)
+        checkpoint.write_checkpoint(directory, self, state, write)
 
     def load(self, directory: Path) -> None:
-        """Go on from a checkpoint.
+        """Go on from a checkpoint, written with this or another sharding and number of ranks.
 
         Raises:
             UserError: incomplete, damaged, or made with other settings.
         """
-        state = checkpoint.read_checkpoint(directory, self.flat, self.optimizer, self._settings())
+        state = checkpoint.read_checkpoint(directory, self, self._settings())
         self.scheduler.load_state_dict(state["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate

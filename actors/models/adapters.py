@@ -24,6 +24,7 @@ from actors.models import expert_lora
 from actors.models.digests import adapter_digest, base_fingerprint, frozen_digest
 from actors.models.heads import HEAD_FILE, HEAD_NAME, SCORE_KEY, has_sequence_classifier
 from actors.models.loading import ADAPTER_CONFIG
+from actors.models.sharding import is_sharded, put_, whole
 from actors.models.spec import LoraSpec
 from actors.models.targets import meta_model, resolve_targets
 
@@ -216,22 +217,30 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
 
 
 def save_adapter(
-    peft: PeftModel, adapter_name: str, directory: str | Path, head: torch.Tensor | None = None
+    peft: PeftModel,
+    adapter_name: str,
+    directory: str | Path,
+    head: torch.Tensor | None = None,
+    write: bool = True,
 ) -> None:
     """Write one adapter in PEFT's layout (config and safetensors), byte for byte reproducible.
 
     The fingerprint of the base's files goes into the metadata, for `check_adapter_matches_base`. With a
     `head` (1, hidden) it is the adapter of a sequence classifier, as PEFT writes one; for architectures
     of which transformers has no such class, the head is a file of its own beside a plain adapter.
+
+    Collective where the adapter is sharded; `write` is False on ranks that only hand over their slices.
     """
     from peft import TaskType, get_peft_model_state_dict
     from safetensors.torch import save_file
 
     _known(peft, adapter_name)
+    state = get_peft_model_state_dict(peft, adapter_name=adapter_name, save_embedding_layers=False)
+    tensors = {k: whole(v).cpu().contiguous().clone() for k, v in sorted(state.items())}
+    if not write:
+        return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(peft, adapter_name=adapter_name, save_embedding_layers=False)
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in sorted(state.items())}
     classifies = head is not None and has_sequence_classifier(peft.get_base_model().config.model_type)
     if head is not None:
         weight = head.detach().float().cpu().clone()
@@ -289,6 +298,10 @@ def load_adapter_weights(peft: PeftModel, adapter_name: str, directory: str | Pa
     problems = _compare_shapes(saved, {k: v.shape for k, v in expected.items()}, directory)
     if problems:
         raise UserError(problems)
+    if any(map(is_sharded, expected.values())):
+        for name, parameter in expected.items():
+            put_(parameter, saved[name])
+        return
     set_peft_model_state_dict(peft, saved, adapter_name=adapter_name)
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from actors.models.sharding import whole
+
 FULL_DIGEST_BYTES = 4 * 2**30
 """Up to here every byte is hashed (about 1 GB/s); above it, evenly spaced blocks of every tensor."""
 SAMPLED_BLOCK_BYTES = 4096
@@ -72,7 +74,7 @@ def _digest(tensors: Iterable[tuple[str, torch.Tensor]], max_bytes: int) -> str:
     state = blake2b(digest_size=16)
     for name, tensor in ordered:
         state.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
-        raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else None
+        raw = whole(tensor).contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else None
         if raw is None:
             continue
         if sampled:

@@ -21,6 +21,7 @@ from actors.errors import RunFailure, UserError
 from actors.models.adapters import attach_saved, check_adapter_matches_base, read_head, role
 from actors.models.loading import load_base, local_base_dir, resolve_base
 from actors.models.low_rank import Factors, low_rank_delta
+from actors.models.sharding import whole
 from actors.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -143,8 +144,8 @@ def adapter_factors(model: nn.Module, adapter_name: str) -> dict[str, Factors]:
     for name, layer in _base_of(model).named_modules():
         if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
             continue
-        a = layer.lora_A[adapter_name].weight.detach().float()
-        b = layer.lora_B[adapter_name].weight.detach().float()
+        a = whole(layer.lora_A[adapter_name].weight).float()
+        b = whole(layer.lora_B[adapter_name].weight).float()
         leaf = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
         if isinstance(layer, ParamWrapper) and layer.num_experts > 1:
             a = a.reshape(layer.num_experts, -1, a.shape[-1])

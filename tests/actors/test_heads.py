@@ -184,7 +184,7 @@ def test_everything_below_a_head_of_zeros_waits_for_it_and_no_longer(tiny_base: 
     for step in range(3):
         host.update(value_batch(ROWS[8 * step : 8 * step + 8], step), ValueLoss(), step)
     assert not host.training.check.missing()
-    assert all(p.grad is not None and p.grad.any() for p in host.training.flat.parameters.values())
+    assert all(p.grad is not None and p.grad.any() for p in host.training.parameters.values())
 
     host = policy_host(tiny_base)
     host.add_head("policy", "normal")

@@ -45,7 +45,7 @@ def trained(base: Path, **settings: Any) -> tuple[list[float], dict[str, torch.T
     host = policy_host(base, **settings)
     host.prepare_training("policy", OPTIM, 4)
     losses = sft_curve(host)
-    return losses, {n: p.detach().clone() for n, p in host.training.flat.parameters.items()}
+    return losses, {n: p.detach().clone() for n, p in host.training.parameters.items()}
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_gradient_checkpointing_does_not_change_the_curve(tiny_base: Path, aux: 
     assert load is not None
     assert (load.sum(axis=1) == 2 * batch_at(3).n_tokens).all(), "recomputing counts nothing"
     for name, weight in weights.items():
-        torch.testing.assert_close(host.training.flat.parameters[name].detach(), weight, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(host.training.parameters[name].detach(), weight, rtol=1e-4, atol=1e-6)
 
 
 def test_a_loss_over_the_whole_batch_is_the_same_in_micro_batches(tiny_base: Path) -> None:

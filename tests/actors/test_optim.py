@@ -29,7 +29,7 @@ def test_flat_buffers_step_like_separate_tensors(
     exempt = names_without_decay(ours)
     assert exempt == {"0.bias", "1.weight", "1.bias", "2.bias"}
     flat = FlatParameters(dict(ours.named_parameters()), exempt)
-    optimizer = make_optimizer(flat, spec)
+    optimizer = make_optimizer(flat.buckets, spec)
     groups = [
         {"params": [p for n, p in theirs.named_parameters() if (n in exempt) == off], "weight_decay": decay}
         for off, decay in ((False, 0.1), (True, 0.0))
@@ -60,7 +60,7 @@ def test_the_norm_of_many_small_gradients_is_exact() -> None:
 
 def test_the_schedule_is_transformers_own_and_a_small_warm_up_is_a_share() -> None:
     flat = FlatParameters(dict(two_layers().named_parameters()))
-    optimizer = make_optimizer(flat, SPEC)
+    optimizer = make_optimizer(flat.buckets, SPEC)
     scheduler = make_scheduler(optimizer, SPEC, total_steps=8)
     rates = []
     for _ in range(8):

@@ -137,7 +137,7 @@ def joint_loss(host: ModelHost, roles: tuple[str, ...]) -> torch.Tensor:
 
 def gradients(host: ModelHost, *losses: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """Of every trainable parameter, after one backward for each group of roles."""
-    everything = [p for role in TRAINED for p in host._training_of(role).flat.parameters.values()]
+    everything = [p for role in TRAINED for p in host._training_of(role).parameters.values()]
     for parameter in everything:
         assert parameter.grad is not None
         parameter.grad.zero_()
@@ -146,7 +146,7 @@ def gradients(host: ModelHost, *losses: tuple[str, ...]) -> dict[str, torch.Tens
     return {
         f"{role} {name}": parameter.grad.clone()
         for role in TRAINED
-        for name, parameter in host._training_of(role).flat.parameters.items()
+        for name, parameter in host._training_of(role).parameters.items()
         if parameter.grad is not None
     }
 
