@@ -14,6 +14,7 @@ from typing import Any
 
 from actors.environment import ray_environment
 from actors.errors import RunFailure, UserError
+from actors.local_ray import without_dashboard
 from actors.runtime import RoleSpec, bundle
 
 NOT_STARTED = (
@@ -47,7 +48,7 @@ def start_ray(
 ) -> Cluster:
     """Connect to the cluster at `address` (or of this Ray job), or start one that ends with this process.
 
-    Takes 3 to 4 s, most of it waiting: call it from a thread and read data meanwhile. When the process is
+    Takes 2 to 3 s, most of it waiting: call it from a thread and read data meanwhile. When the process is
     killed with -9, the kernel takes the local cluster down with it: head and node at once, actors within
     4 s, two idle helper processes of Ray's after a minute.
 
@@ -71,7 +72,8 @@ def start_ray(
                 "object_store_memory": object_store_memory or OBJECT_STORE_BYTES,
             }
             try:
-                ray.init(address="local", **settings, **quiet)
+                with without_dashboard():
+                    ray.init(address="local", **settings, **quiet)
             except Exception as error:  # a bare one where Ray's processes don't come up in time
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 raise RunFailure("ray", "start", reason, NOT_STARTED) from error

@@ -172,6 +172,13 @@ class ActorGroup:
         """Call a method on one rank."""
         return PendingOne(self._send([rank], method, args, phase, kwargs), phase, self._finish)
 
+    def submit_work(self, rank: int, target: str, *args: Any, phase: Phase = "call") -> PendingOne:
+        """Call a function (`module:function`) in the process of one rank, which has imported torch and what a
+        host needs; nothing has to be built there."""
+        (actor,) = self._checked([rank], phase)
+        refs = {rank: actor.work.remote(target, phase, self.limits.of(phase), args)}
+        return PendingOne(refs, phase, self._finish)
+
     def call(self, method: str, *args: Any, phase: Phase = "call", **kwargs: Any) -> list[Any]:
         """`submit` and wait: the value of each rank. Raises as `Pending.result`."""
         return self.submit(method, *args, phase=phase, **kwargs).result()

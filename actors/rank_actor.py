@@ -102,6 +102,13 @@ class RankActor:
             with self._trace.call(method, phase, named(work, args, kwargs)):
                 return work(*args, **kwargs)
 
+    def work(self, target: str, phase: str, limit_s: float, args: Sequence[Any]) -> Any:
+        """Call a function (`module:function`) that needs the warm imports, and no object."""
+        with self._reported(phase, limit_s), self._trace.call(target.partition(":")[2], phase):
+            self.warmed()
+            module, _, name = target.partition(":")
+            return getattr(importlib.import_module(module), name)(*args)
+
     def stop(self) -> None:
         """Let the object close what it holds (process groups, engines)."""
         with contextlib.suppress(Exception):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from actors.cluster import check_cluster, start_ray, stop_ray
 from actors.group import HOST, ROLLOUT, ActorGroup, host_group, rollout_group
+from actors.models.facts import BaseFacts, base_facts
+from actors.pending import PendingOne
 from actors.rollout import EngineSpec
 from actors.runtime import RoleSpec
 from pipeline.artifacts import MANIFEST
@@ -17,7 +20,7 @@ from pipeline.hosts import Host, fits, host_spec
 from pipeline.rundir import RunDirectory
 from pipeline.stages.evaluate import Weights
 from pipeline.stages.reference import ReferenceFeed
-from pipeline.stages.spec import DpoStage, PpoStage, RlStage, StageSpec
+from pipeline.stages.spec import PpoStage, ReferencedStage, RlStage, StageSpec
 
 if TYPE_CHECKING:
     from pipeline.config.schema import RunConfig
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 
 def roles_of(stage: StageSpec) -> set[str]:
     """Roles that work while a stage runs."""
-    if isinstance(stage, DpoStage):
+    if isinstance(stage, ReferencedStage):
         return {"policy", "reference"}
     if not isinstance(stage, RlStage):
         return {"policy"}
@@ -50,6 +53,7 @@ class Fleet:
         self._rollout_built = False
         self._ray = False
         self._starting: Future[None] | None = None
+        self._facts: Future[PendingOne] | None = None
         self._later: list[str] = []
         # Lives as long as the fleet: Linux ties a local cluster's end to the thread that started it.
         self._thread = ThreadPoolExecutor(1, "start-ray")
@@ -83,6 +87,18 @@ class Fleet:
         check_cluster(self._specs(roles), num_cpus=self.config.ray.num_cpus)
         first = [name for name in roles if name in self._first(roles)]
         self._starting = self._thread.submit(self._start_ray, first)
+        if "policy" in first:
+            self._facts = self._thread.submit(self._ask_facts)
+
+    def base_facts(self) -> Callable[[], BaseFacts]:
+        """Waits for what there is to know of the run's base: from a rank, which imports torch anyway, so that
+        this process needn't; from this process where no rank has been started."""
+        asked = self._facts
+        return (lambda: base_facts(self.config.model)) if asked is None else (lambda: asked.result().result())
+
+    def _ask_facts(self) -> PendingOne:
+        target = f"{base_facts.__module__}:{base_facts.__name__}"
+        return self._group("policy").submit_work(0, target, self.config.model, phase="start")
 
     def start(self, graph: Graph) -> None:
         """The processes of the first stage; only Ray itself is waited for. The others: `start_others`.
@@ -147,7 +163,7 @@ class Fleet:
         self.feeds = {
             node.name: make_feed(node, cache, self.fresh)
             for node in graph.pending
-            if isinstance(node.spec, DpoStage)
+            if isinstance(node.spec, ReferencedStage)
         }
         wanted = {role for node in graph.pending for role in roles_of(node.spec) - {"reference"}}
         online = any(isinstance(node.spec, RlStage) for node in graph.pending)
@@ -210,6 +226,7 @@ class Fleet:
             engine = EngineSpec(
                 dtype=self.config.model.dtype,
                 trust_remote_code=self.config.model.trust_remote_code,
+                enable_return_routed_experts=self.config.model.moe.router_replay == "rollout",
                 **self.config.roles.rollout.engine.model_dump(),
             )
             group.ready().build(ROLLOUT, engine).result()

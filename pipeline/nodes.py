@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actors.engine_spec import positions_of
 from actors.errors import UserError
 from pipeline.artifacts import model_fingerprint
 from pipeline.data.records import Records, load_records
@@ -28,13 +30,12 @@ from pipeline.stages.reward_sources import (
     reward_column_problems,
     reward_source_problems,
 )
-from pipeline.stages.room import engine_positions, held_out_problems, sample_problems
-from pipeline.stages.spec import DpoStage, PpoStage, RewardStage, RlStage, StageSpec
+from pipeline.stages.room import held_out_problems, sample_problems
+from pipeline.stages.spec import PpoStage, ReferencedStage, RewardStage, RlStage, StageSpec
 from pipeline.trackers import tracker_problems
 
 if TYPE_CHECKING:
-    from actors.models.loading import ResolvedBase
-    from actors.models.targets import Targets
+    from actors.models.facts import BaseFacts
     from pipeline.config.schema import RunConfig
 
 
@@ -97,7 +98,8 @@ class Graph:
     nodes: list[Node]
     weights: dict[str, Weights]
     tokenizer: Any
-    targets: Targets | None
+    lora_targets: str | None = None
+    """Table of what LoRA trains."""
     held_out: EvalSet | None = None
     evaluations: dict[str, str] = field(default_factory=dict)
     """Model name -> key of its evaluation."""
@@ -172,44 +174,69 @@ def up_to(config: RunConfig, until: str | None) -> list[str]:
 
 
 def read_graph(
-    config: RunConfig, directory: RunDirectory, records: RunRecords, startup: dict[str, float]
+    config: RunConfig,
+    directory: RunDirectory,
+    records: RunRecords,
+    startup: dict[str, float],
+    facts: Callable[[], BaseFacts],
 ) -> Graph:
-    """Tokenise every stage's rows and decide what each stage needs.
+    """Tokenise every stage's rows and decide what each stage needs. `facts` waits for those of the base.
 
     Raises:
         UserError: everything wrong with the base, the template and the lengths of rows.
     """
-    from actors.models.loading import load_tokenizer, local_base_dir, resolve_base
+    from actors.models.loading import load_tokenizer, locate_base
 
     began = time.monotonic()
-    base = resolve_base(config.model).checked()
-    local = str(local_base_dir(base.base_path))
-    adapter = base.adapter_path
-    assert base.config is not None
-    targets = check_lora(config, base, local)
-    if problems := reward_base_problems(config, records.stages, base):
-        raise UserError(problems)
-    prints = [model_fingerprint(local)] + ([model_fingerprint(adapter)] if adapter else [])
-    weights = {"base": Weights(local, adapter, "-".join(prints))}
-    tokenizer = load_tokenizer(config.model)
-    startup["tokenizer and imports"] = round(time.monotonic() - began, 2)
+    problems: list[str] = []
+    graph = None
+    try:
+        local, adapter = locate_base(config.model)
+        prints = [model_fingerprint(local)] + ([model_fingerprint(adapter)] if adapter else [])
+        weights = {"base": Weights(local, adapter, "-".join(prints))}
+        tokenizer = load_tokenizer(config.model)
+        startup["tokenizer"] = round(time.monotonic() - began, 2)
+        graph = tokenised(config, directory, weights, tokenizer, records)
+        startup["tokens"] = round(time.monotonic() - began - startup["tokenizer"], 2)
+    except UserError as error:
+        problems = error.problems
     began = time.monotonic()
+    base = facts()
+    startup["wait for what the base is"] = round(time.monotonic() - began, 2)
+    problems = [*base.problems, *(problem for problem in problems if problem not in base.problems)]
+    if graph is not None:
+        problems += base.problems or reward_base_problems(config, records.stages)
+        positions = positions_of(config.roles.rollout.engine.max_model_len, base.max_positions)
+        problems += [problem for node in graph.nodes for problem in sample_problems(node.prepared, positions)]
+        problems += held_out_problems(graph.held_out, positions) if graph.held_out is not None else []
+    if problems or graph is None:
+        raise UserError(problems)
+    graph.lora_targets = base.lora_targets
+    return graph
+
+
+def tokenised(
+    config: RunConfig,
+    directory: RunDirectory,
+    weights: dict[str, Weights],
+    tokenizer: Any,
+    records: RunRecords,
+) -> Graph:
+    """The graph, by the data and by what is in the run directory.
+
+    Raises:
+        UserError: everything wrong with the template and the lengths of rows.
+    """
     nodes = read_nodes(config, directory, weights, tokenizer, records)
-    positions = engine_positions(config, base.config)
-    problems = [problem for node in nodes for problem in sample_problems(node.prepared, positions)]
-    graph = Graph(nodes, weights, tokenizer, targets)
+    graph = Graph(nodes, weights, tokenizer)
     graph.pair_evaluations = pair_evaluations(graph, directory.path / "eval")
     if config.eval is not None:
         graph.held_out = read_eval_set(config.eval, tokenizer, config.seed, records.held_out)
-        problems += held_out_problems(graph.held_out, positions)
         for name in config.eval_models():
             if name in weights:
                 key = eval_key(weights[name], graph.held_out, config.eval, config.seed)
                 graph.evaluations[name] = key
                 graph.evaluations_pending |= finished(directory.path / "eval", name, key) is None
-    if problems:
-        raise UserError(problems)
-    startup["tokens"] = round(time.monotonic() - began, 2)
     return graph
 
 
@@ -221,24 +248,6 @@ def pair_evaluations(graph: Graph, directory: Path) -> list[PairEvaluation]:
             key = pair_key(graph.weights[node.name], node.prepared.eval_data)
             found.append(PairEvaluation(node, key, finished(directory, node.name, key) is not None))
     return found
-
-
-def check_lora(config: RunConfig, base: ResolvedBase, local: str) -> Targets | None:
-    """What LoRA will train; None where everything trains.
-
-    Raises:
-        UserError: a target group matches nothing, or `model.base` names an adapter of another base.
-    """
-    from actors.models.adapters import check_adapter_matches_base
-    from actors.models.targets import resolve_targets
-
-    assert base.config is not None
-    lora = config.model.lora
-    if base.adapter_path is not None:
-        problems = check_adapter_matches_base(base.adapter_path, base.config, local)
-        if problems:
-            raise UserError([f"model.base: {problem}" for problem in problems])
-    return resolve_targets(base.config, lora.targets, lora) if lora is not None else None
 
 
 def read_nodes(
@@ -275,7 +284,7 @@ def make_node(
     """Identity and decision of one stage."""
     name, spec = prepared.name, prepared.spec
     init = config.init_of(name)
-    has_reference = isinstance(spec, DpoStage | RlStage)
+    has_reference = isinstance(spec, ReferencedStage | RlStage)
     reference = weights[config.reference_of(name)] if has_reference else None
     rewards = reward_models(config, name, weights) if isinstance(spec, RlStage) else {}
     critic = weights[config.critic_init_of(name)] if isinstance(spec, PpoStage) else None

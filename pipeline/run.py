@@ -87,7 +87,7 @@ class Run:
             records = read_rows(self.config, until)
             self.startup["imports and data"] = round(time.time() - self.began, 2)
             fleet.prestart()
-            graph = read_graph(self.config, self.directory, records, self.startup)
+            graph = read_graph(self.config, self.directory, records, self.startup, fleet.base_facts())
             if not train:
                 graph = graph.evaluations_only(self.config.eval_models())
             self._write_config()
@@ -96,8 +96,8 @@ class Run:
                 self.directory.record(began=self.began)
             fleet.start(graph)
             self.stop.arm()
-            if graph.pending and graph.targets is not None:
-                self.progress.note(f"LoRA trains\n{graph.targets}")
+            if graph.pending and graph.lora_targets is not None:
+                self.progress.note(f"LoRA trains\n{graph.lora_targets}")
             self.trackers = open_trackers(
                 self.config.logging.report_to,
                 run_name=self.config.name,

@@ -68,11 +68,19 @@ def _column_problem(reward: RewardSpec, columns: Mapping[str, Sequence[Any]], ro
     )
 
 
-def reward_base_problems(config: RunConfig, names: Iterable[str], base: ResolvedBase) -> list[str]:
-    """What keeps the named stages' directories of reward models from running on the run's base."""
+def reward_base_problems(
+    config: RunConfig, names: Iterable[str], base: ResolvedBase | None = None
+) -> list[str]:
+    """What keeps the named stages' directories of reward models from running on the run's base, which is
+    looked at here where it wasn't before and there are any."""
+    if not any(config.reward_models_of(n) for n in names if isinstance(config.stages[n], RlStage)):
+        return []
     from actors.models.adapters import check_adapter_matches_base
+    from actors.models.loading import resolve_base
 
-    assert base.config is not None
+    base = base or resolve_base(config.model)
+    if base.config is None:
+        return []
     local = base.base_path if Path(base.base_path).is_dir() else None
     problems = []
     for name in names:

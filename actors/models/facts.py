@@ -1,0 +1,47 @@
+"""What a run has to know of its base before it decides anything, as plain data.
+
+Finding it out takes torch and transformers, but not the weights: so whichever process has imported these can
+do it for another (`RankActor.work`), and a driver needs neither.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from actors.errors import UserError
+from actors.models.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """A base that may be used, and what LoRA would train of it."""
+
+    max_positions: int | None
+    """Positions that the base was made for; None where its config doesn't say."""
+    lora_targets: str | None
+    """Table of the weights that get an adapter; None where everything trains."""
+    problems: list[str] = field(default_factory=list)
+    """What forbids it: everything that is wrong with the base, its adapter and the LoRA targets."""
+
+
+def base_facts(spec: ModelSpec) -> BaseFacts:
+    """Look at `spec.base` and resolve `spec.lora`. Never raises for what a user can get wrong."""
+    from actors.models.adapters import check_adapter_matches_base
+    from actors.models.loading import local_base_dir, resolve_base
+    from actors.models.targets import resolve_targets
+
+    base = resolve_base(spec)
+    if base.problems or base.config is None:
+        return BaseFacts(None, None, base.problems)
+    config, targets, problems = base.config, None, []
+    try:
+        if base.adapter_path is not None:
+            local = str(local_base_dir(base.base_path))
+            found = check_adapter_matches_base(base.adapter_path, config, local)
+            problems += [f"model.base: {problem}" for problem in found]
+        if spec.lora is not None and not problems:
+            targets = str(resolve_targets(config, spec.lora.targets, spec.lora))
+    except UserError as error:
+        problems += error.problems
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return BaseFacts(positions, targets, problems)
