@@ -177,7 +177,6 @@ ROWS = (
             "experts": "its experts read each other's weights by name, which PEFT's wrappers do not pass on",
             "router": "only LoRA on its attention has been proved in both halves of the loop",
         },
-        limits=("LoRA on attention only.",),
     ),
     Architecture(
         "qwen3_next",
@@ -187,11 +186,11 @@ ROWS = (
         packable=False,
         stages=("sft",),
         twin=_LINEAR_TWIN,
-        limits=(
-            "SFT and generation only: log-probabilities of vLLM and transformers differ by .018 at most "
-            "and .002 on average in bfloat16, for a reason not yet known.",
-            "Its linear attention carries state along a row, so rows are padded, not packed.",
+        why_only=(
+            "log-probabilities of vLLM and transformers differ by .018 at most and .002 on average in "
+            "bfloat16, for a reason not yet known"
         ),
+        limits=("Its linear attention carries state along a row, so rows are padded, not packed.",),
     ),
 )
 """All of the table."""

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
+Attention = Literal["sdpa", "eager"]
+
 
 @dataclass(frozen=True)
 class Router:
@@ -57,12 +59,14 @@ class Architecture:
     """Config key of the load-balancing loss's own weight."""
     packable: bool = True
     """Sequences that share a row stay apart when position ids restart and no mask is given."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
+    attention: Attention = "sdpa"
     """What `attn_implementation: sdpa` loads; transformers has no sdpa for those with attention sinks."""
     grouped_experts: bool = True
     """transformers runs its experts by `moe.experts_implementation`; False: by a loop of its own."""
     stages: tuple[str, ...] | None = None
     """Types of the stages it may train in; None: all."""
+    why_only: str = ""
+    """The reason for that."""
     refused: Mapping[TargetGroup, str] = field(default_factory=dict)
     """Target group that it has but that can't be adapted -> the reason."""
     limits: tuple[str, ...] = ()

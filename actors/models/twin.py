@@ -127,7 +127,7 @@ def _shrunk(config: Any) -> dict[str, Any]:
         # A rank that top_k divides is divided by the twin's too.
         sizes[row.top_k_key] = TOP_K if top_k % TOP_K == 0 else 1
         sizes |= _layers_without_experts(config)
-    kinds = next((k for key in _LAYER_KINDS if (k := getattr(config, key, None))), [])
+    kinds: list[str] = next((k for key in _LAYER_KINDS if (k := getattr(config, key, None))), [])
     n_layers = LAYERS + max((sizes.get(key, 0) for key in _DENSE_FIRST), default=0)
     n_layers = max([n_layers, *(kinds.index(kind) + 1 for kind in kinds)])
     sizes["num_hidden_layers"] = min(config.num_hidden_layers, n_layers)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.utils.output_capturing import OutputRecorder
 
 from actors.errors import UserError
-from actors.models.row import Architecture, Router, config_value
+from actors.models.row import Architecture, Attention, Router, config_value
 from actors.models.spec import TargetGroup
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def derived_row(config: PretrainedConfig) -> Architecture:
     if "attention" not in linear:
         raise UserError(_cannot(config, "no linear layer of its attention was found by name"))
     modules: dict[TargetGroup, tuple[str, ...]] = {"attention": linear.pop("attention")}
-    attention = "sdpa" if getattr(net, "_supports_sdpa", False) else "eager"
+    attention: Attention = "sdpa" if getattr(net, "_supports_sdpa", False) else "eager"
     if not stacks:
         modules |= linear
         return Architecture(config.model_type, modules, packable=False, attention=attention, tested=False)

@@ -1,0 +1,131 @@
+"""What the table of architectures means for one run: what it forbids, and what its user should know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from actors.models.architectures import ARCHITECTURES
+from actors.models.engine_rows import EngineRow, engine_row
+
+if TYPE_CHECKING:
+    from actors.models.row import Architecture
+    from pipeline.config.schema import RunConfig
+
+PAGE = "docs/architectures.md"
+"""Says what each workaround is for."""
+
+
+def architecture_problems(config: RunConfig, model_type: str, names: Iterable[str]) -> list[str]:
+    """What the named stages and the evaluation ask of an architecture that it can't do.
+
+    LoRA targets are checked where they are resolved (`actors.models.targets`), and architectures that are
+    refused altogether where the base is looked at.
+    """
+    row = ARCHITECTURES.get(model_type)
+    names = list(names)
+    problems = [problem for name in names for problem in _stage_problems(config, row, model_type, name)]
+    problems += _engine_problems(config, model_type, names)
+    asked = config.model.moe.router_aux_loss_coef
+    defined = row is not None and row.router is not None and row.router.has_aux_loss
+    if asked and not defined:
+        problems.append(
+            f"model.moe.router_aux_loss_coef: {asked:g}, but a {model_type} model has no such loss; leave it "
+            "out"
+        )
+    if config.model.moe.router_replay != "none":
+        from actors.models.replay import replay_objection
+
+        objection = replay_objection(model_type, row is None or row.is_moe)
+        if objection is not None:
+            problems.append(f"model.moe.router_replay: {config.model.moe.router_replay}, but {objection}")
+    return problems
+
+
+def _stage_problems(config: RunConfig, row: Architecture | None, model_type: str, name: str) -> list[str]:
+    stage, problems = config.stages[name], []
+    kind = getattr(stage, "type", "")
+    if row is not None and row.stages is not None and kind not in row.stages:
+        problems.append(
+            f"stages.{name}.type: '{kind}' can't train a {model_type} model, only {', '.join(row.stages)}: "
+            f"{row.why_only}"
+        )
+    if stage.packing is True and (row is None or not row.packable):
+        problems.append(
+            f"stages.{name}.packing: true, but a {model_type} model mixes packed sequences; set auto"
+        )
+    return problems
+
+
+def _engine_problems(config: RunConfig, model_type: str, names: list[str]) -> list[str]:
+    from pipeline.stages.spec import RlStage
+
+    generates = config.eval is not None or any(isinstance(config.stages[n], RlStage) for n in names)
+    engine, dtype = engine_row(model_type), config.model.dtype
+    if not generates or config.roles.rollout.gpus > 0 or dtype in engine.dtypes:
+        return []
+    return [
+        f"model.dtype: {dtype}, but on the CPU vLLM computes a {model_type} model in "
+        f"{' or '.join(engine.dtypes)} only: {engine.note}"
+    ]
+
+
+def dry_run_dtype(model_type: str | None) -> str:
+    """The dtype of a dry run: float32, unless engines on the CPU can't compute this architecture in it."""
+    dtypes = engine_row(model_type).dtypes if model_type is not None else ("float32",)
+    return "float32" if "float32" in dtypes else dtypes[0]
+
+
+def model_type_of(config: RunConfig) -> str | None:
+    """The architecture of the run's base; None where it can't be told."""
+    from actors.models.loading import resolve_base
+
+    found = resolve_base(config.model).config
+    return None if found is None else str(found.model_type)
+
+
+def describe_architecture(model_type: str) -> list[str]:
+    """The row of an architecture, in lines for its user."""
+    row, engine = ARCHITECTURES.get(model_type), engine_row(model_type)
+    if row is None:
+        lines = [
+            f"architecture {model_type}: not in the table, so its LoRA groups are read off its modules, rows "
+            "are padded, and a probe compares the engine with the trainer before anything trains"
+        ]
+    else:
+        lines = [f"architecture {model_type}: {_trainer_part(row)}"]
+        lines += [f"  {limit}" for limit in row.limits]
+    return [*lines, *(f"  vLLM: {line}" for line in _engine_part(engine))]
+
+
+def _trainer_part(row: Architecture) -> str:
+    parts = [f"LoRA groups {', '.join(row.groups)}"]
+    parts += [f"not {group} ({why})" for group, why in row.refused.items()]
+    if row.router is not None:
+        parts.append("load-balancing loss" if row.router.has_aux_loss else "no load-balancing loss")
+    parts.append("rows are packed" if row.packable else "rows are padded")
+    if row.stages is not None:
+        parts.append(f"trains by {', '.join(row.stages)} only")
+    return "; ".join(parts)
+
+
+def _engine_part(engine: EngineRow) -> list[str]:
+    from actors.workarounds.registry import WORKAROUNDS
+
+    lines = (
+        ["runs transformers' modules, slower than a class of its own"] if engine.transformers_backend else []
+    )
+    settings = [f"{key}={value}" for key, value in {**engine.hf_overrides, **engine.environment}.items()]
+    settings += [f"{key} from the config" for key in engine.config_extras]
+    if engine.attention_backend is not None:
+        settings.append(f"attention backend {engine.attention_backend}")
+    if settings:
+        lines.append(f"set for it: {', '.join(settings)}")
+    if len(engine.dtypes) == 1:
+        lines.append(f"on the CPU in {engine.dtypes[0]} only")
+    if engine.note and not engine.transformers_backend:
+        lines.append(engine.note)
+    versions = dict.fromkeys(v for name in engine.workarounds for v in WORKAROUNDS[name].versions)
+    if engine.workarounds:
+        lines.append(f"workarounds for {', '.join(versions)}: {', '.join(engine.workarounds)} ({PAGE})")
+    return lines
