@@ -33,10 +33,11 @@ def chat(
     Raises:
         UserError: the model can't be used, or it has no chat template.
     """
-    from actors.models.loading import load_tokenizer, resolve_base
+    from actors.models.loading import is_adapter_dir, load_tokenizer, resolve_base
     from actors.models.spec import ModelSpec
 
-    spec = ModelSpec(base=model)
+    # A run that trained an adapter has probed its base.
+    spec = ModelSpec(base=model, allow_untested=is_adapter_dir(model))
     resolve_base(spec).checked()
     tokenizer = load_tokenizer(spec)
     if not tokenizer.chat_template:

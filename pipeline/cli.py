@@ -102,6 +102,8 @@ def validate(config: Config, overrides: Overrides = None) -> int:
     findings = find(loaded)
     if findings.base is not None and findings.base.config is not None:
         console.say(f"base {loaded.model.base}: {findings.base.config.model_type}")
+    for line in findings.architecture:
+        console.say(line)
     if findings.targets is not None:
         console.say(f"LoRA targets\n{findings.targets}")
     columns = [

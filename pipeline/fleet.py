@@ -154,7 +154,8 @@ class Fleet:
         path = self.directory.path
         open_stages = [s for name, s in self.config.stages.items() if not (path / name / MANIFEST).is_file()]
         wanted = {role for stage in open_stages for role in roles_of(stage)}
-        if any(not (path / "eval" / f"{m}.json").is_file() for m in self.config.eval_models()):
+        unfinished = any(not (path / "eval" / f"{m}.json").is_file() for m in self.config.eval_models())
+        if unfinished or self.config.model.allow_untested:
             wanted.add("rollout")
         return self._own_processes(wanted)
 
@@ -169,7 +170,7 @@ class Fleet:
         online = any(isinstance(node.spec, RlStage) for node in graph.pending)
         if online or not all(feed.cached for feed in self.feeds.values()):
             wanted.add("reference")
-        if graph.evaluations_pending:
+        if graph.evaluations_pending or (graph.untested and graph.pending):
             wanted.add("rollout")
         if not all(pairs.done for pairs in graph.pair_evaluations):
             wanted.add("policy")

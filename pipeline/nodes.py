@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from actors.engine_spec import positions_of
 from actors.errors import UserError
+from actors.models.architectures import ARCHITECTURES
+from pipeline.architecture import architecture_problems
 from pipeline.artifacts import model_fingerprint
 from pipeline.data.records import Records, load_records
 from pipeline.graph import Decision, Identity, decide, identity_config
@@ -100,6 +102,8 @@ class Graph:
     tokenizer: Any
     lora_targets: str | None = None
     """Table of what LoRA trains."""
+    untested: bool = False
+    """The base's architecture has no row in the table; the user allowed that."""
     held_out: EvalSet | None = None
     evaluations: dict[str, str] = field(default_factory=dict)
     """Model name -> key of its evaluation."""
@@ -206,12 +210,15 @@ def read_graph(
     problems = [*base.problems, *(problem for problem in problems if problem not in base.problems)]
     if graph is not None:
         problems += base.problems or reward_base_problems(config, records.stages)
+        if base.model_type is not None:
+            problems += architecture_problems(config, base.model_type, records.stages)
         positions = positions_of(config.roles.rollout.engine.max_model_len, base.max_positions)
         problems += [problem for node in graph.nodes for problem in sample_problems(node.prepared, positions)]
         problems += held_out_problems(graph.held_out, positions) if graph.held_out is not None else []
     if problems or graph is None:
         raise UserError(problems)
     graph.lora_targets = base.lora_targets
+    graph.untested = base.model_type not in ARCHITECTURES
     return graph
 
 
@@ -295,7 +302,7 @@ def make_node(
         inputs["critic"] = critic.fingerprint
     inputs |= {f"reward {source}": model.fingerprint for source, model in rewards.items()}
     model = config.model.model_dump(
-        mode="json", exclude={"base", "gradient_checkpointing", "attn_implementation"}
+        mode="json", exclude={"base", "gradient_checkpointing", "attn_implementation", "allow_untested"}
     )
     identity = Identity(
         identity_config(spec.model_dump(mode="json"), model), inputs, prepared.data.fingerprint, prepared.seed

@@ -33,7 +33,7 @@ def eval_pairs(
         )
     if read_head(model) is None:
         raise UserError(f"{model}: this adapter has no score head, so it is a policy and no reward model")
-    spec = ModelSpec(base=model)
+    spec = ModelSpec(base=model, allow_untested=True)
     tokenizer = load_tokenizer(spec)
     data = DataSpec.model_validate({"source": source, "split": split, "on_bad_row": on_bad_row})
     pairs = tokenize(

@@ -25,10 +25,10 @@ DRY_TOKENS = 16
 DRY_WORKERS = 2
 
 
-def shrink(config: RunConfig) -> tuple[RunConfig, list[list[str]]]:
+def shrink(config: RunConfig, dtype: str = "float32") -> tuple[RunConfig, list[list[str]]]:
     """The user's run on a tiny random twin of its base, on CPU; and [key, wanted, used] of every change.
 
-    Stages, roles, data, losses and reward functions stay. The rule: dtype float32, no GPUs and no custom
+    Stages, roles, data, losses and reward functions stay. The rule: `dtype`, no GPUs and no custom
     resources, at most 2 workers a role sharing the machine's cores, `DRY_ROWS` rows, `DRY_BATCH` rows a
     batch, `DRY_STEPS` steps a stage with a checkpoint after the second, a local cluster, no trackers.
     Online stages: `DRY_RL_STEPS` steps of at most `DRY_BATCH` samples of `DRY_TOKENS` tokens. A reward
@@ -40,7 +40,7 @@ def shrink(config: RunConfig) -> tuple[RunConfig, list[list[str]]]:
     data = config.model_dump(mode="json")
     output = Path(str(config.output_dir) + "-dry-run")
     data["output_dir"] = str(output)
-    data["model"] |= {"dtype": "float32", "attn_implementation": "sdpa", "gradient_checkpointing": False}
+    data["model"] |= {"dtype": dtype, "attn_implementation": "sdpa", "gradient_checkpointing": False}
     data["model"] |= {"base": str(output.absolute() / "twin"), "random_init": False}
     for name, stage in data["stages"].items():
         _shrink_stage(stage)
@@ -148,13 +148,13 @@ def write_dry_base(config: RunConfig, original: RunConfig) -> None:
 
 def working_roles(config: RunConfig) -> list[str]:
     """Roles that some stage or the evaluation uses, in the order of the configuration."""
-    from pipeline.stages.spec import DpoStage, PpoStage, RlStage
+    from pipeline.stages.spec import PpoStage, ReferencedStage, RlStage
 
     stages = config.stages
     online = {name: stage for name, stage in stages.items() if isinstance(stage, RlStage)}
     works = {
         "policy": True,
-        "reference": any(isinstance(stage, DpoStage | RlStage) for stage in stages.values()),
+        "reference": any(isinstance(stage, ReferencedStage | RlStage) for stage in stages.values()),
         "critic": any(isinstance(stage, PpoStage) for stage in stages.values()),
         "reward": any(config.reward_models_of(name) for name in online),
         "rollout": bool(online) or config.eval is not None,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from actors.errors import EXIT_DONE, EXIT_STOPPED, RunFailure
 from pipeline.artifacts import versions
+from pipeline.parity import check_parity
 from pipeline.progress import Progress
 from pipeline.rundir import RunDirectory, clear_stage, drop_previous
 from pipeline.stop import StopRequests
@@ -27,13 +28,15 @@ def run(config: RunConfig, *, dry_run: bool = False, until: str | None = None, f
         UserError: the config, the data, the base or the cluster can't be used; nothing was started.
         RunFailure: an actor failed, overran its deadline, or an invariant did not hold.
     """
+    from pipeline.architecture import describe_architecture, dry_run_dtype, model_type_of
     from pipeline.plan import cluster_plan, shrink, write_dry_base
 
     began = time.time()
     wanted = config
     changes: list[list[str]] = []
+    model_type = model_type_of(wanted) if dry_run else None
     if dry_run:
-        config, changes = shrink(wanted)
+        config, changes = shrink(wanted, dry_run_dtype(model_type))
     directory = RunDirectory(config.output_dir, config.name)
     with (
         directory.opened(fresh=fresh or dry_run),
@@ -45,7 +48,8 @@ def run(config: RunConfig, *, dry_run: bool = False, until: str | None = None, f
             write_dry_base(config, wanted)
         code = Run(config, directory, progress, stop, began, fresh).execute(until)
         if dry_run and code == EXIT_DONE:
-            progress.note(cluster_plan(wanted))
+            assert model_type is not None
+            progress.note("\n".join([cluster_plan(wanted), *describe_architecture(model_type)]))
     return code
 
 
@@ -95,6 +99,8 @@ class Run:
             if graph.pending:
                 self.directory.record(began=self.began)
             fleet.start(graph)
+            if graph.untested and graph.pending:
+                check_parity(self.config.model, fleet.rollout(), self.progress.note)
             self.stop.arm()
             if graph.pending and graph.lora_targets is not None:
                 self.progress.note(f"LoRA trains\n{graph.lora_targets}")

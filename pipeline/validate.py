@@ -22,6 +22,8 @@ class Findings:
 
     problems: list[str] = field(default_factory=list)
     base: ResolvedBase | None = None
+    architecture: list[str] = field(default_factory=list)
+    """Its row in the table: groups, limits, what vLLM is given for it."""
     targets: Targets | None = None
     stages: list[list[str]] = field(default_factory=list)
     """Stage, start, reference, rows, tokens (median, longest sequence), steps x rows (or samples)."""
@@ -71,6 +73,7 @@ def _look_at_model(config: RunConfig, findings: Findings) -> Any:
     """Base and targets into the findings; the tokenizer, or None."""
     from actors.models.loading import load_tokenizer, resolve_base
     from actors.models.targets import resolve_targets
+    from pipeline.architecture import architecture_problems, describe_architecture
     from pipeline.stages.reward_sources import reward_base_problems
 
     findings.base = base = resolve_base(config.model)
@@ -82,6 +85,8 @@ def _look_at_model(config: RunConfig, findings: Findings) -> Any:
         )
     if base.config is not None and not base.problems:
         findings.problems += reward_base_problems(config, config.stages, base)
+        findings.problems += architecture_problems(config, base.config.model_type, config.stages)
+        findings.architecture = describe_architecture(base.config.model_type)
     return None if base.problems else findings.attempt(lambda: load_tokenizer(config.model))
 
 
@@ -89,7 +94,7 @@ def _look_at_stage(config: RunConfig, name: str, tokenizer: Any, findings: Findi
     from pipeline.stages.prepared import prepare, read_records
     from pipeline.stages.reward_sources import reward_column_problems
     from pipeline.stages.room import sample_problems
-    from pipeline.stages.spec import DpoStage, RlStage
+    from pipeline.stages.spec import ReferencedStage, RlStage
 
     spec, where = config.stages[name], f"stages.{name}"
     records = findings.attempt(lambda: read_records(config, name), where)
@@ -108,7 +113,7 @@ def _look_at_stage(config: RunConfig, name: str, tokenizer: Any, findings: Findi
         [
             name,
             config.init_of(name),
-            config.reference_of(name) if isinstance(spec, DpoStage | RlStage) else "",
+            config.reference_of(name) if isinstance(spec, ReferencedStage | RlStage) else "",
             f"{prepared.data.n_rows:,}",
             f"{stats.median} / {stats.longest}",
             f"{prepared.total_steps:,} x {rows}",

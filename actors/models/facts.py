@@ -22,6 +22,8 @@ class BaseFacts:
     """Table of the weights that get an adapter; None where everything trains."""
     problems: list[str] = field(default_factory=list)
     """What forbids it: everything that is wrong with the base, its adapter and the LoRA targets."""
+    model_type: str | None = None
+    """Its architecture, where the config could be read."""
 
 
 def base_facts(spec: ModelSpec) -> BaseFacts:
@@ -44,4 +46,4 @@ def base_facts(spec: ModelSpec) -> BaseFacts:
     except UserError as error:
         problems += error.problems
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return BaseFacts(positions, targets, problems)
+    return BaseFacts(positions, targets, problems, config.model_type)

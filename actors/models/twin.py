@@ -71,9 +71,9 @@ def write_twin(base: str | Path | PretrainedConfig, out_dir: str | Path, seed: i
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    resolved = (
-        None if _is_config(base) else resolve_base(ModelSpec(base=str(base), random_init=True)).checked()
-    )
+    resolved = None
+    if not _is_config(base):
+        resolved = resolve_base(ModelSpec(base=str(base), random_init=True, allow_untested=True)).checked()
     config: Any = base if resolved is None else resolved.config
     copied = resolved is not None and _copy_tokenizer(resolved.base_path, out_dir)
     sizes = _shrunk(config)
@@ -83,7 +83,7 @@ def write_twin(base: str | Path | PretrainedConfig, out_dir: str | Path, seed: i
     twin_config = _changed(config, sizes)
     twin_config.architectures = before.get("architectures") or None
     twin_config.save_pretrained(out_dir)
-    spec = ModelSpec(base=str(out_dir), random_init=True)
+    spec = ModelSpec(base=str(out_dir), random_init=True, allow_untested=True)
     model = load_base(spec, seed=seed)
     if twin_config.architectures is None:
         twin_config.architectures = [type(model).__name__]
@@ -102,7 +102,7 @@ def write_adapter_twin(
 
     A reward model's twin has a fresh score head.
     """
-    model = load_base(ModelSpec(base=str(twin_dir)))
+    model = load_base(ModelSpec(base=str(twin_dir), allow_untested=True))
     try:
         peft = attach_config(model, saved_config(adapter_dir), "twin", seed)
     except ValueError as error:
