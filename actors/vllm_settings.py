@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,6 +110,22 @@ def architecture_in_use(config: Any) -> Iterator[None]:
     row = engine_row(config.model_type)
     use_only(row.workarounds)
     with _environment(row.environment if current_platform.is_cpu() else {}):
+        yield
+
+
+@contextmanager
+def building_models() -> Iterator[None]:
+    """transformers' models can be built in a process where vLLM's transformers backend has served one.
+
+    That backend derives transformers' own classes from vLLM's, whose constructor asks for vLLM's config
+    (compilation/decorators.py).
+    """
+    if "vllm.config" not in sys.modules:
+        yield
+        return
+    from vllm.config import CompilationConfig, CompilationMode, VllmConfig, set_current_vllm_config
+
+    with set_current_vllm_config(VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))):
         yield
 
 
