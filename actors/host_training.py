@@ -11,7 +11,7 @@ from typing import Any
 from actors.algorithms.loss import Loss
 from actors.batch import Batch
 from actors.errors import UserError
-from actors.host_parts import HostParts
+from actors.host_scoring import HostScoring
 from actors.models import adapters
 from actors.models.heads import head_parameters
 from actors.models.sharding import gather_gradients
@@ -21,7 +21,7 @@ from actors.passes import Sums
 from actors.training import Training
 
 
-class HostTraining(HostParts):
+class HostTraining(HostScoring):
     """The training part of a `ModelHost`."""
 
     def prepare_training(
@@ -101,6 +101,7 @@ class HostTraining(HostParts):
         """
         begun = time.perf_counter()
         training = self._training_of(role)
+        batch = loss.completed(batch, lambda part: self.logprobs(part, training.role))
         training.zero_grad()
         sums = self._run(batch, loss, training.role, step, train=True)
         training.reduce_gradients()
@@ -116,6 +117,7 @@ class HostTraining(HostParts):
 
     def evaluate(self, batch: Batch, loss: Loss, role: str | None) -> dict[str, float]:
         """The loss and its metrics over a batch of any size, without dropout or gradient."""
+        batch = loss.completed(batch, lambda part: self.logprobs(part, role))
         return self._run(batch, loss, role, step=0, train=False).reduced(self.ranks)
 
     def _run(self, batch: Batch, loss: Loss, role: str | None, step: int, train: bool) -> Sums:

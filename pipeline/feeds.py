@@ -1,4 +1,4 @@
-"""Reference log-probabilities of DPO stages: what has to be computed, and what an earlier run left."""
+"""Reference log-probabilities of offline stages: what has to be computed, and what an earlier run left."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.stages.prepared import PreparedStage
 from pipeline.stages.reference import ReferenceFeed, ReferenceLogps, first_use_order
-from pipeline.stages.spec import DpoStage
+from pipeline.stages.spec import DpoStage, KtoStage, ReferencedStage
 
 if TYPE_CHECKING:
     from pipeline.nodes import Node
@@ -20,13 +20,14 @@ would delay the first step."""
 
 
 def make_feed(node: Node, cache: Path, fresh: bool) -> ReferenceFeed:
-    """The feed of a DPO stage; `fresh`: ignore what `cache` holds."""
+    """The feed of a stage with a reference; `fresh`: ignore what `cache` holds."""
     spec, reference = node.spec, node.reference
-    assert isinstance(spec, DpoStage)
+    assert isinstance(spec, ReferencedStage)
     assert reference is not None
     settings: dict[str, Any] = {
         "reference": reference.fingerprint,
-        "ld_alpha": spec.ld_alpha,
+        "columns": columns_of(spec),
+        "ld_alpha": spec.ld_alpha if isinstance(spec, DpoStage) else None,
         "cache": cache,
         "chunk_rows": CHUNK_BATCHES * spec.batch_size,
         "fresh": fresh,
@@ -37,3 +38,10 @@ def make_feed(node: Node, cache: Path, fresh: bool) -> ReferenceFeed:
     if held_out is None:
         return ReferenceFeed(train, None)
     return ReferenceFeed(train, ReferenceLogps(held_out, np.arange(held_out.n_rows), **settings))
+
+
+def columns_of(spec: ReferencedStage) -> tuple[str, ...]:
+    """Names under which a stage's loss reads the reference's log-probabilities, by sequence of a row."""
+    if not isinstance(spec, KtoStage):
+        return ("ref_chosen_logps", "ref_rejected_logps")
+    return ("ref_logps", "ref_kl_logps") if spec.loss_type == "kto" else ("ref_logps",)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -18,6 +19,7 @@ from actors.batch import Batch
 from actors.models.spec import Spec
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 Totals = dict[str, float]
@@ -122,6 +124,15 @@ class Loss(Spec, ABC):
     def required_columns(self) -> tuple[str, ...]:
         """Columns, per row or per counted token, that a batch must carry."""
         return ()
+
+    def completed(self, batch: Batch, logprobs: Callable[[Batch], np.ndarray]) -> Batch:
+        """The batch that the loss runs over, where that takes something of the policy as it is now.
+
+        Args:
+            batch: as it came to the host.
+            logprobs: float64 (sequences,) of a batch by the policy, without gradient.
+        """
+        return batch
 
     @abstractmethod
     def totals(self, batch: Batch) -> Totals:

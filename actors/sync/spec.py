@@ -18,8 +18,8 @@ class SyncSpec(Spec):
     payload: Literal["adapter", "merged"] = "adapter"
     """What is sent: LoRA's A and B, merged by the engine into its untouched base, or merged weights."""
     in_flight: Literal["wait", "keep"] = "wait"
-    """Samples that are being drawn for later steps (`staleness` above 0) when new weights come: `wait` until
-    they are there, so that a run can be repeated; or `keep` them: they go on with the new weights."""
+    """What new weights do to samples that are being drawn for later steps (`staleness` above 0): `wait` until
+    they are there, so that a run can be repeated, or `keep` them, so that they go on with the new weights."""
     probes: int = Field(default=4, ge=1)
     """Sequences whose log-probabilities engine and trainer compare after a sync."""
     probe_tokens: int = Field(default=32, ge=1)

@@ -13,7 +13,16 @@ from actors.runtime import LimitsSpec, RoleSpec
 from actors.sampling import SamplingSpec
 from pipeline.config.checks import NAME_PATTERN, raise_for
 from pipeline.data.spec import DataSources
-from pipeline.stages.spec import STAGE_TYPES, DpoStage, PpoStage, RlStage, SftStage, Stage, StageSpec
+from pipeline.stages.spec import (
+    STAGE_TYPES,
+    DpoStage,
+    PpoStage,
+    ReferencedStage,
+    RlStage,
+    SftStage,
+    Stage,
+    StageSpec,
+)
 
 __all__ = [
     "DpoStage",
@@ -151,9 +160,9 @@ class RunConfig(Spec):
         return self.stages[stage].init or (policies[-1] if policies else "base")
 
     def reference_of(self, stage: str) -> str:
-        """`base` or the stage that is the reference policy of the DPO or online stage `stage`."""
+        """`base` or the stage that is the reference policy of the stage `stage`, which has one."""
         spec = self.stages[stage]
-        assert isinstance(spec, DpoStage | RlStage)
+        assert isinstance(spec, ReferencedStage | RlStage)
         return spec.reference or self.init_of(stage)
 
     def reward_models_of(self, stage: str) -> dict[str, str | None]:

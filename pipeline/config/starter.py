@@ -37,6 +37,7 @@ ABOUT: dict[str, str] = {
     "sft": "The stage `sft`: its name says its type. For another name add `type: sft`.",
     "reward": "A reward model, from pairs as DPO has them. It is no policy: later stages start from others.",
     "dpo": "The stage `dpo` starts from the last policy before it, and has it as its reference.",
+    "kto": "The stage `kto` starts from the last policy before it, and has it as its reference.",
     "ppo": "Online: samples from the engines, rewards, updates of policy and critic, new weights synced.",
     "grpo": "Online: samples from the engines, each compared with all of its prompt.",
     "rloo": "Online: samples from the engines, each compared with the others of its prompt.",
@@ -46,6 +47,7 @@ DATA: dict[str, dict[str, Any]] = {
     "sft": {"source": "builtin:arithmetic", "split": "train", "max_rows": 4096},
     "reward": {"source": "builtin:arithmetic", "split": "preference", "max_rows": 4096},
     "dpo": {"source": "builtin:arithmetic", "split": "preference", "max_rows": 4096},
+    "kto": {"source": "builtin:arithmetic", "split": "preference", "max_rows": 4096},
     **{kind: {"source": "builtin:arithmetic", "split": "prompts"} for kind in ONLINE},
     "eval": {"source": "builtin:arithmetic", "split": "test"},
 }
@@ -53,12 +55,14 @@ ABOUT_DATA: dict[str, str] = {
     "sft": "Training data: hub id, file, directory or built-in; any usual layout.",
     "reward": "Preference pairs: prompt, chosen, rejected, in any usual layout.",
     "dpo": "Preference pairs: prompt, chosen, rejected, in any usual layout.",
+    "kto": "Answers with a label (true: desirable), or preference pairs, which are taken apart.",
     **dict.fromkeys(ONLINE, "Prompts; their other columns reach the reward functions."),
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "sft": {"learning_rate": 1e-3, "batch_size": 64, "max_steps": 100},
     "reward": {"learning_rate": 1e-3, "batch_size": 64, "max_steps": 100},
     "dpo": {"learning_rate": 5e-4, "batch_size": 64, "max_steps": 100, "beta": 0.1, "loss_type": "sigmoid"},
+    "kto": {"learning_rate": 5e-4, "batch_size": 64, "max_steps": 100, "beta": 0.1},
     **{
         kind: {"learning_rate": 2e-4, "batch_size": 64, "max_steps": 30, "max_completion_length": 16}
         for kind in ONLINE

@@ -233,6 +233,16 @@ def _question_answer(row: RowView) -> Converted:
     return Converted([_user(question)], ([_assistant(answer)],), (f"{question}\n", answer))
 
 
+def _last_turn(row: RowView) -> Converted:
+    """A conversation whose last turn is what the label is of."""
+    messages = row.messages("messages")
+    if messages[-1]["role"] != "assistant":
+        raise RowProblem(NO_ANSWER, "messages does not end with the assistant's turn")
+    if len(messages) == 1:
+        raise RowProblem(EMPTY_PROMPT, "messages holds the answer only")
+    return Converted(messages[:-1], (messages[-1:],), None)
+
+
 def _instruction(row: RowView) -> Converted:
     prompt, output = _instruction_prompt(row), row.text("output", EMPTY_ANSWER)
     return Converted([_user(prompt)], ([_assistant(output)],), (f"{prompt}\n", output))
@@ -376,6 +386,9 @@ _CONVERTERS: dict[str, Callable[[RowView], Converted]] = {
     "messages": _conversation("messages"),
     "conversations": _conversation("conversations"),
     "prompt_completion": _prompt_completion,
+    "prompt_completion_label": _prompt_completion,
+    "messages_label": _last_turn,
+    "question_answer_label": _question_answer,
     "instruction": _instruction,
     "question_answer": _question_answer,
     "prompt": _prompt_only("prompt"),

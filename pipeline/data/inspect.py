@@ -63,9 +63,9 @@ def inspect(
 
 
 def kind_of(spec: DataSpec, seed: int = 0) -> Kind:
-    """What the rows of a source are for: preferences, sft, or prompts only."""
+    """What the rows of a source are for: preferences, answers with a label, sft, or prompts only."""
     rows = [row.values for row in read_rows(spec, seed=seed, max_rows=100) if row.problem is None]
-    for kind in ("preference", "sft"):
+    for kind in ("preference", "unpaired", "sft"):
         try:
             resolve_layout(rows, spec, kind)
         except UserError:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from actors.errors import UserError
 from pipeline.data.spec import DataSpec
 
-Kind = Literal["sft", "preference", "prompt"]
+Kind = Literal["sft", "preference", "unpaired", "prompt"]
 
 LOOKED_AT = 100
 """Rows that recognition looks at: enough to see past a few damaged ones."""
@@ -26,6 +26,8 @@ class Layout:
     takes: tuple[str, ...] = ()
     value_type: type | None = None
     """Type of the first needed column, where two layouts have the same columns."""
+    labelled: bool = False
+    """Whether each row says of its one answer if it is desirable."""
 
 
 _EXTRAS = ("system", "tools", "chat_template_kwargs")
@@ -42,6 +44,9 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("rejected_response", True, ("messages", "rejected_response"), _EXTRAS),
     Layout("preference_conversations", True, ("chosen", "rejected"), _EXTRAS, list),
     Layout("preference_transcripts", True, ("chosen", "rejected"), _EXTRAS, str),
+    Layout("prompt_completion_label", False, ("prompt", "completion", "label"), _EXTRAS, labelled=True),
+    Layout("messages_label", False, ("messages", "label"), _EXTRAS, labelled=True),
+    Layout("question_answer_label", False, ("question", "answer", "label"), _EXTRAS, labelled=True),
     Layout("prompt_completion", False, ("prompt", "completion"), _EXTRAS),
     Layout("messages", False, ("messages",), _EXTRAS),
     Layout("conversations", False, ("conversations",), _EXTRAS),
@@ -78,11 +83,13 @@ class Resolved:
 def layouts_for(kind: Kind) -> list[Layout]:
     """Layouts that a stage of this kind can use. Evaluation takes the prompt out of any that has one."""
     if kind == "sft":
-        return [x for x in LAYOUTS if not x.preference and x.name not in _PROMPTS_ONLY]
+        return [x for x in LAYOUTS if not (x.preference or x.labelled) and x.name not in _PROMPTS_ONLY]
+    if kind == "unpaired":
+        return [x for x in LAYOUTS if x.labelled or x.preference]
     if kind == "preference":
         return [x for x in LAYOUTS if x.preference]
     # `question` in place of question_answer: an evaluation's answer may be a number, or missing.
-    return [x for x in LAYOUTS if x.name not in ("text", "question_answer")]
+    return [x for x in LAYOUTS if x.name not in ("text", "question_answer") and not x.labelled]
 
 
 def resolve_layout(rows: Sequence[dict[str, Any]], spec: DataSpec, kind: Kind) -> Resolved:
@@ -153,13 +160,27 @@ def _as_json(value: Any) -> Any:
     return [] if isinstance(value, str) and value.startswith("[{") else value
 
 
+STAGES_OF: dict[Kind, str] = {
+    "sft": "an sft stage",
+    "preference": "a dpo or reward stage",
+    "unpaired": "a kto stage",
+    "prompt": "prompts",
+}
+"""Who takes rows of a kind."""
+
+
 def _no_layout(spec: DataSpec, kind: Kind, found: list[str], rows: Sequence[dict[str, Any]]) -> str:
     start = f"data source {spec.source!r}: the columns {', '.join(found)} are no layout for "
-    start += {"sft": "an sft stage", "preference": "a dpo or reward stage", "prompt": "prompts"}[kind]
+    start += STAGES_OF[kind]
     if kind == "sft" and _fits("preference", spec, found, rows):
         return (
             f"{start}: they are preferences, which a dpo or reward stage takes. To train on the chosen "
             "answers, write `columns: {completion: chosen}`"
+        )
+    if kind == "unpaired" and _fits("sft", spec, found, rows):
+        return (
+            f"{start}: they don't say which answers are desirable; add a column of true and false and name "
+            "it `label`, or give pairs of a chosen and a rejected answer"
         )
     if kind == "preference" and _fits("sft", spec, found, rows):
         return (

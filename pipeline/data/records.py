@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.algorithms.kto import LABEL
 from actors.errors import UserError
 from pipeline.data.bad_rows import BadRow, RowGate, RowProblem, Skipped
 from pipeline.data.convert import Converted, Message, convert
@@ -26,11 +27,12 @@ class Record:
     """Messages before the answer. Empty for plain text and for a whole conversation, whose turns by the
     assistant are all answers."""
     answers: tuple[list[Message], ...]
-    """(completion,) for sft, (chosen, rejected) for preferences, () for prompts."""
+    """(completion,) for sft and unpaired, (chosen, rejected) for preferences, () for prompts."""
     plain: tuple[str, ...] | None
     """(prompt, *answers) as strings, for rows that came as strings; None for rows of messages."""
     columns: dict[str, Any]
-    """The row's other columns; for prompts also `answer`, what a good completion would say, where known."""
+    """The row's other columns; for prompts also `answer`, what a good completion would say, where known; for
+    unpaired rows also `label`, whether the answer is desirable."""
     template_kwargs: dict[str, Any]
     """Passed to the chat template: `tools`, and the row's `chat_template_kwargs`."""
     source: int
@@ -182,10 +184,40 @@ def _records(
                     if row.problem
                     else RowProblem("unreadable")
                 )
-            records.append(_record(row, resolved, kind, index))
+            records += _records_of(row, resolved, kind, index)
         except RowProblem as problem:
             gate.add(BadRow(row.file, row.number, problem.reason, problem.detail), spec.on_bad_row)
+    if kind == "unpaired":
+        # The answers of a pair apart: in a batch each prompt also gets the answer of the row before.
+        records.sort(key=lambda record: not record.columns[LABEL])
     return records
+
+
+def _records_of(row: Row, resolved: Resolved, kind: Kind, index: int) -> list[Record]:
+    """A row is one record; a pair that is taken apart is two."""
+    record = _record(row, resolved, kind, index)
+    if kind != "unpaired":
+        return [record]
+    if resolved.layout.labelled:
+        label = _label(row.values.get(resolved.columns[LABEL]))
+        return [replace(record, columns={**record.columns, LABEL: label})]
+    plain = record.plain
+    return [
+        replace(
+            record,
+            answers=(answer,),
+            plain=None if plain is None else (plain[0], plain[1 + place]),
+            columns={**record.columns, LABEL: place == 0},
+        )
+        for place, answer in enumerate(record.answers)
+    ]
+
+
+def _label(value: Any) -> bool:
+    """True where the answer is desirable; 1 and 0 are taken too."""
+    if isinstance(value, bool | int | np.bool_) and value in (0, 1):
+        return bool(value)
+    raise RowProblem("wrong type", f"{LABEL} is {value!r}, not true or false")
 
 
 def _record(row: Row, resolved: Resolved, kind: Kind, index: int) -> Record:

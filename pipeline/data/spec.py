@@ -24,6 +24,9 @@ LayoutName = Literal[
     "rejected_response",
     "question_preference",
     "instruction_preference",
+    "prompt_completion_label",
+    "messages_label",
+    "question_answer_label",
 ]
 
 ColumnName = Literal[
@@ -42,6 +45,7 @@ ColumnName = Literal[
     "rejected",
     "rejected_response",
     "chosen_response",
+    "label",
     "tools",
 ]
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from actors.algorithms.kto import LABEL
 from actors.algorithms.reward import MARGIN
 from actors.batch import Batch
 from actors.errors import UserError
@@ -144,7 +145,7 @@ def tokenize(
         [ids for row in rows for ids in row.ids],
         [mask for row in rows for mask in row.masks],
         2 if records.kind == "preference" else 1,
-        {MARGIN: np.asarray(found_margins)} if margins else None,
+        _columns(records, rows, found_margins if margins else None),
     )
     stats = TokenStats(
         rows=len(rows),
@@ -159,6 +160,14 @@ def tokenize(
         merged_boundaries=merged,
     )
     return TokenizedData(data, np.asarray([row.record for row in rows], dtype=np.int64), skipped, stats)
+
+
+def _columns(records: Records, rows: list[_TokenRow], margins: list[float] | None) -> dict[str, np.ndarray]:
+    """What rows say beside their tokens: margins of scored pairs, labels of unpaired answers."""
+    columns = {} if margins is None else {MARGIN: np.asarray(margins)}
+    if records.kind == "unpaired":
+        columns[LABEL] = np.array([records[row.record].columns[LABEL] for row in rows], dtype=bool)
+    return columns
 
 
 def prompt_tokens(records: Records, tokenizer: Any) -> tuple[list[str], list[list[int]]]:

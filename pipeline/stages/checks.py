@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from actors.algorithms.dpo import DpoLoss
+from actors.algorithms.kto import KtoLoss
 from actors.errors import InvariantViolation
-
-if TYPE_CHECKING:
-    from actors.algorithms.dpo import DpoLoss
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 """On a loss of about 1. The policy and its reference see the same tokens packed differently, which moves
 a sequence's log-probability by 1e-6 in float32 and a few 1e-2 in bfloat16."""
 
 
-def check_first_dpo_step(stage: str, loss: DpoLoss, metrics: Mapping[str, float], dtype: str) -> None:
+def check_first_step(stage: str, loss: DpoLoss | KtoLoss, metrics: Mapping[str, float], dtype: str) -> None:
     """The first update of a policy that starts as its own reference must see log-ratios of zero.
 
     Raises:
         InvariantViolation: a reward or the loss is not where it must start.
     """
     tolerance = TOLERANCE[dtype]
-    for name in ("rewards/chosen", "rewards/rejected"):
-        if not abs(metrics[name]) <= tolerance:
+    for name in ("rewards/chosen", "rewards/rejected", "kl"):
+        if name in metrics and not abs(metrics[name]) <= tolerance:
             raise InvariantViolation(
                 "policy",
                 f"first step of {stage}",
@@ -31,7 +29,8 @@ def check_first_dpo_step(stage: str, loss: DpoLoss, metrics: Mapping[str, float]
                 "the reference is not the policy that this stage starts from: run with --fresh, which also "
                 "ignores kept reference log-probabilities, and check `init` and `reference`",
             )
-    loss.check_start(dict(metrics), tolerance)
+    if isinstance(loss, DpoLoss):
+        loss.check_start(dict(metrics), tolerance)
 
 
 def check_unmoved(stage: str, before: str, after: str) -> None:

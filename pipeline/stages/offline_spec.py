@@ -75,15 +75,41 @@ class DpoOptions(Spec):
     """Weight of the tokens beyond the shorter answer's length (LD-DPO); null: 1."""
 
 
-class DpoStage(DpoOptions, StageSpec):
+class ReferencedStage(StageSpec):
+    """A stage whose loss compares with a reference policy."""
+
+    reference: str | None = None
+    """Reference policy: `base` or an earlier stage. Null: the weights that this stage starts from."""
+
+
+class DpoStage(DpoOptions, ReferencedStage):
     """Direct preference optimization and its relatives, on pairs of answers."""
 
     type: Literal["dpo"] = "dpo"
     """Kind of stage; may be left out where the stage's name says it."""
     learning_rate: float = Field(default=1e-6, gt=0, allow_inf_nan=False)
     """Peak learning rate; LoRA usually wants about ten times the default."""
-    reference: str | None = None
-    """Reference policy: `base` or an earlier stage. Null: the weights that this stage starts from."""
+
+
+class KtoStage(ReferencedStage):
+    """Kahneman-Tversky optimization: answers that are desirable or not, without pairs (or from pairs)."""
+
+    type: Literal["kto"] = "kto"
+    """Kind of stage; may be left out where the stage's name says it."""
+    learning_rate: float = Field(default=1e-6, gt=0, allow_inf_nan=False)
+    """Peak learning rate; LoRA usually wants about ten times the default."""
+    batch_size: int = Field(default=32, ge=2)
+    """Rows per optimizer step, over all ranks; of their answers the reference point is made."""
+    beta: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    """Strength of the pull to the reference."""
+    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """`kto`, or `apo_zero_unpaired`, which has no reference point: where desirable answers are better than
+    the policy's own."""
+    desirable_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Weight of desirable rows. KTO's authors keep (weight x number) of these between 1 and 4/3 of that of
+    undesirable ones."""
+    undesirable_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Weight of undesirable rows."""
 
 
 class RewardStage(StageSpec):

@@ -9,6 +9,7 @@ import numpy as np
 
 from actors.errors import UserError
 from pipeline.data.layouts import Kind
+from pipeline.data.mismatched import with_mismatched
 from pipeline.data.order import BatchOrder
 from pipeline.data.prompts import PromptData, read_prompts
 from pipeline.data.records import Records, load_records
@@ -16,6 +17,7 @@ from pipeline.data.tokens import TokenizedData, tokenize
 from pipeline.stages.spec import (
     DpoStage,
     GrpoStage,
+    KtoStage,
     PpoStage,
     ReinforcePpStage,
     RewardStage,
@@ -34,6 +36,7 @@ KINDS: dict[type[StageSpec], Kind] = {
     SftStage: "sft",
     RewardStage: "preference",
     DpoStage: "preference",
+    KtoStage: "unpaired",
     PpoStage: "prompt",
     GrpoStage: "prompt",
     RlooStage: "prompt",
@@ -125,11 +128,14 @@ Prepared = PreparedStage | PreparedRl
 def make_loss(spec: StageSpec) -> Loss:
     """The loss of an offline stage, from its own settings."""
     from actors.algorithms.dpo import DpoLoss
+    from actors.algorithms.kto import KtoLoss
     from actors.algorithms.reward import RewardLoss
     from actors.algorithms.sft import SftLoss
 
     if isinstance(spec, DpoStage):
         return DpoLoss(**{name: getattr(spec, name) for name in DpoLoss.model_fields})
+    if isinstance(spec, KtoStage):
+        return KtoLoss(**{name: getattr(spec, name) for name in KtoLoss.model_fields})
     if isinstance(spec, RewardStage):
         return RewardLoss(center_rewards_coefficient=spec.center_rewards_coefficient)
     return SftLoss()
@@ -181,7 +187,24 @@ def prepare(config: RunConfig, name: str, tokenizer: Any, records: StageRecords 
     data = to_tokens(records.train, spec, tokenizer)
     held_out = to_tokens(records.held_out, spec, tokenizer) if records.held_out is not None else None
     order = _order(spec, data.n_rows, spec.batch_size, seed)
+    if isinstance(spec, KtoStage) and spec.loss_type == "kto":
+        data, held_out = _mismatched(spec, data, held_out, order)
     return PreparedStage(name, spec, seed, data, held_out, order, make_loss(spec))
+
+
+def _mismatched(
+    spec: KtoStage, data: TokenizedData, held_out: TokenizedData | None, order: BatchOrder
+) -> tuple[TokenizedData, TokenizedData | None]:
+    """Rows with their mismatched answers, paired along the batches of the first epoch."""
+    if data.n_rows < 2:
+        raise UserError("kto needs two rows at least: its reference point is made of the others' answers")
+    first = (order[step] for step in range(min(len(order), order.steps_per_epoch)))
+    data = with_mismatched(data, first, spec.max_length)
+    if held_out is None:
+        return data, None
+    rows = np.arange(held_out.n_rows)
+    chunks = (rows[i : i + spec.batch_size] for i in range(0, len(rows), spec.batch_size))
+    return data, with_mismatched(held_out, chunks, spec.max_length)
 
 
 def _prepare_rl(name: str, spec: RlStage, seed: int, tokenizer: Any, records: StageRecords) -> PreparedRl:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,8 @@ ranks never idle, few enough that the object store holds a fraction of the data.
 
 
 class ReferenceLogps:
-    """Summed log-probabilities of both answers of every pair that training uses, filled chunk by chunk.
+    """Summed log-probabilities of the sequences of every row that training uses, filled chunk by chunk: both
+    answers of a pair, or an answer and the mismatched one.
 
     Chunks are cut along the order in which training first uses the rows, so that the trainer's first
     batch waits for one chunk and the later ones are ready before they are asked for. Rows that an
@@ -37,15 +38,18 @@ class ReferenceLogps:
         first_use: np.ndarray,
         *,
         reference: str,
+        columns: Sequence[str],
         ld_alpha: float | None,
         cache: Path,
         chunk_rows: int,
         fresh: bool = False,
     ) -> None:
         self.data, self.ld_alpha = data, ld_alpha
-        self.key = fingerprint([reference, data.fingerprint, ld_alpha])
+        self._columns = tuple(columns)
+        """Names under which the loss reads them, one for each sequence of a row."""
+        self.key = fingerprint([reference, data.fingerprint, ld_alpha, *columns])
         self.path = cache / self.key[:24]
-        self.logps = np.full((data.n_rows, 2), np.nan) if fresh else self._load()
+        self.logps = self._unknown() if fresh else self._load()
         self._reference = reference
         missing = first_use[np.isnan(self.logps[first_use]).any(axis=1)]
         self._chunks = [missing[i : i + chunk_rows] for i in range(0, len(missing), chunk_rows)]
@@ -57,16 +61,19 @@ class ReferenceLogps:
         self._ask: Callable[[int], Pending] | None = None
         self.cached = not self._chunks
 
+    def _unknown(self) -> np.ndarray:
+        return np.full((self.data.n_rows, len(self._columns)), np.nan)
+
     def _load(self) -> np.ndarray:
-        """float64 (rows, 2), NaN where nothing is known yet."""
+        """float64 (rows, sequences of a row), NaN where nothing is known yet."""
         manifest = read_manifest(self.path)
         if manifest is None or manifest.fingerprint != self.key or verify(self.path, manifest):
-            return np.full((self.data.n_rows, 2), np.nan)
+            return self._unknown()
         import pyarrow as pa
 
         with pa.memory_map(str(self.path / FILE)) as source:
             table = pa.ipc.open_file(source).read_all()
-        return np.stack([table[name].to_numpy() for name in ("chosen", "rejected")], axis=1)
+        return np.stack([table[name].to_numpy() for name in self._columns], axis=1)
 
     def start(self, group: ActorGroup, role: str | None) -> None:
         """Begin on the first chunks, without waiting for them."""
@@ -81,9 +88,9 @@ class ReferenceLogps:
         self._fill(0)
 
     def columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """`ref_chosen_logps` and `ref_rejected_logps` of the given rows; waits for their chunks."""
+        """The reference's columns of the given rows; waits for their chunks."""
         self._wait_for(int(self._chunk_of[rows].max()))
-        return {"ref_chosen_logps": self.logps[rows, 0], "ref_rejected_logps": self.logps[rows, 1]}
+        return {name: self.logps[rows, place] for place, name in enumerate(self._columns)}
 
     def _fill(self, needed: int) -> None:
         """Keep the reference's ranks busy up to a window beyond the chunk that is needed now."""
@@ -97,7 +104,7 @@ class ReferenceLogps:
         self._fill(number + 1)
         while self._done <= number:
             rows, pending = self._waiting.popleft()
-            self.logps[rows] = np.asarray(pending.result()[0]).reshape(-1, 2)
+            self.logps[rows] = np.asarray(pending.result()[0]).reshape(-1, len(self._columns))
             self._done += 1
         if self._done == len(self._chunks):
             self._keep()
@@ -114,7 +121,7 @@ class ReferenceLogps:
             data={"fingerprint": self.data.fingerprint, "rows": self.data.n_rows},
             versions=versions(),
         )
-        table = pa.table({"chosen": self.logps[:, 0], "rejected": self.logps[:, 1]})
+        table = pa.table({name: self.logps[:, place] for place, name in enumerate(self._columns)})
         with (
             new_directory(self.path, manifest) as aside,
             pa.OSFile(str(aside / FILE), "wb") as sink,

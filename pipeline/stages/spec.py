@@ -6,7 +6,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.stages.offline_spec import DpoOptions, DpoStage, RewardStage, SftStage
+from pipeline.stages.offline_spec import (
+    DpoOptions,
+    DpoStage,
+    KtoStage,
+    ReferencedStage,
+    RewardStage,
+    SftStage,
+)
 from pipeline.stages.online_spec import (
     GrpoStage,
     PolicyGradientStage,
@@ -22,8 +29,10 @@ __all__ = [
     "DpoOptions",
     "DpoStage",
     "GrpoStage",
+    "KtoStage",
     "PolicyGradientStage",
     "PpoStage",
+    "ReferencedStage",
     "ReinforcePpStage",
     "RewardStage",
     "RlStage",
@@ -34,13 +43,14 @@ __all__ = [
 ]
 
 Stage = Annotated[
-    SftStage | DpoStage | RewardStage | PpoStage | GrpoStage | RlooStage | ReinforcePpStage,
+    SftStage | DpoStage | KtoStage | RewardStage | PpoStage | GrpoStage | RlooStage | ReinforcePpStage,
     Field(discriminator="type"),
 ]
 STAGE_TYPES: dict[str, type[StageSpec]] = {
     "sft": SftStage,
     "reward": RewardStage,
     "dpo": DpoStage,
+    "kto": KtoStage,
     "ppo": PpoStage,
     "grpo": GrpoStage,
     "rloo": RlooStage,

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.algorithms.dpo import DpoLoss
+from actors.algorithms.kto import KtoLoss
 from actors.errors import UserError
 from pipeline.artifacts import MANIFEST, Manifest, new_directory, verify, versions, write_json
 from pipeline.graph import Decision, Identity, checkpoints
-from pipeline.stages.checks import check_first_dpo_step, check_unmoved
+from pipeline.stages.checks import check_first_step, check_unmoved
 from pipeline.stages.metrics import MetricsLog
 from pipeline.stages.prepared import Prepared, PreparedStage
 from pipeline.stages.spec import RewardStage
@@ -91,8 +92,8 @@ def train(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> Manife
         number, pending = flying.popleft()
         metrics = pending.result()[0]
         metrics["epoch"] = round(stage.epoch(number + 1), 4)
-        if number == 0 and isinstance(stage.loss, DpoLoss) and ctx.starts_as_reference:
-            check_first_dpo_step(stage.name, stage.loss, metrics, ctx.dtype)
+        if number == 0 and isinstance(stage.loss, DpoLoss | KtoLoss) and ctx.starts_as_reference:
+            check_first_step(stage.name, stage.loss, metrics, ctx.dtype)
         line = log.add(number + 1, metrics, final=number + 1 == stage.total_steps)
         ctx.on_step(number + 1, metrics)
         if line:

@@ -6,6 +6,7 @@ for 12 steps, so a difference anywhere would grow.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ import numpy as np
 import pytest
 
 from actors.algorithms.dpo import DpoLoss
+from actors.algorithms.kto import KtoLoss
 from actors.algorithms.reward import RewardLoss
 from actors.algorithms.sft import SftLoss
 from actors.host import ModelHost
 from actors.models.spec import LoraSpec
 from actors.optim_spec import OptimSpec
+from pipeline.data.bad_rows import Skipped
+from pipeline.data.mismatched import with_mismatched
+from pipeline.data.tokens import TokenizedData, TokenStats
 from tests.actors.host_cases import (
     LORA,
     host_spec,
@@ -176,6 +181,74 @@ def test_dpo_equals_trl(variant: str, tiny_base: Path, tmp_path: Path) -> None:
         ours.append(host.update(with_reference(host, batch, None, loss.ld_alpha), loss, step))
     loss.check_start(ours[0], tolerance=1e-4)
     assert_equal_curves(ours, theirs, (*COMMON, *PAIRS))
+
+
+KTO_VARIANTS: dict[str, dict[str, Any]] = {
+    "kto": {"desirable_weight": 1.5, "undesirable_weight": 0.75, "beta": 0.3},
+    "apo_zero_unpaired": {"loss_type": "apo_zero_unpaired"},
+}
+KTO = ("kl", "entropy", "loss", "grad_norm", "learning_rate", "num_tokens")
+
+
+@pytest.mark.parametrize("variant", ["kto", pytest.param("apo_zero_unpaired", marks=pytest.mark.slow)])
+def test_kto_equals_trl(variant: str, tiny_base: Path, tmp_path: Path) -> None:
+    """Rows in order: both rotate the answers within each batch."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import KTOConfig, KTOTrainer
+
+    rows = random_rows(STEPS * BATCH)
+    # the third batch has desirable rows only
+    labels = np.array([i % 3 != 0 or i // BATCH == 2 for i in range(len(rows))])
+    host = policy_host(tiny_base)
+    settings = KTO_VARIANTS[variant]
+    kl = settings.get("loss_type") is None
+
+    class Tokenised(KTOTrainer):
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            return dataset
+
+    def rotated(i: int) -> list[int]:
+        start = i // BATCH * BATCH
+        return rows[start + (i - start - 1) % BATCH][1]
+
+    theirs = curve(
+        Tokenised(
+            model=trl_model(tiny_base, host, tmp_path),
+            args=KTOConfig(**trl_arguments(tmp_path), **settings, remove_unused_columns=False),
+            train_dataset=Dataset.from_list(
+                [
+                    {"prompt_ids": p, "completion_ids": a, "label": bool(labels[i])}
+                    | ({"KL_completion_ids": rotated(i)} if kl else {})
+                    for i, (p, a) in enumerate(rows)
+                ]
+            ),
+            processing_class=AutoTokenizer.from_pretrained(tiny_base),
+        )
+    )
+    whole = replace(sft_batch(rows), columns={"label": labels})
+    stats = TokenStats(len(rows), 0, 0, 0, 0, 0, 0)
+    data = TokenizedData(whole, np.arange(len(rows)), Skipped(), stats)
+    batches = [np.arange(i, i + BATCH) for i in range(0, len(rows), BATCH)]
+    if kl:
+        data = with_mismatched(data, batches, None)
+    loss = KtoLoss(**settings)
+    host.prepare_training("policy", OPTIM, STEPS)
+    ours = []
+    for step, numbers in enumerate(batches):
+        batch = data.batch(numbers)
+        logps = host.logprobs(batch, None).reshape(BATCH, -1)
+        names = ("ref_logps", "ref_kl_logps")[: logps.shape[1]]
+        batch = batch.with_columns(**{name: logps[:, place] for place, name in enumerate(names)})
+        ours.append(host.update(batch, loss, step))
+    assert "rewards/rejected" not in theirs[2]
+    assert "rewards/rejected" not in ours[2]
+    assert not kl or max(step["kl"] for step in theirs) > 0
+    for step, (mine, trl) in enumerate(zip(ours, theirs, strict=True)):
+        names = (*KTO, *(name for name in trl if name.startswith(("rewards/", "logps/", "logits/"))))
+        for name in names:
+            scale = abs(trl.get("logps/chosen", 0.0)) if name.startswith(("rewards", "kl")) else 0.0
+            assert mine[name] == pytest.approx(trl[name], rel=1e-5, abs=1e-6 + 1e-6 * scale), (step, name)
 
 
 SCORES = ("min_reward", "mean_reward", "max_reward", "accuracy", "margin")
