@@ -1,0 +1,110 @@
+"""Actors of driver.py that answer at once with something right, so that a step is all the driver's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from actors.sampling import Generations, SamplingSpec
+from actors.sync.protocol import CommitReport, Expected, Offer, Prepared, Readback, StageAck
+
+LOGP = -1.0
+"""Log-probability of every token, everywhere."""
+TOKEN = 65
+DIGESTS = {f"model.layers.{i}.weight": "same" for i in range(100)}
+
+
+def _facts(version: int) -> dict[str, Any]:
+    return {
+        "version": version, "bytes": 1 << 20, "tensors": len(DIGESTS), "digest": "d", "manifest_digest": "m"
+    }  # fmt: skip
+
+
+class Engine:
+    """A rollout engine whose samples all have `tokens` tokens."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens, self.version = tokens, -1
+
+    def load(self, base: str, updatable: bool = False) -> dict[str, float]:
+        return {}
+
+    def open_channel(self, address: str, timeout_s: float, backend: str = "gloo") -> str:
+        return "float32"
+
+    def generate(self, prompts: Sequence[Any], sampling: SamplingSpec, seeds: Sequence[int]) -> Generations:
+        n = len(seeds)
+        return Generations(
+            token_ids=np.full(n * self.tokens, TOKEN, np.int32),
+            logprobs=np.full(n * self.tokens, LOGP, np.float32),
+            offsets=np.arange(n + 1, dtype=np.int64) * self.tokens,
+            finish=np.zeros(n, np.int8),
+            n=1,
+            label="stand-in",
+            seconds=0.0,
+            token_versions=np.full(n * self.tokens, self.version, np.int32),
+        )
+
+    def score_tokens(self, token_ids: Sequence[Sequence[int]], starts: Sequence[int]) -> list[np.ndarray]:
+        return [np.full(len(ids) - start, LOGP) for ids, start in zip(token_ids, starts)]
+
+    def stage(self, version: int) -> StageAck:
+        return StageAck(**_facts(version))
+
+    def commit(self, version: int) -> CommitReport:
+        self.version = version
+        return CommitReport(version, len(DIGESTS), len(DIGESTS), {})
+
+    def readback(self, version: int) -> Readback:
+        return Readback(version, DIGESTS)
+
+    def discard(self, version: int) -> None:
+        return None
+
+    def expert_load(self) -> None:
+        return None
+
+
+class _Source:
+    """The trainer's end of a sync."""
+
+    def listen(self, engine: int, timeout_s: float) -> str:
+        return "nowhere:0"
+
+    def accept(self, engine: int, backend: str = "gloo") -> None:
+        return None
+
+    def prepare(self, version: int, role: str | None, payload: str, dtype: str) -> Prepared:
+        return Prepared(Offer(**_facts(version)), {"gather": 0.0, "pack": 0.0})
+
+    def send(self, engines: Sequence[int]) -> dict[int, str]:
+        return {}
+
+    def expected(self, role: str | None, dtype: str) -> Expected:
+        return Expected(DIGESTS, 0.0)
+
+    def close(self) -> None:
+        return None
+
+
+class Trainer:
+    """A policy rank."""
+
+    def __init__(self) -> None:
+        self.weight_source = _Source()
+
+    def token_logprobs(self, batch: Any, role: str | None, temperature: float = 1.0) -> np.ndarray:
+        return np.full(int(batch.loss_mask.sum()), LOGP)
+
+    def update(self, batch: Any, loss: Any, step: int, role: str | None = None) -> dict[str, float]:
+        return {"loss": 0.0, "ratio/max_deviation": 0.0, "num_tokens": 0.0, "step_seconds": 0.0}
+
+    def router_load(self, role: str | None = None) -> None:
+        return None
+
+
+def reward(completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
+    """Something that differs within a group; the cost of a user's own function is not the driver's."""
+    return [float(i % 2) for i in range(len(completion_ids))]

@@ -1,0 +1,161 @@
+"""A weight sync by its parts, adapter against merged weights, on bases of 1 M to 200 M parameters.
+
+python benchmarks/sync.py            # five bases, five syncs of each payload, in turns
+python benchmarks/sync.py --quick    # the smallest base, two syncs of each: does it run?
+
+Trainer and engine are the product's own, one process each; between two syncs the trainer takes an optimizer
+step. The proof of each sync (read-back digests, probes) is part of its time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+from benchmarks.figures import Ratio, Session, console, rows
+from benchmarks.online_workloads import MOE_60M
+from benchmarks.workloads import LEARNING_RATE, LORA_ALPHA, LORA_R, MEDIUM_MODEL
+
+BASES: dict[str, dict[str, Any]] = {
+    "1m": {},
+    "10m": {"hidden_size": 256, "num_experts": 16, "moe_intermediate_size": 160, "vocab_size": 2048},
+    "59m": MOE_60M,
+    "124m": MEDIUM_MODEL,
+    "190m": {**MOE_60M, "num_experts": 64},
+}
+"""Overrides of the tiny Qwen3-MoE config, by parameters."""
+PAYLOADS = ("adapter", "merged")
+PARTS = ("gather", "pack", "wire", "load", "verify")
+TURNS, WARM_UP = 5, 1
+ROLE = "policy"
+THREADS = 2
+PROBES, PROBE_TOKENS = 4, 33
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES))
+    args = parser.parse_args()
+    session = Session("sync", args.quick)
+    found = measure(["1m"] if args.quick else args.bases, 2 if args.quick else TURNS)
+    show(found)
+    session.end(ratios_of(found), syncs=found)
+
+
+def measure(bases: list[str], turns: int) -> list[dict[str, Any]]:
+    """Syncs of both payloads on each base, one after the other in the same two processes."""
+    from actors.cluster import start_ray, stop_ray
+    from actors.engine_spec import EngineSpec
+    from actors.group import ROLLOUT, host_group, rollout_group
+    from actors.models.tiny import write_tiny_base
+    from actors.runtime import LimitsSpec, RoleSpec
+
+    found: list[dict[str, Any]] = []
+    start_ray()
+    with tempfile.TemporaryDirectory(prefix="raylign-sync-") as scratch:
+        role, limits = RoleSpec(threads=THREADS), LimitsSpec()
+        policy = host_group(ROLE, role, limits, scratch).start()
+        rollout = rollout_group(role, limits, scratch).start()
+        try:
+            rollout.ready().build(ROLLOUT, EngineSpec(max_model_len=512)).result()
+            for name in bases:
+                base = write_tiny_base(Path(scratch) / name, **BASES[name])
+                found += _syncs(name, base, policy, rollout, turns)
+        finally:
+            stop_ray()
+    return found
+
+
+def _syncs(name: str, base: Path, policy: Any, rollout: Any, turns: int) -> list[dict[str, Any]]:
+    from actors.algorithms.sft import SftLoss
+    from actors.batch import Batch
+    from actors.group import HOST
+    from actors.host_spec import HostSpec
+    from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
+    from actors.optim_spec import OptimSpec
+    from actors.sync.spec import SyncSpec
+    from actors.sync.weight_sync import WeightSync
+
+    lora = LoraSpec(r=LORA_R, lora_alpha=LORA_ALPHA, targets=["attention", "experts"])
+    model = ModelSpec(base=str(base), lora=lora, moe=MoeSpec(router_aux_loss_coef=0.0))
+    policy.build(HOST, HostSpec(model=model)).result()
+    policy.call("add_adapter", ROLE, phase="load")
+    optim = OptimSpec(learning_rate=LEARNING_RATE, lr_scheduler_type="constant")
+    policy.call("prepare_training", ROLE, optim, 1_000, phase="load")
+    generator = np.random.default_rng(0)
+    probes = generator.integers(3, 256, size=(PROBES, PROBE_TOKENS)).tolist()
+    batch = Batch.from_sequences(probes, [np.arange(PROBE_TOKENS) > 0] * PROBES)
+    sync = WeightSync(policy, rollout, SyncSpec(), str(base), ROLE, probes)
+    sync.connect()
+    found, version = [], 0
+    for turn in range(-WARM_UP, turns):
+        for payload in PAYLOADS if turn % 2 else reversed(PAYLOADS):
+            policy.call("update", batch, SftLoss(), version, phase="update")
+            sync.spec = SyncSpec(payload=payload)
+            version += 1
+            began = time.perf_counter()
+            report = sync.push(version)
+            seconds = time.perf_counter() - began
+            found.append(
+                {"base": name, "payload": payload, "turn": turn, "bytes": report.bytes, "seconds": seconds,
+                 "parts": report.seconds, "base_bytes": _bytes_of(base)}
+            )  # fmt: skip
+            if turn >= 0:
+                console.print(
+                    f"{name} {payload} #{turn + 1}: {seconds:.3f} s, {report.bytes / 2**20:,.1f} MiB"
+                )
+    sync.close()
+    return [one for one in found if one["turn"] >= 0]
+
+
+def _bytes_of(base: Path) -> int:
+    return sum(file.stat().st_size for file in base.glob("*.safetensors"))
+
+
+def show(found: list[dict[str, Any]]) -> None:
+    """Medians by base and payload."""
+    lines = []
+    for name, payload in dict.fromkeys((one["base"], one["payload"]) for one in found):
+        same = [one for one in found if (one["base"], one["payload"]) == (name, payload)]
+        total, wire = (
+            median(one["seconds"] for one in same),
+            median(one["parts"]["wire"] for one in same),
+        )
+        lines.append(
+            [f"{name} {payload}", same[0]["base_bytes"] / 2**20, same[0]["bytes"] / 2**20, total,
+             *[f"{median(one['parts'].get(part, 0.0) for one in same):.3f}" for part in PARTS], total / wire]
+        )  # fmt: skip
+    rows(
+        "One sync, medians: seconds by part",
+        ["base, payload", "base MiB", "MiB sent", "total", *PARTS, "total / wire"],
+        lines,
+    )
+
+
+def ratios_of(found: list[dict[str, Any]]) -> list[Ratio]:
+    """Merged over adapter, in seconds; total over wire time."""
+    made = []
+    for name in dict.fromkeys(one["base"] for one in found):
+        by = {(one["turn"], one["payload"]): one for one in found if one["base"] == name}
+        turns = sorted({turn for turn, _ in by})
+        seconds = [by[t, "merged"]["seconds"] / by[t, "adapter"]["seconds"] for t in turns]
+        total = [by[t, "adapter"]["seconds"] / by[t, "adapter"]["parts"]["wire"] for t in turns]
+        made.append(Ratio(f"sync of merged weights / of the adapter, seconds, {name}", seconds))
+        made.append(Ratio(f"adapter sync, total / wire, {name}", total))
+    return made
+
+
+if __name__ == "__main__":
+    main()
