@@ -85,6 +85,7 @@ def llm_settings(config: Any, spec: EngineSpec) -> dict[str, Any]:
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(TOKENS_PER_STEP, length),
         "kv_cache_memory_bytes": cache_bytes(config.get_text_config(), spec, length),
+        **row.engine_args,
     }
 
 

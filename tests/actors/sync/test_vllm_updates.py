@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,19 +11,28 @@ import torch
 
 from actors.errors import RunFailure
 from actors.group import ROLLOUT, ActorGroup, rollout_group
-from actors.models.architectures import ARCHITECTURES
-from actors.rollout import EngineSpec, SamplingSpec
+from actors.rollout import EngineSpec
 from actors.runtime import LimitsSpec, RoleSpec
 from actors.sync.payload import pack_adapter, pack_merged
 from tests.actors.sync import vllm_cases as cases
-from tests.actors.sync.vllm_cases import ADAPTER, LONG, MERGED, SEQUENCES, STARTS, Policy, off, push, scores
+from tests.actors.sync.vllm_cases import (
+    ADAPTER,
+    LONG,
+    MERGED,
+    SEQUENCES,
+    STARTS,
+    Policy,
+    off,
+    push,
+    samples,
+    scores,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 
-PROVED = ["qwen3_moe", "mixtral", "qwen3"]
-"""Experts that keep their names, experts that get others in a checkpoint, no experts."""
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES if name not in PROVED]
-SPEC = EngineSpec(max_num_seqs=16, max_model_len=512)
+PROVED = ["qwen3_moe", "mixtral", "qwen3", "gpt_oss"]
+"""Experts that keep their names, experts that get others in a checkpoint, no experts, and loaders of vLLM's
+that need a workaround. The others are in `test_vllm_architectures.py`."""
 FAULTY = "tests.actors.sync.vllm_cases"
 
 
@@ -50,61 +58,34 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return make
 
 
-def engine(process: ActorGroup, base: Path, spec: EngineSpec = SPEC, what: str = ROLLOUT) -> ActorGroup:
-    """An updatable engine on `base`."""
-    process.build(what, spec).result()
-    process.call_rank(0, "load", str(base), updatable=True, phase="load")
-    return process
+engine = cases.updatable
 
 
-@pytest.mark.parametrize("architecture", [*PROVED, *OTHERS])
+@pytest.mark.parametrize("architecture", PROVED)
 def test_after_five_adapter_and_five_merged_syncs_the_engine_equals_transformers(
     process: ActorGroup, base_of: Callable[..., Path], architecture: str
 ) -> None:
     policy = Policy(base_of(architecture), architecture)
-    rollout = engine(process, policy.base)
-    before = scores(rollout)
-    for version in range(10):
-        policy.change(seed=version)
-        report = push(rollout, policy.payload(ADAPTER if version % 2 else MERGED, version))
-        assert report.bound == report.expected > 0
-        now = scores(rollout)
-        # The change is a thousand times what is allowed: an engine that kept its weights would be seen.
-        assert off(now, before) > 1e-2
-        assert off(now, policy.logps(SEQUENCES, STARTS)) < 1e-5
-        before = now
-        read = rollout.call_rank(0, "readback", version).digests
-        assert len(read) == report.expected
-        assert read == policy.digests(read)
+    cases.check_ten_syncs(engine(process, policy.base), policy)
 
 
-@pytest.mark.parametrize("kind", [ADAPTER, MERGED])
-@pytest.mark.parametrize("architecture", [*PROVED, *OTHERS])
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [
+        ("qwen3_moe", ADAPTER),
+        ("qwen3_moe", MERGED),
+        ("mixtral", ADAPTER),
+        ("qwen3", MERGED),
+        ("gpt_oss", ADAPTER),
+    ],
+)
 def test_in_bfloat16_an_updated_engine_is_exactly_a_fresh_one(
-    process: ActorGroup,
-    base_of: Callable[..., Path],
-    tmp_path: Path,
-    architecture: str,
-    kind: str,
+    process: ActorGroup, base_of: Callable[..., Path], tmp_path: Path, architecture: str, kind: str
 ) -> None:
     # Routers that vLLM keeps in float32 would be finer than a written checkpoint's in a float32 base.
     policy = Policy(base_of(architecture, torch.bfloat16), architecture)
-    rollout = engine(process, policy.base, SPEC.model_copy(update={"dtype": "bfloat16"}))
-    for version in range(2):
-        policy.change(seed=version)
-        push(rollout, policy.payload(kind, version, torch.bfloat16))
-    updated = scores(rollout), samples(rollout, [LONG, *SEQUENCES[1:]])
-    merged = policy.write(tmp_path / "merged", torch.bfloat16)
-    rollout.call_rank(0, "load", str(merged), phase="load")
-    fresh = scores(rollout), samples(rollout, [LONG, *SEQUENCES[1:]])
-    assert off(updated[0], fresh[0]) == 0.0
-    np.testing.assert_array_equal(updated[1].token_ids, fresh[1].token_ids)
-    np.testing.assert_array_equal(updated[1].logprobs, fresh[1].logprobs)
-
-
-def samples(rollout: ActorGroup, prompts: list[list[int]]) -> Any:
-    sampling = SamplingSpec(max_tokens=8, n=2)
-    return rollout.call_rank(0, "generate", prompts, sampling, list(range(2 * len(prompts))))
+    rollout = cases.updatable(process, policy.base, "bfloat16")
+    cases.check_fresh_equal(rollout, policy, kind, tmp_path)
 
 
 def test_samples_name_their_version_and_use_no_keys_of_the_one_before(
@@ -303,7 +284,7 @@ def test_vllm_still_needs_experts_packed_after_a_reload(
 def test_an_engine_that_was_not_loaded_for_updates_says_so(
     process: ActorGroup, base_of: Callable[..., Path]
 ) -> None:
-    process.build(ROLLOUT, SPEC).result()
+    process.build(ROLLOUT, EngineSpec()).result()
     process.call_rank(0, "load", str(base_of("qwen3")), phase="load")
     with pytest.raises(RunFailure, match="can't be updated"):
         process.call_rank(0, "commit", 1, phase="sync")

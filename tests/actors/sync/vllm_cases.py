@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.group import ActorGroup
+from actors.group import ROLLOUT, ActorGroup
 from actors.models.adapters import adapter_parameters, attach_lora, role
 from actors.models.loading import load_base
 from actors.models.merge import adapter_factors, merged_state, write_model
 from actors.models.moe import RouterStats
 from actors.models.spec import LoraSpec, ModelSpec
-from actors.rollout import RolloutEngine
+from actors.rollout import EngineSpec, RolloutEngine, SamplingSpec
 from actors.sync.payload import Payload, closure, digest_of, pack_adapter, pack_merged
-from tests.actors.models.conftest import GROUPS, tiny_config_of
+from tests.actors.models.tiny_models import GROUPS, tiny_model
 
 GENERATOR = np.random.default_rng(7)
 LONG = GENERATOR.integers(5, 250, 300).tolist()
@@ -27,15 +27,10 @@ ADAPTER, MERGED = "adapter", "merged"
 
 
 def write_base(path: Path, architecture: str, dtype: torch.dtype = torch.float32) -> Path:
-    """A random base of an architecture."""
-    from transformers import AutoModelForCausalLM
-
+    """A random base of an architecture, with random norms, biases and router corrections."""
     from actors.models.tiny import byte_tokenizer
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(tiny_config_of(architecture))
-    model.to(dtype).save_pretrained(path)
+    tiny_model(architecture).to(dtype).save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
     return path
 
@@ -45,9 +40,7 @@ class Policy:
 
     def __init__(self, base: Path, architecture: str) -> None:
         self.base = base
-        # glm4_moe's router has a bias that vLLM doesn't reload: an engine refuses to update that router.
-        groups = [g for g in GROUPS[architecture] if (architecture, g) != ("glm4_moe", "router")]
-        lora = LoraSpec(r=4, targets=groups)
+        lora = LoraSpec(r=4, targets=GROUPS[architecture])
         self.peft: Any = attach_lora(load_base(ModelSpec(base=str(base))), lora, "policy").eval()
 
     def change(self, seed: int) -> None:
@@ -104,10 +97,10 @@ def with_tensors(payload: Payload, change: Any) -> Payload:
     return pack_merged(payload.manifest.version, payload.manifest.base_dtype, tensors)
 
 
-def push(engine: ActorGroup, payload: Payload) -> Any:
+def push(engine: ActorGroup, payload: Payload, keep: bool = False) -> Any:
     """Stage and commit on one engine, without a channel."""
     engine.call_rank(0, "weights.stage_payload", payload, phase="sync")
-    return engine.call_rank(0, "commit", payload.manifest.version, phase="sync")
+    return engine.call_rank(0, "commit", payload.manifest.version, keep, phase="sync")
 
 
 def scores(engine: ActorGroup) -> list[np.ndarray]:
@@ -120,10 +113,54 @@ def off(one: list[np.ndarray], other: list[np.ndarray]) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(one, other, strict=True))
 
 
+def check_ten_syncs(rollout: ActorGroup, policy: Policy) -> None:
+    """Five adapter and five merged versions: after each the engine holds and computes the policy's."""
+    before = scores(rollout)
+    for version in range(10):
+        policy.change(seed=version)
+        report = push(rollout, policy.payload(ADAPTER if version % 2 else MERGED, version))
+        assert report.bound == report.expected > 0
+        now = scores(rollout)
+        # The change is a thousand times what is allowed: an engine that kept its weights would be seen.
+        assert off(now, before) > 1e-2
+        assert off(now, policy.logps(SEQUENCES, STARTS)) < 1e-5
+        before = now
+        read = rollout.call_rank(0, "readback", version).digests
+        assert len(read) == report.expected
+        assert read == policy.digests(read)
+
+
+def check_fresh_equal(rollout: ActorGroup, policy: Policy, kind: str, scratch: Path) -> None:
+    """In bfloat16, an engine after two versions is to the bit one that has loaded the merged checkpoint."""
+    for version in range(2):
+        policy.change(seed=version)
+        push(rollout, policy.payload(kind, version, torch.bfloat16))
+    updated = scores(rollout), samples(rollout, [LONG, *SEQUENCES[1:]])
+    merged = policy.write(scratch / "merged", torch.bfloat16)
+    rollout.call_rank(0, "load", str(merged), phase="load")
+    fresh = scores(rollout), samples(rollout, [LONG, *SEQUENCES[1:]])
+    assert off(updated[0], fresh[0]) == 0.0
+    np.testing.assert_array_equal(updated[1].token_ids, fresh[1].token_ids)
+    np.testing.assert_array_equal(updated[1].logprobs, fresh[1].logprobs)
+
+
+def samples(rollout: ActorGroup, prompts: list[list[int]]) -> Any:
+    """Two samples of eight tokens for each prompt."""
+    sampling = SamplingSpec(max_tokens=8, n=2)
+    return rollout.call_rank(0, "generate", prompts, sampling, list(range(2 * len(prompts))))
+
+
+def updatable(process: ActorGroup, base: Path, dtype: str = "float32", what: str = ROLLOUT) -> ActorGroup:
+    """An updatable engine on `base`."""
+    process.build(what, EngineSpec(max_num_seqs=16, max_model_len=512, dtype=dtype)).result()  # type: ignore[arg-type]
+    process.call_rank(0, "load", str(base), updatable=True, phase="load")
+    return process
+
+
 class UnpackedEngine(RolloutEngine):
     """Leaves reloaded experts in the checkpoint's layout."""
 
-    def commit(self, version: int) -> Any:
+    def commit(self, version: int, keep: bool = False) -> Any:
         from actors.sync import vllm_side
 
         real, vllm_side.repack_experts = vllm_side.repack_experts, lambda modules: 0
@@ -136,7 +173,7 @@ class UnpackedEngine(RolloutEngine):
 class BreakingEngine(RolloutEngine):
     """Loads one module of a version, then fails."""
 
-    def commit(self, version: int) -> Any:
+    def commit(self, version: int, keep: bool = False) -> Any:
         from actors.sync import vllm_side
 
         engine = vllm_side.SyncTransferEngine
@@ -158,7 +195,7 @@ class BreakingEngine(RolloutEngine):
 class DroppingEngine(RolloutEngine):
     """A loader that loses a tensor without a word, as vLLM's do for names that they don't know."""
 
-    def commit(self, version: int) -> Any:
+    def commit(self, version: int, keep: bool = False) -> Any:
         from actors.sync import vllm_side
 
         engine = vllm_side.SyncTransferEngine
@@ -177,3 +214,43 @@ class DroppingEngine(RolloutEngine):
             return super().commit(version)
         finally:
             engine.receive_weights = real
+
+
+class UnaidedEngine(RolloutEngine):
+    """Leaves out the workarounds of `without`."""
+
+    without: frozenset[str] = frozenset()
+
+    def load(self, *args: Any, **kwargs: Any) -> Any:
+        from actors import vllm_settings
+
+        real = vllm_settings.use_only
+        vllm_settings.use_only = lambda names: real(n for n in names if n not in self.without)
+        try:
+            return super().load(*args, **kwargs)
+        finally:
+            vllm_settings.use_only = real
+
+
+class NoGptOssLoaders(UnaidedEngine):
+    without = frozenset({"gpt_oss_loaders"})
+
+
+class NoRotaryFix(UnaidedEngine):
+    without = frozenset({"rotary_queries_by_head"})
+
+
+class NoRouterBias(UnaidedEngine):
+    without = frozenset({"router_bias"})
+
+
+class NoNamedLoaders(UnaidedEngine):
+    without = frozenset({"named_loaders"})
+
+
+class NoHeadBias(UnaidedEngine):
+    without = frozenset({"phimoe_head_bias"})
+
+
+class NoDbrxNames(UnaidedEngine):
+    without = frozenset({"dbrx_expert_names"})

@@ -1,0 +1,134 @@
+"""Every row of the table in a real engine: ten versions brought in, compared with transformers or, where
+vLLM computes in bfloat16 only, with fresh engines. `test_vllm_updates.py` has those of `make test`."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from actors.errors import RunFailure, UserError
+from actors.group import ActorGroup, rollout_group
+from actors.models.architectures import ARCHITECTURES
+from actors.models.engine_rows import ENGINE_ROWS
+from actors.runtime import LimitsSpec, RoleSpec
+from tests.actors.sync import vllm_cases as cases
+from tests.actors.sync.test_vllm_updates import PROVED
+from tests.actors.sync.vllm_cases import ADAPTER, MERGED, SEQUENCES, STARTS, Policy, off, scores
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
+
+FLOAT32 = [name for name in ARCHITECTURES if "float32" in ENGINE_ROWS[name].dtypes]
+UNAIDED = "tests.actors.sync.vllm_cases"
+
+
+@pytest.fixture(scope="module")
+def process(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActorGroup]:
+    """One process for all engines of this file: it also shows that one architecture's settings leave
+    nothing behind for the next."""
+    group = rollout_group(RoleSpec(), LimitsSpec(stop=5), tmp_path_factory.mktemp("rows") / "logs")
+    group.start().ready()
+    yield group
+    group.shutdown()
+
+
+@pytest.fixture(scope="module")
+def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    made: dict[tuple[str, torch.dtype], Path] = {}
+
+    def make(architecture: str, dtype: torch.dtype = torch.float32) -> Path:
+        if (architecture, dtype) not in made:
+            path = tmp_path_factory.mktemp(architecture)
+            made[architecture, dtype] = cases.write_base(path, architecture, dtype)
+        return made[architecture, dtype]
+
+    return make
+
+
+@pytest.mark.parametrize("architecture", [name for name in FLOAT32 if name not in PROVED])
+def test_after_five_adapter_and_five_merged_syncs_the_engine_equals_transformers(
+    process: ActorGroup, base_of: Callable[..., Path], architecture: str
+) -> None:
+    policy = Policy(base_of(architecture), architecture)
+    cases.check_ten_syncs(cases.updatable(process, policy.base), policy)
+
+
+@pytest.mark.parametrize("kind", [ADAPTER, MERGED])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_in_bfloat16_an_updated_engine_is_exactly_a_fresh_one(
+    process: ActorGroup, base_of: Callable[..., Path], tmp_path: Path, architecture: str, kind: str
+) -> None:
+    policy = Policy(base_of(architecture, torch.bfloat16), architecture)
+    rollout = cases.updatable(process, policy.base, "bfloat16")
+    cases.check_fresh_equal(rollout, policy, kind, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in FLOAT32])
+def test_a_dtype_that_the_kernels_lack_is_refused_before_vllm_fails_on_it(
+    process: ActorGroup, base_of: Callable[..., Path], architecture: str
+) -> None:
+    with pytest.raises(UserError, match=rf"float32: vLLM's CPU engine runs {architecture} in bfloat16 only"):
+        cases.updatable(process, base_of(architecture))
+
+
+# --- Workarounds: each test fails once vLLM no longer needs it -------------------------------------
+
+DROP = (
+    "without the workaround '{}' the engine is right: this vLLM no longer needs it. Drop it from "
+    "actors/workarounds, from the rows that name it, and here"
+)
+
+
+@contextlib.contextmanager
+def still_needed(name: str, reason: str) -> Iterator[None]:
+    """Inside, an engine without this workaround fails for this reason."""
+    try:
+        yield
+    except RunFailure as failure:
+        assert re.search(reason, str(failure), re.DOTALL), str(failure)  # noqa: PT017
+    else:
+        pytest.fail(DROP.format(name))
+
+
+@pytest.mark.parametrize(
+    ("engine", "architecture"),
+    [("NoRotaryFix", "deepseek_v2"), ("NoRouterBias", "ernie4_5_moe"), ("NoHeadBias", "phimoe")],
+)
+def test_vllm_still_computes_wrongly_without(
+    process: ActorGroup, base_of: Callable[..., Path], engine: str, architecture: str
+) -> None:
+    policy = Policy(base_of(architecture), architecture)
+    rollout = cases.updatable(process, policy.base, what=f"{UNAIDED}:{engine}")
+    (name,) = getattr(cases, engine).without
+    assert off(scores(rollout), policy.logps(SEQUENCES, STARTS)) > 1e-3, DROP.format(name)
+
+
+@pytest.mark.parametrize(
+    ("engine", "architecture", "reason"),
+    [
+        ("NoRouterBias", "minimax_m2", "AssertionError"),
+        ("NoNamedLoaders", "minimax_m2", "functools.partial.*__name__"),
+        ("NoDbrxNames", "dbrx", "experts.w13_weight"),
+    ],
+)
+def test_vllm_still_fails_without(
+    process: ActorGroup, base_of: Callable[..., Path], engine: str, architecture: str, reason: str
+) -> None:
+    policy = Policy(base_of(architecture), architecture)
+    (name,) = getattr(cases, engine).without
+    with still_needed(name, reason):
+        scores(cases.updatable(process, policy.base, what=f"{UNAIDED}:{engine}"))
+
+
+def test_vllm_still_drops_experts_of_a_reloaded_gpt_oss_without(
+    process: ActorGroup, base_of: Callable[..., Path]
+) -> None:
+    policy = Policy(base_of("gpt_oss"), "gpt_oss")
+    policy.change(seed=1)
+    rollout = cases.updatable(process, policy.base, what=f"{UNAIDED}:NoGptOssLoaders")
+    with still_needed("gpt_oss_loaders", r"bound to no module of the engine: \[.*experts"):
+        cases.push(rollout, policy.payload(ADAPTER, 1))
