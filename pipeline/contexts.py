@@ -47,20 +47,23 @@ class Contexts:
     def rl_context(self, node: Node, events: Events, tokenizer: Any) -> RlContext:
         """A view for every role of an online stage, the engines, and the sync between policy and engines."""
         from actors.pool import RolloutPool
-        from actors.sync.weight_sync import WeightSync
+        from actors.sync.weight_sync import WeightSync, load_base
 
         assert isinstance(node.spec, RlStage)
         assert isinstance(node.prepared, PreparedRl)
         assert node.reference is not None
-        common = self._common(node, events)
+        # The engines read the base while the ranks do.
         rollout, wanted = self.fleet.rollout(), node.spec.sync
+        loading = load_base(rollout, node.start.base)
+        common = self._common(node, events)
         # A probe's first token has nothing before it to be predicted from.
         usable = [ids for ids in node.prepared.data.token_ids if len(ids) > 1]
         probes = [ids[: wanted.probe_tokens + 1] for ids in usable[: wanted.probes]]
         on_gpus = self.config.roles.policy.gpus > 0 and self.config.roles.rollout.gpus > 0
         backend: Backend = "nccl" if on_gpus else "gloo"
-        sync = WeightSync(common["host"], rollout, wanted, node.start.base, common["role"], probes, backend)
-        sync.start_loading()
+        sync = WeightSync(
+            common["host"], rollout, wanted, node.start.base, common["role"], probes, backend, loading
+        )
         return RlContext(
             **common,
             policy=View(common["host"], common["role"]),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from actors.cluster import check_cluster, start_ray, stop_ray
 from actors.group import HOST, ROLLOUT, ActorGroup, host_group, rollout_group
 from actors.models.facts import BaseFacts, base_facts
-from actors.pending import PendingOne
+from actors.pending import Pending, PendingOne
 from actors.rollout import EngineSpec
 from actors.runtime import RoleSpec
 from pipeline.artifacts import MANIFEST
@@ -50,7 +50,8 @@ class Fleet:
         self._hosts: dict[str, Host] = {}
         self.feeds: dict[str, ReferenceFeed] = {}
         """Of DPO stages, by name."""
-        self._rollout_built = False
+        self._rollout_asked = False
+        self._rollout: Pending | None = None
         self._ray = False
         self._starting: Future[None] | None = None
         self._facts: Future[PendingOne] | None = None
@@ -123,6 +124,8 @@ class Fleet:
             first = graph.pending[0]
             for name in sorted(set(self._first(roles)) & {"policy", "reference"}, reverse=True):
                 self._host(name, first, first.start)
+            if isinstance(first.spec, RlStage):
+                self._build_rollout()
 
     def start_others(self) -> None:
         """The processes of later stages, once training runs: their imports run beside it."""
@@ -221,16 +224,23 @@ class Fleet:
 
     def rollout(self) -> ActorGroup:
         """The rollout engines, ready to load a model."""
-        group = self._group("rollout")
-        if not self._rollout_built:
-            began = time.monotonic()
+        began = time.monotonic()
+        building = self._build_rollout()
+        if building is not None:
+            building.result()
+            self.startup.setdefault("wait for rollout", round(time.monotonic() - began, 2))
+            self._rollout = None
+        return self._group("rollout")
+
+    def _build_rollout(self) -> Pending | None:
+        """Let the engines' actors be made, unless they were; None when that is done."""
+        if not self._rollout_asked:
             engine = EngineSpec(
                 dtype=self.config.model.dtype,
                 trust_remote_code=self.config.model.trust_remote_code,
                 enable_return_routed_experts=self.config.model.moe.router_replay == "rollout",
                 **self.config.roles.rollout.engine.model_dump(),
             )
-            group.ready().build(ROLLOUT, engine).result()
-            self.startup["rollout actors"] = round(time.monotonic() - began, 2)
-            self._rollout_built = True
-        return group
+            self._rollout_asked = True
+            self._rollout = self._group("rollout").build(ROLLOUT, engine)
+        return self._rollout

@@ -41,6 +41,11 @@ class Truth:
     """The same of the version before."""
 
 
+def load_base(rollout: ActorGroup, base_dir: str) -> Pending:
+    """Let the engines load the bare base, ready for updates; returns at once."""
+    return rollout.submit("load", base_dir, updatable=True, phase="load")
+
+
 class WeightSync:
     """The policy's weights in all engines of a group, version by version."""
 
@@ -53,15 +58,17 @@ class WeightSync:
         role: str | None,
         probes: Sequence[Sequence[int]],
         backend: Backend = "gloo",
+        loading: Pending | None = None,
     ) -> None:
         """`base_dir`: the bare base, as engines load it; `role`: the adapter that is sent; `probes`: token
-        ids, at least two each, of which the last `spec.probe_tokens` are compared."""
+        ids, at least two each, of which the last `spec.probe_tokens` are compared; `loading`: of `load_base`,
+        where it was called already."""
         self.policy, self.rollout, self.spec = policy, rollout, spec
         self.base_dir, self.role, self.backend = base_dir, role, backend
         self.engines = {rank: Engine() for rank in range(rollout.size)}
         self._probes = [list(map(int, probe)) for probe in probes]
         self._starts = [max(1, len(probe) - spec.probe_tokens) for probe in self._probes]
-        self._loading: Pending | None = None
+        self._loading = loading
         self._dtype = ""
         self._base: list[np.ndarray] = []
         self._truth: Truth | None = None
@@ -71,20 +78,13 @@ class WeightSync:
         """The version that the engines serve; `NO_VERSION` before the first push."""
         return NO_VERSION if self._truth is None else self._truth.offer.version
 
-    def start_loading(self) -> None:
-        """Let the engines load the base; returns at once. Optional: `connect` does it too."""
-        self._loading = self.rollout.submit("load", self.base_dir, updatable=True, phase="load")
-
     def connect(self) -> None:
         """Bring every engine up with the base, connected to the trainer.
 
         Raises:
             RunFailure: an engine did not load, or did not reach the trainer.
         """
-        if self._loading is None:
-            self.start_loading()
-        assert self._loading is not None
-        self._loading.result()
+        (self._loading or load_base(self.rollout, self.base_dir)).result()
         for rank in self.engines:
             self._open_channel(rank)
         # An engine's first pass over tokens is slow; this one delays no step.
