@@ -23,11 +23,13 @@ import numpy as np
 from actors.engine_spec import EngineSpec
 from actors.errors import RunFailure, UserError
 from actors.sampling import Generations, SamplingSpec, sample_seed
-from actors.vllm_settings import architecture_in_use, llm_settings, read_config
+from actors.vllm_settings import ArchitectureInUse, building_models, llm_settings, read_config
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
 
+    from actors.models.spec import ModelSpec
+    from actors.parity import ParityReport
     from actors.sync.channel import Backend
     from actors.sync.protocol import CommitReport, Readback, StageAck
     from actors.sync.updater import WeightUpdater
@@ -46,7 +48,7 @@ class RolloutEngine:
         self.max_model_len = 0
         self._llm: LLM | None = None
         self._updater: WeightUpdater | None = None
-        self._in_use = contextlib.ExitStack()
+        self._in_use = ArchitectureInUse()
 
     def load(
         self, base: str, adapter: str | None = None, label: str = "", updatable: bool = False
@@ -116,6 +118,12 @@ class RolloutEngine:
             for output, ids, start in zip(outputs, token_ids, starts, strict=True)
         ]
 
+    def parity_probe(self, model: ModelSpec) -> ParityReport:
+        """How far this process's vLLM is from transformers on a base (`actors.parity.probe`)."""
+        from actors.parity import probe
+
+        return probe(self, model)
+
     # --- Weights that a trainer keeps up to date --------------------------------------------------
 
     @property
@@ -170,7 +178,7 @@ class RolloutEngine:
         if self._updater is not None:
             self._updater.close()
         llm, self._llm, self._updater, self.label = self._llm, None, None, ""
-        self._in_use.close()
+        self._in_use.leave()
         if llm is None:
             return
         with _no_collections():
@@ -187,7 +195,8 @@ class RolloutEngine:
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-") as scratch:
             merged = Path(scratch) / "model"
-            merge_adapter(base, adapter, merged, dtype=self.spec.dtype, check=False)
+            with building_models():
+                merge_adapter(base, adapter, merged, dtype=self.spec.dtype, check=False)
             seconds = time.monotonic() - began
             return {"merge": seconds, "engine": self._start(str(merged), label)}
 
@@ -197,7 +206,9 @@ class RolloutEngine:
         from actors.routes import capture_settings, keep_experts
         from actors.sync.updater import WeightUpdater, engine_settings
 
-        resolved = resolve_base(ModelSpec(base=base, trust_remote_code=self.spec.trust_remote_code)).checked()
+        # Whether an architecture without a row may run was decided before any engine was started.
+        spec = ModelSpec(base=base, trust_remote_code=self.spec.trust_remote_code, allow_untested=True)
+        resolved = resolve_base(spec).checked()
         directory = str(local_base_dir(resolved.base_path))
         keeps = self.spec.enable_return_routed_experts
         settings = engine_settings() | (capture_settings() if keeps else {})
@@ -232,7 +243,7 @@ class RolloutEngine:
         config = read_config(model, self.spec)
         settings = llm_settings(config, self.spec) | dict(more or {})
         with _no_collections():
-            self._in_use.enter_context(architecture_in_use(config))
+            self._in_use.enter(config)
             self._llm = LLM(model=model, **settings)
         self.label, self.max_model_len = label or model, settings["max_model_len"]
         return time.monotonic() - began

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -99,19 +99,38 @@ def cache_bytes(config: Any, spec: EngineSpec, length: int) -> int:
     return max(sequence, min(MAX_CACHE, max(MIN_CACHE, FULL_SEQUENCES * sequence)))
 
 
-@contextmanager
-def architecture_in_use(config: Any) -> Iterator[None]:
-    """The workarounds and the environment of an architecture, in this process, while its engine lives.
+class ArchitectureInUse:
+    """The workarounds and the environment of one architecture at a time, in this process."""
 
-    Raises:
-        RunFailure: a workaround doesn't fit the installed vLLM.
-    """
-    from vllm.platforms import current_platform
+    def __init__(self) -> None:
+        self._before: dict[str, str | None] = {}
 
-    row = engine_row(config.model_type)
-    use_only(row.workarounds)
-    with _environment(row.environment if current_platform.is_cpu() else {}):
-        yield
+    def enter(self, config: Any) -> None:
+        """Those of the model with this config, until `leave`.
+
+        Raises:
+            RunFailure: a workaround doesn't fit the installed vLLM.
+        """
+        import vllm.envs
+        from vllm.platforms import current_platform
+
+        self.leave()
+        row = engine_row(config.model_type)
+        use_only(row.workarounds)
+        variables = row.environment if current_platform.is_cpu() else {}
+        self._before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
+        # An engine that lived here before has made vLLM remember its variables.
+        vllm.envs.disable_envs_cache()
+
+    def leave(self) -> None:
+        """The environment as it was."""
+        while self._before:
+            name, value = self._before.popitem()
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
@@ -128,25 +147,6 @@ def building_models() -> Iterator[None]:
 
     with set_current_vllm_config(VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))):
         yield
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    import vllm.envs
-
-    # An engine that lived here before has made vLLM remember its variables.
-    vllm.envs.disable_envs_cache()
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        vllm.envs.disable_envs_cache()
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _for_workers(row: EngineRow) -> dict[str, Any]:
