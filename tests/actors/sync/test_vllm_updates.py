@@ -11,6 +11,7 @@ import torch
 
 from actors.errors import RunFailure
 from actors.group import ROLLOUT, ActorGroup, rollout_group
+from actors.models.spec import LoraSpec, ModelSpec
 from actors.rollout import EngineSpec
 from actors.runtime import LimitsSpec, RoleSpec
 from actors.sync.payload import pack_adapter, pack_merged
@@ -289,3 +290,28 @@ def test_an_engine_that_was_not_loaded_for_updates_says_so(
     with pytest.raises(RunFailure, match="can't be updated"):
         process.call_rank(0, "commit", 1, phase="sync")
     assert samples(process, [LONG]).version == 0
+
+
+# --- The probe of architectures that the table lacks -----------------------------------------------
+
+
+def test_a_probe_finds_an_untested_architecture_right_before_and_after_an_update(
+    process: ActorGroup, tmp_path: Path
+) -> None:
+    base = cases.write_untested_base(tmp_path / "granite")
+    process.build(ROLLOUT, EngineSpec(max_model_len=256)).result()
+    model = ModelSpec(base=str(base), allow_untested=True, lora=LoraSpec(r=4, targets=["attention", "mlp"]))
+    report = process.call_rank(0, "parity_probe", model, phase="load")
+    assert report.problems == ()
+    assert max(report.loaded.max, report.updated.max) < 1e-5
+    # The update is real: had the engine ignored it, the second comparison would have shown it.
+    assert report.moved > 1e-3
+
+
+def test_a_probe_names_what_an_engine_gets_wrong(process: ActorGroup, base_of: Callable[..., Path]) -> None:
+    process.build(f"{FAULTY}:UnpackedEngine", EngineSpec(max_model_len=256)).result()
+    model = ModelSpec(base=str(base_of("qwen3_moe")), lora=LoraSpec(r=4))
+    report = process.call_rank(0, "parity_probe", model, phase="load")
+    (problem,) = report.problems
+    assert problem.startswith("vLLM is wrong after an update in place: probes beyond 0.0001")
+    assert report.loaded.max < 1e-5

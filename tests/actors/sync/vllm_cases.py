@@ -17,6 +17,7 @@ from actors.models.spec import LoraSpec, ModelSpec
 from actors.rollout import EngineSpec, RolloutEngine, SamplingSpec
 from actors.sync.payload import Payload, closure, digest_of, pack_adapter, pack_merged
 from tests.actors.models.tiny_models import GROUPS, tiny_model
+from tests.architecture_results import record
 
 GENERATOR = np.random.default_rng(7)
 LONG = GENERATOR.integers(5, 250, 300).tolist()
@@ -35,11 +36,39 @@ def write_base(path: Path, architecture: str, dtype: torch.dtype = torch.float32
     return path
 
 
+def write_untested_base(path: Path) -> Path:
+    """A random base of an architecture that vLLM and transformers know and the table lacks."""
+    from transformers import AutoModelForCausalLM, GraniteConfig
+
+    from actors.models.tiny import byte_tokenizer
+
+    config = GraniteConfig(
+        vocab_size=320,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        attention_multiplier=0.2,
+        residual_multiplier=0.5,
+        logits_scaling=2.0,
+        initializer_range=0.05,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
 class Policy:
     """A policy with LoRA on all that its architecture has, whose weights change when told to."""
 
     def __init__(self, base: Path, architecture: str) -> None:
-        self.base = base
+        self.base, self.architecture = base, architecture
         lora = LoraSpec(r=4, targets=GROUPS[architecture])
         self.peft: Any = attach_lora(load_base(ModelSpec(base=str(base))), lora, "policy").eval()
 
@@ -115,19 +144,22 @@ def off(one: list[np.ndarray], other: list[np.ndarray]) -> float:
 
 def check_ten_syncs(rollout: ActorGroup, policy: Policy) -> None:
     """Five adapter and five merged versions: after each the engine holds and computes the policy's."""
-    before = scores(rollout)
+    before, worst = scores(rollout), {ADAPTER: 0.0, MERGED: 0.0}
     for version in range(10):
         policy.change(seed=version)
-        report = push(rollout, policy.payload(ADAPTER if version % 2 else MERGED, version))
+        kind = ADAPTER if version % 2 else MERGED
+        report = push(rollout, policy.payload(kind, version))
         assert report.bound == report.expected > 0
         now = scores(rollout)
         # The change is a thousand times what is allowed: an engine that kept its weights would be seen.
         assert off(now, before) > 1e-2
-        assert off(now, policy.logps(SEQUENCES, STARTS)) < 1e-5
-        before = now
+        difference = off(now, policy.logps(SEQUENCES, STARTS))
+        assert difference < 1e-5
+        before, worst[kind] = now, max(worst[kind], difference)
         read = rollout.call_rank(0, "readback", version).digests
         assert len(read) == report.expected
         assert read == policy.digests(read)
+    record(policy.architecture, **worst)
 
 
 def check_fresh_equal(rollout: ActorGroup, policy: Policy, kind: str, scratch: Path) -> None:
@@ -139,6 +171,7 @@ def check_fresh_equal(rollout: ActorGroup, policy: Policy, kind: str, scratch: P
     merged = policy.write(scratch / "merged", torch.bfloat16)
     rollout.call_rank(0, "load", str(merged), phase="load")
     fresh = scores(rollout), samples(rollout, [LONG, *SEQUENCES[1:]])
+    record(policy.architecture, fresh=off(updated[0], fresh[0]))
     assert off(updated[0], fresh[0]) == 0.0
     np.testing.assert_array_equal(updated[1].token_ids, fresh[1].token_ids)
     np.testing.assert_array_equal(updated[1].logprobs, fresh[1].logprobs)
