@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 export KMP_BLOCKTIME ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo base lint format test test-fast test-slow bench lock clean
+.PHONY: help install install-dev demo base lint format test test-fast test-slow test-architectures docs bench lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -59,6 +59,14 @@ test-fast: install-dev ## The tests that need neither Ray nor vLLM nor TRL, in t
 
 test-slow: install-dev ## The longer checks
 	$(BIN)/python -m pytest -q -m "slow and not gpu" --timeout 1800
+
+test-architectures: install-dev ## Every row of the table of architectures, trainer and engine; figures go into the docs
+	RAYLIGN_ARCHITECTURE_RESULTS=$(CURDIR)/docs/architectures.json \
+	$(BIN)/python -m pytest -q -m "architectures and not gpu" --timeout 1800
+	$(MAKE) docs
+
+docs: install ## docs/architectures.md from the table and the last figures
+	$(BIN)/python -m pipeline.architecture_page
 
 bench: install-dev ## Side-by-side ratios against TRL + PEFT and a bare loop
 	$(BIN)/python benchmarks/offline.py

@@ -18,8 +18,10 @@ from actors.models.loading import load_base
 from actors.models.spec import ModelSpec
 from actors.packing import Gathering, LayOut, micro_batches, padded
 from actors.scoring import TokenScorer
+from tests.actors.models.tiny_models import families
+from tests.architecture_results import record
 
-PACKABLE = sorted(t for t, row in ARCHITECTURES.items() if row.packable)
+PACKABLE = [t for t, row in ARCHITECTURES.items() if row.packable]
 
 
 def pairs(longest: int) -> Batch:
@@ -45,7 +47,7 @@ def logps_and_gradient(
     return logps.detach(), torch.cat(gradients)
 
 
-@pytest.mark.parametrize("model_type", PACKABLE)
+@pytest.mark.parametrize("model_type", families(PACKABLE))
 @pytest.mark.parametrize("share_prompts", [False, True])
 def test_a_flat_row_equals_padded_sequences(model_type, share_prompts, base_of) -> None:
     scorer = TokenScorer(load_base(ModelSpec(base=str(base_of(model_type)))))
@@ -55,6 +57,27 @@ def test_a_flat_row_equals_padded_sequences(model_type, share_prompts, base_of) 
     found, gradient = logps_and_gradient(scorer, batch, partial(lay_flat, share_prompts=share_prompts))
     assert torch.allclose(found, wanted, atol=2e-5)
     assert torch.allclose(gradient, wanted_gradient, atol=1e-4 * wanted_gradient.abs().max())
+    record(model_type, rows=float((found - wanted).abs().max()))
+
+
+@pytest.mark.parametrize("model_type", families(set(ARCHITECTURES) - set(PACKABLE)))
+def test_padded_rows_equal_one_sequence_at_a_time(model_type, base_of) -> None:
+    scorer = TokenScorer(load_base(ModelSpec(base=str(base_of(model_type)))))
+    batch = pairs(150)
+    found, gradient = logps_and_gradient(scorer, batch, padded)
+    scorer.model.zero_grad()
+    places = torch.linspace(-1, 1, len(found))
+    alone = []
+    for row in range(batch.n_rows):
+        (micro,) = micro_batches(batch.select(np.array([row])), 10**6, padded)
+        alone.append(scorer.statistics(micro).logps)
+        weights = places[sum(map(len, alone[:-1])) :][: len(alone[-1])]
+        (alone[-1] * weights).sum().backward()
+    wanted = torch.cat(alone).detach()
+    assert torch.allclose(found, wanted, atol=2e-5)
+    expected = torch.cat([p.grad.reshape(-1) for p in scorer.model.parameters() if p.grad is not None])
+    assert torch.allclose(gradient, expected, atol=1e-4 * expected.abs().max())
+    record(model_type, rows=float((found - wanted).abs().max()))
 
 
 def test_a_sliding_window_is_kept(base_of) -> None:
@@ -90,7 +113,7 @@ def test_picks_of_padding_add_nothing_to_the_gradient() -> None:
     assert rows.grad.tolist() == [[1.0], [1.0]]
 
 
-@pytest.mark.parametrize("model_type", PACKABLE)
+@pytest.mark.parametrize("model_type", families(PACKABLE))
 def test_logits_by_blocks_equal_whole_ones(model_type, base_of, monkeypatch) -> None:
     model = load_base(ModelSpec(base=str(base_of(model_type))))
     model.get_output_embeddings().weight.requires_grad_(False)

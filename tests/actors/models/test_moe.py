@@ -10,9 +10,9 @@ from actors.models.architectures import ARCHITECTURES
 from actors.models.loading import load_base
 from actors.models.moe import RouterLoad, RouterStats, aux_loss, aux_loss_coef
 from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
-from tests.actors.models.tiny_models import SIZES
+from tests.actors.models.tiny_models import SIZES, families
 
-MOES = sorted(t for t, row in ARCHITECTURES.items() if row.is_moe)
+MOES = [t for t, row in ARCHITECTURES.items() if row.is_moe]
 WITHOUT_AUX = ["deepseek_v2", "deepseek_v3", "dots1", "glm4_moe", "hunyuan_v1_moe"]
 WITH_AUX = [m for m in MOES if m not in WITHOUT_AUX]
 WITH_OUTPUT_LOGITS = [m for m in WITH_AUX if m != "granitemoe"]
@@ -21,7 +21,7 @@ LAYERS = {m: 1 if m in DENSE_FIRST else 3 if m == "qwen3_next" else 2 for m in M
 """With experts: the tiny models of some have a first layer without."""
 
 
-@pytest.mark.parametrize("model_type", MOES)
+@pytest.mark.parametrize("model_type", families(MOES))
 def test_every_counted_token_chooses_top_k_experts_in_every_layer(model_type, base_of, ids):
     model = load_base(ModelSpec(base=str(base_of(model_type))))
     stats = RouterStats(model)
@@ -98,7 +98,7 @@ def test_uniform_routing_has_the_auxiliary_loss_top_k():
     assert float(aux_loss([logits, logits], top_k=2)) == pytest.approx(2.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("model_type", WITH_OUTPUT_LOGITS)
+@pytest.mark.parametrize("model_type", families(WITH_OUTPUT_LOGITS))
 def test_the_auxiliary_loss_is_transformers_own_also_with_padding(model_type, base_of, ids):
     model = load_base(ModelSpec(base=str(base_of(model_type))))
     stats = RouterStats(model)
@@ -108,7 +108,7 @@ def test_the_auxiliary_loss_is_transformers_own_also_with_padding(model_type, ba
     assert float(aux_loss(kept, stats.top_k)) == pytest.approx(float(theirs), rel=1e-5)
 
 
-@pytest.mark.parametrize("model_type", [m for m in WITH_AUX if m != "dbrx"])
+@pytest.mark.parametrize("model_type", families([m for m in WITH_AUX if m != "dbrx"]))
 def test_the_auxiliary_loss_trains_the_router(model_type, adapted, ids):
     peft = adapted(model_type, LoraSpec(r=4, targets=["attention", "experts", "router"]))
     stats = RouterStats(peft)

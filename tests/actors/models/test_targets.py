@@ -9,6 +9,7 @@ from actors.models.architectures import ARCHITECTURES, REFUSED, architecture_of
 from actors.models.loading import load_base
 from actors.models.spec import LoraSpec, ModelSpec
 from actors.models.targets import resolve_targets
+from tests.actors.models.tiny_models import families
 
 EXPECTED = {
     "qwen3_moe": {
@@ -51,7 +52,7 @@ def test_groups_resolve_to_the_names_of_the_architecture(model_type, groups, con
     assert {g.group: g.names for g in targets.groups} == groups
 
 
-@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", families())
 def test_counts_are_those_of_the_adapter_that_peft_makes(model_type, adapted, groups_of):
     lora = LoraSpec(r=4, targets=groups_of(model_type))
     peft = adapted(model_type, lora)
@@ -138,7 +139,7 @@ def test_no_architecture_is_both_supported_and_refused():
     assert not set(ARCHITECTURES) & set(REFUSED)
 
 
-@pytest.mark.parametrize("model_type", sorted(t for t, row in ARCHITECTURES.items() if row.packable))
+@pytest.mark.parametrize("model_type", families([t for t, row in ARCHITECTURES.items() if row.packable]))
 def test_packed_sequences_stay_apart_where_the_table_says_so(model_type, base_of, ids):
     model = load_base(ModelSpec(base=str(base_of(model_type))))
     first, second = ids[:1, :13], ids[1:2]

@@ -5,10 +5,10 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from actors.models import adapters
-from actors.models.architectures import ARCHITECTURES
 from actors.models.loading import load_base
 from actors.models.spec import LoraSpec, ModelSpec
 from actors.models.twin import write_adapter_twin, write_twin
+from tests.actors.models.tiny_models import families
 
 PUBLISHED = {
     "dbrx": {
@@ -26,7 +26,7 @@ ALL_EXPERTS = ("qwen2_moe", "qwen3_next", "dots1")
 """Their config classes have experts in every layer by default."""
 
 
-@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", families())
 def test_a_twin_is_a_small_model_of_the_same_class(model_type, tmp_path, groups_of):
     config = AutoConfig.for_model(model_type, **PUBLISHED.get(model_type, {}))
     twin = write_twin(config, tmp_path)

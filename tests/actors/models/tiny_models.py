@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 
+from actors.models.architectures import ARCHITECTURES
 from actors.models.spec import TargetGroup
 
 _COMMON: dict[str, Any] = {
@@ -145,6 +148,26 @@ GROUPS: dict[str, list[TargetGroup]] = {
     "qwen3_next": _SHARED_AND_DENSE,
 }
 """All groups that can be adapted in each of these models."""
+
+OF_EACH_KIND = (
+    "llama",  # dense
+    "qwen3_moe",  # the usual mixture of experts
+    "qwen2_moe",  # a shared expert and a layer without experts
+    "mixtral",  # experts with other names in a checkpoint
+    "granitemoe",  # a router that returns something else
+    "deepseek_v3",  # latent attention, sigmoid scores with a correction
+    "gpt_oss",  # transposed experts with biases, attention sinks
+    "phimoe",  # a router that samples
+    "dbrx",  # experts of its own
+)
+"""Families that the fast tests train; the others are among the slow ones."""
+
+
+def families(names: Iterable[str] = tuple(ARCHITECTURES)) -> list[Any]:
+    """Parameters of a test that runs for every architecture of the table, or for some."""
+    slow = [pytest.mark.architectures, pytest.mark.slow]
+    marks = {name: slow[:1] if name in OF_EACH_KIND else slow for name in names}
+    return [pytest.param(name, marks=marks[name], id=name) for name in sorted(names)]
 
 
 def tiny_config_of(model_type: str, **overrides: Any) -> Any:
