@@ -84,7 +84,7 @@ class ModelHost(HostTraining, HostScoring, HostFiles):
         self._trainings = {}
         self._loads = {}
         self._agreement = None
-        self.weight_source = WeightSource(self)
+        self.weight_source = WeightSource(self, leads=rank == 0, sharded=sharded)
         self.base.eval()
         if resolved.adapter_path is not None:
             self.add_adapter(START_ADAPTER, resolved.adapter_path, trainable=False)

@@ -76,11 +76,12 @@ class HostScoring(HostParts):
         """float64 (size,): what `compute` says of all ranks' micro-batches, at the `places` of their rows."""
         self._set_mode(train=False)
         rows, micros = self.runner.shard(batch)
+        idle = self.runner.idle(len(micros), batch)
         found = torch.zeros(size, dtype=torch.float64, device=self.spec.device)
         with self._as(role), torch.no_grad():
             for micro in micros:
                 found[places(rows[micro.rows]).to(found.device)] = compute(micro).double()
-            for micro in self.runner.idle(len(micros), batch):
+            for micro in idle:
                 compute(micro)
         self._settle()
         return self.ranks.sum_(found).cpu().numpy()

@@ -112,15 +112,15 @@ class PassRunner:
             return partial(lay_flat, share_prompts=not self.aux_coef)
         return in_bins(self.hidden_size)
 
-    def idle(self, done: int, batch: Batch) -> list[MicroBatch]:
-        """What a rank has to run after `done` micro-batches so that others can finish theirs: two tokens,
-        nothing of which counts. Empty without lockstep."""
+    def idle(self, own: int, batch: Batch) -> list[MicroBatch]:
+        """What a rank has to run after its `own` micro-batches so that others can finish theirs: two tokens,
+        nothing of which counts. Empty without lockstep. Collective: to be asked before the first pass."""
         if not self.lockstep:
             return []
-        most = int(self.ranks.max_(torch.tensor(done)))
+        most = int(self.ranks.max_(torch.tensor(own, device=self.device)))
         k = batch.sequences_per_row
         nothing = Batch.from_sequences([[0, 0]] * k, [[False, True]] * k, k)
-        return [self._lay_out()(nothing, np.arange(1))] * (most - done)
+        return [self._lay_out()(nothing, np.arange(1))] * (most - own)
 
     def places(self, batch: Batch, rows: np.ndarray, micro: MicroBatch) -> Tensor:
         """int64 (T,): where a micro-batch's counted tokens stand among those of the global batch."""
@@ -143,6 +143,7 @@ class PassRunner:
     def _by_micro_batch(self, batch: Batch, loss: Loss, step: int, train: bool, sums: Sums) -> None:
         totals = loss.totals(batch)
         rows, micros = self.shard(batch)
+        idle = self.idle(len(micros), batch)
         for index, micro in enumerate(micros):
             outputs, extra = self._forward(batch, micro, loss, self._seed(step, index), train, sums)
             columns = {name: values[rows[micro.rows]] for name, values in batch.columns.items()}
@@ -153,7 +154,7 @@ class PassRunner:
             sums.add(value, metrics)
             if train:
                 (value + extra).backward()
-        for micro in self.idle(len(micros), batch):
+        for micro in idle:
             self._pass_idly(micro, loss, train)
         if not micros:
             self._add_nothing(batch, loss, totals, train, sums)

@@ -194,7 +194,7 @@ class Fleet:
 
     def _host(self, name: str, node: Node, weights: Weights) -> Host:
         """The role's host with the base of `weights`, kept from the stage before where it fits."""
-        spec = host_spec(self.config, node, weights)
+        spec = host_spec(self.config, node, weights, getattr(self.config.roles, name).sharding)
         host = self._hosts.get(name)
         if host is not None and fits(host, spec, weights):
             return host

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from actors.group import ActorGroup, Pending
 from actors.host_spec import HostSpec
+from actors.runtime import Sharding
 from pipeline.stages.evaluate import Weights
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ def fits(host: Host, spec: HostSpec, weights: Weights) -> bool:
     return same_settings and (trained_to_it or host.spec.model == spec.model)
 
 
-def host_spec(config: RunConfig, node: Node, weights: Weights) -> HostSpec:
-    """What a host is told that runs `weights` for a stage."""
+def host_spec(config: RunConfig, node: Node, weights: Weights, sharding: Sharding = "none") -> HostSpec:
+    """What a host is told that runs `weights` for a stage; `sharding`: of the role whose ranks it has."""
     fresh = config.model.random_init and node.init == "base"
     model = config.model.model_copy(update={"base": weights.base, "random_init": fresh})
-    return HostSpec(model=model, seed=config.seed)
+    return HostSpec(model=model, seed=config.seed, sharding=sharding)

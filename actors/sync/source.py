@@ -16,6 +16,7 @@ import torch
 from actors.errors import RunFailure, UserError
 from actors.models.low_rank import Factors, low_rank_delta
 from actors.models.merge import adapter_factors, base_tensors
+from actors.models.sharding import whole
 from actors.sync.channel import Channel, Listener, own_address
 from actors.sync.payload import Kind, Payload, closure, digest_of, pack_adapter, pack_merged
 from actors.sync.protocol import Expected, Offer, Prepared
@@ -30,10 +31,15 @@ class Holder(Protocol):
 
 
 class WeightSource:
-    """Weights of a host, by adapter, for engines that are connected by number."""
+    """Weights of a host, by adapter, for engines that are connected by number.
 
-    def __init__(self, host: Holder) -> None:
-        self._host = host
+    With `sharded` weights `prepare` and `expected` are collective: ranks that do not lead hand over their
+    slices and answer None. Without, they have nothing to do.
+    """
+
+    def __init__(self, host: Holder, leads: bool = True, sharded: bool = False) -> None:
+        """`leads`: this rank talks to the engines."""
+        self._host, self._leads, self._sharded = host, leads, sharded
         self._listeners: dict[int, Listener] = {}
         self._channels: dict[int, Channel] = {}
         self._payload: Payload | None = None
@@ -55,7 +61,7 @@ class WeightSource:
         """
         self._channels[engine] = self._listeners.pop(engine).accept(f"engine {engine}", backend)
 
-    def prepare(self, version: int, role: str | None, payload: Kind, dtype: str) -> Prepared:
+    def prepare(self, version: int, role: str | None, payload: Kind, dtype: str) -> Prepared | None:
         """Gather the weights of adapter `role` and pack them; kept until the next version.
 
         `dtype`: of the engines, in which merged weights travel. `role` None: all weights of a host without
@@ -67,8 +73,12 @@ class WeightSource:
         began = time.perf_counter()
         if payload == "adapter" and role is None:
             raise UserError("sync.payload: adapter needs LoRA; with model.lora: null set it to merged")
+        if not self._leads and not self._sharded:
+            return None
         factors = self._factors(role)
         tensors = {} if payload == "adapter" else self._merged(factors, role, dtype)
+        if not self._leads:
+            return None
         gathered = time.perf_counter()
         if payload == "adapter":
             self._payload = pack_adapter(version, self._base_dtype(), factors)
@@ -90,12 +100,16 @@ class WeightSource:
                 failed[engine] = error.reason
         return failed
 
-    def expected(self, role: str | None, dtype: str) -> Expected:
+    def expected(self, role: str | None, dtype: str) -> Expected | None:
         """What an engine with the current weights of `role` merged in `dtype` holds, by checkpoint name."""
+        if not self._leads and not self._sharded:
+            return None
         factors = self._factors(role)
         merged = self._merged(factors, role, dtype)
-        digests = {name: digest_of(tensor) for name, tensor in sorted(merged.items())}
-        return Expected(digests, self._share_unchanged(factors))
+        unchanged = self._share_unchanged(factors)
+        if not self._leads:
+            return None
+        return Expected({name: digest_of(merged[name]) for name in sorted(merged)}, unchanged)
 
     def disconnect(self, engine: int) -> None:
         """Forget an engine."""
@@ -132,14 +146,19 @@ class WeightSource:
         base, target = base_tensors(self._host.base), getattr(torch, dtype)
         names = closure(base if role is None else factors, base)
         with torch.no_grad():
-            state = {name: _merge(base[name], factors.get(name), target) for name in names}
-        return revert_weight_conversion(self._host.base, state)
+            state = {}
+            for name in names:
+                tensor = whole(base[name])
+                if self._leads:
+                    state[name] = _merge(tensor, factors.get(name), target)
+        return revert_weight_conversion(self._host.base, state) if state else {}
 
     def _share_unchanged(self, factors: Mapping[str, Factors]) -> float:
         base, same, total = base_tensors(self._host.base), 0, 0
         for name, factor in factors.items():
-            merged = _merge(base[name], factor, torch.bfloat16)
-            same += int((merged == base[name].bfloat16()).sum())
+            tensor = whole(base[name])
+            merged = _merge(tensor, factor, torch.bfloat16)
+            same += int((merged == tensor.bfloat16()).sum())
             total += merged.numel()
         return same / max(total, 1)
 

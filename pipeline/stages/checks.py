@@ -33,15 +33,15 @@ def check_first_step(stage: str, loss: DpoLoss | KtoLoss, metrics: Mapping[str, 
         loss.check_start(dict(metrics), tolerance)
 
 
-def check_unmoved(stage: str, before: str, after: str) -> None:
-    """Frozen parameters must be the same bytes after a stage as before it.
+def check_unmoved(stage: str, before: str, after: str, who: str = "policy") -> None:
+    """Frozen parameters of a host must be the same bytes after a stage as before it.
 
     Raises:
         InvariantViolation: their digest changed.
     """
     if before != after:
         raise InvariantViolation(
-            "policy",
+            who,
             f"end of {stage}",
             f"frozen parameters changed while training (digest {before[:12]} -> {after[:12]})",
             "the adapter that came out must not be used; run again with --fresh and report this",

@@ -14,6 +14,7 @@ from pipeline.stages.prepared import PreparedRl
 from pipeline.stages.rl import RlContext, RlLoop, StepResult
 from pipeline.stages.spec import PpoStage
 from pipeline.stages.train import Stopped, finish, sound_checkpoint
+from pipeline.stages.views import frozen_digests
 
 KEPT_SAMPLES = 4
 """Samples of each logged step that are kept for the report: of as many prompts, or, where prompts have
@@ -31,7 +32,8 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
     loop = RlLoop(stage, ctx)
     prepare(stage, ctx)
     step = restore(loop, decision)
-    frozen = ctx.policy.frozen_digest()
+    roles = [ctx.policy, ctx.reference, *([ctx.critic] if ctx.critic else []), *ctx.reward_models.values()]
+    frozen = frozen_digests(roles)
     ctx.sync.connect()
     ctx.sync.push(step)
     log = MetricsLog(ctx.directory / "metrics.jsonl", resume_at=step, every=ctx.logging_steps)
@@ -58,7 +60,8 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
                 save_checkpoint(loop, step)
             if stopping:
                 raise Stopped(f"{stage.name} at step {step} of {stage.total_steps}")
-        check_unmoved(stage.name, frozen, ctx.policy.frozen_digest())
+        for host, digest in frozen_digests(roles).items():
+            check_unmoved(stage.name, frozen[host], digest, host)
         return finish(stage, ctx, log.last, time.monotonic() - began)
     finally:
         ctx.sync.close()

@@ -84,7 +84,7 @@ def train(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> Manife
     began = time.monotonic()
     ctx.host.call("prepare_training", ctx.role, stage.spec.optim_spec(), stage.total_steps, phase="load")
     step = restore(stage, ctx, decision)
-    frozen = ctx.host.call_rank(0, "frozen_digest", phase="call")
+    frozen = ctx.host.call("frozen_digest", phase="call")[0]
     log = MetricsLog(ctx.directory / "metrics.jsonl", resume_at=step, every=ctx.logging_steps)
     flying: deque[tuple[int, Pending]] = deque()
 
@@ -117,7 +117,7 @@ def train(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> Manife
                 raise Stopped(f"{stage.name} at step {step} of {stage.total_steps}")
         if stage.eval_data is not None:
             ctx.on_log(log.write({"step": step, **evaluate_loss(stage, ctx)}))
-        check_unmoved(stage.name, frozen, ctx.host.call_rank(0, "frozen_digest", phase="call"))
+        check_unmoved(stage.name, frozen, ctx.host.call("frozen_digest", phase="call")[0])
         return finish(stage, ctx, log.last, time.monotonic() - began)
     finally:
         log.close()

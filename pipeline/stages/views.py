@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,11 @@ class View:
     group: ActorGroup
     role: str | None
     """Adapter; None is the bare base."""
+
+    @property
+    def host(self) -> str:
+        """Name of the processes that this role runs on."""
+        return self.group.name
 
     def token_logprobs(self, batch: Any, temperature: float) -> Pending:
         """float64 (counted tokens,), from every rank."""
@@ -63,4 +69,10 @@ class View:
         return self.group.call_rank(0, "route_agreement", phase="call")
 
     def frozen_digest(self) -> str:
-        return str(self.group.call_rank(0, "frozen_digest", phase="call"))
+        """Of all that must not move on the ranks of this role; every rank takes part, if it has slices."""
+        return str(self.group.call("frozen_digest", phase="call")[0])
+
+
+def frozen_digests(views: Iterable[View]) -> dict[str, str]:
+    """Of all that must not move on each host that serves some of these roles, by the host's name."""
+    return {name: view.frozen_digest() for name, view in {view.host: view for view in views}.items()}

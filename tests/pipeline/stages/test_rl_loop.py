@@ -53,6 +53,10 @@ class Role:
     ratio: float = 0.0
     group: Any = None
 
+    @property
+    def host(self) -> str:
+        return self.name
+
     def token_logprobs(self, batch: Any, temperature: float) -> Answer:
         return Answer(np.full(int(batch.loss_mask.sum()), self.logps))
 
