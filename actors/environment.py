@@ -12,6 +12,8 @@ def ray_environment() -> dict[str, str]:
         "RAY_IGNORE_UNHANDLED_ERRORS": "1",
         # A thread that still waits for an actor after the end of Ray would start a cluster of its own.
         "RAY_ENABLE_AUTO_CONNECT": "0",
+        # Ray gives its workers nice 15, so that they yield to whatever else runs; here they are the work.
+        "RAY_worker_niceness": "0",
     }
 
 
