@@ -132,6 +132,28 @@ class Generations:
         """What `arrays` of some generations gave."""
         return Generations(**arrays, n=n, label=label, seconds=seconds)
 
+    def select(self, samples: Sequence[int] | np.ndarray) -> Generations:
+        """The given samples, in the given order."""
+        order = np.asarray(samples, dtype=np.int64)
+        lengths = np.diff(self.offsets)[order]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        tokens = np.arange(offsets[-1]) + np.repeat(self.offsets[order] - offsets[:-1], lengths)
+        found = replace(
+            self,
+            token_ids=self.token_ids[tokens],
+            logprobs=self.logprobs[tokens],
+            offsets=offsets,
+            finish=self.finish[order],
+            token_versions=self.token_versions[tokens],
+            experts=None,
+            expert_offsets=None,
+        )
+        choices = self.expert_choices
+        if choices is None:
+            return found
+        each = choices.samples()
+        return found.with_experts(ExpertChoices.of([each[i] for i in order]))
+
     def arrays(self) -> dict[str, np.ndarray]:
         """Every array, by field: with `n`, `label` and `seconds` this is all there is."""
         return {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}

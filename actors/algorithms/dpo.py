@@ -168,6 +168,28 @@ class DpoLoss(Loss):
         return loss, metrics
 
 
+class OnlineDpoLoss(DpoLoss):
+    """DPO on pairs of the policy's own samples. A step may have few pairs, or none to learn from."""
+
+    gradient_may_vanish: ClassVar[bool] = True
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature: logits are divided by it, as those of the reference were."""
+
+    @property
+    def logit_temperature(self) -> float:
+        return self.temperature
+
+    def check_start(self, metrics: dict[str, float], tolerance: float) -> None:
+        if metrics["pairs"] > 0:
+            super().check_start(metrics, tolerance)
+
+    def __call__(self, view: TokenView, totals: Totals) -> tuple[torch.Tensor, MetricSums]:
+        loss, metrics = super().__call__(view, totals)
+        metrics["pairs"] = (loss.new_tensor(float(view.n_rows)), 0.0)
+        return loss, metrics
+
+
 def sequence_logps(view: TokenView, ld_alpha: float | None) -> torch.Tensor:
     """float64 (S,): log-probability of each completion; rewards are small differences of these sums.
 

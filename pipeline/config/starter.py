@@ -32,7 +32,7 @@ from pipeline.stages.spec import STAGE_TYPES, RlStage
 WIDTH = 100
 
 DEFAULT_STAGES = ("sft", "dpo")
-ONLINE = ("ppo", "grpo", "rloo", "reinforce_pp")
+ONLINE = ("ppo", "grpo", "rloo", "reinforce_pp", "online_dpo")
 ABOUT: dict[str, str] = {
     "sft": "The stage `sft`: its name says its type. For another name add `type: sft`.",
     "reward": "A reward model, from pairs as DPO has them. It is no policy: later stages start from others.",
@@ -42,6 +42,7 @@ ABOUT: dict[str, str] = {
     "grpo": "Online: samples from the engines, each compared with all of its prompt.",
     "rloo": "Online: samples from the engines, each compared with the others of its prompt.",
     "reinforce_pp": "Online: samples from the engines, each compared with all of the generation.",
+    "online_dpo": "Online: samples from the engines, the best and the worst of each prompt as a pair.",
 }
 DATA: dict[str, dict[str, Any]] = {
     "sft": {"source": "builtin:arithmetic", "split": "train", "max_rows": 4096},

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.algorithms import rl_checks
+from actors.algorithms.dpo import OnlineDpoLoss
 from actors.algorithms.kl import KlController
 from actors.algorithms.policy import PolicyLoss
+from pipeline.stages.checks import check_first_step
+from pipeline.stages.online_pairs import pairs_of
 from pipeline.stages.rl_estimates import Estimates, TokenScores, estimate
-from pipeline.stages.spec import PolicyGradientStage, RlStage
+from pipeline.stages.spec import OnlineDpoStage, PolicyGradientStage, RlStage
 
 if TYPE_CHECKING:
     from actors.algorithms.loss import Loss
@@ -93,8 +96,40 @@ class PolicyGradient(Objective):
             rl_checks.check_first_ratio(metrics, rl_checks.RATIO_TOLERANCE[dtype])
 
 
+class PreferencePairs(Objective):
+    """Online DPO: of each prompt's samples the best and the worst, as a pair."""
+
+    def __init__(self, spec: OnlineDpoStage) -> None:
+        self.spec = spec
+
+    def kl_controller(self) -> KlController:
+        return KlController(self.spec.beta)
+
+    def needs_reference(self, step: int) -> bool:
+        return True
+
+    def estimate(self, batch: Batch, rewards: np.ndarray, scores: TokenScores, beta: float) -> Estimates:
+        return pairs_of(self.spec, batch, rewards, scores)
+
+    def loss(self, beta: float) -> OnlineDpoLoss:
+        return OnlineDpoLoss(**_shared(OnlineDpoLoss, self.spec))
+
+    def minibatches(self, rows: int, samples: int, seed: int, step: int) -> list[np.ndarray]:
+        # Always as many, as even as can be: the schedule runs over optimizer steps, whatever number of pairs
+        # there is. A step without a pair has no gradient.
+        steps = -(-samples // self.spec.batch_size)
+        orders = [_order(seed, step, i, rows) for i in range(self.spec.num_iterations)]
+        return [np.sort(part) for order in orders for part in np.array_split(order, steps)]
+
+    def check_first(self, metrics: Mapping[str, float], dtype: str, at_reference: bool) -> None:
+        if at_reference:
+            check_first_step(self.spec.type, self.loss(self.spec.beta), metrics, dtype)
+
+
 def objective_of(spec: RlStage) -> Objective:
     """The objective of a stage's type."""
+    if isinstance(spec, OnlineDpoStage):
+        return PreferencePairs(spec)
     assert isinstance(spec, PolicyGradientStage)
     return PolicyGradient(spec)
 

@@ -12,6 +12,7 @@ from actors.rewards import RewardSpec
 from actors.sampling import SamplingSpec
 from actors.sync.spec import SyncSpec
 from pipeline.data.spec import as_sources
+from pipeline.stages.offline_spec import DpoOptions
 from pipeline.stages.stage_spec import StageSpec
 
 Rewards = Annotated[
@@ -62,6 +63,9 @@ class RlStage(StageSpec):
     by up to `soft_punish_weight`; null: none."""
     soft_punish_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """What a sample as long as `max_completion_length` loses with `soft_punish_cache`."""
+    max_resampling_rounds: int = Field(default=0, ge=0)
+    """DAPO's dynamic sampling: prompts whose samples all have the same reward make room for others, which are
+    drawn in up to so many further rounds; 0: samples stay as they are."""
     mismatch_tolerance: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Largest k3 divergence per token between engine and trainer before the run stops; null: by dtype."""
     staleness: int = Field(default=0, ge=0)
@@ -279,3 +283,15 @@ class ReinforcePpStage(PolicyGradientStage):
     @property
     def compares_samples(self) -> bool:
         return self.baseline == "group"
+
+
+class OnlineDpoStage(DpoOptions, RlStage):
+    """Direct preference optimization on the policy's own samples: the best of a prompt against its worst.
+
+    A prompt whose samples all have the same reward gives no pair.
+    """
+
+    type: Literal["online_dpo"] = "online_dpo"
+    """Kind of stage; may be left out where the stage's name says it."""
+    num_generations: int = Field(default=4, ge=1)
+    """Samples per prompt; of these the best and the worst are a pair."""

@@ -18,6 +18,7 @@ from pipeline.stages.spec import (
     DpoStage,
     GrpoStage,
     KtoStage,
+    OnlineDpoStage,
     PpoStage,
     ReinforcePpStage,
     RewardStage,
@@ -41,6 +42,7 @@ KINDS: dict[type[StageSpec], Kind] = {
     GrpoStage: "prompt",
     RlooStage: "prompt",
     ReinforcePpStage: "prompt",
+    OnlineDpoStage: "prompt",
 }
 """Which records each stage type reads."""
 

@@ -97,8 +97,9 @@ class RlLoop:
     def __init__(self, stage: PreparedRl, ctx: RlContext) -> None:
         self.stage, self.ctx, self.spec = stage, ctx, stage.spec
         self.judge = Judge(stage.spec, ctx.reward_models)
-        drawer = Drawer(stage, ctx.rollout, self.judge)
-        self.ahead = Ahead(drawer.draw, stage.spec.staleness, stage.total_steps)
+        drawer = Drawer(stage, ctx.rollout, self.judge, ctx.tokenizer)
+        together = stage.spec.sync.in_flight == "keep"
+        self.ahead = Ahead(drawer.draw, stage.spec.staleness, stage.total_steps, together=together)
         self.objective = objective_of(stage.spec)
         self.kl = self.objective.kl_controller()
         self.idle = rl_checks.Idle()

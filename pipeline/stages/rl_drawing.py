@@ -4,6 +4,9 @@ With `staleness` S the samples of step k are drawn by version max(0, k - S) of t
 the engines are told to draw all steps up to k + S, and before they get version k + 1 they have done so. The
 schedule is a function of k alone, so a repeated run draws the same; what was drawn for later steps goes into
 the checkpoint, because the weights that drew it are gone.
+
+With `sync.in_flight: keep` new weights don't wait for that: samples go on with them, and the steps' samples
+are in the engines together. Which weights draw which token then depends on time.
 """
 
 from __future__ import annotations
@@ -15,13 +18,14 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from actors.errors import RunFailure
 from actors.sampling import Generations, sample_seed
 from pipeline.data.prompts import PromptData
+from pipeline.stages.dynamic_sampling import draw_again
 from pipeline.stages.prepared import PreparedRl
 
 if TYPE_CHECKING:
@@ -52,13 +56,13 @@ class Drawer:
     Called from a thread of its own while the policy trains: it touches nothing of the loop's state.
     """
 
-    def __init__(self, stage: PreparedRl, rollout: RolloutPool, judge: Judge) -> None:
-        self.stage, self.rollout, self.judge = stage, rollout, judge
+    def __init__(self, stage: PreparedRl, rollout: RolloutPool, judge: Judge, tokenizer: Any) -> None:
+        self.stage, self.rollout, self.judge, self.tokenizer = stage, rollout, judge, tokenizer
 
     def draw(self, step: int) -> Drawn:
         """Raises: RunFailure, InvariantViolation: as `RolloutPool.generate`."""
-        rows = self.stage.order[step]
-        return self.drawn(rows, self.ask(step, rows))
+        drawn = self.drawn(self.stage.order[step], self.ask(step, self.stage.order[step]))
+        return draw_again(self, step, drawn) if self.stage.spec.max_resampling_rounds else drawn
 
     def ask(self, step: int, rows: np.ndarray, attempt: int = 0) -> Generations:
         """`num_generations` samples of each of these rows.
@@ -88,11 +92,13 @@ class Drawer:
 
 
 class Ahead:
-    """The batches of later steps, drawn in order by a thread of their own."""
+    """The batches of later steps, drawn in order by a thread of their own, or together by one each."""
 
-    def __init__(self, draw: Callable[[int], Drawn], staleness: int, steps: int) -> None:
-        """`steps`: of the whole stage."""
-        self._draw, self.staleness, self.steps = draw, staleness, steps
+    def __init__(
+        self, draw: Callable[[int], Drawn], staleness: int, steps: int, *, together: bool = False
+    ) -> None:
+        """`steps`: of the whole stage; `together`: a batch need not wait for the one before it."""
+        self._draw, self.staleness, self.steps, self.together = draw, staleness, steps, together
         self._batches: dict[int, Future[Drawn]] = {}
         self._asked: queue.SimpleQueue[tuple[int, Future[Drawn]]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -129,14 +135,17 @@ class Ahead:
             self._batches[step].set_result(load_drawn(path, data))
 
     def _awake(self) -> None:
-        if self._thread is None:
+        if self._thread is None or self.together:
             # A daemon: a run that fails doesn't wait for samples that nobody needs.
             self._thread = threading.Thread(target=self._work, daemon=True, name="draw-ahead")
             self._thread.start()
 
     def _work(self) -> None:
         while True:
-            step, batch = self._asked.get()
+            try:
+                step, batch = self._asked.get(block=not self.together)
+            except queue.Empty:
+                return
             try:
                 batch.set_result(self._draw(step))
             except BaseException as error:

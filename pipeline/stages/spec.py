@@ -16,6 +16,7 @@ from pipeline.stages.offline_spec import (
 )
 from pipeline.stages.online_spec import (
     GrpoStage,
+    OnlineDpoStage,
     PolicyGradientStage,
     PpoStage,
     ReinforcePpStage,
@@ -30,6 +31,7 @@ __all__ = [
     "DpoStage",
     "GrpoStage",
     "KtoStage",
+    "OnlineDpoStage",
     "PolicyGradientStage",
     "PpoStage",
     "ReferencedStage",
@@ -43,7 +45,15 @@ __all__ = [
 ]
 
 Stage = Annotated[
-    SftStage | DpoStage | KtoStage | RewardStage | PpoStage | GrpoStage | RlooStage | ReinforcePpStage,
+    SftStage
+    | DpoStage
+    | KtoStage
+    | RewardStage
+    | PpoStage
+    | GrpoStage
+    | RlooStage
+    | ReinforcePpStage
+    | OnlineDpoStage,
     Field(discriminator="type"),
 ]
 STAGE_TYPES: dict[str, type[StageSpec]] = {
@@ -55,4 +65,5 @@ STAGE_TYPES: dict[str, type[StageSpec]] = {
     "grpo": GrpoStage,
     "rloo": RlooStage,
     "reinforce_pp": ReinforcePpStage,
+    "online_dpo": OnlineDpoStage,
 }
