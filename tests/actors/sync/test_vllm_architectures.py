@@ -20,7 +20,7 @@ from tests.actors.sync import vllm_cases as cases
 from tests.actors.sync.test_vllm_updates import PROVED
 from tests.actors.sync.vllm_cases import ADAPTER, MERGED, SEQUENCES, STARTS, Policy, off, scores
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.architectures]
 
 FLOAT32 = [name for name in ARCHITECTURES if "float32" in ENGINE_ROWS[name].dtypes]
 UNAIDED = "tests.actors.sync.vllm_cases"

@@ -62,6 +62,7 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 engine = cases.updatable
 
 
+@pytest.mark.architectures
 @pytest.mark.parametrize("architecture", PROVED)
 def test_after_five_adapter_and_five_merged_syncs_the_engine_equals_transformers(
     process: ActorGroup, base_of: Callable[..., Path], architecture: str
