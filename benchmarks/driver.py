@@ -87,7 +87,8 @@ def steps(policy: Any, rollout: Any, samples: int, scratch: Path) -> list[dict[s
         host=policy, role="policy", directory=scratch, identity=None, dtype="float32", logging_steps=1,
         starts_as_reference=True, stop_asked=lambda: False, on_step=_nothing, on_log=_nothing,
         policy=view, reference=view, critic=None, reward_models={}, sync=sync,
-        rollout=RolloutPool(rollout, sync.restore), tokenizer=AutoTokenizer.from_pretrained(TRAINED_TINY), note=_nothing,
+        rollout=RolloutPool(rollout, sync.restore),
+        tokenizer=AutoTokenizer.from_pretrained(TRAINED_TINY), note=_nothing,
     )  # fmt: skip
     loop = RlLoop(stage, ctx)
     sync.connect()
