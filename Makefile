@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 export KMP_BLOCKTIME ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo base lint format test test-fast test-slow test-architectures docs bench lock clean
+.PHONY: help install install-dev demo base lint format test test-fast test-slow test-architectures docs bench bench-online lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -70,6 +70,10 @@ docs: install ## docs/architectures.md from the table and the last figures
 
 bench: install-dev ## Side-by-side ratios against TRL + PEFT and a bare loop
 	$(BIN)/python benchmarks/offline.py
+
+bench-online: install-dev ## GRPO against TRL, generation, sync, overlap, driver, a PPO step and start-up
+	@for name in grpo rollout sync overlap driver profile_ppo startup; do \
+	$(BIN)/python benchmarks/$$name.py || exit 1; done
 
 lock: install ## Resolve the requirements anew into requirements/*.txt
 	$(BIN)/python requirements/refresh.py

@@ -1,6 +1,7 @@
 """Does it learn? PPO, GRPO and RLOO from the SFT policy, three seeds each, all runs of `raylign run`.
 
 python benchmarks/learning.py                               # the nine runs
+python benchmarks/learning.py --more --seeds 0              # every other algorithm, once
 python benchmarks/learning.py --configs demo --seeds 0      # another config of configs/
 
 A run's seed decides everything: adapters, order, samples; SFT is trained anew with each. Exits with 1 where
@@ -26,6 +27,10 @@ from benchmarks.workloads import ROOT
 from pipeline.report.paired import Difference, paired_difference
 
 CONFIGS = ("ppo-tiny", "grpo-tiny", "rloo-tiny")
+MORE = (
+    *("reinforce-pp-tiny", "dr-grpo-tiny", "gspo-tiny", "cispo-tiny", "dapo-tiny", "online-dpo-tiny"),
+    "kto-tiny",
+)
 RESULTS = ROOT / "benchmarks" / "results"
 TIMEOUT_S = 1800
 
@@ -38,18 +43,21 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--configs", nargs="+", default=CONFIGS, help="names in configs/")
+    parser.add_argument("--more", action="store_true", help=f"{', '.join(MORE)}, whatever --configs says")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
         "--keep", type=Path, default=ROOT / "runs" / "learning", help="where runs are written"
     )
     args = parser.parse_args()
+    configs = MORE if args.more else tuple(args.configs)
     runs: list[Run] = []
-    for config in args.configs:
+    for config in configs:
         for seed in args.seeds:
             runs.append(learn(config, seed, args.keep / f"{config}-{seed}"))
             print(line(runs[-1]), flush=True)
     print("\n" + table(runs))
-    name = "learning" if tuple(args.configs) == CONFIGS else "learning-" + "-".join(args.configs)
+    names = {CONFIGS: "learning", MORE: "learning-more"}
+    name = names.get(configs, "learning-" + "-".join(configs))
     found = {"machine": machine(), "load": os.getloadavg(), "runs": runs}
     (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
     return 0 if all(run["gain"]["low"] > 0 for run in runs) else 1

@@ -24,6 +24,12 @@ GATE = "RAYLIGN_BENCH_GATE"
 END_S = 60.0
 
 
+def _plain() -> dict[str, str]:
+    """This process's environment; how threads wait is left to each side."""
+    inherited = ("OMP_WAIT_POLICY", "KMP_BLOCKTIME", "GOMP_SPINCOUNT")
+    return {name: value for name, value in os.environ.items() if name not in inherited}
+
+
 class Gate:
     """A side's end, in its process. It comes up with the first `wait`."""
 
@@ -59,7 +65,7 @@ class Side:
         self._process = subprocess.Popen(
             [sys.executable, *command],
             cwd=ROOT,
-            env={**os.environ, **env, GATE: f"{to_child},{from_child}"},
+            env={**_plain(), **env, GATE: f"{to_child},{from_child}"},
             stdin=subprocess.DEVNULL,
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
