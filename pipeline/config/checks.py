@@ -318,6 +318,12 @@ def _sampling_problems(path: str, stage: RlStage) -> Iterator[Problem]:
         yield Problem(
             f"{path}.num_generations", f"{group}: {stage.type} compares a prompt's samples; at least 2"
         )
+    if stage.max_resampling_rounds and not stage.compares_samples:
+        yield Problem(
+            f"{path}.max_resampling_rounds",
+            f"{stage.type} does not compare a prompt's samples, so equal rewards cost it nothing; leave it "
+            "out",
+        )
     if stage.soft_punish_cache is not None and stage.soft_punish_cache > stage.max_completion_length:
         yield Problem(
             f"{path}.soft_punish_cache",

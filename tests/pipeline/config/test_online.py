@@ -296,3 +296,17 @@ def test_reinforce_pp_needs_several_samples_of_a_prompt_only_for_their_baseline(
     assert problems_of({"reinforce_pp": {**stage, "baseline": "group"}}) == {
         "stages.reinforce_pp.num_generations": "1: reinforce_pp compares a prompt's samples; at least 2"
     }
+
+
+def test_equal_rewards_are_drawn_again_only_where_samples_are_compared() -> None:
+    assert of("grpo", max_resampling_rounds=2) == {}
+    assert set(of("ppo", max_resampling_rounds=2)) == {"max_resampling_rounds"}
+
+
+def test_online_dpo_has_the_keys_of_dpo_and_none_of_a_policy_gradient() -> None:
+    assert of("online_dpo", loss_type=["sigmoid", "sft"], loss_weights=[1, 0.1], beta=0.2) == {}
+    assert set(of("online_dpo", loss_type="exo_pair", num_generations=1, epsilon=0.1)) == {"epsilon"}
+    assert set(of("online_dpo", loss_type="exo_pair", num_generations=1)) == {
+        "label_smoothing",
+        "num_generations",
+    }
