@@ -134,6 +134,19 @@ class ArchitectureInUse:
 
 
 @contextmanager
+def without_remains() -> Iterator[None]:
+    """A model that fails to load leaves no process groups behind: vLLM would keep those for the next one,
+    which may need others (a dense model has none for experts)."""
+    try:
+        yield
+    except BaseException:
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
+        raise
+
+
+@contextmanager
 def building_models() -> Iterator[None]:
     """transformers' models can be built in a process where vLLM's transformers backend has served one.
 
