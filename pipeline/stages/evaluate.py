@@ -21,6 +21,7 @@ from pipeline.data.tokens import prompt_tokens
 
 if TYPE_CHECKING:
     from actors.group import ActorGroup
+    from actors.pending import PendingOne
     from pipeline.config.schema import EvalSpec
 
 Scorer = Callable[..., Sequence[float | None]]
@@ -111,8 +112,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Generate and score one model; writes `eval/NAME.jsonl` and returns its entry for run.json."""
     key = eval_key(weights, held_out, spec, seed)
-    rollout.call("load", weights.base, weights.adapter, name, phase="load")
-    completions = generate(rollout, held_out.token_ids, spec.sampling, tokenizer, seed)
+    completions = generate(rollout, weights, name, held_out.token_ids, spec.sampling, tokenizer, seed)
     scores = score(find_scorer(spec.metric), spec.metric, held_out, completions)
     counted = [s for s in scores if s is not None]
     total = float(sum(counted))
@@ -161,20 +161,31 @@ def finished(directory: Path, name: str, key: str) -> dict[str, Any] | None:
 
 
 def generate(
-    rollout: ActorGroup, token_ids: list[list[int]], sampling: Any, tokenizer: Any, seed: int
+    rollout: ActorGroup,
+    weights: Weights,
+    name: str,
+    token_ids: list[list[int]],
+    sampling: Any,
+    tokenizer: Any,
+    seed: int,
 ) -> list[str]:
-    """Completions of all prompts, dealt over the engines; a sample's seed depends on its prompt only."""
-    shares = [np.arange(rank, len(token_ids), rollout.size) for rank in range(rollout.size)]
-    pending = []
-    for rank, rows in enumerate(shares):
-        prompts = [token_ids[i] for i in rows]
-        seeds = [sample_seed(seed, 0, int(i), 0) for i in rows]
-        pending.append(rollout.submit_rank(rank, "generate", prompts, sampling, seeds, phase="generate"))
-    texts = [""] * len(token_ids)
-    for rows, waiting in zip(shares, pending):
-        for i, text in zip(rows, waiting.result().texts(tokenizer, sampling.stop)):
-            texts[i] = text
-    return texts
+    """Completions of all prompts by one model; a sample's seed depends on its prompt only. Engines that die
+    over it are replaced."""
+    from actors.pool import RolloutPool
+
+    def load(rank: int) -> PendingOne:
+        return rollout.submit_rank(rank, "load", weights.base, weights.adapter, name, phase="load")
+
+    loading = {rank: load(rank) for rank in rollout.fleet.serving}
+    for rank, waiting in loading.items():
+        try:
+            waiting.result()
+        except RunFailure:
+            if rank in rollout.fleet.serving:
+                raise
+    seeds = [sample_seed(seed, 0, i, 0) for i in range(len(token_ids))]
+    pool = RolloutPool(rollout, lambda rank: load(rank).result())
+    return pool.generate(token_ids, sampling, seeds).texts(tokenizer, sampling.stop)
 
 
 def score(scorer: Scorer, name: str, held_out: EvalSet, completions: list[str]) -> list[float | None]:

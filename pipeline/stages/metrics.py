@@ -11,12 +11,19 @@ LAST = ("learning_rate", "num_tokens", "epoch", "step", "sync/version", "beta")
 """Metrics of which a logging window keeps the last value; of the others it keeps the mean."""
 
 
+WINDOW = "logging_window.json"
+"""File of a checkpoint with the steps that are in no logged line yet."""
+
+
 class MetricsLog:
     """Appends windows of steps to a file and hands each line on."""
 
-    def __init__(self, path: Path, *, resume_at: int, every: int) -> None:
+    def __init__(self, path: Path, *, resume_at: int, every: int, checkpoint: Path | None = None) -> None:
+        """`checkpoint`: what a run goes on from; the window that was open then is open again."""
         self.path, self.every = path, every
         self._window: list[Mapping[str, float]] = []
+        if resume_at and checkpoint is not None and (checkpoint / WINDOW).is_file():
+            self._window = json.loads((checkpoint / WINDOW).read_text())
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(path) if line["step"] <= resume_at] if resume_at else []
         self._file = path.open("w")
@@ -37,6 +44,11 @@ class MetricsLog:
             line[name] = values[-1] if name in LAST else sum(values) / len(values)
         self._window.clear()
         return self.write(line)
+
+    def save(self, directory: Path) -> None:
+        """Write the steps that are in no line yet."""
+        if self._window:
+            (directory / WINDOW).write_text(json.dumps(self._window))
 
     def write(self, line: dict[str, Any]) -> dict[str, Any]:
         """Append one line as it stands."""

@@ -36,7 +36,12 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
     frozen = frozen_digests(roles)
     ctx.sync.connect()
     ctx.sync.push(step)
-    log = MetricsLog(ctx.directory / "metrics.jsonl", resume_at=step, every=ctx.logging_steps)
+    log = MetricsLog(
+        ctx.directory / "metrics.jsonl",
+        resume_at=step,
+        every=ctx.logging_steps,
+        checkpoint=decision.checkpoint,
+    )
     samples, routing = (
         MetricsLog(ctx.directory / name, resume_at=step, every=1)
         for name in ("samples.jsonl", "routing.jsonl")
@@ -57,7 +62,7 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
                     routing.write(routed)
             stopping = ctx.stop_asked() and step < stage.total_steps
             if stopping or (step % stage.spec.save_steps == 0 and step < stage.total_steps):
-                save_checkpoint(loop, step)
+                save_checkpoint(loop, step, log)
             if stopping:
                 raise Stopped(f"{stage.name} at step {step} of {stage.total_steps}")
         for host, digest in frozen_digests(roles).items():
@@ -97,7 +102,7 @@ def restore(loop: RlLoop, decision: Decision) -> int:
     return int(decision.manifest.step or 0)
 
 
-def save_checkpoint(loop: RlLoop, step: int) -> None:
+def save_checkpoint(loop: RlLoop, step: int, log: MetricsLog) -> None:
     """Write policy, critic, the loop's state and samples drawn ahead, then remove those beyond
     `save_total_limit`."""
     ctx, stage = loop.ctx, loop.stage
@@ -109,6 +114,7 @@ def save_checkpoint(loop: RlLoop, step: int) -> None:
                 view.save_checkpoint(str(aside / name))
         write_json(aside / "loop.json", loop.state())
         loop.ahead.save(aside)
+        log.save(aside)
     for old in checkpoints(ctx.directory)[stage.spec.save_total_limit :]:
         shutil.rmtree(old)
 

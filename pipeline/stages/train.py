@@ -85,7 +85,12 @@ def train(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> Manife
     ctx.host.call("prepare_training", ctx.role, stage.spec.optim_spec(), stage.total_steps, phase="load")
     step = restore(stage, ctx, decision)
     frozen = ctx.host.call("frozen_digest", phase="call")[0]
-    log = MetricsLog(ctx.directory / "metrics.jsonl", resume_at=step, every=ctx.logging_steps)
+    log = MetricsLog(
+        ctx.directory / "metrics.jsonl",
+        resume_at=step,
+        every=ctx.logging_steps,
+        checkpoint=decision.checkpoint,
+    )
     flying: deque[tuple[int, Pending]] = deque()
 
     def land() -> None:
@@ -112,7 +117,7 @@ def train(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> Manife
             if evaluating and step < stage.total_steps:
                 ctx.on_log(log.write({"step": step, **evaluate_loss(stage, ctx)}))
             if saving:
-                save_checkpoint(stage, ctx, step)
+                save_checkpoint(stage, ctx, step, log)
             if stopping and step < stage.total_steps:
                 raise Stopped(f"{stage.name} at step {step} of {stage.total_steps}")
         if stage.eval_data is not None:
@@ -172,11 +177,12 @@ def sound_checkpoint(path: Path, manifest: Manifest) -> Path:
     return path
 
 
-def save_checkpoint(stage: PreparedStage, ctx: TrainContext, step: int) -> None:
+def save_checkpoint(stage: PreparedStage, ctx: TrainContext, step: int, log: MetricsLog) -> None:
     """Write a checkpoint whole, then remove those beyond `save_total_limit`."""
     path = ctx.directory / f"checkpoint-{step}"
     with new_directory(path, ctx.manifest("checkpoint", stage, step=step)) as aside:
         ctx.host.call("save_checkpoint", str(aside), phase="save")
+        log.save(aside)
     for old in checkpoints(ctx.directory)[stage.spec.save_total_limit :]:
         shutil.rmtree(old)
 
