@@ -72,7 +72,7 @@ class ActorGroup:
         self._placement: Any = None
         self._made: Making | None = None
         # A process may be brought up in one thread while another one works with the others.
-        self._fleet_lock = threading.Lock()
+        self._fleet_lock, self._order = threading.Lock(), threading.Lock()
 
     # --- Start and end ------------------------------------------------------------------------------
 
@@ -241,10 +241,12 @@ class ActorGroup:
         chosen = self._checked(ranks, phase)
         shared = [_once(arg) if len(chosen) > 1 else arg for arg in args]
         limit = self.limits.of(phase)
-        return {
-            rank: actor.call.remote(method, phase, limit, dict(kwargs), *shared)
-            for rank, actor in zip(ranks, chosen)
-        }
+        # Two threads' calls must reach all ranks in the same order: ranks meet inside of them.
+        with self._order:
+            return {
+                rank: actor.call.remote(method, phase, limit, dict(kwargs), *shared)
+                for rank, actor in zip(ranks, chosen)
+            }
 
     def _checked(self, ranks: Sequence[int] | range, phase: str) -> list[Any]:
         if not self._actors:
@@ -278,7 +280,8 @@ class ActorGroup:
         if not fault.died:
             return waiting.as_failure(fault.error, self.who(rank), phase, self.next_of(rank))
         reason = waiting.explain_death(fault.error)
-        self._saw([rank], Event.DIED, reason)
+        if self._is_current(fault):
+            self._saw([rank], Event.DIED, reason)
         return RunFailure(self.who(rank), phase, reason, self.next_of(rank))
 
     def _blame_late(self, late: list[int], phase: str, seconds: float) -> RunFailure:
@@ -296,6 +299,11 @@ class ActorGroup:
             if gone is not None and actor._actor_id.hex() == gone:
                 return rank
         return fault.rank
+
+    def _is_current(self, fault: waiting.Fault) -> bool:
+        """False where the death is of a process that was replaced since: the present one may be well."""
+        gone = getattr(fault.error, "actor_id", None)
+        return not isinstance(gone, str) or any(actor._actor_id.hex() == gone for actor in self._actors)
 
     def _placed(self) -> bool:
         from ray.util.placement_group import placement_group_table

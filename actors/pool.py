@@ -4,17 +4,20 @@
   company, in which order, or for which time, changes nothing.
 - Every sample is in exactly one place: still queued, with one engine, or done.
 - An engine that dies or overruns its deadline is replaced while the others go on; its chunk goes back to the
-  front of the queue. A call returns only when every engine serves again.
+  front of the queue. A call returns only when every engine that it lost serves again.
+- Several calls may go on at once, from threads of the caller, where engines draw in slices: an engine then
+  advances the samples of all of them together. Whoever sees an engine lost first has it replaced.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from actors.errors import InvariantViolation, RunFailure
 from actors.group import ActorGroup
@@ -24,6 +27,10 @@ from actors.sampling import Generations, SamplingSpec
 
 MAX_RESTARTS = 2
 """Restarts of one engine within one call. A third loss is no accident: something in the call kills it."""
+
+SLICE_S = 0.1
+"""Seconds for which an engine draws before it looks at other calls, where samples stay in flight. A call
+costs 1 to 2 ms, so a slice loses 2 %; new weights wait for half of one on average, at each of their calls."""
 
 MIN_CHUNK = 16
 """Samples per chunk, at least (but for the last). A decoding step of a small batch takes as long as one of
@@ -83,6 +90,19 @@ class Sent:
     answer: PendingOne
     since: float
     """time.monotonic()"""
+    life: int
+    """Of the process that got it: restarts of this rank until then."""
+    key: int
+    """Names the chunk in the engine, where it draws in slices."""
+
+
+@dataclass(frozen=True)
+class Revival:
+    """A fresh engine on its way to the current weights."""
+
+    life: int
+    """Restarts of this rank, this one included."""
+    done: Future[None]
 
 
 @dataclass
@@ -96,7 +116,8 @@ class Call:
     queue: Queue
     sent: dict[int, Sent] = field(default_factory=dict)
     """By rank, as are the next two."""
-    reviving: dict[int, Future[None]] = field(default_factory=dict)
+    reviving: dict[int, Revival] = field(default_factory=dict)
+    """Engines that this call waits for."""
     restarts: Counter[int] = field(default_factory=Counter)
     parts: dict[int, Generations] = field(default_factory=dict)
     """By first sample."""
@@ -109,14 +130,19 @@ class Call:
 class RolloutPool:
     """The engines of a rollout group as one engine."""
 
-    def __init__(self, group: ActorGroup, revive: Callable[[int], None]) -> None:
+    def __init__(self, group: ActorGroup, revive: Callable[[int], None], *, in_flight: bool = False) -> None:
         """`revive(rank)`: give a fresh engine (built, empty) the current weights. It is called from another
-        thread, for one rank at a time, and never outside of `generate`."""
-        self.group = group
+        thread, for one rank at a time, and never outside of `generate`.
+
+        `in_flight`: engines draw in slices, so that weights can change while samples are in flight."""
+        self.group, self.in_flight = group, in_flight
         self.restarts: list[Restart] = []
         """Of all calls so far."""
         self._revive = revive
-        self._one_revival = threading.Lock()
+        self._one_revival, self._replacing = threading.Lock(), threading.Lock()
+        self._revivals: dict[int, Revival] = {}
+        """The latest of each rank."""
+        self._keys = itertools.count()
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingSpec, seeds: Sequence[int]
@@ -127,7 +153,7 @@ class RolloutPool:
 
         Raises:
             UserError: a prompt leaves no room for an answer.
-            InvariantViolation: the engines serve different weights.
+            InvariantViolation: the engines serve different weights (where none are in flight).
             RunFailure: an engine was lost once more than `MAX_RESTARTS`, or failed otherwise.
         """
         requests = [prompt for prompt in prompts for _ in range(sampling.n)]
@@ -136,26 +162,52 @@ class RolloutPool:
         one_each = sampling.model_copy(update={"n": 1})
         call = Call(requests, one_each, seeds, Queue(len(requests), self.group.size))
         for rank in self.group.fleet.ranks(State.SUSPECT, State.DEAD):
-            self._replace(call, rank, self.group.fleet.members[rank].reason)
+            self._replace(call, rank, self._life(rank), self.group.fleet.members[rank].reason)
         while call.open:
             self._hand_out(call)
             self._collect(call)
             self._welcome(call)
         return self._joined(call, sampling.n)
 
+    def bring_back(self, rank: int) -> None:
+        """Have an engine that was seen dead replaced and revived, unless that is under way; waits for it.
+
+        Raises: what `revive` raised.
+        """
+        member = self.group.fleet.members[rank]
+        if rank not in self.group.fleet.serving:
+            self._revival_of(rank, member.generation, member.reason)
+        revival = self._revivals.get(rank)
+        if revival is not None:
+            revival.done.result()
+
     # --- One turn of a call ---------------------------------------------------------------------
 
     def _hand_out(self, call: Call) -> None:
         for rank in self.group.fleet.serving:
-            if call.queue and rank not in call.sent and rank not in call.reviving:
+            if call.queue and rank not in call.sent and self._is_up(rank):
                 self._send(call, rank, call.queue.take())
 
+    def _is_up(self, rank: int) -> bool:
+        revival = self._revivals.get(rank)
+        return revival is None or (revival.done.done() and revival.done.exception() is None)
+
     def _send(self, call: Call, rank: int, chunk: Chunk) -> None:
-        part = slice(chunk.start, chunk.stop)
-        answer = self.group.submit_rank(
-            rank, "generate", call.requests[part], call.sampling, call.seeds[part], phase="generate"
-        )
-        call.sent[rank] = Sent(chunk, answer, time.monotonic())
+        part, life, key = slice(chunk.start, chunk.stop), self._life(rank), next(self._keys)
+        asked = call.requests[part], call.sampling, call.seeds[part]
+        try:
+            if self.in_flight:
+                answer = self.group.submit_rank(rank, "draw", key, SLICE_S, *asked, phase="generate")
+            else:
+                answer = self.group.submit_rank(rank, "generate", *asked, phase="generate")
+        except RunFailure as failure:  # Another thread has just seen it die.
+            call.queue.give_back(chunk)
+            self._replace(call, rank, life, failure.reason)
+            return
+        call.sent[rank] = Sent(chunk, answer, time.monotonic(), life, key)
+
+    def _life(self, rank: int) -> int:
+        return self.group.fleet.members[rank].generation
 
     def _collect(self, call: Call) -> None:
         """Wait a moment for answers, take those that are there, and give up on those that are overdue."""
@@ -165,42 +217,51 @@ class RolloutPool:
             waited = time.monotonic() - sent.since
             if rank in done:
                 self._take(call, rank, sent)
+            elif sent.life != self._life(rank):
+                self._lost(call, rank, RunFailure(self.group.who(rank), "generate", "it was replaced"))
             elif waited > limit:
                 self._lost(call, rank, self.group.overrun(rank, "generate", waited))
 
     def _take(self, call: Call, rank: int, sent: Sent) -> None:
         try:
-            call.parts[sent.chunk.start] = sent.answer.result()
+            made = sent.answer.result()
+            if made is None:
+                again = self.group.submit_rank(rank, "draw", sent.key, SLICE_S, phase="generate")
+                call.sent[rank] = replace(sent, answer=again)
+                return
         except RunFailure as failure:
             self._lost(call, rank, failure)
         else:
+            call.parts[sent.chunk.start] = made
             del call.sent[rank]
 
     def _lost(self, call: Call, rank: int, failure: RunFailure) -> None:
         """Queue a lost engine's chunk again. One that lives has failed by itself: that ends the call."""
-        if rank in self.group.fleet.serving:
+        sent = call.sent[rank]
+        if rank in self.group.fleet.serving and sent.life == self._life(rank):
             raise failure
         call.queue.give_back(call.sent.pop(rank).chunk)
-        self._replace(call, rank, failure.reason)
+        self._replace(call, rank, sent.life, failure.reason)
 
     def _welcome(self, call: Call) -> None:
         """Take back revived engines; waits only where nothing else is going on."""
         if call.reviving and not call.sent:
-            wait(call.reviving.values(), POLL_S, FIRST_COMPLETED)
+            wait([revival.done for revival in call.reviving.values()], POLL_S, FIRST_COMPLETED)
         for rank, revival in list(call.reviving.items()):
-            if not revival.done():
+            if not revival.done.done():
                 continue
             del call.reviving[rank]
-            error = revival.exception()
+            error = revival.done.exception()
             if error is None:
                 continue
-            if rank in self.group.fleet.serving:
+            if revival.life == self._life(rank) and rank in self.group.fleet.serving:
                 raise error
-            self._replace(call, rank, self.group.fleet.members[rank].reason)
+            self._replace(call, rank, revival.life, self.group.fleet.members[rank].reason or str(error))
 
     # --- Replacing an engine --------------------------------------------------------------------
 
-    def _replace(self, call: Call, rank: int, reason: str) -> None:
+    def _replace(self, call: Call, rank: int, life: int, reason: str) -> None:
+        """Have the process of a rank replaced that was lost in its `life`, unless that is under way."""
         call.restarts[rank] += 1
         if call.restarts[rank] > MAX_RESTARTS:
             raise RunFailure(
@@ -209,27 +270,37 @@ class RolloutPool:
                 f"{reason}, once more after {MAX_RESTARTS} restarts in one call",
                 self.group.next_of(rank),
             )
-        self.restarts.append(Restart(rank, reason))
-        self.group.restart(rank)
-        revival = call.reviving[rank] = Future[None]()
+        call.reviving[rank] = self._revival_of(rank, life, reason)
+
+    def _revival_of(self, rank: int, life: int, reason: str) -> Revival:
+        with self._replacing:
+            if self._life(rank) == life:
+                self.restarts.append(Restart(rank, reason))
+                self.group.restart(rank)
+                self._revivals[rank] = self._revive_aside(rank)
+            return self._revivals[rank]
+
+    def _revive_aside(self, rank: int) -> Revival:
+        revival = Revival(self._life(rank), Future())
         # A daemon: a run that ends for another reason doesn't wait for an engine that nobody needs.
         threading.Thread(
-            target=self._bring_up, args=(rank, revival), daemon=True, name=f"revive-{rank}"
+            target=self._bring_up, args=(rank, revival.done), daemon=True, name=f"revive-{rank}"
         ).start()
+        return revival
 
-    def _bring_up(self, rank: int, revival: Future[None]) -> None:
+    def _bring_up(self, rank: int, done: Future[None]) -> None:
         try:
             self.group.rebuild(rank)
             with self._one_revival:
                 self._revive(rank)
         except BaseException as error:
-            revival.set_exception(error)
+            done.set_exception(error)
         else:
-            revival.set_result(None)
+            done.set_result(None)
 
     def _joined(self, call: Call, n: int) -> Generations:
         parts = [call.parts[start] for start in sorted(call.parts)]
         try:
-            return Generations.join(parts, n)
+            return Generations.join(parts, n, mixed=self.in_flight)
         except ValueError as error:
             raise InvariantViolation(self.group.name, "generate", str(error), self.group.next_step) from None

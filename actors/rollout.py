@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,14 @@ import numpy as np
 from actors.engine_spec import EngineSpec
 from actors.errors import RunFailure, UserError
 from actors.sampling import Generations, SamplingSpec, sample_seed
-from actors.vllm_settings import ArchitectureInUse, building_models, llm_settings, read_config
+from actors.stepping import Stepper, token_versions
+from actors.vllm_settings import (
+    ArchitectureInUse,
+    building_models,
+    llm_settings,
+    read_config,
+    without_remains,
+)
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -48,6 +56,9 @@ class RolloutEngine:
         self.max_model_len = 0
         self._llm: LLM | None = None
         self._updater: WeightUpdater | None = None
+        self._stepper: Stepper
+        self._drawing: dict[int, tuple[list[str], int, float]] = {}
+        """By key: requests, samples per prompt, when they came (time.monotonic())."""
         self._in_use = ArchitectureInUse()
 
     def load(
@@ -82,22 +93,39 @@ class RolloutEngine:
             UserError: a prompt leaves no room for an answer.
             RunFailure: nothing is loaded.
         """
-        llm = self._running("generate")
-        self._check_lengths(prompts)
-        if seeds is None:
-            seeds = [
-                sample_seed(sampling.seed, 0, p, s) for p in range(len(prompts)) for s in range(sampling.n)
-            ]
-        requests = [{"prompt_token_ids": list(map(int, ids))} for ids in prompts for _ in range(sampling.n)]
-        if len(seeds) != len(requests):
-            raise ValueError(f"{len(seeds)} seeds for {len(requests)} samples")
         began = time.monotonic()
-        params = [_sampling_params(sampling, seed) for seed in seeds]
-        outputs = llm.generate(requests, params, use_tqdm=False) if requests else []
-        samples = [_sample(output.outputs[0]) for output in outputs]
-        version = 0 if self._updater is None else self._updater.version
-        made = Generations.of(samples, sampling.n, self.label, time.monotonic() - began, version)
-        return self._with_experts(made, outputs)
+        names = self._ask(prompts, sampling, seeds)
+        outputs = self._stepper.run(names)
+        assert outputs is not None
+        return self._made(outputs, sampling.n, time.monotonic() - began)
+
+    def draw(
+        self,
+        key: int,
+        seconds: float,
+        prompts: Sequence[Sequence[int]] | None = None,
+        sampling: SamplingSpec | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> Generations | None:
+        """`generate` in slices of `seconds`, between which other calls come in, also with new weights.
+
+        The first call of a `key` says what is asked for, the later ones bring the key alone; None until all
+        samples are there. Samples of several keys are drawn together.
+
+        Raises:
+            as `generate`.
+        """
+        self._running("generate")
+        if prompts is not None:
+            assert sampling is not None
+            names = self._ask(prompts, sampling, seeds)
+            self._drawing[key] = names, sampling.n, time.monotonic()
+        names, n, began = self._drawing[key]
+        outputs = self._stepper.run(names, seconds)
+        if outputs is None:
+            return None
+        del self._drawing[key]
+        return self._made(outputs, n, time.monotonic() - began)
 
     def score_tokens(self, token_ids: Sequence[Sequence[int]], starts: Sequence[int]) -> list[np.ndarray]:
         """float64 (tokens from `start` on,) per sequence: log-probabilities of its tokens, at temperature 1.
@@ -109,10 +137,11 @@ class RolloutEngine:
         Raises:
             RunFailure: nothing is loaded.
         """
-        llm = self._running("score_tokens")
+        self._running("score_tokens")
         self._check_lengths(token_ids)
         requests = [{"prompt_token_ids": list(map(int, ids))} for ids in token_ids]
-        outputs = llm.generate(requests, _scoring_params(), use_tqdm=False) if requests else []
+        outputs = self._stepper.run(self._stepper.add(requests, _scoring_params()))
+        assert outputs is not None
         return [
             _scores(output.prompt_logprobs, ids, start)
             for output, ids, start in zip(outputs, token_ids, starts, strict=True)
@@ -161,9 +190,9 @@ class RolloutEngine:
         """Receive a version beside the served one (`WeightUpdater.stage`)."""
         return self.weights.stage(version)
 
-    def commit(self, version: int) -> CommitReport:
+    def commit(self, version: int, keep: bool = False) -> CommitReport:
         """Serve the staged version (`WeightUpdater.commit`)."""
-        return self.weights.commit(version)
+        return self.weights.commit(version, keep)
 
     def readback(self, version: int) -> Readback:
         """Digests of what is bound (`WeightUpdater.readback`)."""
@@ -219,6 +248,29 @@ class RolloutEngine:
             keep_experts(self._llm)
         return {"merge": 0.0, "engine": seconds}
 
+    def _ask(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingSpec, seeds: Sequence[int] | None
+    ) -> list[str]:
+        """Give the engine `sampling.n` requests of each prompt; their names."""
+        self._running("generate")
+        self._check_lengths(prompts)
+        if seeds is None:
+            seeds = [
+                sample_seed(sampling.seed, 0, p, s) for p in range(len(prompts)) for s in range(sampling.n)
+            ]
+        requests = [{"prompt_token_ids": list(map(int, ids))} for ids in prompts for _ in range(sampling.n)]
+        if len(seeds) != len(requests):
+            raise ValueError(f"{len(seeds)} seeds for {len(requests)} samples")
+        return self._stepper.add(requests, [_sampling_params(sampling, seed) for seed in seeds])
+
+    def _made(self, outputs: Sequence[Any], n: int, seconds: float) -> Generations:
+        ended = [output.outputs[0] for output in outputs]
+        made = Generations.of([_sample(one) for one in ended], n, self.label, seconds)
+        if self._updater is None or not ended:
+            return made
+        versions = [token_versions(one) for one in ended]
+        return self._with_experts(replace(made, token_versions=np.concatenate(versions)), outputs)
+
     def _with_experts(self, made: Generations, outputs: Sequence[Any]) -> Generations:
         """With the experts of every position, where a trainer wants them."""
         from actors.routes import expert_choices
@@ -242,9 +294,10 @@ class RolloutEngine:
         self.unload()
         config = read_config(model, self.spec)
         settings = llm_settings(config, self.spec) | dict(more or {})
-        with _no_collections():
+        with _no_collections(), without_remains():
             self._in_use.enter(config)
             self._llm = LLM(model=model, **settings)
+        self._stepper, self._drawing = Stepper(self._llm), {}
         self.label, self.max_model_len = label or model, settings["max_model_len"]
         return time.monotonic() - began
 

@@ -47,7 +47,8 @@ class Contexts:
     def rl_context(self, node: Node, events: Events, tokenizer: Any) -> RlContext:
         """A view for every role of an online stage, the engines, and the sync between policy and engines."""
         from actors.pool import RolloutPool
-        from actors.sync.weight_sync import WeightSync, load_base
+        from actors.sync.engines import load_base
+        from actors.sync.weight_sync import WeightSync
 
         assert isinstance(node.spec, RlStage)
         assert isinstance(node.prepared, PreparedRl)
@@ -64,6 +65,8 @@ class Contexts:
         sync = WeightSync(
             common["host"], rollout, wanted, node.start.base, common["role"], probes, backend, loading
         )
+        pool = RolloutPool(rollout, sync.restore, in_flight=wanted.in_flight == "keep")
+        sync.bring_back = pool.bring_back
         return RlContext(
             **common,
             policy=View(common["host"], common["role"]),
@@ -72,7 +75,7 @@ class Contexts:
             reward_models={
                 source: self._view("reward", node, model, source) for source, model in node.rewards.items()
             },
-            rollout=RolloutPool(rollout, sync.restore),
+            rollout=pool,
             sync=sync,
             tokenizer=tokenizer,
             note=events.note,

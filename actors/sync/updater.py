@@ -92,8 +92,11 @@ class WeightUpdater:
         self._staged = None
         self._rpc("discard_weights")
 
-    def commit(self, version: int) -> CommitReport:
+    def commit(self, version: int, keep: bool = False) -> CommitReport:
         """Load the staged version in place of the served one.
+
+        `keep`: samples may be in the middle of being drawn. They go on with the new weights; keys and values
+        of what they have so far are computed again with these.
 
         Raises:
             RunFailure: it is not staged, or loading failed: then the engine is lost.
@@ -103,7 +106,7 @@ class WeightUpdater:
             raise RunFailure("rollout", "commit", f"version {version} is not staged")
         began = time.monotonic()
         try:
-            loaded = self._load(version)
+            loaded = self._load(version, keep)
         except Exception as error:
             self.lost = f"{type(error).__name__} while committing version {version}: {error}"
             raise RunFailure("rollout", "commit", self.lost, "restart this engine") from error
@@ -134,13 +137,13 @@ class WeightUpdater:
         if channel is not None:
             channel.close()
 
-    def _load(self, version: int) -> list[Loaded]:
+    def _load(self, version: int, keep: bool) -> list[Loaded]:
         llm = self._llm
         llm.start_weight_update()
         llm.update_weights({"update_info": {"version": version}})
         llm.finish_weight_update(f"v{version}")
         # Keys and values of the old weights would be taken for the same prompts.
-        if not llm.reset_prefix_cache():
+        if not llm.reset_prefix_cache(reset_running_requests=keep):
             raise InvariantViolation("rollout", "commit", "samples are still being generated")
         loaded: list[Loaded] = self._rpc("loaded_weights")
         self._digests = {name: digest for one in loaded for name, digest in one.digests.items()}

@@ -2,31 +2,35 @@
 
 Invariants: an engine serves a version only after that was verified on it; nobody commits unless all
 staged what the trainer offered; whatever goes wrong, an engine holds one whole version or is replaced.
+
+Where samples stay in flight (`in_flight: keep`), engines may die under a sync while others draw. Then the
+pool alone replaces processes: a sync goes on with those that are left, and ends when the pool has brought
+back the others, which get the version that the sync has sent.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from actors.batch import Batch
-from actors.errors import InvariantViolation, RunFailure, UserError
+from actors.errors import RunFailure
 from actors.group import ActorGroup
-from actors.pending import Pending, PendingOne
+from actors.pending import POLL_S, PendingOne
 from actors.sync import protocol, verify
-from actors.sync.protocol import NO_VERSION, Engine, Event, Expected, Failure, Offer, Prepared, State
+from actors.sync.engines import Engines, load_base
+from actors.sync.protocol import NO_VERSION, Event, Expected, Failure, Offer, Prepared, State
 from actors.sync.report import Stopwatch, SyncReport
 from actors.sync.spec import Backend, SyncSpec
 from actors.sync.verify import ProbeReport
 
 STAGE_ROUNDS = 3
 """Offers of one version, if engines die while staging and are replaced in between."""
-CHANNEL_SHARE = 0.8
-"""Of `limits.sync`: deadline inside a channel, so that who waits in vain for a peer says so itself."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,7 @@ class Truth:
     """The same of the version before."""
 
 
-def load_base(rollout: ActorGroup, base_dir: str) -> Pending:
-    """Let the engines load the bare base, ready for updates; returns at once."""
-    return rollout.submit("load", base_dir, updatable=True, phase="load")
-
-
-class WeightSync:
+class WeightSync(Engines):
     """The policy's weights in all engines of a group, version by version."""
 
     def __init__(
@@ -58,18 +57,21 @@ class WeightSync:
         role: str | None,
         probes: Sequence[Sequence[int]],
         backend: Backend = "gloo",
-        loading: Pending | None = None,
+        loading: dict[int, PendingOne] | None = None,
     ) -> None:
         """`base_dir`: the bare base, as engines load it; `role`: the adapter that is sent; `probes`: token
         ids, at least two each, of which the last `spec.probe_tokens` are compared; `loading`: of `load_base`,
         where it was called already."""
-        self.policy, self.rollout, self.spec = policy, rollout, spec
-        self.base_dir, self.role, self.backend = base_dir, role, backend
-        self.engines = {rank: Engine() for rank in range(rollout.size)}
+        super().__init__(policy, rollout, base_dir, backend)
+        self.spec, self.role = spec, role
         self._probes = [list(map(int, probe)) for probe in probes]
         self._starts = [max(1, len(probe) - spec.probe_tokens) for probe in self._probes]
         self._loading = loading
-        self._dtype = ""
+        self._keeps = spec.in_flight == "keep"
+        self.bring_back: Callable[[int], None] | None = None
+        """Has a lost engine replaced and restored, and waits for it; set where samples stay in flight."""
+        self._one_at_a_time = threading.RLock()
+        self._probed: dict[int, ProbeReport] = {}
         self._base: list[np.ndarray] = []
         self._truth: Truth | None = None
 
@@ -79,18 +81,25 @@ class WeightSync:
         return NO_VERSION if self._truth is None else self._truth.offer.version
 
     def connect(self) -> None:
-        """Bring every engine up with the base, connected to the trainer.
+        """Bring every engine up with the base, connected to the trainer; one that dies over it is replaced.
 
         Raises:
             RunFailure: an engine did not load, or did not reach the trainer.
+            UserError: it can't load this base.
         """
-        (self._loading or load_base(self.rollout, self.base_dir)).result()
-        for rank in self.engines:
-            self._open_channel(rank)
+        for rank, loading in (self._loading or load_base(self.rollout, self.base_dir)).items():
+            try:
+                loading.result()
+                self._open_channel(rank)
+            except RunFailure as failure:
+                if rank in self.rollout.fleet.serving:
+                    raise
+                self._mark(rank, Event.FAILED, failure.reason)
+                self._replace(rank)
         # An engine's first pass over tokens is slow; this one delays no step.
-        warming = self.rollout.submit("score_tokens", self._probes, self._starts, phase="sync")
+        warming = {rank: self._ask(rank, "score_tokens", self._probes, self._starts) for rank in self.engines}
         self._base = self._trainer_logps(None)()
-        warming.result()
+        self._answers(warming)
 
     def push(self, version: int) -> SyncReport:
         """Bring all engines to the policy's present weights, under a new version.
@@ -100,28 +109,41 @@ class WeightSync:
                 holds something else than the trainer; with the facts.
             RunFailure: the trainer failed, or engines died again and again.
         """
+        with self._one_at_a_time:
+            report, lost = self._push(version)
+        for rank in lost:
+            assert self.bring_back is not None
+            self.bring_back(rank)
+        return report if report is not None else self._report({}, list(self._probed.values()), {*lost})
+
+    def _push(self, version: int) -> tuple[SyncReport | None, list[int]]:
+        """What was done, unless nobody was left to do it with; and who the pool has to bring back."""
         old = protocol.objection_to_version(self.version, version)
         if old is not None:
             raise self._violation("trainer", version, old)
         replaced = self._replace_lost()
-        prepared: Prepared = self.policy.call_rank(
-            0, "weight_source.prepare", version, self.role, self.spec.payload, self._dtype, phase="sync"
-        )
+        # Every rank: a sharded policy's weights are gathered from all; the first one answers.
+        prepared: Prepared = self.policy.call(
+            "weight_source.prepare", version, self.role, self.spec.payload, self._dtype, phase="sync"
+        )[0]
         watch = Stopwatch(dict(prepared.seconds))
         replaced += self._stage_everywhere(prepared.offer)
         watch.part("wire")
         asked = self._ask_truth(prepared.offer)
-        committed = self._commit(list(self.engines), version)
+        committed = self._commit(self._taking_part(), version)
         watch.part("load")
         truth = asked()
-        reports = self._verify(committed, truth)
-        lost = [rank for rank in self.engines if rank not in reports]
-        for rank in lost:
-            self._replace(rank)
-            reports[rank] = self._bring_up(rank, truth)
+        self._verify(committed, truth)
+        lost = [rank for rank in self.engines if self.engines[rank].version != version]
+        if not self._keeps:
+            for rank in lost:
+                self._replace(rank)
+                self._bring_up(rank, truth)
         watch.part("verify")
         self._truth = truth
-        return self._report(truth, watch.seconds, list(reports.values()), {*replaced, *lost})
+        probes = [self._probed[rank] for rank, one in self.engines.items() if one.version == version]
+        report = self._report(watch.seconds, probes, {*replaced, *lost}) if probes else None
+        return report, lost if self._keeps else []
 
     def restore(self, rank: int) -> None:
         """Bring an engine whose process was replaced and built again to the current version, verified.
@@ -129,10 +151,16 @@ class WeightSync:
         Raises:
             InvariantViolation, RunFailure: as `push`.
         """
-        self._mark(rank, Event.FAILED, "its process was replaced")
-        self._load_again(rank)
-        if self._truth is not None:
-            self._bring_up(rank, self._truth)
+        # The trainer may be in the middle of its updates: no deadline runs while it gets to this.
+        free = self.policy.submit_rank(0, "weight_source.disconnect", rank, phase="sync")
+        while not free.done():
+            time.sleep(POLL_S)
+        free.result()
+        with self._one_at_a_time:
+            self._mark(rank, Event.FAILED, "its process was replaced")
+            self._load_again(rank)
+            if self._truth is not None:
+                self._bring_up(rank, self._truth)
 
     def close(self) -> None:
         """Drop the connections; a trainer that is gone has none. The engines keep what they serve."""
@@ -146,7 +174,7 @@ class WeightSync:
         """All engines stage what is offered, or this raises; engines that were replaced on the way."""
         replaced: list[int] = []
         for _ in range(STAGE_ROUNDS):
-            decision = self._stage(list(self.engines), offer)
+            decision = self._stage(self._taking_part(), offer)
             if decision.commit:
                 return replaced
             if decision.refusals:
@@ -159,7 +187,7 @@ class WeightSync:
 
     def _stage(self, ranks: list[int], offer: Offer) -> protocol.Decision:
         """Send to these engines; where not all staged, those that did forget it again."""
-        asked = {rank: self._submit(rank, "stage", offer.version) for rank in ranks}
+        asked = {rank: self._ask(rank, "stage", offer.version) for rank in ranks}
         unreached = self.policy.call_rank(0, "weight_source.send", ranks, phase="sync")
         answers = self._answers(asked)
         for rank, reason in unreached.items():
@@ -169,7 +197,7 @@ class WeightSync:
         for rank in ranks:
             if decision.commit:
                 self._mark(rank, Event.ACKNOWLEDGED)
-        self._answers({rank: self._submit(rank, "discard", offer.version) for rank in decision.discard})
+        self._answers({rank: self._ask(rank, "discard", offer.version) for rank in decision.discard})
         return decision
 
     def _commit(self, ranks: list[int], version: int) -> list[int]:
@@ -178,10 +206,15 @@ class WeightSync:
         Raises:
             InvariantViolation: not all that was handed over found its place in the engine.
         """
-        answers = self._answers({rank: self._submit(rank, "commit", version) for rank in ranks})
+        how = (version, True) if self._keeps else (version,)
+        answers = self._answers({rank: self._ask(rank, "commit", *how) for rank in ranks})
         for rank, answer in answers.items():
             if isinstance(answer, Failure):
                 self._mark(rank, Event.FAILED, answer.reason)
+                if self._keeps and not answer.died:
+                    raise RunFailure(
+                        self.rollout.who(rank), "sync", answer.reason, self.rollout.next_of(rank)
+                    )
                 continue
             self._mark(rank, Event.COMMITTED)
             wrong = protocol.objection_to_commit(version, answer)
@@ -191,10 +224,10 @@ class WeightSync:
 
     def _ask_truth(self, offer: Offer) -> Callable[[], Truth]:
         """What the trainer says that this version is; computed while the engines load it."""
-        expected = self.policy.submit_rank(0, "weight_source.expected", self.role, self._dtype, phase="sync")
+        expected = self.policy.submit("weight_source.expected", self.role, self._dtype, phase="sync")
         logps = self._trainer_logps(self.role)
         previous = None if self._truth is None else self._truth.logps
-        return lambda: Truth(offer, expected.result(), logps(), previous)
+        return lambda: Truth(offer, expected.result()[0], logps(), previous)
 
     def _trainer_logps(self, role: str | None) -> Callable[[], list[np.ndarray]]:
         """The trainer's log-probabilities of each probe's tokens; asked for at once."""
@@ -203,27 +236,25 @@ class WeightSync:
         cuts = np.cumsum(batch.label_counts)[:-1]
         return lambda: np.split(logps.result()[0], cuts)
 
-    def _verify(self, ranks: list[int], truth: Truth) -> dict[int, ProbeReport]:
-        """Hold engines against the truth; one that died over it is lost, and not in the answer.
+    def _verify(self, ranks: list[int], truth: Truth) -> None:
+        """Hold engines against the truth; one that died over it is lost, the others serve it.
 
         Raises:
             InvariantViolation: an engine holds something else.
         """
         version = truth.offer.version
-        reading = {rank: self._submit(rank, "readback", version) for rank in ranks}
-        scoring = {rank: self._submit(rank, "score_tokens", self._probes, self._starts) for rank in ranks}
+        reading = {rank: self._ask(rank, "readback", version) for rank in ranks}
+        scoring = {rank: self._ask(rank, "score_tokens", self._probes, self._starts) for rank in ranks}
         read, scored = self._answers(reading), self._answers(scoring)
-        reports = {}
         for rank in ranks:
             failure = next((a for a in (read[rank], scored[rank]) if isinstance(a, Failure)), None)
             if failure is None:
-                reports[rank] = self._judge(rank, truth, read[rank], scored[rank])
+                self._probed[rank] = self._judge(rank, truth, read[rank], scored[rank])
                 self._mark(rank, Event.VERIFIED, version=version)
             elif failure.died:
                 self._mark(rank, Event.FAILED, failure.reason)
             else:
                 raise self._lose(rank, version, failure.reason)
-        return reports
 
     def _judge(
         self, rank: int, truth: Truth, read: protocol.Readback, scored: list[np.ndarray]
@@ -240,88 +271,35 @@ class WeightSync:
 
     # --- Engines that come and go ---------------------------------------------------------------
 
+    def _taking_part(self) -> list[int]:
+        """All engines; where the pool replaces lost ones, those that are whole."""
+        return [rank for rank, one in self.engines.items() if one.state is not State.LOST or not self._keeps]
+
     def _replace_lost(self) -> list[int]:
         """Fresh engines in place of those that are lost, also where another call has seen them die."""
-        serving = self.rollout.fleet.serving
-        lost = [rank for rank, one in self.engines.items() if not one.whole or rank not in serving]
+        lost = [rank for rank, one in self.engines.items() if not one.whole or self._is_gone(rank)]
         for rank in lost:
-            self._replace(rank)
+            if self._keeps:
+                self._mark(rank, Event.FAILED, "its process was lost")
+            else:
+                self._replace(rank)
         return lost
 
-    def _replace(self, rank: int) -> None:
-        """A fresh engine in place of a lost one, with the base, connected."""
-        self._mark(rank, Event.FAILED, self.engines[rank].reason)
-        if rank not in self.rollout.fleet.serving:
-            self.rollout.restart(rank)
-        self.rollout.rebuild(rank)
-        self._load_again(rank)
-
-    def _load_again(self, rank: int) -> None:
-        self._mark(rank, Event.RESTARTED)
-        self.rollout.call_rank(rank, "load", self.base_dir, updatable=True, phase="load")
-        self._open_channel(rank)
-
-    def _bring_up(self, rank: int, truth: Truth) -> ProbeReport:
+    def _bring_up(self, rank: int, truth: Truth) -> None:
         """One fresh engine to a version that was sent before, verified."""
         offer = truth.offer
         decision = self._stage([rank], offer)
         if decision.refusals:
             raise self._violation(self.rollout.who(rank), offer.version, "; ".join(decision.refusals), offer)
-        committed = self._commit([rank], offer.version) if decision.commit else []
-        reports = self._verify(committed, truth)
-        if rank not in reports:
+        self._verify(self._commit([rank], offer.version) if decision.commit else [], truth)
+        if self.engines[rank].version != offer.version:
             again = self.engines[rank].reason or "its process died while it staged"
             reason = f"it was replaced, and lost again on its way to version {offer.version}: {again}"
             raise RunFailure(self.rollout.who(rank), "sync", reason, self.rollout.next_of(rank))
-        return reports[rank]
 
-    def _open_channel(self, rank: int) -> None:
-        timeout_s = CHANNEL_SHARE * self.rollout.limits.of("sync")
-        address = self.policy.call_rank(0, "weight_source.listen", rank, timeout_s, phase="sync")
-        joining = self._submit(rank, "open_channel", address, timeout_s, self.backend)
-        accepting = self.policy.submit_rank(0, "weight_source.accept", rank, self.backend, phase="sync")
-        self._dtype = joining.result()
-        accepting.result()
-
-    # --- Calls ----------------------------------------------------------------------------------
-
-    def _submit(self, rank: int, method: str, *args: Any) -> PendingOne:
-        return self.rollout.submit_rank(rank, method, *args, phase="sync")
-
-    def _answers(self, asked: Mapping[int, PendingOne]) -> dict[int, Any]:
-        """Each engine's answer, or why there is none: one that fails doesn't hide what the others did."""
-        answers: dict[int, Any] = {}
-        for rank, call in asked.items():
-            try:
-                answers[rank] = call.result()
-            except (RunFailure, UserError) as error:
-                reason = error.reason if isinstance(error, RunFailure) else str(error)
-                answers[rank] = Failure(reason, died=rank not in self.rollout.fleet.serving)
-        return answers
-
-    def _mark(self, rank: int, event: Event, reason: str = "", version: int = NO_VERSION) -> None:
-        self.engines[rank] = self.engines[rank].after(event, version, reason)
-
-    def _lose(self, rank: int, version: int, reason: str, offer: Offer | None = None) -> InvariantViolation:
-        """An engine that is not what it should be serves nobody any more."""
-        self._mark(rank, Event.FAILED, reason)
-        return self._violation(self.rollout.who(rank), version, reason, offer)
-
-    def _violation(
-        self, who: str, version: int, reason: str, offer: Offer | None = None
-    ) -> InvariantViolation:
-        digest = f" ({offer.tensors} tensors, {offer.bytes} bytes, digest {offer.digest})" if offer else ""
-        return InvariantViolation(
-            who,
-            "sync",
-            f"version {version}{digest}: {reason}",
-            "generations of these weights can't be trusted: keep the logs, and report the architecture",
-        )
-
-    def _report(
-        self, truth: Truth, seconds: dict[str, float], probes: list[ProbeReport], replaced: set[int]
-    ) -> SyncReport:
-        offer = truth.offer
+    def _report(self, seconds: dict[str, float], probes: list[ProbeReport], replaced: set[int]) -> SyncReport:
+        assert self._truth is not None
+        offer = self._truth.offer
         return SyncReport(
             version=offer.version,
             payload=self.spec.payload,
@@ -330,7 +308,7 @@ class WeightSync:
             digest=offer.digest,
             seconds=seconds,
             probe=max(probes, key=lambda probe: probe.mean),
-            share_unchanged_bf16=truth.expected.share_unchanged_bf16,
+            share_unchanged_bf16=self._truth.expected.share_unchanged_bf16,
             replaced=tuple(sorted(replaced)),
         )
 

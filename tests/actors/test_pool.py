@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +75,19 @@ def start(ray_cluster: None, tmp_path: Path) -> Iterator[Start]:
     groups = []
 
     def starting(
-        workers: int = 2, seconds: float = 0.0, generate: float = 60, revive: Any = None
+        workers: int = 2,
+        seconds: float = 0.0,
+        generate: float = 60,
+        revive: Any = None,
+        in_flight: bool = False,
     ) -> RolloutPool:
         limits = LimitsSpec(start=60, generate=generate, stop=1)
         group = ActorGroup("rollout", RoleSpec(workers=workers), limits, tmp_path / "logs")
         groups.append(group)
         group.start().ready().build("pool_engines:FakeEngine", str(tmp_path), seconds).result()
         group.call("load", 3)
-        return RolloutPool(group, revive or (lambda rank: group.call_rank(rank, "load", 3)))
+        revive = revive or (lambda rank: group.call_rank(rank, "load", 3))
+        return RolloutPool(group, revive, in_flight=in_flight)
 
     yield starting
     for group in groups:
@@ -112,6 +118,20 @@ def test_the_fast_engine_takes_what_the_slow_one_does_not_get_to(start: Start, t
     slow, fast = sorted(by_engine.values(), key=sum)
     assert len(slow) == 1
     assert sum(fast) == 96 - slow[0]
+
+
+@pytest.mark.ray
+def test_calls_side_by_side_share_the_engines_and_the_replacement_of_a_lost_one(start: Start) -> None:
+    """None of the samples is lost or drawn by two; engines may be at different versions."""
+    pool = start(seconds=0.004, in_flight=True)
+    pool.group.call_rank(0, "load", 4)
+    prompts = [[1002 if i == 20 else i, i + 1] for i in range(48)]
+    with ThreadPoolExecutor(2) as threads:
+        both = [threads.submit(pool.generate, asked, SAMPLING, SEEDS) for asked in (prompts, PROMPTS)]
+        made = [one.result() for one in both]
+    assert [rows(one) for one in made] == [expected(prompts), expected(PROMPTS)]
+    assert {int(v) for one in made for v in one.token_versions} <= {3, 4}
+    assert len(pool.restarts) == 1
 
 
 @pytest.mark.ray

@@ -1,0 +1,92 @@
+"""GRPO on samples of older weights, on real Ray and vLLM: repeatable where syncs wait for samples in flight,
+unharmed where they don't."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.artifacts import file_digest
+from tests.test_online_end_to_end import BASE, UNEQUAL, calls, complete, has_done, pid_of, start, when
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
+
+STEPS = 7
+
+
+def command_for(directory: Path, engines: int = 1, **stage: Any) -> list[str]:
+    """A run of a few steps whose checkpoints and logged lines fall on different steps."""
+    directory.mkdir(exist_ok=True)
+    grpo = {
+        "data": {"source": "builtin:arithmetic", "split": "prompts", "max_rows": 64},
+        "rewards": "exact_match", "batch_size": 32, "num_generations": 4, "max_completion_length": 12,
+        "max_length": 64, "max_steps": STEPS, "save_steps": 2, "learning_rate": 1e-3, "staleness": 2,
+    }  # fmt: skip
+    run = {
+        "name": "stale", "output_dir": str(directory / "run"), "seed": 5,
+        "model": {"base": str(BASE), "lora": {"r": 4, "lora_alpha": 8, "targets": ["attention", "experts"]}},
+        "stages": {"grpo": grpo | stage},
+        "roles": {"rollout": {"workers": engines}},
+        "logging": {"logging_steps": 3},
+    }  # fmt: skip
+    path = directory / "run.yaml"
+    path.write_text(yaml.safe_dump(run, sort_keys=False))
+    return [sys.executable, "-m", "pipeline", "run", str(path)]
+
+
+def lines(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "grpo" / "metrics.jsonl").read_text().splitlines()]
+
+
+def made_by(run: Path) -> tuple[str, list[dict[str, float]]]:
+    """The adapter, and every metric that a repeated run has to have again."""
+    # What engines say of their own samples differs in the last digits, and with it what is made of that.
+    told = re.compile(UNEQUAL.pattern + r"|^sampling/sampling_logp_difference")
+    kept = [{k: v for k, v in line.items() if not told.match(k)} for line in lines(run)]
+    rounded = [
+        {k: round(v, 4) if k.startswith(("sampling/", "loss")) else v for k, v in line.items()}
+        for line in kept
+    ]
+    return file_digest(run / "grpo" / "adapter" / "adapter_model.safetensors"), rounded
+
+
+@pytest.mark.parametrize("correction", [None, False])
+def test_a_run_killed_while_later_samples_are_drawn_ends_with_the_same_adapter(
+    correction: bool | None, tmp_path: Path
+) -> None:
+    """Ratios are to what the engine said: its log-probabilities have to be the same too, and they are, of the
+    same samples in the same batches."""
+    stage = {"vllm_importance_sampling_correction": correction}
+    complete(command_for(tmp_path / "whole", **stage), tmp_path / "whole")
+    command, run = command_for(tmp_path / "killed", **stage), tmp_path / "killed" / "run"
+    process = start(command, tmp_path / "killed")
+    when(process, has_done(run, "policy-0", "weight_source.prepare", 6))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (run / "grpo" / "manifest.json").exists()
+    assert "grpo: continues from checkpoint-" in complete(command, tmp_path / "killed")
+    assert made_by(run) == made_by(tmp_path / "whole" / "run")
+    ages = [line["staleness/max"] for line in lines(run)]
+    assert [line["step"] for line in lines(run)] == [3, 6, 7]
+    assert ages == [1.0, 2.0, 2.0]  # Means over windows: 0, 1, 2 in the first.
+
+
+def test_samples_in_flight_outlive_a_sync_and_a_lost_engine(tmp_path: Path) -> None:
+    stage = {"sync": {"in_flight": "keep"}, "staleness": 1, "max_completion_length": 48, "max_length": 96}
+    command, run = command_for(tmp_path, engines=2, **stage), tmp_path / "run"
+    process = start(command, tmp_path)
+    when(process, lambda: calls(run, "rollout-1", "commit") >= 3 and calls(run, "rollout-1", "draw") >= 4)
+    os.kill(pid_of(run, "rollout-1"), signal.SIGKILL)
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, said[-3000:]
+    assert "rollout-1 was replaced" in said
+    assert all(0 <= line["staleness/max"] <= 1 for line in lines(run))
+    assert lines(run)[-1]["step"] == STEPS
