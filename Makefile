@@ -52,10 +52,10 @@ format: install-dev ## Put the code into the house's format
 	$(BIN)/ruff check --fix .
 
 test: lint test-fast ## Lint, then every test but the slow ones
-	$(BIN)/python -m pytest -q -m "(ray or vllm or trl) and not slow and not gpu"
+	$(BIN)/python -m pytest -q -m "(ray or vllm or trl or ranks) and not slow and not gpu"
 
-test-fast: install-dev ## The tests that need neither Ray nor vLLM nor TRL, in two processes
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu and not ray and not vllm and not trl"
+test-fast: install-dev ## The tests that need no other process: no Ray, vLLM, TRL or second rank, in two processes
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu and not ray and not vllm and not trl and not ranks"
 
 test-slow: install-dev ## The longer checks
 	$(BIN)/python -m pytest -q -m "slow and not gpu" --timeout 1800

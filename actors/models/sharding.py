@@ -181,7 +181,8 @@ def shard_with_layers(model: nn.Module, parameters: Mapping[str, nn.Parameter]) 
 
 
 def _ready(model: Any) -> PreTrainedModel:
-    if len(shard_modules(model)) < model.config.num_hidden_layers:
+    # The root, the layers, and what lies around them.
+    if len(shard_modules(model)) <= model.config.num_hidden_layers + 1:
         raise UserError(
             f"sharding: transformers has no plan that shards {model.config.model_type} by layer, so that "
             "each pass would gather it whole; set sharding: none"
@@ -189,9 +190,9 @@ def _ready(model: Any) -> PreTrainedModel:
     for module in shard_modules(model):
         for group in module._get_fsdp_state()._fsdp_param_groups:
             _sum(group)
-    # save_pretrained and PEFT look at these; what they would do is done here.
+    # save_pretrained and PEFT look at these, and would gather the whole base to save an adapter.
     model.config.distributed_config = None
-    model._device_mesh = model._mesh_manager = None
+    model._device_mesh = model._mesh_manager = model._tp_size = model._fsdp_size = None
     model._is_distributed_loading_by_transformers = False
     return model
 

@@ -1,4 +1,4 @@
-"""One rank of a two-rank host, as a process: `python rank_worker.py BASE RANK WORLD INIT OUT`.
+"""One rank of a two-rank host, as a process: `python rank_worker.py RANK BASE INIT OUT`.
 
 The same scenarios run with one rank in the test's own process.
 """
@@ -98,6 +98,6 @@ def heads(host: ModelHost, rows: list[Any], pairs: list[Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    base_, rank_, world_, init_, out_ = sys.argv[1:]
-    found = scenarios(base_, Path(out_), int(rank_), int(world_), init_)
+    rank_, base_, init_, out_ = sys.argv[1:]
+    found = scenarios(base_, Path(out_), int(rank_), 2, init_)
     (Path(out_) / f"rank-{rank_}.json").write_text(json.dumps(found))
