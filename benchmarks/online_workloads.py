@@ -31,6 +31,8 @@ MOE_60M: dict[str, Any] = {
 }
 """A Qwen3-MoE of 59 M parameters."""
 MOE_17M: dict[str, Any] = {**MOE_60M, "num_hidden_layers": 4, "num_experts": 8, "vocab_size": 4096}
+CONSTANT = 3.0
+"""Beside embeddings of standard deviation 0.02."""
 END_OF_TURN = 258
 """Of the byte tokenizer that all these bases have."""
 
@@ -80,8 +82,8 @@ def write_base(workload: OnlineWorkload, directory: Path) -> Path:
 def _set_end_of_turn(base: Path, probability: float) -> None:
     """Let each token be followed by the end of the turn with about this probability, whatever came before.
 
-    One hidden number is made the same for all tokens and positions: a large constant in the embeddings. The
-    head reads it for the end-of-turn token only.
+    One hidden number is made nearly the same for all tokens and positions: a large constant in the
+    embeddings. The head reads it for the end-of-turn token only, and the routers don't.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -89,9 +91,11 @@ def _set_end_of_turn(base: Path, probability: float) -> None:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        model.model.embed_tokens.weight[:, 0] = 1.0
+        model.model.embed_tokens.weight[:, 0] = CONSTANT
         model.lm_head.weight[:, 0] = 0.0
-        ids = torch.randint(0, 256, (4, 64), generator=generator)
+        for layer in model.model.layers:
+            layer.mlp.gate.weight[:, 0] = 0.0
+        ids = torch.randint(0, model.config.vocab_size, (4, 200), generator=generator)
         hidden = model.model(input_ids=ids).last_hidden_state.flatten(0, 1)
         logits = hidden @ model.lm_head.weight.T
         others = torch.logsumexp(logits, 1).mean()

