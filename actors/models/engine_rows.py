@@ -68,7 +68,7 @@ _MLA_NOTE = (
 _TRANSFORMERS = EngineRow(
     workarounds=(_REPACK,),
     transformers_backend=True,
-    note="runs in vLLM's transformers backend: slower than a class of vLLM's own",
+    note="vLLM has no class of its own for it and runs transformers' modules in its place",
 )
 
 ENGINE_ROWS: dict[str, EngineRow] = {
@@ -114,7 +114,7 @@ ENGINE_ROWS: dict[str, EngineRow] = {
         engine_args={"enable_prefix_caching": False},
         workarounds=(_REPACK,),
         dtypes=("bfloat16",),
-        note="vLLM's linear attention on the CPU takes bfloat16 and heads of 64 or 128 only",
+        note="vLLM's linear attention on the CPU takes bfloat16 only; heads of 64 and 128 work, 32 does not",
     ),
 }
 """By `model_type`."""
