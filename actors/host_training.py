@@ -47,10 +47,11 @@ class HostTraining(HostScoring):
                 )
             if self.spec.sharding == "base":
                 raise UserError("sharding: base is for a frozen base; with model.lora: null set it to full")
-            self.base.requires_grad_(True)
+            for name, parameter in self.base.named_parameters():
+                parameter.requires_grad_(not name.endswith(self.architecture.untrained))
             if self.sharded:
                 gather_gradients(self.base)
-            parameters = dict(self.base.named_parameters())
+            parameters = {n: p for n, p in self.base.named_parameters() if p.requires_grad}
             if self.spec.model.gradient_checkpointing:
                 adapters.enable_gradient_checkpointing(self.base)
         else:

@@ -125,6 +125,7 @@ ROWS = (
         Router("mlp.gate"),
         experts_key="moe_num_experts",
         top_k_key="moe_k",
+        untrained=("e_score_correction_bias",),
         twin={"moe_layer_interval": 1, "moe_num_shared_experts": 1},
     ),
     Architecture(
@@ -145,9 +146,15 @@ ROWS = (
     Architecture(
         "phimoe",
         {"attention": _ATTENTION},
-        _parameters("mlp.router.weight"),
+        {"experts": _EXPERTS},
         Router("mlp.router", samples_in_training=True),
         experts_key="num_local_experts",
+        refused={
+            "router": (
+                "without sampling, its gates are 1 except where two experts nearly tie, so that the loss has "
+                "no gradient by the router"
+            )
+        },
         limits=(
             "Its routers choose the best experts while training too; transformers would draw them at random.",
         ),

@@ -69,6 +69,8 @@ class Architecture:
     """The reason for that."""
     refused: Mapping[TargetGroup, str] = field(default_factory=dict)
     """Target group that it has but that can't be adapted -> the reason."""
+    untrained: tuple[str, ...] = ()
+    """Suffixes of parameters that no loss has a gradient by; they stay when every parameter trains."""
     limits: tuple[str, ...] = ()
     """What a user should know, a sentence each."""
     twin: Mapping[str, Any] = field(default_factory=dict)

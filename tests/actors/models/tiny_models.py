@@ -142,7 +142,7 @@ GROUPS: dict[str, list[TargetGroup]] = {
     "ernie4_5_moe": _SHARED_AND_DENSE,
     "minimax_m2": _MOE,
     "hunyuan_v1_moe": [*_MOE, "shared_experts"],
-    "phimoe": _MOE,
+    "phimoe": ["attention", "experts"],
     "gpt_oss": _MOE,
     "dbrx": ["attention"],
     "qwen3_next": _SHARED_AND_DENSE,

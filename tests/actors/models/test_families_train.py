@@ -1,0 +1,72 @@
+"""Every architecture of the table trains through a host: LoRA on all that it has, nothing else moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from actors.algorithms.sft import SftLoss
+from actors.batch import Batch
+from actors.host import ModelHost
+from actors.host_spec import HostSpec
+from actors.models.adapters import adapter_parameters
+from actors.models.architectures import ARCHITECTURES
+from actors.models.spec import LoraSpec, ModelSpec, MoeSpec, TargetGroup
+from actors.optim_spec import OptimSpec
+from tests.actors.models.tiny_models import families
+
+GENERATOR = np.random.default_rng(3)
+SEQUENCES = [GENERATOR.integers(3, 300, size=n).tolist() for n in (9, 17, 30, 21, 12, 26)]
+BATCH = Batch.from_sequences(SEQUENCES, [[False] * 3 + [True] * (len(s) - 3) for s in SEQUENCES], 1)
+OPTIM = OptimSpec(learning_rate=5e-3, lr_scheduler_type="constant")
+
+
+def host_of(base: Path, groups: list[TargetGroup], **settings: object) -> ModelHost:
+    moe = MoeSpec(router_aux_loss_coef=0)
+    model = ModelSpec(base=str(base), lora=LoraSpec(r=4, targets=groups), moe=moe)
+    host = ModelHost(HostSpec.model_validate({"model": model, **settings}))
+    host.add_adapter("policy")
+    return host
+
+
+@pytest.mark.parametrize("model_type", families())
+def test_three_steps_move_every_adapter_and_nothing_else(
+    model_type: str, base_of: Callable[..., Path], groups_of: Callable[[str], list[TargetGroup]]
+) -> None:
+    host = host_of(base_of(model_type), groups_of(model_type))
+    before = host.frozen_digest()
+    host.prepare_training("policy", OPTIM, 3)
+    start = {n: p.detach().clone() for n, p in adapter_parameters(host.model, "policy").items()}
+    losses = [host.update(BATCH, SftLoss(), step)["loss"] for step in range(3)]
+    assert losses[2] < losses[1] < losses[0]
+    assert host.frozen_digest() == before
+    for name, parameter in adapter_parameters(host.model, "policy").items():
+        assert not torch.equal(parameter, start[name]), name
+    # An update starts from the log-probabilities that were recorded: training computes as scoring does.
+    assert host.evaluate(BATCH, SftLoss(), "policy")["loss"] == pytest.approx(
+        host.update(BATCH, SftLoss(), 2)["loss"], rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("model_type", families())
+def test_all_parameters_train(model_type: str, base_of: Callable[..., Path]) -> None:
+    host = ModelHost(HostSpec(model=ModelSpec(base=str(base_of(model_type)), lora=None)))
+    host.prepare_training(None, OPTIM, 2)
+    losses = [host.update(BATCH, SftLoss(), step)["loss"] for step in range(2)]
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("model_type", families([t for t, row in ARCHITECTURES.items() if row.packable]))
+def test_packed_and_padded_rows_train_alike(
+    model_type: str, base_of: Callable[..., Path], groups_of: Callable[[str], list[TargetGroup]]
+) -> None:
+    curves = []
+    for packing in (True, False):
+        host = host_of(base_of(model_type), groups_of(model_type), packing=packing)
+        host.prepare_training("policy", OPTIM, 3)
+        curves.append([host.update(BATCH, SftLoss(), step)["loss"] for step in range(3)])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
