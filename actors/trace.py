@@ -1,8 +1,9 @@
 """What a process was asked for and when: one JSON line a call, for the report's timeline.
 
-Lines are {"method", "phase", "start", "end"} with "step" and "role" where the call names them, and "error"
-where it raised. Times are seconds since the epoch by this machine's clock. A call that never ended (the
-process was killed) leaves no line.
+Lines are {"method", "phase", "start", "end", "peak_rss"} with "step" and "role" where the call names them,
+and "error" where it raised. `peak_rss` is the most memory, in bytes, that the process has had so far. Times
+are seconds since the epoch by this machine's clock. A call that never ended (the process was killed) leaves
+no line.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+KIB = 1024
+"""What Linux counts `ru_maxrss` in."""
 DIGITS = 5
 """Of a second: a call between processes takes about 0.001 s."""
 
@@ -37,6 +41,7 @@ class CallTrace:
             raise
         finally:
             line["end"] = round(time.time(), DIGITS)
+            line["peak_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
             self._append(line | dict(names or {}))
 
     def _append(self, line: Mapping[str, Any]) -> None:

@@ -12,9 +12,11 @@ from typing import Any
 
 from pipeline.progress import MARKS, duration
 from pipeline.report.figure import Drawing, file_name
+from pipeline.report.heatmaps import draw_heatmaps
+from pipeline.report.memory import memory_bars
 from pipeline.report.paired import paired_difference
 from pipeline.report.panels import charts, format_value
-from pipeline.report.plots import draw_chart, draw_router_load
+from pipeline.report.plots import draw_chart
 from pipeline.report.samples import Side, StepSamples, samples_by_step, side_by_side, stage_samples
 from pipeline.report.series import Series
 from pipeline.report.stage_graph import artifact_text, interval_text, is_share, score_text, stage_graph
@@ -35,7 +37,8 @@ class StageSection:
     first: list[Drawing]
     """Charts that answer "did it learn?"."""
     mechanics: list[Drawing]
-    router_load: Drawing | None
+    heatmaps: list[Drawing]
+    """Experts: their loads, and what each layer's router did over the steps."""
     rows: list[tuple[str, str, str, str]]
     """Metric, first, last and best-known extremes, as texts: the charts in numbers."""
     samples: Side | None
@@ -133,13 +136,15 @@ def render(run: RunView, plots_dir: Path) -> str:
         samples=side_by_side(run.completions) if run.completions else None,
         timeline=timeline(run, plots_dir) if run.calls else None,
         times=time_bars(run),
+        memory=memory_bars(run.calls),
         config_lines=config_lines(run.config_text),
     )
 
 
 def has_content(stage: StageView) -> bool:
     """Whether there is anything to show of a stage beyond its box in the graph."""
-    return bool(stage.series or stage.router_load or stage.samples or stage.metrics or stage.error)
+    drawn = stage.series or stage.router_load or stage.routing
+    return bool(drawn or stage.samples or stage.metrics or stage.error)
 
 
 def headline(run: RunView) -> str:
@@ -175,7 +180,6 @@ def stage_section(stage: StageView, plots_dir: Path) -> StageSection:
     """Draw a stage's charts and gather its figures."""
     found, constants = charts(stage.series)
     drawings = [draw_chart(chart, stage.name, plots_dir) for chart in found]
-    load = draw_router_load(stage.router_load, stage.name, plots_dir) if stage.router_load else None
     units = {key: chart.panel.unit for chart in found for key in chart.panel.keys}
     rows = []
     for key, series in stage.series.items():
@@ -196,7 +200,7 @@ def stage_section(stage: StageView, plots_dir: Path) -> StageSection:
         passed_on=artifact_text(stage),
         first=[drawing for drawing in drawings if drawing.first or not fold],
         mechanics=[drawing for drawing in drawings if not drawing.first and fold],
-        router_load=load,
+        heatmaps=draw_heatmaps(stage, plots_dir),
         rows=rows,
         samples=stage_samples(stage.samples) if stage.samples and not by_step else None,
         by_step=by_step,

@@ -62,10 +62,40 @@ PANELS = (
         names=("all", "low", "high"),
         first=True,
     ),
-    Panel("Engine against trainer", ("mismatch/k1", "mismatch/k3"), "scientific", first=True),
+    Panel(
+        "Engine against trainer",
+        ("mismatch/k1", "mismatch/k3", "mismatch_unreplayed/k3"),
+        "scientific",
+        names=("k1", "k3", "k3 without replay"),
+        first=True,
+    ),
+    Panel(
+        "Engines' choices shared by the trainer",
+        ("moe/route_agreement", "moe/route_agreement_worst"),
+        "percent",
+        names=("mean", "worst layer"),
+        first=True,
+    ),
+    Panel(
+        "Steps that tokens are old", ("staleness/mean", "staleness/max"), names=("mean", "oldest"), first=True
+    ),
+    Panel(
+        "Importance ratio, trainer to engine",
+        tuple(f"sampling/importance_sampling_ratio/{name}" for name in ("mean", "min", "max")),
+        names=("mean", "smallest", "largest"),
+        first=True,
+    ),
+    Panel("Tokens that the correction masks", ("sampling/masked",), "percent", first=True),
+    Panel(
+        "Trainer's and sampler's log-probabilities",
+        ("sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max"),
+        names=("mean difference", "largest"),
+    ),
     Panel(
         "Seconds of a step",
-        ("time/generate", "time/rewards", "time/logprobs", "time/values", "time/update", "time/sync"),
+        tuple(
+            f"time/{part}" for part in ("generate", "rewards", "logprobs", "values", "update", "wait", "sync")
+        ),
         total="time/step",
         first=True,
     ),
@@ -75,8 +105,18 @@ PANELS = (
         total="sync/seconds",
         first=True,
     ),
-    Panel("Largest mismatch of a token", ("mismatch/max",)),
-    Panel("Tokens off by more than 2x", ("mismatch/beyond_2x",), "percent"),
+    Panel(
+        "Largest mismatch of a token",
+        ("mismatch/max", "mismatch_unreplayed/max"),
+        names=("", "without replay"),
+    ),
+    Panel(
+        "Tokens off by more than 2x",
+        ("mismatch/beyond_2x", "mismatch_unreplayed/beyond_2x"),
+        "percent",
+        names=("", "without replay"),
+    ),
+    Panel("Engine against trainer without replay, k1", ("mismatch_unreplayed/k1",), "scientific"),
     Panel("Spread of rewards", ("reward_std", "rewards/*/std"), names=("reward", "")),
     Panel("Groups of equal rewards", ("frac_reward_zero_std",), "percent"),
     Panel("Cut-off responses", ("completions/clipped_ratio",), "percent"),

@@ -1,4 +1,4 @@
-"""The report's charts: curves over steps, and the expert-load heatmap. Drawn once, used as SVG and PNG."""
+"""The report's charts: curves over steps. Drawn once, used as SVG and PNG."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.report.figure import (
     COLOURS,
@@ -36,9 +36,6 @@ WIDTH, HEIGHT = 3.75, 2.25
 HEADING_ROOM = 0.9
 """Share of a chart's width that title and labels may take on one line."""
 
-CELL_TEXT_EXPERTS, CELL_TEXT_LAYERS = 8, 12
-"""Up to so many a heatmap's cells carry their value: more would be too small to read."""
-
 
 @drawing_style()
 def draw_chart(chart: Chart, stage: str, plots_dir: Path) -> Drawing:
@@ -60,60 +57,6 @@ def draw_chart(chart: Chart, stage: str, plots_dir: Path) -> Drawing:
     axes.set_xlabel("step", loc="right", labelpad=1)
     png = plots_dir / f"{file_name(stage)}-{chart.slug}.png"
     return save(figure, png, chart.panel.title, first=chart.first)
-
-
-@drawing_style()
-def draw_router_load(load: Sequence[Sequence[float]], stage: str, plots_dir: Path) -> Drawing:
-    """Heatmap of expert loads, [layer][expert] in fair shares: blue idle, orange overloaded.
-
-    A small model's is as large as any chart and carries its figures; a large one's is `wide`.
-    """
-    from matplotlib.ticker import MaxNLocator
-
-    layers, experts = len(load), len(load[0])
-    wide = experts > CELL_TEXT_EXPERTS or layers > CELL_TEXT_LAYERS
-    width, height = (3 * WIDTH, max(HEIGHT, 0.75 + 0.13 * layers)) if wide else (WIDTH, HEIGHT)
-    figure = new_figure(width, height)
-    left, bottom, top = 0.38 / width, 0.4 / height, 1 - 0.4 / height
-    axes = figure.add_axes((left, bottom, 1 - left - 0.11 / width, top - bottom))
-    axes.imshow(load_colours(load), aspect="auto", interpolation="nearest")
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    axes.set_xlabel("expert", loc="right", labelpad=1)
-    axes.set_ylabel("layer", labelpad=2)
-    axes.tick_params(length=0, pad=3)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=min(layers, 12), integer=True))
-    if not wide:
-        for layer, row in enumerate(load):
-            for expert, value in enumerate(row):
-                text = f"{value:.1f}"
-                axes.text(expert, layer, text, ha="center", va="center", size=7.5, color=COLOURS["ink"])
-    busiest = max(value for row in load for value in row)
-    line = 1 - 0.19 / height
-    figure.text(
-        0.075 / width, line, "Expert load", size=9.5, weight="bold", color=COLOURS["ink"], va="center"
-    )
-    fact = f"busiest {busiest:.2f} fair shares"
-    figure.text(1 - 0.11 / width, line, fact, size=9 if wide else 8.5, ha="right", va="center")
-    return save(figure, plots_dir / f"{file_name(stage)}-expert-load.png", "Expert load", wide=wide)
-
-
-def load_colours(load: Sequence[Sequence[float]]) -> Any:
-    """RGBA image of the loads. Balanced is transparent, so one image suits a light and a dark page."""
-    import numpy as np
-
-    values = np.asarray(load, dtype=float)
-    over = np.clip(values - 1.0, 0.0, 1.0)
-    under = np.clip(1.0 - values, 0.0, 1.0)
-    image = np.zeros((*values.shape, 4))
-    image[..., :3] = np.where((values >= 1.0)[..., None], _rgb(COLOURS["s2"]), _rgb(COLOURS["s1"]))
-    image[..., 3] = 0.85 * np.maximum(over, under)
-    return image
-
-
-def _rgb(colour: str) -> tuple[float, ...]:
-    return tuple(int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
 
 
 def style_axes(axes: Axes, unit: Unit) -> None:

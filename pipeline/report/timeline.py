@@ -51,6 +51,8 @@ class Call:
     step: int | None = None
     role: str = ""
     """The role that a shared host worked for, where the call named one."""
+    peak_rss: int | None = None
+    """Bytes: the most memory that the process had had by the call's end."""
 
     @property
     def kind(self) -> str:
@@ -82,7 +84,7 @@ def to_calls(lane: str, rows: Sequence[Mapping[str, Any]]) -> list[Call]:
     calls = []
     for row in rows:
         start, end = as_number(row.get("start")), as_number(row.get("end"))
-        step = as_number(row.get("step"))
+        step, peak = as_number(row.get("step")), as_number(row.get("peak_rss"))
         if start is None or end is None or end < start:
             continue
         calls.append(
@@ -94,6 +96,7 @@ def to_calls(lane: str, rows: Sequence[Mapping[str, Any]]) -> list[Call]:
                 end,
                 None if step is None else int(step),
                 str(row.get("role") or ""),
+                None if peak is None else int(peak),
             )
         )
     return sorted(calls, key=lambda call: call.start)

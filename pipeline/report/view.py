@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from actors.errors import UserError
+from pipeline.report.routing import RoutingView, to_routing
 from pipeline.report.series import Series, fair_share, to_series
 from pipeline.report.timeline import Call, last_execution, to_calls
 from pipeline.report.values import as_mapping, as_number, as_numbers, read_json, read_jsonl
@@ -51,6 +52,7 @@ class StageView:
     series: dict[str, Series] = field(default_factory=dict)
     router_load: list[list[float]] = field(default_factory=list)
     """[layer][expert]: share of the tokens that a fair router would send there, so 1 is balanced."""
+    routing: RoutingView = field(default_factory=RoutingView)
     samples: list[dict[str, Any]] = field(default_factory=list)
     artifact: str = ""
     """Kind of artifact passed on (adapter, model ...), empty when there is none yet."""
@@ -204,6 +206,10 @@ def _read_stage_files(directory: Path, stage: StageView, notes: list[str]) -> No
     stage.series = to_series(read_jsonl(directory / "metrics.jsonl", notes))
     stage.samples = read_jsonl(directory / "samples.jsonl", notes)
     stage.router_load = fair_share(read_json(directory / "router_load.json", notes).get("load"))
+    stage.routing = to_routing(
+        read_jsonl(directory / "routing.jsonl", notes),
+        read_json(directory / "engine_load.json", notes).get("load"),
+    )
     manifest = read_json(directory / "manifest.json", notes)
     stage.artifact = str(manifest.get("type") or "")
     for kind in ("adapter", "model"):

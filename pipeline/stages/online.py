@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from pathlib import Path
 
 from pipeline.artifacts import Manifest, new_directory, write_json
 from pipeline.graph import Decision, checkpoints
@@ -12,6 +13,7 @@ from pipeline.stages.checks import check_unmoved
 from pipeline.stages.metrics import MetricsLog
 from pipeline.stages.prepared import PreparedRl
 from pipeline.stages.rl import RlContext, RlLoop, StepResult
+from pipeline.stages.rl_routing import Routing
 from pipeline.stages.spec import PpoStage
 from pipeline.stages.train import Stopped, finish, sound_checkpoint
 from pipeline.stages.views import frozen_digests
@@ -58,8 +60,7 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
             if line:
                 ctx.on_log(line)
                 keep_samples(samples, step, result, stage.spec.num_generations)
-                if routed := result.routing.row(step):
-                    routing.write(routed)
+                keep_routing(ctx.directory, routing, step, result.routing)
             stopping = ctx.stop_asked() and step < stage.total_steps
             if stopping or (step % stage.spec.save_steps == 0 and step < stage.total_steps):
                 save_checkpoint(loop, step, log)
@@ -117,6 +118,14 @@ def save_checkpoint(loop: RlLoop, step: int, log: MetricsLog) -> None:
         log.save(aside)
     for old in checkpoints(ctx.directory)[stage.spec.save_total_limit :]:
         shutil.rmtree(old)
+
+
+def keep_routing(directory: Path, log: MetricsLog, step: int, routing: Routing) -> None:
+    """What the report draws of a step's routing; of the last one also the load of each expert in engines."""
+    if row := routing.row(step):
+        log.write(row)
+    if routing.engines is not None:
+        write_json(directory / "engine_load.json", {"step": step, "load": routing.engines.tolist()})
 
 
 def keep_samples(log: MetricsLog, step: int, result: StepResult, n: int) -> None:

@@ -38,17 +38,17 @@ class Routing:
         return found
 
     def row(self, step: int) -> dict[str, Any] | None:
-        """A line of routing.jsonl: shares of experts (percent, per layer), agreement; None: nothing known."""
-        shares = {"trainer": _shares(self.trainer), "engines": _shares(self.engines)}
-        known: dict[str, Any] = {name: share for name, share in shares.items() if share is not None}
+        """A line of routing.jsonl: by layer, the busiest expert's load in fair shares (`trainer`, `engines`),
+        and `agreement`; None: nothing is known."""
+        busiest = {"trainer": _busiest(self.trainer), "engines": _busiest(self.engines)}
+        known: dict[str, Any] = {name: values for name, values in busiest.items() if values is not None}
         if self.agreement is not None:
             known["agreement"] = [round(float(x), 5) for x in self.agreement]
         return {"step": step, **known} if known else None
 
 
-def _shares(load: np.ndarray | None) -> list[list[float]] | None:
+def _busiest(load: np.ndarray | None) -> list[float] | None:
     if load is None or not load.size:
         return None
-    total = np.maximum(load.sum(axis=1, keepdims=True), 1)
-    shares: list[list[float]] = np.round(100 * load / total, 2).tolist()
-    return shares
+    values: list[float] = np.round(load.max(axis=1) / np.maximum(load.mean(axis=1), 1e-9), 3).tolist()
+    return values

@@ -28,6 +28,8 @@ def test_each_call_is_a_line_with_its_times_and_the_failed_one_says_so(tmp_path:
         "role": "critic",
     }
     assert 1.6e9 < first["start"] <= first["end"] <= second["start"]  # type: ignore[operator]
+    # More memory than an interpreter has, and no less later on.
+    assert 5e6 < first["peak_rss"] <= second["peak_rss"]  # type: ignore[operator]
     assert second["error"] == "KeyError"
     assert "step" not in second
 

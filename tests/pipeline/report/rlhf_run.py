@@ -59,6 +59,7 @@ def write_rlhf_run(root: Path, *, steps: int = STEPS, offline: bool = True) -> P
         (root / stage / "adapter" / "adapter_model.safetensors").write_bytes(bytes(1_330_000))
         (root / stage / "manifest.json").write_text(json.dumps({"type": kind}))
     write_lines(root / "ppo" / "samples.jsonl", sample_rows(steps))
+    write_routing(root / "ppo", steps)
     end = write_trace(root / "logs" / "trace", steps)
     write_run_json(root, end - BEGAN)
     return root
@@ -131,7 +132,9 @@ def dpo_row(at: float, noise: random.Random) -> dict[str, float]:
 
 def ppo_row(at: float, noise: random.Random) -> dict[str, float]:
     learnt = 2.6 * (1 - math.exp(-3 * at)) + noise.gauss(0, 0.15)
-    times = {"generate": 1.5, "rewards": 0.25, "logprobs": 0.5, "update": 1.1, "sync": 0.45}
+    times = {
+        "generate": 1.5, "rewards": 0.25, "logprobs": 0.5, "update": 1.1, "wait": 0.2, "sync": 0.45
+    }  # fmt: skip
     sync = {"gather": 0.02, "pack": 0.03, "wire": 0.06, "load": 0.2, "verify": 0.14}
     seconds = {f"time/{name}": s * noise.uniform(0.9, 1.15) for name, s in times.items()}
     parts = {f"sync/{name}": s * noise.uniform(0.8, 1.3) for name, s in sync.items()}
@@ -165,9 +168,41 @@ def ppo_row(at: float, noise: random.Random) -> dict[str, float]:
         "mismatch/k3": 1e-7 * noise.uniform(0.5, 1.5),
         "mismatch/max": 1e-5 * noise.uniform(0.5, 1.5),
         "mismatch/beyond_2x": 0.0,
+        "mismatch_unreplayed/k3": 4e-6 * noise.uniform(0.5, 1.5),
+        "moe/route_agreement": 0.997 + noise.gauss(0, 4e-4),
+        "moe/route_agreement_worst": 0.99 + noise.gauss(0, 1e-3),
+        "staleness/mean": 1.0 - 0.3 * noise.random(),
+        "staleness/max": 1.0 + round(noise.random()),
+        "sampling/importance_sampling_ratio/mean": 1 + noise.gauss(0, 0.004),
+        "sampling/importance_sampling_ratio/min": 0.6 + noise.gauss(0, 0.05),
+        "sampling/importance_sampling_ratio/max": 2 - 0.3 * noise.random(),
+        "sampling/sampling_logp_difference/mean": 0.004 * noise.uniform(0.7, 1.3),
+        "sampling/sampling_logp_difference/max": 0.4 * noise.uniform(0.7, 1.3),
+        "sampling/masked": 0.004 * noise.random(),
         "moe/maxvio": 1.2 + noise.gauss(0, 0.03),
         "moe/engine_maxvio": 1.2 + noise.gauss(0, 0.03),
     }
+
+
+def write_routing(stage: Path, steps: int) -> None:
+    """Routers of four layers with eight experts; the third layer disagrees most, and less and less."""
+    noise = random.Random(11)
+    rows = [
+        {
+            "step": step,
+            "trainer": [1.3 + 0.2 * layer + 0.3 * step / steps + noise.gauss(0, 0.03) for layer in range(4)],
+            "engines": [1.3 + 0.2 * layer + noise.gauss(0, 0.03) for layer in range(4)],
+            "agreement": [
+                1 - (0.012 if layer == 2 else 0.002) * (1 - 0.5 * step / steps) * noise.uniform(0.6, 1.2)
+                for layer in range(4)
+            ],
+        }
+        for step in range(1, steps + 1)
+    ]
+    write_lines(stage / "routing.jsonl", rows)
+    for name in ("router_load", "engine_load"):
+        load = [[round(1000 * noise.uniform(0.3, 1.9)) for _ in range(8)] for _ in range(4)]
+        (stage / f"{name}.json").write_text(json.dumps({"load": load}))
 
 
 def sample_rows(steps: int) -> list[dict[str, Any]]:
@@ -197,7 +232,14 @@ def write_trace(folder: Path, steps: int) -> float:
             # Ranks of the policy wait for each other inside the call; engines end on their own.
             own = seconds * (pace.uniform(0.8, 1.15) if group == "rollout" else 1.0)
             lines[f"{group}-{rank}"].append(
-                {"method": method, "phase": phase, "start": now, "end": now + own, **more}
+                {
+                    "method": method,
+                    "phase": phase,
+                    "start": now,
+                    "end": now + own,
+                    "peak_rss": round((9e8 if group == "policy" else 1.3e9) + 3e6 * (now - BEGAN)),
+                    **more,
+                }
             )
             ends.append(now + own)
         now = max(ends) + 0.01
