@@ -1,0 +1,152 @@
+"""A real vLLM engine says which experts it chose, and a trainer that replays them agrees with it better."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from actors.algorithms.rl_checks import divergence
+from actors.batch import Batch
+from actors.expert_choices import ExpertChoices
+from actors.group import ROLLOUT, ActorGroup, rollout_group
+from actors.host import ModelHost
+from actors.models.adapters import role
+from actors.models.architectures import architecture_of
+from actors.models.moe import routers_of
+from actors.models.replay import GATES
+from actors.rollout import EngineSpec, SamplingSpec
+from actors.runtime import LimitsSpec, RoleSpec
+from actors.trajectories import trajectories
+from tests.actors.host_cases import LORA, host_spec
+from tests.actors.sync import vllm_cases as cases
+from tests.actors.sync.vllm_cases import ADAPTER, LONG, SEQUENCES, Policy, push
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm]
+
+N = 3
+PROMPTS = [LONG, LONG[:150], *SEQUENCES[1:]]
+"""The first two share a block of vLLM's prefix cache, beside what the samples of a prompt share."""
+SPEC = EngineSpec(max_num_seqs=8, max_model_len=512, kv_cache_gib=0.0025, enable_return_routed_experts=True)
+"""Eight sequences of up to three blocks in a cache of 17: some are pushed out and computed again, and slots
+change their owners."""
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in GATES if name != "qwen3_moe"]
+
+
+@pytest.fixture(scope="module")
+def process(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActorGroup]:
+    group = rollout_group(RoleSpec(), LimitsSpec(stop=5), tmp_path_factory.mktemp("routes") / "logs")
+    group.start().ready()
+    yield group
+    group.shutdown()
+
+
+@pytest.fixture(scope="module")
+def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    def make(architecture: str, dtype: torch.dtype) -> Path:
+        return cases.write_base(tmp_path_factory.mktemp(architecture), architecture, dtype)
+
+    return make
+
+
+def drawn(engine: ActorGroup, first_seed: int = 0) -> Batch:
+    seeds = list(range(first_seed, first_seed + N * len(PROMPTS)))
+    made = engine.call_rank(0, "generate", PROMPTS, SamplingSpec(max_tokens=24, n=N), seeds, phase="generate")
+    return trajectories([p for p in PROMPTS for _ in range(N)], made)
+
+
+def engine_on(process: ActorGroup, base: Path, dtype: str) -> ActorGroup:
+    process.build(ROLLOUT, SPEC.model_copy(update={"dtype": dtype})).result()
+    process.call_rank(0, "load", str(base), updatable=True, phase="load")
+    return process
+
+
+def trainer_on(base: Path, dtype: str) -> ModelHost:
+    spec = host_spec(base, lora=LORA)
+    moe = spec.model.moe.model_copy(update={"router_replay": "rollout"})
+    model = spec.model.model_copy(update={"moe": moe, "dtype": dtype})
+    return ModelHost(spec.model_copy(update={"model": model}))
+
+
+def choices(policy: Policy, ids: np.ndarray, active: str | None) -> np.ndarray:
+    """int64 (tokens, layers, top_k): experts that transformers' routers choose."""
+    base = policy.peft.get_base_model()
+    router = architecture_of(base.config).router
+    assert router is not None
+    found: list[torch.Tensor] = []
+    hooks = [
+        module.register_forward_hook(lambda _, __, output: found.append(router.read(output, 2)[1]))
+        for module in routers_of(base, router.module).values()
+    ]
+    with torch.no_grad(), role(policy.peft, active):
+        policy.peft(input_ids=torch.from_numpy(ids.astype(np.int64))[None])
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found, dim=1).numpy()
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", *OTHERS])
+def test_the_engines_experts_are_those_of_transformers_before_and_after_a_sync(
+    process: ActorGroup, base_of: Callable[..., Path], architecture: str
+) -> None:
+    base = base_of(architecture, torch.float32)
+    policy, engine = Policy(base, architecture), engine_on(process, base, "float32")
+    for version in range(2):
+        batch = drawn(engine, 100 * version)
+        assert batch.experts is not None
+        # Before the first sync the engine serves the base.
+        active = None if version == 0 else "policy"
+        for row in range(batch.n_rows):
+            span = slice(batch.offsets[row], batch.offsets[row + 1])
+            own = choices(policy, batch.token_ids[span], active)[:-1]
+            theirs = batch.experts[span][:-1].astype(np.int64)
+            np.testing.assert_array_equal(np.sort(theirs, axis=-1), np.sort(own, axis=-1), f"row {row}")
+        policy.change(seed=version)
+        push(engine, policy.payload(ADAPTER, version))
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", *OTHERS])
+def test_in_bfloat16_replay_takes_flipped_routes_out_of_the_mismatch(
+    process: ActorGroup, base_of: Callable[..., Path], architecture: str
+) -> None:
+    base = base_of(architecture, torch.bfloat16)
+    engine, trainer = engine_on(process, base, "bfloat16"), trainer_on(base, "bfloat16")
+    batches = [drawn(engine, 100 * turn) for turn in range(3)]
+    found = {}
+    for name, seen in (("replayed", batches), ("own", [batch.unrouted() for batch in batches])):
+        logps = np.concatenate([trainer.token_logprobs(batch, None) for batch in seen])
+        engine_logps = np.concatenate([batch.token_columns["engine_logps"] for batch in seen])
+        found[name] = divergence(engine_logps, logps)
+    agreement = trainer.route_agreement()
+    assert agreement is not None
+    assert 0.95 < agreement.min() < 1
+    assert found["replayed"]["k3"] < 0.5 * found["own"]["k3"], (found, agreement)
+    assert found["replayed"]["max"] < found["own"]["max"]
+
+
+def test_a_batch_with_the_experts_of_other_samples_is_further_off(
+    process: ActorGroup, base_of: Callable[..., Path]
+) -> None:
+    """That replay helps must come from these experts, not from any."""
+    base = base_of("qwen3_moe", torch.float32)
+    batch, trainer = drawn(engine_on(process, base, "float32")), trainer_on(base, "float32")
+    assert batch.experts is not None
+    engine_logps = batch.token_columns["engine_logps"]
+    assert divergence(engine_logps, trainer.token_logprobs(batch, None))["max"] < 1e-4
+    turned = replace(batch, experts=np.roll(batch.experts, 1, axis=0))
+    assert divergence(engine_logps, trainer.token_logprobs(turned, None))["max"] > 1e-1
+
+
+def test_what_is_joined_is_what_the_engine_gave(process: ActorGroup, base_of: Callable[..., Path]) -> None:
+    engine = engine_on(process, base_of("qwen3_moe", torch.float32), "float32")
+    made = engine.call_rank(
+        0, "generate", PROMPTS[2:4], SamplingSpec(max_tokens=5, n=1), [1, 2], phase="generate"
+    )
+    assert made.experts.dtype == np.uint8
+    lengths = [len(p) + 5 - 1 for p in PROMPTS[2:4]]
+    assert np.diff(made.expert_offsets).tolist() == lengths
+    assert isinstance(made.expert_choices, ExpertChoices)
