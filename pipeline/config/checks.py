@@ -127,7 +127,22 @@ def _role_problems(config: RunConfig) -> Iterator[Problem]:
             "full fine-tuning (model.lora: null) moves the policy's base, so the reference can't be a view "
             "of it; remove `share` and give the reference workers of its own, e.g. `reference: {workers: 1}`",
         )
+    yield from _sharding_problems(config)
     yield from _engine_problems(config)
+
+
+def _sharding_problems(config: RunConfig) -> Iterator[Problem]:
+    if config.roles.rollout.sharding != "none":
+        yield Problem(
+            "roles.rollout.sharding",
+            f"'{config.roles.rollout.sharding}' is for the ranks of a host; an engine splits its weights "
+            "over GPUs by roles.rollout.engine.tensor_parallel_size",
+        )
+    if config.model.lora is None and config.roles.policy.sharding == "base":
+        yield Problem(
+            "roles.policy.sharding",
+            "'base' splits a frozen base, and model.lora: null trains all of it; set it to full",
+        )
 
 
 def _engine_problems(config: RunConfig) -> Iterator[Problem]:

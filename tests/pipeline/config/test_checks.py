@@ -37,6 +37,14 @@ def test_only_the_reference_shares_and_only_with_the_policy() -> None:
     assert set(problems_of(roles={"reference": {"share": "rollout"}})) == {"roles.reference.share"}
 
 
+def test_sharding_is_for_hosts_and_fits_what_trains() -> None:
+    assert set(problems_of(roles={"rollout": {"sharding": "base"}})) == {"roles.rollout.sharding"}
+    split = {"policy": {"workers": 2, "sharding": "base"}, "reference": {"workers": 1}}
+    full = {"base": "assets/tiny-moe", "lora": None}
+    assert "set it to full" in problems_of(model=full, roles=split)["roles.policy.sharding"]
+    assert "roles.policy.sharding" not in problems_of(roles=split)
+
+
 def test_dropout_on_experts_is_refused() -> None:
     dropout = {"base": "b", "lora": {"lora_dropout": 0.1}}
     assert set(problems_of(model=dropout)) == {"model.lora.lora_dropout"}
