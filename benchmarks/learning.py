@@ -29,7 +29,7 @@ from pipeline.report.paired import Difference, paired_difference
 CONFIGS = ("ppo-tiny", "grpo-tiny", "rloo-tiny")
 MORE = (
     *("reinforce-pp-tiny", "dr-grpo-tiny", "gspo-tiny", "cispo-tiny", "dapo-tiny", "online-dpo-tiny"),
-    "kto-tiny",
+    *("kto-tiny", "grpo-stale-tiny"),
 )
 RESULTS = ROOT / "benchmarks" / "results"
 TIMEOUT_S = 1800

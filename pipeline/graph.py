@@ -74,6 +74,9 @@ class Decision:
 def identity_config(stage: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
     """The keys of a stage and of the model that its result depends on."""
     kept = {key: value for key, value in stage.items() if key not in NOT_IN_IDENTITY | {"data", "seed"}}
+    # How weights travel doesn't matter, but that samples go on with new ones does.
+    if (stage.get("sync") or {}).get("in_flight") == "keep":
+        kept["in_flight"] = "keep"
     return {"stage": kept, "model": model}
 
 
