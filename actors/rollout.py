@@ -8,13 +8,12 @@ traps and proves each exchange.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,16 +24,18 @@ from actors.engine_spec import EngineSpec
 from actors.errors import RunFailure, UserError
 from actors.sampling import Generations, SamplingSpec, sample_seed
 from actors.stepping import Stepper, token_versions
+from actors.vllm_requests import sample_of, sampling_params, scores_of, scoring_params
 from actors.vllm_settings import (
     ArchitectureInUse,
     building_models,
     llm_settings,
+    no_collections,
     read_config,
     without_remains,
 )
 
 if TYPE_CHECKING:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     from actors.models.spec import ModelSpec
     from actors.parity import ParityReport
@@ -140,10 +141,10 @@ class RolloutEngine:
         self._running("score_tokens")
         self._check_lengths(token_ids)
         requests = [{"prompt_token_ids": list(map(int, ids))} for ids in token_ids]
-        outputs = self._stepper.run(self._stepper.add(requests, _scoring_params()))
+        outputs = self._stepper.run(self._stepper.add(requests, scoring_params()))
         assert outputs is not None
         return [
-            _scores(output.prompt_logprobs, ids, start)
+            scores_of(output.prompt_logprobs, ids, start)
             for output, ids, start in zip(outputs, token_ids, starts, strict=True)
         ]
 
@@ -210,7 +211,7 @@ class RolloutEngine:
         self._in_use.leave()
         if llm is None:
             return
-        with _no_collections():
+        with no_collections():
             llm.llm_engine.engine_core.shutdown()
             del llm
         gc.collect()
@@ -243,9 +244,13 @@ class RolloutEngine:
         settings = engine_settings() | (capture_settings() if keeps else {})
         seconds = self._start(directory, label or base, settings)
         assert self._llm is not None
-        self._updater = WeightUpdater(self._llm, directory)
-        if keeps:
-            keep_experts(self._llm)
+        try:
+            self._updater = WeightUpdater(self._llm, directory)
+            if keeps:
+                keep_experts(self._llm)
+        except Exception:
+            self.unload()
+            raise
         return {"merge": 0.0, "engine": seconds}
 
     def _ask(
@@ -261,11 +266,11 @@ class RolloutEngine:
         requests = [{"prompt_token_ids": list(map(int, ids))} for ids in prompts for _ in range(sampling.n)]
         if len(seeds) != len(requests):
             raise ValueError(f"{len(seeds)} seeds for {len(requests)} samples")
-        return self._stepper.add(requests, [_sampling_params(sampling, seed) for seed in seeds])
+        return self._stepper.add(requests, [sampling_params(sampling, seed) for seed in seeds])
 
     def _made(self, outputs: Sequence[Any], n: int, seconds: float) -> Generations:
         ended = [output.outputs[0] for output in outputs]
-        made = Generations.of([_sample(one) for one in ended], n, self.label, seconds)
+        made = Generations.of([sample_of(one) for one in ended], n, self.label, seconds)
         if self._updater is None or not ended:
             return made
         versions = [token_versions(one) for one in ended]
@@ -294,7 +299,7 @@ class RolloutEngine:
         self.unload()
         config = read_config(model, self.spec)
         settings = llm_settings(config, self.spec) | dict(more or {})
-        with _no_collections(), without_remains():
+        with no_collections(), without_remains():
             self._in_use.enter(config)
             self._llm = LLM(model=model, **settings)
         self._stepper, self._drawing = Stepper(self._llm), {}
@@ -309,62 +314,6 @@ class RolloutEngine:
                 f"{len(too_long)} of {len(prompts)} prompts leave no room for an answer in the model's "
                 f"{self.max_model_len} positions (the first: prompt {i} with {len(prompts[i])} tokens)"
             )
-
-
-def _sampling_params(sampling: SamplingSpec, seed: int) -> SamplingParams:
-    from vllm import SamplingParams
-
-    return SamplingParams(
-        temperature=sampling.temperature,
-        max_tokens=sampling.max_tokens,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
-        stop=sampling.stop or None,
-        # Greedy draws nothing, and a generator per request costs time.
-        seed=seed if sampling.temperature > 0 else None,
-        logprobs=0,
-        flat_logprobs=True,
-        # Stop strings are looked for in text; nothing else needs it, token ids travel.
-        detokenize=bool(sampling.stop),
-    )
-
-
-def _scoring_params() -> SamplingParams:
-    from vllm import SamplingParams
-
-    return SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
-
-
-def _scores(found: Any, ids: Sequence[int], start: int) -> np.ndarray:
-    return np.array([found[i][int(ids[i])].logprob for i in range(start, len(ids))], dtype=np.float64)
-
-
-def _sample(output: Any) -> tuple[Sequence[int], Sequence[float], str]:
-    ids, values = list(output.token_ids), list(output.logprobs.logprobs)
-    if len(ids) != len(values):
-        raise RunFailure("rollout", "generate", f"{len(values)} log-probabilities for {len(ids)} tokens")
-    return ids, values, output.finish_reason or "abort"
-
-
-@contextlib.contextmanager
-def _no_collections() -> Iterator[None]:
-    """Ignore vLLM's calls of the garbage collector, seven per start and end of an engine.
-
-    Each walks the objects of torch, transformers and vLLM for 0.6 s: a change of models took 4.0 CPU
-    seconds with them and takes 0.3 without. One collection after the end of an engine does their work.
-    """
-    real = gc.collect, gc.freeze, gc.unfreeze
-    enabled = gc.isenabled()
-    gc.disable()
-    gc.collect, gc.freeze, gc.unfreeze = (lambda *args: 0), (lambda: None), (lambda: None)
-    try:
-        yield
-    finally:
-        gc.collect, gc.freeze, gc.unfreeze = real
-        if enabled:
-            gc.enable()
 
 
 def _sweep_scratch() -> None:

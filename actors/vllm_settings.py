@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -131,6 +132,25 @@ class ArchitectureInUse:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """Ignore vLLM's calls of the garbage collector, seven per start and end of an engine.
+
+    Each walks the objects of torch, transformers and vLLM for 0.6 s: a change of models took 4.0 CPU
+    seconds with them and takes 0.3 without. One collection after the end of an engine does their work.
+    """
+    real = gc.collect, gc.freeze, gc.unfreeze
+    enabled = gc.isenabled()
+    gc.disable()
+    gc.collect, gc.freeze, gc.unfreeze = (lambda *args: 0), (lambda: None), (lambda: None)
+    try:
+        yield
+    finally:
+        gc.collect, gc.freeze, gc.unfreeze = real
+        if enabled:
+            gc.enable()
 
 
 @contextmanager
