@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from actors.models.architectures import ARCHITECTURES
+from actors.models.architectures import ARCHITECTURES, replay_objection
 from actors.models.engine_rows import EngineRow, engine_row
 
 if TYPE_CHECKING:
@@ -34,9 +34,7 @@ def architecture_problems(config: RunConfig, model_type: str, names: Iterable[st
             "out"
         )
     if config.model.moe.router_replay != "none":
-        from actors.models.replay import replay_objection
-
-        objection = replay_objection(model_type, row is None or row.is_moe)
+        objection = replay_objection(model_type)
         if objection is not None:
             problems.append(f"model.moe.router_replay: {config.model.moe.router_replay}, but {objection}")
     return problems

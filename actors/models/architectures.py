@@ -24,6 +24,7 @@ __all__ = [
     "Router",
     "allow_untested",
     "architecture_of",
+    "replay_objection",
     "unsupported",
 ]
 
@@ -63,3 +64,16 @@ def unsupported(model_type: str) -> str | None:
         f"architectures. Supported: {known}. With model.allow_untested: true it is tried, after a probe "
         "that compares the engine with the trainer"
     )
+
+
+def replay_objection(model_type: str) -> str | None:
+    """Why the routes of this architecture can't be replayed (`model.moe.router_replay`), or None."""
+    row = ARCHITECTURES.get(model_type)
+    if row is not None and row.router is None:
+        return f"a {model_type} model has no router"
+    if row is None or row.router is None or row.router.gates is None:
+        known = ", ".join(
+            t for t, one in ARCHITECTURES.items() if one.router is not None and one.router.gates
+        )
+        return f"replay is tested for other families only: {known}"
+    return None

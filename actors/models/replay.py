@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from actors.errors import InvariantViolation, UserError
+from actors.models.architectures import architecture_of, replay_objection
 from actors.models.moe import routers_of
 
 Gates = Callable[[Tensor, Tensor, PretrainedConfig], Tensor]
@@ -41,25 +42,11 @@ def _of_chosen(logits: Tensor, chosen: Tensor, config: PretrainedConfig) -> Tens
 
 
 GATES: Mapping[str, Gates] = {
-    "qwen3_moe": _of_all,
-    "qwen2_moe": _of_all,
-    "olmoe": _of_all,
-    "mixtral": _of_all_normalised,
-    "granitemoe": _of_chosen,
-    "gpt_oss": _of_chosen,
+    "softmax": _of_all,
+    "normalised_softmax": _of_all_normalised,
+    "softmax_of_chosen": _of_chosen,
 }
-"""By `model_type`: how a family makes gates of its router's logits. Its router module returns logits, gates
-and experts."""
-
-
-def replay_objection(model_type: str, is_moe: bool) -> str | None:
-    """Why the routes of this architecture can't be replayed, or None."""
-    if model_type in GATES:
-        return None
-    if not is_moe:
-        return f"a {model_type} model has no router"
-    known = ", ".join(GATES)
-    return f"the gates of a {model_type} model are not known to be a softmax of its logits; known: {known}"
+"""By `Router.gates`."""
 
 
 class RouteReplay:
@@ -71,15 +58,12 @@ class RouteReplay:
         Raises:
             UserError: this architecture's routes can't be replayed.
         """
-        from actors.models.architectures import architecture_of
-
         self._config: Any = model.config
         row = architecture_of(self._config)
-        objection = replay_objection(row.model_type, row.router is not None)
-        if objection is not None or row.router is None:
-            raise UserError(f"model.moe.router_replay: 'rollout', but {objection}")
+        if row.router is None or row.router.gates is None:
+            raise UserError(f"model.moe.router_replay: 'rollout', but {replay_objection(row.model_type)}")
         self.top_k = row.top_k(self._config)
-        self._gates, self._router = GATES[row.model_type], row.router
+        self._gates, self._router = GATES[row.router.gates], row.router
         self._experts: Tensor | None = None
         self._device = next(model.parameters()).device
         routers = routers_of(model, row.router.module)
