@@ -85,3 +85,10 @@ def test_a_dry_run_takes_the_dtype_that_engines_can_compute(tmp_path: Path) -> N
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_next"}))
     assert model_type_of(run_of({"sft": SFT}, base=str(tmp_path))) == "qwen3_next"
     assert model_type_of(run_of({"sft": SFT}, base="./nowhere")) is None
+
+
+def test_routes_are_replayed_for_families_that_were_seen_to() -> None:
+    replay = {"router_replay": "rollout"}
+    assert problems("qwen3_moe", {"grpo": GRPO}, moe=replay) == []
+    (problem,) = problems("glm4_moe", {"grpo": GRPO}, moe=replay)
+    assert problem.startswith("model.moe.router_replay: rollout, but replay is tested for other families only")
