@@ -48,7 +48,7 @@ class ExpertChoices:
         """(positions, layers, top_k), sample by sample."""
         return np.split(self.experts, self.offsets[1:-1])
 
-    def of_sequences(self, lengths: Sequence[int]) -> np.ndarray:
+    def of_sequences(self, lengths: Sequence[int] | np.ndarray) -> np.ndarray:
         """(tokens, layers, top_k): with a `free` position at the end of each sample's prompt + completion.
 
         Args:
