@@ -184,8 +184,13 @@ class OnlineDpoLoss(DpoLoss):
         if metrics["pairs"] > 0:
             super().check_start(metrics, tolerance)
 
+    def totals(self, batch: Batch) -> Totals:
+        return {**super().totals(batch), "pairs": float(batch.n_rows)}
+
     def __call__(self, view: TokenView, totals: Totals) -> tuple[torch.Tensor, MetricSums]:
         loss, metrics = super().__call__(view, totals)
+        if not totals["pairs"]:  # Means over nothing would pull the step's down.
+            metrics = {}
         metrics["pairs"] = (loss.new_tensor(float(view.n_rows)), 0.0)
         return loss, metrics
 

@@ -33,6 +33,7 @@ def test_a_step_without_a_pair_has_no_gradient_and_goes_on(tiny_base: Path) -> N
     loss = OnlineDpoLoss()
     nothing = host.update(batch.select([]), loss, 0)
     assert (nothing["loss"], nothing["grad_norm"], nothing["pairs"]) == (0.0, 0.0, 0.0)
+    assert "rewards/accuracies" not in nothing
     loss.check_start(nothing, 1e-4)
     something = host.update(batch, loss, 1)
     assert (something["pairs"], something["loss"]) == (2.0, pytest.approx(0.693147, rel=1e-5))
