@@ -39,7 +39,8 @@ roles:
 
 
 def write_rlhf_run(root: Path, *, steps: int = STEPS, offline: bool = True) -> Path:
-    """Write the run; without `offline` only PPO has metrics (drawing them takes time)."""
+    """Write the run; without `offline` only PPO has metrics, and only the usual ones
+    (drawing them takes time)."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "config.yaml").write_text(CONFIG)
     rows: dict[str, tuple[int, Row]] = {
@@ -47,7 +48,10 @@ def write_rlhf_run(root: Path, *, steps: int = STEPS, offline: bool = True) -> P
         "reward": (60, reward_row),
         "dpo": (60, dpo_row),
     }
-    for stage, (count, row) in {**(rows if offline else {}), "ppo": (steps, ppo_row)}.items():
+    for stage, (count, row) in {
+        **(rows if offline else {}),
+        "ppo": (steps, stale_row if offline else ppo_row),
+    }.items():
         write_lines(root / stage / "metrics.jsonl", metric_rows(stage, count, row))
     for stage, kind in (
         ("sft", "adapter"),
@@ -168,6 +172,15 @@ def ppo_row(at: float, noise: random.Random) -> dict[str, float]:
         "mismatch/k3": 1e-7 * noise.uniform(0.5, 1.5),
         "mismatch/max": 1e-5 * noise.uniform(0.5, 1.5),
         "mismatch/beyond_2x": 0.0,
+        "moe/maxvio": 1.2 + noise.gauss(0, 0.03),
+        "moe/engine_maxvio": 1.2 + noise.gauss(0, 0.03),
+    }
+
+
+def stale_row(at: float, noise: random.Random) -> dict[str, float]:
+    """PPO on samples that are a step old, with router replay and a correction."""
+    return {
+        **ppo_row(at, noise),
         "mismatch_unreplayed/k3": 4e-6 * noise.uniform(0.5, 1.5),
         "moe/route_agreement": 0.997 + noise.gauss(0, 4e-4),
         "moe/route_agreement_worst": 0.99 + noise.gauss(0, 1e-3),
@@ -179,8 +192,6 @@ def ppo_row(at: float, noise: random.Random) -> dict[str, float]:
         "sampling/sampling_logp_difference/mean": 0.004 * noise.uniform(0.7, 1.3),
         "sampling/sampling_logp_difference/max": 0.4 * noise.uniform(0.7, 1.3),
         "sampling/masked": 0.004 * noise.random(),
-        "moe/maxvio": 1.2 + noise.gauss(0, 0.03),
-        "moe/engine_maxvio": 1.2 + noise.gauss(0, 0.03),
     }
 
 

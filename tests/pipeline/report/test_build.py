@@ -132,12 +132,17 @@ def test_an_online_run_shows_what_it_learnt_who_waited_and_what_it_wrote(rlhf_ru
         "waited while these worked",
         "from the first weight sync to the last",
         "log-probabilities, values, scores",
+        "Route agreement: share of the engines' choices",
+        "The most resident memory that each process has had",
+        "rollout-1",
     ):
         assert words in page.text, words
     assert "<b>can't say</b>" in page.text, "text of a model, not markup"
     assert len(page.ids) == len(set(page.ids))
     names = {png.name for png in (rlhf_run / "plots").iterdir()}
     assert {"timeline.png", "timeline-steps.png", "ppo-seconds-of-a-sync.png", "ppo-reward.png"} <= names
+    heatmaps = {"expert-load-trainer", "expert-load-engines", "busiest-expert", "route-agreement"}
+    assert {f"ppo-{name}.png" for name in heatmaps} <= names
     events = json.loads((rlhf_run / "trace.json").read_text())["traceEvents"]
     assert {"policy", "rollout"} == {e["args"]["name"] for e in events if e["name"] == "process_name"}
 
