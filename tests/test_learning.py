@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.learning import gain, learn
+from benchmarks.learning import CONFIGS, MORE, gain, learn
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.vllm]
 
 
-@pytest.mark.parametrize("config", ["ppo-tiny", "grpo-tiny", "rloo-tiny", "grpo-from-base-tiny"])
+@pytest.mark.parametrize("config", [*CONFIGS, "grpo-from-base-tiny", *(c for c in MORE if c != "kto-tiny")])
 def test_a_rule_as_reward_raises_held_out_accuracy_far_above_the_start(config: str, tmp_path: Path) -> None:
     run = learn(config, 0, tmp_path / config)
     assert run["gain"]["low"] > 0.2
@@ -28,3 +28,8 @@ def test_every_stage_of_the_demo_beats_the_one_before(tmp_path: Path) -> None:
     assert run["eval"]["reward"]["metric"] == "pair_accuracy"
     assert run["eval"]["reward"]["ci95"][0] > 0.8
     assert run["seconds"] < 480
+
+
+def test_answers_that_are_right_or_not_teach_without_pairs(tmp_path: Path) -> None:
+    run = learn("kto-tiny", 0, tmp_path / "kto-tiny")
+    assert run["gain"]["low"] > 0.1
