@@ -12,6 +12,36 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from actors.errors import UserError
+
+
+def refuse_padded_experts(model: nn.Module) -> None:
+    """Experts that the kernel keeps in another size than the checkpoint's can't be reloaded.
+
+    vLLM's CPU kernel pads their inner size to a multiple of 32 when it is first built; a reload then copies
+    unpadded weights into padded ones and fails half way.
+
+    Raises:
+        UserError: this model has such experts.
+    """
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    for path, module in model.named_modules():
+        if not isinstance(module, RoutedExperts):
+            continue
+        made, _ = get_layerwise_info(module).restore_metadata
+        for name, parameter in module.named_parameters(recurse=False):
+            if name in made and made[name].shape != parameter.shape:
+                raise UserError(
+                    f"model.base: vLLM's CPU kernel pads experts of this size ({path}.{name} from "
+                    f"{tuple(made[name].shape)} to {tuple(parameter.shape)}), and padded experts can't take "
+                    "new weights: online stages on the CPU need an expert size that is a multiple of 32"
+                )
+
 
 def repack_experts(modules: Iterable[nn.Module]) -> int:
     """Pack those of the reloaded modules that are experts on the CPU; returns how many."""

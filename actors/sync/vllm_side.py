@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoConfig
 from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
@@ -33,7 +34,7 @@ from actors.sync.bindings import record_bindings, without_reload_warnings
 from actors.sync.merger import BaseCheckpoint, Merger, Targets
 from actors.sync.payload import Payload
 from actors.sync.readback import Reader
-from actors.sync.repack import repack_experts
+from actors.sync.repack import refuse_padded_experts, repack_experts
 from actors.workarounds import worker as worker  # applies the architecture's workarounds in worker processes
 
 BACKEND = "raylign"
@@ -85,9 +86,15 @@ class SyncTransferEngine(WeightTransferEngine):
     def init_transfer_engine(self, init_info: BaseInfo) -> None:
         """Open the base and learn where its tensors are bound."""
         base = BaseCheckpoint(init_info.base)
+        refuse_padded_experts(self.model)
         with set_current_vllm_config(self.vllm_config):
             self._bindings, self.elements = record_bindings(self.model, self.model_config, base.shapes)
-            self._merger = Merger(base, self.model_config.hf_config, self.model_config.dtype)
+            # The checkpoint's own config: vLLM writes into the one that it holds ("deepseek_yarn" as a kind
+            # of rope, for one), and transformers does not know what it writes.
+            config = AutoConfig.from_pretrained(
+                init_info.base, trust_remote_code=self.model_config.trust_remote_code
+            )
+            self._merger = Merger(base, config, self.model_config.dtype)
         self.routes = RouteCounter(self.model)
         self._shapes = base.shapes
         self._order = {path: i for i, (path, _) in enumerate(self.model.named_modules())}
