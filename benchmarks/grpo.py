@@ -30,7 +30,7 @@ AIMS = {"60m": 5.0, "tiny": 1.0}
 TURNS = {"60m": 3, "tiny": 10}
 WARM_UP = {"ours": {"60m": 1, "tiny": 3}, "trl": {"60m": 0, "tiny": 2}}
 """Turns that don't count. A step of TRL's takes minutes on the 60 M base; it is warmed up by less."""
-OURS_PER_TURN = {"60m": 3, "tiny": 1}
+OURS_PER_TURN = {"60m": 2, "tiny": 1}
 """Our steps in one turn, where they are much shorter."""
 ROLLOUT_THREADS = {"60m": 2, "17m": 2, "tiny": 1}
 """Two threads are slower than one on products as small as the tiny base's."""
