@@ -18,7 +18,7 @@ from actors.optim_spec import OptimSpec
 from tests.actors.host_cases import random_rows, sft_batch
 
 OPTIM = OptimSpec(learning_rate=2e-3, lr_scheduler_type="constant", weight_decay=0.01)
-HALF, STEPS = 2, 4
+HALF, STEPS = 1, 3
 ROWS = random_rows(6 * STEPS, longest=24)
 LORA = LoraSpec(r=4, targets=["attention", "experts", "router"])
 
