@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from actors.algorithms.advantages import AdvantageSpec, Scored, advantages_of
+from actors.algorithms.correction import CORRECTION
 from actors.algorithms.kl import kl_values
 from actors.algorithms.policy import PolicyLoss
 from actors.algorithms.rl_checks import RATIO_TOLERANCE, check_first_ratio
@@ -86,6 +87,9 @@ def of_trl(trainer: type, columns: dict[str, np.ndarray], mask: np.ndarray, **se
     }  # fmt: skip
     entropy = padded(columns["entropy"], LENGTHS).requires_grad_()
     stub = Stub(logps, entropy, **settings)
+    if CORRECTION in columns:
+        inputs[CORRECTION] = padded(columns[CORRECTION], LENGTHS)
+        stub.use_vllm = stub.vllm_importance_sampling_correction = True
     loss = trainer._compute_loss(stub, None, inputs)  # type: ignore[attr-defined]
     gradient = torch.autograd.grad(loss, logps, retain_graph=True)[0]
     real = np.arange(LONGEST) < np.array(LENGTHS)[:, None]
@@ -94,7 +98,8 @@ def of_trl(trainer: type, columns: dict[str, np.ndarray], mask: np.ndarray, **se
 
 
 def of_ours(loss: PolicyLoss, columns: dict[str, np.ndarray], mask: np.ndarray) -> Any:
-    tokens = {name: columns[name] for name in ("old_logps", "ref_logps", "advantages")}
+    read = ("old_logps", "ref_logps", "advantages", CORRECTION)
+    tokens = {name: columns[name] for name in read if name in columns}
     batch = batch_of(LENGTHS, mask=mask, **tokens)
     batch = batch.with_columns(tokens_per_step=np.full(len(LENGTHS), float(mask.sum())))
     given = {name: values.tolist() for name, values in tokens.items()}
@@ -136,8 +141,29 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+CORRECTED = ("dapo", "KL", "GSPO", "CISPO with KL", "entropy bonus")
+
+
 EXTREMES = {"clip_ratio/low_min", "clip_ratio/high_max"}
 """TRL's, of single samples; not logged here."""
+
+
+@pytest.mark.parametrize("name", CORRECTED)
+def test_corrected_losses_and_gradients_equal_trls(name: str) -> None:
+    """The surrogate is multiplied, some tokens by 0; the divergence and the entropy bonus are not."""
+    from trl import GRPOTrainer
+
+    columns, settings = off_policy_batch(3), SETTINGS[name]
+    ratio = np.random.default_rng(4).uniform(0, 3, size=sum(LENGTHS))
+    columns[CORRECTION] = np.where(ratio < 0.5, 0.0, ratio)
+    mask = np.ones(sum(LENGTHS), bool)
+    theirs = {("epsilon_low" if k == "epsilon" else k): v for k, v in settings.items()}
+    expected, gradient, _ = of_trl(GRPOTrainer, columns, mask, **theirs)
+    found, our_gradient, _ = of_ours(PolicyLoss(**settings), columns, mask)
+    without, _, _ = of_ours(PolicyLoss(**settings), off_policy_batch(3), mask)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert abs(found - without) > 1e-3
+    assert our_gradient == pytest.approx(gradient, rel=1e-5, abs=1e-9)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all samples", "a sample masked"])

@@ -1,6 +1,7 @@
 """Parts of the online loop that decide by themselves: estimates, minibatches, the count of updates."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,6 +55,24 @@ def test_divergence_in_the_reward_is_taken_off_token_by_token() -> None:
     assert found.batch.token_columns["advantages"] == pytest.approx([-0.05, 3.1])
     assert found.kl == pytest.approx(-0.5)
     assert found.metrics["kl"] == pytest.approx(-0.25)
+
+
+def test_older_samples_weigh_by_what_drew_them() -> None:
+    """The engine drew at log-probability -1; the policy has log 2 more, then log 8 more: bounded at 3."""
+    batch = trajectories([[1], [1]], samples_of(2, 1))
+    scores = TokenScores(-1.0 + np.log([2.0, 8.0, 1.0]))
+    stale: dict[str, Any] = {"num_generations": 2, "staleness": 1}
+    spec = GrpoStage(**DATA, **stale, vllm_importance_sampling_mode="token_truncate")
+    found = estimate(spec, batch, np.array([0.0, 1.0]), scores, 0.0)
+    assert found.batch.token_columns["importance_sampling_ratio"] == pytest.approx([2, 3, 1])
+    assert found.batch.token_columns["old_logps"] == pytest.approx(scores.old_logps)
+    assert found.metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(2)
+    uncorrected = GrpoStage(**DATA, **stale, vllm_importance_sampling_correction=False)
+    found = estimate(uncorrected, batch, np.array([0.0, 1.0]), scores, 0.0)
+    assert "importance_sampling_ratio" not in found.batch.token_columns
+    assert found.batch.token_columns["old_logps"].tolist() == [-1.0] * 3
+    strict = estimate(GrpoStage(**DATA, num_generations=2), batch, np.array([0.0, 1.0]), scores, 0.0)
+    assert "importance_sampling_ratio" not in strict.batch.token_columns
 
 
 def test_cut_samples_leave_the_loss_where_the_stage_says_so() -> None:
