@@ -7,6 +7,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +74,48 @@ def test_a_dtype_that_the_kernels_lack_is_refused_before_vllm_fails_on_it(
 ) -> None:
     with pytest.raises(UserError, match=rf"float32: vLLM's CPU engine runs {architecture} in bfloat16 only"):
         cases.updatable(process, base_of(architecture))
+
+
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 128,
+    "rope_theta": 10000.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides"),
+    [
+        # As DeepSeek's own checkpoints are; vLLM writes another kind of rope into its config.
+        ("deepseek_v3", {"rope_parameters": YARN}),
+        ("deepseek_v2", {"rope_parameters": YARN, "q_lora_rank": None}),
+        ("phimoe", {"lm_head_bias": False}),
+    ],
+)
+def test_variants_of_released_checkpoints_are_right_after_syncs(
+    process: ActorGroup, tmp_path: Path, architecture: str, overrides: dict[str, Any]
+) -> None:
+    policy = Policy(cases.write_base(tmp_path / "base", architecture, **overrides), architecture)
+    rollout = cases.updatable(process, policy.base)
+    for version, kind in enumerate((ADAPTER, MERGED)):
+        policy.change(seed=version)
+        cases.push(rollout, policy.payload(kind, version))
+        assert off(scores(rollout), policy.logps(SEQUENCES, STARTS)) < 1e-5
+
+
+def test_experts_that_the_kernel_pads_are_refused_before_the_first_sync(
+    process: ActorGroup, tmp_path: Path
+) -> None:
+    base = cases.write_base(tmp_path / "base", "qwen3_moe", moe_intermediate_size=48)
+    with pytest.raises(
+        UserError, match=r"pads experts of this size .*from \(8, 96, 128\) to \(8, 128, 128\)"
+    ):
+        cases.updatable(process, base)
 
 
 # --- Workarounds: each test fails once vLLM no longer needs it -------------------------------------

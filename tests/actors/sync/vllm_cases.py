@@ -27,11 +27,11 @@ STARTS = [250, 1, 3, 10]
 ADAPTER, MERGED = "adapter", "merged"
 
 
-def write_base(path: Path, architecture: str, dtype: torch.dtype = torch.float32) -> Path:
+def write_base(path: Path, architecture: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
     """A random base of an architecture, with random norms, biases and router corrections."""
     from actors.models.tiny import byte_tokenizer
 
-    tiny_model(architecture).to(dtype).save_pretrained(path)
+    tiny_model(architecture, **overrides).to(dtype).save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
     return path
 
