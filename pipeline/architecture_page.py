@@ -7,10 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from actors.models.architectures import ARCHITECTURES, REFUSED
+from actors.models.architectures import ARCHITECTURES, REFUSED, replay_objection
 from actors.models.engine_rows import ENGINE_ROWS, EngineRow
 from actors.models.heads import has_sequence_classifier
-from actors.models.replay import replay_objection
 from actors.models.row import Architecture
 from actors.workarounds.registry import WORKAROUNDS
 
@@ -101,7 +100,7 @@ def _trainer_row(row: Architecture) -> list[str]:
         "yes" if row.packable else "no",
         "" if router is None else "yes" if router.has_aux_loss else "no",
         "classifier" if has_sequence_classifier(row.model_type) else "file",
-        "" if router is None else "no" if replay_objection(row.model_type, True) else "yes",
+        "" if router is None else "no" if replay_objection(row.model_type) else "yes",
     ]
 
 

@@ -1,0 +1,39 @@
+"""A dry run's twin of every family starts in an engine and generates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from actors.group import ROLLOUT, ActorGroup, rollout_group
+from actors.models.architectures import ARCHITECTURES
+from actors.models.engine_rows import engine_row
+from actors.models.twin import write_twin
+from actors.rollout import EngineSpec, SamplingSpec
+from actors.runtime import LimitsSpec, RoleSpec
+from tests.actors.models.test_twin import PUBLISHED
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.architectures]
+
+
+@pytest.fixture(scope="module")
+def process(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActorGroup]:
+    group = rollout_group(RoleSpec(), LimitsSpec(stop=5), tmp_path_factory.mktemp("twins") / "logs")
+    group.start().ready()
+    yield group
+    group.shutdown()
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_a_twin_generates(process: ActorGroup, model_type: str, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = PUBLISHED.get(model_type, {})
+    write_twin(AutoConfig.for_model(model_type, **sizes), tmp_path)
+    dtype = engine_row(model_type).dtypes[0]
+    process.build(ROLLOUT, EngineSpec(max_num_seqs=4, max_model_len=128, dtype=dtype)).result()
+    process.call_rank(0, "load", str(tmp_path), updatable=True, phase="load")
+    made = process.call_rank(0, "generate", [[5, 6, 7]], SamplingSpec(max_tokens=4), [0])
+    assert len(made.token_ids) >= 1
