@@ -7,6 +7,7 @@ soft cap) is done here too. A scalar head reads the trunk's hidden states, and n
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from actors.algorithms.head_logprob import HEAD_BLOCK_ELEMENTS, head_logps, head_statistics
 from actors.algorithms.logprob import LabelStatistics, label_logps, label_statistics
 from actors.models.attention import Gather, Sequences, no_mask, use_by_sequence
+from actors.models.expert_lora import last_experts, only, use_fused
 from actors.models.replay import RouteReplay
 from actors.models.sharding import is_managed
 from actors.packing import MicroBatch
@@ -36,6 +38,8 @@ class TokenScorer:
         self.head = head
         self.logits_are_heads = _logits_are_heads(model, head)
         """The model does nothing to its head's outputs: they need not be made whole."""
+        use_fused(model)
+        self.last_experts = last_experts(model)
         self.replay: RouteReplay | None = None
         """Forces the experts of micro-batches that come with some; None: there are none that do."""
         self._predictors: Tensor | None = None
@@ -89,7 +93,8 @@ class TokenScorer:
         if is_managed(self.model):
             # A sharded model is entered by its root alone: FSDP knows no pass that begins further down.
             return head(self._hidden(replace(micro, predictors=places)).float()).squeeze(-1)
-        output = self.model.base_model(**self._inputs(micro))
+        with self._reading_only(places):
+            output = self.model.base_model(**self._inputs(micro))
         index = torch.from_numpy(places).to(self.model.device)
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, index)
         return head(hidden.float()).squeeze(-1)
@@ -98,11 +103,22 @@ class TokenScorer:
         """(T, V)."""
         self._predictors = torch.from_numpy(micro.predictors).to(self.model.device)
         try:
-            output = self.model(**self._inputs(micro))
+            with self._reading_only(micro.predictors):
+                output = self.model(**self._inputs(micro))
         finally:
             self._predictors = None
         # squeeze, not [0]: the backward pass of an index fills a second tensor of this size with zeros.
         return output.logits.squeeze(0)
+
+    def _reading_only(self, places: np.ndarray) -> AbstractContextManager[None]:
+        """The last layer's experts see three quarters of the tokens, prompts, for nothing: leave those out.
+
+        With gradient checkpointing a layer runs again in the backward pass, outside of this.
+        """
+        if self.last_experts is None or self.model.is_gradient_checkpointing:
+            return nullcontext()
+        # The last token of a prompt that sequences share predicts a token of each.
+        return only(self.last_experts, torch.from_numpy(np.unique(places)).to(self.model.device))
 
     def _inputs(self, micro: MicroBatch) -> dict[str, Any]:
         device = self.model.device

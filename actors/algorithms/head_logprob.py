@@ -7,14 +7,14 @@ that (labels, vocabulary) tensors live for one block only and nothing but (label
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
-from actors.algorithms.logprob import LabelStatistics, label_logps, label_statistics
+from actors.algorithms.logprob import LabelStatistics, label_logps, softmax_
 
 HEAD_BLOCK_ELEMENTS = 1 << 23
 """Logits of one block: 32 MiB of float32. Smaller blocks read the head's weights too often."""
@@ -33,13 +33,17 @@ def head_statistics(
 def head_logps(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
     """float32 (T,): the same log-probabilities, to the bit, without gradient or statistics."""
     with torch.no_grad():
-        found = [label_logps(linear(h, weight), y, temperature) for h, y in _blocks(hidden, weight, labels)]
-    return torch.cat(found)
+        blocks = _blocks(hidden, weight, labels)
+        return torch.cat([label_logps(logits, y, temperature) for logits, y in blocks])
 
 
-def _blocks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Any:
+def _blocks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(logits, labels) of some rows at a time. The next logits are written where the last ones stood: memory
+    that was just used is in the cache, and mapped."""
     rows = max(1, HEAD_BLOCK_ELEMENTS // len(weight))
-    return zip(hidden.split(rows), labels.split(rows), strict=True)
+    room = hidden.new_empty(min(rows, len(hidden)), len(weight))
+    for h, y in zip(hidden.split(rows), labels.split(rows), strict=True):
+        yield torch.mm(h, weight.t(), out=room[: len(h)]), y
 
 
 class _HeadStatistics(torch.autograd.Function):
@@ -47,21 +51,18 @@ class _HeadStatistics(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float
     ) -> tuple[Tensor, ...]:
-        wanted = ctx.needs_input_grad[0]
         found, gradients = [], []
-        for h, y in _blocks(hidden, weight, labels):
-            logits = linear(h, weight).requires_grad_(wanted)
-            with torch.set_grad_enabled(wanted):
-                statistics = label_statistics(logits, y, temperature)
-            found.append([x.detach() for x in statistics])
-            if wanted:
-                ones = torch.ones_like(statistics.logps)
-                (gradient,) = torch.autograd.grad(statistics.logps, logits, ones)
-                gradients.append(gradient @ weight)
+        for logits, y in _blocks(hidden, weight, labels):
+            found.append(softmax_(logits, y, temperature))
+            if ctx.needs_input_grad[0]:
+                expected = torch.mm(logits, weight)
+                gradients.append(
+                    torch.sub(weight.index_select(0, y), expected, out=expected).div_(temperature)
+                )
         outputs = tuple(torch.cat(column) for column in zip(*found, strict=True))
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(torch.cat(gradients) if wanted else None)
+        ctx.save_for_backward(torch.cat(gradients) if gradients else None)
         return outputs
 
     @staticmethod

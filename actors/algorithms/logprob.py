@@ -57,6 +57,30 @@ def label_statistics(
     return LabelStatistics(*_LabelStatistics.apply(logits, labels, temperature, entropy_gradient))
 
 
+def softmax_(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    """The fields of LabelStatistics of (T, V) logits, which turn into their probabilities; no gradient."""
+    blocks = zip(*_blocks(logits, labels), strict=True)
+    parts = [_statistics(_scaled(block, temperature), wanted, block) for block, wanted in blocks]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def _statistics(block: Tensor, wanted: Tensor, probabilities: Tensor | None) -> tuple[Tensor, ...]:
+    """The fields of LabelStatistics of (T, V) float32 logits; their softmax goes to `probabilities`, which
+    may be the logits' own memory."""
+    top = block.amax(dim=-1)  # max with indices takes 24 times as long on the CPU
+    chosen = block.gather(1, wanted[:, None])[:, 0]
+    mean = block.mean(-1)
+    raised = torch.sub(block, top[:, None]).exp_()
+    total = raised.sum(-1)
+    log_total = total.log()
+    log_z = top + log_total
+    entropy = log_z - torch.linalg.vecdot(raised, block) / total
+    log_sum_sq = torch.linalg.vecdot(raised, raised).log() - 2 * log_total
+    if probabilities is not None:
+        torch.div(raised, total[:, None], out=probabilities)
+    return chosen - log_z, entropy, chosen >= top, mean, log_sum_sq
+
+
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
     return logits.float() if temperature == 1.0 else logits.float() / temperature
 
@@ -78,23 +102,8 @@ class _LabelStatistics(torch.autograd.Function):
         parts: list[tuple[Tensor, ...]] = []
         first = 0
         for block, wanted in zip(*_blocks(logits, labels), strict=True):
-            block = _scaled(block, temperature)
-            top = block.amax(dim=-1)  # max with indices takes 24 times as long on the CPU
             out = None if probabilities is None else probabilities[first : first + len(block)]
-            p = torch.sub(block, top[:, None], out=out).exp_()
-            total = p.sum(-1)
-            log_z = top + total.log()
-            p.div_(total[:, None])
-            chosen = block.gather(1, wanted[:, None])[:, 0]
-            parts.append(
-                (
-                    chosen - log_z,
-                    log_z - torch.linalg.vecdot(p, block),
-                    chosen >= top,
-                    block.mean(-1),
-                    torch.linalg.vecdot(p, p).log(),
-                )
-            )
+            parts.append(_statistics(_scaled(block, temperature), wanted, out))
             first += len(block)
         outputs = tuple(torch.cat(column) for column in zip(*parts, strict=True))
         ctx.mark_non_differentiable(*outputs[2 if entropy_gradient else 1 :])

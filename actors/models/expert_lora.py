@@ -3,32 +3,38 @@
 PEFT adapts a stack of experts by materialising W + s B A for all of them in every forward, and by
 back-propagating a gradient of the stack's full size. Here the low-rank term is computed next to
 transformers' grouped expert product instead. Parameters, names and files stay PEFT's, so adapters go
-both ways, and with the adapter off the outputs are those of the base's own code, to the bit.
+both ways, and with the adapter off the outputs are those of the base's own code.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.nn.functional import pad
+from transformers.activations import SiLUActivation
 from transformers.integrations.moe import (
     ALL_EXPERTS_FUNCTIONS,
+    _default_apply_gate,
     _grouped_linear,
     grouped_mm_experts_forward,
 )
 
 from actors.errors import UserError
-from actors.models.grouped import Routes, combined, grouped_lora, sorted_rows
+from actors.models.grouped import LowRank, Routes, expert_mlp
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 BESIDE = "grouped_mm_lora_beside"
 """Name of the experts implementation registered with transformers."""
 _FACTORS = "_raylign_lora_factors"
+_WANTED = "_raylign_wanted_tokens"
 
 Factors = list[tuple[torch.Tensor, torch.Tensor, float]]
 """Per active adapter: A (experts, r, in), B (experts, out, r), scaling."""
@@ -43,7 +49,11 @@ def select(peft: PeftModel, impl: str) -> str:
     base = peft.get_base_model()
     now = getattr(base.config, "_experts_implementation", None)
     stacks = [m for m in peft.modules() if isinstance(m, ParamWrapper) and m.num_experts > 1]
-    if impl == "peft" or not stacks:
+    if not stacks:
+        return "peft"
+    if impl == "peft":
+        if now == BESIDE:
+            base.set_experts_implementation("grouped_mm")
         return "peft"
     if now not in ("grouped_mm", BESIDE):
         if impl == "beside":
@@ -52,10 +62,20 @@ def select(peft: PeftModel, impl: str) -> str:
             )
         return "peft"
     if impl == "auto" and not beside_is_faster(stacks[0].get_param()):
-        return "peft"
+        return select(peft, "peft")
     base.set_experts_implementation(BESIDE)
     wrap_experts(peft)
     return "beside"
+
+
+def use_fused(model: PreTrainedModel) -> None:
+    """Run frozen experts by the fused MLP without LoRA too, where it runs with LoRA: a bare base then has the
+    bits of a policy whose adapter is off."""
+    grouped = getattr(model.config, "_experts_implementation", None) == "grouped_mm"
+    if not grouped or not model._can_set_experts_implementation():
+        return
+    if model.device.type == "cpu" and model.dtype == torch.float32:
+        model.set_experts_implementation(BESIDE)
 
 
 def beside_is_faster(experts: torch.Tensor) -> bool:
@@ -117,12 +137,12 @@ def _experts_forward(
     """transformers' grouped expert product with low-rank terms beside it.
 
     Shapes: hidden_states (tokens, hidden), top_k_index and top_k_weights (tokens, k) -> (tokens, hidden).
-    On the CPU by functions of our own, which have no gradient for the frozen weights. Elsewhere in the
-    order of operations of `grouped_mm_experts_forward`, to which it hands over without LoRA.
+    On the CPU by a function of our own (actors/models/grouped.py). Elsewhere in the order of operations of
+    `grouped_mm_experts_forward`, to which it hands over without LoRA.
     """
     factors: dict[str, Factors] = self.__dict__.get(_FACTORS) or {}
-    if _runs_grouped(self, hidden_states, factors):
-        return _grouped_forward(self, hidden_states, top_k_index, top_k_weights, factors)
+    if _runs_fused(self, hidden_states, top_k_weights, factors):
+        return _fused_forward(self, hidden_states, top_k_index, top_k_weights, factors)
     if not factors:
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     if self._is_expert_parallel:
@@ -149,18 +169,24 @@ def _experts_forward(
     return weighted[back].view(n_tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
 
 
-def _runs_grouped(experts: Any, hidden_states: torch.Tensor, factors: dict[str, Factors]) -> bool:
-    """Frozen float32 experts on the CPU, one adapter at most."""
+def _runs_fused(
+    experts: Any, hidden_states: torch.Tensor, top_k_weights: torch.Tensor, factors: dict[str, Factors]
+) -> bool:
+    """Frozen float32 experts with SiLU gates on the CPU, one adapter at most."""
     return (
         hidden_states.device.type == "cpu"
-        and hidden_states.dtype == experts.down_proj.dtype == torch.float32
+        and hidden_states.dtype == top_k_weights.dtype == experts.down_proj.dtype == torch.float32
         and not (experts.has_bias or experts.is_transposed or experts._is_expert_parallel)
-        and not experts.down_proj.requires_grad
+        and experts.has_gate
+        and experts.is_concatenated
+        and type(experts)._apply_gate is _default_apply_gate
+        and isinstance(experts.act_fn, nn.SiLU | SiLUActivation)
+        and not (experts.down_proj.requires_grad or experts.gate_up_proj.requires_grad)
         and all(len(found) == 1 for found in factors.values())
     )
 
 
-def _grouped_forward(
+def _fused_forward(
     self: Any,
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
@@ -168,15 +194,35 @@ def _grouped_forward(
     factors: dict[str, Factors],
 ) -> torch.Tensor:
     """The same without LoRA too: a reference whose adapter is off then equals its policy to the bit."""
-    routes = Routes.of(top_k_index, self.num_experts)
+    routes = Routes.of(top_k_index, self.num_experts, self.__dict__.get(_WANTED))
+    beside = [LowRank(*factors[n][0]) if n in factors else None for n in ("gate_up_proj", "down_proj")]
+    return expert_mlp(hidden_states, top_k_weights, self.gate_up_proj, self.down_proj, routes, *beside)
 
-    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
-        a, b, scaling = factors[name][0] if name in factors else (None, None, 1.0)
-        return grouped_lora(x, getattr(self, name), routes, a, b, scaling)
 
-    up = linear(sorted_rows(hidden_states, routes), "gate_up_proj" if self.has_gate else "up_proj")
-    activated = self._apply_gate(up) if self.has_gate else self.act_fn(up)
-    return combined(linear(activated, "down_proj"), top_k_weights, routes)
+def last_experts(model: PreTrainedModel) -> nn.Module | None:
+    """The experts of a model's last layer, behind which tokens have nothing to do with each other; None where
+    that layer has none."""
+    layers = getattr(model.base_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        return None
+    found = [m for m in layers[-1].modules() if getattr(getattr(m, "down_proj", None), "ndim", 0) == 3]
+    return found[0] if len(found) == 1 else None
+
+
+@contextmanager
+def only(experts: nn.Module | None, tokens: torch.Tensor) -> Iterator[None]:
+    """Let `experts` leave out all tokens but these (int64, each once), where they run fused on the CPU.
+
+    Theirs is then zero in place of a value that nobody reads. Backward passes need nothing of this.
+    """
+    if experts is None:
+        yield
+        return
+    experts.__dict__[_WANTED] = tokens
+    try:
+        yield
+    finally:
+        experts.__dict__.pop(_WANTED, None)
 
 
 ALL_EXPERTS_FUNCTIONS.register(BESIDE, _experts_forward)

@@ -59,11 +59,16 @@ def test_rslora_scaling_is_pefts(adapted, ids):
         assert (ours(input_ids=ids).logits - theirs(input_ids=ids).logits).abs().max() < 1e-5
 
 
-def test_with_the_adapter_off_it_is_the_base_bit_for_bit(adapted, base_of, ids):
-    peft = adapted("qwen3_moe", LoraSpec(r=4, expert_impl="beside"))
-    base = load_base(ModelSpec(base=str(base_of("qwen3_moe"))))
-    with torch.no_grad(), adapters.role(peft, None):
-        assert torch.equal(peft(input_ids=ids).logits, base(input_ids=ids).logits)
+def test_with_the_adapter_off_it_is_the_base_and_a_fresh_adapter_to_the_bit(adapted, base_of, ids):
+    spec = ModelSpec(base=str(base_of("qwen3_moe")))
+    peft = adapters.attach_lora(load_base(spec), LoraSpec(r=4, expert_impl="beside"))
+    base = load_base(spec)
+    with torch.no_grad():
+        fresh = peft(input_ids=ids).logits
+        with adapters.role(peft, None):
+            off = peft(input_ids=ids).logits
+        assert (off - base(input_ids=ids).logits).abs().max() < 1e-6
+    assert torch.equal(off, fresh)
 
 
 def test_two_active_adapters_add_up_as_in_peft(adapted, ids, randomise_b):

@@ -1,82 +1,129 @@
-"""The grouped functions against what autograd makes of the plain formulas, in float64."""
+"""The fused expert MLP against what autograd makes of the plain formula, in float64."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.nn.functional import silu
 
-from actors.models.grouped import Routes, combined, grouped_lora, sorted_rows
+from actors.models import workers
+from actors.models.grouped import LowRank, Routes, expert_mlp
 
-N, K, E, IN, OUT, R = 11, 2, 5, 6, 7, 3
+N, K, E, H, INNER, R = 11, 2, 5, 6, 4, 3
+WANTED = torch.tensor([1, 4, 5, 10])
 
 
-@pytest.fixture
-def routes() -> Routes:
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def chosen() -> torch.Tensor:
     # Expert 3 gets no token.
-    return Routes.of(_chosen(), E)
-
-
-def _chosen() -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     usable = torch.tensor([0, 1, 2, 4])
     return torch.stack([usable[torch.randperm(4, generator=generator)[:K]] for _ in range(N)])
 
 
-def _drawn(*shape: int, seed: int = 1, grad: bool = True) -> torch.Tensor:
+def drawn(*shape: int, seed: int, grad: bool = True) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_(grad)
 
 
-def test_rows_are_sorted_by_expert_and_found_again(routes: Routes) -> None:
-    assert sum(routes.sizes) == N * K
-    assert routes.sizes[3] == 0
-    experts = _chosen().reshape(-1)[routes.order]
-    assert torch.equal(experts, experts.sort().values)
-    for place, choice in enumerate(routes.choices):
-        assert torch.equal(routes.order[choice], torch.arange(N) * K + place)
+HIDDEN, WEIGHTS = drawn(N, H, seed=1), drawn(N, K, seed=2)
+GATE_UP, DOWN = drawn(E, 2 * INNER, H, seed=3, grad=False), drawn(E, H, INNER, seed=4, grad=False)
+A1, B1 = drawn(E, R, H, seed=5), drawn(E, 2 * INNER, R, seed=6)
+A2, B2 = drawn(E, R, INNER, seed=7), drawn(E, H, R, seed=8)
+UPSTREAM = drawn(N, H, seed=9, grad=False)
 
 
-def test_a_token_whose_rows_are_weighted_and_added_up_is_its_experts_mixture(routes: Routes) -> None:
-    hidden, weights = _drawn(N, IN), _drawn(N, K, seed=2)
-    ours = combined(sorted_rows(hidden, routes) * 3, weights, routes)
-    torch.testing.assert_close(ours, 3 * hidden * weights.sum(1, keepdim=True))
+def plainly(lora: bool) -> torch.Tensor:
+    gate_up = GATE_UP + 2.0 * B1 @ A1 if lora else GATE_UP
+    down = DOWN + 0.5 * B2 @ A2 if lora else DOWN
+    experts = chosen()
+    both = torch.einsum("noh,nh->no", gate_up[experts.view(-1)], HIDDEN.repeat_interleave(K, 0))
+    act = silu(both[:, :INNER]) * both[:, INNER:]
+    y = torch.einsum("nhi,ni->nh", down[experts.view(-1)], act)
+    return (y.view(N, K, H) * WEIGHTS[:, :, None]).sum(1)
 
 
-def test_blocks_of_tokens_change_no_bit() -> None:
-    n, k, width = 700, 4, 512
-    routes = Routes.of(torch.rand(n, 16, generator=torch.Generator().manual_seed(0)).topk(k).indices, 16)
-    y, weights = _drawn(n * k, width).float(), _drawn(n, k, seed=2).float()
-    # The end of transformers' grouped_mm_experts_forward.
-    theirs = (y * weights.reshape(-1)[routes.order, None])[routes.back].view(n, k, width).sum(dim=1)
-    assert torch.equal(combined(y, weights, routes), theirs)
-
-
-def test_gradients_of_gathering_and_combining_equal_finite_differences(routes: Routes) -> None:
-    assert torch.autograd.gradcheck(lambda h: sorted_rows(h, routes), (_drawn(N, IN),))
-    y, weights = _drawn(N * K, IN), _drawn(N, K, seed=2)
-    assert torch.autograd.gradcheck(lambda y, w: combined(y, w, routes), (y, weights))
+def fused(lora: bool, wanted: torch.Tensor | None = None, hidden: torch.Tensor = HIDDEN) -> torch.Tensor:
+    beside = (LowRank(A1, B1, 2.0), LowRank(A2, B2, 0.5)) if lora else (None, None)
+    return expert_mlp(hidden, WEIGHTS, GATE_UP, DOWN, Routes.of(chosen(), E, wanted), *beside)
 
 
 @pytest.mark.parametrize("lora", [True, False])
-def test_grouped_lora_equals_its_formula_per_expert(routes: Routes, lora: bool) -> None:
-    x, weight = _drawn(N * K, IN), _drawn(E, OUT, IN, seed=2, grad=False)
-    a, b = (_drawn(E, R, IN, seed=3), _drawn(E, OUT, R, seed=4)) if lora else (None, None)
-    ours = grouped_lora(x, weight, routes, a, b, 2.0)
-    experts = _chosen().reshape(-1)[routes.order]
-    theirs = torch.einsum("si,soi->so", x, weight[experts])
-    wanted = [x]
-    if a is not None and b is not None:
-        theirs = theirs + 2 * torch.einsum("sor,sri,si->so", b[experts], a[experts], x)
-        wanted += [a, b]
+def test_value_and_gradients_equal_the_plain_formula(lora: bool, threads: int) -> None:
+    ours, theirs = fused(lora), plainly(lora)
     torch.testing.assert_close(ours, theirs)
-    upstream = _drawn(N * K, OUT, seed=5, grad=False)
-    mine, plain = (torch.autograd.grad(y, wanted, upstream) for y in (ours, theirs))
+    by = [HIDDEN, WEIGHTS, *([A1, B1, A2, B2] if lora else [])]
+    mine, plain = (torch.autograd.grad(y, by, UPSTREAM) for y in (ours, theirs))
+    torch.testing.assert_close(mine, plain)
+    if lora:
+        assert not any(gradient[3].any() for gradient in mine[2:])
+
+
+def test_tokens_that_are_left_out_are_zero_and_the_others_as_before(threads: int) -> None:
+    ours, theirs = fused(True, WANTED), plainly(True)
+    torch.testing.assert_close(ours[WANTED], theirs[WANTED])
+    left_out = [n for n in range(N) if n not in WANTED.tolist()]
+    assert not ours[left_out].any()
+    read = torch.zeros(N, 1, dtype=torch.float64)
+    read[WANTED] = 1
+    by = [HIDDEN, WEIGHTS, A1, B1, A2, B2]
+    mine = torch.autograd.grad(ours, by, UPSTREAM)  # what flows into zeros is lost
+    plain = torch.autograd.grad(theirs, by, UPSTREAM * read)
     torch.testing.assert_close(mine, plain)
 
 
-def test_a_frozen_input_gets_no_gradient(routes: Routes) -> None:
-    x, weight = _drawn(N * K, IN, grad=False), _drawn(E, OUT, IN, seed=2, grad=False)
-    a, b = _drawn(E, R, IN, seed=3), _drawn(E, OUT, R, seed=4)
-    grouped_lora(x, weight, routes, a, b, 1.0).sum().backward()
-    assert x.grad is None
-    for factor in (a, b):
-        assert factor.grad is not None
-        assert not factor.grad[3].any()
+def test_no_token_at_all() -> None:
+    nothing = fused(True, WANTED[:0])
+    assert not nothing.any()
+    assert not any(g.any() for g in torch.autograd.grad(nothing, [HIDDEN, A1, B2], UPSTREAM))
+
+
+def test_a_frozen_input_gets_no_gradient() -> None:
+    hidden = HIDDEN.detach()
+    fused(True, hidden=hidden).sum().backward()
+    assert hidden.grad is None
+    assert A1.grad is not None
+    for factor in (WEIGHTS, A1, B1, A2, B2):
+        factor.grad = None
+
+
+def test_any_number_of_threads_gives_the_same_bits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(300, 64, generator=generator).requires_grad_()
+    weights, experts = torch.rand(300, 8, generator=generator).topk(K)
+    gate_up, down = (torch.randn(8, *s, generator=generator) for s in ((96, 64), (64, 48)))
+    a, b = (torch.randn(8, *s, generator=generator).requires_grad_() for s in ((4, 64), (96, 4)))
+    before, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            y = expert_mlp(hidden, weights, gate_up, down, Routes.of(experts, 8), LowRank(a, b, 2.0))
+            found.append([y, *torch.autograd.grad(y.sum(), [hidden, a, b])])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
+
+
+def test_workers_do_each_item_once_with_one_thread_of_torch_and_leave_the_callers_number(
+    threads: int,
+) -> None:
+    seen: list[tuple[int, int, bool]] = []
+    workers.each(range(50), lambda i: seen.append((i, torch.get_num_threads(), torch.is_grad_enabled())))
+    assert sorted(i for i, _, _ in seen) == list(range(50))
+    assert {(n, grad) for _, n, grad in seen} == {(1, False)}
+    assert torch.get_num_threads() == threads
+
+
+def test_an_error_in_a_worker_is_the_callers(threads: int) -> None:
+    def fails(item: int) -> None:
+        raise ValueError(f"item {item}")
+
+    with pytest.raises(ValueError, match="item"):
+        workers.each([1, 2, 3], fails)

@@ -1,0 +1,65 @@
+"""Python threads that each compute with one thread of torch: for many products too small to be split.
+
+A product of 256 rows by 512 columns is done in a millisecond; cut into two, its halves wait for each other
+every time. Whole products dealt out to threads wait once, at the end. torch gives the interpreter's lock
+back while it computes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+_POOLS: dict[int, ThreadPoolExecutor] = {}
+
+
+def each(items: Sequence[int], work: Callable[[int], None]) -> None:
+    """Call `work` on every item, in any order, on as many threads as torch has here; without gradients.
+
+    What one item's work computes depends neither on the number of threads nor on the order.
+    """
+    threads = min(torch.get_num_threads(), len(items))
+    left = list(reversed(items))
+
+    def run() -> None:
+        with torch.no_grad():
+            while left:
+                try:
+                    item = left.pop()
+                except IndexError:  # another thread took the last one
+                    return
+                work(item)
+
+    if threads <= 1:
+        run()
+        return
+    for done in [_pool(threads).submit(run) for _ in range(threads)]:
+        done.result()
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    if threads not in _POOLS:
+        _POOLS[threads] = _started(threads)
+    return _POOLS[threads]
+
+
+def _started(threads: int) -> ThreadPoolExecutor:
+    all_up = threading.Barrier(threads + 1)
+
+    def one_thread_each() -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # a thread takes over the number that holds when it first asks
+        all_up.wait(60)
+
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, "raylign-products", initializer=one_thread_each)
+    for _ in range(threads):
+        pool.submit(all_up.wait, 60)
+    all_up.wait(60)  # of the initializers
+    all_up.wait(60)  # of the tasks
+    # The number is the calling thread's own, but new threads start with the last one that was set.
+    torch.set_num_threads(before)
+    return pool
