@@ -115,7 +115,9 @@ def moments(traces: Path) -> tuple[dict[str, float], float]:
     for trace in sorted(traces.glob("*.jsonl")):
         role = trace.stem.rpartition("-")[0]
         for line in map(json.loads, trace.read_text().splitlines()):
-            calls.append((line["start"], line["end"], f"{role} {line['method']}"))
+            # Where roles share processes, the call says whose it is.
+            who = "critic" if str(line.get("role", "")).endswith(":critic") else role
+            calls.append((line["start"], line["end"], f"{who} {line['method']}"))
     begins = sorted(start for start, _, what in calls if what == "rollout generate")[WARM_UP:]
     first, last = begins[0], begins[-1]
     cuts = sorted({first, last} | {t for a, b, _ in calls for t in (a, b) if first < t < last})
