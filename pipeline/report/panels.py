@@ -57,9 +57,9 @@ PANELS = (
     Panel("Entropy of the policy", ("entropy",), first="online"),
     Panel(
         "Clipped tokens",
-        ("clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean"),
+        ("clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean", "cispo_clip_ratio"),
         "percent",
-        names=("all", "low", "high"),
+        names=("all", "low", "high", "weights of cispo"),
         first=True,
     ),
     Panel(
@@ -118,7 +118,13 @@ PANELS = (
     ),
     Panel("Engine against trainer without replay, k1", ("mismatch_unreplayed/k1",), "scientific"),
     Panel("Spread of rewards", ("reward_std", "rewards/*/std"), names=("reward", "")),
-    Panel("Groups of equal rewards", ("frac_reward_zero_std",), "percent"),
+    Panel(
+        "Groups of equal rewards",
+        ("frac_reward_zero_std", "dynamic_sampling/frac_zero_std_left"),
+        "percent",
+        names=("drawn", "left after other prompts were drawn"),
+    ),
+    Panel("Prompts that gave a pair", ("frac_pairs",), "percent"),
     Panel("Cut-off responses", ("completions/clipped_ratio",), "percent"),
     Panel("Value loss", ("value_loss",)),
     Panel("Returns and values", ("critic/returns/mean", "critic/values/mean"), names=("returns", "values")),
