@@ -17,6 +17,7 @@ from pipeline.architecture import (
     model_type_of,
 )
 from pipeline.config.schema import RunConfig
+from tests.actors.models.tiny_models import tiny_config_of
 
 SFT = {"type": "sft", "data": "x"}
 GRPO = {"type": "grpo", "data": "x", "rewards": "exact_match"}
@@ -91,4 +92,29 @@ def test_routes_are_replayed_for_families_that_were_seen_to() -> None:
     replay = {"router_replay": "rollout"}
     assert problems("qwen3_moe", {"grpo": GRPO}, moe=replay) == []
     (problem,) = problems("glm4_moe", {"grpo": GRPO}, moe=replay)
-    assert problem.startswith("model.moe.router_replay: rollout, but replay is tested for other families only")
+    assert problem.startswith(
+        "model.moe.router_replay: rollout, but replay is tested for other families only"
+    )
+
+
+def test_validation_lists_what_the_architecture_forbids_and_says_its_row(tmp_path: Path) -> None:
+    from actors.models.tiny import byte_tokenizer
+    from pipeline.validate import find
+
+    config = tiny_config_of("qwen3_next")
+    config.architectures = ["Qwen3NextForCausalLM"]
+    config.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    stage = {
+        "type": "grpo",
+        "data": "builtin:arithmetic",
+        "rewards": "exact_match",
+        "max_completion_length": 8,
+    }
+    findings = find(
+        run_of({"grpo": {**stage, "max_steps": 2}}, base=str(tmp_path), random_init=True, dtype="bfloat16")
+    )
+    assert len(findings.problems) == 1, findings.problems
+    assert "stages.grpo.type: 'grpo' can't train a qwen3_next model" in findings.problems[0]
+    assert findings.architecture == describe_architecture("qwen3_next")
+    assert findings.targets is not None

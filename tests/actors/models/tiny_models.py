@@ -163,10 +163,10 @@ OF_EACH_KIND = (
 """Families that the fast tests train; the others are among the slow ones."""
 
 
-def families(names: Iterable[str] = tuple(ARCHITECTURES)) -> list[Any]:
-    """Parameters of a test that runs for every architecture of the table, or for some."""
+def families(names: Iterable[str] = tuple(ARCHITECTURES), fast: Iterable[str] = OF_EACH_KIND) -> list[Any]:
+    """Parameters of a test that runs for every architecture of the table, or for some; slow but for `fast`."""
     slow = [pytest.mark.architectures, pytest.mark.slow]
-    marks = {name: slow[:1] if name in OF_EACH_KIND else slow for name in names}
+    marks = {name: slow[:1] if name in fast else slow for name in names}
     return [pytest.param(name, marks=marks[name], id=name) for name in sorted(names)]
 
 
