@@ -164,7 +164,7 @@ OF_EACH_KIND = (
 
 
 def families(names: Iterable[str] = tuple(ARCHITECTURES), fast: Iterable[str] = OF_EACH_KIND) -> list[Any]:
-    """Parameters of a test that runs for every architecture of the table, or for some; slow but for `fast`."""
+    """Parameters of a test that runs for every architecture of the table, or some; slow but for `fast`."""
     slow = [pytest.mark.architectures, pytest.mark.slow]
     marks = {name: slow[:1] if name in fast else slow for name in names}
     return [pytest.param(name, marks=marks[name], id=name) for name in sorted(names)]
