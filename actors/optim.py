@@ -198,8 +198,10 @@ class GradientCheck:
         """Whether a tensor, or its slice on any rank, has an element other than 0."""
         names = sorted(tensors)
         flags = [t is not None and bool(own_slice(t).any()) for t in (tensors[name] for name in names)]
-        if any(is_sharded(p) for p in self._all.values()):
-            flags = [bool(x) for x in self._ranks.max_(torch.tensor(flags, dtype=torch.int32)).tolist()]
+        sharded = [p for p in self._all.values() if is_sharded(p)]
+        if sharded:
+            counts = torch.tensor(flags, dtype=torch.int32, device=sharded[0].device)
+            flags = [bool(x) for x in self._ranks.max_(counts).tolist()]
         return dict(zip(names, flags, strict=True))
 
 

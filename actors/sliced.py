@@ -49,7 +49,8 @@ class SlicedParameters:
     def square_norm(self) -> Tensor:
         """float64: sum of squares of this rank's gradients."""
         found = [norms(b.flat.grad).double().square().sum() for b in self.buckets if b.flat.grad is not None]
-        return torch.stack(found).sum() if found else torch.zeros((), dtype=torch.float64)
+        device = next(iter(self.parameters.values())).device
+        return torch.stack(found).sum() if found else torch.zeros((), dtype=torch.float64, device=device)
 
     def release(self) -> None:
         self.zero_grad()

@@ -73,7 +73,8 @@ class Training:
         if not self.is_sharded:
             return self._flat.grad_norm()
         others = self.ranks.sum_(self._sliced.square_norm())
-        return (self._flat.grad_norm().double().square() + others).sqrt().float()
+        replicas = self._flat.grad_norm().to(others.device).double()
+        return (replicas.square() + others).sqrt().float()
 
     def release(self) -> None:
         """Drop the gradients; the parameters keep their values."""
