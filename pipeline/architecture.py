@@ -26,6 +26,7 @@ def architecture_problems(config: RunConfig, model_type: str, names: Iterable[st
     names = list(names)
     problems = [problem for name in names for problem in _stage_problems(config, row, model_type, name)]
     problems += _engine_problems(config, model_type, names)
+    problems += _sharding_problems(config, row)
     asked = config.model.moe.router_aux_loss_coef
     defined = row is not None and row.router is not None and row.router.has_aux_loss
     if asked and not defined:
@@ -53,6 +54,18 @@ def _stage_problems(config: RunConfig, row: Architecture | None, model_type: str
             f"stages.{name}.packing: true, but a {model_type} model mixes packed sequences; set auto"
         )
     return problems
+
+
+def _sharding_problems(config: RunConfig, row: Architecture | None) -> list[str]:
+    if row is None or row.shards_by_layer:
+        return []
+    asked = {name: getattr(config.roles, name).sharding for name in type(config.roles).model_fields}
+    return [
+        f"roles.{name}.sharding: {sharding}, but transformers has no plan that splits a {row.model_type} "
+        "model by layer: each pass would gather it whole; set none"
+        for name, sharding in asked.items()
+        if sharding != "none"
+    ]
 
 
 def _engine_problems(config: RunConfig, model_type: str, names: list[str]) -> list[str]:

@@ -185,6 +185,7 @@ ROWS = (
         top_k_key="ffn_config.moe_top_k",
         aux_loss_key="ffn_config.moe_loss_weight",
         grouped_experts=False,
+        shards_by_layer=False,
         refused={
             "experts": "its experts read each other's weights by name, which PEFT's wrappers do not pass on",
             "router": "only LoRA on its attention has been proved in both halves of the loop",

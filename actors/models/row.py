@@ -67,6 +67,8 @@ class Architecture:
     """What `attn_implementation: sdpa` loads; transformers has no sdpa for those with attention sinks."""
     grouped_experts: bool = True
     """transformers runs its experts by `moe.experts_implementation`; False: by a loop of its own."""
+    shards_by_layer: bool = True
+    """transformers has a plan that splits it by layer; False: `sharding` would gather it whole."""
     stages: tuple[str, ...] | None = None
     """Types of the stages it may train in; None: all."""
     why_only: str = ""

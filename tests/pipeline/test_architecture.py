@@ -51,6 +51,14 @@ def test_an_engine_on_the_cpu_needs_a_dtype_that_its_kernels_know() -> None:
     assert architecture_problems(config, "qwen3_next", ["sft"]) == []
 
 
+def test_an_architecture_without_a_plan_by_layer_is_not_sharded() -> None:
+    roles = {"policy": {"workers": 2, "sharding": "base"}}
+    run = run_of({"sft": SFT}).model_dump() | {"roles": roles}
+    for model_type, expected in (("dbrx", ["roles.policy.sharding"]), ("qwen3_moe", [])):
+        found = architecture_problems(RunConfig.model_validate(run), model_type, ["sft"])
+        assert [p.split(":")[0] for p in found] == expected
+
+
 @pytest.mark.parametrize("model_type", ["qwen3_next", "gpt_oss", "unheard_of"])
 def test_packing_can_not_be_forced_where_sequences_would_mix(model_type: str) -> None:
     (problem,) = problems(model_type, {"sft": {**SFT, "packing": True}})
