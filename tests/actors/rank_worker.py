@@ -1,4 +1,4 @@
-"""One rank of a two-rank host, as a process: `python rank_worker.py RANK BASE INIT OUT`.
+"""One rank of a two-rank host, as a process: `python rank_worker.py RANK BASE INIT OUT SHARDING`.
 
 The same scenarios run with one rank in the test's own process.
 """
@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from actors.algorithms.dpo import DpoLoss
+from actors.algorithms.dpo import DpoLoss, OnlineDpoLoss
+from actors.algorithms.kto import KtoLoss
 from actors.algorithms.reward import RewardLoss
 from actors.algorithms.sft import SftLoss
 from actors.algorithms.value import ValueLoss
@@ -34,12 +35,16 @@ STEPS = 6
 
 
 def scenarios(
-    base: str, out: Path, rank: int = 0, world_size: int = 1, init: str | None = None
+    base: str,
+    out: Path,
+    rank: int = 0,
+    world_size: int = 1,
+    init: str | None = None,
+    sharding: str = "none",
 ) -> dict[str, Any]:
     """Curves of several losses, then log-probabilities and a saved adapter."""
-    host = ModelHost(
-        host_spec(base, max_tokens_per_micro_batch=MICRO_TOKENS), rank, world_size, init, timeout_s=60
-    )
+    spec = host_spec(base, max_tokens_per_micro_batch=MICRO_TOKENS, sharding=sharding)
+    host = ModelHost(spec, rank, world_size, init, timeout_s=60)
     host.add_adapter("policy")
     results: dict[str, Any] = {}
     rows, pairs = random_rows(9 * STEPS), random_pairs(7 * STEPS)
@@ -47,6 +52,7 @@ def scenarios(
         "sft": SftLoss(),
         "dpo": DpoLoss(loss_type=["sigmoid", "sft"]),
         "aot": DpoLoss(loss_type="aot"),
+        "kto": KtoLoss(beta=1.0),
     }
     for name, loss in losses.items():
         host.prepare_training("policy", OPTIM, STEPS)
@@ -57,6 +63,10 @@ def scenarios(
                 batch = sft_batch(rows[9 * step : 9 * step + n + 2])
             else:
                 batch = with_reference(host, pair_batch(pairs[7 * step : 7 * step + n]))
+            if name == "kto":  # rejected answers stand for mismatched ones
+                ref = batch.columns
+                batch = batch.with_columns(label=np.arange(n) % 2 == 0, ref_logps=ref["ref_chosen_logps"])
+                batch = batch.with_columns(ref_kl_logps=ref["ref_rejected_logps"])
             for metric, value in host.update(batch, loss, step).items():
                 if "second" not in metric:
                     results.setdefault(f"{name}/{metric}", []).append(value)
@@ -64,6 +74,8 @@ def scenarios(
         assert load is not None
         results[f"{name}/load"] = load.reshape(-1).tolist()
         results[f"{name}/eval"] = [host.evaluate(batch, loss, "policy")["loss"]]
+    nothing = with_reference(host, pair_batch(pairs[:1])).select([])
+    results["no pair"] = [host.update(nothing, OnlineDpoLoss(), STEPS - 1)["grad_norm"]]
     results.update(heads(host, rows, pairs))
     results["logprobs"] = host.logprobs(sft_batch(rows[:11]), "policy").tolist()
     results["digest"] = adapter_digest(host.model, "policy")
@@ -98,6 +110,6 @@ def heads(host: ModelHost, rows: list[Any], pairs: list[Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    rank_, base_, init_, out_ = sys.argv[1:]
-    found = scenarios(base_, Path(out_), int(rank_), 2, init_)
+    rank_, base_, init_, out_, sharding_ = sys.argv[1:]
+    found = scenarios(base_, Path(out_), int(rank_), 2, init_, sharding_)
     (Path(out_) / f"rank-{rank_}.json").write_text(json.dumps(found))
