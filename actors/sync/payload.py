@@ -179,8 +179,14 @@ def missing_members(names: Iterable[str], known: Iterable[str]) -> list[str]:
 
 
 def digest_of(tensor: torch.Tensor) -> str:
-    """Of a tensor's shape, dtype and values, whatever its strides; 128 bits in hexadecimal."""
-    state = blake2b(f"{tuple(tensor.shape)}|{tensor.dtype}|".encode(), digest_size=16)
+    """Of a tensor's shape, dtype and values, whatever its strides; 128 bits in hexadecimal.
+
+    XXH3: it guards against faults, not against forgers, and every sync takes it of all changed weights on
+    both sides. blake2b at 0.9 GB/s was two fifths of loading 59 M parameters; this goes at 19 GB/s.
+    """
+    from xxhash import xxh3_128
+
+    state = xxh3_128(f"{tuple(tensor.shape)}|{tensor.dtype}|".encode())
     if tensor.numel():
         state.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
     return state.hexdigest()
