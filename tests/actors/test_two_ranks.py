@@ -11,8 +11,9 @@ from tests.actors.rank_processes import free_address, two_ranks
 
 
 @pytest.mark.ranks
-def test_two_ranks_equal_one(tiny_base: Path, tmp_path: Path) -> None:
-    arguments = [str(tiny_base), free_address(), str(tmp_path)]
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_two_ranks_equal_one(sharding: str, tiny_base: Path, tmp_path: Path) -> None:
+    arguments = [str(tiny_base), free_address(), str(tmp_path), sharding]
     with two_ranks(rank_worker.__file__, tmp_path, *arguments) as two:
         one = rank_worker.scenarios(str(tiny_base), tmp_path / "one")
     assert two[0] == two[1], "every rank reports the global figures and holds the same weights"
