@@ -26,6 +26,7 @@ from transformers.integrations.moe import (
 
 from actors.errors import UserError
 from actors.models.grouped import LowRank, Routes, expert_mlp
+from actors.models.lora_linear import wrap_linears
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,6 +47,7 @@ def select(peft: PeftModel, impl: str) -> str:
     Raises:
         UserError: `beside` was asked for with another experts implementation than grouped_mm.
     """
+    wrap_linears(peft)
     base = peft.get_base_model()
     now = getattr(base.config, "_experts_implementation", None)
     stacks = [m for m in peft.modules() if isinstance(m, ParamWrapper) and m.num_experts > 1]
@@ -90,7 +92,9 @@ def beside_is_faster(experts: torch.Tensor) -> bool:
 
 
 def wrap_experts(peft: PeftModel) -> None:
-    """Let every expert stack run beside, if that was selected; needed again after adding adapters."""
+    """Let every expert stack run beside, if that was selected; needed again after adding adapters. Linear
+    layers run fused in any case."""
+    wrap_linears(peft)
     if getattr(peft.get_base_model().config, "_experts_implementation", None) != BESIDE:
         return
     for module in peft.modules():

@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from actors.errors import UserError
-from actors.models import adapters
+from actors.models import adapters, expert_lora
 from actors.models.digests import base_fingerprint
 from actors.models.loading import load_base
 from actors.models.spec import LoraSpec, ModelSpec
@@ -87,6 +87,7 @@ def test_a_role_switches_the_adapter_and_comes_back_after_an_error(adapted, base
     policy, second, off = (logits_of(peft, ids, role) for role in ("policy", "second", None))
     assert not torch.equal(policy, second)
     base = load_base(ModelSpec(base=str(base_of("qwen3_moe"))))
+    expert_lora.use_fused(base.requires_grad_(False))
     assert torch.equal(off, logits_of(base, ids))
     with pytest.raises(RuntimeError), adapters.role(peft, "second"):
         raise RuntimeError

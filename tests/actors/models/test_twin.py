@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from actors.models import adapters
+from actors.models import adapters, expert_lora
 from actors.models.loading import load_base
 from actors.models.spec import LoraSpec, ModelSpec
 from actors.models.twin import write_adapter_twin, write_twin
@@ -69,7 +69,8 @@ def test_an_adapter_has_a_twin_with_its_targets(adapted, base_of, tmp_path, ids)
     adapters.save_adapter(adapted("qwen3_moe", lora), "policy", tmp_path / "adapter")
     write_twin(base_of("qwen3_moe"), tmp_path / "twin")
     write_adapter_twin(tmp_path / "adapter", tmp_path / "twin", tmp_path / "adapter-twin")
-    base = load_base(ModelSpec(base=str(tmp_path / "twin")))
+    base = load_base(ModelSpec(base=str(tmp_path / "twin"))).requires_grad_(False)
+    expert_lora.use_fused(base)
     with torch.no_grad():
         expected = base(input_ids=ids).logits
         peft = adapters.attach_saved(base, tmp_path / "adapter-twin", "policy")
