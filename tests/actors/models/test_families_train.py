@@ -8,13 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
 
+from actors.algorithms.reward import RewardLoss
 from actors.algorithms.sft import SftLoss
 from actors.batch import Batch
 from actors.host import ModelHost
 from actors.host_spec import HostSpec
 from actors.models.adapters import adapter_parameters
 from actors.models.architectures import ARCHITECTURES
+from actors.models.heads import has_sequence_classifier
 from actors.models.spec import LoraSpec, ModelSpec, MoeSpec, TargetGroup
 from actors.optim_spec import OptimSpec
 from tests.actors.models.tiny_models import families
@@ -72,3 +76,29 @@ def test_packed_and_padded_rows_train_alike(
         host.prepare_training("policy", OPTIM, 3)
         curves.append([host.update(BATCH, SftLoss(), step)["loss"] for step in range(3)])
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    families([t for t in ARCHITECTURES if has_sequence_classifier(t) and t != "qwen3_next"], fast=[]),
+)
+def test_a_reward_model_is_a_classifier_of_plain_transformers(
+    model_type: str, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    groups: list[TargetGroup] = ["attention", *(["experts"] if ARCHITECTURES[model_type].is_moe else [])]
+    host = host_of(base_of(model_type), groups)
+    host.add_head("policy", "normal")
+    host.prepare_training("policy", OPTIM, 2)
+    pairs = Batch.from_sequences(SEQUENCES, [[False] * 3 + [True] * (len(s) - 3) for s in SEQUENCES], 2)
+    for step in range(2):
+        host.update(pairs, RewardLoss(), step)
+    host.save_adapter("policy", tmp_path)
+    plain = AutoModelForSequenceClassification.from_pretrained(
+        base_of(model_type), num_labels=1, dtype=torch.float32
+    )
+    model = PeftModel.from_pretrained(plain, tmp_path).eval()
+    with torch.no_grad():
+        theirs = [float(model(input_ids=torch.tensor([ids])).logits[0, 0]) for ids in SEQUENCES]
+    ours = host.scores(pairs, "policy")
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert np.abs(ours).max() > 0.01
