@@ -107,7 +107,8 @@ def _trainer_row(row: Architecture) -> list[str]:
 def _limits(row: Architecture) -> list[str]:
     only = [f"trains by {', '.join(row.stages)} only: {row.why_only}."] if row.stages is not None else []
     refused = [f"`{group}` can't be adapted: {why}." for group, why in row.refused.items()]
-    return [f"`{row.model_type}`: {text}" for text in (*only, *refused, *row.limits)]
+    whole = [] if row.shards_by_layer else ["is not sharded: transformers has no plan that splits it by layer."]
+    return [f"`{row.model_type}`: {text}" for text in (*only, *refused, *whole, *row.limits)]
 
 
 def _engine_row(name: str, engine: EngineRow) -> list[str]:
