@@ -168,7 +168,7 @@ ROWS = (
         "gpt_oss",
         {"attention": _ATTENTION},
         _parameters("mlp.router.weight"),
-        Router("mlp.router", gates="softmax_of_chosen"),
+        Router("mlp.router"),
         experts_key="num_local_experts",
         packable=False,
         attention="eager",
