@@ -107,7 +107,7 @@ def _trainer_row(row: Architecture) -> list[str]:
 def _limits(row: Architecture) -> list[str]:
     only = [f"trains by {', '.join(row.stages)} only: {row.why_only}."] if row.stages is not None else []
     refused = [f"`{group}` can't be adapted: {why}." for group, why in row.refused.items()]
-    whole = [] if row.shards_by_layer else ["is not sharded: transformers has no plan that splits it by layer."]
+    whole = [] if row.shards_by_layer else ["is not sharded: transformers has no plan by layer for it."]
     return [f"`{row.model_type}`: {text}" for text in (*only, *refused, *whole, *row.limits)]
 
 

@@ -18,6 +18,7 @@ PUBLISHED = {
     },
     "deepseek_v2": {"num_experts_per_tok": 6, "first_k_dense_replace": 1, "n_group": 8, "topk_group": 3},
     "dots1": {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 2},
+    "glm4_moe": {"head_dim": 128, "use_qk_norm": True},
     "hunyuan_v1_moe": {"num_experts": 64, "moe_topk": [8] * 32, "head_dim": 128},
 }
 """Sizes of models that people use, where the defaults of a config class are no working mixture of experts."""
