@@ -37,7 +37,7 @@ PAYLOADS = ("adapter", "merged")
 PARTS = ("gather", "pack", "wire", "load", "verify")
 TURNS, WARM_UP = 5, 1
 ROLE = "policy"
-THREADS = 2
+THREADS = 1
 PROBES, PROBE_TOKENS = 4, 33
 
 
