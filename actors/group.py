@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,13 +165,15 @@ class ActorGroup:
 
     def submit(self, method: str, *args: Any, phase: Phase = "call", **kwargs: Any) -> Pending:
         """Call a method on every rank with the same arguments; large ones go to the object store once."""
-        return Pending(self._send(range(self.size), method, args, phase, kwargs), phase, self._finish)
+        refs = self._send(range(self.size), method, args, phase, kwargs)
+        return Pending(refs, phase, self._finisher(refs))
 
     def submit_rank(
         self, rank: int, method: str, *args: Any, phase: Phase = "call", **kwargs: Any
     ) -> PendingOne:
         """Call a method on one rank."""
-        return PendingOne(self._send([rank], method, args, phase, kwargs), phase, self._finish)
+        refs = self._send([rank], method, args, phase, kwargs)
+        return PendingOne(refs, phase, self._finisher(refs))
 
     def submit_work(self, rank: int, target: str, *args: Any, phase: Phase = "call") -> PendingOne:
         """Call a function (`module:function`) in the process of one rank, which has imported torch and what a
@@ -257,38 +260,53 @@ class ActorGroup:
                 raise RunFailure(self.who(rank), phase, member.reason, self.next_step)
         return [self._actors[rank] for rank in ranks]
 
-    def _finish(self, refs: Mapping[int, Any], phase: str) -> list[Any]:
-        """Wait under the deadline of `phase`; values in rank order, or one error with a name."""
+    def _finisher(self, refs: Mapping[int, Any]) -> Callable[[dict[int, Any], str], list[Any]]:
+        """`_finish` of calls of the present processes: what becomes of them says nothing of later ones."""
+        return functools.partial(self._finish, lives={r: self.fleet.members[r].generation for r in refs})
+
+    def _finish(
+        self, refs: Mapping[int, Any], phase: str, lives: Mapping[int, int] | None = None
+    ) -> list[Any]:
+        """Wait under the deadline of `phase`; values in rank order, or one error with a name.
+
+        `lives`: restarts of each rank when it was called; without them, of the processes as they are.
+        """
         limit = self.limits.of(phase)  # type: ignore[arg-type]
         began = time.monotonic()
         answers = waiting.wait(refs, limit)
-        self._saw(answers.values, Event.ANSWERED)
+        self._saw(answers.values, Event.ANSWERED, lives=lives)
         culprit = answers.culprit
         if culprit is not None:
-            raise self._blame(culprit, phase)
+            raise self._blame(culprit, phase, lives)
         late = [rank for rank in refs if rank not in answers.values]
         if late:
-            raise self._blame_late(late, phase, time.monotonic() - began)
+            raise self._blame_late(late, phase, time.monotonic() - began, lives)
         return [answers.values[rank] for rank in refs]
 
-    def _saw(self, ranks: Iterable[int], event: Event, reason: str = "") -> None:
+    def _saw(
+        self, ranks: Iterable[int], event: Event, reason: str = "", lives: Mapping[int, int] | None = None
+    ) -> None:
         with self._fleet_lock:
-            self.fleet = self.fleet.after(ranks, event, reason)
+            for rank in ranks:
+                self.fleet = self.fleet.after([rank], event, reason, (lives or {}).get(rank))
 
-    def _blame(self, fault: waiting.Fault, phase: str) -> BaseException:
+    def _blame(
+        self, fault: waiting.Fault, phase: str, lives: Mapping[int, int] | None = None
+    ) -> BaseException:
         rank = self._rank_of(fault)
         if not fault.died:
             return waiting.as_failure(fault.error, self.who(rank), phase, self.next_of(rank))
         reason = waiting.explain_death(fault.error)
-        if self._is_current(fault):
-            self._saw([rank], Event.DIED, reason)
+        self._saw([rank], Event.DIED, reason, lives)
         return RunFailure(self.who(rank), phase, reason, self.next_of(rank))
 
-    def _blame_late(self, late: list[int], phase: str, seconds: float) -> RunFailure:
+    def _blame_late(
+        self, late: list[int], phase: str, seconds: float, lives: Mapping[int, int] | None = None
+    ) -> RunFailure:
         reason = f"no answer within {seconds:.0f} s (limits.{phase})"
         if phase == "start" and not self._placed():
             reason = f"not placed by Ray within {seconds:.0f} s (limits.start): {self._asks()} are not free"
-        self._saw(late, Event.OVERDUE, reason)
+        self._saw(late, Event.OVERDUE, reason, lives)
         who = self.who(late[0]) if len(late) == 1 else f"{self.name} ranks {', '.join(map(str, late))}"
         return RunFailure(who, phase, reason, self.next_of(late[0]))
 
@@ -299,11 +317,6 @@ class ActorGroup:
             if gone is not None and actor._actor_id.hex() == gone:
                 return rank
         return fault.rank
-
-    def _is_current(self, fault: waiting.Fault) -> bool:
-        """False where the death is of a process that was replaced since: the present one may be well."""
-        gone = getattr(fault.error, "actor_id", None)
-        return not isinstance(gone, str) or any(actor._actor_id.hex() == gone for actor in self._actors)
 
     def _placed(self) -> bool:
         from ray.util.placement_group import placement_group_table

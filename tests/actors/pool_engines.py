@@ -78,3 +78,19 @@ class FakeEngine:
         except FileExistsError:
             return False
         return True
+
+
+class ServedEngine(FakeEngine):
+    """Is told which model to serve, as before an evaluation; without that it has nothing to generate with."""
+
+    served = ""
+
+    def load(self, base: str, adapter: str | None, label: str) -> None:  # type: ignore[override]
+        self.served = f"{label} on {base}"
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingSpec, seeds: Sequence[int]
+    ) -> Generations:
+        if not self.served:
+            raise ValueError("nothing is loaded")
+        return super().generate(prompts, sampling, seeds)
