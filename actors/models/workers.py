@@ -7,6 +7,7 @@ back while it computes.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 _POOLS: dict[int, ThreadPoolExecutor] = {}
+# Threads don't come along into a forked process, which would wait for them forever.
+os.register_at_fork(after_in_child=_POOLS.clear)
 
 
 def each(items: Sequence[int], work: Callable[[int], None]) -> None:
