@@ -127,7 +127,9 @@ class RouteKeeper:
                 computed = int(batch.num_computed_tokens_cpu[row]) + int(starts[row + 1] - starts[row])
                 self._live[request] = (state, computed)
         n = int(starts[-1])
-        self._slots[batch.block_table[self._group].slot_mapping.np[:n]] = experts[:n]
+        # vLLM computes into `gpu`, on a CPU too; with several groups of layers `np` is another array.
+        slots = batch.block_table[self._group].slot_mapping.gpu[:n].numpy()
+        self._slots[slots] = experts[:n]
 
     def _collect(self, requests: set[str]) -> None:
         for request in requests:
