@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.figures import Session, console, rows
+from benchmarks.figures import Execution, console, rows
 from benchmarks.workloads import TRAINED_TINY
 
 ACTORS, SAMPLES = (1, 4, 16, 64), (64, 512, 4096)
@@ -36,10 +36,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--actors", nargs="+", type=int, default=ACTORS)
     args = parser.parse_args()
-    session = Session("driver", args.quick)
+    execution = Execution("driver", args.quick)
     found = measure((1, 2) if args.quick else args.actors, SAMPLES[:2] if args.quick else SAMPLES)
     show(found)
-    session.end([], steps=found)
+    execution.end([], steps=found)
 
 
 def measure(actors: Any, sizes: Any) -> list[dict[str, Any]]:

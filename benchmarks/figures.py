@@ -52,7 +52,7 @@ class Ratio:
         return found
 
 
-class Session:
+class Execution:
     """One execution of a benchmark: the machine before it, and how long it took."""
 
     def __init__(self, name: str, quick: bool) -> None:

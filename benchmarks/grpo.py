@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.figures import Ratio, Session, console, rows
+from benchmarks.figures import Execution, Ratio, console, rows
 from benchmarks.online_workloads import SAMPLES, WORKLOADS, OnlineWorkload, write_base, write_prompts
 from benchmarks.turns import Side
 from benchmarks.workloads import LEARNING_RATE, LORA_ALPHA, LORA_R
@@ -57,13 +57,13 @@ def main() -> None:
             candidates = [{"use_vllm": True, "vllm_mode": "colocate"}] if args.try_vllm else TUNED
             tune(args.workloads, candidates, Path(scratch), args.threads)
             return
-        session = Session("grpo", args.quick)
+        execution = Execution("grpo", args.quick)
         steps: list[dict[str, Any]] = []
         for name in ["tiny"] if args.quick else args.workloads:
             turns = 1 if args.quick else TURNS[name]
             steps += compare(WORKLOADS[name], turns, Path(scratch) / name, args.threads)
         ratios = [ratio for name in AIMS for ratio in ratios_of(name, steps)]
-        session.end(ratios, steps=steps)
+        execution.end(ratios, steps=steps)
 
 
 def compare(workload: OnlineWorkload, turns: int, scratch: Path, threads: int) -> list[dict[str, Any]]:

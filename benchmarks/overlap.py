@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.figures import Ratio, Session, console, rows
+from benchmarks.figures import Execution, Ratio, console, rows
 from benchmarks.grpo import config_of, prepare
 from benchmarks.online_run import CORES
 from benchmarks.online_workloads import WORKLOADS, OnlineWorkload
@@ -45,13 +45,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--workload", choices=WORKLOADS, default="17m")
     args = parser.parse_args()
-    session = Session("overlap", args.quick)
+    execution = Execution("overlap", args.quick)
     workload = WORKLOADS["tiny" if args.quick else args.workload]
     blocks, turns = (1, 1) if args.quick else (BLOCKS, TURNS)
     with tempfile.TemporaryDirectory(prefix="raylign-overlap-") as scratch:
         steps, failed = measure(workload, Path(scratch), blocks, turns)
     show(steps)
-    session.end(ratios_of(steps), workload=workload.name, failed=failed, steps=steps)
+    execution.end(ratios_of(steps), workload=workload.name, failed=failed, steps=steps)
 
 
 def measure(

@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.figures import Session, rows
+from benchmarks.figures import Execution, rows
 from benchmarks.grpo import ROLLOUT_THREADS, prepare
 from benchmarks.online_workloads import WORKLOADS, OnlineWorkload
 from benchmarks.workloads import LORA_ALPHA, LORA_R, ROOT
@@ -53,12 +53,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--workloads", nargs="+", choices=SAMPLES, default=["tiny", "17m"])
     args = parser.parse_args()
-    session, found = Session("profile-ppo", args.quick), {}
+    execution, found = Execution("profile-ppo", args.quick), {}
     for name in ["tiny"] if args.quick else args.workloads:
         with tempfile.TemporaryDirectory(prefix="raylign-ppo-") as scratch:
             found[name] = profile(WORKLOADS[name], Path(scratch), 3 if args.quick else STEPS)
         show(name, found[name])
-    session.end([], workloads=found)
+    execution.end([], workloads=found)
 
 
 def profile(workload: OnlineWorkload, scratch: Path, steps: int) -> dict[str, Any]:

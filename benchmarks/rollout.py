@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.figures import Ratio, Session, console, rows
+from benchmarks.figures import Execution, Ratio, console, rows
 from benchmarks.online_workloads import WORKLOADS, OnlineWorkload, write_base, write_prompts
 from benchmarks.turns import Side
 
@@ -35,11 +35,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--workloads", nargs="+", choices=TURNS, default=list(TURNS))
     args = parser.parse_args()
-    session, found = Session("rollout", args.quick), []
+    execution, found = Execution("rollout", args.quick), []
     with tempfile.TemporaryDirectory(prefix="raylign-rollout-") as scratch:
         for name in ["tiny"] if args.quick else args.workloads:
             found += compare(WORKLOADS[name], 2 if args.quick else TURNS[name], Path(scratch) / name)
-    session.end([ratio for name in TURNS for ratio in ratios_of(name, found)], turns=found)
+    execution.end([ratio for name in TURNS for ratio in ratios_of(name, found)], turns=found)
 
 
 def compare(workload: OnlineWorkload, turns: int, scratch: Path) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.figures import Ratio, Session, console, rows
+from benchmarks.figures import Execution, Ratio, console, rows
 from benchmarks.processes import tree
 from benchmarks.workloads import ROOT, TRAINED_TINY
 
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="starts of each")
     parser.add_argument("--quick", action="store_true", help="one start of each")
     args = parser.parse_args()
-    session = Session("startup", args.quick)
+    execution = Execution("startup", args.quick)
     trees = {"here": ROOT} | ({"against": args.against.resolve()} if args.against else {})
     starts: list[dict[str, Any]] = []
     for case in args.cases:
@@ -76,7 +76,7 @@ def main() -> None:
                 for name in ("against", "here")
             ]
             ratios.append(Ratio(f"start-up of {case}: there / here", [a / b for a, b in zip(*pairs)], 2.0))
-    session.end(ratios, starts=starts)
+    execution.end(ratios, starts=starts)
 
 
 def start(case: str, root: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from benchmarks.figures import Ratio, Session, console, rows
+from benchmarks.figures import Execution, Ratio, console, rows
 from benchmarks.online_workloads import MOE_60M
 from benchmarks.workloads import LEARNING_RATE, LORA_ALPHA, LORA_R, MEDIUM_MODEL
 
@@ -48,10 +48,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES))
     args = parser.parse_args()
-    session = Session("sync", args.quick)
+    execution = Execution("sync", args.quick)
     found = measure(["1m"] if args.quick else args.bases, 2 if args.quick else TURNS)
     show(found)
-    session.end(ratios_of(found), syncs=found)
+    execution.end(ratios_of(found), syncs=found)
 
 
 def measure(bases: list[str], turns: int) -> list[dict[str, Any]]:
