@@ -11,40 +11,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 KlEstimator = Literal["k1", "k2", "k3"]
+Values = Any
+"""A tensor, with gradient in a loss; or an array, in a driver, which has not imported torch."""
 
 
-def k1(d: Tensor) -> Tensor:
+def k1(d: Values) -> Values:
     """d."""
     return d
 
 
-def k2(d: Tensor) -> Tensor:
+def k2(d: Values) -> Values:
     """d^2 / 2."""
-    return d.square() / 2
+    return d * d / 2
 
 
-def k3(d: Tensor) -> Tensor:
+def k3(d: Values) -> Values:
     """e^-d - 1 + d."""
-    return (-d).expm1() + d
+    return (np.expm1(-d) if isinstance(d, np.ndarray) else (-d).expm1()) + d
 
 
-KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+KL_ESTIMATORS: dict[str, Callable[[Values], Values]] = {"k1": k1, "k2": k2, "k3": k3}
 
 
 def kl_values(estimator: KlEstimator, logps: np.ndarray, ref_logps: np.ndarray) -> np.ndarray:
     """float64 (T,): the estimate at each token, in nats."""
-    import torch
-
-    d = np.asarray(logps, np.float64) - np.asarray(ref_logps, np.float64)
-    return KL_ESTIMATORS[estimator](torch.from_numpy(d)).numpy()
+    return KL_ESTIMATORS[estimator](np.asarray(logps, np.float64) - np.asarray(ref_logps, np.float64))
 
 
 @dataclass(frozen=True)
