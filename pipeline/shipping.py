@@ -83,8 +83,8 @@ def plan_shipment(
     )
 
 
-def stop_command(output_dir: str, seconds: float) -> str:
-    """Shell command that keeps asking the run in `output_dir` to save and stop, for a while.
+def stop_command(output_dir: str, seconds: float, every: float = 2.0) -> str:
+    """Shell command that asks the run in `output_dir` to save and stop, `every` so many seconds for a while.
 
     Once is not enough: a run that is still starting clears an old request. It never makes the
     directory, or a run that has not begun would find it occupied.
@@ -92,8 +92,8 @@ def stop_command(output_dir: str, seconds: float) -> str:
     stop_file = shlex.quote(str(Path(output_dir) / "STOP"))
     directory = shlex.quote(output_dir)
     return (
-        f"i=0; while [ $i -lt {max(1, int(seconds / 2))} ]; do "
-        f"[ -d {directory} ] && touch {stop_file}; i=$((i+1)); sleep 2; done"
+        f"i=0; while [ $i -lt {max(1, int(seconds / every))} ]; do "
+        f"[ -d {directory} ] && touch {stop_file}; i=$((i+1)); sleep {every:g}; done"
     )
 
 

@@ -84,16 +84,16 @@ def test_a_config_elsewhere_is_refused(project: Path) -> None:
 
 def test_a_stop_request_is_repeated_but_never_makes_the_directory(tmp_path: Path) -> None:
     directory = tmp_path / "a run"
-    asking = subprocess.Popen(["sh", "-c", stop_command(str(directory), 60)])
+    asking = subprocess.Popen(["sh", "-c", stop_command(str(directory), 60, every=0.2)])
     try:
-        time.sleep(0.5)
+        time.sleep(0.3)
         assert not directory.exists()
         directory.mkdir()
         for _ in range(2):
             deadline = time.monotonic() + 10
             while not (directory / "STOP").exists():
                 assert time.monotonic() < deadline, "not asked again"
-                time.sleep(0.1)
+                time.sleep(0.02)
             (directory / "STOP").unlink()
     finally:
         asking.kill()
