@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from actors.models.architectures import ARCHITECTURES, REFUSED, replay_objection
+from actors.models.architectures import REFUSED, replay_objection
 from actors.models.engine_rows import ENGINE_ROWS, EngineRow
+from actors.models.families import ROWS
 from actors.models.heads import has_sequence_classifier
 from actors.models.row import Architecture
 from actors.workarounds.registry import WORKAROUNDS
@@ -54,8 +55,8 @@ FIGURES = ("reload", "merge", "rows", "adapter", "merged", "fresh")
 
 def page(results: Results) -> str:
     """The whole page."""
-    moe = [row for row in ARCHITECTURES.values() if row.is_moe]
-    dense = [row for row in ARCHITECTURES.values() if not row.is_moe]
+    moe = [row for row in ROWS if row.is_moe]
+    dense = [row for row in ROWS if not row.is_moe]
     versions = ", ".join(f"{name} {version}" for name, version in results.get("versions", {}).items())
     parts = [
         INTRO,
