@@ -18,9 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.online_workloads import SAMPLES, WORKLOADS, reward
-from benchmarks.trl_side import _lora
+from benchmarks.trl_side import ALIKE, _lora
 from benchmarks.turns import Gate
-from benchmarks.workloads import LEARNING_RATE
 
 MICRO_SAMPLES = {"60m": 16, "17m": 16, "tiny": 64}
 """per_device_train_batch_size; found with `grpo.py --tune`."""
@@ -77,20 +76,8 @@ def main() -> None:
         "num_generations": SAMPLES,
         "max_completion_length": workload.limit,
         "max_steps": 1_000_000,  # the gate ends it
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
-        "optim": "adamw_torch_fused",
         "beta": 0.0,
-        "bf16": False,
-        # On by default in TRL; it costs a second forward pass.
-        "gradient_checkpointing": False,
-        "router_aux_loss_coef": 0.0,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1_000_000,
-        "disable_tqdm": True,
+        **ALIKE,
     }
     data = Dataset.from_list([json.loads(line) for line in args.prompts.read_text().splitlines()])
     model = AutoModelForCausalLM.from_pretrained(

@@ -22,6 +22,25 @@ Way = Literal["padded", "packed", "inline", "precomputed"]
 """SFT padded or packed; DPO with its reference computed in each step, or ahead of all."""
 
 
+ALIKE: dict[str, Any] = {
+    "learning_rate": LEARNING_RATE,
+    "lr_scheduler_type": "constant",
+    "optim": "adamw_torch_fused",
+    "bf16": False,
+    # On by default in TRL; it costs a second forward pass.
+    "gradient_checkpointing": False,
+    # A frozen router gets nothing from it; off on every side.
+    "router_aux_loss_coef": 0.0,
+    "use_cpu": True,
+    "dataloader_pin_memory": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1_000_000,
+    "disable_tqdm": True,
+}
+"""Settings of every TRL side: the work that ours does, and nothing beside it."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What speed depends on."""
@@ -185,18 +204,5 @@ def _arguments(settings: Settings, scratch: str, accumulation: int) -> dict[str,
         "gradient_accumulation_steps": accumulation,
         "train_sampling_strategy": "group_by_length" if settings.by_length else "random",
         "max_steps": 1_000_000,  # the clock ends it
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
-        "optim": "adamw_torch_fused",
-        "bf16": False,
-        # On by default in TRL; it costs a second forward pass.
-        "gradient_checkpointing": False,
-        # A frozen router gets nothing from it; off on every side.
-        "router_aux_loss_coef": 0.0,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1_000_000,
-        "disable_tqdm": True,
+        **ALIKE,
     }

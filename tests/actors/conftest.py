@@ -1,12 +1,18 @@
-"""One local Ray cluster with two CPUs for all tests of actors."""
+"""One local Ray cluster with two CPUs for all tests of actors, and what tests of engines start from."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
+
+    from actors.group import ActorGroup
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +29,34 @@ def ray_cluster() -> Iterator[None]:
         os.environ.pop("PYTHONPATH")
     else:
         os.environ["PYTHONPATH"] = before
+
+
+@pytest.fixture(scope="module")
+def process(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActorGroup]:
+    """One process for all engines of a file: vLLM is imported once, and what one engine leaves behind would
+    show in the next."""
+    from actors.group import rollout_group
+    from actors.runtime import LimitsSpec, RoleSpec
+
+    group = rollout_group(RoleSpec(), LimitsSpec(stop=5), tmp_path_factory.mktemp("engines") / "logs")
+    group.start().ready()
+    yield group
+    group.shutdown()
+
+
+@pytest.fixture(scope="module")
+def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """base_of(architecture, dtype=float32): directory of a tiny random base, made once per file."""
+    import torch
+
+    from tests.actors.sync import vllm_cases as cases
+
+    made: dict[tuple[str, torch.dtype], Path] = {}
+
+    def make(architecture: str, dtype: torch.dtype = torch.float32) -> Path:
+        if (architecture, dtype) not in made:
+            path = tmp_path_factory.mktemp(architecture)
+            made[architecture, dtype] = cases.write_base(path, architecture, dtype)
+        return made[architecture, dtype]
+
+    return make

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoConfig
 
-from actors.group import ROLLOUT, ActorGroup, rollout_group
+from actors.group import ROLLOUT, ActorGroup
 from actors.models.architectures import ARCHITECTURES
 from actors.models.engine_rows import engine_row
 from actors.models.twin import write_twin
 from actors.rollout import EngineSpec, SamplingSpec
-from actors.runtime import LimitsSpec, RoleSpec
 from tests.actors.models.test_twin import PUBLISHED
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.architectures]
-
-
-@pytest.fixture(scope="module")
-def process(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActorGroup]:
-    group = rollout_group(RoleSpec(), LimitsSpec(stop=5), tmp_path_factory.mktemp("twins") / "logs")
-    group.start().ready()
-    yield group
-    group.shutdown()
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,16 +13,14 @@ import torch
 from actors.algorithms.rl_checks import divergence
 from actors.batch import Batch
 from actors.expert_choices import ExpertChoices
-from actors.group import ROLLOUT, ActorGroup, rollout_group
+from actors.group import ROLLOUT, ActorGroup
 from actors.host import ModelHost
 from actors.models.adapters import role
 from actors.models.architectures import ARCHITECTURES, architecture_of, replay_objection
 from actors.models.moe import routers_of
 from actors.rollout import EngineSpec, SamplingSpec
-from actors.runtime import LimitsSpec, RoleSpec
 from actors.trajectories import trajectories
 from tests.actors.host_cases import LORA, host_spec
-from tests.actors.sync import vllm_cases as cases
 from tests.actors.sync.vllm_cases import ADAPTER, LONG, SEQUENCES, Policy, push
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
@@ -38,22 +36,6 @@ OTHERS = [
     for name in ARCHITECTURES
     if replay_objection(name) is None and name != "qwen3_moe"
 ]
-
-
-@pytest.fixture(scope="module")
-def process(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActorGroup]:
-    group = rollout_group(RoleSpec(), LimitsSpec(stop=5), tmp_path_factory.mktemp("routes") / "logs")
-    group.start().ready()
-    yield group
-    group.shutdown()
-
-
-@pytest.fixture(scope="module")
-def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    def make(architecture: str, dtype: torch.dtype) -> Path:
-        return cases.write_base(tmp_path_factory.mktemp(architecture), architecture, dtype)
-
-    return make
 
 
 def drawn(engine: ActorGroup, first_seed: int = 0) -> Batch:

@@ -13,10 +13,9 @@ import pytest
 import torch
 
 from actors.errors import RunFailure, UserError
-from actors.group import ActorGroup, rollout_group
+from actors.group import ActorGroup
 from actors.models.architectures import ARCHITECTURES
 from actors.models.engine_rows import ENGINE_ROWS
-from actors.runtime import LimitsSpec, RoleSpec
 from tests.actors.sync import vllm_cases as cases
 from tests.actors.sync.test_vllm_updates import PROVED
 from tests.actors.sync.vllm_cases import ADAPTER, MERGED, SEQUENCES, STARTS, Policy, off, scores
@@ -25,29 +24,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.a
 
 FLOAT32 = [name for name in ARCHITECTURES if "float32" in ENGINE_ROWS[name].dtypes]
 UNAIDED = "tests.actors.sync.vllm_cases"
-
-
-@pytest.fixture(scope="module")
-def process(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActorGroup]:
-    """One process for all engines of this file: it also shows that one architecture's settings leave
-    nothing behind for the next."""
-    group = rollout_group(RoleSpec(), LimitsSpec(stop=5), tmp_path_factory.mktemp("rows") / "logs")
-    group.start().ready()
-    yield group
-    group.shutdown()
-
-
-@pytest.fixture(scope="module")
-def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    made: dict[tuple[str, torch.dtype], Path] = {}
-
-    def make(architecture: str, dtype: torch.dtype = torch.float32) -> Path:
-        if (architecture, dtype) not in made:
-            path = tmp_path_factory.mktemp(architecture)
-            made[architecture, dtype] = cases.write_base(path, architecture, dtype)
-        return made[architecture, dtype]
-
-    return make
 
 
 @pytest.mark.parametrize("architecture", [name for name in FLOAT32 if name not in PROVED])

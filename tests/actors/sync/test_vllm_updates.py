@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from actors.errors import RunFailure
-from actors.group import ROLLOUT, ActorGroup, rollout_group
+from actors.group import ROLLOUT, ActorGroup
 from actors.models.spec import LoraSpec, ModelSpec
 from actors.rollout import EngineSpec
-from actors.runtime import LimitsSpec, RoleSpec
 from actors.sync.payload import pack_adapter, pack_merged
 from tests.actors.sync import vllm_cases as cases
 from tests.actors.sync.vllm_cases import (
@@ -35,28 +34,6 @@ PROVED = ["qwen3_moe", "mixtral", "qwen3", "gpt_oss"]
 """Experts that keep their names, experts that get others in a checkpoint, no experts, and loaders of vLLM's
 that need a workaround. The others are in `test_vllm_architectures.py`."""
 FAULTY = "tests.actors.sync.vllm_cases"
-
-
-@pytest.fixture(scope="module")
-def process(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActorGroup]:
-    """One process for all engines of this file: vLLM is imported once."""
-    group = rollout_group(RoleSpec(), LimitsSpec(stop=5), tmp_path_factory.mktemp("updates") / "logs")
-    group.start().ready()
-    yield group
-    group.shutdown()
-
-
-@pytest.fixture(scope="module")
-def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    made: dict[tuple[str, torch.dtype], Path] = {}
-
-    def make(architecture: str, dtype: torch.dtype = torch.float32) -> Path:
-        if (architecture, dtype) not in made:
-            path = tmp_path_factory.mktemp(architecture)
-            made[architecture, dtype] = cases.write_base(path, architecture, dtype)
-        return made[architecture, dtype]
-
-    return make
 
 
 engine = cases.updatable
