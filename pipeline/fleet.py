@@ -89,7 +89,7 @@ class Fleet:
         first = [name for name in roles if name in self._first(roles)]
         self._starting = self._thread.submit(self._start_ray, first)
         if "policy" in first:
-            self._facts = self._thread.submit(self._ask_facts)
+            self._facts = self._thread.submit(self._ask_facts, self._starting)
 
     def base_facts(self) -> Callable[[], BaseFacts]:
         """Waits for what there is to know of the run's base: from a rank, which imports torch anyway, so that
@@ -97,7 +97,8 @@ class Fleet:
         asked = self._facts
         return (lambda: base_facts(self.config.model)) if asked is None else (lambda: asked.result().result())
 
-    def _ask_facts(self) -> PendingOne:
+    def _ask_facts(self, starting: Future[None]) -> PendingOne:
+        starting.result()  # What kept Ray from starting is the failure to tell.
         target = f"{base_facts.__module__}:{base_facts.__name__}"
         return self._group("policy").submit_work(0, target, self.config.model, phase="start")
 
