@@ -10,8 +10,8 @@ import yaml
 from pydantic import ValidationError
 
 from actors.errors import UserError
-from pipeline.config.checks import Problem
 from pipeline.config.messages import bad_paths, explain, keys_in
+from pipeline.config.problem import Problem
 from pipeline.config.reading import apply_overrides, read_mapping, set_key
 from pipeline.config.schema import RunConfig
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from pipeline.config.checks import Problem
 from pipeline.config.instead import INSTEAD
+from pipeline.config.problem import Problem
 
 _TYPES = {
     "int_type": "a whole number",

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from actors.errors import UserError
-from pipeline.config.checks import Problem
+from pipeline.config.problem import Problem
 
 _SOURCES = frozenset({"data", "eval_data", "rewards"})
 """Keys whose plain string, alone or in a list, is short for `{source: string}`."""

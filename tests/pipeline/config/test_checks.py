@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.checks import SCHEDULE_ARGUMENTS
 from pipeline.config.load import validate
+from pipeline.config.stage_rules import SCHEDULE_ARGUMENTS
 
 BASE: dict[str, Any] = {"name": "a", "model": {"base": "b"}}
 
