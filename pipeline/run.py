@@ -83,7 +83,7 @@ class Run:
     def execute(self, until: str | None, *, train: bool = True) -> int:
         """The whole graph: read, decide, start, train, evaluate, report."""
         from pipeline.fleet import Fleet
-        from pipeline.nodes import read_graph, read_rows
+        from pipeline.read_graph import read_graph, read_rows
         from pipeline.stages.train import Stopped
         from pipeline.trackers import open_trackers
 

@@ -42,11 +42,12 @@ class Findings:
 
     def positions(self, config: RunConfig) -> int:
         """Tokens of prompt and completion that an engine holds; the base has been read."""
+        from actors.models.facts import max_positions
         from pipeline.stages.room import engine_positions
 
         assert self.base is not None
         assert self.base.config is not None
-        return engine_positions(config, self.base.config)
+        return engine_positions(config, max_positions(self.base.config))
 
 
 def find(config: RunConfig) -> Findings:

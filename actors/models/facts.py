@@ -7,9 +7,13 @@ do it for another (`RankActor.work`), and a driver needs neither.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from actors.errors import UserError
 from actors.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,11 @@ class BaseFacts:
     """What forbids it: everything that is wrong with the base, its adapter and the LoRA targets."""
     model_type: str | None = None
     """Its architecture, where the config could be read."""
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """Positions that a base was made for; None where its config doesn't say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def base_facts(spec: ModelSpec) -> BaseFacts:
@@ -45,5 +54,4 @@ def base_facts(spec: ModelSpec) -> BaseFacts:
             targets = str(resolve_targets(config, spec.lora.targets, spec.lora))
     except UserError as error:
         problems += error.problems
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return BaseFacts(positions, targets, problems, config.model_type)
+    return BaseFacts(max_positions(config), targets, problems, config.model_type)

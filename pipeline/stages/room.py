@@ -8,18 +8,16 @@ from actors.engine_spec import positions_of
 from pipeline.stages.prepared import Prepared, PreparedRl
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
     from pipeline.config.schema import RunConfig
     from pipeline.stages.evaluate import EvalSet
 
 LIMIT = "an engine holds {} (roles.rollout.engine.max_model_len, or 4,096; at most what the base has)"
 
 
-def engine_positions(config: RunConfig, base: PretrainedConfig) -> int:
-    """Positions of prompt and completion that an engine of this run holds."""
-    own = getattr(base.get_text_config(), "max_position_embeddings", None)
-    return positions_of(config.roles.rollout.engine.max_model_len, own)
+def engine_positions(config: RunConfig, base_positions: int | None) -> int:
+    """Positions of prompt and completion that an engine of this run holds; the base was made for
+    `base_positions`, where its config says so."""
+    return positions_of(config.roles.rollout.engine.max_model_len, base_positions)
 
 
 def sample_problems(prepared: Prepared, positions: int) -> list[str]:

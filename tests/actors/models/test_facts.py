@@ -33,7 +33,7 @@ def test_a_driver_tokenises_without_torch() -> None:
     code = (
         "import sys; from actors.models.loading import load_tokenizer\n"
         "from actors.models.spec import ModelSpec\n"
-        "import pipeline.fleet, pipeline.nodes, pipeline.contexts, pipeline.stages.train\n"
+        "import pipeline.fleet, pipeline.read_graph, pipeline.contexts, pipeline.stages.train\n"
         "import pipeline.stages.online\n"
         f"assert load_tokenizer(ModelSpec(base={TINY!r}))('12+30=').input_ids\n"
         "sys.exit('torch' in sys.modules)"
