@@ -28,28 +28,24 @@ def run(config: RunConfig, *, dry_run: bool = False, until: str | None = None, f
         UserError: the config, the data, the base or the cluster can't be used; nothing was started.
         RunFailure: an actor failed, overran its deadline, or an invariant did not hold.
     """
-    from pipeline.architecture import describe_architecture, dry_run_dtype, model_type_of
-    from pipeline.plan import cluster_plan, shrink, write_dry_base
+    from pipeline.dry_run import DryRun
 
     began = time.time()
-    wanted = config
-    changes: list[list[str]] = []
-    model_type = model_type_of(wanted) if dry_run else None
-    if dry_run:
-        config, changes = shrink(wanted, dry_run_dtype(model_type))
+    dry = DryRun.of(config) if dry_run else None
+    if dry is not None:
+        config = dry.config
     directory = RunDirectory(config.output_dir, config.name)
     with (
         directory.opened(fresh=fresh or dry_run),
         StopRequests(directory.stop_file) as stop,
         Progress() as progress,
     ):
-        if dry_run:
-            progress.table("Dry run: what is set differently", ["key", "yours", "here"], changes)
-            write_dry_base(config, wanted)
+        if dry is not None:
+            progress.table("Dry run: what is set differently", ["key", "yours", "here"], dry.changes)
+            dry.write_twins()
         code = Run(config, directory, progress, stop, began, fresh).execute(until)
-        if dry_run and code == EXIT_DONE:
-            assert model_type is not None
-            progress.note("\n".join([cluster_plan(wanted), *describe_architecture(model_type)]))
+        if dry is not None and code == EXIT_DONE:
+            progress.note(dry.outlook())
     return code
 
 

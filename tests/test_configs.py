@@ -16,7 +16,7 @@ from pipeline.cli import app
 from pipeline.config.load import load_config, resolved, validate
 from pipeline.config.reading import parse_yaml
 from pipeline.config.schema import RolesSpec, RunConfig
-from pipeline.plan import (
+from pipeline.dry_run import (
     DRY_BATCH,
     DRY_PROMPTS,
     DRY_RL_STEPS,

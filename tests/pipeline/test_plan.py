@@ -11,7 +11,8 @@ from actors.models.spec import LoraSpec
 from actors.models.targets import resolve_targets
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
-from pipeline.plan import cluster_plan, describe, reward_twins, shrink, sync_bytes, working_roles
+from pipeline.dry_run import reward_twins, shrink
+from pipeline.plan import cluster_plan, describe, sync_bytes, working_roles
 
 
 def config(stages: dict[str, Any], **sections: Any) -> RunConfig:
