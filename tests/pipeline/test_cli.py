@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
 from pipeline.cli import app, main
 
-VERBS = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+VERBS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 HEAVY = ("torch", "ray", "transformers", "datasets", "vllm", "trl", "peft", "matplotlib")
 
 
@@ -20,6 +21,13 @@ def test_every_verb_of_the_issue_is_there() -> None:
         "init", "validate", "run", "submit", "status", "logs", "stop",
         "inspect", "eval", "chat", "merge", "report", "env",
     }  # fmt: skip
+
+
+def test_init_knows_every_type_of_stage() -> None:
+    from pipeline.stages.spec import STAGE_TYPES
+    from pipeline.verbs.runs import STAGES
+
+    assert sorted(STAGES.split(", ")) == sorted(STAGE_TYPES)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -142,8 +150,8 @@ def test_env_says_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_chat_finds_the_last_finished_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from pipeline.cli import result_of
     from pipeline.config.load import load_config
+    from pipeline.verbs.models import result_of
 
     path = tmp_path / "run.yaml"
     path.write_text(f"name: a\noutput_dir: {tmp_path}/out\nmodel: {{base: b}}\nstages: {{sft: {{data: x}}}}")
