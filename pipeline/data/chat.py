@@ -15,7 +15,7 @@ from typing import Any
 
 from actors.errors import UserError
 from pipeline.data.bad_rows import TEMPLATE_REFUSED, RowProblem
-from pipeline.data.convert import Message
+from pipeline.data.row_view import Message
 
 Span = tuple[int, int]
 """First and end character (exclusive) of an assistant's turn, its end-of-turn token included."""

@@ -13,8 +13,10 @@ import numpy as np
 from actors.algorithms.kto import LABEL
 from actors.errors import UserError
 from pipeline.data.bad_rows import BadRow, RowGate, RowProblem, Skipped
-from pipeline.data.convert import Converted, Message, convert
+from pipeline.data.convert import convert
+from pipeline.data.converters import Converted
 from pipeline.data.layouts import Kind, Resolved, resolve_layout
+from pipeline.data.row_view import Message
 from pipeline.data.sources import Row, read_rows
 from pipeline.data.spec import DataSpec
 

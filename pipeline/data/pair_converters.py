@@ -1,0 +1,118 @@
+"""Converters of layouts with a chosen and a rejected answer: a row in, prompt and both answers out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from pipeline.data.bad_rows import (
+    EMPTY_ANSWER,
+    EMPTY_PROMPT,
+    NO_ANSWER,
+    PROMPTS_DIFFER,
+    WRONG_TYPE,
+    RowProblem,
+)
+from pipeline.data.converters import Converted, instruction_prompt, last_turn, plain_of, prompt_of
+from pipeline.data.row_view import Message, RowView, assistant, user
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+def _preference(row: RowView) -> Converted:
+    prompt, text = prompt_of(row, "prompt")
+    chosen, rejected = row.answer("chosen"), row.answer("rejected")
+    if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
+        # UltraFeedback's form: the prompt as a string, and once more inside both answers.
+        inside, chosen, rejected = _split_pair(chosen, rejected)
+        turns = [m["content"].strip() for m in inside]
+        if not all(m["content"].strip() in turns for m in prompt):
+            raise RowProblem(PROMPTS_DIFFER, "the prompt column is not the one inside chosen")
+        return Converted(inside, (chosen, rejected), None)
+    return Converted(prompt, (chosen, rejected), plain_of(text, row, "chosen", "rejected"))
+
+
+def _question_preference(row: RowView) -> Converted:
+    question = row.text("question", EMPTY_PROMPT)
+    chosen, rejected = row.answer("chosen"), row.answer("rejected")
+    return Converted(
+        [user(question)], (chosen, rejected), plain_of(f"{question}\n", row, "chosen", "rejected")
+    )
+
+
+def _instruction_preference(row: RowView) -> Converted:
+    prompt = instruction_prompt(row)
+    answers = row.answer("chosen_response"), row.answer("rejected_response")
+    return Converted(
+        [user(prompt)], answers, plain_of(f"{prompt}\n", row, "chosen_response", "rejected_response")
+    )
+
+
+def _rejected_response(row: RowView) -> Converted:
+    prompt, chosen = last_turn(row)
+    return Converted(prompt, (chosen, row.answer("rejected_response")), None)
+
+
+def _preference_conversations(row: RowView) -> Converted:
+    prompt, chosen, rejected = _split_pair(row.messages("chosen"), row.messages("rejected"))
+    return Converted(prompt, (chosen, rejected), None)
+
+
+def _split_pair(
+    chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """Shared prompt and the two last turns of whole conversations."""
+    for messages in (chosen, rejected):
+        if messages[-1]["role"] != "assistant":
+            raise RowProblem(NO_ANSWER, "a conversation does not end with the assistant's turn")
+    if chosen[:-1] != rejected[:-1]:
+        raise RowProblem(PROMPTS_DIFFER)
+    if len(chosen) == 1:
+        raise RowProblem(EMPTY_PROMPT, "the conversations hold the answer only")
+    return chosen[:-1], chosen[-1:], rejected[-1:]
+
+
+def _preference_transcripts(row: RowView) -> Converted:
+    (text, chosen), (other_text, rejected) = (_transcript(row, column) for column in ("chosen", "rejected"))
+    if text != other_text:
+        raise RowProblem(PROMPTS_DIFFER)
+    prompt = _turns(text)[:-1]
+    answers = ([assistant(chosen)], [assistant(rejected)])
+    return Converted(prompt, answers, (text, f" {chosen}", f" {rejected}"))
+
+
+def _transcript(row: RowView, column: str) -> tuple[str, str]:
+    """A transcript up to the last `Assistant:`, and the answer after it."""
+    text = row.text(column, EMPTY_ANSWER)
+    marks = list(_TURN.finditer(text))
+    if not marks or marks[0].start() != 0 or marks[0][1] != "Human":
+        raise RowProblem(
+            WRONG_TYPE,
+            f"{column} does not begin with '\\n\\nHuman:'; with answers alone, a prompt column is needed",
+        )
+    if marks[-1][1] != "Assistant":
+        raise RowProblem(NO_ANSWER, f"{column} ends with the human's turn")
+    answer = text[marks[-1].end() :].strip()
+    if not answer:
+        raise RowProblem(EMPTY_ANSWER, column)
+    return text[: marks[-1].end()], answer
+
+
+def _turns(transcript: str) -> list[Message]:
+    pieces = _TURN.split(transcript)[1:]
+    speakers = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": speakers[who], "content": text.strip()}
+        for who, text in zip(pieces[::2], pieces[1::2], strict=True)
+    ]
+
+
+BY_LAYOUT: dict[str, Callable[[RowView], Converted]] = {
+    "preference": _preference,
+    "question_preference": _question_preference,
+    "instruction_preference": _instruction_preference,
+    "rejected_response": _rejected_response,
+    "preference_conversations": _preference_conversations,
+    "preference_transcripts": _preference_transcripts,
+}
+"""Converter of each layout, by its name in `pipeline.data.layouts`."""
