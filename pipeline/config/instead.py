@@ -10,7 +10,8 @@ _DTYPE = "write `model.dtype: bfloat16` (or float32)"
 _TARGETS = "write `model.lora.targets` with groups: attention, experts, shared_experts, router, mlp"
 _DATA = "write `data: org/name`, a path, or `data: {{source: ..., name: ..., split: ...}}`"
 _ONE_BASE = "write `model.base` (hub id or directory), once for all stages"
-_NOT_YET = "sharding is not there yet; ranks hold the whole base and average their gradients"
+_SHARDING = "write `roles.policy.sharding`: full (FSDP2 of everything), or base (the frozen base is split, adapters "
+    "are not)"
 _LENGTH = "write `max_length`, for prompt and answer together"
 _TRACKERS = "write `logging.report_to`"
 _COMPLETION = "write `max_completion_length: {value}`"
@@ -23,10 +24,16 @@ _GENERATION = "write `steps_per_generation`: a generation is `batch_size` times 
 _SAMPLES = "leave it out: samples are in the stage's samples.jsonl and in the report"
 _REWARDS = "write `rewards: [...]`: `exact_match`, `module:function`, a reward stage's name or a directory"
 _ALWAYS_VLLM = "leave it out: online stages sample with vLLM, in the actors of `roles.rollout`"
-_MISMATCH = (
-    "leave it out: old log-probabilities are the trainer's own; the engine's are compared with them at every "
-    "step (`mismatch_tolerance`)"
-)
+_NO_SERVER = "leave it out: engines are actors of this run (`roles.rollout`), not a server"
+_LEAVE = "leave it out; it has no counterpart here"
+_ONE_TOKENIZER = "leave it out: template and special tokens are those of the base's own tokenizer"
+_REFERENCE = "a moving reference (TR-DPO) is not there; leave it out"
+_LAST_STEP = "leave it out: a stage hands on its last step, and `eval` compares stages"
+_FULL_DATA = "leave it out: data are read and tokenised before the first step"
+_OTHER_LOSS = "a loss that is not offered; `loss_type` takes grpo, bnpo, dapo, dr_grpo and cispo"
+_ENTROPY = "not offered; `entropy_coef` is the weight of an entropy bonus that stays as it is"
+_ONE_PATTERN = "not offered: every target has rank `r` and `lora_alpha`, experts by `expert_rank`"
+_HUB = "leave it out; an adapter directory is in PEFT's layout, ready for `hf upload`"
 
 INSTEAD: dict[str, str] = {
     "per_device_train_batch_size": _BATCH,
@@ -62,7 +69,9 @@ INSTEAD: dict[str, str] = {
     "base_model": _ONE_BASE,
     "ref_model": "write `reference: base` or a stage's name; left out, it is what the stage starts from",
     "precompute_ref_log_probs": "reference log-probabilities are always computed ahead; leave it out",
-    "sync_ref_model": "a moving reference (TR-DPO) is not there; leave it out",
+    "sync_ref_model": _REFERENCE,
+    "ref_model_mixup_alpha": _REFERENCE,
+    "ref_model_sync_steps": _REFERENCE,
     "lora_r": "write `r: {value}`",
     "rank": "write `r: {value}`",
     "lora_rank": "write `r: {value}`",
@@ -91,12 +100,18 @@ INSTEAD: dict[str, str] = {
     "completion_only_loss": "write `train_on: answer` (or all)",
     "assistant_only_loss": "write `train_on: answer` (or all)",
     "remove_unused_columns": "leave it out; columns are mapped by `data.columns`",
-    "push_to_hub": "leave it out; an adapter directory is in PEFT's layout, ready for `hf upload`",
+    "push_to_hub": _HUB,
+    "hub_model_id": _HUB,
+    "hub_strategy": _HUB,
+    "hub_token": _HUB,
     "resume_from_checkpoint": "leave it out; the same `raylign run` goes on from the last checkpoint",
     "overwrite_output_dir": "leave it out; `raylign run --fresh` starts anew",
-    "deepspeed": _NOT_YET,
-    "fsdp": _NOT_YET,
-    "fsdp_config": _NOT_YET,
+    "deepspeed": _SHARDING,
+    "fsdp": _SHARDING,
+    "fsdp_config": _SHARDING,
+    "fsdp2": _SHARDING,
+    "zero_stage": _SHARDING,
+    "parallelism_config": _SHARDING,
     "use_cpu": "leave it out; a role without `gpus` runs on the CPU",
     "num_gpus": "write `gpus: {value}` (for each worker)",
     "num_cpus": "write `cpus: {value}` (for each worker)",
@@ -145,7 +160,13 @@ INSTEAD: dict[str, str] = {
     "vllm_gpu_memory_utilization": "write `roles.rollout.engine.gpu_memory_utilization: {value}`",
     "vllm_tensor_parallel_size": "write `roles.rollout.engine.tensor_parallel_size: {value}`",
     "vllm_max_model_length": "write `roles.rollout.engine.max_model_len: {value}`",
-    "vllm_importance_sampling_correction": _MISMATCH,
+    "vllm_importance_sampling_cap": "write `vllm_importance_sampling_clip_max: {value}`",
+    "off_policy_mask_threshold": "write `vllm_importance_sampling_mode: sequence_mask`, and its bounds",
+    "max_staleness": "write `staleness: {value}`",
+    "async_level": "write `staleness: {value}`",
+    "max_async_level": "write `staleness: {value}`",
+    "max_head_offpolicyness": "write `staleness: {value}`",
+    "partial_rollout": "write `staleness: 1` and `sync: {{in_flight: keep}}`",
     "top_p": _FILTER,
     "top_k": _FILTER,
     "min_p": _FILTER,
@@ -163,4 +184,107 @@ INSTEAD: dict[str, str] = {
     "shuffle_dataset": "write `shuffle: {value}`",
     "log_completions": _SAMPLES,
     "num_sample_generations": _SAMPLES,
+    "model_init_kwargs": "write what it holds under `model`: dtype, attn_implementation, trust_remote_code",
+    "chat_template_path": _ONE_TOKENIZER,
+    "chat_template_kwargs": _ONE_TOKENIZER,
+    "eos_token": _ONE_TOKENIZER,
+    "pad_token": _ONE_TOKENIZER,
+    "dataset_kwargs": _FULL_DATA,
+    "dataset_num_proc": _FULL_DATA,
+    "dataloader_num_workers": _FULL_DATA,
+    "dataloader_drop_last": "leave it out: the last, shorter batch of an epoch counts too",
+    "packing_strategy": "leave it out: `packing: auto` fills bins wherever the architecture allows it",
+    "eval_packing": "leave it out: `packing` holds for evaluation too",
+    "pad_to_multiple_of": _LEAVE,
+    "activation_offloading": "not offered; `model.gradient_checkpointing: true` saves activations",
+    "gradient_checkpointing_kwargs": "write `model.gradient_checkpointing: true`",
+    "disable_dropout": "leave it out: only SFT has dropout, `model.lora.lora_dropout`",
+    "precompute_ref_batch_size": "leave it out; it follows `max_tokens_per_micro_batch`",
+    "cast_lm_head_to_fp32": "leave it out: log-probabilities are made in float32",
+    "use_liger_kernel": "leave it out: logits are made by blocks, at the positions that count",
+    "torch_compile": "not offered; leave it out",
+    "tf32": "not offered; leave it out",
+    "neftune_noise_alpha": "not offered; leave it out",
+    "label_smoothing_factor": "write `label_smoothing` (DPO); SFT has none",
+    "optim_args": "write `weight_decay`, `adam_beta1`, `adam_beta2`, `adam_epsilon`",
+    "average_tokens_across_devices": "leave it out: losses are divided by totals of the global batch",
+    "load_best_model_at_end": _LAST_STEP,
+    "metric_for_best_model": _LAST_STEP,
+    "greater_is_better": _LAST_STEP,
+    "data_seed": "write `seed: {value}` in the stage",
+    "do_train": "leave it out: a stage trains",
+    "do_eval": "write `eval_data`",
+    "eval_on_start": "leave it out; `eval.models` may name `base`",
+    "disable_tqdm": "leave it out: without a terminal there is no progress bar",
+    "full_determinism": "leave it out: runs repeat bit for bit on the CPU",
+    "ddp_backend": "leave it out: gloo on CPUs, NCCL on GPUs",
+    "ddp_timeout": "write `limits`: each phase has its deadline",
+    "tp_size": "write `tensor_parallel_size: {value}`",
+    "num_generations_eval": "leave it out: `eval` draws one answer for each prompt",
+    "multi_objective_aggregation": "leave it out: rewards are added up by their weights",
+    "reward_clip_range": "clip in a reward function of your own",
+    "max_tool_calling_iterations": "tools in online stages are not there; leave it out",
+    "top_entropy_quantile": "not offered; leave it out",
+    "use_adaptive_entropy": _ENTROPY,
+    "entropy_target": _ENTROPY,
+    "entropy_coef_min": _ENTROPY,
+    "entropy_coef_max": _ENTROPY,
+    "entropy_coef_delta": _ENTROPY,
+    "sapo_temperature_neg": _OTHER_LOSS,
+    "sapo_temperature_pos": _OTHER_LOSS,
+    "vespo_k_pos": _OTHER_LOSS,
+    "vespo_lambda_pos": _OTHER_LOSS,
+    "vespo_k_neg": _OTHER_LOSS,
+    "vespo_lambda_neg": _OTHER_LOSS,
+    "num_completions_to_print": _SAMPLES,
+    "log_unique_prompts": _SAMPLES,
+    "log_completions_hub_repo": _SAMPLES,
+    "log_multimodal": _SAMPLES,
+    "cache_implementation": _ALWAYS_VLLM,
+    "use_transformers_paged": _ALWAYS_VLLM,
+    "use_transformers_continuous_batching": _ALWAYS_VLLM,
+    "transformers_continuous_batching_config": _ALWAYS_VLLM,
+    "ds3_gather_for_generation": _ALWAYS_VLLM,
+    "vllm_model_impl": "leave it out: the table of architectures knows which classes vLLM has",
+    "vllm_enable_sleep_mode": "not offered: engines have resources of their own; leave it out",
+    "vllm_structured_outputs_regex": "not offered: it changes what samples are drawn from; leave it out",
+    "vllm_server_base_url": _NO_SERVER,
+    "vllm_server_host": _NO_SERVER,
+    "vllm_server_port": _NO_SERVER,
+    "vllm_server_timeout": "write `limits.generate: {value}`",
+    "vllm_group_port": _NO_SERVER,
+    "rank_pattern": _ONE_PATTERN,
+    "alpha_pattern": _ONE_PATTERN,
+    "exclude_modules": _TARGETS,
+    "layers_to_transform": _TARGETS,
+    "task_type": "leave it out; it follows from the stage",
+    "bias": "not offered: biases stay frozen; leave it out",
 }
+
+INSTEAD_OF_VALUE: dict[tuple[str, str], str] = {
+    ("loss_type", "gspo"): "GSPO is `importance_sampling_level: sequence` with `loss_type: grpo`",
+    ("loss_type", "luspo"): _OTHER_LOSS,
+    ("loss_type", "sapo"): _OTHER_LOSS,
+    ("loss_type", "vespo"): _OTHER_LOSS,
+    ("loss_type", "kto_pair"): "pairs are taken apart for `kto`; on pairs `type: dpo` has losses of its own",
+    ("vllm_importance_sampling_mode", "icepop"): "IcePop is token_mask with clip_min and clip_max",
+    ("vllm_importance_sampling_mode", "tis"): "truncated importance sampling is token_truncate",
+    ("scale_rewards", "True"): "write `scale_rewards: group`",
+    ("scale_rewards", "False"): "write `scale_rewards: none`",
+    ("router_replay", "yes"): "write `router_replay: rollout`",
+    ("router_replay", "True"): "write `router_replay: rollout`",
+    ("router_replay", "False"): "write `router_replay: none`",
+    ("sharding", "fsdp"): "FSDP2 of everything is full",
+    ("sharding", "fsdp2"): "FSDP2 of everything is full",
+    ("dtype", "bf16"): "write `dtype: bfloat16`",
+    ("dtype", "fp32"): "write `dtype: float32`",
+    ("dtype", "fp16"): "half precision needs loss scaling, which is not there; write `dtype: bfloat16`",
+    ("dtype", "float16"): "half precision needs loss scaling, which is not there; write `dtype: bfloat16`",
+    ("type", "reinforce++"): "write `type: reinforce_pp`",
+    ("type", "dapo"): "write `type: grpo` with `max_resampling_rounds` and `soft_punish_cache`",
+    ("type", "gspo"): "write `type: grpo` with `importance_sampling_level: sequence`",
+    ("type", "dr_grpo"): "write `type: grpo` with `loss_type: dr_grpo` and `scale_rewards: none`",
+    ("type", "cispo"): "write `type: grpo` with `loss_type: cispo` and `epsilon_high`",
+    ("type", "xpo"): "write `type: online_dpo`",
+}
+"""(key, value as text) -> what to write, for values that people know by other names."""

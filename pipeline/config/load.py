@@ -39,17 +39,17 @@ def validate(data: dict[str, Any]) -> tuple[RunConfig | None, list[Problem]]:
         return RunConfig.model_validate(data, strict=True), []
     except ValidationError as error:
         problems = explain(error, data, RunConfig)
-        bad = bad_paths(error, data)
+        bad = bad_paths(error, data, RunConfig)
         if bad:
             problems += _rules_of_the_rest(data, bad)
         return None, problems
 
 
-def _rules_of_the_rest(data: dict[str, Any], bad: set[tuple[str, ...]]) -> list[Problem]:
+def _rules_of_the_rest(data: dict[str, Any], bad: dict[tuple[str, ...], set[str]]) -> list[Problem]:
     """Broken rules between fields that have nothing to do with the refused keys.
 
-    The rules need a whole config, so the refused keys fall back to their defaults; a rule that
-    touches one of their sections, or stages when one is unusable, is left for the next round.
+    The rules need a whole config, so the refused keys fall back to their defaults; a rule of their own
+    section that names a field in doubt, or of stages when one is unusable, is left for the next round.
     """
     rest: Any = data
     for path in sorted(bad):
@@ -58,14 +58,19 @@ def _rules_of_the_rest(data: dict[str, Any], bad: set[tuple[str, ...]]) -> list[
     try:
         RunConfig.model_validate(rest, strict=True)
     except ValidationError as error:
-        if bad_paths(error, rest):
+        if bad_paths(error, rest, RunConfig):
             return []
-        parents = {".".join(path[:-1]) for path in bad}
+        doubts: dict[str, set[str]] = {}
+        for path, names in bad.items():
+            doubts.setdefault(".".join(path[:-1]), set()).update(names)
         a_stage_is_gone = any(path[0] == "stages" and len(path) <= 2 for path in bad)
         return [
             problem
             for problem in explain(error, rest, RunConfig)
-            if problem.path.rpartition(".")[0] not in parents
+            if not any(
+                name in f"{problem.path.rpartition('.')[2]}: {problem.message}"
+                for name in doubts.get(problem.path.rpartition(".")[0], ())
+            )
             and not any(_within(problem.path, path) for path in bad)
             and not (a_stage_is_gone and _NAMING_STAGES & set(problem.path.split(".")))
         ]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from pipeline.config.instead import INSTEAD
+from pipeline.config.instead import INSTEAD, INSTEAD_OF_VALUE
 from pipeline.config.problem import Problem
 
 _TYPES = {
@@ -38,6 +38,10 @@ _BOUNDS = {
 }
 
 
+SHOWN_KEYS = 24
+"""Keys of a section that a message names; a stage has twice as many."""
+
+
 def explain(error: ValidationError, data: dict[str, Any], model: type[BaseModel]) -> list[Problem]:
     """One problem per key that is wrong; what pydantic says twice about a union's arms is joined."""
     by_path: dict[str, list[str]] = {}
@@ -51,10 +55,22 @@ def explain(error: ValidationError, data: dict[str, Any], model: type[BaseModel]
     return [Problem(path, _joined(messages)) for path, messages in by_path.items()]
 
 
-def bad_paths(error: ValidationError, data: dict[str, Any]) -> set[tuple[str, ...]]:
-    """Keys that pydantic refused by themselves (not by a rule between fields)."""
-    details = [d for d in error.errors() if d["type"] not in ("cross_field", "default_factory_not_called")]
-    return {tuple(keys_in(data, detail["loc"])) for detail in details}
+def bad_paths(
+    error: ValidationError, data: dict[str, Any], model: type[BaseModel]
+) -> dict[tuple[str, ...], set[str]]:
+    """Keys that pydantic refused by themselves (not by a rule between fields), each with the names of fields
+    whose values are in doubt with it: its own, or the one that an unknown key may have been meant to be."""
+    found: dict[tuple[str, ...], set[str]] = {}
+    for detail in error.errors():
+        if detail["type"] in ("cross_field", "default_factory_not_called"):
+            continue
+        keys = keys_in(data, detail["loc"])
+        names = {keys[-1]} if keys else set()
+        if detail["type"] == "extra_forbidden":
+            near = nearest_key(keys, model, _stage_tag(detail))
+            names = {near} if near is not None else set()
+        found.setdefault(tuple(keys), set()).update(names)
+    return found
 
 
 def _joined(messages: list[str]) -> str:
@@ -86,15 +102,15 @@ def keys_in(data: Any, loc: tuple[int | str, ...]) -> list[str]:
 
 def _sentence(detail: ErrorDetails, keys: list[str], model: type[BaseModel]) -> str:
     kind, value, context = detail["type"], detail.get("input"), detail.get("ctx", {})
-    tag = str(detail["loc"][2]) if len(detail["loc"]) > 2 and detail["loc"][0] == "stages" else None
     if kind == "extra_forbidden":
-        return unknown_key(keys, value, model, tag)
+        return unknown_key(keys, value, model, _stage_tag(detail))
     if kind == "missing":
         about = _description(model, keys)
         return f"missing{f' ({about})' if about else ''}"
     if kind in ("literal_error", "enum"):
         choices = _literals(context["expected"])
-        return f"{_shown(value)} is not one of {', '.join(choices)}{did_you_mean(str(value), choices)}"
+        named = next((key for key in reversed(keys) if not key.isdigit()), "")
+        return f"{_shown(value)} is not one of {', '.join(choices)}{_instead_of(named, value, choices)}"
     if kind == "union_tag_not_found":
         choices = _stage_types(model)
         near = did_you_mean(keys[-1], choices)
@@ -102,7 +118,7 @@ def _sentence(detail: ErrorDetails, keys: list[str], model: type[BaseModel]) -> 
     if kind == "union_tag_invalid":
         choices = _stage_types(model)
         given = str(context["tag"])
-        return f"type '{given}' is not one of {', '.join(choices)}{did_you_mean(given, choices)}"
+        return f"type '{given}' is not one of {', '.join(choices)}{_instead_of('type', given, choices)}"
     if kind in _TYPES:
         return f"{_shown(value)} is not {_TYPES[kind]}{_quoting_hint(kind, value)}"
     if kind in _BOUNDS:
@@ -113,6 +129,12 @@ def _sentence(detail: ErrorDetails, keys: list[str], model: type[BaseModel]) -> 
     if kind in ("too_short", "string_too_short"):
         return "is empty"
     return detail["msg"].removeprefix("Value error, ")
+
+
+def _stage_tag(detail: ErrorDetails) -> str | None:
+    """Type of the stage that an error lies in."""
+    loc = detail["loc"]
+    return str(loc[2]) if len(loc) > 2 and loc[0] == "stages" else None
 
 
 def unknown_key(keys: list[str], value: Any, model: type[BaseModel], stage_type: str | None = None) -> str:
@@ -136,11 +158,25 @@ def unknown_key(keys: list[str], value: Any, model: type[BaseModel], stage_type:
     near = difflib.get_close_matches(key, here, n=1)
     if near:
         return f"unknown key; did you mean `{near[0]}`?"
+    if len(here) > SHOWN_KEYS:
+        stages = f" --stages {stage_type}" if stage_type is not None else ""
+        return f"unknown key; `raylign init FILE{stages}` writes every key of this section with its meaning"
     return f"unknown key; possible: {', '.join(here)}"
+
+
+def nearest_key(keys: list[str], model: type[BaseModel], stage_type: str | None = None) -> str | None:
+    """The name that an unknown key may have been meant to be, in its own section."""
+    near = difflib.get_close_matches(keys[-1], _fields_at(model, keys[:-1], stage_type), n=1)
+    return near[0] if near else None
 
 
 def _listed(names: list[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+
+
+def _instead_of(key: str, value: Any, choices: Iterable[str]) -> str:
+    known = INSTEAD_OF_VALUE.get((key, str(value)))
+    return f"; {known}" if known is not None else did_you_mean(str(value), choices)
 
 
 def did_you_mean(value: str, choices: Iterable[str]) -> str:

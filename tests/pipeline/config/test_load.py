@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,11 @@ import pytest
 import yaml
 
 from actors.errors import UserError
+from actors.models.spec import ModelSpec, MoeSpec
+from pipeline.config.instead import INSTEAD
 from pipeline.config.load import dump_config, load_config, validate
 from pipeline.config.reading import parse_yaml
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import LoggingSpec, RunConfig
 from pipeline.stages.spec import STAGE_TYPES
 
 GOOD: dict[str, Any] = {
@@ -117,6 +121,59 @@ def test_rules_between_fields_are_checked_beside_bad_keys() -> None:
         stages={"sft": {"data": "x", "batch_size": 0}, "dpo": {"data": "x", "loss_type": "exo_pair"}},
     )
     assert set(problems) == {"seeed", "stages.sft.batch_size", "stages.dpo.label_smoothing"}
+
+
+GRPO: dict[str, Any] = {"type": "grpo", "data": "x", "rewards": "exact_match"}
+
+
+def test_rules_beside_a_bad_key_of_the_same_section_are_checked_where_they_do_not_name_it() -> None:
+    wrong = {"max_completion_length": 16, "soft_punish_cache": 20, "num_generations": 7}
+    unknown = problems_of(stages={"rl": {**GRPO, **wrong, "wholly_unknown": 1}})
+    assert set(unknown) == {
+        "stages.rl." + key for key in ("soft_punish_cache", "num_generations", "wholly_unknown")
+    }
+    bad = problems_of(stages={"rl": {**GRPO, **wrong, "max_completion_length": 0, "epsilon": 2}})
+    assert set(bad) == {f"stages.rl.{key}" for key in ("max_completion_length", "num_generations", "epsilon")}
+    # The name that was meant is not held against the default that stands in for it.
+    meant = problems_of(stages={"rl": {**GRPO, "loss_type": "cispo", "epsilon_hihg": 5.0}})
+    assert set(meant) == {"stages.rl.epsilon_hihg"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "answer"),
+    [
+        ({"loss_type": "gspo"}, "`importance_sampling_level: sequence`"),
+        ({"vllm_importance_sampling_mode": "icepop"}, "token_mask"),
+        ({"scale_rewards": True}, "`scale_rewards: group`"),
+        ({"vllm_importance_sampling_cap": 2.0}, "`vllm_importance_sampling_clip_max: 2.0`"),
+        ({"fsdp": "full_shard"}, "`roles.policy.sharding`"),
+        ({"max_staleness": 1}, "`staleness: 1`"),
+        ({"no_such_key_at_all": 1}, "`raylign init FILE --stages grpo`"),
+    ],
+)
+def test_values_and_keys_known_by_other_names_are_answered(keys: dict[str, Any], answer: str) -> None:
+    (message,) = problems_of(stages={"rl": {**GRPO, **keys}}).values()
+    assert answer in message
+    assert len(message) < 250
+
+
+def declared(path: Path) -> set[str]:
+    """Fields that the dataclasses of a file declare; read, not imported."""
+    classes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
+    lines = [line for one in classes for line in one.body if isinstance(line, ast.AnnAssign)]
+    return {line.target.id for line in lines if isinstance(line.target, ast.Name)}
+
+
+@pytest.mark.parametrize("trainer", ["sft", "dpo", "kto", "reward", "grpo", "rloo"])
+def test_every_key_of_trls_trainers_has_an_answer_or_is_ours(trainer: str) -> None:
+    found = importlib.util.find_spec("trl")
+    assert found is not None
+    assert found.origin is not None
+    theirs = declared(Path(found.origin).parent / "trainer" / f"{trainer}_config.py")
+    ours = {name for stage in STAGE_TYPES.values() for name in stage.model_fields} | set(INSTEAD)
+    ours |= {name for spec in (ModelSpec, MoeSpec, LoggingSpec) for name in spec.model_fields}
+    assert len(theirs) > 10
+    assert theirs <= ours, theirs - ours
 
 
 def test_keys_of_trl_are_answered_with_what_to_write_instead() -> None:

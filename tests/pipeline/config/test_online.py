@@ -305,7 +305,11 @@ def test_equal_rewards_are_drawn_again_only_where_samples_are_compared() -> None
 
 def test_online_dpo_has_the_keys_of_dpo_and_none_of_a_policy_gradient() -> None:
     assert of("online_dpo", loss_type=["sigmoid", "sft"], loss_weights=[1, 0.1], beta=0.2) == {}
-    assert set(of("online_dpo", loss_type="exo_pair", num_generations=1, epsilon=0.1)) == {"epsilon"}
+    assert set(of("online_dpo", loss_type="exo_pair", num_generations=1, epsilon=0.1)) == {
+        "epsilon",
+        "label_smoothing",
+        "num_generations",
+    }
     assert set(of("online_dpo", loss_type="exo_pair", num_generations=1)) == {
         "label_smoothing",
         "num_generations",
