@@ -10,8 +10,10 @@ _DTYPE = "write `model.dtype: bfloat16` (or float32)"
 _TARGETS = "write `model.lora.targets` with groups: attention, experts, shared_experts, router, mlp"
 _DATA = "write `data: org/name`, a path, or `data: {{source: ..., name: ..., split: ...}}`"
 _ONE_BASE = "write `model.base` (hub id or directory), once for all stages"
-_SHARDING = "write `roles.policy.sharding`: full (FSDP2 of everything), or base (the frozen base is split, adapters "
-    "are not)"
+_SHARDING = (
+    "write `roles.policy.sharding`: full (FSDP2 of everything), or base (of the frozen base; adapters stay "
+    "whole)"
+)
 _LENGTH = "write `max_length`, for prompt and answer together"
 _TRACKERS = "write `logging.report_to`"
 _COMPLETION = "write `max_completion_length: {value}`"
