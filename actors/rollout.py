@@ -182,10 +182,14 @@ class RolloutEngine:
         load: np.ndarray | None = self._running("expert_load").llm_engine.collective_rpc("expert_load")[0]
         return load
 
-    def open_channel(self, address: str, timeout_s: float, backend: Backend = "gloo") -> str:
-        """Connect to the trainer at `address` (`WeightUpdater.open_channel`); returns the engine's dtype."""
-        self.weights.open_channel(address, timeout_s, backend)
+    def knock(self, address: str, timeout_s: float) -> str:
+        """Reach the trainer at `address` (`WeightUpdater.knock`); returns the engine's dtype."""
+        self.weights.knock(address, timeout_s)
         return self.spec.dtype
+
+    def open_channel(self, backend: Backend = "gloo") -> None:
+        """Connect to the trainer that was reached (`WeightUpdater.open_channel`)."""
+        self.weights.open_channel(backend)
 
     def stage(self, version: int) -> StageAck:
         """Receive a version beside the served one (`WeightUpdater.stage`)."""

@@ -31,8 +31,11 @@ class Engine:
     def load(self, base: str, updatable: bool = False) -> dict[str, float]:
         return {}
 
-    def open_channel(self, address: str, timeout_s: float, backend: str = "gloo") -> str:
+    def knock(self, address: str, timeout_s: float) -> str:
         return "float32"
+
+    def open_channel(self, backend: str = "gloo") -> None:
+        return None
 
     def generate(self, prompts: Sequence[Any], sampling: SamplingSpec, seeds: Sequence[int]) -> Generations:
         n = len(seeds)
@@ -76,7 +79,9 @@ class _Source:
     def accept(self, engine: int, backend: str = "gloo") -> None:
         return None
 
-    def prepare(self, version: int, role: str | None, payload: str, dtype: str) -> Prepared:
+    def prepare(
+        self, version: int, role: str | None, payload: str, dtype: str, buffer_bytes: int | None = None
+    ) -> Prepared:
         return Prepared(Offer(**_facts(version)), {"gather": 0.0, "pack": 0.0})
 
     def send(self, engines: Sequence[int]) -> dict[int, str]:

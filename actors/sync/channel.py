@@ -23,6 +23,9 @@ TRAINER, ENGINE = 0, 1
 """Ranks in the group."""
 CHUNK_BYTES = 64 * 2**20
 """Sent at once: a dead peer is noticed between chunks, and gloo's own buffers stay small."""
+JOIN_S = 10.0
+"""Longest that the trainer waits for an engine that has knocked, and only has to say its address: should that
+one die at this very moment, the trainer is free again soon."""
 HEADER = 2
 """Numbers that come first: bytes of the manifest, bytes of the buffer."""
 
@@ -36,39 +39,62 @@ class Listener:
         self.address = f"{host}:{self._store.port}"
 
     def accept(self, name: str, backend: Backend = "gloo") -> Channel:
-        """The connection, once the engine has joined.
+        """The connection, once the engine, which has knocked, has joined.
 
         Raises:
-            RunFailure: it did not within the deadline.
+            RunFailure: it did not within `JOIN_S`.
         """
-        return Channel(self._store, TRAINER, self._timeout, backend, name)
+        joining = min(self._timeout, timedelta(seconds=JOIN_S))
+        return Channel(self._store, TRAINER, self._timeout, backend, name, joining)
 
 
-class Channel:
-    """One end of a connection. Unusable after the first error."""
+class Door:
+    """The engine's end before the connection: it has reached the trainer's port.
 
-    def __init__(self, store: Any, rank: int, timeout: timedelta, backend: Backend, name: str) -> None:
-        self.name = name
-        self._peer = ENGINE if rank == TRAINER else TRAINER
-        self._timeout = timeout
-        self._device = torch.device("cuda" if backend == "nccl" else "cpu")
-        self._store = store
-        self._group: Any = self._guarded(lambda: _group(backend, store, rank, timeout), "connect")
+    An engine knocks before the trainer waits for it, so that one that dies on its way keeps nobody waiting.
+    """
 
-    @staticmethod
-    def join(address: str, timeout_s: float, backend: Backend = "gloo", name: str = "trainer") -> Channel:
-        """The engine's end, connected to a `Listener`'s address.
+    def __init__(self, address: str, timeout_s: float, name: str = "trainer") -> None:
+        """Knock at a `Listener`'s address.
 
         Raises:
             RunFailure: nobody listens there, or not within the deadline.
         """
         host, _, port = address.rpartition(":")
-        timeout = timedelta(seconds=timeout_s)
+        self._name, self._timeout = name, timedelta(seconds=timeout_s)
         try:
-            store = dist.TCPStore(host, int(port), None, False, timeout)
+            self._store = dist.TCPStore(host, int(port), None, False, self._timeout)
         except RuntimeError as error:
             raise RunFailure(f"channel to {name}", "sync", f"nobody listens at {address}") from error
-        return Channel(store, ENGINE, timeout, backend, name)
+
+    def enter(self, backend: Backend = "gloo") -> Channel:
+        """The connection, once the trainer accepts it.
+
+        Raises:
+            RunFailure: it did not within the deadline; busy with other work, it may take its time.
+        """
+        return Channel(self._store, ENGINE, self._timeout, backend, self._name)
+
+
+class Channel:
+    """One end of a connection. Unusable after the first error."""
+
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        timeout: timedelta,
+        backend: Backend,
+        name: str,
+        joining: timedelta | None = None,
+    ) -> None:
+        """`timeout`: of every operation; `joining`: of the meeting with the other end, null for the same."""
+        self.name = name
+        self._peer = ENGINE if rank == TRAINER else TRAINER
+        self._timeout = timeout
+        self._device = torch.device("cuda" if backend == "nccl" else "cpu")
+        self._store = store
+        self._group: Any = self._guarded(lambda: _group(backend, store, rank, joining or timeout), "connect")
 
     def send(self, payload: Payload) -> None:
         """Hand a payload to the other end; returns when all of it is on its way.

@@ -60,11 +60,11 @@ class Engines:
     def _open_channel(self, rank: int) -> None:
         timeout_s = CHANNEL_SHARE * self.rollout.limits.of("sync")
         address = self.policy.call_rank(0, "weight_source.listen", rank, timeout_s, phase="sync")
-        joining = self.rollout.submit_rank(
-            rank, "open_channel", address, timeout_s, self.backend, phase="sync"
-        )
+        # The trainer waits only for an engine that is at the door: one that dies before keeps nobody.
+        self._dtype = self.rollout.call_rank(rank, "knock", address, timeout_s, phase="sync")
+        joining = self.rollout.submit_rank(rank, "open_channel", self.backend, phase="sync")
         accepting = self.policy.submit_rank(0, "weight_source.accept", rank, self.backend, phase="sync")
-        self._dtype = joining.result()
+        joining.result()
         accepting.result()
         self._lives[rank] = self.rollout.fleet.members[rank].generation
 

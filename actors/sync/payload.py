@@ -71,11 +71,19 @@ class Manifest:
     """Adapted weight -> s of W0 + s B A."""
     transposed: tuple[str, ...]
     """Adapted weights that are stored as (..., in, out)."""
+    later: tuple[tuple[Entry, ...], ...] = ()
+    """Of the first part of merged weights that travel in several: the tensors of every other part, each in a
+    buffer of its own."""
 
     @property
     def nbytes(self) -> int:
         """Length of the buffer."""
-        return max((_aligned(entry.offset + entry.nbytes) for entry in self.entries), default=0)
+        return _size(self.entries)
+
+    @property
+    def nbytes_later(self) -> int:
+        """Length of the buffers of the parts that follow."""
+        return sum(map(_size, self.later))
 
     @property
     def names(self) -> list[str]:
@@ -95,8 +103,9 @@ class Manifest:
     def decode(raw: bytes) -> Manifest:
         """The inverse of `encode`."""
         found: dict[str, Any] = json.loads(raw)
-        entries = [Entry(**{**entry, "shape": tuple(entry["shape"])}) for entry in found.pop("entries")]
-        return Manifest(**{**found, "entries": tuple(entries), "transposed": tuple(found["transposed"])})
+        entries, transposed = _entries(found.pop("entries")), tuple(found.pop("transposed"))
+        later = tuple(map(_entries, found.pop("later")))
+        return Manifest(**found, entries=entries, transposed=transposed, later=later)
 
 
 @dataclass(frozen=True)
@@ -142,9 +151,18 @@ def pack_adapter(version: int, base_dtype: str, factors: Mapping[str, Factors]) 
     return _pack(version, "adapter", base_dtype, tensors, scalings, transposed)
 
 
-def pack_merged(version: int, base_dtype: str, tensors: Mapping[str, torch.Tensor]) -> Payload:
-    """Merged weights under the names of their checkpoint in one buffer."""
-    return _pack(version, "merged", base_dtype, {(n, "W"): t for n, t in tensors.items()}, {}, ())
+def pack_merged(
+    version: int,
+    base_dtype: str,
+    tensors: Mapping[str, torch.Tensor],
+    later: Sequence[Mapping[str, torch.Tensor]] = (),
+) -> Payload:
+    """Merged weights under the names of their checkpoint in one buffer.
+
+    `later`: tensors without storage (device meta), of the shapes and dtypes of each part that will follow.
+    """
+    parts = tuple(_layout(_whole(part)) for part in later)
+    return _pack(version, "merged", base_dtype, _whole(tensors), {}, (), parts)
 
 
 def group_of(name: str) -> str:
@@ -199,18 +217,36 @@ def _pack(
     tensors: Mapping[tuple[str, str], torch.Tensor],
     scalings: dict[str, float],
     transposed: Sequence[str],
+    later: tuple[tuple[Entry, ...], ...] = (),
 ) -> Payload:
-    entries, offset = [], 0
-    for (name, part), tensor in sorted(tensors.items()):
-        entry = Entry(name, part, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), offset)
-        entries.append(entry)
-        offset = _aligned(offset + entry.nbytes)
-    manifest = Manifest(version, payload, base_dtype, tuple(entries), scalings, tuple(transposed))
+    entries = _layout(tensors)
+    manifest = Manifest(version, payload, base_dtype, entries, scalings, tuple(transposed), later)
     device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
     buffer = torch.zeros(manifest.nbytes, dtype=torch.uint8, device=device)
     for entry in entries:
         _view(buffer, entry).copy_(tensors[entry.name, entry.part].detach())
     return Payload(manifest, buffer)
+
+
+def _whole(tensors: Mapping[str, torch.Tensor]) -> dict[tuple[str, str], torch.Tensor]:
+    return {(name, "W"): tensor for name, tensor in tensors.items()}
+
+
+def _layout(tensors: Mapping[tuple[str, str], torch.Tensor]) -> tuple[Entry, ...]:
+    entries, offset = [], 0
+    for (name, part), tensor in sorted(tensors.items()):
+        entry = Entry(name, part, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), offset)
+        entries.append(entry)
+        offset = _aligned(offset + entry.nbytes)
+    return tuple(entries)
+
+
+def _entries(found: list[dict[str, Any]]) -> tuple[Entry, ...]:
+    return tuple(Entry(**{**entry, "shape": tuple(entry["shape"])}) for entry in found)
+
+
+def _size(entries: Sequence[Entry]) -> int:
+    return max((_aligned(entry.offset + entry.nbytes) for entry in entries), default=0)
 
 
 def _view(buffer: torch.Tensor, entry: Entry) -> torch.Tensor:

@@ -30,7 +30,11 @@ class Offer:
     digest: str
     """Of every byte."""
     manifest_digest: str
-    """Of names, shapes and dtypes."""
+    """Of names, shapes and dtypes, those of later parts included."""
+    parts_later: int = 0
+    """Parts that are not staged: each is sent, loaded and forgotten inside the commit."""
+    bytes_later: int = 0
+    tensors_later: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class CommitReport:
     """Checkpoint tensors that were handed to it."""
     seconds: dict[str, float]
     """By part: `merge`, `load`, ..."""
+    part_digests: tuple[str, ...] = ()
+    """Of every byte of each part that arrived inside the commit."""
 
 
 @dataclass(frozen=True)
@@ -63,22 +69,37 @@ class Readback:
 
 
 @dataclass(frozen=True)
+class Expected:
+    """What an engine has to hold once a version is loaded."""
+
+    digests: dict[str, str]
+    """Checkpoint name -> `payload.digest_of` the merged tensor in the engine's dtype."""
+    share_unchanged_bf16: float | None
+    """Share of the adapted weights that rounding to bfloat16 would give the base's own value; None where all
+    weights are trained."""
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A version that is ready to be sent."""
 
     offer: Offer
     seconds: dict[str, float]
     """`gather` and `pack`."""
+    expected: Expected | None = None
+    """Where it was found on the way: of merged weights that are staged whole."""
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What an engine has to hold once a version is loaded."""
+class Sent:
+    """What was sent inside a commit."""
 
-    digests: dict[str, str]
-    """Checkpoint name -> `payload.digest_of` the merged tensor in the engine's dtype."""
-    share_unchanged_bf16: float
-    """Share of the adapted weights that rounding to bfloat16 would give the base's own value."""
+    part_digests: tuple[str, ...]
+    """Of every byte of each part."""
+    unreached: dict[int, str]
+    """Engines that did not take all of it, and why."""
+    expected: Expected | None
+    """Of the whole version; None when it is sent again."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +228,16 @@ def objection_to_commit(version: int, report: CommitReport) -> str | None:
         return f"committed version {report.version}, not {version}"
     if report.bound != report.expected or not report.bound:
         return f"bound {report.bound} of {report.expected} tensors"
+    return None
+
+
+def objection_to_parts(sent: Sent, report: CommitReport) -> str | None:
+    """What is wrong with what arrived inside a commit, or None."""
+    if len(report.part_digests) != len(sent.part_digests):
+        return f"loaded {len(report.part_digests)} later parts, the trainer sent {len(sent.part_digests)}"
+    for i, (mine, theirs) in enumerate(zip(sent.part_digests, report.part_digests), 2):
+        if mine != theirs:
+            return f"loaded digest {theirs} as part {i}, the trainer sent {mine}"
     return None
 
 

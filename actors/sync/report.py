@@ -21,13 +21,15 @@ class SyncReport:
     """gather, pack, wire (until all had staged), load (until all had committed), verify."""
     probe: ProbeReport
     """Of the engine that is farthest from the trainer."""
-    share_unchanged_bf16: float
-    """Share of the adapted weights that rounding to bfloat16 would give the base's own value."""
+    share_unchanged_bf16: float | None
+    """Share of the adapted weights that rounding to bfloat16 would give the base's own value; None where all
+    weights are trained."""
     replaced: tuple[int, ...] = ()
     """Engines that were lost on the way and brought up again."""
 
     def metrics(self) -> dict[str, float]:
         """For a step's log line, in seconds and bytes."""
+        share = self.share_unchanged_bf16
         return {
             "sync/version": self.version,
             "sync/bytes": self.bytes,
@@ -35,7 +37,7 @@ class SyncReport:
             "sync/seconds": sum(self.seconds.values()),
             "sync/probe_p90": self.probe.relative_p90,
             "sync/probe_max": self.probe.max,
-            "sync/unchanged_bf16": self.share_unchanged_bf16,
+            **({} if share is None else {"sync/unchanged_bf16": share}),
         }
 
 

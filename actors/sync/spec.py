@@ -17,6 +17,10 @@ class SyncSpec(Spec):
 
     payload: Literal["adapter", "merged"] = "adapter"
     """What is sent: LoRA's A and B, merged by the engine into its untouched base, or merged weights."""
+    packed_buffer_size_bytes: int = Field(default=2**30, ge=1)
+    """Merged weights that are larger travel in parts of about this size, whole groups of a layer each: the
+    first is staged, the others are loaded as they come. Whoever fails after the first has to be replaced, and
+    neither side needs room for two models."""
     in_flight: Literal["wait", "keep"] = "wait"
     """What new weights do to samples that are being drawn for later steps (`staleness` above 0): `wait` until
     they are there, so that a run can be repeated, or `keep` them, so that they go on with the new weights."""

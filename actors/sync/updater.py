@@ -11,7 +11,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from actors.errors import InvariantViolation, RunFailure
-from actors.sync.channel import Backend, Channel
+from actors.sync.channel import Backend, Channel, Door
 from actors.sync.payload import Payload
 from actors.sync.protocol import NO_VERSION, CommitReport, Readback, StageAck, objection_to_version
 
@@ -39,6 +39,7 @@ class WeightUpdater:
     def __init__(self, llm: LLM, base: str) -> None:
         """`base`: directory of the checkpoint that the engine has loaded."""
         self._llm = llm
+        self._door: Door | None = None
         self._channel: Channel | None = None
         self._staged: Payload | None = None
         self._digests: dict[str, str] = {}
@@ -50,10 +51,21 @@ class WeightUpdater:
         for found in self._rpc("bound_elements"):
             self._elements.update(found)
 
-    def open_channel(self, address: str, timeout_s: float, backend: Backend = "gloo") -> None:
-        """Connect to the trainer that listens at `address`, in place of an earlier connection."""
+    def knock(self, address: str, timeout_s: float) -> None:
+        """Reach the trainer that listens at `address`; an earlier connection is dropped."""
         self.close()
-        self._channel = Channel.join(address, timeout_s, backend)
+        self._door = Door(address, timeout_s)
+
+    def open_channel(self, backend: Backend = "gloo") -> None:
+        """Connect to the trainer that was reached.
+
+        Raises:
+            RunFailure: none was, or it does not accept.
+        """
+        if self._door is None:
+            raise RunFailure("rollout", "sync", "no trainer was reached", "call knock first")
+        door, self._door = self._door, None
+        self._channel = door.enter(backend)
 
     def stage(self, version: int) -> StageAck:
         """Receive a version and keep it beside the served weights.
@@ -61,9 +73,7 @@ class WeightUpdater:
         Raises:
             RunFailure: the trainer is gone, or this can't be loaded; the engine serves on.
         """
-        if self._channel is None:
-            raise RunFailure("rollout", "stage", "no trainer is connected", "call open_channel first")
-        payload = self._channel.receive()
+        payload = self._received()
         if payload.manifest.version != version:
             raise RunFailure("rollout", "stage", f"got version {payload.manifest.version}, not {version}")
         return self.stage_payload(payload)
@@ -93,7 +103,7 @@ class WeightUpdater:
         self._rpc("discard_weights")
 
     def commit(self, version: int, keep: bool = False) -> CommitReport:
-        """Load the staged version in place of the served one.
+        """Load the staged version in place of the served one, and what was not staged of it as it comes.
 
         `keep`: samples may be in the middle of being drawn. They go on with the new weights; keys and values
         of what they have so far are computed again with these.
@@ -104,16 +114,22 @@ class WeightUpdater:
         self.refuse_lost("commit")
         if self._staged is None or self._staged.manifest.version != version:
             raise RunFailure("rollout", "commit", f"version {version} is not staged")
+        parts_later = len(self._staged.manifest.later)
+        # The engine's processes have it too, and drop it once it is loaded.
+        self._staged = None
         began = time.monotonic()
         try:
-            loaded = self._load(version, keep)
+            digests = self._load(version, parts_later)
+            loaded = self._finish(version, keep)
         except Exception as error:
             self.lost = f"{type(error).__name__} while committing version {version}: {error}"
+            # A trainer that still has parts to send need not wait for its deadline.
+            self.close()
             raise RunFailure("rollout", "commit", self.lost, "restart this engine") from error
-        self.version, self._staged = version, None
+        self.version = version
         seconds = {**loaded[0].seconds, "commit": time.monotonic() - began}
         bound, expected = (max(getattr(one, what) for one in loaded) for what in ("bound", "expected"))
-        return CommitReport(version, bound, expected, seconds)
+        return CommitReport(version, bound, expected, seconds, digests)
 
     def readback(self, version: int) -> Readback:
         """Digests of what the last commit bound, by checkpoint name.
@@ -133,14 +149,27 @@ class WeightUpdater:
 
     def close(self) -> None:
         """Drop the connection."""
+        self._door = None
         channel, self._channel = self._channel, None
         if channel is not None:
             channel.close()
 
-    def _load(self, version: int, keep: bool) -> list[Loaded]:
+    def _load(self, version: int, parts_later: int) -> tuple[str, ...]:
+        """Load what is staged, then part by part what was not; digests of these."""
+        info = {"update_info": {"version": version}}
+        self._llm.start_weight_update()
+        self._llm.update_weights(info)
+        digests = []
+        for _ in range(parts_later):
+            part = self._received()
+            digests.append(part.digest)
+            self._rpc("stage_later", part)
+            del part
+            self._llm.update_weights(info)
+        return tuple(digests)
+
+    def _finish(self, version: int, keep: bool) -> list[Loaded]:
         llm = self._llm
-        llm.start_weight_update()
-        llm.update_weights({"update_info": {"version": version}})
         llm.finish_weight_update(f"v{version}")
         # Keys and values of the old weights would be taken for the same prompts.
         if not llm.reset_prefix_cache(reset_running_requests=keep):
@@ -150,6 +179,11 @@ class WeightUpdater:
         if any(self._digests[name] != digest for one in loaded for name, digest in one.digests.items()):
             raise InvariantViolation("rollout", "commit", "the engine's processes hold different weights")
         return loaded
+
+    def _received(self) -> Payload:
+        if self._channel is None:
+            raise RunFailure("rollout", "stage", "no trainer is connected", "call open_channel first")
+        return self._channel.receive()
 
     def _refuse_unbound(self, changed: dict[str, int]) -> None:
         unbound = [name for name, size in changed.items() if self._elements[name] < size]

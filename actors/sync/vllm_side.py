@@ -32,7 +32,7 @@ from actors.errors import InvariantViolation, RunFailure
 from actors.routes import RouteCounter, moe_layers
 from actors.sync.bindings import record_bindings, without_reload_warnings
 from actors.sync.merger import BaseCheckpoint, Merger, Targets
-from actors.sync.payload import Payload
+from actors.sync.payload import Entry, Payload
 from actors.sync.readback import Reader
 from actors.sync.repack import refuse_padded_experts, repack_experts
 from actors.workarounds import worker as worker  # applies the architecture's workarounds in worker processes
@@ -67,13 +67,33 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Staged:
-    """A payload that can be loaded."""
+class Part:
+    """What one part of a version changes."""
 
-    payload: Payload
     targets: Targets
+    changed: frozenset[str]
+    """Checkpoint tensors."""
     modules: tuple[str, ...]
-    """What has to be reloaded, in the model's order."""
+    """What has to be reloaded for it, in the model's order."""
+
+
+@dataclass
+class Staged:
+    """A version that can be loaded, and the part of it that is here."""
+
+    version: int
+    parts: list[Part]
+    entries: tuple[tuple[Entry, ...], ...]
+    """Of each part, as announced."""
+    payload: Payload | None
+    """None once it is loaded."""
+    number: int = 0
+    """Of the part that is here, or was the last."""
+
+    @property
+    def modules(self) -> list[str]:
+        """Of all parts."""
+        return [path for part in self.parts for path in part.modules]
 
 
 class SyncTransferEngine(WeightTransferEngine):
@@ -108,15 +128,34 @@ class SyncTransferEngine(WeightTransferEngine):
         Raises:
             RunFailure: it names what the base lacks, shapes or a dtype that are others, or part of a group.
         """
-        targets = self._merger.targets(payload)
+        manifest = payload.manifest
+        entries = (manifest.entries, *manifest.later)
+        later = [{entry.name: {entry.name: entry.shape} for entry in part} for part in manifest.later]
+        parts = [self._part(targets) for targets in (self._merger.targets(payload), *later)]
+        if manifest.payload == "merged":
+            for part, of_part in zip(parts, entries):
+                self._refuse_other_dtype(of_part)
+                self._refuse_incomplete(part)
+        self._staged = Staged(manifest.version, parts, entries, payload)
+        return {name: self._shapes[name].numel() for part in parts for name in part.changed}
+
+    def stage_later(self, payload: Payload) -> None:
+        """Keep the next part of the version that is being loaded, in place of the one before.
+
+        Raises:
+            RunFailure: it is not what was announced.
+        """
+        staged = self._the_staged(payload.manifest.version)
+        number = staged.number + 1
+        if number >= len(staged.parts) or payload.manifest.entries != staged.entries[number]:
+            raise RunFailure("rollout", "commit", f"part {number + 1} has other tensors than was announced")
+        staged.payload, staged.number = payload, number
+
+    def _part(self, targets: Targets) -> Part:
         self._refuse_foreign(targets)
-        changed = {name for names in targets.values() for name in names}
+        changed = frozenset(name for names in targets.values() for name in names)
         modules = [path for path, names in self._bindings.items() if changed.intersection(names)]
-        if payload.manifest.payload == "merged":
-            self._refuse_other_dtype(payload)
-            self._refuse_incomplete(changed, modules)
-        self._staged = Staged(payload, targets, tuple(sorted(modules, key=self._order.__getitem__)))
-        return {name: self._shapes[name].numel() for name in changed}
+        return Part(targets, changed, tuple(sorted(modules, key=self._order.__getitem__)))
 
     def discard(self) -> None:
         """Forget what is staged."""
@@ -134,14 +173,18 @@ class SyncTransferEngine(WeightTransferEngine):
 
     def receive_weights(self, update_info: VersionInfo) -> None:
         """Merge and load, module by module: no more than one module is held twice."""
-        began = time.monotonic()
-        self.model.load_weights(self._merged(self._the_staged(update_info.version)))
-        self.loaded.seconds["load"] += time.monotonic() - began - self.loaded.seconds["merge"]
+        staged, seconds = self._the_staged(update_info.version), self.loaded.seconds
+        began, merging = time.monotonic(), seconds["merge"]
+        if staged.payload is None:
+            raise RunFailure("rollout", "commit", f"part {staged.number + 1} is loaded already")
+        self.model.load_weights(self._merged(staged.payload, staged.parts[staged.number]))
+        staged.payload = None
+        seconds["load"] += time.monotonic() - began - (seconds["merge"] - merging)
 
-    def _merged(self, staged: Staged) -> Iterator[tuple[str, torch.Tensor]]:
-        for path in staged.modules:
+    def _merged(self, payload: Payload, part: Part) -> Iterator[tuple[str, torch.Tensor]]:
+        for path in part.modules:
             began = time.monotonic()
-            tensors = self._merger.merged(staged.payload, list(self._bindings[path]), staged.targets)
+            tensors = self._merger.merged(payload, list(self._bindings[path]), part.targets)
             self.loaded.seconds["merge"] += time.monotonic() - began
             self.loaded.expected += len(tensors)
             self._reader.hand(tensors)
@@ -173,7 +216,7 @@ class SyncTransferEngine(WeightTransferEngine):
         self._staged = None
 
     def _the_staged(self, version: int) -> Staged:
-        if self._staged is None or self._staged.payload.manifest.version != version:
+        if self._staged is None or self._staged.version != version:
             raise RunFailure("rollout", "commit", f"version {version} is not staged")
         return self._staged
 
@@ -190,15 +233,15 @@ class SyncTransferEngine(WeightTransferEngine):
                 if tuple(there.shape) != shape:
                     raise refusal(f"{source} makes {name} {shape}, the base has {tuple(there.shape)}")
 
-    def _refuse_other_dtype(self, payload: Payload) -> None:
+    def _refuse_other_dtype(self, entries: tuple[Entry, ...]) -> None:
         own = str(self.model_config.dtype).removeprefix("torch.")
-        other = {entry.name: entry.dtype for entry in payload.manifest.entries if entry.dtype != own}
+        other = {entry.name: entry.dtype for entry in entries if entry.dtype != own}
         for name, dtype in other.items():
             raise refusal(f"{name} is {dtype}, the engine computes in {own}")
 
-    def _refuse_incomplete(self, changed: set[str], modules: list[str]) -> None:
-        for path in modules:
-            if missing := sorted(self._bindings[path].keys() - changed):
+    def _refuse_incomplete(self, part: Part) -> None:
+        for path in part.modules:
+            if missing := sorted(self._bindings[path].keys() - part.changed):
                 raise refusal(f"half a fused group: {path} also needs {', '.join(missing[:3])}")
 
 
@@ -217,6 +260,10 @@ class SyncWorkerExtension:
         """See `SyncTransferEngine.stage`."""
         changed: dict[str, int] = self.weight_transfer_engine.stage(payload)
         return changed
+
+    def stage_later(self, payload: Payload) -> None:
+        """See `SyncTransferEngine.stage_later`."""
+        self.weight_transfer_engine.stage_later(payload)
 
     def discard_weights(self) -> None:
         """See `SyncTransferEngine.discard`."""

@@ -23,8 +23,9 @@ from actors.errors import RunFailure
 from actors.group import ActorGroup
 from actors.pending import POLL_S, PendingOne
 from actors.sync import protocol, verify
-from actors.sync.engines import Engines, load_base
-from actors.sync.protocol import NO_VERSION, Event, Expected, Failure, Offer, Prepared, State
+from actors.sync.engines import load_base
+from actors.sync.phases import Phases
+from actors.sync.protocol import NO_VERSION, Event, Expected, Failure, Offer, Prepared, Sent, State
 from actors.sync.report import Stopwatch, SyncReport
 from actors.sync.spec import Backend, SyncSpec
 from actors.sync.verify import ProbeReport
@@ -45,7 +46,7 @@ class Truth:
     """The same of the version before."""
 
 
-class WeightSync(Engines):
+class WeightSync(Phases):
     """The policy's weights in all engines of a group, version by version."""
 
     def __init__(
@@ -62,12 +63,11 @@ class WeightSync(Engines):
         """`base_dir`: the bare base, as engines load it; `role`: the adapter that is sent; `probes`: token
         ids, at least two each, of which the last `spec.probe_tokens` are compared; `loading`: of `load_base`,
         where it was called already."""
-        super().__init__(policy, rollout, base_dir, backend)
+        super().__init__(policy, rollout, base_dir, backend, keeps=spec.in_flight == "keep")
         self.spec, self.role = spec, role
         self._probes = [list(map(int, probe)) for probe in probes]
         self._starts = [max(1, len(probe) - spec.probe_tokens) for probe in self._probes]
         self._loading = loading
-        self._keeps = spec.in_flight == "keep"
         self.bring_back: Callable[[int], None] | None = None
         """Has a lost engine replaced and restored, and waits for it; set where samples stay in flight."""
         self._one_at_a_time = threading.RLock()
@@ -124,15 +124,22 @@ class WeightSync(Engines):
         replaced = self._replace_lost()
         # Every rank: a sharded policy's weights are gathered from all; the first one answers.
         prepared: Prepared = self.policy.call(
-            "weight_source.prepare", version, self.role, self.spec.payload, self._dtype, phase="sync"
+            "weight_source.prepare",
+            version,
+            self.role,
+            self.spec.payload,
+            self._dtype,
+            self.spec.packed_buffer_size_bytes,
+            phase="sync",
         )[0]
         watch = Stopwatch(dict(prepared.seconds))
         replaced += self._stage_everywhere(prepared.offer)
         watch.part("wire")
-        asked = self._ask_truth(prepared.offer)
-        committed = self._commit(self._taking_part(), version)
+        loading = self._begin_commit(self._taking_part(), prepared.offer)
+        asked = self._ask_truth(prepared)
+        committed, sent = self._end_commit(loading)
         watch.part("load")
-        truth = asked()
+        truth = asked(sent)
         self._verify(committed, truth)
         lost = [rank for rank in self.engines if self.engines[rank].version != version]
         if not self._keeps:
@@ -185,49 +192,21 @@ class WeightSync(Engines):
         reason = f"engines {replaced} died while they staged version {offer.version}, replaced each time"
         raise RunFailure("rollout", "sync", reason, self.rollout.next_step)
 
-    def _stage(self, ranks: list[int], offer: Offer) -> protocol.Decision:
-        """Send to these engines; where not all staged, those that did forget it again."""
-        asked = {rank: self._ask(rank, "stage", offer.version) for rank in ranks}
-        unreached = self.policy.call_rank(0, "weight_source.send", ranks, phase="sync")
-        answers = self._answers(asked)
-        for rank, reason in unreached.items():
-            # Whatever it says itself: without a connection it has to be brought up again.
-            answers[rank] = Failure(reason, died=True)
-        decision = protocol.decide(offer, answers)
-        for rank in ranks:
-            if decision.commit:
-                self._mark(rank, Event.ACKNOWLEDGED)
-        self._answers({rank: self._ask(rank, "discard", offer.version) for rank in decision.discard})
-        return decision
-
-    def _commit(self, ranks: list[int], version: int) -> list[int]:
-        """Let engines load what they staged; those that did. The others are lost.
-
-        Raises:
-            InvariantViolation: not all that was handed over found its place in the engine.
-        """
-        how = (version, True) if self._keeps else (version,)
-        answers = self._answers({rank: self._ask(rank, "commit", *how) for rank in ranks})
-        for rank, answer in answers.items():
-            if isinstance(answer, Failure):
-                self._mark(rank, Event.FAILED, answer.reason)
-                if self._keeps and not answer.died:
-                    raise RunFailure(
-                        self.rollout.who(rank), "sync", answer.reason, self.rollout.next_of(rank)
-                    )
-                continue
-            self._mark(rank, Event.COMMITTED)
-            wrong = protocol.objection_to_commit(version, answer)
-            if wrong is not None:
-                raise self._lose(rank, version, wrong)
-        return [rank for rank in ranks if self.engines[rank].state is State.COMMITTED]
-
-    def _ask_truth(self, offer: Offer) -> Callable[[], Truth]:
-        """What the trainer says that this version is; computed while the engines load it."""
-        expected = self.policy.submit("weight_source.expected", self.role, self._dtype, phase="sync")
+    def _ask_truth(self, prepared: Prepared) -> Callable[[Sent | None], Truth]:
+        """What the trainer says that this version is; what it did not find out while it merged and sent is
+        computed while the engines load."""
+        asked = None
+        if prepared.expected is None and not prepared.offer.parts_later:
+            asked = self.policy.submit("weight_source.expected", self.role, self._dtype, phase="sync")
         logps = self._trainer_logps(self.role)
         previous = None if self._truth is None else self._truth.logps
-        return lambda: Truth(offer, expected.result()[0], logps(), previous)
+
+        def truth(sent: Sent | None) -> Truth:
+            known = prepared.expected if sent is None else sent.expected
+            expected: Expected = known if asked is None else asked.result()[0]  # type: ignore[assignment]
+            return Truth(prepared.offer, expected, logps(), previous)
+
+        return truth
 
     def _trainer_logps(self, role: str | None) -> Callable[[], list[np.ndarray]]:
         """The trainer's log-probabilities of each probe's tokens; asked for at once."""
@@ -263,7 +242,7 @@ class WeightSync(Engines):
         if wrong is not None:
             raise self._lose(rank, truth.offer.version, wrong, truth.offer)
         report = verify.compare_probes(scored, truth.logps, truth.previous, self._base)
-        unchanged = truth.expected.share_unchanged_bf16
+        unchanged = truth.expected.share_unchanged_bf16 or 0.0
         wrong = verify.objection_to_probes(report, self._dtype, self.spec.tolerance, unchanged)
         if wrong is not None:
             raise self._lose(rank, truth.offer.version, wrong, truth.offer)
@@ -291,7 +270,8 @@ class WeightSync(Engines):
         decision = self._stage([rank], offer)
         if decision.refusals:
             raise self._violation(self.rollout.who(rank), offer.version, "; ".join(decision.refusals), offer)
-        self._verify(self._commit([rank], offer.version) if decision.commit else [], truth)
+        if decision.commit:
+            self._verify(self._end_commit(self._begin_commit([rank], offer))[0], truth)
         if self.engines[rank].version != offer.version:
             again = self.engines[rank].reason or "its process died while it staged"
             reason = f"it was replaced, and lost again on its way to version {offer.version}: {again}"
@@ -303,8 +283,8 @@ class WeightSync(Engines):
         return SyncReport(
             version=offer.version,
             payload=self.spec.payload,
-            bytes=offer.bytes,
-            tensors=offer.tensors,
+            bytes=offer.bytes + offer.bytes_later,
+            tensors=offer.tensors + offer.tensors_later,
             digest=offer.digest,
             seconds=seconds,
             probe=max(probes, key=lambda probe: probe.mean),

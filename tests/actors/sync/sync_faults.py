@@ -28,6 +28,8 @@ from actors.sync.weight_sync import WeightSync
 PROBES = [[(7 * i + 3 * p) % 200 + 20 for i in range(40)] for p in range(4)]
 Q, K, O = (f"model.layers.1.self_attn.{name}_proj.weight" for name in "qko")  # noqa: E741
 
+PARTS, PART_BYTES = "parts", 2**20
+
 Tamper = Callable[[Payload], Payload]
 
 
@@ -49,8 +51,10 @@ def started(base: Path, logs: Path, engines: int) -> tuple[ActorGroup, ActorGrou
 
 
 def connected(base: Path, policy: ActorGroup, rollout: ActorGroup, payload: str = "adapter") -> WeightSync:
-    """A sync whose engines hold the base, after a first, faultless version 0."""
-    spec = SyncSpec(payload=payload)  # type: ignore[arg-type]
+    """A sync whose engines hold the base, after a first, faultless version 0. `PARTS`: `merged`, in parts."""
+    size = PART_BYTES if payload == PARTS else SyncSpec().packed_buffer_size_bytes
+    kind = "merged" if payload == PARTS else payload
+    spec = SyncSpec(payload=kind, packed_buffer_size_bytes=size)  # type: ignore[arg-type]
     sync = WeightSync(policy, rollout, spec, str(base), "policy", PROBES)
     sync.connect()
     policy.call("nudge", 0)

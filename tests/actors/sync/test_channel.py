@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from actors.errors import RunFailure
-from actors.sync.channel import CHUNK_BYTES, Channel, Listener
+from actors.sync import channel
+from actors.sync.channel import CHUNK_BYTES, Channel, Door, Listener
 from actors.sync.payload import Payload, pack_merged
 
 TIMEOUT_S = 5.0
@@ -27,7 +28,7 @@ def _loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 def connected(timeout_s: float = TIMEOUT_S) -> tuple[Channel, Channel]:
     listener = Listener("127.0.0.1", timeout_s)
     with ThreadPoolExecutor(1) as pool:
-        joining = pool.submit(Channel.join, listener.address, timeout_s)
+        joining = pool.submit(lambda: Door(listener.address, timeout_s).enter())
         trainer = listener.accept("engine 0")
         return trainer, joining.result()
 
@@ -72,7 +73,7 @@ def test_nobody_listening_is_said_within_the_deadline() -> None:
     del listener
     began = time.monotonic()
     with pytest.raises(RunFailure, match="nobody listens at 127"):
-        Channel.join(address, 1.0)
+        Door(address, 1.0)
     assert time.monotonic() - began < 10
 
 
@@ -81,6 +82,28 @@ def test_an_engine_that_never_comes_is_said_within_the_deadline() -> None:
     with pytest.raises(RunFailure, match=r"channel to engine 3 failed in phase 'sync': connect failed"):
         Listener("127.0.0.1", 1.0).accept("engine 3")
     assert time.monotonic() - began < 10
+
+
+def test_an_engine_that_dies_between_knocking_and_joining_costs_little_whatever_the_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(channel, "JOIN_S", 0.3)
+    listener = Listener("127.0.0.1", 600.0)
+    Door(listener.address, 600.0)
+    began = time.monotonic()
+    with pytest.raises(RunFailure, match="connect failed"):
+        listener.accept("engine 0")
+    assert time.monotonic() - began < 10
+
+
+def test_a_payload_may_take_longer_than_the_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "JOIN_S", 0.3)
+    trainer, engine = connected()
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(trainer.send, payload())
+        time.sleep(0.6)
+        assert engine.receive().digest == payload().digest
+        sending.result()
 
 
 @pytest.mark.parametrize("operation", ["send", "receive"])
@@ -109,7 +132,7 @@ def test_a_peer_that_is_killed_between_two_chunks_is_noticed_at_once() -> None:
 
 
 def take_the_header_and_die(address: str) -> None:
-    channel = Channel.join(address, 60.0)
+    joined = Door(address, 60.0).enter()
     threading.Timer(0.5, os._exit, (9,)).start()
-    channel._move(torch.empty(2, dtype=torch.int64), "recv")
+    joined._move(torch.empty(2, dtype=torch.int64), "recv")
     time.sleep(60)

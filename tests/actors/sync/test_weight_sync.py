@@ -16,7 +16,7 @@ from actors.group import ActorGroup
 from actors.sampling import SamplingSpec
 from actors.sync.protocol import State
 from actors.sync.weight_sync import WeightSync
-from tests.actors.sync.sync_faults import PROBES, connected, started
+from tests.actors.sync.sync_faults import PARTS, PROBES, connected, started
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 
@@ -56,7 +56,7 @@ def clean_log(sync: WeightSync) -> None:
     sync.rollout.call("forget_log")
 
 
-@pytest.mark.parametrize("payload", ["merged", "adapter"])
+@pytest.mark.parametrize("payload", [PARTS, "merged", "adapter"])
 def test_every_push_brings_both_engines_to_the_trainers_weights(
     groups: tuple[ActorGroup, ActorGroup], tiny_base: Path, payload: str
 ) -> None:
@@ -67,11 +67,11 @@ def test_every_push_brings_both_engines_to_the_trainers_weights(
         report = sync.push(version)
         assert before > 1e-2 > 1e-4 > max(apart(sync, rank) for rank in (0, 1))
         assert served(sync) == [version, version]
-        assert (report.version, report.payload, report.replaced) == (version, payload, ())
+        assert (report.version, report.payload, report.replaced) == (version, sync.spec.payload, ())
         assert report.probe.arrived == pytest.approx(1, abs=1e-3)
     assert list(report.seconds) == ["gather", "pack", "wire", "load", "verify"]
     assert all(seconds > 0 for seconds in report.seconds.values())
-    assert report.tensors == {"adapter": 24, "merged": 56}[payload]
+    assert report.tensors == {"adapter": 24, "merged": 56, PARTS: 56}[payload]
     assert 0 < report.share_unchanged_bf16 < 0.5
     assert report.metrics()["sync/seconds"] == pytest.approx(sum(report.seconds.values()))
     assert {f"sync/{key}" for key in ("version", "bytes", *report.seconds)} < set(report.metrics())

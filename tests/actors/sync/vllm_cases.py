@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -213,8 +214,8 @@ class BreakingEngine(RolloutEngine):
         real = engine.receive_weights
 
         def break_off(self: Any, update_info: Any) -> None:
-            staged = self._staged
-            self._staged = vllm_side.Staged(staged.payload, staged.targets, staged.modules[:1])
+            parts = self._staged.parts
+            parts[0] = dataclasses.replace(parts[0], modules=parts[0].modules[:1])
             real(self, update_info)
             raise OSError("no space left on device")
 
