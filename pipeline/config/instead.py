@@ -184,6 +184,7 @@ INSTEAD: dict[str, str] = {
     "positive_weight": "write `desirable_weight: {value}`",
     "negative_weight": "write `undesirable_weight: {value}`",
     "shuffle_dataset": "write `shuffle: {value}`",
+    "train_sampling_strategy": "write `shuffle: true` or false; packing puts rows of similar length together",
     "log_completions": _SAMPLES,
     "num_sample_generations": _SAMPLES,
     "model_init_kwargs": "write what it holds under `model`: dtype, attn_implementation, trust_remote_code",
