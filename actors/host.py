@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -61,7 +61,8 @@ class ModelHost(HostTraining, HostScoring, HostFiles):
         packing = self._packing(spec.packing)
         self.ranks = Ranks(rank, world_size, init_method, timeout_s, spec.device)
         sharded = spec.sharding != "none" and world_size > 1
-        self.base = load_base(spec.model, spec.device, spec.seed, shards=world_size if sharded else 1)
+        split: Literal["layers", "experts"] = "experts" if spec.sharding == "experts" else "layers"
+        self.base = load_base(spec.model, spec.device, spec.seed, world_size if sharded else 1, split)
         self.config = self.base.config
         self.base.requires_grad_(False)
         self.model: Any = self.base

@@ -46,7 +46,9 @@ class HostTraining(HostScoring):
                     "a base with adapters on it can't be trained as a whole: set model.lora: null"
                 )
             if self.spec.sharding == "base":
-                raise UserError("sharding: base is for a frozen base; with model.lora: null set it to full")
+                raise UserError(
+                    "sharding: base is for a frozen base; with model.lora: null set it to full or experts"
+                )
             for name, parameter in self.base.named_parameters():
                 parameter.requires_grad_(not name.endswith(self.architecture.untrained))
             if self.sharded:

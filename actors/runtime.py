@@ -16,9 +16,10 @@ Phase = Literal[
 ]
 """What an actor is being asked to do; each has its deadline in `LimitsSpec`."""
 
-Sharding = Literal["none", "base", "full"]
+Sharding = Literal["none", "base", "full", "experts"]
 """`none`: every rank holds all weights. `base`: the frozen base is split by torch's `fully_shard` (FSDP2),
-gathered a layer at a time; adapters stay whole. `full`: all is split, gradients and optimizer too."""
+gathered a layer at a time; adapters stay whole. `full`: all is split, gradients and optimizer too. `experts`:
+each rank holds some experts of every layer, and tokens travel to them; the rest is whole on every rank."""
 
 
 class RoleSpec(Spec):
@@ -37,8 +38,8 @@ class RoleSpec(Spec):
     placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
     """How Ray lays the processes over nodes: together, or apart; `strict_` makes it a condition."""
     sharding: Sharding = "none"
-    """What the `workers` of a host split among them: nothing, the frozen `base`, or everything (`full`,
-    FSDP2). Without an effect on one worker; rollout engines know nothing of it."""
+    """What the `workers` of a host split among them: nothing, the frozen `base`, everything (`full`, FSDP2),
+    or the `experts`. Without an effect on one worker; rollout engines know nothing of it."""
     share: str | None = None
     """Be a view of that role's host (no processes, no second base in memory). Excludes the others."""
 

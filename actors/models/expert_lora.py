@@ -27,6 +27,8 @@ from transformers.integrations.moe import (
 from actors.errors import UserError
 from actors.models.grouped import LowRank, Routes, expert_mlp
 from actors.models.lora_linear import wrap_linears
+from actors.models.sharding import is_sharded, own_rows
+from actors.models.travel import OwnExperts, Travel
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -36,6 +38,7 @@ BESIDE = "grouped_mm_lora_beside"
 """Name of the experts implementation registered with transformers."""
 _FACTORS = "_raylign_lora_factors"
 _WANTED = "_raylign_wanted_tokens"
+_SPLIT = "_raylign_experts_are_split"
 
 Factors = list[tuple[torch.Tensor, torch.Tensor, float]]
 """Per active adapter: A (experts, r, in), B (experts, out, r), scaling."""
@@ -45,7 +48,8 @@ def select(peft: PeftModel, impl: str) -> str:
     """Make expert LoRA run `beside` or in `peft`'s way; `auto` decides. Returns the choice.
 
     Raises:
-        UserError: `beside` was asked for with another experts implementation than grouped_mm.
+        UserError: `beside` was asked for with another experts implementation than grouped_mm, or `peft` for
+            experts that are split among ranks.
     """
     wrap_linears(peft)
     base = peft.get_base_model()
@@ -53,6 +57,12 @@ def select(peft: PeftModel, impl: str) -> str:
     stacks = [m for m in peft.modules() if isinstance(m, ParamWrapper) and m.num_experts > 1]
     if not stacks:
         return "peft"
+    split = is_split(base)
+    if impl == "peft" and split:
+        raise UserError(
+            "model.lora.expert_impl: 'peft' computes with all experts of a layer, which no rank has under "
+            "sharding: experts; set it to auto"
+        )
     if impl == "peft":
         if now == BESIDE:
             base.set_experts_implementation("grouped_mm")
@@ -63,7 +73,7 @@ def select(peft: PeftModel, impl: str) -> str:
                 f"model.lora.expert_impl: 'beside' needs moe.experts_implementation: grouped_mm, not '{now}'"
             )
         return "peft"
-    if impl == "auto" and not beside_is_faster(stacks[0].get_param()):
+    if impl == "auto" and not split and not beside_is_faster(stacks[0].get_param()):
         return select(peft, "peft")
     base.set_experts_implementation(BESIDE)
     wrap_experts(peft)
@@ -78,6 +88,17 @@ def use_fused(model: PreTrainedModel) -> None:
         return
     if model.device.type == "cpu" and model.dtype == torch.float32:
         model.set_experts_implementation(BESIDE)
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether each rank holds some experts of each layer, and tokens travel (`sharding: experts`)."""
+    return getattr(model, _SPLIT, False)
+
+
+def travel_to_experts(model: PreTrainedModel) -> None:
+    """Let tokens travel to the experts of `model`, which are split among ranks."""
+    model.set_experts_implementation(BESIDE)
+    setattr(model, _SPLIT, True)
 
 
 def beside_is_faster(experts: torch.Tensor) -> bool:
@@ -123,8 +144,10 @@ class _BesideParamWrapper(ParamWrapper):
         # PEFT's layouts: A (experts * r, in) with the expert slowest, B (out, r * experts) with it fastest.
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         dtype = self.get_param().dtype
-        stacked_a = a.reshape(self.num_experts, -1, a.shape[-1]).to(dtype)
-        stacked_b = b.reshape(b.shape[0], -1, self.num_experts).permute(2, 0, 1).contiguous().to(dtype)
+        own = own_rows(self.get_param()) or slice(None)
+        stacked_a = a.reshape(self.num_experts, -1, a.shape[-1])[own].to(dtype)
+        stacked_b = b.reshape(b.shape[0], -1, self.num_experts)[..., own].permute(2, 0, 1)
+        stacked_b = stacked_b.contiguous().to(dtype)
         # grouped_mm refuses rows that are no multiple of 16 bytes: fill the rank up with zeros.
         if fill := -stacked_a.shape[1] % (16 // dtype.itemsize):
             stacked_a, stacked_b = pad(stacked_a, (0, 0, 0, fill)), pad(stacked_b, (0, fill))
@@ -145,12 +168,56 @@ def _experts_forward(
     `grouped_mm_experts_forward`, to which it hands over without LoRA.
     """
     factors: dict[str, Factors] = self.__dict__.get(_FACTORS) or {}
+    if is_sharded(self.down_proj):
+        return _over_ranks(self, hidden_states, top_k_index, top_k_weights, factors)
     if _runs_fused(self, hidden_states, top_k_weights, factors):
-        return _fused_forward(self, hidden_states, top_k_index, top_k_weights, factors)
+        routes = Routes.of(top_k_index, self.num_experts, self.__dict__.get(_WANTED))
+        return _fused_forward(self, hidden_states, top_k_weights, routes, factors)
+    return _grouped_forward(self, hidden_states, top_k_index, top_k_weights, factors)
+
+
+def _over_ranks(
+    self: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    factors: dict[str, Factors],
+) -> torch.Tensor:
+    """The same with the experts of all ranks, each of which has tokens of its own. Collective."""
+    group = self.down_proj.device_mesh.get_group()
+    travel = Travel.of(top_k_index, self.num_experts, group, self.__dict__.get(_WANTED))
+    rows, weights = travel.out(hidden_states, top_k_weights)
+    own: Any = OwnExperts(self)
+    if _runs_fused(self, rows, weights, factors):
+        routes = Routes.of_some(travel.experts, own.num_experts)
+        return travel.back(_fused_forward(own, rows, weights, routes, factors))
+    # One choice after the other: within a choice each token is there once, so that sums have one order.
+    choice, token = (travel.experts.t() >= 0).nonzero(as_tuple=True)
+    expert, weight = travel.experts[token, choice][:, None], weights[token, choice][:, None]
+    if len(token):
+        found = _grouped_forward(own, rows[token], expert, weight, factors)
+    else:
+        # No token came. A row of zeros keeps all that wants a gradient, and so the way back, in the graph.
+        nothing, no_weight = rows.sum(0, keepdim=True), weights.sum().reshape(1, 1)
+        found = _grouped_forward(own, nothing, choice.new_zeros((1, 1)), no_weight, factors)[:0]
+    sizes = torch.bincount(choice, minlength=weights.shape[1]).tolist()
+    mixed = torch.zeros_like(rows, dtype=torch.promote_types(rows.dtype, torch.float32))
+    for at, part in zip(token.split(sizes), found.split(sizes), strict=True):
+        mixed.index_add_(0, at, part.to(mixed.dtype))
+    return travel.back(mixed.to(rows.dtype)).to(hidden_states.dtype)
+
+
+def _grouped_forward(
+    self: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    factors: dict[str, Factors],
+) -> torch.Tensor:
     if not factors:
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     if self._is_expert_parallel:
-        raise NotImplementedError("expert LoRA beside the product does not run expert-parallel")
+        raise NotImplementedError("expert LoRA beside the product does not run by transformers' expert plan")
     n_tokens, k = top_k_index.shape
     experts, order = torch.sort(top_k_index.reshape(-1))
     counted = experts.float() if experts.device.type in ("cpu", "mps") else experts.int()
@@ -193,12 +260,11 @@ def _runs_fused(
 def _fused_forward(
     self: Any,
     hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
+    routes: Routes,
     factors: dict[str, Factors],
 ) -> torch.Tensor:
     """The same without LoRA too: a reference whose adapter is off then equals its policy to the bit."""
-    routes = Routes.of(top_k_index, self.num_experts, self.__dict__.get(_WANTED))
     beside = [LowRank(*factors[n][0]) if n in factors else None for n in ("gate_up_proj", "down_proj")]
     return expert_mlp(hidden_states, top_k_weights, self.gate_up_proj, self.down_proj, routes, *beside)
 

@@ -31,18 +31,23 @@ class LowRank(NamedTuple):
 
 @dataclass(frozen=True)
 class Routes:
-    """Which expert each of M tokens' k choices goes to; S = M * k rows stand sorted by expert."""
+    """Which expert each of M tokens' k choices goes to; S rows, one for each choice, stand sorted by expert.
+
+    S is M * k, or less where some choices are of experts that other ranks hold.
+    """
 
     token: Tensor
     """int64 (S,): the token (of all N) that a sorted row belongs to."""
     order: Tensor
     """int64 (S,): the choice (token * k + place, of the M) that a sorted row is."""
     back: Tensor
-    """int64 (M, k): where each choice stands among the sorted rows."""
+    """int64 (M, k): where each choice stands among the sorted rows; 0 for those of other ranks."""
     spans: list[tuple[int, int]]
     """First row and end of each expert's."""
     wanted: Tensor | None
     """int64 (M,): tokens that are computed; None: all N."""
+    here: Tensor | None = None
+    """float32 (M, k): 0 for choices of other ranks, 1 for the others; None: there are no others' ones."""
 
     @staticmethod
     def of(top_k_index: Tensor, n_experts: int, wanted: Tensor | None = None) -> Routes:
@@ -61,13 +66,32 @@ class Routes:
             wanted,
         )
 
+    @staticmethod
+    def of_some(top_k_index: Tensor, n_experts: int) -> Routes:
+        """The same where -1 stands for an expert of another rank."""
+        k = top_k_index.shape[1]
+        flat = top_k_index.reshape(-1)
+        elsewhere = int((flat < 0).sum())
+        order = torch.sort(flat).indices[elsewhere:]
+        back = torch.zeros_like(flat)
+        back[order] = torch.arange(len(order), device=flat.device)
+        ends = torch.bincount(flat[order], minlength=n_experts).cumsum(0).tolist()
+        here = (top_k_index >= 0).float()
+        return Routes(order // k, order, back.view(-1, k), list(zip([0, *ends], ends)), None, here)
+
     def by_size(self) -> list[int]:
         """Experts that have rows, the largest first: threads then end at nearly the same time."""
         sizes = [end - first for first, end in self.spans]
         return sorted((e for e, size in enumerate(sizes) if size), key=lambda e: -sizes[e])
 
     def added_up(self, rows: Tensor, weights: Tensor | None, n_tokens: int) -> Tensor:
-        """(S, H) sorted rows -> (N, H): each token's rows, weighted by (M, k) weights, added up."""
+        """(S, H) sorted rows -> (N, H): each token's rows, weighted by (M, k) weights, added up.
+
+        Weights of choices of other ranks have to be zero.
+        """
+        if not len(rows):
+            return rows.new_zeros((n_tokens, rows.shape[1]))
+        weights = self.here if weights is None else weights
         total = embedding_bag(self.back, rows, per_sample_weights=weights, mode="sum")
         return total if self.wanted is None else _placed(total, self.wanted, n_tokens)
 
@@ -182,7 +206,7 @@ class _ExpertMlp(torch.autograd.Function):
         d_hidden = None if dx is None else routes.added_up(dx, None, len(hidden))
         d_weights = None
         if ctx.needs_input_grad[1]:
-            d_weights = dw.index_select(0, routes.back.view(-1)).view_as(routes.back)
+            d_weights = _by_choice(dw, routes)
             if routes.wanted is not None:
                 d_weights = _placed(d_weights, routes.wanted, len(weights))
         return d_hidden, d_weights, None, None, *by_factor, None, None
@@ -212,6 +236,14 @@ def _picked_weights(weights: Tensor, routes: Routes) -> Tensor:
     """(N, k) -> (S,): each sorted row's."""
     kept = weights if routes.wanted is None else weights.index_select(0, routes.wanted)
     return kept.reshape(-1).index_select(0, routes.order)
+
+
+def _by_choice(by_row: Tensor, routes: Routes) -> Tensor:
+    """(S,) -> (M, k); zero for choices of other ranks."""
+    if not len(by_row):
+        return by_row.new_zeros(routes.back.shape)
+    found = by_row.index_select(0, routes.back.view(-1)).view_as(routes.back)
+    return found if routes.here is None else found.mul_(routes.here)
 
 
 def _placed(rows: Tensor, at: Tensor, n: int) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from actors.errors import UserError
 from actors.models.architectures import (
@@ -123,13 +123,18 @@ def _tokenizer_class(place: str) -> Any:
 
 
 def load_base(
-    spec: ModelSpec, device: str | torch.device = "cpu", seed: int = 0, shards: int = 1
+    spec: ModelSpec,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    shards: int = 1,
+    split: Literal["layers", "experts"] = "layers",
 ) -> PreTrainedModel:
     """The base model in evaluation mode, without cache and without router logits in its outputs.
 
     With `spec.random_init` its weights are drawn from `seed`. An adapter named by `spec.base` is not
     applied: see `resolve_base(...).adapter_path` and `actors.models.adapters`. With `shards` above 1, the
-    ranks of the process group, each reads and holds only its slices (`actors.models.sharding`).
+    ranks of the process group, each reads and holds only its slices: of all weights, gathered by layers
+    (`actors.models.sharding`), or of stacks of experts alone (`actors.models.expert_parallel`).
 
     Raises:
         UserError: the base can't be found, is no causal LM, or is an architecture without a row.
@@ -157,11 +162,15 @@ def load_base(
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(resolved.config, **how)
         model.config._name_or_path = resolved.base_path
-        model = shard_loaded(model, shards) if shards > 1 else model
+        if shards > 1:
+            model = _split_experts(model, device) if split == "experts" else shard_loaded(model, shards)
     else:
         try:
             with no_progress_bars():
-                model = load_weights(AutoModelForCausalLM, resolved.base_path, shards, how)
+                if shards > 1 and split == "experts":
+                    model = _load_split_experts(resolved, device, how)
+                else:
+                    model = load_weights(AutoModelForCausalLM, resolved.base_path, shards, how)
         except (OSError, SafetensorError) as error:
             problem = f"model.base: '{resolved.base_path}' did not load: {_first_line(error)}"
             raise UserError(problem) from error
@@ -170,6 +179,22 @@ def load_base(
     model.config.output_router_logits = False
     make_routing_deterministic(model)
     return (model if shards > 1 else model.to(device)).eval()
+
+
+def _load_split_experts(
+    resolved: ResolvedBase, device: str | torch.device, how: dict[str, Any]
+) -> PreTrainedModel:
+    from actors.models.expert_parallel import load_split_experts
+    from actors.models.targets import meta_model
+
+    assert resolved.config is not None
+    return load_split_experts(type(meta_model(resolved.config)), resolved.base_path, device, how)
+
+
+def _split_experts(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
+    from actors.models.expert_parallel import split_experts
+
+    return split_experts(model, device)
 
 
 @contextmanager
