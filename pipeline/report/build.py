@@ -5,24 +5,23 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.progress import MARKS, duration
+from pipeline.report.evals import eval_tables, headline
 from pipeline.report.figure import Drawing, file_name
 from pipeline.report.heatmaps import draw_heatmaps
 from pipeline.report.memory import memory_bars
-from pipeline.report.paired import paired_difference
 from pipeline.report.panels import charts, format_value
 from pipeline.report.plots import draw_chart
+from pipeline.report.reading import read_run
 from pipeline.report.samples import Side, StepSamples, samples_by_step, side_by_side, stage_samples
 from pipeline.report.series import Series
-from pipeline.report.stage_graph import artifact_text, interval_text, is_share, score_text, stage_graph
-from pipeline.report.timeline import Waiting, chrome_trace, detail_window, online_window, waiting
-from pipeline.report.timeline_plot import draw_timeline
-from pipeline.report.view import EvalRow, RunView, StageView, read_run
+from pipeline.report.stage_graph import artifact_text, stage_graph
+from pipeline.report.timeline import chrome_trace
+from pipeline.report.times import time_bars, timeline
+from pipeline.report.view import RunView, StageView
 
 HERE = Path(__file__).parent
 
@@ -44,51 +43,6 @@ class StageSection:
     samples: Side | None
     by_step: list[StepSamples]
     """Samples of a stage that generates while it trains; `samples` is None then."""
-
-
-@dataclass(frozen=True)
-class EvalLine:
-    """One line of the evaluation table; `left`, `low`, `high` are percent of the drawing's width."""
-
-    row: EvalRow
-    text: str
-    interval: str
-    change: str
-    verdict: str
-    """better, worse or even against the line above, on the same prompts; empty where unknown."""
-    left: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class EvalTable:
-    """Models with the same metric. `of`: what was scored, prompts or pairs."""
-
-    metric: str
-    of: str
-    lines: list[EvalLine]
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """What the processes did, drawn whole and in detail, and for whom each waited."""
-
-    drawings: list[Drawing]
-    waits: list[tuple[str, str, str]]
-    """Process, share of its time at work, and for whom it waited in the rest, as texts."""
-    window: str
-    """Which time the shares are of."""
-
-
-@dataclass(frozen=True)
-class TimeBar:
-    """One cause of waiting: seconds, and percent of the longest."""
-
-    label: str
-    kind: str
-    text: str
-    percent: float
 
 
 def build_report(run_dir: Path | str) -> Path:
@@ -128,7 +82,7 @@ def render(run: RunView, plots_dir: Path) -> str:
     return environment.get_template("template.html").render(
         run=run,
         css=(HERE / "style.css").read_text(encoding="utf-8"),
-        headline=headline(run),
+        headline=headline(run.evals),
         facts=headline_facts(run),
         graph=stage_graph(run),
         sections=[stage_section(stage, plots_dir) for stage in run.stages if has_content(stage)],
@@ -145,27 +99,6 @@ def has_content(stage: StageView) -> bool:
     """Whether there is anything to show of a stage beyond its box in the graph."""
     drawn = stage.series or stage.router_load or stage.routing
     return bool(drawn or stage.samples or stage.metrics or stage.error)
-
-
-def headline(run: RunView) -> str:
-    """The result in one line: the figure of each model of the main table, in order."""
-    rows = next(iter(by_metric(run.evals).values()), [])
-    if not rows:
-        return ""
-    return f"{metric_name(rows[0].metric)}: " + " → ".join(f"{row.model} {score_text(row)}" for row in rows)
-
-
-def by_metric(rows: Sequence[EvalRow]) -> dict[str, list[EvalRow]]:
-    """Evaluations that can be compared, together; those of reward models last."""
-    found: dict[str, list[EvalRow]] = {}
-    for row in sorted(rows, key=lambda row: row.of_pairs):
-        found.setdefault(row.metric, []).append(row)
-    return found
-
-
-def metric_name(metric: str) -> str:
-    """A metric's name as words."""
-    return metric.replace("_", " ")
 
 
 def headline_facts(run: RunView) -> list[str]:
@@ -205,102 +138,6 @@ def stage_section(stage: StageView, plots_dir: Path) -> StageSection:
         samples=stage_samples(stage.samples) if stage.samples and not by_step else None,
         by_step=by_step,
     )
-
-
-def eval_tables(
-    rows: Sequence[EvalRow], completions: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> list[EvalTable]:
-    """One table a metric."""
-    return [
-        EvalTable(
-            metric_name(metric), "pairs" if own[0].of_pairs else "prompts", eval_lines(own, completions)
-        )
-        for metric, own in by_metric(rows).items()
-    ]
-
-
-def eval_lines(rows: list[EvalRow], completions: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[EvalLine]:
-    """The evaluation table with each interval's place on a common scale (0 to 100 % for shares)."""
-    if not rows:
-        return []
-    ends = [end for row in rows for end in (row.value, *(row.ci95 or ()))]
-    shares = all(is_share(row) for row in rows)
-    low, high = (0.0, 1.0) if shares else (min(ends), max(ends))
-    span = (high - low) or 1.0
-
-    def place(value: float) -> float:
-        return round(100 * (value - low) / span, 2)
-
-    lines: list[EvalLine] = []
-    for before, row in zip([None, *rows], rows, strict=False):
-        bounds = row.ci95 or (row.value, row.value)
-        change, verdict = change_text(before, row, completions) if before else ("", "")
-        lines.append(
-            EvalLine(
-                row=row,
-                text=score_text(row),
-                interval=interval_text(row),
-                change=change,
-                verdict=verdict,
-                left=place(row.value),
-                low=place(bounds[0]),
-                high=place(bounds[1]),
-            )
-        )
-    return lines
-
-
-def change_text(
-    before: EvalRow, row: EvalRow, completions: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> tuple[str, str]:
-    """Difference to the line above (in points for shares), and the verdict where prompts can be paired."""
-    scale, unit = (100, " points") if is_share(before) and is_share(row) else (1, "")
-    digits = ".1f" if unit else ".3g"
-    earlier, later = completions.get(before.model, ()), completions.get(row.model, ())
-    # Rows of another evaluation than the table's would give another difference than the table's.
-    whole = len(earlier) == before.n and len(later) == row.n
-    paired = paired_difference(earlier, later) if whole else None
-    if paired is None:
-        return f"{scale * (row.value - before.value):+{digits}}{unit}", ""
-    low, high = scale * paired.low, scale * paired.high
-    return f"{scale * paired.value:+{digits}}{unit} ({low:+{digits}} to {high:+{digits}})", paired.verdict
-
-
-def timeline(run: RunView, plots_dir: Path) -> Timeline:
-    """Draw who worked when, and sum up who waited for whom."""
-    whole = (min(call.start for call in run.calls), max(call.end for call in run.calls))
-    drawings = [draw_timeline(run.calls, whole, "Whole run", plots_dir / "timeline.png")]
-    detail = detail_window(run.calls)
-    if detail is not None:
-        path = plots_dir / "timeline-steps.png"
-        drawings.append(draw_timeline(run.calls, detail, "A few steps of the online stage", path))
-    online = online_window(run.calls)
-    return Timeline(
-        drawings,
-        [wait_texts(one) for one in waiting(run.calls, online or whole)] if whole[1] > whole[0] else [],
-        "Shares of the time from the first weight sync to the last"
-        if online
-        else "Shares of the time from the first call to the last",
-    )
-
-
-def wait_texts(one: Waiting) -> tuple[str, str, str]:
-    """A process's row of the table; causes below half a percent are left out."""
-    causes = [f"{role} {share:.0%}" for role, share in one.waits.items() if share >= 0.005]
-    return one.lane, f"{one.busy:.0%}".replace("%", " %"), ", ".join(causes).replace("%", " %")
-
-
-def time_bars(run: RunView) -> list[TimeBar]:
-    """Start-up by cause, then stages and evaluations, each against the longest."""
-    causes = [(label, "start-up", seconds) for label, seconds in run.startup.items()]
-    causes += [(stage.name, "stage", stage.seconds) for stage in run.stages if stage.seconds]
-    causes += [(f"evaluation of {row.model}", "evaluation", row.seconds) for row in run.evals if row.seconds]
-    longest = max((seconds for _, _, seconds in causes), default=0.0)
-    return [
-        TimeBar(label.replace("_", " "), kind, duration(seconds), round(100 * seconds / longest, 2))
-        for label, kind, seconds in causes
-        if longest > 0
-    ]
 
 
 def config_lines(text: str) -> list[tuple[str, str, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.report.stage_graph import interval_text, score_text
+from pipeline.report.evals import interval_text, score_text
 from pipeline.report.view import EvalRow
 
 HUB_NAME_PARTS = 2

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.progress import MARKS, duration
-from pipeline.report.view import BASE, REWARD, EvalRow, RunView, StageView
+from pipeline.report.evals import score_text
+from pipeline.report.view import BASE, REWARD, RunView, StageView
 
 BOX_WIDTH = 178
 BOX_HEIGHT, SCORE_HEIGHT = 76, 16
@@ -145,27 +146,6 @@ def byte_text(count: float) -> str:
     units = ("kB", "MB", "GB", "TB")
     power = min(len(units), int(math.log10(count)) // 3)
     return f"{count / 1000**power:.3g} {units[power - 1]}"
-
-
-def score_text(row: EvalRow) -> str:
-    """`58.4 % exact match`-like: a share as percent, anything else as it is."""
-    if is_share(row):
-        return f"{100 * row.value:.1f} %"
-    return f"{row.value:.4g}"
-
-
-def interval_text(row: EvalRow) -> str:
-    """A 95 % interval as text, empty where there is none."""
-    if row.ci95 is None:
-        return ""
-    low, high = row.ci95
-    return f"{100 * low:.1f} to {100 * high:.1f} %" if is_share(row) else f"{low:.4g} to {high:.4g}"
-
-
-def is_share(row: EvalRow) -> bool:
-    """Whether a figure is a share of prompts (between 0 and 1, by its value and interval)."""
-    low, high = row.ci95 or (row.value, row.value)
-    return min(low, row.value) >= 0 and max(high, row.value) <= 1
 
 
 def short_path(text: str, limit: int = 24) -> str:

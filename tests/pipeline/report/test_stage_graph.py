@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.report.reading import read_run
 from pipeline.report.stage_graph import byte_text, stage_graph
-from pipeline.report.view import read_run
 
 
 def test_a_chain_goes_left_to_right_with_what_is_passed_on(sample_run: Path) -> None:

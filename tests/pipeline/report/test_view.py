@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.report.panels import charts, format_value
+from pipeline.report.reading import read_run
 from pipeline.report.series import Series, fair_share, to_series
-from pipeline.report.view import read_run
 
 
 def test_a_step_logged_again_after_a_resume_counts_once() -> None:
