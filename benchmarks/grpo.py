@@ -20,9 +20,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.figures import Execution, Ratio, console, rows
-from benchmarks.online_workloads import SAMPLES, WORKLOADS, OnlineWorkload, write_base, write_prompts
+from benchmarks.online_workloads import SAMPLES, WORKLOADS, OnlineWorkload, prepare, run_config
 from benchmarks.turns import Side
-from benchmarks.workloads import LEARNING_RATE, LORA_ALPHA, LORA_R
+from benchmarks.workloads import LEARNING_RATE
 
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 """For TRL: memory that torch frees stays in the process."""
@@ -32,8 +32,6 @@ WARM_UP = {"ours": {"60m": 1, "tiny": 3}, "trl": {"60m": 0, "tiny": 2}}
 """Turns that don't count. A step of TRL's takes minutes on the 60 M base; it is warmed up by less."""
 OURS_PER_TURN = {"60m": 2, "tiny": 1}
 """Our steps in one turn, where they are much shorter."""
-ROLLOUT_THREADS = {"60m": 2, "17m": 2, "tiny": 1}
-"""Two threads are slower than one on products as small as the tiny base's."""
 TUNED: list[dict[str, Any]] = [
     {"per_device_train_batch_size": 64},
     {"per_device_train_batch_size": 16},
@@ -86,47 +84,21 @@ def compare(workload: OnlineWorkload, turns: int, scratch: Path, threads: int) -
     return found
 
 
-def prepare(workload: OnlineWorkload, scratch: Path) -> tuple[Path, Path]:
-    """The base and a file of prompts."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    base = write_base(workload, scratch)
-    return base, write_prompts(workload, base, scratch / "prompts.jsonl")
-
-
-def config_of(
+def grpo_config(
     workload: OnlineWorkload, base: Path, prompts: Path, run_dir: Path, **stage: Any
 ) -> dict[str, Any]:
-    """A run of one GRPO stage over the workload; `stage`: more fields of the stage."""
-    return {
-        "name": "grpo-bench",
-        "output_dir": str(run_dir),
-        "model": {
-            "base": str(base),
-            "lora": {"r": LORA_R, "lora_alpha": LORA_ALPHA, "targets": ["attention", "experts"]},
-        },
-        "stages": {
-            "grpo": {
-                "data": {"source": str(prompts)},
-                "rewards": "benchmarks.online_workloads:reward",
-                "batch_size": workload.samples,
-                "num_generations": SAMPLES,
-                "max_steps": 1000,
-                "save_steps": 1000,
-                "learning_rate": LEARNING_RATE,
-                "lr_scheduler_type": "constant",
-                "max_length": 1024,
-                "max_completion_length": workload.limit,
-                **stage,
-            }
-        },
-        "roles": {"policy": {"workers": 2}, "rollout": {"threads": ROLLOUT_THREADS[workload.name]}},
-    }
+    """A run of one GRPO stage that outlasts the comparison; `stage`: more fields of the stage."""
+    return run_config(
+        workload, base, prompts, run_dir, "grpo",
+        batch_size=workload.samples, num_generations=SAMPLES, max_steps=1000, save_steps=1000,
+        learning_rate=LEARNING_RATE, lr_scheduler_type="constant", **stage,
+    )  # fmt: skip
 
 
 def start_ours(workload: OnlineWorkload, base: Path, prompts: Path, scratch: Path) -> Side:
     """`raylign run`: all of a step is in it, also checks, metrics, sync and its proof."""
     config = scratch / "run.yaml"
-    config.write_text(json.dumps(config_of(workload, base, prompts, scratch / "run")))
+    config.write_text(json.dumps(grpo_config(workload, base, prompts, scratch / "run")))
     return Side("ours", ["benchmarks/online_run.py", str(config)], {}, scratch / "ours.log")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.workloads import TRAINED_TINY
+from benchmarks.workloads import LORA_ALPHA, LORA_R, TRAINED_TINY
 
 SAMPLES = 8
 """Of each prompt."""
@@ -52,6 +52,8 @@ class OnlineWorkload:
     """New tokens per sample, at most."""
     mean: float
     """New tokens per sample that the base is made to draw: a geometric distribution, cut at the limit."""
+    threads: int
+    """Of an engine: two are slower than one on products as small as the tiny base's."""
 
     @property
     def samples(self) -> int:
@@ -61,11 +63,42 @@ class OnlineWorkload:
 WORKLOADS = {
     w.name: w
     for w in (
-        OnlineWorkload("60m", MOE_60M, 8, (32, 256), 256, 51.0),
-        OnlineWorkload("17m", MOE_17M, 8, (32, 128), 128, 40.0),
-        OnlineWorkload("tiny", None, 8, (0, 0), 16, 0.0),
+        OnlineWorkload("60m", MOE_60M, 8, (32, 256), 256, 51.0, 2),
+        OnlineWorkload("17m", MOE_17M, 8, (32, 128), 128, 40.0, 2),
+        OnlineWorkload("tiny", None, 8, (0, 0), 16, 0.0, 1),
     )
 }
+
+
+def prepare(workload: OnlineWorkload, scratch: Path) -> tuple[Path, Path]:
+    """The base and a file of prompts."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    base = write_base(workload, scratch)
+    return base, write_prompts(workload, base, scratch / "prompts.jsonl")
+
+
+def run_config(
+    workload: OnlineWorkload, base: Path, prompts: Path, run_dir: Path, kind: str, **stage: Any
+) -> dict[str, Any]:
+    """A run of one online stage of this kind over the workload; `stage`: more fields of the stage."""
+    return {
+        "name": f"{kind}-bench",
+        "output_dir": str(run_dir),
+        "model": {
+            "base": str(base),
+            "lora": {"r": LORA_R, "lora_alpha": LORA_ALPHA, "targets": ["attention", "experts"]},
+        },
+        "stages": {
+            kind: {
+                "data": {"source": str(prompts)},
+                "rewards": "benchmarks.online_workloads:reward",
+                "max_length": 1024,
+                "max_completion_length": workload.limit,
+                **stage,
+            }
+        },
+        "roles": {"policy": {"workers": 2}, "rollout": {"threads": workload.threads}},
+    }
 
 
 def write_base(workload: OnlineWorkload, directory: Path) -> Path:

@@ -22,9 +22,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.figures import Execution, Ratio, console, rows
-from benchmarks.grpo import config_of, prepare
+from benchmarks.grpo import grpo_config
 from benchmarks.online_run import CORES
-from benchmarks.online_workloads import WORKLOADS, OnlineWorkload
+from benchmarks.online_workloads import WORKLOADS, OnlineWorkload, prepare
 from benchmarks.turns import Side
 
 AIM = 1.15
@@ -64,7 +64,7 @@ def measure(
     with ExitStack() as stack:
         alive = {}
         for name, settings in SIDES.items():
-            config = config_of(workload, base, prompts, scratch / name.replace(" ", "-"), **settings)
+            config = grpo_config(workload, base, prompts, scratch / name.replace(" ", "-"), **settings)
             config["roles"] = {"policy": {"workers": 1}, "rollout": {"workers": 1}}
             path = scratch / f"{name}.yaml"
             path.write_text(json.dumps(config))

@@ -24,8 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.figures import Execution, rows
-from benchmarks.grpo import ROLLOUT_THREADS, prepare
-from benchmarks.online_workloads import WORKLOADS, OnlineWorkload
+from benchmarks.online_workloads import WORKLOADS, OnlineWorkload, prepare, run_config
 from benchmarks.workloads import LORA_ALPHA, LORA_R, ROOT
 
 STEPS, WARM_UP = 8, 2
@@ -85,28 +84,11 @@ def profile(workload: OnlineWorkload, scratch: Path, steps: int) -> dict[str, An
 
 
 def _config(workload: OnlineWorkload, base: Path, prompts: Path, run_dir: Path, steps: int) -> dict[str, Any]:
-    return {
-        "name": "profile",
-        "output_dir": str(run_dir),
-        "model": {
-            "base": str(base),
-            "lora": {"r": LORA_R, "lora_alpha": LORA_ALPHA, "targets": ["attention", "experts"]},
-        },
-        "stages": {
-            "ppo": {
-                "data": {"source": str(prompts)},
-                "rewards": "benchmarks.online_workloads:reward",
-                "batch_size": SAMPLES[workload.name] // 2,
-                "steps_per_generation": 2,
-                "num_iterations": 2,
-                "max_steps": steps,
-                "max_length": 1024,
-                "max_completion_length": workload.limit,
-                "beta": 0.02,
-            }
-        },
-        "roles": {"policy": {"workers": 2}, "rollout": {"threads": ROLLOUT_THREADS[workload.name]}},
-    }
+    return run_config(
+        workload, base, prompts, run_dir, "ppo",
+        batch_size=SAMPLES[workload.name] // 2, steps_per_generation=2, num_iterations=2, max_steps=steps,
+        beta=0.02,
+    )  # fmt: skip
 
 
 def moments(traces: Path) -> tuple[dict[str, float], float]:

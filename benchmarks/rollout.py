@@ -19,13 +19,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.figures import Execution, Ratio, console, rows
-from benchmarks.online_workloads import WORKLOADS, OnlineWorkload, write_base, write_prompts
+from benchmarks.online_workloads import WORKLOADS, OnlineWorkload, prepare
 from benchmarks.turns import Side
 
 AIM = 0.95
 TURNS = {"60m": 5, "tiny": 12}
 WARM_UP = 2
-THREADS = {"60m": 2, "tiny": 1}
 
 
 def main() -> None:
@@ -44,16 +43,14 @@ def main() -> None:
 
 def compare(workload: OnlineWorkload, turns: int, scratch: Path) -> list[dict[str, Any]]:
     """The same samples from both sides, turn by turn."""
-    scratch.mkdir(parents=True)
-    base = write_base(workload, scratch)
-    prompts = write_prompts(workload, base, scratch / "prompts.jsonl")
-    threads, found = THREADS[workload.name], []
+    base, prompts = prepare(workload, scratch)
+    found: list[dict[str, Any]] = []
     with ExitStack() as stack:
         sides = []
         for name in ("actor", "bare"):
             command = [
                 "benchmarks/rollout_side.py", "--side", name, "--workload", workload.name,
-                "--base", str(base), "--prompts", str(prompts), "--threads", str(threads),
+                "--base", str(base), "--prompts", str(prompts), "--threads", str(workload.threads),
             ]  # fmt: skip
             sides.append(stack.enter_context(Side(name, command, {}, scratch / f"{name}.log")).ready())
         for turn in range(-WARM_UP, turns):
