@@ -71,9 +71,8 @@ def replay_objection(model_type: str) -> str | None:
     row = ARCHITECTURES.get(model_type)
     if row is not None and row.router is None:
         return f"a {model_type} model has no router"
-    if row is None or row.router is None or row.router.gates is None:
-        known = ", ".join(
-            t for t, one in ARCHITECTURES.items() if one.router is not None and one.router.gates
-        )
-        return f"replay is tested for other families only: {known}"
-    return None
+    if row is not None and row.router is not None and row.router.gates is not None:
+        return None
+    why = row.router.why_no_replay if row is not None and row.router is not None else "it is not in the table"
+    known = ", ".join(t for t, one in ARCHITECTURES.items() if one.router is not None and one.router.gates)
+    return f"the experts of a {model_type} model can't be replayed: {why}. They can for: {known}"

@@ -20,31 +20,65 @@ from transformers import PretrainedConfig
 from actors.errors import InvariantViolation, UserError
 from actors.models.architectures import architecture_of, replay_objection
 from actors.models.moe import routers_of
+from actors.models.row import GateKind
 
 Gates = Callable[[Tensor, Tensor, PretrainedConfig], Tensor]
 """(logits (tokens, experts), chosen (tokens, top_k), config) -> gates (tokens, top_k)."""
 
 
-def _of_all(logits: Tensor, chosen: Tensor, config: PretrainedConfig) -> Tensor:
+def _softmax(logits: Tensor, chosen: Tensor, config: PretrainedConfig) -> Tensor:
     """Probabilities over all experts, divided by their sum where the config says so."""
-    gates = torch.softmax(logits, dim=-1, dtype=torch.float).gather(1, chosen)
+    gates = _probabilities(logits, chosen)
     return gates / gates.sum(dim=-1, keepdim=True) if config.norm_topk_prob else gates
 
 
-def _of_all_normalised(logits: Tensor, chosen: Tensor, config: PretrainedConfig) -> Tensor:
-    gates = torch.softmax(logits, dim=-1, dtype=torch.float).gather(1, chosen)
+def _scaled_softmax(logits: Tensor, chosen: Tensor, config: PretrainedConfig) -> Tensor:
+    """DeepSeek-V2's: probabilities over all experts times a factor; transformers never divides them."""
+    return _probabilities(logits, chosen) * config.routed_scaling_factor
+
+
+def _normalised_softmax(logits: Tensor, chosen: Tensor, config: PretrainedConfig) -> Tensor:
+    gates = _probabilities(logits, chosen)
     return gates / gates.sum(dim=-1, keepdim=True)
 
 
-def _of_chosen(logits: Tensor, chosen: Tensor, config: PretrainedConfig) -> Tensor:
+def _floored_softmax(logits: Tensor, chosen: Tensor, config: PretrainedConfig) -> Tensor:
+    """ERNIE's: divided by their sum, which counts as `moe_norm_min` at least."""
+    gates = _probabilities(logits, chosen)
+    return gates / gates.sum(dim=-1, keepdim=True).clamp(min=config.moe_norm_min)
+
+
+def _softmax_of_chosen(logits: Tensor, chosen: Tensor, config: PretrainedConfig) -> Tensor:
     """Probabilities over the chosen experts' logits."""
     return torch.softmax(logits.gather(1, chosen), dim=-1)
 
 
-GATES: Mapping[str, Gates] = {
-    "softmax": _of_all,
-    "normalised_softmax": _of_all_normalised,
-    "softmax_of_chosen": _of_chosen,
+def _scaled_sigmoid(logits: Tensor, chosen: Tensor, config: PretrainedConfig) -> Tensor:
+    """DeepSeek-V3's: the correction bias has a say in the choice, not in gates (arXiv 2412.19437, eq. 16)."""
+    gates = logits.sigmoid().gather(1, chosen)
+    if config.norm_topk_prob:
+        gates = gates / (gates.sum(dim=-1, keepdim=True) + 1e-20)
+    return gates * config.routed_scaling_factor
+
+
+def _normalised_sigmoid(logits: Tensor, chosen: Tensor, config: PretrainedConfig) -> Tensor:
+    """MiniMax-M2's: DeepSeek-V3's, always divided by their sum and never scaled."""
+    gates = logits.float().sigmoid().gather(1, chosen)
+    return gates / gates.sum(dim=-1, keepdim=True)
+
+
+def _probabilities(logits: Tensor, chosen: Tensor) -> Tensor:
+    return torch.softmax(logits, dim=-1, dtype=torch.float).gather(1, chosen)
+
+
+GATES: Mapping[GateKind, Gates] = {
+    "softmax": _softmax,
+    "scaled_softmax": _scaled_softmax,
+    "normalised_softmax": _normalised_softmax,
+    "floored_softmax": _floored_softmax,
+    "softmax_of_chosen": _softmax_of_chosen,
+    "scaled_sigmoid": _scaled_sigmoid,
+    "normalised_sigmoid": _normalised_sigmoid,
 }
 """By `Router.gates`."""
 

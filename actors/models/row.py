@@ -14,6 +14,16 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 Attention = Literal["sdpa", "eager"]
+GateKind = Literal[
+    "softmax",
+    "scaled_softmax",
+    "normalised_softmax",
+    "floored_softmax",
+    "softmax_of_chosen",
+    "scaled_sigmoid",
+    "normalised_sigmoid",
+]
+"""Keys of `actors.models.replay.GATES`."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +42,11 @@ class Router:
     """transformers defines the Switch load-balancing loss for it (others balance by a bias)."""
     samples_in_training: bool = False
     """In training mode transformers draws experts at random; such routers are kept in evaluation mode."""
-    gates: Literal["softmax", "normalised_softmax", "softmax_of_chosen"] | None = None
+    gates: GateKind | None = None
     """How the gates of the chosen experts follow from the logits, where the module returns logits, gates and
-    experts and engines were seen to tell theirs: then routes can be replayed (`actors.models.replay`).
-    `softmax` is normalised where the config's norm_topk_prob says so."""
+    experts and engines were seen to tell theirs: then routes can be replayed (`actors.models.replay`)."""
+    why_no_replay: str = ""
+    """The reason where they can't be."""
 
     def read(self, output: Any, top_k: int) -> tuple[Tensor, Tensor]:
         """(logits, chosen experts) in what the router module returned, shapes as it has them."""

@@ -85,6 +85,7 @@ def write_twin(base: str | Path | PretrainedConfig, out_dir: str | Path, seed: i
     twin_config.save_pretrained(out_dir)
     spec = ModelSpec(base=str(out_dir), random_init=True, allow_untested=True)
     model = load_base(spec, seed=seed)
+    _draw_routers(model, seed)
     if twin_config.architectures is None:
         twin_config.architectures = [type(model).__name__]
         twin_config.save_pretrained(out_dir)
@@ -110,6 +111,23 @@ def write_adapter_twin(
     scores = read_head(adapter_dir) is not None
     head = make_head(model.config, "normal", seed, model.device).weight if scores else None
     save_adapter(peft, "twin", out_dir, head)
+
+
+def _draw_routers(model: Any, seed: int) -> None:
+    """ERNIE's routers start at 0, where every token goes to the same experts."""
+    import torch
+
+    from actors.models.moe import routers_of
+
+    router = architecture_of(model.config).router
+    generator = torch.Generator().manual_seed(seed)
+    for module in routers_of(model, router.module).values() if router is not None else ():
+        for parameter in module.parameters():
+            if parameter.ndim == 2 and len(parameter) > 1 and not parameter.any():
+                with torch.no_grad():
+                    parameter.normal_(
+                        std=getattr(model.config, "initializer_range", 0.02), generator=generator
+                    )
 
 
 def _shown(value: Any) -> Any:

@@ -21,7 +21,7 @@ from actors.models.moe import routers_of
 from actors.rollout import EngineSpec, SamplingSpec
 from actors.trajectories import trajectories
 from tests.actors.host_cases import LORA, host_spec
-from tests.actors.sync.vllm_cases import ADAPTER, LONG, SEQUENCES, Policy, push
+from tests.actors.sync.vllm_cases import ADAPTER, LONG, SEQUENCES, Policy, push, write_base
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 
@@ -31,6 +31,12 @@ PROMPTS = [LONG, LONG[:150], *SEQUENCES[1:]]
 SPEC = EngineSpec(max_num_seqs=8, max_model_len=512, kv_cache_gib=0.0025, enable_return_routed_experts=True)
 """Eight sequences of up to three blocks in a cache of 17: some are pushed out and computed again, and slots
 change their owners."""
+DEEPER = {
+    "dots1": {"num_hidden_layers": 6},
+    "deepseek_v2": {"num_hidden_layers": 6},
+    "ernie4_5_moe": {"num_hidden_layers": 6, "moe_layer_end_index": 5},
+}
+"""One layer with experts, as of the usual tiny models of these, hardly has two that are nearly as good."""
 OTHERS = [
     pytest.param(name, marks=pytest.mark.slow)
     for name in ARCHITECTURES
@@ -44,8 +50,9 @@ def drawn(engine: ActorGroup, first_seed: int = 0) -> Batch:
     return trajectories([p for p in PROMPTS for _ in range(N)], made)
 
 
-def engine_on(process: ActorGroup, base: Path, dtype: str) -> ActorGroup:
-    process.build(ROLLOUT, SPEC.model_copy(update={"dtype": dtype})).result()
+def engine_on(process: ActorGroup, base: Path, dtype: str, layers: int = 2) -> ActorGroup:
+    cache = SPEC.kv_cache_gib * layers / 2
+    process.build(ROLLOUT, SPEC.model_copy(update={"dtype": dtype, "kv_cache_gib": cache})).result()
     process.call_rank(0, "load", str(base), updatable=True, phase="load")
     return process
 
@@ -96,10 +103,12 @@ def test_the_engines_experts_are_those_of_transformers_before_and_after_a_sync(
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", *OTHERS])
 def test_in_bfloat16_replay_takes_flipped_routes_out_of_the_mismatch(
-    process: ActorGroup, base_of: Callable[..., Path], architecture: str
+    process: ActorGroup, tmp_path: Path, architecture: str
 ) -> None:
-    base = base_of(architecture, torch.bfloat16)
-    engine, trainer = engine_on(process, base, "bfloat16"), trainer_on(base, "bfloat16")
+    deeper = DEEPER.get(architecture, {})
+    base = write_base(tmp_path, architecture, torch.bfloat16, **deeper)
+    engine = engine_on(process, base, "bfloat16", deeper.get("num_hidden_layers", 2))
+    trainer = trainer_on(base, "bfloat16")
     batches = [drawn(engine, 100 * turn) for turn in range(3)]
     found = {}
     for name, seen in (("replayed", batches), ("own", [batch.unrouted() for batch in batches])):
@@ -109,8 +118,8 @@ def test_in_bfloat16_replay_takes_flipped_routes_out_of_the_mismatch(
     agreement = trainer.route_agreement()
     assert agreement is not None
     assert 0.95 < agreement.min() < 1
-    assert found["replayed"]["k3"] < 0.5 * found["own"]["k3"], (found, agreement)
-    assert found["replayed"]["max"] < found["own"]["max"]
+    assert found["replayed"]["k3"] < 0.7 * found["own"]["k3"], (found, agreement)
+    assert found["replayed"]["max"] < 0.5 * found["own"]["max"]
 
 
 def test_a_batch_with_the_experts_of_other_samples_is_further_off(

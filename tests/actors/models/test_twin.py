@@ -5,7 +5,9 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from actors.models import adapters, expert_lora
+from actors.models.architectures import architecture_of
 from actors.models.loading import load_base
+from actors.models.moe import routers_of
 from actors.models.spec import LoraSpec, ModelSpec
 from actors.models.twin import write_adapter_twin, write_twin
 from tests.actors.models.tiny_models import families
@@ -36,6 +38,9 @@ def test_a_twin_is_a_small_model_of_the_same_class(model_type, tmp_path, groups_
     assert twin.parameters == model.num_parameters() < 2e6
     assert config.attribute_map.get("num_hidden_layers", "num_hidden_layers") in twin.changed
     assert not twin.tokenizer_copied
+    router = architecture_of(config).router
+    for module in routers_of(model, router.module).values() if router is not None else ():
+        assert all(weight.any() for weight in module.parameters() if weight.ndim == 2 and len(weight) > 1)
     groups = [g for g in groups_of(model_type) if g != "mlp" or model_type not in ALL_EXPERTS]
     adapters.attach_lora(model, LoraSpec(targets=groups, expert_rank="r/top_k"))
 

@@ -180,7 +180,7 @@ def tiny_config_of(model_type: str, **overrides: Any) -> Any:
 
 
 def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
-    """A random model; also what a fresh one sets to 0 or 1 (norms, biases, sinks, routers' corrections)."""
+    """A random model, and nothing of it 0 or 1 as in a fresh one: norms, biases, sinks, ERNIE's routers."""
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
@@ -190,4 +190,6 @@ def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
             for name, tensor in model.state_dict().items():
                 if tensor.ndim == 1 or "bias" in name:
                     tensor += 0.1 * torch.randn(tensor.shape)
+                elif not tensor.any():
+                    tensor += 0.05 * torch.randn(tensor.shape)
     return model
