@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from actors.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RunFailure, UserError
+from pipeline.job_server import (
+    POLL,
+    connect,
+    details,
+    ended,
+    explained,
+    first_line,
+    remember,
+    remembered_address,
+    runs_of,
+    wait_for_end,
+)
 from pipeline.shipping import NAME_KEY, OUTPUT_KEY, plan_shipment, stop_command
 
 if TYPE_CHECKING:
@@ -21,60 +30,12 @@ if TYPE_CHECKING:
 
     from pipeline.config.schema import RunConfig
 
-POLL = 1.0
-"""Seconds between two looks at a job."""
 SETTLE = 30.0
 """Seconds that a job may take to report its end after its log has ended."""
-_ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-_CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
-"""Ray's loggers that tell every packaging step and closed socket."""
 _LOOPBACK = ("127.0.0.1", "localhost")
 
-TOKEN_HELP = (
-    "the cluster asks for a token. Client and cluster must share one: `ray get-auth-token --generate` makes "
-    "it (in ~/.ray/auth_token, or where RAY_AUTH_TOKEN_PATH says); start the cluster with "
-    "`RAY_AUTH_MODE=token ray start --head`, and set RAY_AUTH_MODE=token here as well"
-)
 
 Say = Callable[[str], None]
-
-
-def connect(address: str | None) -> JobSubmissionClient:
-    """A client of the cluster's job server.
-
-    Raises:
-        UserError: there is none, it can't be reached, or it refuses the token.
-    """
-    with _only(address), explained(address):
-        import logging
-
-        from ray.job_submission import JobSubmissionClient
-
-        for name in _CHATTY:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        return JobSubmissionClient(address)
-
-
-@contextlib.contextmanager
-def explained(address: str | None) -> Iterator[None]:
-    """Ray's errors about reaching a cluster as the user's, with what to do."""
-    where = (
-        address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "this machine"
-    )
-    try:
-        yield
-    except (UserError, RunFailure):
-        raise
-    except OSError as error:
-        raise UserError(
-            f"--address: no Ray job server answers at {where} ({_first_line(error)}). Start a cluster with "
-            "`ray start --head`, or name its dashboard, e.g. --address http://HEAD:8265"
-        ) from None
-    except Exception as error:
-        text = str(error)
-        if any(word in text for word in ("nauthorized", "uthentication", "orbidden")):
-            raise UserError(f"--address: {where}: {TOKEN_HELP} (Ray says: {_first_line(error)})") from None
-        raise RunFailure(f"Ray's job server at {where}", "call", _first_line(error)) from error
 
 
 def submit(
@@ -95,8 +56,8 @@ def submit(
     shipment = plan_shipment(config, config_path, overrides, flags, Path.cwd())
     client = connect(address)
     here = any(host in client.get_address() for host in _LOOPBACK)
-    for job in _jobs(client):
-        if job.metadata.get(NAME_KEY) == config.name and not _ended(job):
+    for job in runs_of(client):
+        if job.metadata.get(NAME_KEY) == config.name and not ended(job):
             raise UserError(
                 f"name: the run {config.name!r} is already on this cluster as job {job.submission_id}; "
                 f"follow it with `raylign logs {config.name} --follow`, stop it with "
@@ -144,21 +105,11 @@ async def _tail(client: JobSubmissionClient, job_id: str, out: TextIO) -> None:
             return
         except Exception as error:
             attempts += 1
-            if _ended(_details(client, job_id)) or attempts > 5:
+            if ended(details(client, job_id)) or attempts > 5:
                 if attempts > 5:
                     raise RunFailure(f"job {job_id}", "logs", f"connection lost: {error}") from error
                 return
             await asyncio.sleep(POLL)
-
-
-def wait_for_end(client: JobSubmissionClient, job_id: str, seconds: float) -> JobDetails:
-    """The job once it has ended, or as it is after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while True:
-        job = _details(client, job_id)
-        if _ended(job) or time.monotonic() > deadline:
-            return job
-        time.sleep(POLL)
 
 
 def exit_code(job: JobDetails) -> int:
@@ -167,7 +118,7 @@ def exit_code(job: JobDetails) -> int:
         return EXIT_DONE
     if job.driver_exit_code is not None and job.driver_exit_code > 0:
         return int(job.driver_exit_code)
-    reason = _first_line(job.message or "no reason given")
+    reason = first_line(job.message or "no reason given")
     raise RunFailure(
         f"job {job.submission_id}", "run", f"{job.status}: {reason}", f"raylign logs {job.submission_id}"
     )
@@ -179,7 +130,7 @@ def find(client: JobSubmissionClient, run: str) -> JobDetails:
     Raises:
         UserError: there is none; lists those that there are.
     """
-    jobs = _jobs(client)
+    jobs = runs_of(client)
     found = [job for job in jobs if run in (job.submission_id, job.metadata.get(NAME_KEY))]
     if found:
         return found[0]
@@ -202,9 +153,9 @@ def status(run: str | None, *, address: str | None) -> list[JobDetails]:
     """The jobs of a run (newest first), or all that this program submitted."""
     client = connect(address or remembered_address(run))
     if run is None:
-        return _jobs(client)
+        return runs_of(client)
     job = find(client, run)
-    return [job, *(j for j in _jobs(client) if j.metadata.get(NAME_KEY) == run and j != job)]
+    return [job, *(j for j in runs_of(client) if j.metadata.get(NAME_KEY) == run and j != job)]
 
 
 def status_rows(jobs: Sequence[JobDetails]) -> list[list[str]]:
@@ -240,7 +191,7 @@ def stop(run: str, *, address: str | None, seconds: float, now: bool = False, sa
     client = connect(address or remembered_address(run))
     job = find(client, run)
     job_id = str(job.submission_id)
-    if _ended(job):
+    if ended(job):
         say(f"{job_id} has already ended: {job.status}")
         return EXIT_DONE
     if now or str(job.status) == "PENDING":
@@ -253,7 +204,7 @@ def stop(run: str, *, address: str | None, seconds: float, now: bool = False, sa
         job = wait_for_end(client, job_id, seconds)
     finally:
         client.stop_job(helper)
-    if not _ended(job):
+    if not ended(job):
         say(f"it has not stopped within {seconds:.0f} s: ending it. Its last complete checkpoint stays")
         return _end(client, job_id, say)
     saved = job.driver_exit_code == EXIT_STOPPED
@@ -265,68 +216,4 @@ def _end(client: JobSubmissionClient, job_id: str, say: Say) -> int:
     client.stop_job(job_id)
     job = wait_for_end(client, job_id, SETTLE)
     say(f"{job_id}: {job.status}")
-    return EXIT_DONE if _ended(job) else EXIT_FAILED
-
-
-def _jobs(client: JobSubmissionClient) -> list[JobDetails]:
-    """Runs of this program on the cluster, newest first."""
-    with explained(client.get_address()):
-        jobs = client.list_jobs()
-    ours = [job for job in jobs if job.submission_id and NAME_KEY in (job.metadata or {})]
-    return sorted(ours, key=lambda job: -(job.start_time or 0))
-
-
-def _details(client: JobSubmissionClient, job_id: str) -> JobDetails:
-    with explained(client.get_address()):
-        return client.get_job_info(job_id)
-
-
-def _ended(job: JobDetails) -> bool:
-    return str(job.status) in ("SUCCEEDED", "FAILED", "STOPPED")
-
-
-def _first_line(error: object) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return text if len(text) <= 200 else text[:200].rsplit(". ", 1)[0] + " ..."
-
-
-# Where a run was submitted, so that later commands need no --address.
-
-
-def _memory() -> Path:
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(state) / "raylign" / "jobs.json"
-
-
-def _remembered() -> dict[str, Any]:
-    try:
-        known = json.loads(_memory().read_text())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def remember(job_id: str, name: str, address: str) -> None:
-    """Note the cluster of a job and of its run's name; a home that can't be written is no error."""
-    known = {**_remembered(), job_id: address, name: address}
-    with contextlib.suppress(OSError):
-        _memory().parent.mkdir(parents=True, exist_ok=True)
-        aside = _memory().with_suffix(f".{os.getpid()}")
-        aside.write_text(json.dumps(known, indent=1))
-        aside.replace(_memory())
-
-
-def remembered_address(run: str | None) -> str | None:
-    """Where a job or run was last submitted from here."""
-    return _remembered().get(run) if run else None
-
-
-@contextlib.contextmanager
-def _only(address: str | None) -> Iterator[None]:
-    """Ray lets its variables override an explicit address; the command line goes first here."""
-    taken = {name: os.environ.pop(name) for name in _ADDRESS_VARIABLES if address and name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(taken)
+    return EXIT_DONE if ended(job) else EXIT_FAILED
