@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from actors.models.architectures import ARCHITECTURES, replay_objection
@@ -26,7 +26,7 @@ def architecture_problems(config: RunConfig, model_type: str, names: Iterable[st
     names = list(names)
     problems = [problem for name in names for problem in _stage_problems(config, row, model_type, name)]
     problems += _engine_problems(config, model_type, names)
-    problems += _sharding_problems(config, row)
+    problems += _sharding_problems(config, row, model_type)
     asked = config.model.moe.router_aux_loss_coef
     defined = row is not None and row.router is not None and row.router.has_aux_loss
     if asked and not defined:
@@ -56,16 +56,57 @@ def _stage_problems(config: RunConfig, row: Architecture | None, model_type: str
     return problems
 
 
-def _sharding_problems(config: RunConfig, row: Architecture | None) -> list[str]:
-    if row is None or row.shards_by_layer:
-        return []
+def _sharding_problems(config: RunConfig, row: Architecture | None, model_type: str) -> list[str]:
     asked = {name: getattr(config.roles, name).sharding for name in type(config.roles).model_fields}
-    return [
-        f"roles.{name}.sharding: {sharding}, but transformers has no plan that splits a {row.model_type} "
+    by_layer = row is None or row.shards_by_layer
+    problems = [
+        f"roles.{name}.sharding: {sharding}, but transformers has no plan that splits a {model_type} "
         "model by layer: each pass would gather it whole; set none"
         for name, sharding in asked.items()
-        if sharding != "none"
+        if sharding not in ("none", "experts") and not by_layer
     ]
+    roles = [name for name, sharding in asked.items() if sharding == "experts" and name != "rollout"]
+    return problems + [
+        f"roles.{name}.sharding: experts, but {reason}"
+        for name in roles
+        for reason in _why_not_by_experts(config, row, model_type, getattr(config.roles, name).workers)
+    ]
+
+
+def _why_not_by_experts(
+    config: RunConfig, row: Architecture | None, model_type: str, workers: int
+) -> Iterator[str]:
+    instead = "set base or full" if row is None or row.shards_by_layer else "set none"
+    if row is None:
+        yield f"a {model_type} model is not in the table, and its experts were not tried apart; {instead}"
+        return
+    if not row.is_moe:
+        yield f"a {model_type} model has no experts; {instead}"
+        return
+    if not row.grouped_experts:
+        yield f"transformers runs the experts of a {model_type} model in a loop over all of them; {instead}"
+        return
+    if config.model.moe.experts_implementation != "grouped_mm":
+        yield (
+            f"model.moe.experts_implementation is {config.model.moe.experts_implementation}; set that to "
+            "grouped_mm"
+        )
+    if config.model.lora is not None and config.model.lora.expert_impl == "peft":
+        yield (
+            "model.lora.expert_impl: peft computes with all experts of a layer, which no worker has; set "
+            "that to auto"
+        )
+    n_experts = _n_experts(config, row)
+    if n_experts is not None and n_experts % workers:
+        yield f"{n_experts} experts can't be shared evenly by {workers} workers"
+
+
+def _n_experts(config: RunConfig, row: Architecture) -> int | None:
+    """Of each layer of the run's base; None where that can't be told."""
+    from actors.models.loading import resolve_base
+
+    found = resolve_base(config.model).config
+    return None if found is None or found.model_type != row.model_type else row.n_experts(found)
 
 
 def _engine_problems(config: RunConfig, model_type: str, names: list[str]) -> list[str]:

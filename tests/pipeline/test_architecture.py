@@ -59,37 +59,6 @@ def test_an_architecture_without_a_plan_by_layer_is_not_sharded() -> None:
         assert [p.split(":")[0] for p in found] == expected
 
 
-@pytest.mark.parametrize(
-    ("model_type", "model", "reason"),
-    [
-        ("qwen3_moe", {}, None),
-        ("llama", {}, "a llama model has no experts; set base or full"),
-        ("dbrx", {}, "in a loop over all of them; set none"),
-        ("unheard_of", {}, "not in the table"),
-        ("qwen3_moe", {"moe": {"experts_implementation": "eager"}}, "set that to grouped_mm"),
-        ("qwen3_moe", {"lora": {"expert_impl": "peft"}}, "which no worker has; set that to auto"),
-    ],
-)
-def test_experts_are_shared_where_there_are_some_that_can_be(
-    model_type: str, model: dict[str, Any], reason: str | None
-) -> None:
-    run = run_of({"sft": SFT}).model_dump()
-    run |= {"roles": {"policy": {"workers": 2, "sharding": "experts"}}, "model": run["model"] | model}
-    found = architecture_problems(RunConfig.model_validate(run), model_type, ["sft"])
-    assert (reason is None) == (found == []), found
-    assert all(p.startswith("roles.policy.sharding: experts, but ") and str(reason) in p for p in found)
-
-
-@pytest.mark.parametrize(("workers", "problems"), [(2, 0), (3, 1)])
-def test_ranks_share_experts_evenly(tiny_base: Path, workers: int, problems: int) -> None:
-    run = run_of({"sft": SFT}).model_dump()
-    run |= {"roles": {"policy": {"workers": workers, "sharding": "experts"}}}
-    run["model"] |= {"base": str(tiny_base)}
-    found = architecture_problems(RunConfig.model_validate(run), "qwen3_moe", ["sft"])
-    assert len(found) == problems
-    assert all("8 experts can't be shared evenly by 3 workers" in p for p in found)
-
-
 @pytest.mark.parametrize("model_type", ["qwen3_next", "gpt_oss", "unheard_of"])
 def test_packing_can_not_be_forced_where_sequences_would_mix(model_type: str) -> None:
     (problem,) = problems(model_type, {"sft": {**SFT, "packing": True}})
