@@ -107,8 +107,8 @@ def _sharding_problems(config: RunConfig) -> Iterator[Problem]:
     if config.model.lora is None and config.roles.policy.sharding == "base":
         yield Problem(
             "roles.policy.sharding",
-            "'base' splits a frozen base, and model.lora: null trains all of it; set it to full, or share the "
-            "experts alone among the workers (experts)",
+            "'base' splits a frozen base, and model.lora: null trains all of it; set it to full, or to "
+            "experts, which splits those alone",
         )
 
 
