@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import ConfigDict
@@ -72,10 +72,6 @@ class TokenView:
     def sequence_sums(self, values: torch.Tensor) -> torch.Tensor:
         """(T,) -> (S,): sums over each sequence's tokens."""
         return values.new_zeros(self.n_sequences).index_add(0, self.sequence, values)
-
-    def with_logps(self, logps: torch.Tensor) -> TokenView:
-        """The same tokens with other log-probabilities."""
-        return replace(self, logps=logps)
 
 
 def largest(values: torch.Tensor) -> tuple[torch.Tensor, float]:

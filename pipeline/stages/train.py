@@ -83,7 +83,7 @@ def train(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> Manife
     """
     began = time.monotonic()
     ctx.host.call("prepare_training", ctx.role, stage.spec.optim_spec(), stage.total_steps, phase="load")
-    step = restore(stage, ctx, decision)
+    step = restore(ctx, decision)
     frozen = ctx.host.call("frozen_digest", phase="call")[0]
     log = MetricsLog(
         ctx.directory / "metrics.jsonl",
@@ -149,7 +149,7 @@ def evaluate_loss(stage: PreparedStage, ctx: TrainContext) -> dict[str, float]:
     return {f"eval_{name}": value / rows for name, value in sums.items()}
 
 
-def restore(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> int:
+def restore(ctx: TrainContext, decision: Decision) -> int:
     """Load the checkpoint that a partial stage goes on from; returns the steps already done."""
     if decision.state != "partial" or decision.checkpoint is None or decision.manifest is None:
         return 0

@@ -21,8 +21,8 @@ def test_a_corrupt_checkpoint_is_named_and_not_resumed_from(tmp_path: Path) -> N
     decision = Decision("partial", checkpoint=tmp_path / "checkpoint-4", manifest=manifest)
     nobody = SimpleNamespace(host=None)  # Must not be asked: the files are looked at first.
     with pytest.raises(UserError, match=r"checkpoint-4: corrupt checkpoint.*optimizer.*--fresh"):
-        restore(None, nobody, decision)  # type: ignore[arg-type]
+        restore(nobody, decision)
 
 
 def test_a_new_stage_starts_at_step_0() -> None:
-    assert restore(None, None, Decision("new")) == 0  # type: ignore[arg-type]
+    assert restore(None, Decision("new")) == 0  # type: ignore[arg-type]
