@@ -35,6 +35,9 @@ class TokenScorer:
         self.model = model
         self.by_sequence = use_by_sequence(model)
         """Micro-batches may be laid flat."""
+        self.in_one_row = "flash" in str(model.config._attn_implementation)
+        """Of several rows transformers' flash attention reads no position ids that restart: sequences of a bin
+        would see each other."""
         self.head = head
         self.logits_are_heads = _logits_are_heads(model, head)
         """The model does nothing to its head's outputs: they need not be made whole."""
@@ -126,9 +129,10 @@ class TokenScorer:
             self.replay.force(micro.experts)
         elif micro.experts is not None:
             raise ValueError("this model was not told to replay experts: model.moe.router_replay")
+        shape = (1, -1) if self.in_one_row else micro.input_ids.shape
         return {
-            "input_ids": torch.from_numpy(micro.input_ids).to(device),
-            "position_ids": torch.from_numpy(micro.position_ids).to(device),
+            "input_ids": torch.from_numpy(micro.input_ids.reshape(shape)).to(device),
+            "position_ids": torch.from_numpy(micro.position_ids.reshape(shape)).to(device),
             "use_cache": False,
             **_attention(micro, device),
         }
