@@ -104,17 +104,51 @@ class Batch:
         """The same rows, whose experts the model's own routers choose."""
         return self if self.experts is None else replace(self, experts=None)
 
-    def shard_rows(self, rank: int, world_size: int) -> np.ndarray:
+    def groups(self) -> np.ndarray:
+        """int64 (rows,): the first row with the same prompt, which is what stands before the first counted
+        token of a row's first sequence."""
+        first_of: dict[bytes, int] = {}
+        found = np.empty(self.n_rows, dtype=np.int64)
+        counted = np.append(np.flatnonzero(self.loss_mask), self.n_tokens)
+        begins = self.offsets[:-1][:: self.sequences_per_row]
+        ends = np.minimum(
+            counted[np.searchsorted(counted, begins)], self.offsets[1:][:: self.sequences_per_row]
+        )
+        for row, (begin, end) in enumerate(zip(begins.tolist(), ends.tolist(), strict=True)):
+            found[row] = first_of.setdefault(self.token_ids[begin:end].tobytes(), row)
+        return found
+
+    def shard_rows(self, rank: int, world_size: int, together: bool = False) -> np.ndarray:
         """int64: the rows of one data-parallel rank, ascending.
 
-        Longest first, dealt back and forth (0 1 1 0 0 1 ...). Depends on lengths only, so every rank
-        computes the same partition by itself.
+        Longest first, dealt back and forth (0 1 1 0 0 1 ...). Depends on tokens only, so every rank computes
+        the same partition by itself.
+
+        Args:
+            rank: whose rows.
+            world_size: number of ranks.
+            together: rows with the same prompt are dealt together, where they are not too many.
         """
+        dealt = self._units(world_size) if together else np.arange(self.n_rows)
         row_tokens = self.lengths.reshape(-1, self.sequences_per_row).sum(axis=1)
-        order = np.argsort(-row_tokens, kind="stable")
+        unit_tokens = np.bincount(dealt, weights=row_tokens)
+        order = np.argsort(-unit_tokens, kind="stable")
         position = np.arange(len(order)) % (2 * world_size)
-        owner = np.minimum(position, 2 * world_size - 1 - position)
-        return np.sort(order[owner == rank])
+        owner = np.empty(len(order), dtype=np.int64)
+        owner[order] = np.minimum(position, 2 * world_size - 1 - position)
+        return np.flatnonzero(owner[dealt] == rank)
+
+    def _units(self, world_size: int) -> np.ndarray:
+        """int64 (rows,): number of what a row is dealt with: rows of one prompt, to half a rank's share."""
+        most = max(1, self.n_rows // (2 * world_size))
+        groups = self.groups()
+        order = np.argsort(groups, kind="stable")
+        first = np.searchsorted(groups[order], groups[order])
+        part = (np.arange(self.n_rows) - first) // most
+        begins = np.append(True, (np.diff(groups[order]) != 0) | (np.diff(part) != 0))
+        units = np.empty(self.n_rows, dtype=np.int64)
+        units[order] = np.cumsum(begins[: self.n_rows]) - 1
+        return units
 
     def shard(self, rank: int, world_size: int) -> Batch:
         """The rows of one data-parallel rank, see `shard_rows`."""

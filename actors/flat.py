@@ -1,11 +1,13 @@
 """Rows of a batch laid flat: every token of a micro-batch in one row without padding.
 
-For models whose attention runs by sequence (actors/models/attention.py). The tokens that the sequences
-of a row have in common before their first counted token, a pair's prompt, stand there once: everything
-but attention is computed per token, so sharing them changes no value.
+For models whose attention runs by sequence (actors/models/attention.py). What sequences have in common before
+their first counted token (the prompt of a group of samples or of a pair, a system prompt) stands there once:
+everything but attention is computed per token, so sharing it changes no value.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 
@@ -16,65 +18,79 @@ SHORT = 96
 """Sequences up to this length attend several in one call: there calls cost more than padding."""
 PADDED_SHARE = 1.15
 """Most positions that such a call may have, as a multiple of its sequences' tokens."""
+WORTH_SHARING = 1 / 8
+"""Share of the tokens that has to be saved: to share, all of attention's inputs are gathered from the row,
+which is otherwise done for SHORT sequences only."""
 
 
 def lay_flat(batch: Batch, rows: np.ndarray, share_prompts: bool) -> MicroBatch:
-    """One micro-batch of some rows. `share_prompts`: common prompts of a row's sequences stand once."""
+    """One micro-batch of some rows. `share_prompts`: what sequences begin with in common stands once."""
     part = batch.select(rows)
-    shared = _shared(part) if share_prompts else np.zeros(part.n_sequences, dtype=np.int64)
     lengths = part.lengths
+    shared, before = _shared(part) if share_prompts else (np.zeros(part.n_sequences, dtype=np.int64), [])
+    if shared.sum() < WORTH_SHARING * part.n_tokens:
+        shared[:] = 0
     own = lengths - shared
     starts = np.cumsum(own) - own
-    # A shared position is that of the row's first sequence.
-    first = np.arange(part.n_sequences) // part.sequences_per_row * part.sequences_per_row
     in_sequence = np.arange(part.n_tokens) - np.repeat(part.offsets[:-1], lengths)
-    is_shared = in_sequence < np.repeat(shared, lengths)
-    base = np.where(is_shared, np.repeat(starts[first], lengths), np.repeat(starts - shared, lengths))
-    places = base + in_sequence
+    is_own = in_sequence >= np.repeat(shared, lengths)
+    places = np.repeat(starts - shared, lengths) + in_sequence
+    for sequence, other in before:
+        n, at, there = shared[sequence], part.offsets[sequence], part.offsets[other]
+        places[at : at + n] = places[there : there + n]
     counted = np.flatnonzero(part.loss_mask)
+    size = int(own.sum())
     return MicroBatch(
-        input_ids=part.token_ids[~is_shared].astype(np.int64)[None],
-        position_ids=in_sequence[~is_shared][None],
-        real=np.ones((1, int(own.sum())), dtype=bool),
+        input_ids=part.token_ids[is_own].astype(np.int64)[None],
+        position_ids=in_sequence[is_own][None],
+        real=np.ones((1, size), dtype=bool),
         predictors=places[counted - 1],
         labels=part.token_ids[counted].astype(np.int64),
         sequence=np.repeat(np.arange(part.n_sequences), lengths)[counted],
         last=places[part.offsets[1:] - 1],
         rows=rows,
         n_sequences=part.n_sequences,
-        n_tokens=int(own.sum()),
+        n_tokens=size,
         attention=_plan(places, part.offsets, shared),
-        # A shared position is that of the first sequence, and was routed as such.
-        experts=experts_at(
-            places[~is_shared], None if part.experts is None else part.experts[~is_shared], int(own.sum())
-        ),
+        # Whoever shares a position was routed as its owner.
+        experts=experts_at(places[is_own], None if part.experts is None else part.experts[is_own], size),
+        copies=np.bincount(places, minlength=size) if shared.any() else None,
     )
 
 
-def _shared(part: Batch) -> np.ndarray:
-    """int64 (S,): leading tokens that a sequence has in common with the first one of its row, and that
-    stand before any counted token of both. Where experts are given, these are the same too."""
-    found = np.zeros(part.n_sequences, dtype=np.int64)
-    k = part.sequences_per_row
-    for row in range(part.n_rows if k > 1 else 0):
-        first = _tokens_before_answer(part, row * k)
-        for sequence in range(row * k + 1, (row + 1) * k):
-            other = _tokens_before_answer(part, sequence)
-            n = min(len(first), len(other))
-            differ = first[:n] != other[:n]
-            if part.experts is not None:
-                mine, theirs = (part.experts[part.offsets[s] :][:n] for s in (row * k, sequence))
-                differ = differ | (mine != theirs).any(axis=(1, 2))
-            places = np.flatnonzero(differ)
-            found[sequence] = places[0] if len(places) else n
-    return found
+def _shared(part: Batch) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """(int64 (S,): leading tokens that a sequence has in common with another one and that stand before any
+    counted token of both, where experts are given with the same ones; each such sequence with the other one,
+    in an order in which that one's places are known).
+
+    In the order of their prompts each sequence has most in common with the one before it.
+    """
+    shared = np.zeros(part.n_sequences, dtype=np.int64)
+    prompts = [_before_answer(part, sequence) for sequence in range(part.n_sequences)]
+    # Big-endian bytes have the order of the numbers.
+    keys = [part.token_ids[prompt].astype(">u4").tobytes() for prompt in prompts]
+    order = sorted(range(part.n_sequences), key=keys.__getitem__)
+    pairs = []
+    for other, sequence in itertools.pairwise(order):
+        mine, theirs = prompts[sequence], prompts[other]
+        n = min(mine.stop - mine.start, theirs.stop - theirs.start)
+        mine, theirs = slice(mine.start, mine.start + n), slice(theirs.start, theirs.start + n)
+        differ = part.token_ids[mine] != part.token_ids[theirs]
+        if part.experts is not None:
+            differ = differ | (part.experts[mine] != part.experts[theirs]).any(axis=(1, 2))
+        at = int(differ.argmax()) if n else 0
+        shared[sequence] = at if n and differ[at] else n
+        if shared[sequence]:
+            pairs.append((sequence, other))
+    return shared, pairs
 
 
-def _tokens_before_answer(part: Batch, sequence: int) -> np.ndarray:
-    span = slice(part.offsets[sequence], part.offsets[sequence + 1])
-    counted = part.loss_mask[span]
-    ids = part.token_ids[span]
-    return ids[: int(counted.argmax())] if counted.any() else ids[: len(ids) - 1]
+def _before_answer(part: Batch, sequence: int) -> slice:
+    """Tokens of the batch that a sequence could share: those before its first counted one, never all."""
+    begin, end = int(part.offsets[sequence]), int(part.offsets[sequence + 1])
+    counted = part.loss_mask[begin:end]
+    first = int(counted.argmax()) if counted.any() else end - begin - 1
+    return slice(begin, begin + first)
 
 
 def _plan(places: np.ndarray, offsets: np.ndarray, shared: np.ndarray) -> AttentionPlan:

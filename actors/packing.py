@@ -34,19 +34,25 @@ class Gathering:
     index: np.ndarray
     """int64 (M,): which row is picked."""
     readers: tuple[np.ndarray, ...]
-    """Of int64 (N,) each: the picks that read a row, one per array; M: none. Picks whose gradient is zero,
-    as padding's, are left out."""
+    """The picks that read a row: int64 (R, k) of R rows that are read k times each, for every such k. Picks
+    whose gradient is zero, as padding's, are left out."""
+    order: np.ndarray | None
+    """int64 (N,): where each row stands in `readers`, one array after the other; None: 0 to N - 1."""
 
     @staticmethod
     def of(index: np.ndarray, n: int, real: np.ndarray | None = None) -> Gathering:
         """`n`: rows to pick from; `real`: bool (M,), False for picks without gradient."""
         picks = np.arange(len(index)) if real is None else np.flatnonzero(real)
         picks = picks[np.argsort(index[picks], kind="stable")]
-        rows = index[picks]
-        nth = np.arange(len(rows)) - np.searchsorted(rows, rows)
-        readers = np.full((int(nth.max(initial=0)) + 1, n), len(index), dtype=np.int64)
-        readers[nth, rows] = picks
-        return Gathering(index, tuple(readers))
+        times = np.bincount(index[picks], minlength=n)
+        first = np.cumsum(times) - times
+        rows = [np.flatnonzero(times == k) for k in np.unique(times)]
+        readers = tuple(picks[first[r][:, None] + np.arange(times[r[0]])] for r in rows)
+        if len(rows) <= 1:
+            return Gathering(index, readers, None)
+        order = np.empty(n, dtype=np.int64)
+        order[np.concatenate(rows)] = np.arange(n)
+        return Gathering(index, readers, order)
 
 
 @dataclass(frozen=True)
@@ -80,27 +86,36 @@ class MicroBatch:
     """int64 (R,): rows of the batch, in this micro-batch's order."""
     n_sequences: int
     n_tokens: int
-    """Real tokens, without padding; a prompt that sequences share counts once."""
+    """Real tokens, without padding; what sequences share counts once."""
     attention: AttentionPlan | None = None
     """For attention by sequence; None: who attends to whom follows from the position ids."""
     experts: np.ndarray | None = None
     """int64 (B * L, layers, top_k): experts that are given for each position; `FREE` where none are."""
+    copies: np.ndarray | None = None
+    """int64 (B * L,): sequences that share each position; None: one each."""
 
 
 LayOut = Callable[[Batch, np.ndarray], MicroBatch]
 """One micro-batch of some rows of a batch."""
 
 
-def micro_batches(batch: Batch, max_tokens: int, lay_out: LayOut) -> list[MicroBatch]:
+def micro_batches(batch: Batch, max_tokens: int, lay_out: LayOut, together: bool = False) -> list[MicroBatch]:
     """Cut a batch into micro-batches of at most `max_tokens` positions (padding included), rows whole.
 
     A row beyond the budget is a micro-batch of its own. The result depends on the batch only.
+
+    Args:
+        batch: rows to compute.
+        max_tokens: positions of a micro-batch, at most. How many micro-batches there are follows from all
+            tokens: attention and labels of a prompt that sequences share take memory for each of them.
+        lay_out: makes one.
+        together: rows with the same prompt go into the same micro-batch, as far as they fit.
     """
     if batch.n_rows == 0:
         return []
     parts = max(1, -(-batch.n_tokens // max_tokens))
     while True:
-        made = [lay_out(batch, rows) for rows in _split(batch, parts)]
+        made = [lay_out(batch, rows) for rows in _split(batch, parts, together)]
         if all(m.input_ids.size <= max_tokens or len(m.rows) == 1 for m in made):
             return made
         parts = min(batch.n_rows, max(parts + 1, int(parts * 1.25)))
@@ -128,16 +143,23 @@ def counted_places(batch: Batch, rows: np.ndarray) -> np.ndarray:
     return np.arange(wanted.sum()) + np.repeat(first[sequences] - before, wanted)
 
 
-def _split(batch: Batch, parts: int) -> list[np.ndarray]:
-    """Rows of similar length together, in `parts` groups of nearly equal token counts."""
+def _split(batch: Batch, parts: int, together: bool) -> list[np.ndarray]:
+    """Rows of similar length (`together`: and of one prompt) together, in `parts` groups of nearly as many
+    tokens."""
     if parts == 1:
         return [np.arange(batch.n_rows)]
     row_tokens = batch.lengths.reshape(-1, batch.sequences_per_row).sum(axis=1)
-    order = np.argsort(-row_tokens, kind="stable")
+    alike = batch.groups() if together else np.arange(batch.n_rows)
+    longest = np.zeros(batch.n_rows, dtype=np.int64)
+    np.maximum.at(longest, alike, row_tokens)
+    order = np.lexsort((-row_tokens, alike, -longest[alike]))
     if parts >= batch.n_rows:
         return list(order[:, None])
     before = np.cumsum(row_tokens[order]) - row_tokens[order]
-    group = before * parts // batch.n_tokens
+    # Rows of one prompt are cut where they would overfill a part.
+    _, first, number = np.unique(alike[order], return_index=True, return_inverse=True)
+    few = np.bincount(number, weights=row_tokens[order])[number] * parts * 2 <= batch.n_tokens
+    group = np.where(few, before[first[number]], before) * parts // batch.n_tokens
     return [np.sort(order[group == g]) for g in range(parts) if (group == g).any()]
 
 

@@ -100,16 +100,24 @@ class PassRunner:
 
     def shard(self, batch: Batch) -> tuple[np.ndarray, list[MicroBatch]]:
         """This rank's rows of a global batch, and the micro-batches made of them."""
-        rows = batch.shard_rows(self.ranks.rank, self.ranks.world_size)
-        own = batch if self.ranks.world_size == 1 else batch.select(rows)
-        return rows, micro_batches(own, self.max_tokens, self._lay_out())
+        shares = self.shares_prompts
+        rows = batch.shard_rows(self.ranks.share, self.ranks.shares, shares)
+        own = batch if self.ranks.shares == 1 else batch.select(rows)
+        return rows, micro_batches(own, self.max_tokens, self._lay_out(), shares)
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether what sequences begin with in common is computed once.
+
+        The auxiliary loss counts such tokens: it wants them as often as TRL has them.
+        """
+        return self.packing and self.scorer.by_sequence and not self.aux_coef
 
     def _lay_out(self) -> LayOut:
         if not self.packing:
             return padded
         if self.scorer.by_sequence:
-            # The auxiliary loss counts a shared prompt's tokens: it wants them as often as TRL has them.
-            return partial(lay_flat, share_prompts=not self.aux_coef)
+            return partial(lay_flat, share_prompts=self.shares_prompts)
         return in_bins(self.hidden_size)
 
     def idle(self, own: int, batch: Batch) -> list[MicroBatch]:
@@ -221,7 +229,7 @@ class PassRunner:
         sequence = np.repeat(np.arange(batch.n_sequences), batch.label_counts)
         view = self._view(outputs, sequence, batch.n_sequences, batch, batch.columns, batch.token_columns)
         value, metrics = loss(view, loss.totals(batch))
-        mine = float(self.ranks.rank == 0)
+        mine = float(self.ranks.share == 0)
         sums.add(value * mine, {n: (total * mine, weight * mine) for n, (total, weight) in metrics.items()})
         return torch.autograd.grad(value, logps)[0] if train else torch.zeros_like(logps)
 
@@ -237,7 +245,8 @@ class PassRunner:
             return self._outputs(micro, loss), torch.zeros((), device=self.device)
         torch.manual_seed(seed)
         real = None if micro.real.all() else torch.from_numpy(micro.real).to(self.device)
-        with self.routers.collecting(real, keep_logits=self.aux_coef > 0) as logits:
+        copies = None if micro.copies is None else torch.from_numpy(micro.copies).to(self.device)
+        with self.routers.collecting(real, keep_logits=self.aux_coef > 0, copies=copies) as logits:
             outputs = self._outputs(micro, loss)
         if not self.aux_coef:
             return outputs, torch.zeros((), device=self.device)
@@ -296,7 +305,8 @@ class PassRunner:
         return {name: values[places] for name, values in batch.token_columns.items()}
 
     def _seed(self, step: int, micro_batch: int) -> int:
-        return _hashed((self.seed, step, self.ranks.rank, micro_batch))
+        # Ranks of the same rows drop the same things.
+        return _hashed((self.seed, step, self.ranks.share, micro_batch))
 
 
 def _no_statistics(zeros: Tensor) -> LabelStatistics:

@@ -2,7 +2,7 @@
 
 A dense mask over a packed row costs time for every pair of positions in it. Here each sequence's
 queries, keys and values are picked from the row and attend causally among themselves. Sequences may
-share positions (the common prompt of a pair): those are computed once and read by each of them.
+share positions (a common prompt): those are computed once and read by each of them.
 Measured on a CPU, float32: 1.2 times the speed of packed bins for 16 rows of 256 tokens, 1.7 for pairs.
 """
 
@@ -31,12 +31,15 @@ class Gather(NamedTuple):
     index: Tensor
     """int64 (M,)."""
     readers: tuple[Tensor, ...]
-    """Of int64 (N,) each; M: none."""
+    """Of int64 (R, k) each."""
+    order: Tensor | None
+    """int64 (N,)."""
 
     @staticmethod
     def of(gathering: Gathering, device: torch.device) -> Gather:
         index, *readers = (torch.from_numpy(x).to(device) for x in (gathering.index, *gathering.readers))
-        return Gather(index, tuple(readers))
+        order = None if gathering.order is None else torch.from_numpy(gathering.order).to(device)
+        return Gather(index, tuple(readers), order)
 
 
 class Sequences(NamedTuple):
@@ -127,19 +130,22 @@ class _Picked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gather: Gather) -> Tensor:
-        ctx.readers = gather.readers
+        ctx.gather = gather
         return rows.index_select(0, gather.index)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        # Rows without a reader read this one.
-        grad = torch.cat([grad, grad.new_zeros((1, *grad.shape[1:]))])
-        first, *others = ctx.readers
-        total = grad.index_select(0, first)
-        for reader in others:
-            total += grad.index_select(0, reader)
-        return total, None
+        sums = [_sum_of_picks(grad, picks) for picks in ctx.gather.readers]
+        total = sums[0] if len(sums) == 1 else torch.cat(sums)
+        return total if ctx.gather.order is None else total.index_select(0, ctx.gather.order), None
+
+
+def _sum_of_picks(grad: Tensor, picks: Tensor) -> Tensor:
+    """(M, ...) by int64 (R, k) -> (R, ...)."""
+    if picks.shape[1] == 1:
+        return grad.index_select(0, picks[:, 0])
+    return grad.index_select(0, picks.reshape(-1)).unflatten(0, picks.shape).sum(1)
 
 
 def _window(length: int, width: int | None, device: torch.device) -> Tensor:

@@ -63,6 +63,7 @@ class RouterStats:
         self.n_experts, self.top_k = row.n_experts(config), row.top_k(config)
         self.layers: list[str] = []
         self._counted: torch.Tensor | None = None
+        self._copies: torch.Tensor | None = None
         self._kept: list[torch.Tensor] | None = None
         self._active = False
         routers = routers_of(model, self.router.module) if self.router else {}
@@ -79,24 +80,30 @@ class RouterStats:
 
     @contextmanager
     def collecting(
-        self, counted: torch.Tensor | None = None, keep_logits: bool = False
+        self,
+        counted: torch.Tensor | None = None,
+        keep_logits: bool = False,
+        copies: torch.Tensor | None = None,
     ) -> Iterator[list[torch.Tensor]]:
         """Count the forward passes inside; yields the list that router logits are kept in.
 
         Args:
             counted: bool, any shape of (tokens) in the order of the model's input: False for padding.
             keep_logits: keep each layer's logits (counted tokens, experts), with gradient, for `aux_loss`.
+            copies: int64 (tokens), instead of `counted`: how often each token counts, of which the input has
+                one only.
         """
-        before = self._counted, self._kept, self._active
+        before = self._counted, self._copies, self._kept, self._active
         kept: list[torch.Tensor] = []
         self._counted = None if counted is None else counted.reshape(-1)
+        self._copies = copies
         self._kept, self._active = (kept if keep_logits else None), bool(self.layers)
         try:
             yield kept
             if self._counted is not None:
                 kept[:] = [logits[self._counted] for logits in kept]
         finally:
-            self._counted, self._kept, self._active = before
+            self._counted, self._copies, self._kept, self._active = before
 
     def totals(self) -> torch.Tensor:
         """float64 (layers * (experts + 1) + 1,): what ranks add up with one all-reduce."""
@@ -132,12 +139,15 @@ class RouterStats:
             with torch.no_grad():
                 if self._counted is not None:
                     logits, chosen = logits[self._counted], chosen[self._counted]
-                load = torch.bincount(chosen.reshape(-1), minlength=self.n_experts)
-                entropy = _entropy(logits.detach(), router.score).sum(dtype=torch.float64)
+                times = None if self._copies is None else self._copies.double()
+                weights = None if times is None else times.repeat_interleave(self.top_k)
+                load = torch.bincount(chosen.reshape(-1), weights, minlength=self.n_experts)
+                of_tokens = _entropy(logits.detach(), router.score).double()
+                entropy = (of_tokens if times is None else of_tokens * times).sum()
                 old, old_entropy = self._load[index], self._entropy[index]
                 self._load[index] = load if old is None else old + load
                 self._entropy[index] = entropy if old_entropy is None else old_entropy + entropy
-                self._tokens = self._tokens + len(chosen)
+                self._tokens = self._tokens + (len(chosen) if times is None else times.sum())
 
         return count
 

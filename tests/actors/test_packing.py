@@ -146,6 +146,44 @@ def test_prompts_are_shared_only_up_to_the_first_counted_token() -> None:
     assert apart.n_tokens == 8
 
 
+def samples(prompts: list[list[int]], each: int) -> Batch:
+    """`each` samples of every prompt, one token each, all different."""
+    ids = [[*prompt, 100 * row + sample] for row, prompt in enumerate(prompts, 1) for sample in range(each)]
+    masks = [[i == len(sequence) - 1 for i in range(len(sequence))] for sequence in ids]
+    return Batch.from_sequences(ids, masks)
+
+
+def test_what_prompts_begin_with_in_common_stands_once() -> None:
+    batch = samples([[1, 2, 7, 8], [1, 2, 5], [1, 2, 7, 9]], 2)
+    (micro,) = micro_batches(batch, 100, FLAT)
+    # Whose prompt comes first in the order of tokens has what others share.
+    assert micro.input_ids.tolist() == [[7, 8, 100, 101, 1, 2, 5, 200, 201, 9, 300, 301]]
+    assert micro.position_ids.tolist() == [[2, 3, 4, 4, 0, 1, 2, 3, 3, 3, 4, 4]]
+    assert micro.copies is not None
+    assert micro.copies.tolist() == [4, 2, 1, 1, 6, 6, 2, 1, 1, 2, 1, 1]
+    read = [micro.input_ids[0][places].tolist() for places in sequences_of(micro)]
+    # Those of one call are as long as the longest of them: the last token stands there again.
+    assert sorted(read) == [
+        *([1, 2, 5, 200, 200], [1, 2, 5, 201, 201], [1, 2, 7, 8, 100], [1, 2, 7, 8, 101]),
+        *([1, 2, 7, 9, 300], [1, 2, 7, 9, 301]),
+    ]
+    assert micro.input_ids[0][micro.predictors].tolist() == [8, 8, 5, 5, 9, 9]
+    assert micro.labels.tolist() == [100, 101, 200, 201, 300, 301]
+
+
+def test_little_in_common_is_not_shared() -> None:
+    (micro,) = micro_batches(samples([[1, *range(10, 20)], [1, *range(30, 40)]], 1), 100, FLAT)
+    assert micro.n_tokens == 24
+    assert micro.copies is None
+
+
+def test_rows_of_one_prompt_stay_in_one_micro_batch() -> None:
+    in_turn = [0, 2, 4, 6, 1, 3, 5, 7]
+    batch = samples([[1, 2, 3, 4], [5, 6, 7, 8, 9], [3, 2, 1], [4, 5]], 2).select(in_turn)
+    found = [micro.rows.tolist() for micro in micro_batches(batch, 19, FLAT, together=True)]
+    assert found == [[0, 1, 4, 5], [2, 3, 6, 7]]
+
+
 def test_an_empty_batch_has_no_micro_batches() -> None:
     assert micro_batches(batch_of([]), 100, BINS) == []
 

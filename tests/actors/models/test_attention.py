@@ -95,10 +95,31 @@ def test_a_sliding_window_is_kept(base_of) -> None:
     assert not torch.allclose(unlimited, wanted, atol=1e-3)
 
 
+def test_samples_of_one_prompt_equal_padded_ones(base_of) -> None:
+    """What all prompts begin with, what some go on with, and whole prompts stand once."""
+    generator = np.random.default_rng(1)
+    head = generator.integers(3, 300, size=5).tolist()
+    ids, masks = [], []
+    for length in (4, 30, 110):
+        prompt = head + generator.integers(3, 300, size=length).tolist()
+        for answer in generator.integers(1, 12, size=5).tolist():
+            ids.append(prompt + generator.integers(3, 300, size=answer).tolist())
+            masks.append([False] * len(prompt) + [True] * answer)
+    batch = Batch.from_sequences(ids, masks)
+    scorer = TokenScorer(load_base(ModelSpec(base=str(base_of("qwen3_moe")))))
+    shared = partial(lay_flat, share_prompts=True)
+    (micro,) = micro_batches(batch, 10**6, shared)
+    assert micro.n_tokens < batch.n_tokens / 3
+    wanted, wanted_gradient = logps_and_gradient(scorer, batch, padded)
+    found, gradient = logps_and_gradient(scorer, batch, shared)
+    assert torch.allclose(found, wanted, atol=2e-5)
+    assert torch.allclose(gradient, wanted_gradient, atol=1e-4 * wanted_gradient.abs().max())
+
+
 def test_the_gradient_of_picked_rows_adds_up_over_all_that_read_them() -> None:
     index = np.array([2, 0, 2, 3, 2])
     gather = Gather.of(Gathering.of(index, 5), torch.device("cpu"))
-    assert len(gather.readers) == 3
+    assert [tuple(picks.shape) for picks in gather.readers] == [(2, 0), (2, 1), (1, 3)]
     rows = torch.randn(5, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert torch.equal(picked(rows, gather), rows[torch.from_numpy(index)])
     assert torch.autograd.gradcheck(lambda rows: picked(rows, gather), rows.requires_grad_())

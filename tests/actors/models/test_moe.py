@@ -53,6 +53,21 @@ def test_padding_is_not_counted(base_of, ids):
     assert together.entropy_sum == pytest.approx(alone.entropy_sum, rel=1e-5)
 
 
+def test_a_token_that_stands_for_several_counts_as_often(base_of, ids):
+    model = load_base(ModelSpec(base=str(base_of("qwen3_moe"))))
+    stats = RouterStats(model)
+    with torch.no_grad(), stats.collecting():
+        model(input_ids=ids[[0, 1, 1, 1]])
+    each = stats.read()
+    stats.reset()
+    with torch.no_grad(), stats.collecting(copies=torch.tensor([1] * 20 + [3] * 20)):
+        model(input_ids=ids[[0, 1]])
+    once = stats.read()
+    assert once.tokens == each.tokens == 80
+    assert (once.load == each.load).all()
+    assert once.entropy_sum == pytest.approx(each.entropy_sum, rel=1e-5)
+
+
 def test_nothing_is_counted_outside_and_micro_batches_add_up(adapted, ids):
     peft = adapted("qwen3_moe", LoraSpec(r=4, targets=["attention", "experts", "router"]))
     stats = RouterStats(peft)
