@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from actors.errors import UserError
-from actors.models.sharding import own_rows, put_, whole, whole_of
+from actors.models.sharding import own_part, put_, whole, whole_of
 from actors.optim import Bucket
 from actors.tensor_file import Entry, write_tensors
 
@@ -58,7 +58,7 @@ def write_checkpoint(directory: Path, trained: Trained, state: dict[str, Any], w
 
 
 def read_checkpoint(directory: Path, trained: Trained, settings: dict[str, Any]) -> dict[str, Any]:
-    """Put a checkpoint's tensors in place, of sharded ones this rank's rows, and return its `state`.
+    """Put a checkpoint's tensors in place, of sharded ones this rank's part, and return its `state`.
 
     Nothing is changed unless the whole checkpoint is readable and fits.
 
@@ -127,8 +127,7 @@ def _set_moments(trained: Trained, file: Any, keys: tuple[str, ...], steps: int)
         state = {key: torch.zeros_like(bucket.flat) for key in keys}
         for key, flat in state.items():
             for name, view in bucket.views(flat).items():
-                rows = own_rows(trained.parameters[name])
-                view.copy_(file.get_slice(f"{key}.{name}")[rows or ...])
+                view.copy_(own_part(file.get_slice(f"{key}.{name}"), trained.parameters[name]))
         optimizer.state[bucket.flat] = {"step": torch.tensor(float(steps), device=device), **state}
 
 

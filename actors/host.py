@@ -1,9 +1,9 @@
-"""ModelHost: one base model with named adapters on one data-parallel rank, and all that is done with it.
+"""ModelHost: one base model with named adapters on one rank, and all that is done with it.
 
-Every rank of a host is given the whole global batch and takes its own share of rows. Losses divide
-by totals of the global batch and gradients are summed over ranks, so one rank and many do the same
-step. Policy, reference, critic and reward model are views: an adapter, with or without a scalar head,
-or the bare base.
+Every rank of a host is given the whole global batch and takes its own share of rows; tensor-parallel ranks
+take the same. Losses divide by totals of the global batch and gradients are summed over ranks, so one rank
+and many do the same step. Policy, reference, critic and reward model are views: an adapter, with or without
+a scalar head, or the bare base.
 """
 
 from __future__ import annotations
@@ -58,20 +58,22 @@ class ModelHost(HostTraining, HostScoring, HostFiles):
         resolved = resolve_base(spec.model).checked()
         assert resolved.config is not None
         self.architecture = architecture_of(resolved.config)
-        packing = self._packing(spec.packing)
-        self.ranks = Ranks(rank, world_size, init_method, timeout_s, spec.device)
+        self.ranks = Ranks(rank, world_size, init_method, timeout_s, spec.device, spec.tensor_parallel_size)
         sharded = spec.sharding != "none" and world_size > 1
         split: Literal["layers", "experts"] = "experts" if spec.sharding == "experts" else "layers"
-        self.base = load_base(spec.model, spec.device, spec.seed, world_size if sharded else 1, split)
+        self.base = load_base(
+            spec.model, spec.device, spec.seed, world_size if sharded else 1, split, self.ranks.mesh
+        )
         self.config = self.base.config
         self.base.requires_grad_(False)
         self.model: Any = self.base
+        scorer = TokenScorer(self.base)
         self.runner = PassRunner(
-            TokenScorer(self.base),
+            scorer,
             RouterStats(self.base),
             self.ranks,
             aux_loss_coef(spec.model, self.config),
-            packing,
+            self._packing(spec.packing, scorer),
             spec.max_tokens_per_micro_batch,
             self.config.hidden_size,
             spec.seed,
@@ -85,17 +87,19 @@ class ModelHost(HostTraining, HostScoring, HostFiles):
         self._trainings = {}
         self._loads = {}
         self._agreement = None
-        self.weight_source = WeightSource(self, leads=rank == 0, sharded=sharded)
+        self.weight_source = WeightSource(self, leads=rank == 0, sharded=self.sharded)
         self.base.eval()
         if resolved.adapter_path is not None:
             self.add_adapter(START_ADAPTER, resolved.adapter_path, trainable=False)
 
-    def _packing(self, asked: bool | str) -> bool:
-        if asked is True and not self.architecture.packable:
+    def _packing(self, asked: bool | str, scorer: TokenScorer) -> bool:
+        packs = self.architecture.packs
+        packable = packs == "bins" or (packs == "flat" and scorer.by_sequence)
+        if asked is True and not packable:
             raise UserError(
                 f"packing: {self.architecture.model_type} mixes packed sequences; set packing: auto"
             )
-        return self.architecture.packable if asked == "auto" else bool(asked)
+        return packable if asked == "auto" else bool(asked)
 
     def set_batching(self, packing: bool | str, max_tokens_per_micro_batch: int) -> None:
         """How the next stage's batches are cut up; the base stays as it is.
@@ -104,7 +108,9 @@ class ModelHost(HostTraining, HostScoring, HostFiles):
             UserError: packing was asked for where the architecture mixes packed sequences.
         """
         self.runner = replace(
-            self.runner, packing=self._packing(packing), max_tokens=max_tokens_per_micro_batch
+            self.runner,
+            packing=self._packing(packing, self.runner.scorer),
+            max_tokens=max_tokens_per_micro_batch,
         )
 
     # --- Adapters -------------------------------------------------------------------------------

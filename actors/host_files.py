@@ -41,6 +41,7 @@ class HostFiles(HostParts):
             "rank": self.ranks.rank,
             "world_size": self.ranks.world_size,
             "sharding": self.spec.sharding if self.sharded else "none",
+            "tensor_parallel_size": self.ranks.tensor_parallel_size,
             "threads": torch.get_num_threads(),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }

@@ -52,7 +52,7 @@ class HostParts:
     @property
     def sharded(self) -> bool:
         """Whether ranks hold slices of the base; every pass and every look at weights is then collective."""
-        return self.runner.lockstep
+        return self.runner.lockstep or self.ranks.tensor_parallel_size > 1
 
     def _as(self, role: str | None) -> AbstractContextManager[None]:
         """Run as an adapter; None is the model as it was given, with its adapter if it had one."""

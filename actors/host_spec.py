@@ -21,6 +21,8 @@ class HostSpec(Spec):
     """Positions, padding included, of one forward and backward pass per rank."""
     sharding: Sharding = "none"
     """What the ranks of a host split among them (`RoleSpec.sharding`)."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that hold one model together (`RoleSpec.tensor_parallel_size`)."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of fresh weights and adapters, and of dropout."""
     device: str = "cpu"

@@ -15,6 +15,7 @@ from actors.host_scoring import HostScoring
 from actors.models import adapters
 from actors.models.heads import head_parameters
 from actors.models.sharding import gather_gradients
+from actors.models.tensor_parallel import share_names
 from actors.optim import names_without_decay
 from actors.optim_spec import OptimSpec
 from actors.passes import Sums
@@ -63,7 +64,8 @@ class HostTraining(HostScoring):
                 head.requires_grad_(True)
             parameters = {**adapters.adapter_parameters(self.model, role), **head_parameters(head)}
         exempt = names_without_decay(self.model) if spec.weight_decay > 0 else set()
-        training = Training(role, parameters, spec, total_steps, exempt, self.ranks)
+        shares = share_names(self.model) if self.ranks.tensor_parallel_size > 1 else set()
+        training = Training(role, parameters, spec, total_steps, exempt, self.ranks, shares)
         self._trainings[role] = training
         return {"trainable_parameters": training.n_parameters, "tensors": len(parameters)}
 

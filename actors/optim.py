@@ -8,7 +8,7 @@ moving a fully trained model into them needs little extra memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,12 @@ class FlatParameters:
     def grads(self) -> list[Tensor]:
         """The flat gradients, one tensor per bucket."""
         return [bucket.flat.grad for bucket in self.buckets if bucket.flat.grad is not None]
+
+    def named_grads(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter's gradient, a view of a flat one."""
+        for bucket in self.buckets:
+            if bucket.flat.grad is not None:
+                yield from bucket.views(bucket.flat.grad).items()
 
     def zero_grad(self) -> None:
         for grad in self.grads:

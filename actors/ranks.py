@@ -1,12 +1,22 @@
-"""The data-parallel ranks of one host: a process group, or nothing at all for a single rank."""
+"""The ranks of one host: process groups, or nothing at all for a single rank.
+
+Ranks have two dimensions. Each run of `tensor_parallel_size` consecutive ones holds one model together and
+computes the same rows; rows are shared out among these groups. With size 1, the usual case, every rank has
+rows of its own.
+"""
 
 from __future__ import annotations
 
 from datetime import timedelta
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Ranks:
@@ -19,23 +29,60 @@ class Ranks:
         init_method: str | None = None,
         timeout_s: float = 600.0,
         device: str = "cpu",
+        tensor_parallel_size: int = 1,
     ) -> None:
-        """Join the group at `init_method` (tcp://host:port); waits for all ranks, at most `timeout_s`."""
+        """Join the group at `init_method` (tcp://host:port); waits for all ranks, at most `timeout_s`.
+
+        `tensor_parallel_size` divides `world_size`.
+        """
         self.rank, self.world_size = rank, world_size
+        self.tensor_parallel_size = tensor_parallel_size
+        self.share, self.shares = rank // tensor_parallel_size, world_size // tensor_parallel_size
+        """Which of how many shares of the rows this rank computes."""
+        self._device = torch.device(device)
         if world_size == 1:
             return
+        wait = timedelta(seconds=timeout_s)
         dist.init_process_group(
-            "nccl" if torch.device(device).type == "cuda" else "gloo",
+            "nccl" if self._device.type == "cuda" else "gloo",
             init_method=init_method,
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=wait,
         )
+        self._same_rows = self._one_each = None
+        if tensor_parallel_size > 1:
+            numbers = torch.arange(world_size).view(self.shares, tensor_parallel_size)
+            self._same_rows = _own_group(numbers.tolist(), wait)
+            self._one_each = _own_group(numbers.t().tolist(), wait)
+
+    @cached_property
+    def mesh(self) -> DeviceMesh | None:
+        """The ranks that hold one model together with this one; None: it holds one alone."""
+        if self.tensor_parallel_size == 1:
+            return None
+        from torch.distributed.device_mesh import DeviceMesh
+
+        return DeviceMesh.from_group(self._same_rows, self._device.type, mesh_dim_names=("tp",))
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Replace `tensor` on every rank by the sum over ranks, bit-equal everywhere."""
+        """Replace `tensor`, of this rank's rows, by the sum over all shares of the rows; bit-equal everywhere
+        if ranks of the same rows came with equal bits."""
+        if self.shares > 1:
+            dist.all_reduce(tensor, group=self._one_each)
+        return tensor
+
+    def sum_gradient_(self, tensor: Tensor) -> Tensor:
+        """Replace `tensor` by the sum over all ranks, bit-equal everywhere."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
+        return tensor
+
+    def sum_slices_(self, tensor: Tensor) -> Tensor:
+        """Replace `tensor`, of slices of weights, by the sum over the ranks that hold one copy of them: all,
+        or those of the same rows."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, group=self._same_rows)
         return tensor
 
     def max_(self, tensor: Tensor) -> Tensor:
@@ -61,3 +108,9 @@ class Ranks:
         """Leave the group."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _own_group(groups: list[list[int]], timeout: timedelta) -> dist.ProcessGroup | None:
+    """Make all of these groups, as every rank has to; the one that this rank is in."""
+    own, _ = dist.new_subgroups_by_enumeration(groups, timeout=timeout)
+    return own

@@ -1,5 +1,5 @@
-"""Trainable parameters of which each rank holds a slice (FSDP2): gradients arrive summed and sliced, and
-the optimizer steps on the slices alone."""
+"""Trainable parameters of which each rank holds a slice: gradients arrive sliced, by FSDP2 already summed,
+and the optimizer steps on the slices alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.errors import InvariantViolation
-from actors.models.sharding import own_slice
+from actors.models.sharding import holders, own_slice
 from actors.optim import Bucket, norms
 
 
@@ -46,9 +46,18 @@ class SlicedParameters:
             grad = parameter.grad
             bucket.flat.grad = torch.zeros_like(bucket.flat) if grad is None else own_slice(grad)
 
+    @property
+    def grads(self) -> list[Tensor]:
+        """This rank's slices of gradients, once collected."""
+        return [bucket.flat.grad for bucket in self.buckets if bucket.flat.grad is not None]
+
     def square_norm(self) -> Tensor:
-        """float64: sum of squares of this rank's gradients."""
-        found = [norms(b.flat.grad).double().square().sum() for b in self.buckets if b.flat.grad is not None]
+        """float64: sum of squares of this rank's gradients; what several ranks have is shared among them."""
+        found = [
+            norms(b.flat.grad).double().square().sum() / holders(self.parameters[b.names[0]])
+            for b in self.buckets
+            if b.flat.grad is not None
+        ]
         device = next(iter(self.parameters.values())).device
         return torch.stack(found).sum() if found else torch.zeros((), dtype=torch.float64, device=device)
 

@@ -29,12 +29,15 @@ class Training:
         total_steps: int,
         without_decay: Collection[str] = (),
         ranks: Ranks | None = None,
+        shares: Collection[str] = (),
     ) -> None:
+        """`shares`: parameters of which each rank of the same rows has a share of the gradient."""
         self.role, self.spec, self.total_steps = role, spec, total_steps
         self.parameters = dict(parameters)
         self.ranks = ranks or Ranks()
         replicas = {n: p for n, p in self.parameters.items() if not is_sharded(p)}
         self._flat = FlatParameters(replicas, without_decay)
+        self._shares = frozenset(shares)
         self._sliced = SlicedParameters(
             {n: p for n, p in self.parameters.items() if n not in replicas}, without_decay
         )
@@ -64,15 +67,24 @@ class Training:
 
     def reduce_gradients(self) -> None:
         """Sum the gradients of all ranks, after the backward pass; FSDP has done that to sharded ones."""
+        copies = self.ranks.tensor_parallel_size
+        if copies > 1:
+            # Ranks of the same rows have the same gradient of what they compute alike.
+            for name, grad in self._flat.named_grads():
+                if name not in self._shares:
+                    grad.div_(copies)
         for grad in self._flat.grads:
-            self.ranks.sum_(grad)
+            self.ranks.sum_gradient_(grad)
         self._sliced.collect()
+        if copies > 1:
+            for grad in self._sliced.grads:
+                self.ranks.sum_(grad)
 
     def grad_norm(self) -> torch.Tensor:
         """Euclidean norm over all gradients, the same on every rank."""
         if not self.is_sharded:
             return self._flat.grad_norm()
-        others = self.ranks.sum_(self._sliced.square_norm())
+        others = self.ranks.sum_slices_(self._sliced.square_norm())
         replicas = self._flat.grad_norm().to(others.device).double()
         return (replicas.square() + others).sqrt().float()
 

@@ -8,8 +8,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from actors.cluster import check_cluster, start_ray, stop_ray
-from actors.group import HOST, ROLLOUT, ActorGroup, host_group, rollout_group
+from actors.cluster import check_cluster, is_local, start_ray, stop_ray
+from actors.environment import actor_environment
+from actors.fork_server import ForkServer
+from actors.group import HOST, HOST_MODULES, ROLLOUT, ActorGroup, host_group, rollout_group
 from actors.models.facts import BaseFacts, base_facts
 from actors.pending import Pending, PendingOne
 from actors.rollout import EngineSpec
@@ -56,6 +58,7 @@ class Fleet:
         self._starting: Future[None] | None = None
         self._facts: Future[PendingOne] | None = None
         self._later: list[str] = []
+        self._fork_server: ForkServer | None = None
         # Lives as long as the fleet: Linux ties a local cluster's end to the thread that started it.
         self._thread = ThreadPoolExecutor(1, "start-ray")
 
@@ -72,9 +75,23 @@ class Fleet:
                 group.shutdown()
         if self._ray:
             stop_ray()
+        if self._fork_server is not None:
+            self._fork_server.stop()
         self._thread.shutdown()
 
     # --- Start ----------------------------------------------------------------------------------
+
+    def warm_up(self) -> None:
+        """Where all processes of the run are to be on this machine and its CPUs: let one of them make the
+        imports for all (`actors.fork_server`). Elsewhere, and on GPUs, each process makes its own."""
+        roles = self._likely()
+        specs = self._specs(roles).values()
+        threads = {spec.threads for spec in specs}  # Read when torch is loaded, so the same in all.
+        if not is_local(self.config.ray.address) or "policy" not in roles or len(threads) > 1:
+            return
+        if not any(spec.gpus for spec in specs):
+            env = actor_environment(threads.pop(), one_node=True)
+            self._fork_server = ForkServer(HOST_MODULES, env, self.directory.logs / "fork-server.log")
 
     def prestart(self) -> None:
         """On a local cluster: let Ray and the first processes' imports begin while the driver reads on.
@@ -146,7 +163,12 @@ class Fleet:
         if not self._ray:
             spec = self.config.ray
             self._ray = True
-            start_ray(spec.address, num_cpus=spec.num_cpus, object_store_memory=spec.object_store_memory)
+            start_ray(
+                spec.address,
+                num_cpus=spec.num_cpus,
+                object_store_memory=spec.object_store_memory,
+                fork_server=self._fork_server.address if self._fork_server is not None else None,
+            )
         for name in roles:
             self._group(name)
 
@@ -195,7 +217,7 @@ class Fleet:
 
     def _host(self, name: str, node: Node, weights: Weights) -> Host:
         """The role's host with the base of `weights`, kept from the stage before where it fits."""
-        spec = host_spec(self.config, node, weights, getattr(self.config.roles, name).sharding)
+        spec = host_spec(self.config, node, weights, getattr(self.config.roles, name))
         host = self._hosts.get(name)
         if host is not None and fits(host, spec, weights):
             return host

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from actors.group import ActorGroup, Pending
 from actors.host_spec import HostSpec
-from actors.runtime import Sharding
 from pipeline.stages.evaluate import Weights
 
 if TYPE_CHECKING:
+    from actors.runtime import RoleSpec
     from pipeline.config.schema import RunConfig
     from pipeline.nodes import Node
 
@@ -62,8 +62,13 @@ def fits(host: Host, spec: HostSpec, weights: Weights) -> bool:
     return same_settings and (trained_to_it or host.spec.model == spec.model)
 
 
-def host_spec(config: RunConfig, node: Node, weights: Weights, sharding: Sharding = "none") -> HostSpec:
-    """What a host is told that runs `weights` for a stage; `sharding`: of the role whose ranks it has."""
+def host_spec(config: RunConfig, node: Node, weights: Weights, role: RoleSpec) -> HostSpec:
+    """What a host is told that runs `weights` for a stage on the ranks of `role`."""
     fresh = config.model.random_init and node.init == "base"
     model = config.model.model_copy(update={"base": weights.base, "random_init": fresh})
-    return HostSpec(model=model, seed=config.seed, sharding=sharding)
+    return HostSpec(
+        model=model,
+        seed=config.seed,
+        sharding=role.sharding,
+        tensor_parallel_size=role.tensor_parallel_size,
+    )

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from actors.errors import UserError
+from actors.models.divided import load_divided
 from actors.models.expert_lora import travel_to_experts
 
 if TYPE_CHECKING:
@@ -29,32 +30,10 @@ def load_split_experts(
         device: of this rank.
         how: further arguments of `from_pretrained`.
 
-    transformers (5.19) reads slices for whatever is a DTensor when it has made the model; which that is, its
-    `maybe_distribute_model` decides. Here a class beneath the model's own says it, for as long as it loads.
-
     Raises:
         UserError: as `split_experts`.
     """
-    from transformers.distributed import DistributedConfig
-
-    def prepare(cls: Any, config: Any, device_map: Any = None) -> tuple[Any, torch.device, None]:
-        return config, torch.device(device), None
-
-    def distribute(cls: Any, model: PreTrainedModel, config: Any, mesh: None) -> PreTrainedModel:
-        _slice_experts(model, device)
-        return model
-
-    overrides = {
-        "__module__": model_class.__module__,
-        "prepare_distribute_model": classmethod(prepare),
-        "maybe_distribute_model": classmethod(distribute),
-    }
-    loader: Any = type(model_class.__name__, (model_class,), overrides)
-    model = loader.from_pretrained(
-        base_path, use_safetensors=True, distributed_config=DistributedConfig(), **how
-    )
-    model.__class__ = model_class
-    model.config.distributed_config = None
+    model = load_divided(model_class, base_path, lambda model: _slice_experts(model, device), device, how)
     travel_to_experts(model)
     return model
 

@@ -21,6 +21,7 @@ from actors.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -128,13 +129,15 @@ def load_base(
     seed: int = 0,
     shards: int = 1,
     split: Literal["layers", "experts"] = "layers",
+    mesh: DeviceMesh | None = None,
 ) -> PreTrainedModel:
     """The base model in evaluation mode, without cache and without router logits in its outputs.
 
     With `spec.random_init` its weights are drawn from `seed`. An adapter named by `spec.base` is not
     applied: see `resolve_base(...).adapter_path` and `actors.models.adapters`. With `shards` above 1, the
     ranks of the process group, each reads and holds only its slices: of all weights, gathered by layers
-    (`actors.models.sharding`), or of stacks of experts alone (`actors.models.expert_parallel`).
+    (`actors.models.sharding`), or of stacks of experts alone (`actors.models.expert_parallel`). With `mesh`
+    the ranks on it hold one model together (`actors.models.tensor_parallel`).
 
     Raises:
         UserError: the base can't be found, is no causal LM, or is an architecture without a row.
@@ -162,12 +165,16 @@ def load_base(
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(resolved.config, **how)
         model.config._name_or_path = resolved.base_path
-        if shards > 1:
+        if mesh is not None:
+            _split_layers(model, mesh)
+        elif shards > 1:
             model = _split_experts(model, device) if split == "experts" else shard_loaded(model, shards)
     else:
         try:
             with no_progress_bars():
-                if shards > 1 and split == "experts":
+                if mesh is not None:
+                    model = _load_split_layers(resolved, mesh, how)
+                elif shards > 1 and split == "experts":
                     model = _load_split_experts(resolved, device, how)
                 else:
                     model = load_weights(AutoModelForCausalLM, resolved.base_path, shards, how)
@@ -179,6 +186,20 @@ def load_base(
     model.config.output_router_logits = False
     make_routing_deterministic(model)
     return (model if shards > 1 else model.to(device)).eval()
+
+
+def _load_split_layers(resolved: ResolvedBase, mesh: DeviceMesh, how: dict[str, Any]) -> PreTrainedModel:
+    from actors.models.targets import meta_model
+    from actors.models.tensor_parallel import load_split
+
+    assert resolved.config is not None
+    return load_split(type(meta_model(resolved.config)), resolved.base_path, mesh, how)
+
+
+def _split_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    from actors.models.tensor_parallel import split_layers
+
+    split_layers(model, mesh)
 
 
 def _load_split_experts(

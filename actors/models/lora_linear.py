@@ -9,9 +9,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Linear, ParamWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from actors.models.sharding import own_slice
+from actors.models.tensor_parallel import (
+    entered,
+    latent_entered,
+    left,
+    own_span,
+    split_dim,
+    takes_over_latent,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -28,7 +39,11 @@ def lora_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float)
 def wrap_linears(peft: PeftModel) -> None:
     """Let PEFT's linear layers run this way where they can; needed again after adding adapters."""
     for module in peft.modules():
-        if type(module) is Linear:
+        if type(module) is Linear and takes_over_latent(module.get_base_layer()):
+            module.__class__ = _LatentLinear
+        elif type(module) in (Linear, ParamWrapper) and split_dim(module.get_base_layer()) is not None:
+            module.__class__ = _SplitLinear if type(module) is Linear else _SplitParamWrapper
+        elif type(module) is Linear:
             module.__class__ = _FusedLinear
 
 
@@ -52,8 +67,62 @@ class _FusedLinear(Linear):
         return lora_linear(*tensors, self.scaling[name])
 
 
-# PEFT and its users know the layer by this name.
-_FusedLinear.__name__ = "Linear"
+class _SplitLinear(Linear):
+    """PEFT's wrapper of a linear layer that is split over ranks."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _split_forward(self, x, *args, **kwargs)
+
+
+class _SplitParamWrapper(ParamWrapper):
+    """The same where PEFT's `target_parameters` name the weight of such a layer."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _split_forward(self, x, *args, **kwargs)
+
+
+def _split_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Each rank multiplies with its part of the base's weight, of A and of B, between one sum over ranks in
+    the backward pass and one in the forward pass."""
+    if layer.disable_adapters or not any(name in layer.lora_A for name in layer.active_adapters):
+        return layer.base_layer(x, *args, **kwargs)
+    if args or kwargs or layer.merged or layer.lora_variant:
+        raise NotImplementedError("a layer that is split over ranks has plain LoRA only")
+    base = layer.get_base_layer()
+    mesh, weight, span = base.weight.device_mesh, own_slice(base.weight), own_span(base)
+    if split_dim(base) == 0:
+        y = _product(layer, entered(x, mesh), weight, slice(None), span)
+    else:
+        y = left(_product(layer, x, weight, span, slice(None)), mesh)
+    return y if base.bias is None else y + own_slice(base.bias)
+
+
+def _product(layer: Any, x: Tensor, weight: Tensor, columns: slice, rows: slice) -> Tensor:
+    """x weight^T and the active adapters' s (x A^T) B^T, of A these columns and of B these rows."""
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    factors = [(layer.lora_A[n].weight[:, columns], layer.lora_B[n].weight[rows]) for n in active]
+    dropouts = [layer.lora_dropout[n] for n in active]
+    drops = any(isinstance(d, nn.Dropout) and d.training for d in dropouts)
+    if len(active) == 1 and not drops and all(t.dtype == torch.float32 for t in (x, weight, *factors[0])):
+        return lora_linear(x, weight, *factors[0], layer.scaling[active[0]])
+    y = linear(x, weight)
+    for name, (a, b), dropout in zip(active, factors, dropouts, strict=True):
+        low = linear(dropout(x).to(a.dtype), a)
+        y = y + (linear(low, b) * layer.scaling[name]).to(y.dtype)
+    return y
+
+
+class _LatentLinear(_FusedLinear):
+    """Of a projection that is whole on every rank, and whose output's last part goes straight to the heads of
+    each: gradients of that part are shares, for A and B as for the base."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return latent_entered(self.base_layer, super().forward(x, *args, **kwargs))
+
+
+# PEFT and its users know the layers by these names.
+_FusedLinear.__name__ = _SplitLinear.__name__ = _LatentLinear.__name__ = "Linear"
+_SplitParamWrapper.__name__ = "ParamWrapper"
 
 
 class _LoraLinear(torch.autograd.Function):

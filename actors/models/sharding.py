@@ -6,6 +6,7 @@ rank ever holds more than its slices and what one layer of the checkpoint needs 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -54,13 +55,24 @@ def own_rows(tensor: Tensor) -> slice | None:
     return slice(offsets[0], offsets[0] + shape[0]) if shape[0] else slice(0, 0)
 
 
+def own_part(value: Any, like: Tensor) -> Tensor:
+    """Of a whole tensor, or a slice of a safetensors file, what this rank holds of something split as `like`
+    is. Not collective."""
+    if not is_sharded(like):
+        found: Tensor = value[...]
+        return found
+    from transformers.distributed.sharding_utils import DtensorShardOperation
+
+    return DtensorShardOperation(like).shard_tensor(value)
+
+
 def put_(target: Tensor, value: Any) -> None:
     """Copy a whole tensor, or a slice of a safetensors file, into `target`: of a sharded one, this rank's
-    rows. Not collective."""
+    part. Not collective."""
     own = own_slice(target)
     if own.numel():
         with torch.no_grad():
-            own.copy_(value[own_rows(target) or ...])
+            own.copy_(own_part(value, target))
 
 
 def whole_of(own: Tensor | None, like: Tensor) -> Tensor:
@@ -81,6 +93,13 @@ def whole_of(own: Tensor | None, like: Tensor) -> Tensor:
         stride=tuple(sharded.stride()),
     )
     return gathered.full_tensor()
+
+
+def holders(tensor: Tensor) -> int:
+    """How many ranks of a sharded tensor's mesh hold the same part: 1 unless it is whole on them, as the bias
+    behind a layer whose input is split."""
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return math.prod(mesh.size(i) for i, placement in enumerate(placements) if placement.is_replicate())
 
 
 def is_managed(module: nn.Module) -> bool:
