@@ -36,8 +36,8 @@ class TokenScorer:
         self.by_sequence = use_by_sequence(model)
         """Micro-batches may be laid flat."""
         self.in_one_row = "flash" in str(model.config._attn_implementation)
-        """Of several rows transformers' flash attention reads no position ids that restart: sequences of a bin
-        would see each other."""
+        """Of several rows transformers' flash attention reads no position ids that restart: sequences of a
+        bin would see each other."""
         self.head = head
         self.logits_are_heads = _logits_are_heads(model, head)
         """The model does nothing to its head's outputs: they need not be made whole."""

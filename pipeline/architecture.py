@@ -49,9 +49,13 @@ def _stage_problems(config: RunConfig, row: Architecture | None, model_type: str
             f"stages.{name}.type: '{kind}' can't train a {model_type} model, only {', '.join(row.stages)}: "
             f"{row.why_only}"
         )
-    if stage.packing is True and (row is None or not row.packable):
+    if stage.packing is True and (row is None or row.packs == "no"):
         problems.append(
             f"stages.{name}.packing: true, but a {model_type} model mixes packed sequences; set auto"
+        )
+    if stage.packing is True and row is not None and row.packs == "flat" and config.roles.policy.gpus:
+        problems.append(
+            f"stages.{name}.packing: true, but a {model_type} model mixes packed sequences on GPUs; set auto"
         )
     return problems
 
@@ -128,14 +132,6 @@ def dry_run_dtype(model_type: str | None) -> str:
     return "float32" if "float32" in dtypes else dtypes[0]
 
 
-def model_type_of(config: RunConfig) -> str | None:
-    """The architecture of the run's base; None where it can't be told."""
-    from actors.models.loading import resolve_base
-
-    found = resolve_base(config.model).config
-    return None if found is None else str(found.model_type)
-
-
 def describe_architecture(model_type: str) -> list[str]:
     """The row of an architecture, in lines for its user."""
     row, engine = ARCHITECTURES.get(model_type), engine_row(model_type)
@@ -155,7 +151,8 @@ def _trainer_part(row: Architecture) -> str:
     parts += [f"not {group} ({why})" for group, why in row.refused.items()]
     if row.router is not None:
         parts.append("load-balancing loss" if row.router.has_aux_loss else "no load-balancing loss")
-    parts.append("rows are packed" if row.packable else "rows are padded")
+    packed = {"bins": "rows are packed", "flat": "rows are packed on CPUs", "no": "rows are padded"}
+    parts.append(packed[row.packs])
     if row.stages is not None:
         parts.append(f"trains by {', '.join(row.stages)} only")
     return "; ".join(parts)

@@ -98,7 +98,7 @@ def _trainer_row(row: Architecture) -> list[str]:
     return [
         f"`{row.model_type}`",
         ", ".join(row.groups),
-        "yes" if row.packable else "no",
+        {"bins": "yes", "flat": "on CPUs", "no": "no"}[row.packs],
         "" if router is None else "yes" if router.has_aux_loss else "no",
         "classifier" if has_sequence_classifier(row.model_type) else "file",
         "" if router is None else "no" if replay_objection(row.model_type) else "yes",

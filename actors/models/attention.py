@@ -19,10 +19,11 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from actors.models.sinks import attend_with_sinks
 from actors.packing import Gathering
 
-BY_SEQUENCE = "sdpa_by_sequence"
-"""Name under which the implementation is registered with transformers."""
+BY_SEQUENCE = "by_sequence"
+"""Its name with transformers. With `sdpa` in it, transformers would refuse it for gpt_oss."""
 
 
 class Gather(NamedTuple):
@@ -56,14 +57,21 @@ class Sequences(NamedTuple):
 def use_by_sequence(model: PreTrainedModel) -> bool:
     """Let `model` accept `sequences=...` in its forward; without it nothing changes. True if it does.
 
-    Only where transformers' `sdpa` ran before, and on the CPU: on a GPU many small calls would cost more.
+    Only where transformers' `sdpa` ran before, or eager attention with sinks, and on the CPU: on a GPU many
+    small calls would cost more.
     """
     if model.config._attn_implementation == BY_SEQUENCE:
         return True
-    if model.config._attn_implementation != "sdpa" or model.device.type != "cpu":
+    replaced = "eager" if has_sinks(model) else "sdpa"
+    if model.config._attn_implementation != replaced or model.device.type != "cpu":
         return False
     model.set_attn_implementation(BY_SEQUENCE)
     return True
+
+
+def has_sinks(model: PreTrainedModel) -> bool:
+    """Whether its attention hands over sinks, as gpt_oss's; transformers computes those eagerly."""
+    return any(name.endswith(".sinks") for name, _ in model.named_parameters())
 
 
 def no_mask(device: torch.device) -> Tensor:
@@ -81,30 +89,37 @@ def attention(
     scaling: float | None = None,
     sequences: Sequences | None = None,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query (1, heads, T, D), key and value (1, kv heads, T, D) -> (1, T, heads, D)."""
+    """query (1, heads, T, D), key and value (1, kv heads, T, D) -> (1, T, heads, D).
+
+    `s_aux`: transformers' name for attention sinks, (heads,).
+    """
+    repeats = query.shape[1] // key.shape[1]
+    if sequences is None and s_aux is not None:
+        key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+        output = attend_with_sinks(query, key, value, s_aux, attention_mask, dropout, scaling)
+        return output.transpose(1, 2), None
     if sequences is None:
         kwargs["sliding_window"] = sliding_window
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    repeats = query.shape[1] // key.shape[1]
     sizes = [n * length for n, length in sequences.shapes]
     split = [_picked(x, sequences.places).split(sizes) for x in (query, key, value)]
     outputs = []
     for (n, length), *parts in zip(sequences.shapes, *split, strict=True):
         q, k, v = (part.unflatten(0, (n, length)).transpose(1, 2) for part in parts)
         windowed = sliding_window is not None and length > sliding_window
-        output = scaled_dot_product_attention(
-            q,
-            repeat_kv(k, repeats),
-            repeat_kv(v, repeats),
-            attn_mask=_window(length, sliding_window, q.device) if windowed else None,
-            dropout_p=dropout,
-            is_causal=not windowed,
-            scale=scaling,
-        )
+        mask = _window(length, sliding_window, q.device) if windowed else None
+        k, v = repeat_kv(k, repeats), repeat_kv(v, repeats)
+        if s_aux is not None:
+            output = attend_with_sinks(q, k, v, s_aux, mask, dropout, scaling)
+        else:
+            output = scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=not windowed, scale=scaling
+            )
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     joined = torch.cat(outputs)
     return (joined if sequences.outputs is None else picked(joined, sequences.outputs))[None], None

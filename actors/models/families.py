@@ -177,10 +177,11 @@ ROWS = (
         _parameters("mlp.router.weight"),
         Router("mlp.router", gates="softmax_of_chosen"),
         experts_key="num_local_experts",
-        packable=False,
+        packs="flat",
         attention="eager",
         limits=(
-            "Attention has sinks: `attn_implementation: sdpa` loads transformers' eager one.",
+            "Attention has sinks: on CPUs `attn_implementation: sdpa` is ours, which takes packed rows; on "
+            "GPUs transformers' eager one, and rows are padded.",
             "Checkpoints in MXFP4 are refused; convert them to bf16 first.",
         ),
     ),
@@ -208,7 +209,7 @@ ROWS = (
         {"attention": (*_ATTENTION, "in_proj_qkvz", "in_proj_ba", "out_proj")},
         _parameters(shared="mlp.shared_expert", dense_layers=True),
         Router("mlp.gate", why_no_replay="it trains by sft only"),
-        packable=False,
+        packs="no",
         stages=("sft",),
         twin=_LINEAR_TWIN,
         why_only=(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 Attention = Literal["sdpa", "eager"]
+Packs = Literal["bins", "flat", "no"]
 GateKind = Literal[
     "softmax",
     "scaled_softmax",
@@ -72,8 +73,9 @@ class Architecture:
     """Config key of the experts per token."""
     aux_loss_key: str = "router_aux_loss_coef"
     """Config key of the load-balancing loss's own weight."""
-    packable: bool = True
-    """Sequences that share a row stay apart when position ids restart and no mask is given."""
+    packs: Packs = "bins"
+    """How sequences may share a row: in `bins`, where position ids that restart keep them apart; `flat`, only
+    by attention that is told where each begins (`actors.models.attention`, on CPUs); or `no` way is known."""
     attention: Attention = "sdpa"
     """What `attn_implementation: sdpa` loads; transformers has no sdpa for those with attention sinks."""
     grouped_experts: bool = True
@@ -98,6 +100,10 @@ class Architecture:
     @property
     def is_moe(self) -> bool:
         return self.router is not None
+
+    @property
+    def packable(self) -> bool:
+        return self.packs == "bins"
 
     @property
     def groups(self) -> tuple[TargetGroup, ...]:

@@ -50,7 +50,7 @@ def derived_row(config: PretrainedConfig) -> Architecture:
     attention: Attention = "sdpa" if getattr(net, "_supports_sdpa", False) else "eager"
     if not stacks:
         modules |= linear
-        return Architecture(config.model_type, modules, packable=False, attention=attention, tested=False)
+        return Architecture(config.model_type, modules, packs="no", attention=attention, tested=False)
     router, weight = _router(net, config, next(iter(stacks)))
     parameters = {
         "experts": _unique(_suffix(name, 3) for name in stacks),
@@ -66,7 +66,7 @@ def derived_row(config: PretrainedConfig) -> Architecture:
         router,
         experts_key=_key(config, _EXPERTS_KEYS, n_experts),
         top_k_key=_key(config, _TOP_K_KEYS),
-        packable=False,
+        packs="no",
         attention=attention,
         grouped_experts=net._can_set_experts_implementation(),
         tested=False,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from pipeline.architecture import (
     architecture_problems,
     describe_architecture,
     dry_run_dtype,
-    model_type_of,
 )
 from pipeline.config.schema import RunConfig
 from tests.actors.models.tiny_models import tiny_config_of
@@ -59,11 +57,20 @@ def test_an_architecture_without_a_plan_by_layer_is_not_sharded() -> None:
         assert [p.split(":")[0] for p in found] == expected
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_next", "gpt_oss", "unheard_of"])
+@pytest.mark.parametrize("model_type", ["qwen3_next", "unheard_of"])
 def test_packing_can_not_be_forced_where_sequences_would_mix(model_type: str) -> None:
     (problem,) = problems(model_type, {"sft": {**SFT, "packing": True}})
     assert problem.startswith("stages.sft.packing: true, but a ")
-    assert problems("qwen3_moe", {"sft": {**SFT, "packing": True}}) == []
+    for packed in ("qwen3_moe", "gpt_oss"):
+        assert problems(packed, {"sft": {**SFT, "packing": True}}) == []
+
+
+def test_attention_with_sinks_packs_on_cpus_only() -> None:
+    config = run_of({"sft": {**SFT, "packing": True}})
+    config.roles.policy.gpus = 1
+    (problem,) = architecture_problems(config, "gpt_oss", ["sft"])
+    assert problem.endswith("a gpt_oss model mixes packed sequences on GPUs; set auto")
+    assert architecture_problems(config, "qwen3_moe", ["sft"]) == []
 
 
 def test_an_auxiliary_loss_that_the_architecture_lacks_is_refused_before_anything_starts() -> None:
@@ -88,12 +95,9 @@ def test_every_architecture_has_both_rows() -> None:
     assert all(describe_architecture(name) for name in ARCHITECTURES)
 
 
-def test_a_dry_run_takes_the_dtype_that_engines_can_compute(tmp_path: Path) -> None:
+def test_a_dry_run_takes_the_dtype_that_engines_can_compute() -> None:
     assert dry_run_dtype("qwen3_next") == "bfloat16"
     assert dry_run_dtype("gpt_oss") == dry_run_dtype(None) == "float32"
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_next"}))
-    assert model_type_of(run_of({"sft": SFT}, base=str(tmp_path))) == "qwen3_next"
-    assert model_type_of(run_of({"sft": SFT}, base="./nowhere")) is None
 
 
 def test_routes_are_replayed_for_families_that_were_seen_to() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from actors import scoring
 from actors.algorithms import head_logprob
@@ -16,12 +19,12 @@ from actors.models.architectures import ARCHITECTURES
 from actors.models.attention import Gather, picked
 from actors.models.loading import load_base
 from actors.models.spec import ModelSpec
-from actors.packing import Gathering, LayOut, micro_batches, padded
+from actors.packing import Gathering, LayOut, in_bins, micro_batches, padded
 from actors.scoring import TokenScorer
 from tests.actors.models.tiny_models import families
 from tests.architecture_results import record
 
-PACKABLE = [t for t, row in ARCHITECTURES.items() if row.packable]
+PACKABLE = [t for t, row in ARCHITECTURES.items() if row.packs != "no"]
 
 
 def pairs(longest: int) -> Batch:
@@ -112,6 +115,43 @@ def test_samples_of_one_prompt_equal_padded_ones(base_of) -> None:
     assert micro.n_tokens < batch.n_tokens / 3
     wanted, wanted_gradient = logps_and_gradient(scorer, batch, padded)
     found, gradient = logps_and_gradient(scorer, batch, shared)
+    assert torch.allclose(found, wanted, atol=2e-5)
+    assert torch.allclose(gradient, wanted_gradient, atol=1e-4 * wanted_gradient.abs().max())
+
+
+def test_bins_stand_in_one_row_for_flash_attention(base_of, monkeypatch) -> None:
+    """transformers tells it where sequences begin by position ids, and only where there is one row."""
+    seen = []
+
+    def flash(module, query, key, value, mask, scaling, position_ids, **kwargs):
+        assert mask is None
+        seen.append(query.shape[0])
+        starts = (
+            [*torch.where(position_ids[0] == 0)[0].tolist(), query.shape[2]] if len(query) == 1 else [0, None]
+        )
+        spans = list(itertools.pairwise(starts))
+        return torch.cat(
+            [
+                sdpa_attention_forward(
+                    module, query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], None, scaling=scaling
+                )[0]
+                for a, b in spans
+            ],
+            dim=1,
+        ), None
+
+    batch, spec = pairs(130), ModelSpec(base=str(base_of("qwen3_moe")))
+    wanted, wanted_gradient = logps_and_gradient(TokenScorer(load_base(spec)), batch, padded)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", flash)
+    model = load_base(spec)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    scorer = TokenScorer(model)
+    assert not scorer.by_sequence
+    seen.clear()
+    (micro,) = micro_batches(batch, 10**6, in_bins(128))
+    assert len(micro.input_ids) > 1
+    found, gradient = logps_and_gradient(scorer, batch, in_bins(128))
+    assert set(seen) == {1}
     assert torch.allclose(found, wanted, atol=2e-5)
     assert torch.allclose(gradient, wanted_gradient, atol=1e-4 * wanted_gradient.abs().max())
 

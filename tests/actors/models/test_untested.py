@@ -54,7 +54,7 @@ def test_a_derived_row_finds_what_the_tested_one_names(
     tested = ARCHITECTURES[model_type]
     row = derived_row(config_of(model_type))
     assert not row.tested
-    assert not row.packable
+    assert row.packs == "no"
     assert row.attention == tested.attention
     assert row.top_k(config_of(model_type)) == tested.top_k(config_of(model_type))
     assert row.n_experts(config_of(model_type)) == tested.n_experts(config_of(model_type))
