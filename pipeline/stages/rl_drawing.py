@@ -27,10 +27,11 @@ from actors.sampling import Generations, sample_seed
 from pipeline.data.prompts import PromptData
 from pipeline.stages.dynamic_sampling import draw_again
 from pipeline.stages.prepared import PreparedRl
+from pipeline.stages.rl_rewards import Rewards
 
 if TYPE_CHECKING:
     from actors.pool import RolloutPool
-    from pipeline.stages.rl_rewards import Judge, Rewards
+    from pipeline.stages.rl_rewards import Judge
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,11 @@ class Ahead:
 
 
 def save_drawn(path: Path, drawn: Drawn) -> None:
-    """One batch as a safetensors file; its prompts by row, its rewards not: they are judged again."""
+    """One batch as a safetensors file, its prompts by row.
+
+    Rewards are kept where drawing had to know them: models that score the same samples in other company give
+    other last digits.
+    """
     from safetensors.numpy import save_file
 
     samples = drawn.samples
@@ -162,6 +167,9 @@ def save_drawn(path: Path, drawn: Drawn) -> None:
         arrays["expert_load"] = drawn.expert_load
     more = {"n": samples.n, "label": samples.label, "seconds": samples.seconds}
     more |= {"metrics": drawn.metrics, "notes": list(drawn.notes)}
+    if drawn.rewards is not None:
+        arrays["rewards"] = drawn.rewards.values
+        more["rewards"] = [drawn.rewards.metrics, drawn.rewards.notes]
     save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, path, _encoded(more))
 
 
@@ -178,7 +186,8 @@ def load_drawn(path: Path, data: PromptData) -> Drawn:
     samples = Generations.from_arrays(of_samples, more["n"], more["label"], more["seconds"])
     prompts = data.select(arrays["rows"], copies=samples.n)
     load, notes = arrays.get("expert_load"), tuple(more["notes"])
-    return Drawn(arrays["rows"], prompts, samples, load, None, more["metrics"], notes)
+    rewards = Rewards(arrays["rewards"], *more["rewards"]) if "rewards" in arrays else None
+    return Drawn(arrays["rows"], prompts, samples, load, rewards, more["metrics"], notes)
 
 
 def _encoded(more: dict[str, object]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from pipeline.data.bad_rows import Skipped
 from pipeline.data.prompts import PromptData
 from pipeline.stages.rl import RlLoop
 from pipeline.stages.rl_drawing import Ahead, Drawn, load_drawn, save_drawn
+from pipeline.stages.rl_rewards import Rewards
 from tests.pipeline.stages.test_rl_loop import loop  # noqa: F401  (a fixture)
 
 DATA = PromptData(["p", "q"], ["p", "q"], [[1], [2]], {"answer": ["7", "8"]}, Skipped(), "f")
@@ -72,10 +73,12 @@ def test_a_resumed_stage_uses_what_was_drawn_before_it_was_killed(staleness: int
     assert not first.drawn.keys() & resumed.drawn.keys()
 
 
-def test_a_batch_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("judged", [None, [0.1, float("nan")]])
+def test_a_batch_comes_back_from_its_file_as_it_was(judged: list[float] | None, tmp_path: Path) -> None:
     samples = Generations.of([([5, 6], [-0.5, -1.0], "stop"), ([7], [-2.0], "length")], 1, "m", 0.25, 4)
     load = np.arange(6).reshape(2, 3)
-    drawn = Drawn(np.array([1, 0]), DATA.select([1, 0]), samples, load, None, {"a": 1.0}, ("said",))
+    rewards = None if judged is None else Rewards(np.array(judged), {"r": 0.5}, ["stood in"])
+    drawn = Drawn(np.array([1, 0]), DATA.select([1, 0]), samples, load, rewards, {"a": 1.0}, ("said",))
     save_drawn(tmp_path / "drawn-9.safetensors", drawn)
     again = load_drawn(tmp_path / "drawn-9.safetensors", DATA)
     for name, value in samples.arrays().items():
@@ -84,6 +87,10 @@ def test_a_batch_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.expert_load, load)
     assert again.prompts == drawn.prompts
     assert (again.metrics, again.notes, again.rows.tolist()) == ({"a": 1.0}, ("said",), [1, 0])
+    assert (again.rewards is None) == (judged is None)
+    if again.rewards is not None:
+        np.testing.assert_array_equal(again.rewards.values, np.array(judged))
+        assert (again.rewards.metrics, again.rewards.notes) == ({"r": 0.5}, ["stood in"])
 
 
 def test_a_later_step_is_drawn_while_an_earlier_one_trains() -> None:
