@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from actors.errors import UserError
 from actors.host import ModelHost
 from actors.models import sharding
+from actors.models.architectures import ARCHITECTURES
 from actors.models.loading import load_base
 from actors.models.spec import ModelSpec
 from tests.actors import sharding_families
@@ -129,3 +130,19 @@ def test_every_architecture_computes_in_slices_what_it_computes_whole(tmp_path: 
     for family, (logits, gradient) in two[0].items():
         assert logits < 1e-5, family
         assert gradient < 1e-5, family
+
+
+@pytest.mark.slow
+@pytest.mark.architectures
+def test_every_architecture_computes_with_experts_of_other_ranks_what_it_computes_whole(
+    tmp_path: Path,
+) -> None:
+    rows = [ARCHITECTURES[name] for name in SIZES]
+    every = [row.model_type for row in rows if row.is_moe and row.grouped_experts]
+    ways = [f"{name}+experts{trains}" for name in every for trains in ("", "+all")]
+    with two_ranks(sharding_families.__file__, tmp_path, free_address(), str(tmp_path), *ways) as two:
+        pass
+    for family, (logits, gradient) in two[0].items():
+        assert logits < 1e-5, family
+        # The decays of qwen3_next's linear attention have gradients of little more than rounding.
+        assert gradient < (1e-4 if family == "qwen3_next+experts+all" else 1e-5), family
