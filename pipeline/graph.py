@@ -7,7 +7,7 @@ resources, logging, checkpoint intervals) is left out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,15 +31,31 @@ class Identity:
     data: str
     """Fingerprint of the tokenised data."""
     seed: int
+    chosen: frozenset[str] = frozenset()
+    """Dotted keys of `config` whose values are not their defaults."""
 
     @property
     def fingerprint(self) -> str:
         return fingerprint([self.config, self.inputs, self.data, self.seed])
 
+    def as_of(self, manifest: Manifest) -> Identity:
+        """The same work in the words of a manifest that was written before some keys existed.
+
+        Such keys have to be at their defaults, which do what was done without them. Where anything else
+        differs, the work is another: then this identity as it stands.
+        """
+        added = flat(self.config).keys() - flat(manifest.config).keys()
+        same = bool(added) and not self.differences(manifest)
+        return replace(self, config=manifest.config) if same else self
+
     def differences(self, manifest: Manifest) -> list[str]:
         """Keys in which a manifest's work differs from this one."""
-        old, new = _flat(manifest.config), _flat(self.config)
-        changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        old, new = flat(manifest.config), flat(self.config)
+        changed = [
+            key
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key) and (key in old or key in self.chosen)
+        ]
         changed += [
             f"input {name}" for name, value in self.inputs.items() if manifest.inputs.get(name) != value
         ]
@@ -58,6 +74,8 @@ class Decision:
     changed: list[str] = field(default_factory=list)
     checkpoint: Path | None = None
     manifest: Manifest | None = None
+    identity: Identity | None = None
+    """What is wanted, in the words of what was found."""
 
     @property
     def says(self) -> str:
@@ -90,17 +108,19 @@ def decide(directory: Path, identity: Identity) -> Decision:
     recover(directory / "model")
     manifest = read_manifest(directory)
     if manifest is not None:
-        if manifest.fingerprint == identity.fingerprint:
+        known = identity.as_of(manifest)
+        if manifest.fingerprint == known.fingerprint:
             if not verify(directory, manifest):
-                return Decision("fresh", manifest=manifest)
+                return Decision("fresh", manifest=manifest, identity=known)
             return Decision("changed", ["files of the finished stage are missing or damaged"])
         return Decision("changed", identity.differences(manifest) or ["the format of manifests"])
     for checkpoint in checkpoints(directory):
         saved = read_manifest(checkpoint)
         if saved is None:
             continue
-        if saved.fingerprint == identity.fingerprint:
-            return Decision("partial", checkpoint=checkpoint, manifest=saved)
+        known = identity.as_of(saved)
+        if saved.fingerprint == known.fingerprint:
+            return Decision("partial", checkpoint=checkpoint, manifest=saved, identity=known)
         return Decision("changed", identity.differences(saved))
     return Decision("new")
 
@@ -111,7 +131,10 @@ def checkpoints(directory: Path) -> list[Path]:
     return sorted(found, key=lambda p: -int(p.name.rsplit("-", 1)[1]))
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of nested settings; elements of a list by number, if they have keys of their own."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        value = dict(enumerate(value))
     if not isinstance(value, dict):
         return {prefix: value}
-    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}".strip(".")).items()}
+    return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}".strip(".")).items()}

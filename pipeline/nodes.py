@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from actors.errors import UserError
 from pipeline.artifacts import model_fingerprint
-from pipeline.graph import Decision, Identity, decide, identity_config
+from pipeline.graph import Decision, Identity, decide, flat, identity_config
 from pipeline.rundir import RunDirectory
 from pipeline.stages.evaluate import EvalSet, Weights
 from pipeline.stages.prepared import Prepared
@@ -125,13 +125,15 @@ def make_node(
     if critic is not None:
         inputs["critic"] = critic.fingerprint
     inputs |= {f"reward {source}": model.fingerprint for source, model in rewards.items()}
-    model = config.model.model_dump(
-        mode="json", exclude={"base", "gradient_checkpointing", "attn_implementation", "allow_untested"}
-    )
     identity = Identity(
-        identity_config(spec.model_dump(mode="json"), model), inputs, prepared.data.fingerprint, prepared.seed
+        _settings(config, spec),
+        inputs,
+        prepared.data.fingerprint,
+        prepared.seed,
+        frozenset(flat(_settings(config, spec, exclude_defaults=True))),
     )
     path = directory.stage(name)
+    decision = decide(path, identity)
     return Node(
         name=name,
         spec=spec,
@@ -139,12 +141,22 @@ def make_node(
         init=init,
         start=weights[init],
         reference=reference,
-        identity=identity,
-        decision=decide(path, identity),
+        identity=decision.identity or identity,
+        decision=decision,
         directory=path,
         rewards=rewards,
         critic=critic,
     )
+
+
+def _settings(config: RunConfig, spec: StageSpec, exclude_defaults: bool = False) -> dict[str, Any]:
+    """What a stage's identity has of its settings and the model's."""
+    model = config.model.model_dump(
+        mode="json",
+        exclude={"base", "gradient_checkpointing", "attn_implementation", "allow_untested"},
+        exclude_defaults=exclude_defaults,
+    )
+    return identity_config(spec.model_dump(mode="json", exclude_defaults=exclude_defaults), model)
 
 
 def reward_models(config: RunConfig, name: str, weights: dict[str, Weights]) -> dict[str, Weights]:

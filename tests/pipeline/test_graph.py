@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,32 @@ def test_a_checkpoint_of_other_settings_is_not_resumed_from(tmp_path: Path) -> N
     decision = decide(tmp_path, identity(batch_size=16))
     assert decision.state == "changed"
     assert decision.changed == ["stage.batch_size"]
+
+
+def test_a_stage_from_before_a_key_existed_is_fresh_while_that_is_at_its_default(tmp_path: Path) -> None:
+    finished(tmp_path, identity(rewards=[{"source": "a"}]))
+    now = identity(rewards=[{"source": "a", "timeout_s": 60.0}], staleness=0)
+    decision = decide(tmp_path, now)
+    assert decision.state == "fresh"
+    # What later stages read of it has the name that they know.
+    assert decision.identity is not None
+    assert decision.identity.fingerprint == identity(rewards=[{"source": "a"}]).fingerprint
+    asked = replace(now, chosen=frozenset({"stage.staleness"}))
+    assert decide(tmp_path, asked).changed == ["stage.staleness"]
+    other = replace(now, data="others", chosen=frozenset({"stage.rewards.0.timeout_s"}))
+    assert decide(tmp_path, other).changed == ["stage.rewards.0.timeout_s", "data"]
+
+
+def test_a_checkpoint_from_before_a_key_existed_is_gone_on_from(tmp_path: Path) -> None:
+    saved(tmp_path, identity(), "checkpoint-5", 5)
+    decision = decide(tmp_path, identity(staleness=0))
+    assert decision.state == "partial"
+    assert decision.identity == identity()
+
+
+def test_a_key_that_is_gone_is_a_change(tmp_path: Path) -> None:
+    finished(tmp_path, identity(old_key=1))
+    assert decide(tmp_path, identity()).changed == ["stage.old_key"]
 
 
 @pytest.mark.parametrize("seed", [1])
