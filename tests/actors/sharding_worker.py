@@ -54,6 +54,11 @@ def facts(host: ModelHost, role: str | None) -> dict[str, Any]:
         "expected": None if expected is None else expected.digests,
         "payload": None if prepared is None else prepared.offer.digest,
     }
+    host.weight_source.prepare(2, role, "merged", "float32", 200_000)
+    sent = host.weight_source.send_later([])
+    if sent is not None and sent.expected is not None:
+        assert len(sent.part_digests) > 2
+        found["parts"] = [list(sent.part_digests), sent.expected.digests == found["expected"]]
     return found if host.ranks.rank == 0 else {}
 
 

@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 
 from actors.errors import UserError
 from actors.models.architectures import ARCHITECTURES
-from actors.models.merge import merged_state
+from actors.models.merge import adapter_factors, merged_state
+from actors.sync.host_merge import HostMerge, Tally
 from actors.sync.merger import BaseCheckpoint, Merger
-from actors.sync.payload import pack_adapter
+from actors.sync.payload import closure, digest_of, pack_adapter
 from tests.actors.sync.vllm_cases import ADAPTER, MERGED, Policy, write_base
 
 
@@ -48,9 +49,30 @@ def test_an_adapter_merges_into_exactly_what_a_written_checkpoint_holds(
     assert sorted(changed) == sorted(n for n in state if not torch.equal(state[n], before[n]))
     made = merger.merged(payload, sorted(base.shapes), targets)
     assert all(torch.equal(made[name], state[name]) for name in state)
+    check_parts(policy, state, dtype)
     assert {shape for names in targets.values() for shape in names.items()} == {
         (name, tuple(base.shapes[name].shape)) for name in changed
     }
+
+
+def check_parts(policy: Policy, state: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """The trainer's merge in small parts is the whole one: values, shapes in advance, digests."""
+    factors = adapter_factors(policy.peft, "policy")
+    merge = HostMerge(policy.peft.get_base_model(), factors, str(dtype).removeprefix("torch."))
+    parts, tally = merge.parts(limit_bytes=50_000), Tally()
+    assert len(parts) > 3
+    made = {}
+    for names in parts:
+        outline, merged = merge.outline(names), merge.merged(names, tally)
+        assert {n: (t.shape, t.dtype) for n, t in outline.items()} == {
+            n: (t.shape, t.dtype) for n, t in merged.items()
+        }
+        assert not made.keys() & merged.keys()
+        made |= merged
+    assert sorted(made) == closure(made, state), "whole groups as an engine loads them"
+    assert all(torch.equal(made[name], state[name]) for name in made)
+    assert tally == merge.tally()
+    assert tally.expected().digests == {name: digest_of(state[name]) for name in made}
 
 
 def test_merged_weights_are_taken_as_they_are_and_the_rest_from_the_base(policy: Policy) -> None:
