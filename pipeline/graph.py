@@ -132,7 +132,7 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value of nested settings; elements of a list by number, if they have keys of their own."""
+    """Dotted key -> value of nested settings; list elements by number, if they have keys of their own."""
     if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
         value = dict(enumerate(value))
     if not isinstance(value, dict):
