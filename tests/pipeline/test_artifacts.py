@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,29 +52,35 @@ def test_an_error_while_writing_leaves_the_old_artifact(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
 
 
+def save_and_die(directory: Path, moment: str, call: int) -> int:
+    """Save in a process of its own that is killed before the n-th call of `moment`; its exit status."""
+    child = os.fork()
+    if not child:
+        module, name = moment.split(".")
+        real, calls = getattr(sys.modules[module], name), itertools.count(1)
+
+        def dying(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        try:
+            setattr(sys.modules[module], name, dying)
+            with new_directory(directory, manifest()) as aside:
+                (aside / "weights").write_text("new")
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 @pytest.mark.parametrize("moment", ["os.fsync", "os.rename", "os.replace"])
 def test_a_kill_at_any_point_of_a_save_leaves_a_whole_artifact(tmp_path: Path, moment: str) -> None:
     """kill -9 before the n-th call of what moves bytes to disk, for every n that a save has."""
     with new_directory(tmp_path / "a", manifest()) as aside:
         (aside / "weights").write_text("old")
     for call in range(1, 40):
-        script = textwrap.dedent(f"""
-            import os, signal
-            from pathlib import Path
-            from pipeline.artifacts import Manifest, new_directory
-            real, calls = {moment}, 0
-            def dying(*args, **kwargs):
-                global calls
-                calls += 1
-                if calls == {call}:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return real(*args, **kwargs)
-            {moment} = dying
-            manifest = Manifest(type="adapter", stage="s", fingerprint="f")
-            with new_directory(Path({str(tmp_path / "a")!r}), manifest) as d:
-                (d / "weights").write_text("new")
-        """)
-        code = subprocess.run([sys.executable, "-c", script], cwd=os.getcwd()).returncode
+        code = save_and_die(tmp_path / "a", moment, call)
         recover(tmp_path / "a")
         found = read_manifest(tmp_path / "a")
         assert found is not None
@@ -82,7 +88,9 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_whole_artifact(tmp_path: Path, m
         if code == 0:
             break
         assert code == -signal.SIGKILL
+        assert (tmp_path / "a" / "weights").read_text() in ("old", "new")
     assert code == 0, "the save has more steps than this test kills at"
+    assert (tmp_path / "a" / "weights").read_text() == "new"
     assert call > 1
 
 

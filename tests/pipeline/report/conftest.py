@@ -9,7 +9,7 @@ import json
 import math
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +230,14 @@ def write_online_run(root: Path) -> Path:
     run["stages"]["grpo"] = {"state": "running", "seconds": 61.0}
     (root / "run.json").write_text(json.dumps(run))
     return root
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_pictures() -> Iterator[None]:
+    """PNGs of few pixels: a fifth of a report's time is theirs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.report.figure.PNG_DPI", 60)
+        yield
 
 
 @pytest.fixture
