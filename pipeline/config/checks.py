@@ -104,6 +104,14 @@ def _sharding_problems(config: RunConfig) -> Iterator[Problem]:
             f"'{config.roles.rollout.sharding}' is for the ranks of a host; an engine splits its weights "
             "over GPUs by roles.rollout.engine.tensor_parallel_size",
         )
+    for role in ("policy", *VIEWS):
+        spec = getattr(config.roles, role)
+        if spec.sharding != "none" and spec.workers == 1:
+            yield Problem(
+                f"roles.{role}.sharding",
+                f"'{spec.sharding}' splits weights among a role's workers, and there is one; set "
+                f"roles.{role}.workers to 2 or more, or leave sharding out",
+            )
     if config.model.lora is None and config.roles.policy.sharding == "base":
         yield Problem(
             "roles.policy.sharding",

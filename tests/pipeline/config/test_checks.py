@@ -43,6 +43,10 @@ def test_sharding_is_for_hosts_and_fits_what_trains() -> None:
     full = {"base": "assets/tiny-moe", "lora": None}
     assert "set it to full" in problems_of(model=full, roles=split)["roles.policy.sharding"]
     assert "roles.policy.sharding" not in problems_of(roles=split)
+    alone = {"policy": {"sharding": "full"}, "reference": {"sharding": "base"}}
+    problems = problems_of(roles=alone)
+    assert set(problems) == {"roles.policy.sharding", "roles.reference.sharding"}
+    assert "roles.policy.workers to 2 or more" in problems["roles.policy.sharding"]
 
 
 def test_dropout_on_experts_is_refused() -> None:
