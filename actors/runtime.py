@@ -39,10 +39,10 @@ class RoleSpec(Spec):
     """How Ray lays the processes over nodes: together, or apart; `strict_` makes it a condition."""
     sharding: Sharding = "none"
     """What the `workers` of a host split among them: nothing, the frozen `base`, everything (`full`, FSDP2),
-    or the `experts`. Without an effect on one worker; rollout engines know nothing of it."""
+    or the `experts`. It needs two workers or more; rollout engines know nothing of it."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Consecutive `workers` that hold one model together, each a part of every layer, and compute the same
-    rows; groups of them share the rows out. Divides `workers`. For engines: `engine.tensor_parallel_size`."""
+    rows; groups of them share the rows out. Divides `workers`. Engines have a key of their own for it."""
     share: str | None = None
     """Be a view of that role's host (no processes, no second base in memory). Excludes the others."""
 
