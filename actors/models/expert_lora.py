@@ -27,7 +27,7 @@ from transformers.integrations.moe import (
 from actors.errors import UserError
 from actors.models.grouped import LowRank, Routes, expert_mlp
 from actors.models.lora_linear import wrap_linears
-from actors.models.sharding import is_sharded, own_rows
+from actors.models.sharding import is_sharded, own_part, split_dims
 from actors.models.travel import OwnExperts, Travel
 
 if TYPE_CHECKING:
@@ -57,11 +57,11 @@ def select(peft: PeftModel, impl: str) -> str:
     stacks = [m for m in peft.modules() if isinstance(m, ParamWrapper) and m.num_experts > 1]
     if not stacks:
         return "peft"
-    split = is_split(base)
-    if impl == "peft" and split:
+    split = is_split(base) or any(split_dims(m.get_param()) for m in stacks)
+    if split and (impl == "peft" or now not in ("grouped_mm", BESIDE)):
         raise UserError(
-            "model.lora.expert_impl: 'peft' computes with all experts of a layer, which no rank has under "
-            "sharding: experts; set it to auto"
+            "model.lora: experts that ranks share out have LoRA beside the product only, where each computes "
+            "with its own; set model.lora.expert_impl: auto and model.moe.experts_implementation: grouped_mm"
         )
     if impl == "peft":
         if now == BESIDE:
@@ -144,14 +144,22 @@ class _BesideParamWrapper(ParamWrapper):
         # PEFT's layouts: A (experts * r, in) with the expert slowest, B (out, r * experts) with it fastest.
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         dtype = self.get_param().dtype
-        own = own_rows(self.get_param()) or slice(None)
-        stacked_a = a.reshape(self.num_experts, -1, a.shape[-1])[own].to(dtype)
-        stacked_b = b.reshape(b.shape[0], -1, self.num_experts)[..., own].permute(2, 0, 1)
-        stacked_b = stacked_b.contiguous().to(dtype)
+        stacked_a = a.reshape(self.num_experts, -1, a.shape[-1])
+        stacked_b = b.reshape(b.shape[0], -1, self.num_experts).permute(2, 0, 1)
+        stacked_a, stacked_b = own_factors(self.get_param(), stacked_a, stacked_b)
+        stacked_a, stacked_b = stacked_a.to(dtype), stacked_b.contiguous().to(dtype)
         # grouped_mm refuses rows that are no multiple of 16 bytes: fill the rank up with zeros.
         if fill := -stacked_a.shape[1] % (16 // dtype.itemsize):
             stacked_a, stacked_b = pad(stacked_a, (0, 0, 0, fill)), pad(stacked_b, (0, fill))
         return stacked_a, stacked_b, self.scaling[adapter]
+
+
+def own_factors(stack: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of A (experts, r, in) and B (experts, out, r) what belongs to this rank's part of a stack of experts
+    (experts, out, in): some experts, rows or columns of it; all of both where it is whole."""
+    dims = split_dims(stack)
+    by_a, by_b = dims <= {0, 2}, dims <= {0, 1}
+    return own_part(a, stack) if by_a else a, own_part(b, stack) if by_b else b
 
 
 # PEFT recognises its wrappers by class name when it adds or loads a further adapter.

@@ -55,6 +55,14 @@ def own_rows(tensor: Tensor) -> slice | None:
     return slice(offsets[0], offsets[0] + shape[0]) if shape[0] else slice(0, 0)
 
 
+def split_dims(tensor: Tensor) -> set[int]:
+    """Dimensions along which ranks hold parts of a tensor; empty where it is whole."""
+    if not is_sharded(tensor):
+        return set()
+    placements: Any = tensor.placements
+    return {p.dim % tensor.ndim for p in placements if not p.is_replicate()}
+
+
 def own_part(value: Any, like: Tensor) -> Tensor:
     """Of a whole tensor, or a slice of a safetensors file, what this rank holds of something split as `like`
     is. Not collective."""

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from actors.errors import UserError
 from actors.models.divided import load_divided
-from actors.models.sharding import own_slice
+from actors.models.sharding import own_slice, split_dims
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -105,12 +105,14 @@ def plan_of(model: PreTrainedModel) -> dict[str, str]:
 
 def share_names(model: nn.Module) -> set[str]:
     """Names of whole parameters whose gradient on a rank is a share of the group's, to be summed."""
+    from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     found = set()
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            if split_dim(module.get_base_layer()) is not None:
+            stack = module.get_param() if isinstance(module, ParamWrapper) else None
+            if split_dim(module.get_base_layer()) is not None or (stack is not None and split_dims(stack)):
                 found |= {
                     f"{name}.{n}"
                     for n, _ in module.named_parameters()
