@@ -109,7 +109,8 @@ def test_validate_lists_model_data_and_directory_together(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").write_text("a file")
     assert main(["init", "run.yaml", "--base", str(tiny_base)]) == 0
-    assert main(["validate", "run.yaml"]) == 0
+    few = [f"stages.{stage}.data.max_rows=64" for stage in ("sft", "dpo")]
+    assert main(["validate", "run.yaml", *few]) == 0
     fine = capsys.readouterr().out
     assert "gate_up_proj" in fine
     assert "500 prompts" in fine
@@ -119,7 +120,7 @@ def test_validate_lists_model_data_and_directory_together(
         "model.lora.targets=[mlp]",
         "stages.dpo.data.split=train",
     ]
-    assert main(["validate", "run.yaml", *changes]) == 2
+    assert main(["validate", "run.yaml", *few, *changes]) == 2
     text = capsys.readouterr().err
     for key in ("output_dir", "model.lora.targets", "stages.sft", "stages.dpo"):
         assert f"- {key}" in text
@@ -131,12 +132,13 @@ def test_validate_says_what_a_sync_sends_and_which_reward_cannot_be_found(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["init", "run.yaml", "--base", str(tiny_base), "--stages", "reward,ppo"]) == 0
-    assert main(["validate", "run.yaml", "stages.ppo.max_length=64"]) == 0
+    few = [f"stages.{stage}.data.max_rows=64" for stage in ("reward", "ppo")]
+    assert main(["validate", "run.yaml", *few, "stages.ppo.max_length=64"]) == 0
     fine = capsys.readouterr().out
     assert "ppo: a sync sends " in fine
     assert "critic: on policy's processes" in fine
     rewards = "stages.ppo.rewards=[reward, nowhere:f, ./nothing]"
-    assert main(["validate", "run.yaml", rewards]) == 2
+    assert main(["validate", "run.yaml", *few, rewards]) == 2
     text = capsys.readouterr().err
     assert "- stages.ppo.rewards.1: 'nowhere:f' cannot be imported" in text
     assert "- stages.ppo.rewards.2: nothing holds no reward model" in text
