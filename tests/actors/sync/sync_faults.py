@@ -86,6 +86,7 @@ class FaultySource(WeightSource):
 
     packed: Tamper | None = None
     sent: Tamper | None = None
+    later: Tamper | None = None
     earlier: Payload | None = None
 
     def plant(self, fault: str, where: str) -> None:
@@ -110,6 +111,12 @@ class FaultySource(WeightSource):
             return super().send(engines)
         finally:
             self._payload = right
+
+    def _send_each(self, payload: Payload, engines: Sequence[int]) -> dict[int, str]:
+        if not payload.manifest.later and self._later is not None:
+            tamper, self.later = self.later, None
+            payload = payload if tamper is None else tamper(payload)
+        return super()._send_each(payload, engines)
 
 
 def _without(payload: Payload, *gone: str) -> Payload:
@@ -211,6 +218,10 @@ class FaultyEngine(RolloutEngine):
 
         self.calls.append(f"commit {version}")
         fault, self.fault = self.fault, ""
+        if fault == "dies between two parts":
+            self.fault = fault
+            with mock.patch.object(self.weights, "_received", side_effect=lambda: self._die_if(fault)):
+                return super().commit(version)
         if fault == "repack left out":
             with mock.patch.object(vllm_side, "repack_experts"):
                 return super().commit(version)
@@ -219,6 +230,10 @@ class FaultyEngine(RolloutEngine):
             with mock.patch.object(vllm_side, "repack_experts", side_effect=lambda _: self._break(fault)):
                 return super().commit(version)
         return super().commit(version)
+
+    def knock(self, address: str, timeout_s: float) -> str:
+        self._die_if("dies on its way to the trainer")
+        return super().knock(address, timeout_s)
 
     def _break(self, fault: str) -> None:
         self.fault = fault

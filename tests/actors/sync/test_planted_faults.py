@@ -15,7 +15,7 @@ from actors.errors import InvariantViolation
 from actors.group import ActorGroup
 from actors.sync.protocol import State
 from actors.sync.weight_sync import WeightSync
-from tests.actors.sync.sync_faults import connected, started
+from tests.actors.sync.sync_faults import PARTS, connected, started
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 
@@ -105,6 +105,19 @@ def test_what_the_payload_hides_is_read_back_from_the_engine(
     sync.policy.call("nudge", sync.version)
     assert says in caught(sync)
     assert sync.engines[0].state is State.LOST, "an engine that holds something else serves nobody"
+    sync.push(sync.version + 1)
+    assert sync.engines[0].state is State.SERVING
+
+
+@pytest.mark.slow
+def test_a_byte_flipped_in_a_part_that_was_not_staged_is_seen_before_anything_is_generated(
+    syncs: Syncs,
+) -> None:
+    sync = syncs(PARTS)
+    sync.policy.call("weight_source.plant", "byte flipped", "later")
+    sync.policy.call("nudge", sync.version)
+    assert " as part 2, the trainer sent " in caught(sync)
+    assert sync.engines[0].state is State.LOST
     sync.push(sync.version + 1)
     assert sync.engines[0].state is State.SERVING
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from actors.errors import RunFailure
 from actors.group import ActorGroup
 from actors.sampling import SamplingSpec
 from actors.sync.protocol import State
+from actors.sync.spec import SyncSpec
 from actors.sync.weight_sync import WeightSync
 from tests.actors.sync.sync_faults import PARTS, PROBES, connected, started
 
@@ -106,6 +108,40 @@ def test_an_engine_lost_inside_commit_is_replaced_and_verified_before_it_serves(
     assert [engine.state for engine in sync.engines.values()] == [State.SERVING] * 2
     assert served(sync) == [version, version]
     assert max(apart(sync, rank) for rank in (0, 1)) < 1e-4
+
+
+@pytest.mark.slow
+def test_an_engine_that_dies_between_two_parts_is_lost_and_the_other_gets_them_all(
+    groups: tuple[ActorGroup, ActorGroup], tiny_base: Path
+) -> None:
+    sync = connected(tiny_base, *groups, PARTS)
+    sync.rollout.call_rank(0, "plant", "dies between two parts")
+    version = sync.version + 1
+    began = time.monotonic()
+    assert sync.push(version).replaced == (0,)
+    assert time.monotonic() - began < sync.rollout.limits.sync, "nobody waited for a deadline"
+    assert served(sync) == [version, version]
+    # The trainer goes on, and an engine that comes back later gets the version as it was sent.
+    sync.policy.call("nudge", 78)
+    os.kill(sync.rollout.pids()[1], signal.SIGKILL)
+    with pytest.raises(RunFailure, match="its process died"):
+        sync.rollout.call_rank(1, "log")
+    sync.rollout.restart(1)
+    sync.rollout.rebuild(1)
+    sync.restore(1)
+    one, other = (sync.rollout.call_rank(rank, "score_tokens", PROBES, [1] * 4) for rank in (0, 1))
+    assert max(np.abs(a - b).max() for a, b in zip(one, other)) < 1e-6
+
+
+@pytest.mark.slow
+def test_an_engine_that_dies_on_its_way_to_the_trainer_keeps_nobody_waiting(
+    groups: tuple[ActorGroup, ActorGroup], tiny_base: Path
+) -> None:
+    sync = WeightSync(*groups, SyncSpec(), str(tiny_base), "policy", PROBES)
+    sync.rollout.call_rank(0, "plant", "dies on its way to the trainer")
+    sync.connect()
+    assert (sync.engines[0].generation, sync.engines[1].generation) == (1, 0)
+    assert sync.push(1).replaced == ()
 
 
 def test_an_engine_that_another_call_saw_die_is_replaced_before_it_is_sent_anything(sync: WeightSync) -> None:
