@@ -26,10 +26,12 @@ def no_ray_of_other_tests() -> None:
 
 @pytest.fixture
 def config(tiny_base: Path, tmp_path: Path) -> dict[str, Any]:
-    """A small run that would work."""
+    """A small run that would work, on a cluster that is there: none is started for it, and nobody but this
+    process looks at the base."""
     return {
         "name": "bad",
         "output_dir": str(tmp_path / "out"),
+        "ray": {"address": "auto"},
         "model": {"base": str(tiny_base), "lora": {"r": 4, "lora_alpha": 8}},
         "stages": {
             "sft": {"data": {"source": "builtin:arithmetic", "max_rows": 16}, "max_steps": 2, "batch_size": 4}
@@ -37,10 +39,16 @@ def config(tiny_base: Path, tmp_path: Path) -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def local(config: dict[str, Any]) -> dict[str, Any]:
+    """The same on a local cluster, which starts while the data is read; a rank looks at the base."""
+    return {key: section for key, section in config.items() if key != "ray"}
+
+
 def refused(
     config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str], verb: str = "run"
 ) -> str:
-    """What the command says; it must exit with 2, without a traceback and without having started Ray."""
+    """What the command says; it must exit with 2, without a traceback, and leave no Ray behind."""
     path = tmp_path / "bad.yaml"
     path.write_text(yaml.safe_dump(config))
     code = main([verb, str(path)])
@@ -113,9 +121,9 @@ def test_a_base_that_is_not_there(config, tmp_path, capfd) -> None:
     assert "no-model" in refused(config, tmp_path, capfd)
 
 
-def test_lora_targets_that_match_nothing(config, tmp_path, capfd) -> None:
-    config["model"]["lora"]["targets"] = ["attention", "shared_experts"]
-    said = refused(config, tmp_path, capfd)
+def test_lora_targets_that_match_nothing(local, tmp_path, capfd) -> None:
+    local["model"]["lora"]["targets"] = ["attention", "shared_experts"]
+    said = refused(local, tmp_path, capfd)
     assert "shared_experts" in said
     assert "attention" in said
 
@@ -137,9 +145,9 @@ def test_an_adapter_of_another_base(config, tiny_base, tmp_path, capfd) -> None:
     assert "weights differ" in refused(config, tmp_path, capfd)
 
 
-def test_more_resources_than_the_machine_has(config, tmp_path, capfd) -> None:
-    config["roles"] = {"policy": {"workers": 64, "cpus": 2}}
-    said = refused(config, tmp_path, capfd)
+def test_more_resources_than_the_machine_has(local, tmp_path, capfd) -> None:
+    local["roles"] = {"policy": {"workers": 64, "cpus": 2}}
+    said = refused(local, tmp_path, capfd)
     assert "128" in said
     assert "policy" in said
 
