@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +104,8 @@ def shrink(config: RunConfig, dtype: str = "float32") -> tuple[RunConfig, list[l
         sampling["max_tokens"] = min(sampling["max_tokens"], DRY_TOKENS)
     data["logging"] |= {"report_to": [], "logging_steps": 1}
     data["ray"] = {"address": None, "num_cpus": None, "object_store_memory": None}
-    changes = [list(map(str, change)) for change in _differences(config.model_dump(mode="json"), data)]
+    found = _differences(config.model_dump(mode="json"), data)
+    changes = [[key, _in_yaml(wanted), _in_yaml(used)] for key, wanted, used in found]
     return RunConfig.model_validate(data), changes
 
 
@@ -164,6 +166,10 @@ def _shrink_role(role: dict[str, Any]) -> dict[str, Any]:
     if "engine" in role:
         small["engine"] = role["engine"] | {"tensor_parallel_size": 1, "kv_cache_gib": None}
     return small
+
+
+def _in_yaml(value: Any) -> str:
+    return str(value) if isinstance(value, str) else json.dumps(value)
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:

@@ -61,6 +61,7 @@ def test_a_dry_run_takes_engines_off_the_gpus() -> None:
     assert (rollout.workers, rollout.gpus, rollout.engine.tensor_parallel_size) == (2, 0, 1)
     assert rollout.engine.max_model_len == 2048
     assert ["roles.rollout.engine.tensor_parallel_size", "2", "1"] in changes
+    assert ["stages.grpo.data[0].max_rows", "null", "64"] in changes
 
 
 def test_a_reward_models_directory_becomes_a_twin_in_the_dry_run() -> None:
