@@ -7,49 +7,54 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from actors.algorithms.sft import SftLoss
 from actors.host import ModelHost
 from actors.host_spec import HostSpec
 from actors.models.sharding import is_sharded, own_slice
-from actors.models.spec import ModelSpec, MoeSpec
+from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
 from tests.actors.host_cases import sft_batch
 from tests.actors.sharding_worker import HALF, LORA, ROWS, STEPS, facts, losses, spec, trained
 
+LAYERS = 2
+"""Of the tiny base."""
 
-def with_aux(base: str, sharding: str) -> HostSpec:
+
+def with_routes(base: str, sharding: str, lora: LoraSpec | None) -> HostSpec:
     """No gradient checkpointing, so that the last experts leave out what nobody reads; the auxiliary loss of
-    each rank's tokens, replayed routes."""
-    model = ModelSpec(base=base, lora=LORA, moe=MoeSpec(router_aux_loss_coef=0.02, router_replay="rollout"))
+    each rank's tokens; routes may be given."""
+    moe = MoeSpec(router_aux_loss_coef=0.02, router_replay="rollout")
+    model = ModelSpec(base=base, lora=lora, moe=moe)
     return HostSpec(model=model, sharding=sharding)  # type: ignore[arg-type]
 
 
-def one_row_each(host: ModelHost) -> dict[str, Any]:
-    """Loss, auxiliary loss and routing of a batch, and what scoring says of it."""
-    from actors.algorithms.sft import SftLoss
-
+def looked_at(host: ModelHost, role: str | None) -> dict[str, Any]:
+    """What updates, scoring and the routers say: of a row for each rank, then with one.s experts alone."""
+    found: dict[str, Any] = {}
     batch = sft_batch(ROWS[:2])
-    host.add_head("policy", "normal")
-    before = host.token_logprobs(batch, "policy")
-    scores = host.scores(batch, "policy")
-    metrics = host.update(batch, SftLoss(), 0)
-    load = host.router_load("policy")
-    assert load is not None
-    keys = ("loss", "aux_loss", "grad_norm", "moe/entropy", "moe/maxvio")
-    return {
-        "logprobs": before.tolist(),
-        "reference": host.token_logprobs(batch, None).tolist(),
-        "scores": scores.tolist(),
-        "metrics": {key: metrics[key] for key in keys},
-        "load": load.tolist(),
-    }
+    crowded = replace(batch, experts=np.tile(np.arange(2, dtype=np.uint8), (batch.n_tokens, LAYERS, 1)))
+    if role is not None:
+        host.add_head(role, "normal")
+        found["scores"] = host.scores(batch, role).tolist()
+        found["reference"] = host.token_logprobs(batch, None).tolist()
+    for step, routed in enumerate((batch, crowded)):
+        found[f"logprobs {step}"] = host.token_logprobs(routed, role).tolist()
+        metrics = host.update(routed, SftLoss(), step)
+        found[f"metrics {step}"] = [metrics[key] for key in ("loss", "aux_loss", "grad_norm", "moe/maxvio")]
+        load = host.router_load(role)
+        assert load is not None
+        found[f"load {step}"] = load.tolist()
+    return found
 
 
 def run(base: str, rank: int, out: Path, inits: list[str]) -> dict[str, Any]:
-    """LoRA from the checkpoint of one rank, full fine-tuning, then a pass with all that looks at routes."""
+    """LoRA from the checkpoint of one rank, full fine-tuning, then all that looks at routes, beside the
+    same with replicas."""
     results: dict[str, Any] = {}
     addresses = iter(inits)
 
@@ -76,9 +81,10 @@ def run(base: str, rank: int, out: Path, inits: list[str]) -> dict[str, Any]:
     host.close()
 
     for sharding in ("experts", "none"):
-        host = host_of(with_aux(base, sharding), "policy")
-        results[f"routes under {sharding}"] = one_row_each(host)
-        host.close()
+        for lora, role in ((LORA, "policy"), (None, None)):
+            host = host_of(with_routes(base, sharding, lora), role)
+            results[f"{sharding} {role}"] = looked_at(host, role)
+            host.close()
     return results
 
 

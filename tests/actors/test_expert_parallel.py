@@ -25,7 +25,7 @@ def one_and_two(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     host = trained(ModelHost(spec(base, "none")), "policy")
     one["lora"] = losses(host, 0, HALF)
     host.save_checkpoint(out / "one")
-    addresses = [free_address() for _ in range(4)]
+    addresses = [free_address() for _ in range(6)]
     with two_ranks(worker.__file__, out, base, str(out), *addresses) as two:
         one["lora"] += losses(host, HALF, STEPS)
         full = trained(ModelHost(spec(base, "none", None)), None)
@@ -71,11 +71,14 @@ def test_what_ranks_that_share_the_experts_leave_behind_is_whole(
 
 
 @pytest.mark.ranks
-def test_routing_scores_and_the_reference_see_nothing_of_it(one_and_two: tuple[Two, Path, Two]) -> None:
+@pytest.mark.parametrize("role", ["policy", None])
+def test_routing_scores_and_the_reference_see_nothing_of_it(
+    one_and_two: tuple[Two, Path, Two], role: str | None
+) -> None:
     two = one_and_two[2]
-    ours, replicas = two["routes under experts"], two["routes under none"]
-    assert ours["load"] == replicas["load"]
-    for what in ("logprobs", "reference", "scores"):
-        assert ours[what] == pytest.approx(replicas[what], rel=1e-5), what
-    assert ours["metrics"] == pytest.approx(replicas["metrics"], rel=1e-5)
-    assert ours["metrics"]["aux_loss"] > 1
+    ours, replicas = two[f"experts {role}"], two[f"none {role}"]
+    assert ours.keys() == replicas.keys()
+    for what, values in replicas.items():
+        assert ours[what] == (values if "load" in what else pytest.approx(values, rel=1e-5)), what
+    (crowded, *_) = ours["load 1"]
+    assert sum(crowded[:2]) == sum(crowded), "no token came to the second rank"
