@@ -85,11 +85,21 @@ def _size(n: float) -> str:
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a config without storage: names and shapes only."""
+    """The model of a config without storage: names and shapes only.
+
+    Raises:
+        UserError: transformers makes no model of it.
+    """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # Whatever a model's code trips over: a value, a field that is not there, ...
+        raise UserError(
+            f"model.base: transformers makes no {config.model_type} model of its config.json "
+            f"({type(error).__name__}: {error}); compare it with the published one"
+        ) from error
 
 
 def expert_rank(lora: LoraSpec, top_k: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from pydantic_core import PydanticCustomError
@@ -220,7 +221,10 @@ def _reward_source_problems(
         elif reward.kind == "model" and "/" not in source and source not in models:
             problem = _source_problem(source, name, models, list(config.stages), config)
             colon = ":".join(source.rsplit(".", 1))
-            near = f"; did you mean `{colon}`?" if FUNCTION.match(colon) else ""
+            likely = (
+                [colon] if FUNCTION.match(colon) else get_close_matches(source, [EXACT_MATCH, *models], 1)
+            )
+            near = f"; did you mean `{likely[0]}`?" if likely else ""
             yield Problem(
                 at,
                 f"{problem}{near}; otherwise `exact_match`, `module:function`, or a reward model's directory "

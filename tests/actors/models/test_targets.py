@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoConfig
@@ -115,6 +117,13 @@ def test_every_group_without_a_match_is_named_with_those_that_match(config_of):
     assert len(caught.value.problems) == 2
     assert "'experts' matches nothing in a llama model" in caught.value.problems[0]
     assert "groups with a match: attention, mlp" in caught.value.problems[1]
+
+
+def test_a_config_that_makes_no_model_is_the_users_mistake(config_of):
+    config = copy.deepcopy(config_of("mixtral"))
+    config.hidden_act = "no-such-activation"
+    with pytest.raises(UserError, match=r"makes no mixtral model of its config.json \(KeyError: .*no-such"):
+        resolve_targets(config, ["attention"])
 
 
 def test_an_mlp_group_needs_a_dense_layer(config_of):

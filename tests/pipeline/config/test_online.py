@@ -127,6 +127,7 @@ def test_a_reward_in_short_can_be_set_in_full_by_an_override() -> None:
         ([{"source": "reward", "weight": 0}], "rewards", "nothing is wanted"),
         ([], "rewards", "is empty"),
         ("my_rewards.brevity", "rewards.0", "did you mean `my_rewards:brevity`?"),
+        ("exactmatch", "rewards.0", "did you mean `exact_match`?"),
     ],
 )
 def test_a_reward_that_nothing_can_give_is_refused(rewards: Any, at: str, says: str) -> None:
