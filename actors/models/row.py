@@ -102,10 +102,6 @@ class Architecture:
         return self.router is not None
 
     @property
-    def packable(self) -> bool:
-        return self.packs == "bins"
-
-    @property
     def groups(self) -> tuple[TargetGroup, ...]:
         """Target groups that some model of this architecture has."""
         return tuple(dict.fromkeys((*self.modules, *self.parameters)))
