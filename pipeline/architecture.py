@@ -16,8 +16,12 @@ PAGE = "docs/architectures.md"
 """Says what each workaround is for."""
 
 
-def architecture_problems(config: RunConfig, model_type: str, names: Iterable[str]) -> list[str]:
+def architecture_problems(
+    config: RunConfig, model_type: str, names: Iterable[str], n_experts: int | None = None
+) -> list[str]:
     """What the named stages and the evaluation ask of an architecture that it can't do.
+
+    `n_experts`: of each layer of the base (`actors.models.facts`); None: none, or unknown.
 
     LoRA targets are checked where they are resolved (`actors.models.targets`), and architectures that are
     refused altogether where the base is looked at.
@@ -26,7 +30,7 @@ def architecture_problems(config: RunConfig, model_type: str, names: Iterable[st
     names = list(names)
     problems = [problem for name in names for problem in _stage_problems(config, row, model_type, name)]
     problems += _engine_problems(config, model_type, names)
-    problems += _sharding_problems(config, row, model_type)
+    problems += _sharding_problems(config, row, model_type, n_experts)
     asked = config.model.moe.router_aux_loss_coef
     defined = row is not None and row.router is not None and row.router.has_aux_loss
     if asked and not defined:
@@ -60,7 +64,9 @@ def _stage_problems(config: RunConfig, row: Architecture | None, model_type: str
     return problems
 
 
-def _sharding_problems(config: RunConfig, row: Architecture | None, model_type: str) -> list[str]:
+def _sharding_problems(
+    config: RunConfig, row: Architecture | None, model_type: str, n_experts: int | None
+) -> list[str]:
     asked = {name: getattr(config.roles, name).sharding for name in type(config.roles).model_fields}
     by_layer = row is None or row.shards_by_layer
     problems = [
@@ -73,13 +79,19 @@ def _sharding_problems(config: RunConfig, row: Architecture | None, model_type: 
     return problems + [
         f"roles.{name}.sharding: experts, but {reason}"
         for name in roles
-        for reason in _why_not_by_experts(config, row, model_type, getattr(config.roles, name).workers)
+        for reason in [
+            *_why_not_by_experts(config, row, model_type),
+            *_uneven(n_experts, getattr(config.roles, name).workers),
+        ]
     ]
 
 
-def _why_not_by_experts(
-    config: RunConfig, row: Architecture | None, model_type: str, workers: int
-) -> Iterator[str]:
+def _uneven(n_experts: int | None, workers: int) -> list[str]:
+    uneven = n_experts is not None and n_experts % workers != 0
+    return [f"{n_experts} experts can't be shared evenly by {workers} workers"] if uneven else []
+
+
+def _why_not_by_experts(config: RunConfig, row: Architecture | None, model_type: str) -> Iterator[str]:
     instead = "set base or full" if row is None or row.shards_by_layer else "set none"
     if row is None:
         yield f"a {model_type} model is not in the table, and its experts were not tried apart; {instead}"
@@ -100,17 +112,6 @@ def _why_not_by_experts(
             "model.lora.expert_impl: peft computes with all experts of a layer, which no worker has; set "
             "that to auto"
         )
-    n_experts = _n_experts(config, row)
-    if n_experts is not None and n_experts % workers:
-        yield f"{n_experts} experts can't be shared evenly by {workers} workers"
-
-
-def _n_experts(config: RunConfig, row: Architecture) -> int | None:
-    """Of each layer of the run's base; None where that can't be told."""
-    from actors.models.loading import resolve_base
-
-    found = resolve_base(config.model).config
-    return None if found is None or found.model_type != row.model_type else row.n_experts(found)
 
 
 def _engine_problems(config: RunConfig, model_type: str, names: list[str]) -> list[str]:

@@ -121,7 +121,7 @@ def read_graph(
     if graph is not None:
         problems += base.problems or reward_base_problems(config, records.stages)
         if base.model_type is not None:
-            problems += architecture_problems(config, base.model_type, records.stages)
+            problems += architecture_problems(config, base.model_type, records.stages, base.n_experts)
         positions = engine_positions(config, base.max_positions)
         problems += [problem for node in graph.nodes for problem in sample_problems(node.prepared, positions)]
         problems += held_out_problems(graph.held_out, positions) if graph.held_out is not None else []

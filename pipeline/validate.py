@@ -72,6 +72,7 @@ def find(config: RunConfig) -> Findings:
 
 def _look_at_model(config: RunConfig, findings: Findings) -> Any:
     """Base and targets into the findings; the tokenizer, or None."""
+    from actors.models.facts import n_experts
     from actors.models.loading import load_tokenizer, resolve_base
     from actors.models.targets import resolve_targets
     from pipeline.architecture import architecture_problems, describe_architecture
@@ -86,7 +87,8 @@ def _look_at_model(config: RunConfig, findings: Findings) -> Any:
         )
     if base.config is not None and not base.problems:
         findings.problems += reward_base_problems(config, config.stages, base)
-        findings.problems += architecture_problems(config, base.config.model_type, config.stages)
+        experts = findings.attempt(lambda: n_experts(base.config))
+        findings.problems += architecture_problems(config, base.config.model_type, config.stages, experts)
         findings.architecture = describe_architecture(base.config.model_type)
     return None if base.problems else findings.attempt(lambda: load_tokenizer(config.model))
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from actors.errors import UserError
+from actors.models.architectures import ARCHITECTURES
 from actors.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -28,11 +29,23 @@ class BaseFacts:
     """What forbids it: everything that is wrong with the base, its adapter and the LoRA targets."""
     model_type: str | None = None
     """Its architecture, where the config could be read."""
+    n_experts: int | None = None
+    """Experts of each layer; None for a dense model, and for an architecture that is not in the table."""
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
     """Positions that a base was made for; None where its config doesn't say."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def n_experts(config: PretrainedConfig) -> int | None:
+    """Experts of each layer; None for a dense model, and for an architecture that is not in the table.
+
+    Raises:
+        UserError: layers differ in it.
+    """
+    row = ARCHITECTURES.get(config.model_type)
+    return row.n_experts(config) or None if row is not None else None
 
 
 def base_facts(spec: ModelSpec) -> BaseFacts:
@@ -44,8 +57,9 @@ def base_facts(spec: ModelSpec) -> BaseFacts:
     base = resolve_base(spec)
     if base.problems or base.config is None:
         return BaseFacts(None, None, base.problems)
-    config, targets, problems = base.config, None, []
+    config, targets, experts, problems = base.config, None, None, []
     try:
+        experts = n_experts(config)
         if base.adapter_path is not None:
             local = str(local_base_dir(base.base_path))
             found = check_adapter_matches_base(base.adapter_path, config, local)
@@ -54,4 +68,4 @@ def base_facts(spec: ModelSpec) -> BaseFacts:
             targets = str(resolve_targets(config, spec.lora.targets, spec.lora))
     except UserError as error:
         problems += error.problems
-    return BaseFacts(max_positions(config), targets, problems, config.model_type)
+    return BaseFacts(max_positions(config), targets, problems, config.model_type, experts)

@@ -18,6 +18,7 @@ def test_facts_of_a_base_that_may_be_used() -> None:
     facts = base_facts(ModelSpec(base=TINY, lora=LoraSpec(targets=["attention"])))
     assert facts.problems == []
     assert facts.max_positions == 4096
+    assert facts.n_experts == 8
     assert facts.lora_targets is not None
     assert "q_proj k_proj v_proj o_proj" in facts.lora_targets
 
