@@ -43,8 +43,18 @@ def describe(config: RunConfig) -> list[list[str]]:
             if amount
         }
         total = {kind: total.get(kind, 0) + amounts.get(kind, 0) for kind in [*total, *amounts]}
-        rows.append([name, role.placement, str(role.workers), _amounts(amounts)])
+        rows.append([name, _laid_out(role), str(role.workers), _amounts(amounts)])
     return [*rows, ["together", "", str(sum(int(row[2]) for row in rows)), _amounts(total)]]
+
+
+def _laid_out(role: RoleSpec) -> str:
+    """How its processes lie on nodes, and what they share of one model."""
+    parts = [role.placement]
+    if role.sharding != "none":
+        parts.append(f"sharding {role.sharding}")
+    if role.tensor_parallel_size > 1:
+        parts.append(f"{role.tensor_parallel_size} hold one model together")
+    return ", ".join(parts)
 
 
 def _amounts(amounts: dict[str, float]) -> str:
@@ -80,10 +90,14 @@ def _step(stage: StageSpec) -> str:
         reward.source if reward.weight == 1 else f"{reward.weight:g} x {reward.source}"
         for reward in stage.rewards
     )
+    rounds, ahead = stage.max_resampling_rounds, stage.staleness
+    again = f" (up to {_count(rounds, 'further round')} for prompts of equal rewards)" if rounds else ""
+    older = f"; samples are drawn up to {_count(ahead, 'step')} ahead" if ahead else ""
     return (
-        f"a step samples {_count(stage.prompts_per_step, 'prompt')} x {stage.num_generations}, up to "
+        f"a step samples {_count(stage.prompts_per_step, 'prompt')} x {stage.num_generations}{again}, up to "
         f"{stage.max_completion_length} new tokens, scores them by {rewards}, takes "
-        f"{_count(stage.updates_per_step, 'optimizer step')} of {stage.batch_size} samples, syncs the engines"
+        f"{_count(stage.updates_per_step, 'optimizer step')} of {stage.batch_size} samples, syncs the "
+        f"engines{older}"
     )
 
 

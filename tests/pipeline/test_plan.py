@@ -101,6 +101,14 @@ def test_the_plan_says_what_an_online_step_does() -> None:
     assert "scores them by reward, m:f, takes 1 optimizer step of 32 samples, syncs the engines" in text
 
 
+def test_the_plan_says_what_is_drawn_again_and_ahead_and_what_ranks_share() -> None:
+    roles = {"policy": {"workers": 2, "sharding": "base"}}
+    text = cluster_plan(config(online(max_resampling_rounds=2, staleness=1), roles=roles))
+    assert "4 prompts x 8 (up to 2 further rounds for prompts of equal rewards), up to" in text
+    assert "syncs the engines; samples are drawn up to 1 step ahead" in text
+    assert "policy: 2 x process, 0.5 CPU (pack, sharding base)" in text
+
+
 def test_a_sync_of_adapters_sends_a_and_b_and_a_merged_one_the_weights(tiny_base: Path) -> None:
     from transformers import AutoConfig
 
