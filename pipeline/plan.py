@@ -49,7 +49,7 @@ def describe(config: RunConfig) -> list[list[str]]:
 
 def _laid_out(role: RoleSpec) -> str:
     """How its processes lie on nodes, and what they share of one model."""
-    parts = [role.placement]
+    parts: list[str] = [role.placement]
     if role.sharding != "none":
         parts.append(f"sharding {role.sharding}")
     if role.tensor_parallel_size > 1:
