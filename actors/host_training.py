@@ -111,6 +111,7 @@ class HostTraining(HostScoring):
         sums = self._run(batch, loss, training.role, step, train=True)
         training.reduce_gradients()
         metrics = sums.reduced(self.ranks)
+        loss.check(metrics)
         metrics.update(training.step(step, metrics["loss"], batch.n_tokens, loss.gradient_may_vanish))
         if sums.router_load is not None:
             metrics.update(sums.router_load.metrics())

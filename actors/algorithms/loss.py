@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -129,6 +129,14 @@ class Loss(Spec, ABC):
             logprobs: float64 (sequences,) of a batch by the policy, without gradient.
         """
         return batch
+
+    def check(self, metrics: Mapping[str, float]) -> None:
+        """Look at the metrics of a step before the weights move.
+
+        Raises:
+            InvariantViolation: they must not move.
+        """
+        return
 
     @abstractmethod
     def totals(self, batch: Batch) -> Totals:

@@ -9,13 +9,15 @@ Ratios are computed in float64 from stored log-probabilities; masked tokens coun
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
+from actors.algorithms import rl_checks
 from actors.algorithms.correction import CORRECTION
 from actors.algorithms.kl import KL_ESTIMATORS, KlEstimator
 from actors.algorithms.loss import Loss, MetricSums, TokenView, Totals, largest
@@ -84,10 +86,10 @@ POLICY_LOSSES: dict[LossType, PolicySurrogate] = {
 class PolicyLoss(Loss):
     """Policy gradient with importance ratios.
 
-    Token columns read: `old_logps`, `advantages`; `importance_sampling_ratio` if there (what each token's
-    surrogate is multiplied by: see `actors.algorithms.correction`); `ref_logps` if there (then the KL is a
-    metric, and with beta a term of the loss); `mask` (bool) if there: False takes a token out of loss,
-    metrics and totals.
+    Token columns read: `old_logps` (but see `on_policy`), `advantages`; `importance_sampling_ratio` if there
+    (what each token's surrogate is multiplied by: see `actors.algorithms.correction`); `ref_logps` if there
+    (then the KL is a metric, and with beta a term of the loss); `mask` (bool) if there: False takes a token
+    out of loss, metrics and totals.
     """
 
     uses_dropout: ClassVar[bool] = False
@@ -118,6 +120,12 @@ class PolicyLoss(Loss):
     """Weight of the mean token entropy, which is taken off the loss."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature: logits are divided by it."""
+    on_policy: bool = False
+    """The policy that is left is the one that this very pass computes: the only optimizer step of a
+    generation needs no pass before it. Column `old_logps`, if there, is then held against it
+    (`ratio/max_deviation`), and `engine_logps` is compared with it (`mismatch/...`)."""
+    mismatch_limits: tuple[float, float] | None = None
+    """Of on_policy: the most that `mismatch/k3` and `mismatch/beyond_2x` may be for the weights to move."""
 
     @model_validator(mode="after")
     def _options_fit(self) -> PolicyLoss:
@@ -151,7 +159,7 @@ class PolicyLoss(Loss):
 
     @property
     def required_columns(self) -> tuple[str, ...]:
-        columns = ["old_logps", "advantages"]
+        columns = ["engine_logps" if self.on_policy else "old_logps", "advantages"]
         if self.beta > 0:
             columns.append("ref_logps")
         if self.loss_type in ("dapo", "cispo"):
@@ -173,8 +181,9 @@ class PolicyLoss(Loss):
         return {"divisor": divisors[self.loss_type], "tokens": tokens}
 
     def __call__(self, view: TokenView, totals: Totals) -> tuple[torch.Tensor, MetricSums]:
-        weights = _weights(view)
-        log_ratio = _log_ratio(view, weights, self.importance_sampling_level)
+        weights, level = _weights(view), self.importance_sampling_level
+        old = view.logps.detach().double() if self.on_policy else view.token_columns["old_logps"]
+        log_ratio = _log_ratio(view, view.logps, old, weights, level)
         ratio = log_ratio.exp()
         advantages = view.token_columns["advantages"].double()
         surrogate = POLICY_LOSSES[self.loss_type](ratio, view.logps.double(), advantages, self)
@@ -188,10 +197,20 @@ class PolicyLoss(Loss):
         loss = (per_token * weights * self._share(view, weights)).sum() / totals["divisor"]
         metrics = _metrics(view, weights, ratio.detach(), log_ratio.detach(), kl)
         metrics |= self._clipped(surrogate, weights)
+        if self.on_policy:
+            metrics |= _mismatch(view)
+            if "old_logps" in view.token_columns:
+                known = _log_ratio(view, view.logps.detach(), view.token_columns["old_logps"], weights, level)
+                metrics |= _deviation(known.exp(), weights)
         if self.entropy_coef > 0:
             metrics["policy_loss"] = (loss.detach(), 0.0)
             loss = loss - self.entropy_coef * (view.entropy * weights).sum() / totals["tokens"]
         return loss, metrics
+
+    def check(self, metrics: Mapping[str, float]) -> None:
+        """Raises: InvariantViolation: engine and policy are farther apart than `mismatch_limits`."""
+        if self.mismatch_limits is not None:
+            rl_checks.check_mismatch(metrics, *self.mismatch_limits)
 
     def _kl(self, view: TokenView, ratio: Tensor) -> Tensor | None:
         """(T,): estimated KL to the reference, with gradient; None without a reference."""
@@ -225,13 +244,13 @@ def _weights(view: TokenView) -> Tensor:
     return view.logps.new_ones(view.logps.shape).double() if mask is None else mask.double()
 
 
-def _log_ratio(view: TokenView, weights: Tensor, level: Level) -> Tensor:
-    """float64 (T,): log-ratio of the policy to the one that `old_logps` are of.
+def _log_ratio(view: TokenView, logps: Tensor, old: Tensor, weights: Tensor, level: Level) -> Tensor:
+    """float64 (T,): log-ratio of the policy to the one that `old` are of.
 
     token: its own. trajectory: the sum over its sample. sequence: the mean over its sample (GSPO,
     arXiv 2507.18071). The latter two are the same for all tokens of a sample.
     """
-    of_tokens = view.logps.double() - view.token_columns["old_logps"]
+    of_tokens = logps.double() - old
     if level == "token":
         return of_tokens
     of_samples = view.sequence_sums(of_tokens * weights)
@@ -252,9 +271,25 @@ def _metrics(
     metrics: MetricSums = {
         "entropy": ((view.entropy.detach() * weights).sum(), tokens),
         "ratio/mean": ((ratio * weights).sum(), tokens),
-        "ratio/max_deviation": largest((ratio - 1).abs() * weights),
+        **_deviation(ratio, weights),
         "approx_kl": (((log_ratio.expm1() - log_ratio) * weights).sum(), tokens),
     }
     if kl is not None:
         metrics["kl"] = ((kl.detach() * weights).sum(), tokens)
     return metrics
+
+
+def _deviation(ratio: Tensor, weights: Tensor) -> MetricSums:
+    return {"ratio/max_deviation": largest((ratio - 1).abs() * weights)}
+
+
+def _mismatch(view: TokenView) -> MetricSums:
+    """`rl_checks.mismatch_metrics` of the engine's log-probabilities to the policy's, over all tokens."""
+    d = view.token_columns["engine_logps"].double() - view.logps.detach().double()
+    tokens, far = float(len(d)), d.abs() > math.log(2)
+    return {
+        "mismatch/k1": (d.sum(), tokens),
+        "mismatch/k3": (((-d).expm1() + d).sum(), tokens),
+        "mismatch/max": largest(d.abs()),
+        "mismatch/beyond_2x": (far.double().sum(), tokens),
+    }

@@ -33,6 +33,12 @@ class Objective(ABC):
     def needs_reference(self, step: int) -> bool:
         """Whether the reference is asked about this step's samples."""
 
+    @property
+    def on_policy(self) -> bool:
+        """Whether the update itself can find the log-probabilities of the policy that drew the samples, and
+        nothing before it reads them."""
+        return False
+
     @abstractmethod
     def estimate(self, batch: Batch, rewards: np.ndarray, scores: TokenScores, beta: float) -> Estimates:
         """From rewards, float64 (samples,), to the rows that the loss reads."""
@@ -80,8 +86,14 @@ class PolicyGradient(Objective):
     def estimate(self, batch: Batch, rewards: np.ndarray, scores: TokenScores, beta: float) -> Estimates:
         return estimate(self.spec, batch, rewards, scores, beta)
 
+    @property
+    def on_policy(self) -> bool:
+        spec = self.spec
+        return spec.updates_per_step == 1 and spec.beta == 0 and not spec.staleness and not spec.corrected
+
     def loss(self, beta: float) -> PolicyLoss:
-        return PolicyLoss(**_shared(PolicyLoss, self.spec) | {"beta": self._in_loss(beta)})
+        own = {"beta": self._in_loss(beta), "on_policy": self.on_policy}
+        return PolicyLoss(**_shared(PolicyLoss, self.spec) | own)
 
     def _in_loss(self, beta: float) -> float:
         return beta if self.spec.kl_in == "loss" else 0.0

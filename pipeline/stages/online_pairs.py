@@ -42,6 +42,7 @@ def pairs_of(spec: OnlineDpoStage, batch: Batch, rewards: np.ndarray, scores: To
         scores: of the policy that drew them and of the reference, by token.
     """
     assert scores.ref_logps is not None
+    assert scores.old_logps is not None
     pairs = best_and_worst(rewards, spec.num_generations)
     margins = rewards[pairs[:, 0]] - rewards[pairs[:, 1]]
     kl = scores.old_logps - scores.ref_logps

@@ -34,6 +34,7 @@ from pipeline.stages.train import StageContext
 from pipeline.stages.views import View, put
 
 if TYPE_CHECKING:
+    from actors.algorithms.loss import Loss
     from actors.group import Pending
     from actors.pool import RolloutPool
     from actors.sync.report import SyncReport
@@ -103,6 +104,8 @@ class RlLoop:
         self.objective = objective_of(stage.spec)
         self.kl = self.objective.kl_controller()
         self.idle = rl_checks.Idle()
+        self.compared = False
+        """Whether this run has held an update against log-probabilities that were asked for before it."""
         self.num_tokens = self.restarts = 0
 
     def step(self, step: int) -> StepResult:
@@ -147,7 +150,9 @@ class RlLoop:
         """
         shared, ctx, heat = put(batch), self.ctx, self.spec.temperature
         unrouted = shared if batch.experts is None else put(batch.unrouted())
-        asked = {"old_logps": ctx.policy.token_logprobs(shared, heat)}
+        asked: dict[str, Pending] = {}
+        if not self.objective.on_policy or not self.compared or batch.experts is not None:
+            asked["old_logps"] = ctx.policy.token_logprobs(shared, heat)
         if batch.experts is not None and ctx.replay_compare_steps and step % ctx.replay_compare_steps == 0:
             asked["unreplayed_logps"] = ctx.policy.token_logprobs(unrouted, heat)
         if self.objective.needs_reference(step):
@@ -164,23 +169,37 @@ class RlLoop:
         self, step: int, drawn: Drawn, batch: Batch, scores: TokenScores, estimates: Estimates
     ) -> dict[str, float]:
         """Everything that must hold before the weights move; metrics of what was looked at."""
-        dtype, engine = self.ctx.dtype, batch.token_columns["engine_logps"]
+        engine = batch.token_columns["engine_logps"]
         rl_checks.check_finite(engine_logps=engine, **estimates.finite, **vars(scores))
         stale = rl_checks.staleness(drawn.samples.token_versions, step, self.spec.staleness)
-        if step == 0 and self.ctx.starts_as_reference and scores.ref_logps is not None:
-            rl_checks.check_first_kl(scores.old_logps, scores.ref_logps, rl_checks.KL_TOLERANCE[dtype])
         self.idle = self.idle.after(estimates.signal)
+        if scores.old_logps is None:  # The update looks at the rest before the weights move.
+            return {}
+        if step == 0 and self.ctx.starts_as_reference and scores.ref_logps is not None:
+            tolerance = rl_checks.KL_TOLERANCE[self.ctx.dtype]
+            rl_checks.check_first_kl(scores.old_logps, scores.ref_logps, tolerance)
         # Only tokens of the present version can be held to the trainer's word: others it would say otherwise.
         now = stale == 0
         fresh = rl_checks.mismatch_metrics(engine[now], scores.old_logps[now])
-        tolerance = self.spec.mismatch_tolerance or rl_checks.MISMATCH_TOLERANCE[dtype]
-        rl_checks.check_mismatch(fresh, tolerance, rl_checks.BEYOND_2X_TOLERANCE[dtype])
+        rl_checks.check_mismatch(fresh, *self.mismatch_limits())
         if scores.unreplayed_logps is not None:
             fresh |= rl_checks.mismatch_metrics(engine, scores.unreplayed_logps, "mismatch_unreplayed")
         if not self.spec.staleness:
             return fresh
         ages = {"staleness/mean": float(stale.mean()), "staleness/max": float(stale.max(initial=0))}
         return fresh | rl_checks.mismatch_metrics(engine, scores.old_logps) | ages
+
+    def mismatch_limits(self) -> tuple[float, float]:
+        """Of `mismatch/k3` and `mismatch/beyond_2x`."""
+        tolerance = self.spec.mismatch_tolerance or rl_checks.MISMATCH_TOLERANCE[self.ctx.dtype]
+        return tolerance, rl_checks.BEYOND_2X_TOLERANCE[self.ctx.dtype]
+
+    def policy_loss(self) -> Loss:
+        """With what has to hold before its optimizer step."""
+        loss = self.objective.loss(self.kl.beta)
+        if not self.objective.on_policy:
+            return loss
+        return loss.model_copy(update={"mismatch_limits": self.mismatch_limits()})
 
     def update(self, step: int, estimates: Estimates, samples: int) -> dict[str, float]:
         """Optimizer steps of policy and critic over the samples; means of their metrics."""
@@ -192,13 +211,14 @@ class RlLoop:
             part = put(estimates.batch.select(rows))
             if learns:
                 own = number - self.stage.updates_before(self.stage.critic_warmup_steps)
-                asked.append(("", self.ctx.policy.update(part, self.objective.loss(self.kl.beta), own)))
+                asked.append(("", self.ctx.policy.update(part, self.policy_loss(), own)))
             if self.ctx.critic is not None:
                 asked.append(("critic/", self.ctx.critic.update(part, self.value_loss(), number)))
         done = [(prefix, pending.result()[0]) for prefix, pending in asked]
         if learns:
             at_reference = step == 0 and self.ctx.starts_as_reference
             self.objective.check_first(done[0][1], self.ctx.dtype, at_reference)
+            self.compared = True
         return joined(done)
 
     def replaced(self, report: SyncReport) -> list[str]:

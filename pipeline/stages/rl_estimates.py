@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 class TokenScores:
     """What models say of the samples' tokens; each float64 (counted tokens,), None where nobody asked."""
 
-    old_logps: np.ndarray
-    """The policy's log-probabilities before this step's updates, by the trainer, at the temperature."""
+    old_logps: np.ndarray | None = None
+    """The policy's log-probabilities before this step's updates, by the trainer, at the temperature; None:
+    the update finds them itself (`PolicyLoss.on_policy`)."""
     ref_logps: np.ndarray | None = None
     values: np.ndarray | None = None
     unreplayed_logps: np.ndarray | None = None
@@ -64,7 +65,9 @@ def estimate(
         mask=mask,
     )
     found = advantages_of(advantage_spec(spec), scored)
-    columns = {"old_logps": scores.old_logps, "advantages": found.advantages, "mask": mask}
+    columns = {"advantages": found.advantages, "mask": mask}
+    if scores.old_logps is not None:
+        columns["old_logps"] = scores.old_logps
     if scores.ref_logps is not None:
         columns["ref_logps"] = scores.ref_logps
     if scores.values is not None and found.returns is not None:
@@ -75,6 +78,7 @@ def estimate(
     metrics = {"advantages/std": float(found.advantages[mask].std()) if mask.any() else 0.0}
     engine = batch.token_columns["engine_logps"]
     if spec.corrected:
+        assert scores.old_logps is not None
         how = spec.correction()
         bounded = importance_ratios(scores.old_logps, engine, sample_offsets(batch), mask, how)
         columns[CORRECTION] = bounded.ratio
@@ -107,4 +111,5 @@ def advantage_spec(spec: PolicyGradientStage) -> AdvantageSpec:
 def _divergence(spec: PolicyGradientStage, scores: TokenScores) -> np.ndarray | None:
     if scores.ref_logps is None:
         return None
+    assert scores.old_logps is not None
     return kl_values(spec.kl_estimator, scores.old_logps, scores.ref_logps)

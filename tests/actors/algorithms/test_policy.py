@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from actors.algorithms.loss import TokenView
 from actors.algorithms.policy import PolicyLoss
 from actors.batch import Batch
+from actors.errors import InvariantViolation
 
 
 def view_of(
@@ -276,3 +277,42 @@ def test_gspo_clips_the_whole_sample_by_its_mean_log_ratio() -> None:
     found, _ = loss(view, {"divisor": 2.0, "tokens": 3.0})
     assert found.item() == pytest.approx(-(1.0004 + math.exp(2e-4)) / 2, rel=1e-6)
     assert torch.autograd.grad(found, view.logps)[0].tolist() == pytest.approx([0, 0, -0.5 * math.exp(2e-4)])
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "trajectory"])
+def test_on_policy_is_the_loss_at_its_own_log_probabilities(level: str) -> None:
+    logps, columns = [-1.0, -0.5, -2.0], {"advantages": [1.0, -2.0, 3.0]}
+    known = view_of(logps, [2, 1], old_logps=logps, **columns)
+    own = view_of(logps, [2, 1], engine_logps=logps, **columns)
+    del own.token_columns["old_logps"]
+    losses, sums = [], []
+    for on_policy, view in ((False, known), (True, own)):
+        loss = PolicyLoss(loss_type="grpo", importance_sampling_level=level, on_policy=on_policy)
+        made = loss(view, {"divisor": 2.0, "tokens": 3.0})
+        made[0].backward()
+        losses.append(made[0].item())
+        sums.append(made[1])
+    assert losses[0] == losses[1] == pytest.approx(-1.25)
+    assert known.logps.grad is not None
+    assert own.logps.grad is not None
+    assert known.logps.grad.tolist() == own.logps.grad.tolist()
+    assert sums[1]["ratio/max_deviation"][0] == 0
+    assert sums[1]["mismatch/k3"] == (0, 3)
+
+
+def test_on_policy_says_how_far_stored_log_probabilities_and_the_engine_are() -> None:
+    """The engine gave 3 times the first token's probability; what was stored is off by 0.1 at the second."""
+    view = view_of([-2.0, -1.0], [2], old_logps=[-2.0, -1.1], engine_logps=[-2.0 + math.log(3), -1.0])
+    loss = PolicyLoss(**BNPO, on_policy=True, mismatch_limits=(0.5, 0.5))
+    _, sums = loss(view, {"divisor": 2.0, "tokens": 2.0})
+    assert sums["ratio/mean"][0] == 2
+    assert sums["ratio/max_deviation"][0].item() == pytest.approx(math.exp(0.1) - 1, rel=1e-6)
+    found = {name: float(sums[f"mismatch/{name}"][0]) for name in ("k1", "k3", "max", "beyond_2x")}
+    far = math.log(3)
+    assert found == pytest.approx({"k1": far, "k3": 1 / 3 - 1 + far, "max": far, "beyond_2x": 1})
+    assert sums["mismatch/k3"][1] == 2
+    means = {"mismatch/k1": 0.5, "mismatch/k3": 0.2, "mismatch/max": far, "mismatch/beyond_2x": 0.5}
+    loss.check(means)
+    with pytest.raises(InvariantViolation, match=r"50\.00% of tokens beyond a factor of 2"):
+        loss.model_copy(update={"mismatch_limits": (0.5, 0.4)}).check(means)
+    assert loss.required_columns == ("engine_logps", "advantages")

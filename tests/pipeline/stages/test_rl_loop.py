@@ -5,7 +5,7 @@ Roles, engines and sync are stand-ins that answer with arrays; what they compute
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from pipeline.stages import rl
 from pipeline.stages.online import train_rl
 from pipeline.stages.prepared import PreparedRl
 from pipeline.stages.rl import RlContext, RlLoop
-from pipeline.stages.spec import PpoStage
+from pipeline.stages.spec import GrpoStage, PpoStage
 
 TOKENS = 3
 """Of every sample."""
@@ -51,6 +51,7 @@ class Role:
     logps: float = LOGP
     value: float = 0.5
     ratio: float = 0.0
+    asked: int = 0
     group: Any = None
 
     @property
@@ -58,6 +59,7 @@ class Role:
         return self.name
 
     def token_logprobs(self, batch: Any, temperature: float) -> Answer:
+        self.asked += 1
         return Answer(np.full(int(batch.loss_mask.sum()), self.logps))
 
     def values(self, batch: Any) -> Answer:
@@ -200,6 +202,33 @@ def test_a_ratio_that_is_not_1_is_not_served(loop: RlLoop) -> None:
     with pytest.raises(InvariantViolation, match=r"a ratio is 0\.1 away from 1"):
         loop.step(1)
     assert "push 2" not in log_of(loop)
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        ({}, [1, 1]),
+        ({"num_iterations": 2}, [1, 2]),
+        ({"batch_size": 2, "steps_per_generation": 2}, [1, 2]),
+        ({"beta": 0.1}, [1, 2]),
+        ({"vllm_importance_sampling_correction": True}, [1, 2]),
+    ],
+)
+def test_the_only_update_of_a_generation_finds_old_log_probabilities_itself(
+    loop: RlLoop, settings: dict[str, Any], asked: list[int]
+) -> None:
+    """But for the first one of a run, fresh or resumed, which is held against a pass of its own."""
+    few = {"batch_size": 4, "num_generations": 2, **settings}
+    spec = GrpoStage(data=[{"source": "x"}], rewards=["exact_match"], **few)
+    context, policy = replace(loop.ctx, critic=None), Role([], "policy")
+    for _ in range(2):
+        policy.asked, found = 0, []
+        grpo = RlLoop(replace(loop.stage, spec=spec), replace(context, policy=policy))  # type: ignore[arg-type]
+        for step in range(2):
+            context.rollout.version = step  # type: ignore[attr-defined]
+            grpo.step(step)
+            found.append(policy.asked)
+        assert found == asked
 
 
 def test_a_lost_engine_is_noted_once(loop: RlLoop) -> None:
