@@ -15,9 +15,10 @@ from actors.errors import UserError
 from pipeline.data.bad_rows import BadRow, RowGate, RowProblem, Skipped
 from pipeline.data.convert import convert
 from pipeline.data.converters import Converted
+from pipeline.data.files import Row
 from pipeline.data.layouts import Kind, Resolved, resolve_layout
 from pipeline.data.row_view import Message
-from pipeline.data.sources import Row, read_rows
+from pipeline.data.sources import read_rows
 from pipeline.data.spec import DataSpec
 
 

@@ -1,38 +1,22 @@
-"""Sources -> raw rows, each with the file and row that an error message will name.
+"""Sources -> raw rows: the files, directory, hub data set or generator that a source names, and its split.
 
-json, jsonl and csv are read here rather than through `datasets`, which stops at the first row that it
-can't parse and names neither the row nor all of them; parquet is read by pyarrow, as `datasets` does,
-without a second copy in a cache. Hub data sets and `save_to_disk` directories go through `datasets`.
+Files are read by `pipeline.data.files`; hub data sets and `save_to_disk` directories go through `datasets`.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from actors.errors import UserError
-from pipeline.data.bad_rows import NOT_JSON, NOT_UTF8, WRONG_TYPE, BadRow
+from pipeline.data.files import SUFFIXES, Row, arrow_rows, json_rows, read_file, suffix_of
 from pipeline.data.spec import DataSpec
 from pipeline.data.splits import parse_split, slice_bounds
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
-
-
-class Row(NamedTuple):
-    """A raw row: `values` by column, or the reason why it could not be read."""
-
-    file: str
-    number: int
-    values: dict[str, Any]
-    problem: BadRow | None = None
 
 
 def read_rows(spec: DataSpec, *, seed: int, max_rows: int | None = None) -> list[Row]:
@@ -64,7 +48,7 @@ def local_files(spec: DataSpec) -> list[Path] | None:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return [path]
         return _files_of_split(path, parse_split(spec.split)[0])
-    if _suffix(path) or not _HUB_ID.match(source):
+    if suffix_of(path) or not _HUB_ID.match(source):
         raise UserError(
             f"data source {source!r}: no such file or directory (looked in {Path.cwd()}); a hub data set has "
             "the form org/name, a built-in one builtin:NAME"
@@ -72,13 +56,8 @@ def local_files(spec: DataSpec) -> list[Path] | None:
     return None
 
 
-def _suffix(path: Path) -> str:
-    name = path.name.removesuffix(".gz")
-    return next((s for s in SUFFIXES if name.endswith(s)), "")
-
-
 def _files_of_split(directory: Path, split: str) -> list[Path]:
-    files = sorted(p for p in directory.rglob("*") if p.is_file() and _suffix(p))
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and suffix_of(p))
     if not files:
         raise UserError(
             f"data source '{directory}': no {', '.join(SUFFIXES)} file and no `save_to_disk` data in it"
@@ -103,122 +82,16 @@ def _read_files(spec: DataSpec, files: list[Path], cap: int | None) -> list[Row]
         raise UserError(
             f"data source {spec.source!r}: one file is all in split train, it has no split {name!r}"
         )
-    if len(files) == 1 and _suffix(files[0]) in (".jsonl", ".json"):
-        return list(_parse_json(files[0], spec.split, cap))
+    if len(files) == 1 and suffix_of(files[0]) in (".jsonl", ".json"):
+        return list(json_rows(files[0], spec.split, cap))
     rows: list[Row] = []
     whole = start is None and stop is None
     for file in files:
-        rows.extend(_read_file(file))
+        rows.extend(read_file(file))
         if whole and cap is not None and len(rows) >= cap:
             break
     first, end = slice_bounds(spec.split, len(rows))
     return rows[first:end][:cap]
-
-
-def _read_file(file: Path) -> Iterator[Row]:
-    suffix = _suffix(file)
-    if suffix == ".csv":
-        return _parse_csv(file)
-    if suffix == ".parquet":
-        return _parse_parquet(file)
-    if suffix in (".json", ".jsonl"):
-        return _parse_json(file, "train", None)
-    raise UserError(f"data source '{file}': not a {', '.join(SUFFIXES)} file")
-
-
-def _read_bytes(file: Path) -> bytes:
-    try:
-        data = file.read_bytes()
-        data = gzip.decompress(data) if file.name.endswith(".gz") else data
-    except (OSError, EOFError) as error:
-        raise UserError(f"data source '{file}': {error}") from error
-    return data.removeprefix(b"\xef\xbb\xbf")
-
-
-def _parse_json(file: Path, split: str, cap: int | None) -> Iterator[Row]:
-    data = _read_bytes(file)
-    if file.name.removesuffix(".gz").endswith(".json") and (rows := _json_array(file, data)) is not None:
-        numbered = list(enumerate(rows, 1))
-    else:
-        numbered = [(n, line) for n, line in enumerate(data.split(b"\n"), 1) if line.strip()]
-    first, end = slice_bounds(split, len(numbered))
-    for number, item in numbered[first:end][:cap]:
-        yield _json_row(str(file), number, item)
-
-
-def _json_array(file: Path, data: bytes) -> list[Any] | None:
-    """Rows of a json file that is one list, or an object with one under `data`; None for json lines."""
-    try:
-        value = json.loads(data)
-    except UnicodeDecodeError as error:
-        if data.lstrip()[:1] == b"[":
-            raise UserError(f"data source '{file}': not UTF-8 at byte {error.start}") from error
-        return None
-    except ValueError as error:
-        if data.lstrip()[:1] == b"[":
-            raise UserError(f"data source '{file}': not valid JSON: {error}") from error
-        return None
-    if isinstance(value, list):
-        return value
-    for key in ("data", "rows", "examples", "instances") if isinstance(value, dict) else ():
-        if isinstance(value.get(key), list):
-            return value[key]
-    return [value] if isinstance(value, dict) else None
-
-
-def _json_row(file: str, number: int, item: Any) -> Row:
-    if isinstance(item, bytes):
-        try:
-            item = json.loads(item.decode())
-        except UnicodeDecodeError as error:
-            return Row(file, number, {}, BadRow(file, number, NOT_UTF8, f"byte {error.start} of the row"))
-        except ValueError as error:
-            return Row(file, number, {}, BadRow(file, number, NOT_JSON, str(error)))
-    if not isinstance(item, dict):
-        return Row(
-            file, number, {}, BadRow(file, number, WRONG_TYPE, f"{type(item).__name__}, not an object")
-        )
-    return Row(file, number, item)
-
-
-def _parse_csv(file: Path) -> Iterator[Row]:
-    csv.field_size_limit(1 << 30)  # the default, 128 KiB, refuses long documents
-    text = _read_bytes(file).decode(errors="surrogateescape")
-    try:
-        for number, values in enumerate(csv.DictReader(io.StringIO(text, newline="")), 1):
-            yield _csv_row(str(file), number, values)
-    except csv.Error as error:
-        raise UserError(f"data source '{file}': not valid CSV: {error}") from error
-
-
-def _csv_row(file: str, number: int, values: dict[str, Any]) -> Row:
-    if None in values:
-        return Row(file, number, {}, BadRow(file, number, WRONG_TYPE, "more fields than the header has"))
-    if any("\udc80" <= c <= "\udcff" for v in values.values() if v and not v.isascii() for c in v):
-        return Row(file, number, {}, BadRow(file, number, NOT_UTF8))
-    return Row(file, number, {k: v for k, v in values.items() if v is not None})
-
-
-def _parse_parquet(file: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(file)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"data source '{file}': not a readable parquet file: {error}") from error
-    yield from _arrow_rows(str(file), table)
-
-
-def _arrow_rows(file: str, table: Any) -> Iterator[Row]:
-    try:
-        yield from [Row(file, n, values) for n, values in enumerate(table.to_pylist(), 1)]
-    except UnicodeDecodeError:
-        for i in range(table.num_rows):
-            try:
-                yield Row(file, i + 1, table.slice(i, 1).to_pylist()[0])
-            except UnicodeDecodeError:
-                yield Row(file, i + 1, {}, BadRow(file, i + 1, NOT_UTF8))
 
 
 def _read_builtin(spec: DataSpec, seed: int, cap: int | None) -> list[Row]:
@@ -298,7 +171,7 @@ def _dataset_rows(label: str, data: Any, first: int, end: int, cap: int | None) 
     if cap is not None:
         end = min(end, first + cap)
     table = data.select(range(first, end)).with_format("arrow")[:]
-    return [row._replace(number=row.number + first) for row in _arrow_rows(label, table)]
+    return [row._replace(number=row.number + first) for row in arrow_rows(label, table)]
 
 
 def _first_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -30,15 +30,12 @@ from pipeline.data.bad_rows import (
     RowProblem,
     Skipped,
 )
+from pipeline.data.encode import TokenRow, encode, token_ids_of
 from pipeline.data.layouts import Kind
 from pipeline.data.records import Record, Records
-from pipeline.data.texts import RowText, TextMaker
+from pipeline.data.texts import TextMaker
 
 Truncation = Literal["keep_start", "keep_end", "error"]
-
-_CHUNK = 4096
-"""Rows tokenised in one call: the tokenizer works on all of them in parallel, and their texts, ids and
-offsets stay small beside the result."""
 
 
 @dataclass(frozen=True)
@@ -124,11 +121,11 @@ def tokenize(
     gate = RowGate()
     texts = TextMaker(records, tokenizer).training_rows(gate, train_on)
     cut = _Cut(max_length, truncation, records.kind)
-    rows: list[_TokenRow] = []
+    rows: list[TokenRow] = []
     margins = scored and any(record.columns.get(MARGIN) is not None for record in records.rows)
     found_margins: list[float] = []
     merged = 0
-    for row in _encode(texts.rows, tokenizer, train_on):
+    for row in encode(texts.rows, tokenizer, train_on):
         record = records[row.record]
         try:
             margin = _margin(record) if margins else 0.0
@@ -162,7 +159,7 @@ def tokenize(
     return TokenizedData(data, np.asarray([row.record for row in rows], dtype=np.int64), skipped, stats)
 
 
-def _columns(records: Records, rows: list[_TokenRow], margins: list[float] | None) -> dict[str, np.ndarray]:
+def _columns(records: Records, rows: list[TokenRow], margins: list[float] | None) -> dict[str, np.ndarray]:
     """What rows say beside their tokens: margins of scored pairs, labels of unpaired answers."""
     columns = {} if margins is None else {MARGIN: np.asarray(margins)}
     if records.kind == "unpaired":
@@ -181,13 +178,13 @@ def prompt_tokens(records: Records, tokenizer: Any) -> tuple[list[str], list[lis
     gate.close()
     for chat in (False, True):
         group = [(index, text) for index, is_chat, text in prompts if is_chat == chat]
-        encoded = _call(tokenizer, [text for _, text in group], special=not chat)["input_ids"]
+        encoded = token_ids_of(tokenizer, [text for _, text in group], special=not chat)["input_ids"]
         for (index, text), tokens in zip(group, encoded, strict=True):
             texts[index], ids[index] = text, tokens
     return texts, ids
 
 
-def _without_tail(row: _TokenRow, tokenizer: Any) -> _TokenRow:
+def _without_tail(row: TokenRow, tokenizer: Any) -> TokenRow:
     """Sequences up to their last end-of-turn token, where only white space follows it.
 
     Qwen's template, for one, writes a line break there, which no sample ever has.
@@ -214,15 +211,6 @@ def _margin(record: Record) -> float:
     return float(value)
 
 
-@dataclass(frozen=True)
-class _TokenRow:
-    record: int
-    ids: list[np.ndarray]
-    masks: list[np.ndarray]
-    prompt_length: int
-    merged: bool = False
-
-
 class _Cut:
     """Cuts rows at the limit and counts what it cut."""
 
@@ -230,7 +218,7 @@ class _Cut:
         self.limit, self.truncation, self.kind = max_length, truncation, kind
         self.sequences = self.tokens = 0
 
-    def __call__(self, row: _TokenRow) -> _TokenRow:
+    def __call__(self, row: TokenRow) -> TokenRow:
         over = [max(0, len(ids) - self.limit) if self.limit is not None else 0 for ids in row.ids]
         if any(over) and self.truncation == "error":
             raise RowProblem(
@@ -250,73 +238,4 @@ class _Cut:
                 )
         self.sequences += sum(n > 0 for n in over)
         self.tokens += sum(over)
-        return _TokenRow(row.record, ids, masks, row.prompt_length, row.merged)
-
-
-def _encode(rows: list[RowText], tokenizer: Any, train_on: str) -> Iterator[_TokenRow]:
-    for start in range(0, len(rows), _CHUNK):
-        chunk = rows[start : start + _CHUNK]
-        done = [*_encode_group([r for r in chunk if r.chat], tokenizer, train_on)]
-        done += _encode_group([r for r in chunk if not r.chat], tokenizer, train_on)
-        yield from sorted(done, key=lambda row: row.record)
-
-
-def _encode_group(rows: list[RowText], tokenizer: Any, train_on: str) -> Iterator[_TokenRow]:
-    """Rows that are all rendered by the template, or all plain."""
-    special = bool(rows) and not rows[0].chat
-    heads = iter(_call(tokenizer, [r.prompt for r in rows if r.prompt is not None], special)["input_ids"])
-    plain = [r for r in rows if r.spans is None]
-    ids = iter(_call(tokenizer, [text for r in plain for text in r.sequences], special)["input_ids"])
-    spoken = [r for r in rows if r.spans is not None]
-    mapped = _call(tokenizer, [text for r in spoken for text in r.sequences], special, offsets=True)
-    spoken_ids = iter(zip(mapped["input_ids"], mapped.get("offset_mapping", []), strict=True))
-    for row in rows:
-        if row.spans is not None:
-            pairs = [next(spoken_ids) for _ in row.sequences]
-            masks = [_span_mask(offsets, spans) for (_, offsets), spans in zip(pairs, row.spans, strict=True)]
-            yield _TokenRow(row.record, [np.asarray(x, np.int32) for x, _ in pairs], masks, 0)
-            continue
-        wholes = [next(ids) for _ in row.sequences]
-        head = next(heads) if row.prompt is not None else []
-        length = min(_common_prefix(head, whole) for whole in wholes)
-        counted = 0 if train_on == "all" else length
-        masks = [np.arange(len(whole)) >= counted for whole in wholes]
-        arrays = [np.asarray(whole, np.int32) for whole in wholes]
-        yield _TokenRow(row.record, arrays, masks, length, length < len(head))
-
-
-def _call(
-    tokenizer: Any, texts: Sequence[str | None], special: bool, offsets: bool = False
-) -> dict[str, list[Any]]:
-    if not texts:
-        return {"input_ids": []}
-    if offsets and not tokenizer.is_fast:
-        raise UserError(
-            "the base's tokenizer has no fast version, which masking whole conversations needs: "
-            "give the rows as prompt + completion"
-        )
-    return tokenizer(
-        list(texts),
-        add_special_tokens=special,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        return_offsets_mapping=offsets,
-        verbose=False,
-    )
-
-
-def _common_prefix(head: list[int], whole: list[int]) -> int:
-    if whole[: len(head)] == head:
-        return len(head)
-    return next(
-        (i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), min(len(head), len(whole))
-    )
-
-
-def _span_mask(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> np.ndarray:
-    """bool (tokens,): tokens that share a character with a span."""
-    starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
-    mask = np.zeros(len(starts), dtype=bool)
-    for first, end in spans:
-        mask |= (starts < end) & (ends > first)
-    return mask
+        return TokenRow(row.record, ids, masks, row.prompt_length, row.merged)
