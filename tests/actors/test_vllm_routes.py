@@ -81,6 +81,16 @@ def choices(policy: Policy, ids: np.ndarray, active: str | None) -> np.ndarray:
     return torch.stack(found, dim=1).numpy()
 
 
+def assert_chosen_by(policy: Policy, active: str | None, batch: Batch) -> None:
+    """At every position of every sample that an engine computes."""
+    assert batch.experts is not None
+    for row in range(batch.n_rows):
+        span = slice(batch.offsets[row], batch.offsets[row + 1])
+        own = choices(policy, batch.token_ids[span], active)[:-1]
+        theirs = batch.experts[span][:-1].astype(np.int64)
+        np.testing.assert_array_equal(np.sort(theirs, axis=-1), np.sort(own, axis=-1), f"row {row}")
+
+
 @pytest.mark.parametrize("architecture", ["qwen3_moe", *OTHERS])
 def test_the_engines_experts_are_those_of_transformers_before_and_after_a_sync(
     process: ActorGroup, base_of: Callable[..., Path], architecture: str
@@ -88,17 +98,29 @@ def test_the_engines_experts_are_those_of_transformers_before_and_after_a_sync(
     base = base_of(architecture, torch.float32)
     policy, engine = Policy(base, architecture), engine_on(process, base, "float32")
     for version in range(2):
-        batch = drawn(engine, 100 * version)
-        assert batch.experts is not None
         # Before the first sync the engine serves the base.
         active = None if version == 0 else "policy"
-        for row in range(batch.n_rows):
-            span = slice(batch.offsets[row], batch.offsets[row + 1])
-            own = choices(policy, batch.token_ids[span], active)[:-1]
-            theirs = batch.experts[span][:-1].astype(np.int64)
-            np.testing.assert_array_equal(np.sort(theirs, axis=-1), np.sort(own, axis=-1), f"row {row}")
+        assert_chosen_by(policy, active, drawn(engine, 100 * version))
         policy.change(seed=version)
         push(engine, policy.payload(ADAPTER, version))
+
+
+def test_samples_that_outlive_a_sync_come_with_the_experts_of_the_new_weights(
+    process: ActorGroup, base_of: Callable[..., Path]
+) -> None:
+    base = base_of("qwen3_moe", torch.float32)
+    policy, engine = Policy(base, "qwen3_moe"), engine_on(process, base, "float32")
+    sampling, made = SamplingSpec(max_tokens=24), None
+    assert engine.call_rank(0, "draw", 0, 0.0, PROMPTS, sampling, list(range(len(PROMPTS)))) is None
+    for _ in range(3):
+        assert engine.call_rank(0, "draw", 0, 0.0) is None
+    policy.change(seed=3)
+    push(engine, policy.payload(ADAPTER, 7), keep=True)
+    while made is None:
+        made = engine.call_rank(0, "draw", 0, 0.0)
+    batch = trajectories(PROMPTS, made)
+    assert set(made.token_versions.tolist()) == {-1, 7}
+    assert_chosen_by(policy, "policy", batch)
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", *OTHERS])
