@@ -92,7 +92,7 @@ class Merger:
         touched = [name for name, of in targets.items() if wanted.intersection(of)]
         deltas = self._split({name: low_rank_delta(factors[name]) for name in touched})
         return {
-            n: (self._rounded(payload, n).float() + deltas[n]).to(self._dtype)
+            n: deltas[n].add_(self._rounded(payload, n)).to(self._dtype)
             if n in deltas
             else self._unchanged(payload, n)
             for n in names

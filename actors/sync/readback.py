@@ -7,13 +7,13 @@ digest goes to the trainer, which compares it with a merge of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from actors.sync.bindings import Bindings
+from actors.sync.bindings import Bindings, Piece, Region
 from actors.sync.payload import digest_of
 
 
@@ -64,14 +64,24 @@ class Reader:
             handed = self._handed.pop(name, None)
             if handed is None:
                 continue
-            # Under tensor parallelism this process holds a part; the rest counts as it was handed over.
-            found = handed.detach().clone().contiguous()
-            for piece in pieces:
-                parameter = getattr(module, piece.parameter).data
-                piece.source.view(found).copy_(piece.target.view(parameter))
-            if not torch.equal(found, handed):
+            digest = digest_of(_found(module, pieces, handed))
+            if digest != digest_of(handed):
                 self.differing.append(name)
-            self.digests[name] = digest_of(found)
+            self.digests[name] = digest
+
+
+def _found(module: nn.Module, pieces: Sequence[Piece], handed: torch.Tensor) -> torch.Tensor:
+    """What a module holds of a checkpoint tensor."""
+    views = [piece.target.view(getattr(module, piece.parameter).data) for piece in pieces]
+    whole = Region(tuple(handed.shape), handed.contiguous().stride(), 0)
+    same = [(view.shape, view.dtype) for view in views] == [(handed.shape, handed.dtype)]
+    if same and pieces[0].source == whole:
+        return views[0]
+    # Under tensor parallelism this process holds a part; the rest counts as it was handed over.
+    found = handed.detach().clone(memory_format=torch.contiguous_format)
+    for piece, view in zip(pieces, views):
+        piece.source.view(found).copy_(view)
+    return found
 
 
 def _method(module: nn.Module) -> Any:

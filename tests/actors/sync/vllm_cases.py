@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.group import ROLLOUT, ActorGroup
+from actors.group import ActorGroup
 from actors.models.adapters import adapter_parameters, attach_lora, role
 from actors.models.loading import load_base
 from actors.models.merge import adapter_factors, merged_state, write_model
 from actors.models.moe import RouterStats
 from actors.models.spec import LoraSpec, ModelSpec
 from actors.rollout import EngineSpec, RolloutEngine, SamplingSpec
+from actors.sync.host_merge import HostMerge
 from actors.sync.payload import Payload, closure, digest_of, pack_adapter, pack_merged
 from tests.actors.models.tiny_models import GROUPS, tiny_model
 from tests.architecture_results import record
@@ -26,6 +27,7 @@ LONG = GENERATOR.integers(5, 250, 300).tolist()
 SEQUENCES = [LONG, *(GENERATOR.integers(5, 250, n).tolist() for n in (12, 33, 47))]
 STARTS = [250, 1, 3, 10]
 ADAPTER, MERGED = "adapter", "merged"
+PART_BYTES = 50_000
 
 
 def write_base(path: Path, architecture: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
@@ -133,6 +135,18 @@ def push(engine: ActorGroup, payload: Payload, keep: bool = False) -> Any:
     return engine.call_rank(0, "commit", payload.manifest.version, keep, phase="sync")
 
 
+def push_parts(engine: ActorGroup, policy: Policy, version: int) -> Any:
+    """`push` of merged weights in parts of whole groups, of which the first is staged."""
+    merge = HostMerge(policy.peft.get_base_model(), adapter_factors(policy.peft, "policy"), "float32")
+    first, *later = merge.parts(limit_bytes=PART_BYTES)
+    assert later
+    outlines = [merge.outline(part) for part in later]
+    payload = pack_merged(version, "float32", merge.merged(first), outlines)
+    parts = [pack_merged(version, "float32", merge.merged(part)) for part in later]
+    engine.call_rank(0, "queue", parts, phase="sync")
+    return push(engine, payload)
+
+
 def scores(engine: ActorGroup) -> list[np.ndarray]:
     found: list[np.ndarray] = engine.call_rank(0, "score_tokens", SEQUENCES, STARTS, phase="sync")
     return found
@@ -149,7 +163,11 @@ def check_ten_syncs(rollout: ActorGroup, policy: Policy) -> None:
     for version in range(10):
         policy.change(seed=version)
         kind = ADAPTER if version % 2 else MERGED
-        report = push(rollout, policy.payload(kind, version))
+        in_parts = kind == MERGED and version % 4 == 2
+        report = (
+            push_parts(rollout, policy, version) if in_parts else push(rollout, policy.payload(kind, version))
+        )
+        assert bool(report.part_digests) == in_parts
         assert report.bound == report.expected > 0
         now = scores(rollout)
         # The change is a thousand times what is allowed: an engine that kept its weights would be seen.
@@ -184,11 +202,21 @@ def samples(rollout: ActorGroup, prompts: list[list[int]]) -> Any:
     return rollout.call_rank(0, "generate", prompts, sampling, list(range(2 * len(prompts))))
 
 
-def updatable(process: ActorGroup, base: Path, dtype: str = "float32", what: str = ROLLOUT) -> ActorGroup:
+def updatable(
+    process: ActorGroup, base: Path, dtype: str = "float32", what: str = f"{__name__}:QueueingEngine"
+) -> ActorGroup:
     """An updatable engine on `base`."""
     process.build(what, EngineSpec(max_num_seqs=16, max_model_len=512, dtype=dtype)).result()  # type: ignore[arg-type]
     process.call_rank(0, "load", str(base), updatable=True, phase="load")
     return process
+
+
+class QueueingEngine(RolloutEngine):
+    """Takes parts of a version without a channel."""
+
+    def queue(self, parts: list[Payload]) -> None:
+        waiting = iter(parts)
+        self.weights._received = lambda: next(waiting)  # type: ignore[method-assign]
 
 
 class UnpackedEngine(RolloutEngine):
