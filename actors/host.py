@@ -190,7 +190,9 @@ class ModelHost(HostTraining, HostScoring, HostFiles):
 def _configure_torch(spec: HostSpec) -> None:
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
-    if torch.device(spec.device).type == "cpu":
+    # Layers that are gathered and freed all the time leave a heap that is never trimmed in pieces: with it a
+    # rank of two held 2.1 GB where it holds 1.0 GB without, for 8 % less CPU time.
+    if torch.device(spec.device).type == "cpu" and spec.sharding not in ("base", "full"):
         keep_freed_memory()
     if torch.device(spec.device).type == "cpu" and torch.get_num_threads() > 1:
         # With several threads the backward of indexing adds in any order; resumed runs then differ in the

@@ -1,4 +1,4 @@
-"""Memory of each rank with and without sharding: at loading, and over a few steps.
+"""Memory of each rank with and without sharding: at loading, and over a few steps; CPU time of the steps.
 
 python benchmarks/sharding_memory.py            # on the 124 M base of the other benchmarks
 python benchmarks/sharding_memory.py --quick    # on the tiny one: does it run?
@@ -26,10 +26,10 @@ STEPS = 3
 """The optimizer's moments exist after the first."""
 TIMEOUT_S = 900
 RESULTS = ROOT / "benchmarks" / "results"
-CASES = [(lora, sharding) for lora in (True, False) for sharding in ("none", "base", "full")]
+CASES = [(lora, sharding) for lora in (True, False) for sharding in ("none", "base", "full", "experts")]
 """LoRA or every parameter; what the two ranks split. A frozen base alone can be split under LoRA."""
 
-LINE = "{:7} {:9} {:>8} {:>15} {:>8} {:>12}"
+LINE = "{:7} {:9} {:>8} {:>15} {:>8} {:>12} {:>10}"
 
 
 def main() -> None:
@@ -46,23 +46,27 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         base = write_base(WORKLOADS[workload].model, Path(directory))
         weights = sum(file.stat().st_size for file in base.glob("*.safetensors"))
-        print(f"base {weights / 2**20:,.0f} MiB; two ranks, MiB of the larger one beyond its imports")
-        print(LINE.format("trains", "sharding", "loaded", "loading's peak", "held", "steps' peak"))
+        print(f"base {weights / 2**20:,.0f} MiB; two ranks, MiB of the larger one beyond its imports;")
+        print(f"CPU seconds of both in the last {STEPS - 1} steps")
+        heads = ("loaded", "loading's peak", "held", "steps' peak", "CPU s")
+        print(LINE.format("trains", "sharding", *heads))
         for lora, sharding in CASES:
             if not lora and sharding == "base":
                 continue
             ranks = measure(lora, sharding, workload, base)
             row = {key: max(rank[key] for rank in ranks) for key in ranks[0]}
+            row["cpu_seconds"] = round(sum(rank["cpu_seconds"] for rank in ranks), 2)
             found.append({"trains": "LoRA" if lora else "all", "sharding": sharding, **row})
             numbers = [f"{row[k] / 2**20:,.0f}" for k in ("loaded", "loading_peak", "held", "steps_peak")]
-            print(LINE.format("LoRA" if lora else "all", sharding, *numbers), flush=True)
+            cpu = f"{row['cpu_seconds']:.1f}"
+            print(LINE.format("LoRA" if lora else "all", sharding, *numbers, cpu), flush=True)
     if not args.quick:
         report = {"base_bytes": weights, "ranks": 2, "rows": found}
         (RESULTS / "sharding-memory.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
-def measure(lora: bool, sharding: str, workload: str, base: Path) -> list[dict[str, int]]:
-    """Bytes of both ranks."""
+def measure(lora: bool, sharding: str, workload: str, base: Path) -> list[dict[str, float]]:
+    """Bytes and CPU seconds of both ranks."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -123,13 +127,16 @@ def work(rank: int, lora: bool, sharding: Any, workload: str, base: str, init: s
     host.prepare_training(role, OptimSpec(), STEPS)
     todo = WORKLOADS[workload]
     source = batches(todo, make_rows(todo, STEPS * todo.batch_rows, Path(base)))
+    began = 0.0
     for step in range(STEPS):
+        if step == 1:
+            began = time.process_time()
         host.update(next(source), SftLoss(), step)
+    cpu_seconds = time.process_time() - began
     held, steps_peak = memory.since_start()
     host.close()
-    print(
-        json.dumps({"loaded": loaded, "loading_peak": loading_peak, "held": held, "steps_peak": steps_peak})
-    )
+    found = {"loaded": loaded, "loading_peak": loading_peak, "held": held, "steps_peak": steps_peak}
+    print(json.dumps({**found, "cpu_seconds": cpu_seconds}))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[1]
+REFERENCE = {"none": "none", "full": "base", "experts": "experts"}
+"""What the reference splits, by what the policy does."""
 
 
 def config(output: Path, sharding: str) -> dict[str, Any]:
@@ -39,7 +41,7 @@ def config(output: Path, sharding: str) -> dict[str, Any]:
         },
         "roles": {
             "policy": {"workers": 2, "sharding": sharding},
-            "reference": {"workers": 2, "sharding": "none" if sharding == "none" else "base"},
+            "reference": {"workers": 2, "sharding": REFERENCE[sharding]},
         },
     }
 
@@ -60,8 +62,10 @@ def run(directory: Path, sharding: str) -> Path:
 
 
 def test_a_run_with_sharded_roles_ends_like_one_without(tmp_path: Path) -> None:
-    split, whole = (run(tmp_path / sharding, sharding) for sharding in ("full", "none"))
-    ours, theirs = (load_file(each / "sft/adapter/adapter_model.safetensors") for each in (split, whole))
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6)
-    assert (split / "grpo/adapter/adapter_model.safetensors").is_file()
+    runs = {sharding: run(tmp_path / sharding, sharding) for sharding in REFERENCE}
+    found = {by: load_file(where / "sft/adapter/adapter_model.safetensors") for by, where in runs.items()}
+    for sharding in ("full", "experts"):
+        for name, tensor in found["none"].items():
+            # Of a gradient that is little more than rounding Adam makes a step of up to the rate of 1e-3.
+            torch.testing.assert_close(found[sharding][name], tensor, rtol=1e-4, atol=1e-5)
+        assert (runs[sharding] / "grpo/adapter/adapter_model.safetensors").is_file()
