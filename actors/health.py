@@ -97,13 +97,10 @@ class Fleet:
         self, ranks: Iterable[int], event: Event, reason: str = "", generation: int | None = None
     ) -> Fleet:
         """The fleet once `event` was seen on `ranks`."""
-        seen = set(ranks)
-        return Fleet(
-            tuple(
-                member.after(event, reason, generation) if rank in seen else member
-                for rank, member in enumerate(self.members)
-            )
-        )
+        after = {rank: self.members[rank].after(event, reason, generation) for rank in ranks}
+        if all(after[rank] == self.members[rank] for rank in after):
+            return self  # What every answer of a healthy process comes to, however many there are.
+        return Fleet(tuple(after.get(rank, member) for rank, member in enumerate(self.members)))
 
     def ranks(self, *states: State) -> list[int]:
         """Ranks that are in one of `states`."""

@@ -66,6 +66,10 @@ def wait(refs: Mapping[int, Any], limit_s: float) -> Answers:
         if left <= 0:
             break
         done, open_refs = ray.wait(open_refs, num_returns=1, timeout=min(POLL_S, left))
+        if open_refs:
+            # All that came meanwhile at once: each look at n references costs as much as n of them.
+            more, open_refs = ray.wait(open_refs, num_returns=len(open_refs), timeout=0)
+            done += more
         for ref in done:
             _take(answers, rank_of[ref], ref)
         if any(fault.died for fault in answers.faults):

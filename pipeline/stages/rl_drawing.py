@@ -59,6 +59,7 @@ class Drawer:
 
     def __init__(self, stage: PreparedRl, rollout: RolloutPool, judge: Judge, tokenizer: Any) -> None:
         self.stage, self.rollout, self.judge, self.tokenizer = stage, rollout, judge, tokenizer
+        self._count_experts = True
 
     def draw(self, step: int) -> Drawn:
         """Raises: RunFailure, InvariantViolation: as `RolloutPool.generate`."""
@@ -85,10 +86,13 @@ class Drawer:
 
     def _expert_load(self) -> np.ndarray | None:
         """Engines count each prompt once, and all that they generate and score between two calls."""
+        if not self._count_experts:
+            return None
         try:
             loads = [load for load in self.rollout.group.call("expert_load") if load is not None]
         except RunFailure:  # An engine is gone: whoever needs it next replaces it.
             return None
+        self._count_experts = bool(loads)  # Engines of a dense model never do: not to be asked each step.
         return sum(loads[1:], loads[0]) if loads else None
 
 

@@ -51,3 +51,10 @@ def test_a_fleet_keeps_its_members_apart() -> None:
     assert fleet.ranks(State.DEAD) == [1]
     assert fleet.ranks(State.SUSPECT) == [2]
     assert fleet.serving == [0]
+
+
+def test_an_answer_of_a_healthy_process_changes_no_fleet() -> None:
+    """Nor does it cost a look at every member: engines answer several times a step."""
+    fleet = Fleet.of(3).after([0, 1, 2], Event.ANSWERED)
+    assert fleet.after([1], Event.ANSWERED) is fleet
+    assert fleet.after([1, 2], Event.DIED, "gone").serving == [0]
