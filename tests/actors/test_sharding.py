@@ -115,6 +115,31 @@ def test_every_architecture_is_read_in_slices_of_the_whole(model_type: str, tmp_
             assert torch.equal(sharding.own_slice(parameter), whole[name][rows]), name
 
 
+@pytest.mark.parametrize("random_init", [False, True])
+@pytest.mark.parametrize("model_type", families({"qwen3_moe", "gpt_oss"}))
+def test_experts_alone_are_read_or_drawn_in_slices(
+    model_type: str, random_init: bool, tmp_path: Path
+) -> None:
+    tiny_model(model_type).save_pretrained(tmp_path)
+    spec = ModelSpec(base=str(tmp_path), lora=None, random_init=random_init)
+    whole = dict(load_base(spec).named_parameters())
+    with rank_of_two(1):
+        model = load_base(spec, shards=2, split="experts")
+        for name, parameter in model.named_parameters():
+            split = ".experts." in name
+            assert sharding.is_sharded(parameter) == split, name
+            rows = slice(4, 8) if split else ...
+            assert torch.equal(sharding.own_slice(parameter), whole[name][rows]), name
+
+
+def test_experts_that_can_not_be_shared_are_refused(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    tiny_model("qwen3_moe", num_experts=7).save_pretrained(tmp_path / "odd")
+    for name, reason in (("dense", "a llama model has no experts"), ("odd", "7 experts can't be shared")):
+        with rank_of_two(1), pytest.raises(UserError, match=reason):
+            load_base(ModelSpec(base=str(tmp_path / name)), shards=2, split="experts")
+
+
 def test_an_architecture_without_a_plan_by_layer_is_refused(tmp_path: Path) -> None:
     tiny_model("dbrx").save_pretrained(tmp_path)
     with rank_of_two(1), pytest.raises(UserError, match="no plan that shards dbrx by layer"):
