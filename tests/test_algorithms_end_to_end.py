@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from tests.test_online_end_to_end import BASE, command_for, complete
+from tests.test_online_end_to_end import command_for, config
+from tests.whole_runs import TINY_MOE, command_of, complete, lines_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -30,28 +29,22 @@ STAGES: dict[str, Any] = {
 }
 
 
-def lines(run: Path, stage: str) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_every_new_stage_runs_after_the_other_and_logs_what_it_is_about(tmp_path: Path) -> None:
-    command = command_for(tmp_path)
-    settings = yaml.safe_load((tmp_path / "run.yaml").read_text())
-    settings["model"] = {"base": str(BASE), "lora": {"r": 4, "lora_alpha": 8}}
+    command_for(tmp_path)  # For its reward function.
+    settings = config(tmp_path / "run")
+    settings["model"] = {"base": str(TINY_MOE), "lora": {"r": 4, "lora_alpha": 8}}
     settings["stages"] = STAGES
-    settings["roles"] = {"policy": {"workers": 2}, "rollout": {"workers": 1}}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    complete(command, tmp_path)
-    kto = lines(tmp_path / "run", "kto")
+    complete(command_of(tmp_path, settings), tmp_path)
+    kto = lines_of(tmp_path / "run", "kto")
     assert kto[0]["loss"] == pytest.approx(0.5, abs=1e-4)
     assert kto[0]["kl"] == pytest.approx(0.0, abs=1e-4)
-    pairs = lines(tmp_path / "run", "online_dpo")
+    pairs = lines_of(tmp_path / "run", "online_dpo")
     assert pairs[0]["pairs"] > 0
     assert 0 < pairs[0]["frac_pairs"] <= 1
     assert pairs[0]["objective/kl"] == pytest.approx(0.0, abs=1e-4)
     assert pairs[0]["dynamic_sampling/prompts"] >= 8
     assert {"dynamic_sampling/rounds", "frac_reward_zero_std", "reward"} <= set(pairs[1])
-    last = lines(tmp_path / "run", "reinforce_pp")[-1]
+    last = lines_of(tmp_path / "run", "reinforce_pp")[-1]
     assert last["advantages/std"] == pytest.approx(1.0, abs=0.02)
     assert last["rewards/overlong/mean"] <= 0
     assert (tmp_path / "run" / "reinforce_pp" / "adapter" / "adapter_model.safetensors").is_file()

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-import yaml
 
-from pipeline.artifacts import file_digest
+from tests.whole_runs import adapter_digest, command_of, complete, kill_when, lines_of, raylign, start, when
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(600)]
 
 
-def config(base: Path, output: Path, **sections: object) -> dict[str, object]:
+def config(base: Path, output: Path, **sections: Any) -> dict[str, Any]:
     stage = {"batch_size": 8, "max_steps": 6, "save_steps": 2, "learning_rate": 1e-3, "max_length": 128}
     data = {"source": "builtin:arithmetic", "max_rows": 64}
     return {
@@ -36,21 +32,6 @@ def config(base: Path, output: Path, **sections: object) -> dict[str, object]:
     }
 
 
-def write(tmp_path: Path, content: dict[str, object], name: str = "run.yaml") -> Path:
-    path = tmp_path / name
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return path
-
-
-def raylign(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipeline", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=400)
-
-
-def adapter_digest(run: Path, stage: str) -> str:
-    return file_digest(run / stage / "adapter" / "adapter_model.safetensors")
-
-
 @pytest.fixture(scope="module")
 def finished_run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run with evaluation, uninterrupted."""
@@ -60,9 +41,7 @@ def finished_run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         "max_rows": 20,
         "sampling": {"max_tokens": 8},
     }
-    result = raylign("run", str(write(path, config(tiny_base, path / "run", eval=evaluation))))
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert "Traceback" not in result.stdout + result.stderr
+    complete(command_of(path, config(tiny_base, path / "run", eval=evaluation)), path)
     return path / "run"
 
 
@@ -73,17 +52,14 @@ def test_a_run_leaves_what_the_house_promises(finished_run: Path) -> None:
     assert state["eval"]["dpo"]["n"] == 20
     for stage in ("sft", "dpo"):
         assert (finished_run / stage / "manifest.json").is_file()
-        lines = [
-            json.loads(line) for line in (finished_run / stage / "metrics.jsonl").read_text().splitlines()
-        ]
-        assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+        assert [line["step"] for line in lines_of(finished_run, stage)] == [1, 2, 3, 4, 5, 6]
     assert (finished_run / "report.html").is_file()
     assert (finished_run / "config.yaml").is_file()
     assert list((finished_run / "logs").glob("policy-1*"))
 
 
 def test_the_first_dpo_loss_is_ln_2_after_lora_sft(finished_run: Path) -> None:
-    first = json.loads((finished_run / "dpo" / "metrics.jsonl").read_text().splitlines()[0])
+    first = lines_of(finished_run, "dpo")[0]
     manifest = json.loads((finished_run / "dpo" / "manifest.json").read_text())
     assert set(manifest["inputs"]) == {"sft", "reference"}
     assert first["loss"] == pytest.approx(0.693147, abs=1e-4)
@@ -104,12 +80,9 @@ def test_the_adapter_loads_in_plain_peft(finished_run: Path, tiny_base: Path) ->
 
 def test_dpo_from_an_adapter_has_that_adapter_as_reference(finished_run: Path, tmp_path: Path) -> None:
     content = config(finished_run / "sft" / "adapter", tmp_path / "run")
-    stages = content["stages"]
-    assert isinstance(stages, dict)
-    content["stages"] = {"dpo": stages["dpo"] | {"max_steps": 1}}
-    result = raylign("run", str(write(tmp_path, content)))
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    first = json.loads((tmp_path / "run" / "dpo" / "metrics.jsonl").read_text().splitlines()[0])
+    content["stages"] = {"dpo": content["stages"]["dpo"] | {"max_steps": 1}}
+    complete(command_of(tmp_path, content), tmp_path)
+    first = lines_of(tmp_path / "run", "dpo")[0]
     assert first["loss"] == pytest.approx(0.693147, abs=1e-4)
 
 
@@ -121,25 +94,11 @@ def test_a_finished_run_is_skipped_and_says_so(finished_run: Path) -> None:
     assert time.monotonic() - began < 60
 
 
-def kill_when(command: list[str], reached: Callable[[], bool], limit: float = 200) -> None:
-    """Start a run and kill -9 its whole process group as soon as `reached` says so."""
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    deadline = time.monotonic() + limit
-    while not reached():
-        assert process.poll() is None, f"the run ended with {process.returncode} before the moment to kill it"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 def test_a_run_killed_at_several_points_ends_with_the_same_adapters(
     finished_run: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "pipeline", "run", str(write(tmp_path, config(tiny_base, run)))]
+    command = command_of(tmp_path, config(tiny_base, run))
     moments = {
         "while a step of SFT runs": lambda: (run / "sft" / "checkpoint-2").exists(),
         "in the middle of a save": lambda: any(
@@ -148,10 +107,8 @@ def test_a_run_killed_at_several_points_ends_with_the_same_adapters(
         "while DPO trains": lambda: (run / "dpo" / "checkpoint-2").exists(),
     }
     for reached in moments.values():
-        kill_when(command, reached)
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert "continues from checkpoint-" in result.stdout
+        kill_when(command, tmp_path, reached)
+    assert "continues from checkpoint-" in complete(command, tmp_path)
     for stage in ("sft", "dpo"):
         assert adapter_digest(run, stage) == adapter_digest(finished_run, stage), stage
 
@@ -161,17 +118,14 @@ def test_a_stop_saves_and_the_same_command_goes_on(
 ) -> None:
     run = tmp_path / "run"
     content = config(tiny_base, run)
-    content["stages"] = {"sft": content["stages"]["sft"]}  # type: ignore[index]
-    command = [sys.executable, "-m", "pipeline", "run", str(write(tmp_path, content))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while not (run / "sft" / "metrics.jsonl").exists() or not (run / "sft" / "metrics.jsonl").read_text():
-        assert process.poll() is None
-        time.sleep(0.002)
+    content["stages"] = {"sft": content["stages"]["sft"]}
+    command, log = command_of(tmp_path, content), run / "sft" / "metrics.jsonl"
+    process = start(command, tmp_path)
+    when(process, lambda: log.exists() and bool(log.read_text()))
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     if process.returncode != 0:  # 0: the last step was already under way
         assert process.returncode == 75, output[-3000:]
         assert "stopped after saving" in output
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+        complete(command, tmp_path)
     assert adapter_digest(run, "sft") == adapter_digest(finished_run, "sft")

@@ -9,24 +9,29 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from pipeline.artifacts import file_digest
+from tests.whole_runs import (
+    TINY_MOE,
+    adapter_digest,
+    calls,
+    command_of,
+    complete,
+    has_done,
+    kill_when,
+    lines_of,
+    pid_of,
+    start,
+    when,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).parents[1]
-BASE = ROOT / "assets" / "tiny-moe"
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
-"""The runs start where their reward function is; the project itself need not be installed."""
 REWARD = '''
 def digits(completions, answer, **columns):
     """The share of characters that are digits; the true answer is worth 1 more."""
@@ -46,7 +51,7 @@ def config(output: Path, engines: int = 1) -> dict[str, Any]:
         "name": "online",
         "output_dir": str(output),
         "seed": 5,
-        "model": {"base": str(BASE), "lora": {"r": 4, "lora_alpha": 8}},
+        "model": {"base": str(TINY_MOE), "lora": {"r": 4, "lora_alpha": 8}},
         "stages": {
             "reward": {
                 "data": data | {"split": "preference"},
@@ -75,67 +80,13 @@ def config(output: Path, engines: int = 1) -> dict[str, Any]:
 
 
 def command_for(directory: Path, engines: int = 1) -> list[str]:
-    directory.mkdir(exist_ok=True)
+    command = command_of(directory, config(directory / "run", engines))
     (directory / "shaped.py").write_text(REWARD)
-    path = directory / "run.yaml"
-    path.write_text(yaml.safe_dump(config(directory / "run", engines), sort_keys=False))
-    return [sys.executable, "-m", "pipeline", "run", str(path)]
-
-
-def complete(command: list[str], directory: Path) -> str:
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=directory, env=ENVIRONMENT, timeout=400
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "Traceback" not in done.stdout + done.stderr
-    return done.stdout
-
-
-def metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    return command
 
 
 def repeatable(run: Path) -> list[dict[str, float]]:
-    return [{k: v for k, v in line.items() if not UNEQUAL.match(k)} for line in metrics(run)]
-
-
-def adapter_digest(run: Path) -> str:
-    return file_digest(run / "ppo" / "adapter" / "adapter_model.safetensors")
-
-
-def calls(run: Path, who: str, method: str) -> int:
-    """How many calls of a method a process has finished, by its trace; all its lives together."""
-    path = run / "logs" / "trace" / f"{who}.jsonl"
-    return path.read_text().count(f'"method": "{method}"') if path.is_file() else 0
-
-
-def has_done(run: Path, who: str, method: str, times: int) -> Callable[[], bool]:
-    return lambda: calls(run, who, method) == times
-
-
-def pid_of(run: Path, who: str) -> int:
-    """Process id of the latest life of a process, by its log."""
-    return int(re.findall(rf"--- {who} pid (\d+)", (run / "logs" / f"{who}.log").read_text())[-1])
-
-
-def when(process: subprocess.Popen[str], reached: Callable[[], bool], limit: float = 300) -> None:
-    deadline = time.monotonic() + limit
-    while not reached():
-        assert process.poll() is None, f"the run ended with {process.returncode} before the moment"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def start(command: list[str], directory: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=directory,
-        env=ENVIRONMENT,
-        start_new_session=True,
-    )
+    return [{k: v for k, v in line.items() if not UNEQUAL.match(k)} for line in lines_of(run, "ppo")]
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +98,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_step_is_checked_and_logged(whole: Path) -> None:
-    lines = metrics(whole)
+    lines = lines_of(whole, "ppo")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert [line["sync/version"] for line in lines] == [1, 2, 3, 4, 5]
     for line in lines:
@@ -156,7 +107,7 @@ def test_every_step_is_checked_and_logged(whole: Path) -> None:
         assert {"rewards/digits/mean", "rewards/reward/mean", "reward", "value_loss", "kl"} <= set(line)
     assert lines[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
     assert lines[0]["beta"] != lines[-1]["beta"]
-    samples = [json.loads(line) for line in (whole / "ppo" / "samples.jsonl").read_text().splitlines()]
+    samples = lines_of(whole, "ppo", "samples")
     assert {"step", "prompt", "completion", "reward", "answer"} <= set(samples[0])
     manifest = json.loads((whole / "ppo" / "manifest.json").read_text())
     assert set(manifest["inputs"]) == {"base", "reference", "critic", "reward reward"}
@@ -186,15 +137,11 @@ def test_a_run_killed_in_these_phases_ends_with_the_same_adapter(
     command, run = command_for(tmp_path), tmp_path / "run"
     for phase in phases:
         who, method, times = MOMENTS[phase]
-        moment = has_done(run, who, method, calls(run, who, method) + times)
-        process = start(command, tmp_path)
-        when(process, moment)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        kill_when(command, tmp_path, has_done(run, who, method, calls(run, who, method) + times))
         assert not (run / "ppo" / "manifest.json").exists(), phase
     said = complete(command, tmp_path)
     assert "ppo: continues from checkpoint-" in said
-    assert adapter_digest(run) == adapter_digest(whole)
+    assert adapter_digest(run, "ppo") == adapter_digest(whole, "ppo")
     assert repeatable(run) == repeatable(whole)
 
 
@@ -210,21 +157,21 @@ def test_two_engines_of_which_one_is_killed_make_the_same_adapter(whole: Path, t
     assert "rollout-1 was replaced" in said
     lives = re.findall(r"--- rollout-1 pid", (run / "logs" / "rollout-1.log").read_text())
     assert len(lives) == 2
-    assert adapter_digest(run) == adapter_digest(whole)
+    assert adapter_digest(run, "ppo") == adapter_digest(whole, "ppo")
     assert repeatable(run) == repeatable(whole)
 
 
 @pytest.mark.slow
 def test_roles_on_hosts_of_their_own_make_the_same_adapter(whole: Path, tmp_path: Path) -> None:
     """Two ranks each, as the policy has them: then rows are dealt alike, and not a bit differs."""
-    command, run = command_for(tmp_path), tmp_path / "run"
+    run = tmp_path / "run"
+    command_for(tmp_path)
     apart = config(run)
     own = {"workers": 2, "cpus": 0.1}
     apart["roles"] |= {"critic": own, "reward": own, "reference": own}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(apart, sort_keys=False))
-    complete(command, tmp_path)
+    complete(command_of(tmp_path, apart), tmp_path)
     assert (run / "logs" / "critic-1.log").is_file()
-    assert adapter_digest(run) == adapter_digest(whole)
+    assert adapter_digest(run, "ppo") == adapter_digest(whole, "ppo")
     assert repeatable(run) == repeatable(whole)
 
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 from actors.host import ModelHost
 from actors.models.loading import load_tokenizer
@@ -19,17 +16,11 @@ from pipeline.data.records import load_records
 from pipeline.data.spec import DataSpec
 from pipeline.data.tokens import tokenize
 from tests.actors.host_cases import host_spec
+from tests.whole_runs import command_of, complete, lines_of, raylign
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 PAIRS = DataSpec(source="builtin:arithmetic", split="test_preference", max_rows=40)
-
-
-def raylign(*arguments: str) -> str:
-    command = [sys.executable, "-m", "pipeline", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +44,7 @@ def config(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "roles": {"policy": {"workers": 2}},
     }
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    said = raylign("run", str(path))
-    assert "Held-out pairs" in said
+    assert "Held-out pairs" in complete(command_of(path.parent, content), path.parent)
     return path
 
 
@@ -80,7 +69,7 @@ def test_the_artifact_is_a_reward_model_and_its_held_out_pairs_are_scored(
     assert (found["metric"], found["n"]) == ("pair_accuracy", 40)
     assert found["accuracy"] == pytest.approx(np.mean(scores[:, 0] > scores[:, 1]))
     assert found["margin"] == pytest.approx(np.mean(scores[:, 0] - scores[:, 1]), abs=1e-5)
-    last = json.loads((run / "reward" / "metrics.jsonl").read_text().splitlines()[-1])
+    last = lines_of(run, "reward")[-1]
     assert last["eval_accuracy"] == pytest.approx(found["accuracy"])
 
 
@@ -88,7 +77,9 @@ def test_eval_scores_the_pairs_again_where_that_was_lost(config: Path) -> None:
     run = config.parent / "run"
     before = evaluation(run)
     shutil.rmtree(run / "eval")
-    assert "Held-out pairs" in raylign("eval", str(config))
+    said = raylign("eval", str(config))
+    assert said.returncode == 0, said.stdout[-3000:] + said.stderr[-3000:]
+    assert "Held-out pairs" in said.stdout
     after = evaluation(run)
     assert after["margin"] == pytest.approx(before["margin"], abs=1e-6)
     assert {**after, "margin": 0} == {**before, "margin": 0}

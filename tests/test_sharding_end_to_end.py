@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
+
+from tests.whole_runs import TINY_MOE, command_of, complete
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).parents[1]
 REFERENCE = {"none": "none", "full": "base", "experts": "experts"}
 """What the reference splits, by what the policy does."""
 
@@ -26,7 +23,7 @@ def config(output: Path, sharding: str) -> dict[str, Any]:
     return {
         "name": "sharded",
         "output_dir": str(output),
-        "model": {"base": str(ROOT / "assets" / "tiny-moe"), "lora": {"r": 4, "lora_alpha": 8}},
+        "model": {"base": str(TINY_MOE), "lora": {"r": 4, "lora_alpha": 8}},
         "stages": {
             "sft": {"data": data | {"split": "train"}, "batch_size": 8, **sizes},
             "grpo": {
@@ -47,17 +44,7 @@ def config(output: Path, sharding: str) -> dict[str, Any]:
 
 
 def run(directory: Path, sharding: str) -> Path:
-    directory.mkdir()
-    path = directory / "run.yaml"
-    path.write_text(yaml.safe_dump(config(directory / "run", sharding)))
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline", "run", str(path)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    complete(command_of(directory, config(directory / "run", sharding)), directory)
     return directory / "run"
 
 

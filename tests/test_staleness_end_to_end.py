@@ -3,11 +3,9 @@ unharmed where they don't."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,20 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.artifacts import file_digest
-from tests.test_online_end_to_end import BASE, UNEQUAL, calls, complete, has_done, pid_of, start, when
+from tests.test_online_end_to_end import UNEQUAL
+from tests.whole_runs import (
+    TINY_MOE,
+    adapter_digest,
+    calls,
+    command_of,
+    complete,
+    has_done,
+    kill_when,
+    lines_of,
+    pid_of,
+    start,
+    when,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -25,7 +35,6 @@ STEPS = 7
 
 def command_for(directory: Path, engines: int = 1, **stage: Any) -> list[str]:
     """A run of a few steps whose checkpoints and logged lines fall on different steps."""
-    directory.mkdir(exist_ok=True)
     grpo = {
         "data": {"source": "builtin:arithmetic", "split": "prompts", "max_rows": 64},
         "rewards": "exact_match", "batch_size": 32, "num_generations": 4, "max_completion_length": 12,
@@ -33,33 +42,31 @@ def command_for(directory: Path, engines: int = 1, **stage: Any) -> list[str]:
     }  # fmt: skip
     run = {
         "name": "stale", "output_dir": str(directory / "run"), "seed": 5,
-        "model": {"base": str(BASE), "lora": {"r": 4, "lora_alpha": 8, "targets": ["attention", "experts"]}},
+        "model": {
+            "base": str(TINY_MOE), "lora": {"r": 4, "lora_alpha": 8, "targets": ["attention", "experts"]},
+        },
         "stages": {"grpo": grpo | stage},
         "roles": {"rollout": {"workers": engines}},
         "logging": {"logging_steps": 3},
     }  # fmt: skip
-    path = directory / "run.yaml"
-    path.write_text(yaml.safe_dump(run, sort_keys=False))
-    return [sys.executable, "-m", "pipeline", "run", str(path)]
+    return command_of(directory, run)
 
 
 def with_reward_model(directory: Path, **stage: Any) -> list[str]:
     """The same after a reward stage: the samples of later steps are scored by a model on the policy's base,
     in a thread of its own, while the policy trains."""
-    command = command_for(directory, **stage)
-    path = directory / "run.yaml"
-    run = yaml.safe_load(path.read_text())
+    command_for(directory, **stage)
+    run = yaml.safe_load((directory / "run.yaml").read_text())
     pairs = {"source": "builtin:arithmetic", "split": "preference", "max_rows": 64}
     reward = {"data": pairs, "batch_size": 8, "max_steps": 2, "max_length": 64}
     run["stages"] = {"reward": reward} | run["stages"]
     run["stages"]["grpo"]["rewards"] = ["exact_match", {"source": "reward", "weight": 0.5}]
     run["roles"]["policy"] = {"workers": 2}
-    path.write_text(yaml.safe_dump(run, sort_keys=False))
-    return command
+    return command_of(directory, run)
 
 
 def lines(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "grpo" / "metrics.jsonl").read_text().splitlines()]
+    return lines_of(run, "grpo")
 
 
 def made_by(run: Path) -> tuple[str, list[dict[str, float]]]:
@@ -71,7 +78,7 @@ def made_by(run: Path) -> tuple[str, list[dict[str, float]]]:
         {k: round(v, 4) if k.startswith(("sampling/", "loss")) else v for k, v in line.items()}
         for line in kept
     ]
-    return file_digest(run / "grpo" / "adapter" / "adapter_model.safetensors"), rounded
+    return adapter_digest(run, "grpo"), rounded
 
 
 @pytest.mark.parametrize("correction", [None, False])
@@ -92,10 +99,7 @@ def test_a_run_killed_while_later_samples_are_drawn_ends_with_the_same_adapter(
 
 def kill_and_go_on(command: list[str], directory: Path, reached: Callable[[], bool]) -> None:
     """Kill a run and all that it started at a moment, then let the same command end it."""
-    process = start(command, directory)
-    when(process, reached)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill_when(command, directory, reached)
     assert not (directory / "run" / "grpo" / "manifest.json").exists()
     assert "grpo: continues from checkpoint-" in complete(command, directory)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
+
+from tests.whole_runs import command_of, raylign
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -72,10 +72,8 @@ def raylign_run(tmp_path: Path, model_type: str, **model: Any) -> subprocess.Com
             }
         },
     }
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(config, sort_keys=False))
-    command = [sys.executable, "-m", "pipeline", "run", str(file)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=400)
+    command_of(tmp_path, config)
+    return raylign("run", str(tmp_path / "run.yaml"))
 
 
 def test_one_on_which_engine_and_trainer_agree_is_trained(tmp_path: Path) -> None:
