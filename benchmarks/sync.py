@@ -2,6 +2,7 @@
 
 python benchmarks/sync.py            # five bases, five syncs of each payload, in turns
 python benchmarks/sync.py --quick    # the smallest base, two syncs of each: does it run?
+python benchmarks/sync.py --bases 190m --payloads parts    # one payload alone: what memory it takes
 
 Trainer and engine are the product's own, one process each; between two syncs the trainer takes an optimizer
 step. The proof of each sync (read-back digests, probes) is part of its time.
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from benchmarks.figures import Execution, Ratio, console, rows
+from benchmarks.meter import cpu_seconds, peak_rss_bytes
 from benchmarks.online_workloads import MOE_60M
 from benchmarks.workloads import LEARNING_RATE, LORA_ALPHA, LORA_R, MEDIUM_MODEL
 
@@ -33,8 +35,14 @@ BASES: dict[str, dict[str, Any]] = {
     "190m": {**MOE_60M, "num_experts": 64},
 }
 """Overrides of the tiny Qwen3-MoE config, by parameters."""
-PAYLOADS = ("adapter", "merged")
+PAYLOADS: dict[str, dict[str, Any]] = {
+    "adapter": {"payload": "adapter"},
+    "merged": {"payload": "merged"},
+    "parts": {"payload": "merged", "packed_buffer_size_bytes": 64 * 2**20},
+}
+"""`SyncSpec` of each; `parts`: merged weights of which no more than a buffer is held at once."""
 PARTS = ("gather", "pack", "wire", "load", "verify")
+SIDES = ("trainer", "engine")
 TURNS, WARM_UP = 5, 1
 ROLE = "policy"
 THREADS = 1
@@ -47,15 +55,16 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES))
+    parser.add_argument("--payloads", nargs="+", choices=PAYLOADS, default=["adapter", "merged"])
     args = parser.parse_args()
     execution = Execution("sync", args.quick)
-    found = measure(["1m"] if args.quick else args.bases, 2 if args.quick else TURNS)
+    found = measure(["1m"] if args.quick else args.bases, args.payloads, 2 if args.quick else TURNS)
     show(found)
     execution.end(ratios_of(found), syncs=found)
 
 
-def measure(bases: list[str], turns: int) -> list[dict[str, Any]]:
-    """Syncs of both payloads on each base, one after the other in the same two processes."""
+def measure(bases: list[str], payloads: list[str], turns: int) -> list[dict[str, Any]]:
+    """Syncs of all payloads on each base, one after the other in the same two processes."""
     from actors.cluster import start_ray, stop_ray
     from actors.engine_spec import EngineSpec
     from actors.group import ROLLOUT, host_group, rollout_group
@@ -72,13 +81,15 @@ def measure(bases: list[str], turns: int) -> list[dict[str, Any]]:
             rollout.ready().build(ROLLOUT, EngineSpec(max_model_len=512)).result()
             for name in bases:
                 base = write_tiny_base(Path(scratch) / name, **BASES[name])
-                found += _syncs(name, base, policy, rollout, turns)
+                found += _syncs(name, base, policy, rollout, payloads, turns)
         finally:
             stop_ray()
     return found
 
 
-def _syncs(name: str, base: Path, policy: Any, rollout: Any, turns: int) -> list[dict[str, Any]]:
+def _syncs(
+    name: str, base: Path, policy: Any, rollout: Any, payloads: list[str], turns: int
+) -> list[dict[str, Any]]:
     from actors.algorithms.sft import SftLoss
     from actors.batch import Batch
     from actors.group import HOST
@@ -100,17 +111,21 @@ def _syncs(name: str, base: Path, policy: Any, rollout: Any, turns: int) -> list
     sync = WeightSync(policy, rollout, SyncSpec(), str(base), ROLE, probes)
     sync.connect()
     found, version = [], 0
+    pids = {"trainer": policy.pids(), "engine": rollout.pids()}
     for turn in range(-WARM_UP, turns):
-        for payload in PAYLOADS if turn % 2 else reversed(PAYLOADS):
+        for payload in payloads if turn % 2 else reversed(payloads):
             policy.call("update", batch, SftLoss(), version, phase="update")
-            sync.spec = SyncSpec(payload=payload)
+            sync.spec = SyncSpec(**PAYLOADS[payload])
             version += 1
+            before = {side: cpu_seconds(pids[side]) for side in pids}
             began = time.perf_counter()
             report = sync.push(version)
             seconds = time.perf_counter() - began
+            cpu = {side: cpu_seconds(pids[side]) - before[side] for side in pids}
             found.append(
                 {"base": name, "payload": payload, "turn": turn, "bytes": report.bytes, "seconds": seconds,
-                 "parts": report.seconds, "base_bytes": _bytes_of(base)}
+                 "cpu_seconds": cpu, "parts": report.seconds, "base_bytes": _bytes_of(base),
+                 "peak_rss_bytes": {side: peak_rss_bytes(pids[side]) for side in pids}}
             )  # fmt: skip
             if turn >= 0:
                 console.print(
@@ -133,15 +148,24 @@ def show(found: list[dict[str, Any]]) -> None:
             median(one["seconds"] for one in same),
             median(one["parts"]["wire"] for one in same),
         )
+        cpu = [median(one["cpu_seconds"][side] for one in same) for side in SIDES]
         lines.append(
             [f"{name} {payload}", same[0]["base_bytes"] / 2**20, same[0]["bytes"] / 2**20, total,
-             *[f"{median(one['parts'].get(part, 0.0) for one in same):.3f}" for part in PARTS], total / wire]
+             *[f"{median(one['parts'].get(part, 0.0) for one in same):.3f}" for part in PARTS],
+             *map("{:.2f}".format, cpu), total / wire]
         )  # fmt: skip
     rows(
-        "One sync, medians: seconds by part",
-        ["base, payload", "base MiB", "MiB sent", "total", *PARTS, "total / wire"],
+        "One sync, medians: seconds by part, CPU seconds of each side",
+        ["base, payload", "base MiB", "MiB sent", "total", *PARTS, *SIDES, "total / wire"],
         lines,
     )
+    # One payload alone: what others have held stays in their processes.
+    if len({one["payload"] for one in found}) == 1:
+        for name in dict.fromkeys(one["base"] for one in found):
+            last = [one for one in found if one["base"] == name][-1]["peak_rss_bytes"]
+            console.print(
+                f"{name}: peak memory " + ", ".join(f"{s} {last[s] / 2**20:,.0f} MiB" for s in SIDES)
+            )
 
 
 def ratios_of(found: list[dict[str, Any]]) -> list[Ratio]:
@@ -150,11 +174,22 @@ def ratios_of(found: list[dict[str, Any]]) -> list[Ratio]:
     for name in dict.fromkeys(one["base"] for one in found):
         by = {(one["turn"], one["payload"]): one for one in found if one["base"] == name}
         turns = sorted({turn for turn, _ in by})
-        seconds = [by[t, "merged"]["seconds"] / by[t, "adapter"]["seconds"] for t in turns]
-        total = [by[t, "adapter"]["seconds"] / by[t, "adapter"]["parts"]["wire"] for t in turns]
-        made.append(Ratio(f"sync of merged weights / of the adapter, seconds, {name}", seconds))
-        made.append(Ratio(f"adapter sync, total / wire, {name}", total))
+        payloads = {payload for _, payload in by}
+        if {"adapter", "merged"} <= payloads:
+            seconds, cpu = (
+                [_of(by[t, "merged"], what) / _of(by[t, "adapter"], what) for t in turns]
+                for what in ("seconds", "cpu_seconds")
+            )
+            made.append(Ratio(f"sync of merged weights / of the adapter, seconds, {name}", seconds, cpu=cpu))
+        if "adapter" in payloads:
+            total = [by[t, "adapter"]["seconds"] / by[t, "adapter"]["parts"]["wire"] for t in turns]
+            made.append(Ratio(f"adapter sync, total / wire, {name}", total))
     return made
+
+
+def _of(one: dict[str, Any], what: str) -> float:
+    value = one[what]
+    return sum(value.values()) if isinstance(value, dict) else value
 
 
 if __name__ == "__main__":

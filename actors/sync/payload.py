@@ -190,12 +190,6 @@ def stays(name: str) -> bool:
     return name.rpartition(".")[2] == "e_score_correction_bias"
 
 
-def missing_members(names: Iterable[str], known: Iterable[str]) -> list[str]:
-    """Known names that `names` lacks to be whole groups, sorted; empty when every group is complete."""
-    given = set(names)
-    return [name for name in closure(given, known) if name not in given]
-
-
 def digest_of(tensor: torch.Tensor) -> str:
     """Of a tensor's shape, dtype and values, whatever its strides; 128 bits in hexadecimal.
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from actors.models.spec import Spec
 
@@ -31,3 +31,13 @@ class SyncSpec(Spec):
     tolerance: float | None = Field(default=None, gt=0)
     """Largest |difference| / max(1, |log-probability|) that nine of ten probe tokens may show between engine
     and trainer (the median: a fifth of it). Null: by the engine's dtype, 1e-4 in float32, 0.6 in bfloat16."""
+
+    @field_validator("payload", mode="before")
+    @classmethod
+    def _no_slots(cls, value: Any) -> Any:
+        if value == "lora":
+            raise ValueError(
+                "vLLM's own LoRA slots are no payload: its experts don't run with them on the CPU (they need "
+                "Triton), and on GPUs it was not tried; `adapter` sends the same bytes, and the engine merges"
+            )
+        return value

@@ -12,10 +12,10 @@ from actors.sync.payload import (
     closure,
     digest_of,
     group_of,
-    missing_members,
     pack_adapter,
     pack_merged,
 )
+from actors.sync.spec import SyncSpec
 
 QWEN = [
     f"model.layers.0.{name}"
@@ -52,10 +52,9 @@ def test_one_expert_takes_all_experts_of_its_layer_along_and_no_other() -> None:
     assert together == sorted(name for name in QWEN if ".experts." in name)
 
 
-def test_half_a_group_is_missing_its_other_half() -> None:
-    sent = [name for name in QWEN if "shared_expert.gate" in name or "o_proj" in name]
-    assert missing_members(sent, QWEN) == ["model.layers.0.mlp.shared_expert.up_proj.weight"]
-    assert missing_members([*sent, "model.layers.0.mlp.shared_expert.up_proj.weight"], QWEN) == []
+def test_vllms_own_lora_slots_are_refused_with_what_to_write_instead() -> None:
+    with pytest.raises(ValueError, match=r"need Triton.*`adapter` sends the same bytes"):
+        SyncSpec.model_validate({"payload": "lora"})
 
 
 @pytest.mark.parametrize(
