@@ -112,12 +112,11 @@ def merge(
         f"wrote {done.out_dir} in {done.dtype}: {done.merged_weights} tensors changed, {done.seconds:.1f} s"
     )
     console.say(
-        f"largest difference of a log-probability from the unmerged model: {done.max_logprob_diff:.1e}"
+        f"log-probabilities differ from the unmerged model's by {done.mean_logprob_diff:.1e} on average, "
+        f"{done.max_logprob_diff:.1e} at most"
     )
-    console.say(
-        f"adapted weights that rounding left at their old value: {done.unchanged_share:.1%} in {done.dtype}, "
-        f"{done.unchanged_share_bf16:.1%} in bfloat16"
-    )
+    would = f" (in bfloat16: {done.unchanged_share_bf16:.1%})" if done.dtype != "bfloat16" else ""
+    console.say(f"adapted weights that rounding left at their old value: {done.unchanged_share:.1%}{would}")
     return EXIT_DONE
 
 

@@ -114,6 +114,16 @@ def test_a_merge_that_went_wrong_is_an_error(saved, tmp_path, monkeypatch):
         merge.merge_adapter(None, saved, tmp_path / "merged")
 
 
+def test_a_base_that_rounding_alone_moves_far_is_merged_all_the_same(saved, tmp_path, monkeypatch):
+    """What a trained base with unlikely tokens is: beyond the tolerance by its own rounding."""
+    monkeypatch.setattr(merge, "ROUNDED_TOLERANCE", 0.0)
+    assert merge.merge_adapter(None, saved, tmp_path / "merged", dtype="bfloat16").mean_logprob_diff > 0
+    right = merge.adapter_deltas
+    monkeypatch.setattr(merge, "adapter_deltas", lambda *a: {n: -20 * d for n, d in right(*a).items()})
+    with pytest.raises(RunFailure, match="log-probabilities of the merged model differ by"):
+        merge.merge_adapter(None, saved, tmp_path / "wrong", dtype="bfloat16")
+
+
 def test_a_directory_in_use_and_a_foreign_base_are_refused(saved, base_of, tmp_path):
     with pytest.raises(UserError, match="is not empty"):
         merge.merge_adapter(None, saved, saved)
