@@ -57,7 +57,8 @@ def main() -> None:
     parser.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES))
     parser.add_argument("--payloads", nargs="+", choices=PAYLOADS, default=["adapter", "merged"])
     args = parser.parse_args()
-    execution = Execution("sync", args.quick)
+    whole = (args.bases, args.payloads) == (list(BASES), ["adapter", "merged"])
+    execution = Execution("sync" if whole else "sync-some", args.quick)
     found = measure(["1m"] if args.quick else args.bases, args.payloads, 2 if args.quick else TURNS)
     show(found)
     execution.end(ratios_of(found), syncs=found)
@@ -110,7 +111,8 @@ def _syncs(
     batch = Batch.from_sequences(probes, [np.arange(PROBE_TOKENS) > 0] * PROBES)
     sync = WeightSync(policy, rollout, SyncSpec(), str(base), ROLE, probes)
     sync.connect()
-    found, version = [], 0
+    found: list[dict[str, Any]] = []
+    version = 0
     pids = {"trainer": policy.pids(), "engine": rollout.pids()}
     for turn in range(-WARM_UP, turns):
         for payload in payloads if turn % 2 else reversed(payloads):
