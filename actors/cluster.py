@@ -14,7 +14,7 @@ from typing import Any
 
 from actors.environment import ray_environment
 from actors.errors import RunFailure, UserError
-from actors.local_ray import without_dashboard
+from actors.local_ray import lean_cluster
 from actors.runtime import RoleSpec, bundle
 
 NOT_STARTED = (
@@ -44,13 +44,17 @@ class Cluster:
 
 
 def start_ray(
-    address: str | None = None, *, num_cpus: float | None = None, object_store_memory: int | None = None
+    address: str | None = None,
+    *,
+    num_cpus: float | None = None,
+    object_store_memory: int | None = None,
+    fork_server: str | None = None,
 ) -> Cluster:
     """Connect to the cluster at `address` (or of this Ray job), or start one that ends with this process.
 
-    Takes 2 to 3 s, most of it waiting: call it from a thread and read data meanwhile. When the process is
-    killed with -9, the kernel takes the local cluster down with it: head and node at once, actors within
-    4 s, two idle helper processes of Ray's after a minute.
+    Takes about a second, most of it waiting: call it from a thread and read data meanwhile. When the process
+    is killed with -9, the kernel takes the local cluster down with it: head and node at once, actors within
+    4 s. `fork_server`: address of the one that a local cluster's workers come from.
 
     Raises:
         UserError: there is no cluster at `address`, or its Ray or Python version differs.
@@ -72,7 +76,7 @@ def start_ray(
                 "object_store_memory": object_store_memory or OBJECT_STORE_BYTES,
             }
             try:
-                with without_dashboard():
+                with lean_cluster(fork_server):
                     ray.init(address="local", **settings, **quiet)
             except Exception as error:  # a bare one where Ray's processes don't come up in time
                 reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -82,6 +86,13 @@ def start_ray(
     _mute_raylet()
     seconds = time.monotonic() - began
     return Cluster(local, ray.get_runtime_context().gcs_address, _totals(ray.cluster_resources()), seconds)
+
+
+def is_local(address: str | None) -> bool:
+    """Whether `start_ray` starts a cluster of this process's own, if it is not connected to one already."""
+    ray = sys.modules.get("ray")
+    connected = ray is not None and ray.is_initialized()
+    return not connected and (address or os.environ.get("RAY_ADDRESS")) in (None, "", "local")
 
 
 def stop_ray() -> None:

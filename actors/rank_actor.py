@@ -1,7 +1,8 @@
 """The process of one rank: a log file, an environment, warm imports, and one object that does the work.
 
 The module imports nothing heavy, so that a process is up in under a second; torch, transformers or
-vLLM are imported in the background while the driver still reads its data.
+vLLM are imported in the background while the driver still reads its data. On one machine they may be there
+already: processes are forked from one that has imported them (`actors.fork_server`).
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class RankActor:
         _die_with_parent()
         self._log = _write_everything_to(log_path, who)
         self._trace = CallTrace(Path(log_path).parent / "trace" / f"{who}.jsonl")
-        # Before any library is imported: OpenMP, torch and vLLM read these once.
+        # Before any library is imported: OpenMP, torch and vLLM read these once. In a forked process OpenMP
+        # and torch have read the fork server's, which are the same; the rest is read when vLLM is imported.
         os.environ.update(env)
         self._object: Any = None
         self._seconds: dict[str, float] = {}
@@ -161,8 +163,8 @@ class RankActor:
 
 
 def _die_with_parent() -> None:
-    """Ask the kernel to kill this process when Ray's node process goes, however busy this one is: an orphan
-    in a long native call would keep its core."""
+    """Ask the kernel to kill this process when Ray's node process (or the fork server) goes, however busy
+    this one is: an orphan in a long native call would keep its core."""
     import ctypes
 
     pr_set_pdeathsig = 1

@@ -84,6 +84,7 @@ class Run:
         from pipeline.trackers import open_trackers
 
         with Fleet(self.config, self.directory, self.startup, self.fresh) as fleet:
+            fleet.warm_up()
             records = read_rows(self.config, until)
             self.startup["imports and data"] = round(time.time() - self.began, 2)
             fleet.prestart()

@@ -15,13 +15,17 @@ pytestmark = pytest.mark.ray
 
 DRIVER = """
 import sys
+from pathlib import Path
 from actors.cluster import start_ray
+from actors.fork_server import ForkServer
 from actors.group import ActorGroup
 from actors.runtime import LimitsSpec, RoleSpec
 
 def main():
-    start_ray(num_cpus=2)
-    group = ActorGroup("policy", RoleSpec(workers=2), LimitsSpec(), sys.argv[1]).start().ready()
+    logs = Path(sys.argv[1])
+    server = ForkServer(["numpy"], {}, logs / "fork-server.log") if sys.argv[2] == "forked" else None
+    start_ray(num_cpus=2, fork_server=server.address if server else None)
+    group = ActorGroup("policy", RoleSpec(workers=2), LimitsSpec(), logs).start().ready()
     pids = group.pids()
     group.build("duties:Duty", distributed=True).result()
     busy = group.submit("spin", 120.0)
@@ -46,10 +50,11 @@ def holds_cpu(pid: int) -> bool:
         return False
 
 
-def test_no_actor_and_no_ray_outlives_a_killed_driver(tmp_path: Path, repository: Path) -> None:
+@pytest.mark.parametrize("workers", ["ray's own", "forked"])
+def test_no_actor_and_no_ray_outlives_a_killed_driver(workers: str, tmp_path: Path, repository: Path) -> None:
     (tmp_path / "driver.py").write_text(DRIVER)
     paths = os.pathsep.join([str(repository), str(Path(__file__).parent)])
-    command = [sys.executable, str(tmp_path / "driver.py"), str(tmp_path / "logs")]
+    command = [sys.executable, str(tmp_path / "driver.py"), str(tmp_path / "logs"), workers]
     with subprocess.Popen(
         command,
         env=os.environ | {"PYTHONPATH": paths},
