@@ -27,7 +27,7 @@ from transformers.integrations.moe import (
 from actors.errors import UserError
 from actors.models.grouped import LowRank, Routes, expert_mlp
 from actors.models.lora_linear import wrap_linears
-from actors.models.sharding import is_sharded, own_part, split_dims
+from actors.models.sharding import is_managed, is_sharded, own_part, split_dims
 from actors.models.travel import OwnExperts, Travel
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ BESIDE = "grouped_mm_lora_beside"
 """Name of the experts implementation registered with transformers."""
 _FACTORS = "_raylign_lora_factors"
 _WANTED = "_raylign_wanted_tokens"
-_SPLIT = "_raylign_experts_are_split"
 
 Factors = list[tuple[torch.Tensor, torch.Tensor, float]]
 """Per active adapter: A (experts, r, in), B (experts, out, r), scaling."""
@@ -57,7 +56,8 @@ def select(peft: PeftModel, impl: str) -> str:
     stacks = [m for m in peft.modules() if isinstance(m, ParamWrapper) and m.num_experts > 1]
     if not stacks:
         return "peft"
-    split = is_split(base) or any(split_dims(m.get_param()) for m in stacks)
+    # What fully_shard splits is whole again in every pass.
+    split = not is_managed(base) and any(is_sharded(m.get_param()) for m in stacks)
     if split and (impl == "peft" or now not in ("grouped_mm", BESIDE)):
         raise UserError(
             "model.lora: experts that ranks share out have LoRA beside the product only, where each computes "
@@ -88,17 +88,6 @@ def use_fused(model: PreTrainedModel) -> None:
         return
     if model.device.type == "cpu" and model.dtype == torch.float32:
         model.set_experts_implementation(BESIDE)
-
-
-def is_split(model: nn.Module) -> bool:
-    """Whether each rank holds some experts of each layer, and tokens travel (`sharding: experts`)."""
-    return getattr(model, _SPLIT, False)
-
-
-def travel_to_experts(model: PreTrainedModel) -> None:
-    """Let tokens travel to the experts of `model`, which are split among ranks."""
-    model.set_experts_implementation(BESIDE)
-    setattr(model, _SPLIT, True)
 
 
 def beside_is_faster(experts: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 
 from actors.errors import UserError
 from actors.models.divided import load_divided
-from actors.models.expert_lora import travel_to_experts
+from actors.models.expert_lora import BESIDE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +34,7 @@ def load_split_experts(
         UserError: as `split_experts`.
     """
     model = load_divided(model_class, base_path, lambda model: _slice_experts(model, device), device, how)
-    travel_to_experts(model)
+    model.set_experts_implementation(BESIDE)
     return model
 
 
@@ -45,7 +45,7 @@ def split_experts(model: PreTrainedModel, device: str | torch.device) -> PreTrai
         UserError: it has no stacks of experts, or none that the ranks can share evenly.
     """
     _slice_experts(model, device)
-    travel_to_experts(model)
+    model.set_experts_implementation(BESIDE)
     return model.to(device)
 
 

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from actors.errors import UserError
 from actors.host import ModelHost
 from actors.models import sharding
+from actors.models.adapters import attach_lora
 from actors.models.architectures import ARCHITECTURES
 from actors.models.loading import load_base
-from actors.models.spec import ModelSpec
+from actors.models.spec import LoraSpec, ModelSpec
 from tests.actors import sharding_families
 from tests.actors import sharding_worker as worker
 from tests.actors.models.tiny_models import SIZES, families, tiny_model
@@ -130,6 +131,17 @@ def test_experts_alone_are_read_or_drawn_in_slices(
             assert sharding.is_sharded(parameter) == split, name
             rows = slice(4, 8) if split else ...
             assert torch.equal(sharding.own_slice(parameter), whole[name][rows]), name
+
+
+def test_peft_computes_with_experts_that_are_gathered_not_with_those_of_other_ranks(tmp_path: Path) -> None:
+    tiny_model("qwen3_moe").save_pretrained(tmp_path)
+    lora = LoraSpec(r=4, expert_impl="peft")
+    spec = ModelSpec(base=str(tmp_path), lora=lora)
+    with rank_of_two(1):
+        peft = attach_lora(load_base(spec, shards=2), lora)
+        assert peft.get_base_model().config._experts_implementation == "grouped_mm"
+        with pytest.raises(UserError, match=r"model\.lora\.expert_impl: auto"):
+            attach_lora(load_base(spec, shards=2, split="experts"), lora)
 
 
 def test_experts_that_can_not_be_shared_are_refused(tmp_path: Path) -> None:
