@@ -63,7 +63,8 @@ class Ranks:
             return None
         from torch.distributed.device_mesh import DeviceMesh
 
-        return DeviceMesh.from_group(self._same_rows, self._device.type, mesh_dim_names=("tp",))
+        # Without a name: by its names PEFT would make LoRA's factors for this rank's part only.
+        return DeviceMesh.from_group(self._same_rows, self._device.type)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace `tensor`, of this rank's rows, by the sum over all shares of the rows; bit-equal everywhere

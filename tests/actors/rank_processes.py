@@ -23,9 +23,11 @@ def free_address() -> str:
 
 
 @contextmanager
-def two_ranks(script: str, out: Path, *arguments: str, timeout_s: float = 150) -> Iterator[list[Any]]:
-    """Run `script RANK ARGUMENTS...` as two ranks beside the body; the list has `out/rank-N.json` of both
-    after it."""
+def two_ranks(
+    script: str, out: Path, *arguments: str, timeout_s: float = 150, number: int = 2
+) -> Iterator[list[Any]]:
+    """Run `script RANK ARGUMENTS...` as two ranks, or another number, beside the body; the list has
+    `out/rank-N.json` of each after it."""
     found: list[Any] = []
     paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
@@ -33,7 +35,7 @@ def two_ranks(script: str, out: Path, *arguments: str, timeout_s: float = 150) -
         subprocess.Popen(
             [sys.executable, script, str(rank), *arguments], env=env, stderr=subprocess.PIPE, text=True
         )
-        for rank in range(2)
+        for rank in range(number)
     ]
     try:
         yield found
@@ -43,4 +45,4 @@ def two_ranks(script: str, out: Path, *arguments: str, timeout_s: float = 150) -
     finally:
         for process in ranks:
             process.kill()
-    found += [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    found += [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(number)]

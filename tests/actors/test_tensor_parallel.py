@@ -1,0 +1,85 @@
+"""Ranks that hold one model together, beside others that do: all of them do what one rank does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from actors.host import ModelHost
+from tests.actors import tensor_parallel_worker as worker
+from tests.actors.rank_processes import free_address, two_ranks
+
+Found = dict[str, Any]
+ALONE = 1e-5
+"""Relative difference of one rank from several."""
+
+
+def one_rank(base: str, out: Path) -> Found:
+    """The same work on one rank, which leaves its checkpoints for the others."""
+    found: Found = {}
+    for name, lora in (("lora", worker.LORA), ("full", None)):
+        host = worker.trained(ModelHost(worker.spec(base, 1, lora)), None if lora is None else "policy")
+        found[name] = worker.losses(host, 0, worker.HALF)
+        host.save_checkpoint(out / f"one-{name}")
+        found[f"{name} after one"] = worker.losses(host, worker.HALF, worker.STEPS)
+        if lora is not None:
+            found |= worker.of_pairs(host)
+        else:
+            host.save_model(out / "one-model")
+    return found
+
+
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 4])
+def one_and_many(
+    request: pytest.FixtureRequest, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Found, list[Found], Path]:
+    """What one rank finds and what each of several does, and the directory of all."""
+    out = tmp_path_factory.mktemp("tensor-parallel")
+    one = one_rank(str(tiny_base), out)
+    arguments = (str(request.param), str(tiny_base), str(out), free_address(), free_address())
+    with two_ranks(worker.__file__, out, *arguments, number=request.param) as many:
+        pass
+    return one, many, out
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("what", ["lora", "lora after one", "full", "full after one", "critic", "aot"])
+def test_ranks_that_hold_a_model_together_learn_what_one_learns(
+    one_and_many: tuple[Found, list[Found], Path], what: str
+) -> None:
+    one, many, _ = one_and_many
+    for rank in many:
+        assert rank[what] == pytest.approx(one[what], rel=ALONE)
+
+
+@pytest.mark.ranks
+def test_they_compute_what_one_computes(one_and_many: tuple[Found, list[Found], Path]) -> None:
+    one, many, _ = one_and_many
+    for rank in many:
+        assert rank["load"] == one["load"], "tokens of rows that several ranks have count once"
+        assert rank["logps"] == pytest.approx(one["logps"], abs=2e-5)
+        assert rank["values"] == pytest.approx(one["values"], abs=2e-5)
+
+
+@pytest.mark.ranks
+def test_what_they_leave_behind_is_whole(
+    one_and_many: tuple[Found, list[Found], Path], tiny_base: Path
+) -> None:
+    one, many, out = one_and_many
+    for name, lora in (("lora", worker.LORA), ("full", None)):
+        role = None if lora is None else "policy"
+        host = worker.trained(ModelHost(worker.spec(str(tiny_base), 1, lora)), role)
+        assert host.load_checkpoint(out / name) == worker.HALF
+        rest = one[f"{name} after one"]
+        assert worker.losses(host, worker.HALF, worker.STEPS) == pytest.approx(rest, rel=ALONE)
+    host = ModelHost(worker.spec(str(tiny_base), 1))
+    host.add_adapter("policy", out / "adapter")
+    assert worker.facts(host, "policy") == many[0]["lora facts"], "to the bit"
+    ours, theirs = (load_file(out / name / "model.safetensors") for name in ("one-model", "model"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=2e-5)
