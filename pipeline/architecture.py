@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from actors.models.architectures import ARCHITECTURES, replay_objection
 from actors.models.engine_rows import EngineRow, engine_row
+from actors.models.split_sizes import why_not_split
 
 if TYPE_CHECKING:
     from actors.models.row import Architecture
@@ -17,11 +18,15 @@ PAGE = "docs/architectures.md"
 
 
 def architecture_problems(
-    config: RunConfig, model_type: str, names: Iterable[str], n_experts: int | None = None
+    config: RunConfig,
+    model_type: str,
+    names: Iterable[str],
+    n_experts: int | None = None,
+    split_sizes: Mapping[str, int] | None = None,
 ) -> list[str]:
     """What the named stages and the evaluation ask of an architecture that it can't do.
 
-    `n_experts`: of each layer of the base (`actors.models.facts`); None: none, or unknown.
+    `n_experts` and `split_sizes`: of the base (`actors.models.facts`); None: none, or unknown.
 
     LoRA targets are checked where they are resolved (`actors.models.targets`), and architectures that are
     refused altogether where the base is looked at.
@@ -31,6 +36,7 @@ def architecture_problems(
     problems = [problem for name in names for problem in _stage_problems(config, row, model_type, name)]
     problems += _engine_problems(config, model_type, names)
     problems += _sharding_problems(config, row, model_type, n_experts)
+    problems += _tensor_parallel_problems(config, row, model_type, split_sizes)
     asked = config.model.moe.router_aux_loss_coef
     defined = row is not None and row.router is not None and row.router.has_aux_loss
     if asked and not defined:
@@ -84,6 +90,26 @@ def _sharding_problems(
             *_uneven(n_experts, getattr(config.roles, name).workers),
         ]
     ]
+
+
+def _tensor_parallel_problems(
+    config: RunConfig, row: Architecture | None, model_type: str, sizes: Mapping[str, int] | None
+) -> Iterator[str]:
+    moe, lora = config.model.moe, config.model.lora
+    for name in type(config.roles).model_fields:
+        ranks = getattr(config.roles, name).tensor_parallel_size
+        if ranks == 1 or name == "rollout":
+            continue
+        key = f"roles.{name}.tensor_parallel_size: {ranks}, but "
+        for reason in [] if sizes is None else why_not_split(model_type, sizes, ranks):
+            yield f"{key}{reason}; set 1 and save memory by roles.{name}.sharding, or a number that fits"
+        if lora is None or "experts" not in lora.targets or row is None or not row.is_moe:
+            continue
+        if lora.expert_impl == "peft" or moe.experts_implementation != "grouped_mm":
+            yield (
+                f"{key}LoRA on experts is then computed beside the grouped product only; set "
+                "model.lora.expert_impl: auto and model.moe.experts_implementation: grouped_mm"
+            )
 
 
 def _uneven(n_experts: int | None, workers: int) -> list[str]:

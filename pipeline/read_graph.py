@@ -27,7 +27,7 @@ from pipeline.stages.evaluate import (
     read_eval_set,
 )
 from pipeline.stages.pairs import pair_key
-from pipeline.stages.prepared import StageRecords, prepare, read_records
+from pipeline.stages.prepared import Reader, StageRecords, prepare, read_records
 from pipeline.stages.reward_sources import (
     reward_base_problems,
     reward_column_problems,
@@ -48,6 +48,7 @@ class RunRecords:
 
     stages: dict[str, StageRecords]
     held_out: Records | None
+    reader: Reader
 
 
 def read_rows(config: RunConfig, until: str | None = None) -> RunRecords:
@@ -58,11 +59,12 @@ def read_rows(config: RunConfig, until: str | None = None) -> RunRecords:
     """
     problems = tracker_problems(config.logging.report_to)
     problems += reward_source_problems(config, up_to(config, until))
+    reader = Reader()
     stages: dict[str, StageRecords] = {}
     held_out = None
     for name in up_to(config, until):
         try:
-            stages[name] = read_records(config, name)
+            stages[name] = read_records(config, name, reader)
             train = stages[name].train
             problems += reward_column_problems(name, config.stages[name], train.columns, len(train))
         except UserError as error:
@@ -78,7 +80,7 @@ def read_rows(config: RunConfig, until: str | None = None) -> RunRecords:
             problems += [p if p.startswith("eval") else f"eval.data: {p}" for p in error.problems]
     if problems:
         raise UserError(problems)
-    return RunRecords(stages, held_out)
+    return RunRecords(stages, held_out, reader)
 
 
 def up_to(config: RunConfig, until: str | None) -> list[str]:
@@ -121,7 +123,9 @@ def read_graph(
     if graph is not None:
         problems += base.problems or reward_base_problems(config, records.stages)
         if base.model_type is not None:
-            problems += architecture_problems(config, base.model_type, records.stages, base.n_experts)
+            problems += architecture_problems(
+                config, base.model_type, records.stages, base.n_experts, base.split_sizes
+            )
         positions = engine_positions(config, base.max_positions)
         problems += [problem for node in graph.nodes for problem in sample_problems(node.prepared, positions)]
         problems += held_out_problems(graph.held_out, positions) if graph.held_out is not None else []
@@ -179,7 +183,7 @@ def read_nodes(
     problems: list[str] = []
     for name, rows in records.stages.items():
         try:
-            prepared = prepare(config, name, tokenizer, rows)
+            prepared = prepare(config, name, tokenizer, rows, records.reader)
         except UserError as error:
             problems += [
                 problem if name in problem else f"stages.{name}: {problem}" for problem in error.problems

@@ -74,6 +74,7 @@ def _look_at_model(config: RunConfig, findings: Findings) -> Any:
     """Base and targets into the findings; the tokenizer, or None."""
     from actors.models.facts import n_experts
     from actors.models.loading import load_tokenizer, resolve_base
+    from actors.models.split_sizes import split_sizes
     from actors.models.targets import resolve_targets
     from pipeline.architecture import architecture_problems, describe_architecture
     from pipeline.stages.reward_sources import reward_base_problems
@@ -88,7 +89,9 @@ def _look_at_model(config: RunConfig, findings: Findings) -> Any:
     if base.config is not None and not base.problems:
         findings.problems += reward_base_problems(config, config.stages, base)
         experts = findings.attempt(lambda: n_experts(base.config))
-        findings.problems += architecture_problems(config, base.config.model_type, config.stages, experts)
+        findings.problems += architecture_problems(
+            config, base.config.model_type, config.stages, experts, split_sizes(base.config)
+        )
         findings.architecture = describe_architecture(base.config.model_type)
     return None if base.problems else findings.attempt(lambda: load_tokenizer(config.model))
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from actors.errors import UserError
 from actors.models.architectures import ARCHITECTURES
 from actors.models.spec import ModelSpec
+from actors.models.split_sizes import split_sizes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -31,6 +32,8 @@ class BaseFacts:
     """Its architecture, where the config could be read."""
     n_experts: int | None = None
     """Experts of each layer; None for a dense model, and for an architecture that is not in the table."""
+    split_sizes: dict[str, int] | None = None
+    """What tensor-parallel ranks share evenly (`actors.models.split_sizes`); None: not known."""
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
@@ -68,4 +71,5 @@ def base_facts(spec: ModelSpec) -> BaseFacts:
             targets = str(resolve_targets(config, spec.lora.targets, spec.lora))
     except UserError as error:
         problems += error.problems
-    return BaseFacts(max_positions(config), targets, problems, config.model_type, experts)
+    sizes = split_sizes(config)
+    return BaseFacts(max_positions(config), targets, problems, config.model_type, experts, sizes)

@@ -95,6 +95,7 @@ def _role_problems(config: RunConfig) -> Iterator[Problem]:
             "of it; remove `share` and give the reference workers of its own, e.g. `reference: {workers: 1}`",
         )
     yield from _sharding_problems(config)
+    yield from _tensor_parallel_problems(config)
     yield from _engine_problems(config)
 
 
@@ -119,6 +120,33 @@ def _sharding_problems(config: RunConfig) -> Iterator[Problem]:
             "'base' splits a frozen base, and model.lora: null trains all of it; set it to full, or to "
             "experts, which splits those alone",
         )
+
+
+def _tensor_parallel_problems(config: RunConfig) -> Iterator[Problem]:
+    for role in ("policy", "rollout", *VIEWS):
+        spec = getattr(config.roles, role)
+        ranks, key = spec.tensor_parallel_size, f"roles.{role}.tensor_parallel_size"
+        if ranks == 1:
+            continue
+        if role == "rollout":
+            yield Problem(
+                key,
+                f"{ranks} is for the ranks of a host; an engine splits its weights over GPUs by "
+                "roles.rollout.engine.tensor_parallel_size",
+            )
+            continue
+        if spec.workers % ranks:
+            yield Problem(
+                key,
+                f"{ranks} workers hold a model together, but roles.{role}.workers is {spec.workers}; set "
+                f"that to a multiple of {ranks}",
+            )
+        if spec.sharding != "none":
+            yield Problem(
+                key,
+                f"{ranks} splits every layer among workers already; with it leave out roles.{role}.sharding "
+                f"('{spec.sharding}'), or set {key} to 1",
+            )
 
 
 def _engine_problems(config: RunConfig) -> Iterator[Problem]:
