@@ -13,6 +13,7 @@ from typing import Any
 from actors.engine_spec import EngineSpec, positions_of
 from actors.errors import UserError
 from actors.models.engine_rows import EngineRow, engine_row
+from actors.models.facts import max_positions
 from actors.workarounds.registry import use_only
 
 TOKENS_PER_STEP = 8192
@@ -48,9 +49,7 @@ def llm_settings(config: Any, spec: EngineSpec) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
     row = engine_row(config.model_type)
-    length = positions_of(
-        spec.max_model_len, getattr(config.get_text_config(), "max_position_embeddings", None)
-    )
+    length = positions_of(spec.max_model_len, max_positions(config))
     settings: dict[str, Any] = {
         "dtype": spec.dtype,
         "max_model_len": length,
