@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from actors.host import ModelHost
+from actors.models.split_sizes import TENSOR_PARALLEL
+from tests.actors import tensor_parallel_families
 from tests.actors import tensor_parallel_worker as worker
 from tests.actors.rank_processes import free_address, two_ranks
 
@@ -83,3 +85,14 @@ def test_what_they_leave_behind_is_whole(
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.architectures
+def test_every_architecture_computes_together_what_it_computes_alone(tmp_path: Path) -> None:
+    every = sorted(TENSOR_PARALLEL)
+    with two_ranks(tensor_parallel_families.__file__, tmp_path, free_address(), str(tmp_path), *every) as two:
+        pass
+    for family, (logits, gradient) in two[0].items():
+        assert logits < 1e-5, family
+        assert gradient < 1e-5, family
