@@ -194,11 +194,6 @@ class ActorGroup:
         """Take a rank for suspect whose caller, with a deadline of its own, had no answer for `seconds`."""
         return self._blame_late([rank], phase, seconds)
 
-    def startup_seconds(self) -> dict[str, float]:
-        """Seconds of each warm import, the slowest rank's; waits for them under `limits.start`."""
-        each = self._finish({rank: actor.warmed.remote() for rank, actor in enumerate(self._actors)}, "start")
-        return {module: max(seconds[module] for seconds in each) for module in self._warm}
-
     def pids(self) -> list[int]:
         """Process id of each rank, on its own node."""
         asked = {rank: actor.ping.remote() for rank, actor in enumerate(self._actors)}
