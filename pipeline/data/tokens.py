@@ -7,6 +7,7 @@ tokenised once, and count where the assistant speaks (TRL's `assistant_only_loss
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Sequence
@@ -97,6 +98,30 @@ class TokenizedData:
         return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class EncodedRows:
+    """Rows of a mixture as the template and the tokenizer make them, before a stage's own limits."""
+
+    rows: list[TokenRow]
+    gate: RowGate
+    """Knows the rows that the template refused."""
+    formats: dict[str, int]
+    masking: str
+
+
+def encode_rows(
+    records: Records, tokenizer: Any, train_on: Literal["answer", "all"] = "answer"
+) -> EncodedRows:
+    """The part of `tokenize` that takes the time, and is the same for all stages that train on these rows.
+
+    UserError: the tokenizer can't serve them.
+    """
+    gate = RowGate()
+    texts = TextMaker(records, tokenizer).training_rows(gate, train_on)
+    rows = list(encode(texts.rows, tokenizer, train_on))
+    return EncodedRows(rows, gate, dict(texts.formats), texts.masking)
+
+
 def tokenize(
     records: Records,
     tokenizer: Any,
@@ -106,6 +131,7 @@ def tokenize(
     truncation: Truncation = "keep_start",
     train_on: Literal["answer", "all"] = "answer",
     scored: bool = False,
+    encoded: EncodedRows | None = None,
 ) -> TokenizedData:
     """Token ids and loss masks of all records.
 
@@ -113,23 +139,24 @@ def tokenize(
     has nothing left to train on is a bad row either way. `scored` is for a reward model, which reads a
     sequence's last token: whatever the template writes after the end of the answer's turn is left out, as
     samples end there too, and the column `margin` is kept where rows have it.
+    `encoded`: what `encode_rows` has made of them already.
     Bad rows follow their source's `on_bad_row`. UserError lists all of them, or says why the tokenizer
     can't serve these rows.
     """
     if (kind or records.kind) != records.kind or records.kind == "prompt":
         raise ValueError(f"records are {records.kind!r} rows, not {kind or 'rows to train on'!r}")
-    gate = RowGate()
-    texts = TextMaker(records, tokenizer).training_rows(gate, train_on)
-    cut = _Cut(max_length, truncation, records.kind)
+    encoded = encoded or encode_rows(records, tokenizer, train_on)
+    gate = copy.deepcopy(encoded.gate)  # its rows are this stage's to tell, and the next one's
+    cut, tails = _Cut(max_length, truncation, records.kind), _Tails(tokenizer)
     rows: list[TokenRow] = []
     margins = scored and any(record.columns.get(MARGIN) is not None for record in records.rows)
     found_margins: list[float] = []
     merged = 0
-    for row in encode(texts.rows, tokenizer, train_on):
+    for row in encoded.rows:
         record = records[row.record]
         try:
             margin = _margin(record) if margins else 0.0
-            rows.append(cut(_without_tail(row, tokenizer) if scored else row))
+            rows.append(cut(tails.cut(row) if scored else row))
             found_margins.append(margin)
             merged += row.merged
         except RowProblem as problem:
@@ -152,8 +179,8 @@ def tokenize(
         median=int(np.median(data.lengths)),
         truncated=cut.sequences,
         cut_tokens=cut.tokens,
-        formats=dict(texts.formats),
-        masking=texts.masking,
+        formats=encoded.formats,
+        masking=encoded.masking,
         merged_boundaries=merged,
     )
     return TokenizedData(data, np.asarray([row.record for row in rows], dtype=np.int64), skipped, stats)
@@ -184,21 +211,33 @@ def prompt_tokens(records: Records, tokenizer: Any) -> tuple[list[str], list[lis
     return texts, ids
 
 
-def _without_tail(row: TokenRow, tokenizer: Any) -> TokenRow:
-    """Sequences up to their last end-of-turn token, where only white space follows it.
+class _Tails:
+    """Cuts sequences after their last end-of-turn token, where only white space follows it.
 
     Qwen's template, for one, writes a line break there, which no sample ever has.
     """
-    lengths = []
-    for ids in row.ids:
-        (ends,) = np.nonzero(ids == tokenizer.eos_token_id)
-        tail = ids[ends[-1] + 1 :] if len(ends) else ids
-        lengths.append(len(ids) - len(tail) if not tokenizer.decode(tail).strip() else len(ids))
-    return replace(
-        row,
-        ids=[ids[:n] for ids, n in zip(row.ids, lengths, strict=True)],
-        masks=[mask[:n] for mask, n in zip(row.masks, lengths, strict=True)],
-    )
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._blank: dict[bytes, bool] = {}
+
+    def cut(self, row: TokenRow) -> TokenRow:
+        lengths = [self._length(ids) for ids in row.ids]
+        return replace(
+            row,
+            ids=[ids[:n] for ids, n in zip(row.ids, lengths, strict=True)],
+            masks=[mask[:n] for mask, n in zip(row.masks, lengths, strict=True)],
+        )
+
+    def _length(self, ids: np.ndarray) -> int:
+        (ends,) = np.nonzero(ids == self._tokenizer.eos_token_id)
+        if not len(ends):
+            return len(ids)
+        tail = ids[ends[-1] + 1 :]
+        key = tail.tobytes()
+        if key not in self._blank:  # A template has one tail for all its rows; decoding it takes the time.
+            self._blank[key] = not self._tokenizer.decode(tail).strip()
+        return len(ids) - len(tail) if self._blank[key] else len(ids)
 
 
 def _margin(record: Record) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +16,8 @@ from pipeline.data.mismatched import with_mismatched
 from pipeline.data.order import BatchOrder
 from pipeline.data.prompts import PromptData, read_prompts
 from pipeline.data.records import Records, load_records
-from pipeline.data.tokens import TokenizedData, tokenize
+from pipeline.data.spec import DataSpec
+from pipeline.data.tokens import EncodedRows, TokenizedData, encode_rows, tokenize
 from pipeline.stages.spec import (
     DpoStage,
     GrpoStage,
@@ -151,43 +155,81 @@ class StageRecords:
     held_out: Records | None
 
 
-def read_records(config: RunConfig, name: str) -> StageRecords:
+class Reader:
+    """Reads rows, and makes tokens of them, once for all stages of a run that train on the same ones: a
+    reward model and DPO do, as a rule."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, Records] = {}
+        self._asked: Counter[int] = Counter()
+        """Times that rows were asked for, by the identity of the records."""
+        self._encoded: dict[tuple[int, str], EncodedRows] = {}
+
+    def records(self, sources: Sequence[DataSpec], kind: Kind, seed: int) -> Records:
+        """Rows of a mixture.
+
+        Raises:
+            UserError: every row and source that can't be used.
+        """
+        key = json.dumps([[spec.model_dump(mode="json") for spec in sources], kind, seed])
+        if key not in self._records:
+            self._records[key] = load_records(sources, kind, seed=seed)
+        found = self._records[key]
+        self._asked[id(found)] += 1
+        return found
+
+    def tokens(self, records: Records, spec: StageSpec, tokenizer: Any) -> TokenizedData:
+        """Rows as the stage's kind of tokens.
+
+        Raises:
+            UserError: every row that the template or `max_length` refuses.
+        """
+        train_on = spec.train_on if isinstance(spec, SftStage) else "answer"
+        key = id(records), train_on
+        encoded = self._encoded.pop(key, None) or encode_rows(records, tokenizer, train_on)
+        self._asked[id(records)] -= 1
+        if self._asked[id(records)] > 0:  # Another stage will want them; else they would only take memory.
+            self._encoded[key] = encoded
+        return tokenize(
+            records,
+            tokenizer,
+            kind=KINDS[type(spec)],
+            max_length=spec.max_length,
+            truncation=spec.truncation_mode,
+            train_on=train_on,
+            scored=isinstance(spec, RewardStage),
+            encoded=encoded,
+        )
+
+
+def read_records(config: RunConfig, name: str, reader: Reader | None = None) -> StageRecords:
     """Read a stage's rows.
 
     Raises:
         UserError: every row and source that can't be used.
     """
+    reader = reader or Reader()
     spec, seed = config.stages[name], config.seed_of(name)
     kind = KINDS[type(spec)]
-    held_out = load_records(spec.eval_data, kind, seed=seed) if spec.eval_data else None
-    return StageRecords(load_records(spec.data, kind, seed=seed), held_out)
+    held_out = reader.records(spec.eval_data, kind, seed) if spec.eval_data else None
+    return StageRecords(reader.records(spec.data, kind, seed), held_out)
 
 
-def to_tokens(records: Records, spec: StageSpec, tokenizer: Any) -> TokenizedData:
-    """Rows as the stage's kind of tokens.
-
-    Raises:
-        UserError: every row that the template or `max_length` refuses.
-    """
-    return tokenize(
-        records,
-        tokenizer,
-        kind=KINDS[type(spec)],
-        max_length=spec.max_length,
-        truncation=spec.truncation_mode,
-        train_on=spec.train_on if isinstance(spec, SftStage) else "answer",
-        scored=isinstance(spec, RewardStage),
-    )
-
-
-def prepare(config: RunConfig, name: str, tokenizer: Any, records: StageRecords | None = None) -> Prepared:
-    """Tokenise a stage's rows (read here unless given) and lay out its steps."""
+def prepare(
+    config: RunConfig,
+    name: str,
+    tokenizer: Any,
+    records: StageRecords | None = None,
+    reader: Reader | None = None,
+) -> Prepared:
+    """Tokenise a stage's rows (read here unless given) and lay out its steps. `reader`: has read them."""
+    reader = reader or Reader()
     spec, seed = config.stages[name], config.seed_of(name)
-    records = records or read_records(config, name)
+    records = records or read_records(config, name, reader)
     if isinstance(spec, RlStage):
         return _prepare_rl(name, spec, seed, tokenizer, records)
-    data = to_tokens(records.train, spec, tokenizer)
-    held_out = to_tokens(records.held_out, spec, tokenizer) if records.held_out is not None else None
+    data = reader.tokens(records.train, spec, tokenizer)
+    held_out = reader.tokens(records.held_out, spec, tokenizer) if records.held_out is not None else None
     order = _order(spec, data.n_rows, spec.batch_size, seed)
     if isinstance(spec, KtoStage) and spec.loss_type == "kto":
         data, held_out = _mismatched(spec, data, held_out, order)
