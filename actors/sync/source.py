@@ -154,6 +154,8 @@ class WeightSource:
                 # Not before the end: other ranks take part in every merge.
                 unreached = dict.fromkeys(engines, "the trainer's weights went on")
             unreached |= self._send_each(part, [engine for engine in engines if engine not in unreached])
+            # Not held while the next one is merged.
+            del part
         if not self._leads:
             return None
         if later.digests and later.digests != tuple(digests):
