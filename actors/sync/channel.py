@@ -94,7 +94,9 @@ class Channel:
         self._timeout = timeout
         self._device = torch.device("cuda" if backend == "nccl" else "cpu")
         self._store = store
-        self._group: Any = self._guarded(lambda: _group(backend, store, rank, joining or timeout), "connect")
+        self._group: Any = self._guarded(
+            lambda: _group(backend, store, rank, timeout, joining or timeout), "connect"
+        )
 
     def send(self, payload: Payload) -> None:
         """Hand a payload to the other end; returns when all of it is on its way.
@@ -148,9 +150,10 @@ def own_address() -> str:
     return ray.util.get_node_ip_address() if ray.is_initialized() else socket.gethostbyname("localhost")
 
 
-def _group(backend: Backend, store: Any, rank: int, timeout: timedelta) -> Any:
+def _group(backend: Backend, store: Any, rank: int, timeout: timedelta, joining: timedelta) -> Any:
     if backend == "gloo":
-        return dist.ProcessGroupGloo(store, rank, 2, timeout)
+        return dist.ProcessGroupGloo(store, rank, 2, joining)
+    # Nobody meets here before the first operation, of which this is the deadline.
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     return dist.ProcessGroupNCCL(store, rank, 2, options)
