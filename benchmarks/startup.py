@@ -1,6 +1,6 @@
 """From the command to the end of the first training step, by cause; also beside another checkout.
 
-python benchmarks/startup.py                           # SFT and GRPO on the embedded base
+python benchmarks/startup.py                           # SFT, GRPO and the demo's stages, embedded base
 python benchmarks/startup.py --against ../old-checkout # the same there, in turns
 
 Every start is a fresh `raylign run` in a fresh run directory. What is read: run.json, the processes' logs
@@ -31,22 +31,28 @@ POLL_S = 0.02
 SHORT_S = 0.05
 """Calls that are shorter stand in the result file only."""
 
-COMMON: dict[str, Any] = {
-    "batch_size": 64,
-    "max_length": 64,
-    "max_steps": 2,
-    "data": {"source": "builtin:arithmetic", "split": "train"},
-}
+COMMON: dict[str, Any] = {"batch_size": 64, "max_length": 64, "max_steps": 2}
+
+
+def _rows(split: str) -> dict[str, str]:
+    return {"source": "builtin:arithmetic", "split": split}
+
+
+SFT = {**COMMON, "type": "sft", "data": _rows("train")}
+PAIRS = {**COMMON, "data": _rows("preference")}
+ONLINE = {**COMMON, "data": _rows("prompts"), "rewards": "exact_match", "max_completion_length": 16}
 CASES: dict[str, dict[str, Any]] = {
-    "sft": {**COMMON, "type": "sft"},
-    "grpo": {
-        **COMMON,
-        "type": "grpo",
-        "data": {"source": "builtin:arithmetic", "split": "prompts"},
-        "rewards": "exact_match",
-        "max_completion_length": 16,
+    "sft": {"sft": SFT},
+    "grpo": {"grpo": {**ONLINE, "type": "grpo"}},
+    # As the demo: all stages' data is read and checked before the first one trains.
+    "demo": {
+        "sft": SFT,
+        "reward": {**PAIRS, "type": "reward", "eval_data": _rows("test_preference")},
+        "dpo": {**PAIRS, "type": "dpo"},
+        "ppo": {**ONLINE, "type": "ppo"},
     },
 }
+"""Stages of each case; what is timed ends with the first update of the first one."""
 
 
 def main() -> None:
@@ -71,11 +77,21 @@ def main() -> None:
         for name in trees:
             show(case, name, [one for one in starts if (one["case"], one["tree"]) == (case, name)])
         if args.against:
-            pairs = [
-                [one["seconds"]["total"] for one in starts if (one["case"], one["tree"]) == (case, name)]
+            there, here = (
+                [one for one in starts if (one["case"], one["tree"]) == (case, name)]
                 for name in ("against", "here")
-            ]
-            ratios.append(Ratio(f"start-up of {case}: there / here", [a / b for a, b in zip(*pairs)], 2.0))
+            )
+            ratios.append(
+                Ratio(
+                    f"start-up of {case}: there / here",
+                    [a["seconds"]["total"] / b["seconds"]["total"] for a, b in zip(there, here)],
+                    2.0,
+                    cpu=[
+                        sum(a["cpu_seconds"].values()) / sum(b["cpu_seconds"].values())
+                        for a, b in zip(there, here)
+                    ],
+                )
+            )
     execution.end(ratios, starts=starts)
 
 
@@ -98,7 +114,7 @@ def start(case: str, root: Path) -> dict[str, Any]:
 
 
 def _config(case: str, run_dir: Path) -> dict[str, Any]:
-    rollout = {"rollout": {"workers": 1}} if case == "grpo" else {}
+    rollout = {} if case == "sft" else {"rollout": {"workers": 1}}
     return {
         "name": "startup",
         "output_dir": str(run_dir),
@@ -106,7 +122,7 @@ def _config(case: str, run_dir: Path) -> dict[str, Any]:
             "base": str(TRAINED_TINY),
             "lora": {"r": 16, "lora_alpha": 32, "targets": ["attention", "experts"]},
         },
-        "stages": {case: CASES[case]},
+        "stages": CASES[case],
         "roles": {"policy": {"workers": 2}, **rollout},
     }
 

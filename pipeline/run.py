@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,11 +87,12 @@ class Run:
         from pipeline.trackers import open_trackers
 
         with Fleet(self.config, self.directory, self.startup, self.fresh) as fleet:
-            fleet.warm_up()
-            records = read_rows(self.config, until)
-            self.startup["imports and data"] = round(time.time() - self.began, 2)
-            fleet.prestart()
-            graph = read_graph(self.config, self.directory, records, self.startup, fleet.base_facts())
+            with _uncollected():
+                fleet.warm_up()
+                records = read_rows(self.config, until)
+                self.startup["imports and data"] = round(time.time() - self.began, 2)
+                fleet.prestart()
+                graph = read_graph(self.config, self.directory, records, self.startup, fleet.base_facts())
             if not train:
                 graph = graph.evaluations_only(self.config.eval_models())
             self._write_config()
@@ -264,3 +268,15 @@ class Run:
 
         path: Path = self.directory.path / "config.yaml"
         path.write_text(dump_config(self.config))
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's collector of cycles, while what is made stays to the end: imports, rows and their
+    tokens. Looking for garbage among them took a fifth of the driver's time, and found none."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
