@@ -35,7 +35,7 @@ def test_qwen3_next_trains_by_sft_only() -> None:
     stages = {"sft": SFT, "dpo": {"type": "dpo", "data": "x"}, "grpo": GRPO}
     found = problems("qwen3_next", stages, dtype="bfloat16")
     assert [p.split(":")[0] for p in found] == ["stages.dpo.type", "stages.grpo.type"]
-    assert "'dpo' can't train a qwen3_next model, only sft: log-probabilities of vLLM" in found[0]
+    assert "'dpo' can't train a qwen3_next model, only sft: vLLM computes it in bfloat16" in found[0]
     assert problems("qwen3_next", {"sft": SFT}) == []
 
 
