@@ -30,6 +30,9 @@ from typing import Any
 STOP_S = 2.0
 """How long the server has to end when it is told to; it has nothing to save."""
 
+LONGEST_DIRECTORY = 70
+"""Characters; what is put behind it to make the socket's path has less than 30."""
+
 
 class ForkServer:
     """The server's process, seen from the driver."""
@@ -37,8 +40,12 @@ class ForkServer:
     def __init__(self, modules: Sequence[str], env: Mapping[str, str], log: Path) -> None:
         """Start it; returns at once. `modules`: what to import. `env`: variables on top of this process's,
         those that libraries read when they are loaded among them. `log`: file for what it prints."""
-        # Only this user may ask for processes.
-        self._directory = tempfile.TemporaryDirectory(prefix="raylign-fork-", ignore_cleanup_errors=True)
+        # Only this user may ask for processes. A socket's path has at most 107 characters, Ray's own as well.
+        usual = tempfile.gettempdir()
+        where = usual if len(usual) < LONGEST_DIRECTORY else "/tmp"
+        self._directory = tempfile.TemporaryDirectory(
+            prefix="raylign-fork-", dir=where, ignore_cleanup_errors=True
+        )
         self.address = str(Path(self._directory.name) / "socket")
         log.parent.mkdir(parents=True, exist_ok=True)
         root = str(Path(__file__).resolve().parent.parent)

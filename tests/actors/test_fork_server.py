@@ -132,6 +132,20 @@ def test_only_its_own_user_can_ask_it(server: ForkServer) -> None:
     assert Path(server.address).parent.stat().st_mode & 0o077 == 0
 
 
+def test_a_long_directory_for_temporary_files_is_no_obstacle(
+    worker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tempfile
+
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    server = ForkServer([], {}, tmp_path / "server.log")
+    assert ask(server.address, worker, tmp_path / "out")[0]["parent"] == server.pid
+    server.stop()
+    assert not Path(server.address).parent.exists()
+
+
 def test_a_server_ends_with_its_driver(tmp_path: Path, repository: Path) -> None:
     driver = (
         "import sys, time; from pathlib import Path; from actors.fork_server import ForkServer\n"
