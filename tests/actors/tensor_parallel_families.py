@@ -1,7 +1,7 @@
-"""One rank of two: logits and gradients of bases that both hold together against whole ones.
+"""Two ranks: logits and gradients of bases that both hold together against whole ones.
 
-`python tensor_parallel_families.py RANK INIT DIRECTORY FAMILY...`; each family once with every weight trained
-and once with LoRA on all of its groups.
+`python tensor_parallel_families.py NUMBER INIT DIRECTORY FAMILY...`; each family once with every weight
+trained and once with LoRA on all of its groups.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from actors.models.tensor_parallel import share_names
 from actors.ranks import Ranks
 from tests.actors.models.conftest import shake
 from tests.actors.models.tiny_models import GROUPS, tiny_model
+from tests.actors.rank_processes import as_forks
 from tests.actors.sharding_families import furthest, passed
 
 
@@ -62,6 +63,10 @@ def run(rank: int, init: str, directory: Path, families: list[str]) -> dict[str,
 
 
 if __name__ == "__main__":
-    rank_, init_, out_, *families_ = sys.argv[1:]
-    found_ = run(int(rank_), init_, Path(out_), families_)
-    (Path(out_) / f"rank-{rank_}.json").write_text(json.dumps(found_))
+    number_, init_, out_, *families_ = sys.argv[1:]
+
+    def work(rank: int) -> None:
+        found = run(rank, init_, Path(out_), families_)
+        (Path(out_) / f"rank-{rank}.json").write_text(json.dumps(found))
+
+    as_forks(int(number_), work)

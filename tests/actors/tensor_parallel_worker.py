@@ -1,7 +1,7 @@
-"""One of several ranks of which two each hold a model together, as a process.
+"""Several ranks of which two each hold a model together, as processes.
 
-`python tensor_parallel_worker.py RANK WORLD BASE OUT INIT...`, an address for each host that is made. One
-rank alone does the same in the test's own process.
+`python tensor_parallel_worker.py NUMBER BASE OUT INIT...`, an address for each host that is made. One rank
+alone does the same in the test's own process.
 """
 
 from __future__ import annotations
@@ -14,19 +14,15 @@ from typing import Any
 import numpy as np
 
 from actors.algorithms.dpo import DpoLoss
-from actors.algorithms.sft import SftLoss
 from actors.algorithms.value import ValueLoss
 from actors.host import ModelHost
 from actors.host_spec import HostSpec
 from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
-from actors.optim_spec import OptimSpec
-from tests.actors.host_cases import pair_batch, random_pairs, random_rows, sft_batch, with_reference
-from tests.actors.sharding_worker import facts
+from tests.actors.host_cases import pair_batch, random_pairs, sft_batch, with_reference
+from tests.actors.rank_processes import as_forks
+from tests.actors.sharding_worker import HALF, LORA, OPTIM, ROWS, STEPS, facts, losses, trained
 
-OPTIM = OptimSpec(learning_rate=2e-3, lr_scheduler_type="constant", weight_decay=0.01, max_grad_norm=0.5)
-HALF, STEPS = 1, 3
-ROWS, PAIRS = random_rows(6 * STEPS, longest=24), random_pairs(5)
-LORA = LoraSpec(r=4, targets=["attention", "experts", "router"])
+PAIRS = random_pairs(5)
 
 
 def spec(base: str, size: int, lora: LoraSpec | None = LORA) -> HostSpec:
@@ -35,20 +31,6 @@ def spec(base: str, size: int, lora: LoraSpec | None = LORA) -> HostSpec:
         base=base, lora=lora, moe=MoeSpec(router_aux_loss_coef=0.0), gradient_checkpointing=True
     )
     return HostSpec(model=model, tensor_parallel_size=size, max_tokens_per_micro_batch=60)
-
-
-def losses(host: ModelHost, first: int, last: int) -> list[float]:
-    """Of some steps; the last has one row, so that one of two groups has nothing to do."""
-    batches = [sft_batch(ROWS[6 * s : 6 * s + (1 if s == STEPS - 1 else 5)]) for s in range(first, last)]
-    return [host.update(batch, SftLoss(), first + i)["loss"] for i, batch in enumerate(batches)]
-
-
-def trained(host: ModelHost, role: str | None) -> ModelHost:
-    """Ready for its first step."""
-    if role is not None:
-        host.add_adapter(role)
-    host.prepare_training(role, OPTIM, STEPS)
-    return host
 
 
 def of_pairs(host: ModelHost) -> dict[str, Any]:
@@ -101,6 +83,10 @@ def run(base: str, rank: int, world: int, out: Path, inits: list[str]) -> dict[s
 
 
 if __name__ == "__main__":
-    rank_, world_, base_, out_, *inits_ = sys.argv[1:]
-    found_ = run(base_, int(rank_), int(world_), Path(out_), inits_)
-    (Path(out_) / f"rank-{rank_}.json").write_text(json.dumps(found_))
+    number_, base_, out_, *inits_ = sys.argv[1:]
+
+    def work(rank: int) -> None:
+        found = run(base_, rank, int(number_), Path(out_), inits_)
+        (Path(out_) / f"rank-{rank}.json").write_text(json.dumps(found))
+
+    as_forks(int(number_), work)

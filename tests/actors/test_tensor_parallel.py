@@ -13,7 +13,8 @@ from actors.host import ModelHost
 from actors.models.split_sizes import TENSOR_PARALLEL
 from tests.actors import tensor_parallel_families
 from tests.actors import tensor_parallel_worker as worker
-from tests.actors.rank_processes import free_address, two_ranks
+from tests.actors.rank_processes import forked_ranks, free_address
+from tests.actors.sharding_worker import HALF, LORA, STEPS, facts, losses, trained
 
 Found = dict[str, Any]
 ALONE = 1e-5
@@ -23,11 +24,11 @@ ALONE = 1e-5
 def one_rank(base: str, out: Path) -> Found:
     """The same work on one rank, which leaves its checkpoints for the others."""
     found: Found = {}
-    for name, lora in (("lora", worker.LORA), ("full", None)):
-        host = worker.trained(ModelHost(worker.spec(base, 1, lora)), None if lora is None else "policy")
-        found[name] = worker.losses(host, 0, worker.HALF)
+    for name, lora in (("lora", LORA), ("full", None)):
+        host = trained(ModelHost(worker.spec(base, 1, lora)), None if lora is None else "policy")
+        found[name] = losses(host, 0, HALF)
         host.save_checkpoint(out / f"one-{name}")
-        found[f"{name} after one"] = worker.losses(host, worker.HALF, worker.STEPS)
+        found[f"{name} after one"] = losses(host, HALF, STEPS)
         if lora is not None:
             found |= worker.of_pairs(host)
         else:
@@ -42,9 +43,8 @@ def one_and_many(
     """What one rank finds and what each of several does, and the directory of all."""
     out = tmp_path_factory.mktemp("tensor-parallel")
     one = one_rank(str(tiny_base), out)
-    arguments = (str(request.param), str(tiny_base), str(out), free_address(), free_address())
-    with two_ranks(worker.__file__, out, *arguments, number=request.param) as many:
-        pass
+    addresses = (free_address(), free_address())
+    many = forked_ranks(worker.__file__, out, request.param, str(tiny_base), str(out), *addresses)
     return one, many, out
 
 
@@ -72,15 +72,15 @@ def test_what_they_leave_behind_is_whole(
     one_and_many: tuple[Found, list[Found], Path], tiny_base: Path
 ) -> None:
     one, many, out = one_and_many
-    for name, lora in (("lora", worker.LORA), ("full", None)):
+    for name, lora in (("lora", LORA), ("full", None)):
         role = None if lora is None else "policy"
-        host = worker.trained(ModelHost(worker.spec(str(tiny_base), 1, lora)), role)
-        assert host.load_checkpoint(out / name) == worker.HALF
+        host = trained(ModelHost(worker.spec(str(tiny_base), 1, lora)), role)
+        assert host.load_checkpoint(out / name) == HALF
         rest = one[f"{name} after one"]
-        assert worker.losses(host, worker.HALF, worker.STEPS) == pytest.approx(rest, rel=ALONE)
+        assert losses(host, HALF, STEPS) == pytest.approx(rest, rel=ALONE)
     host = ModelHost(worker.spec(str(tiny_base), 1))
     host.add_adapter("policy", out / "adapter")
-    assert worker.facts(host, "policy") == many[0]["lora facts"], "to the bit"
+    assert facts(host, "policy") == many[0]["lora facts"], "to the bit"
     ours, theirs = (load_file(out / name / "model.safetensors") for name in ("one-model", "model"))
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
@@ -91,8 +91,8 @@ def test_what_they_leave_behind_is_whole(
 @pytest.mark.architectures
 def test_every_architecture_computes_together_what_it_computes_alone(tmp_path: Path) -> None:
     every = sorted(TENSOR_PARALLEL)
-    with two_ranks(tensor_parallel_families.__file__, tmp_path, free_address(), str(tmp_path), *every) as two:
-        pass
+    script = tensor_parallel_families.__file__
+    two = forked_ranks(script, tmp_path, 2, free_address(), str(tmp_path), *every)
     for family, (logits, gradient) in two[0].items():
         assert logits < 1e-5, family
         assert gradient < 1e-5, family
