@@ -112,7 +112,8 @@ class HostTraining(HostScoring):
         training.reduce_gradients()
         metrics = sums.reduced(self.ranks)
         loss.check(metrics)
-        metrics.update(training.step(step, metrics["loss"], batch.n_tokens, loss.gradient_may_vanish))
+        vanish, balances = loss.gradient_may_vanish, self.runner.aux_coef > 0
+        metrics.update(training.step(step, metrics["loss"], batch.n_tokens, vanish, balances))
         if sums.router_load is not None:
             metrics.update(sums.router_load.metrics())
             self._loads.pop(training.role, None)

@@ -94,7 +94,12 @@ class Training:
         self._sliced.release()
 
     def step(
-        self, step: int, loss: float, n_tokens: int, gradient_may_vanish: bool = False
+        self,
+        step: int,
+        loss: float,
+        n_tokens: int,
+        gradient_may_vanish: bool = False,
+        balances: bool = False,
     ) -> dict[str, float]:
         """Check, clip and apply the gradients.
 
@@ -104,6 +109,8 @@ class Training:
             n_tokens: in the global batch.
             gradient_may_vanish: no gradient anywhere is no fault; parameters are then looked at in a
                 later step.
+            balances: the routers' auxiliary loss has a gradient too. It reaches all but the last layer's
+                experts, so where the loss itself may have none, a missing one is no fault.
 
         Returns:
             `grad_norm` (before clipping), `learning_rate` (of this step), `num_tokens` (so far).
@@ -115,7 +122,7 @@ class Training:
         norm = self.grad_norm()
         metrics = {"grad_norm": float(norm), "learning_rate": float(self.scheduler.get_last_lr()[0])}
         self._check_finite(step, {"loss": loss, "grad_norm": metrics["grad_norm"]})
-        if metrics["grad_norm"] > 0 or not gradient_may_vanish:
+        if not gradient_may_vanish or (metrics["grad_norm"] > 0 and not balances):
             self._check_gradients(step)
         if self.spec.max_grad_norm > 0:
             members = [bucket.flat for bucket in self.buckets]

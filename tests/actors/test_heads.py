@@ -211,6 +211,13 @@ def test_a_step_without_any_gradient_is_right_only_where_a_loss_says_so(tiny_bas
     host.update(sft_batch(ROWS[:4]), Vanishing(), 0)
     with pytest.raises(InvariantViolation, match="got no gradient"):
         host.update(sft_batch(ROWS[:4]), Nothing(), 1)
+    # The auxiliary loss reaches everything but the last layer's experts.
+    lora = LoraSpec(r=4, targets=["attention", "experts", "router"])
+    host = policy_host(tiny_base, lora=lora, aux=0.02)
+    host.prepare_training("policy", OPTIM, 10)
+    assert host.update(sft_batch(ROWS[:4]), Vanishing(), 0)["grad_norm"] > 0
+    with pytest.raises(InvariantViolation, match=r"2 trainable parameters got no gradient: .*\.experts\."):
+        host.update(sft_batch(ROWS[:4]), Nothing(), 1)
 
 
 def test_a_temperature_divides_the_logits_of_updates_and_log_probabilities(tiny_base: Path) -> None:
