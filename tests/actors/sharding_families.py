@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from actors.models.adapters import adapter_parameters, attach_lora
+from actors.models.adapters import adapter_parameters, attach_lora, enable_gradient_checkpointing
 from actors.models.loading import load_base
 from actors.models.sharding import is_sharded, reshard, whole
 from actors.models.spec import LoraSpec, ModelSpec
@@ -42,7 +42,8 @@ def difference(base: Path, lora: LoraSpec) -> tuple[float, float]:
 
 
 def difference_by_experts(base: Path, lora: LoraSpec, trains: str) -> tuple[float, float]:
-    """The same where tokens travel to the experts, by an adapter's gradients or by those of `all` weights."""
+    """The same where tokens travel to the experts, by an adapter's gradients whose tokens travel
+    again in the backward pass, or by those of `all` weights."""
     logits, gradients = [], []
     for shards in (1, 2):
         model: Any = load_base(ModelSpec(base=str(base), lora=lora), shards=shards, split="experts")
@@ -53,6 +54,9 @@ def difference_by_experts(base: Path, lora: LoraSpec, trains: str) -> tuple[floa
             model = attach_lora(model, lora, "policy", seed=3)
             shake(model, "policy")
             parameters = adapter_parameters(model, "policy")
+            if shards > 1:
+                enable_gradient_checkpointing(model)
+                model.train()
         found = passed(model, parameters)
         logits.append(found[0])
         split = shards > 1
