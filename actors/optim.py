@@ -8,7 +8,8 @@ moving a fully trained model into them needs little extra memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,6 +196,13 @@ class GradientCheck:
         moved = self._nonzero({n: self._all.get(n) for n in {HEAD_NAME, *awaited.values()}})
         return [name for name in self._pending if not self._waits(name, awaited[name], moved)]
 
+    def only_last_experts(self, missing: Collection[str]) -> bool:
+        """Whether those without a gradient in this step are experts of the last layer, and none of them has
+        one: what a step of the routers' auxiliary loss alone leaves, for no router comes after them."""
+        last = max((_layer(name) for name in self._all), default=-1)
+        behind = {n: p.grad for n, p in self._all.items() if _layer(n) == last and ".experts." in n}
+        return set(missing) <= set(behind) and not any(self._nonzero(behind).values())
+
     def _waits(self, name: str, partner: str, moved: Mapping[str, bool]) -> bool:
         if name != HEAD_NAME and HEAD_NAME in self._all and not moved[HEAD_NAME]:
             return True
@@ -214,3 +222,9 @@ class GradientCheck:
 def _awaits(name: str) -> str:
     """A LoRA's A gets its first gradient once this has moved."""
     return name.replace(".lora_A.", ".lora_B.")
+
+
+def _layer(name: str) -> int:
+    """Number of the decoder layer that a parameter is in; -1 outside of them."""
+    found = re.search(r"\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else -1

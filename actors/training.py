@@ -109,8 +109,8 @@ class Training:
             n_tokens: in the global batch.
             gradient_may_vanish: no gradient anywhere is no fault; parameters are then looked at in a
                 later step.
-            balances: the routers' auxiliary loss has a gradient too. It reaches all but the last layer's
-                experts, so where the loss itself may have none, a missing one is no fault.
+            balances: the routers' auxiliary loss has a gradient too, which reaches all but the last layer's
+                experts: where the loss itself has none, theirs are missing, all of them, by right.
 
         Returns:
             `grad_norm` (before clipping), `learning_rate` (of this step), `num_tokens` (so far).
@@ -122,8 +122,8 @@ class Training:
         norm = self.grad_norm()
         metrics = {"grad_norm": float(norm), "learning_rate": float(self.scheduler.get_last_lr()[0])}
         self._check_finite(step, {"loss": loss, "grad_norm": metrics["grad_norm"]})
-        if not gradient_may_vanish or (metrics["grad_norm"] > 0 and not balances):
-            self._check_gradients(step)
+        if metrics["grad_norm"] > 0 or not gradient_may_vanish:
+            self._check_gradients(step, gradient_may_vanish and balances)
         if self.spec.max_grad_norm > 0:
             members = [bucket.flat for bucket in self.buckets]
             torch.nn.utils.clip_grads_with_norm_(members, self.spec.max_grad_norm, norm)
@@ -143,9 +143,9 @@ class Training:
                 next_step="lower learning_rate, or look at the rows of this step",
             )
 
-    def _check_gradients(self, step: int) -> None:
+    def _check_gradients(self, step: int, may_be_balance_alone: bool) -> None:
         missing = self.check.missing()
-        if missing:
+        if missing and not (may_be_balance_alone and self.check.only_last_experts(missing)):
             shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
             raise InvariantViolation(
                 who=self.role or "model",

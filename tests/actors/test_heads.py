@@ -218,6 +218,13 @@ def test_a_step_without_any_gradient_is_right_only_where_a_loss_says_so(tiny_bas
     assert host.update(sft_batch(ROWS[:4]), Vanishing(), 0)["grad_norm"] > 0
     with pytest.raises(InvariantViolation, match=r"2 trainable parameters got no gradient: .*\.experts\."):
         host.update(sft_batch(ROWS[:4]), Nothing(), 1)
+    # Where the loss may vanish only those may be without: not the last layer's attention.
+    host = policy_host(tiny_base, lora=lora, aux=0.02)
+    host.prepare_training("policy", OPTIM, 10)
+    layer = host.base.model.layers[-1].self_attn
+    layer.q_proj.forward = lambda x: layer.q_proj.base_layer(x)
+    with pytest.raises(InvariantViolation, match=r"layers\.\d\.self_attn\.q_proj\.lora_B"):
+        host.update(sft_batch(ROWS[:4]), Vanishing(), 0)
 
 
 def test_a_temperature_divides_the_logits_of_updates_and_log_probabilities(tiny_base: Path) -> None:
