@@ -19,5 +19,7 @@ def test_two_ranks_equal_one(sharding: str, tiny_base: Path, tmp_path: Path) -> 
     assert two[0] == two[1], "every rank reports the global figures and holds the same weights"
     for name, values in one.items():
         if name != "digest":
-            assert two[0][name] == pytest.approx(values, rel=1e-5, abs=2e-6), name
+            # Margins are differences of sums over answers: what float32 leaves of those is absolute.
+            allowed = 5e-6 if name.endswith("margins") else 2e-6
+            assert two[0][name] == pytest.approx(values, rel=1e-5, abs=allowed), name
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
