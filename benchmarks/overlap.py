@@ -4,13 +4,16 @@ python benchmarks/overlap.py            # staleness 0 and 1 in turns, and sample
 python benchmarks/overlap.py --quick    # one turn on the embedded base: does it run?
 
 Policy and engine have one process of one thread each, pinned to a core of their own in every run, so that at
-staleness 0 each is measured alone there. Two cores are needed.
+staleness 0 each is measured alone there; its importance ratios are corrected as those at staleness 1 are, so
+that trainers do the same work. Two cores are needed. How much slower a core is while the other one works is
+measured beside it, by products of a bare loop: no step can be better than that.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +33,7 @@ from benchmarks.turns import Side
 AIM = 1.15
 BLOCKS, TURNS, WARM_UP = 3, 3, 2
 SIDES: dict[str, dict[str, Any]] = {
-    "staleness 0": {"staleness": 0},
+    "staleness 0": {"staleness": 0, "vllm_importance_sampling_correction": True},
     "staleness 1": {"staleness": 1},
     "staleness 1, kept": {"staleness": 1, "sync": {"in_flight": "keep"}},
 }
@@ -50,8 +53,10 @@ def main() -> None:
     blocks, turns = (1, 1) if args.quick else (BLOCKS, TURNS)
     with tempfile.TemporaryDirectory(prefix="raylign-overlap-") as scratch:
         steps, failed = measure(workload, Path(scratch), blocks, turns)
+        both = [together_over_alone(Path(scratch)) for _ in range(blocks)]
     show(steps)
-    execution.end(ratios_of(steps), workload=workload.name, failed=failed, steps=steps)
+    limit = Ratio("products on both cores at a time / on one alone", both, None, at_most=True)
+    execution.end([*ratios_of(steps), limit], workload=workload.name, failed=failed, steps=steps)
 
 
 def measure(
@@ -91,6 +96,40 @@ def measure(
                     say(steps[-1])
                 time.sleep(steps[-1]["seconds"])  # its engine comes to rest
     return steps, failed
+
+
+PRODUCTS = """
+import os, sys, time
+os.sched_setaffinity(0, {int(sys.argv[1])})
+import torch
+torch.set_num_threads(1)
+weights = [torch.randn(1024, 1024) for _ in range(16)]
+rows, ends = torch.randn(256, 1024), time.monotonic() + float(sys.argv[2])
+done = 0
+while time.monotonic() < ends:
+    for w in weights:
+        rows @ w
+    done += 1
+print(done)
+"""
+"""A bare loop on one core: 64 MiB of weights, as much arithmetic as a forward pass of small batches."""
+
+
+def together_over_alone(scratch: Path, seconds: float = 4.0) -> float:
+    """Time of the bare loop on a core while the other one runs it too, over its time alone."""
+    script = scratch / "products.py"
+    script.write_text(PRODUCTS)
+
+    def rounds(cores: tuple[int, ...]) -> float:
+        running = [
+            subprocess.Popen(
+                [sys.executable, str(script), str(core), str(seconds)], stdout=subprocess.PIPE, text=True
+            )
+            for core in cores
+        ]
+        return sum(int(process.communicate()[0]) for process in running) / len(cores)
+
+    return (rounds((0,)) + rounds((1,))) / 2 / rounds((0, 1))
 
 
 def say(step: dict[str, Any]) -> None:

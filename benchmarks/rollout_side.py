@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from actors.vllm_settings import TOKENS_PER_STEP
 from benchmarks.online_workloads import SAMPLES, WORKLOADS, OnlineWorkload
 from benchmarks.turns import Gate
 
@@ -77,6 +78,8 @@ def bare(workload: OnlineWorkload, base: str, threads: int) -> Draw:
     llm = LLM(
         model=base, dtype="float32", enforce_eager=True, max_model_len=POSITIONS, max_num_seqs=256,
         logprobs_mode="processed_logprobs", distributed_executor_backend="uni",
+        # With prompts in chunks its CPU engine fails at seeded samples ("CPU Generator does not use offset").
+        enable_chunked_prefill=False, max_num_batched_tokens=TOKENS_PER_STEP,
     )  # fmt: skip
 
     def draw(prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[int]]:
