@@ -169,7 +169,8 @@ class Fleet:
                 object_store_memory=spec.object_store_memory,
                 fork_server=self._fork_server.address if self._fork_server is not None else None,
             )
-        for name in roles:
+        # An engine has most to import: its process comes first.
+        for name in sorted(roles, key=lambda name: name != "rollout"):
             self._group(name)
 
     def _specs(self, roles: list[str]) -> dict[str, RoleSpec]:
