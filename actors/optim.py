@@ -196,11 +196,15 @@ class GradientCheck:
         moved = self._nonzero({n: self._all.get(n) for n in {HEAD_NAME, *awaited.values()}})
         return [name for name in self._pending if not self._waits(name, awaited[name], moved)]
 
-    def only_last_experts(self, missing: Collection[str]) -> bool:
-        """Whether those without a gradient in this step are experts of the last layer, and none of them has
-        one: what a step of the routers' auxiliary loss alone leaves, for no router comes after them."""
+    def only_behind_routers(self, missing: Collection[str]) -> bool:
+        """Whether those without a gradient in this step are experts of the last layer or a scalar head, and
+        none of these has one: what a step of the routers' auxiliary loss alone leaves."""
         last = max((_layer(name) for name in self._all), default=-1)
-        behind = {n: p.grad for n, p in self._all.items() if _layer(n) == last and ".experts." in n}
+        behind = {
+            name: parameter.grad
+            for name, parameter in self._all.items()
+            if name == HEAD_NAME or (_layer(name) == last and ".experts." in name)
+        }
         return set(missing) <= set(behind) and not any(self._nonzero(behind).values())
 
     def _waits(self, name: str, partner: str, moved: Mapping[str, bool]) -> bool:

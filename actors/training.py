@@ -110,7 +110,7 @@ class Training:
             gradient_may_vanish: no gradient anywhere is no fault; parameters are then looked at in a
                 later step.
             balances: the routers' auxiliary loss has a gradient too, which reaches all but the last layer's
-                experts: where the loss itself has none, theirs are missing, all of them, by right.
+                experts and a scalar head: where the loss itself has none, theirs are missing by right, all.
 
         Returns:
             `grad_norm` (before clipping), `learning_rate` (of this step), `num_tokens` (so far).
@@ -145,7 +145,7 @@ class Training:
 
     def _check_gradients(self, step: int, may_be_balance_alone: bool) -> None:
         missing = self.check.missing()
-        if missing and not (may_be_balance_alone and self.check.only_last_experts(missing)):
+        if missing and not (may_be_balance_alone and self.check.only_behind_routers(missing)):
             shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
             raise InvariantViolation(
                 who=self.role or "model",

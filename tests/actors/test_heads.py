@@ -218,6 +218,11 @@ def test_a_step_without_any_gradient_is_right_only_where_a_loss_says_so(tiny_bas
     assert host.update(sft_batch(ROWS[:4]), Vanishing(), 0)["grad_norm"] > 0
     with pytest.raises(InvariantViolation, match=r"2 trainable parameters got no gradient: .*\.experts\."):
         host.update(sft_batch(ROWS[:4]), Nothing(), 1)
+    # Nor a scalar head: values and returns that are all zero.
+    host = policy_host(tiny_base, lora=lora, aux=0.02)
+    host.add_head("policy", "zero")
+    host.prepare_training("policy", OPTIM, 10)
+    assert host.update(sft_batch(ROWS[:4]), Vanishing(), 0)["grad_norm"] > 0
     # Where the loss may vanish only those may be without: not the last layer's attention.
     host = policy_host(tiny_base, lora=lora, aux=0.02)
     host.prepare_training("policy", OPTIM, 10)
