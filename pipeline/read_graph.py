@@ -121,7 +121,7 @@ def read_graph(
     startup["wait for what the base is"] = round(time.monotonic() - began, 2)
     problems = [*base.problems, *(problem for problem in problems if problem not in base.problems)]
     if graph is not None:
-        problems += base.problems or reward_base_problems(config, records.stages)
+        problems += [] if base.problems else reward_base_problems(config, records.stages)
         if base.model_type is not None:
             problems += architecture_problems(
                 config, base.model_type, records.stages, base.n_experts, base.split_sizes

@@ -119,16 +119,7 @@ def load_base(
     from actors.models.sharding import load_weights, shard_loaded
 
     resolved = resolve_base(spec).checked()
-    how: dict[str, Any] = {
-        "dtype": getattr(torch, spec.dtype),
-        "attn_implementation": spec.attn_implementation,
-        "trust_remote_code": spec.trust_remote_code,
-    }
-    row = None if resolved.config is None else architecture_of(resolved.config)
-    if row is not None and spec.attn_implementation == "sdpa":
-        how["attn_implementation"] = row.attention
-    if row is not None and row.is_moe and row.grouped_experts:
-        how["experts_implementation"] = spec.moe.experts_implementation
+    how = _arguments(spec, resolved.config)
     if spec.random_init:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -155,6 +146,23 @@ def load_base(
     model.config.output_router_logits = False
     make_routing_deterministic(model)
     return (model if shards > 1 else model.to(device)).eval()
+
+
+def _arguments(spec: ModelSpec, config: Any) -> dict[str, Any]:
+    """Of transformers' `from_pretrained` and `from_config`: by the spec, and by the architecture's row."""
+    import torch
+
+    how: dict[str, Any] = {
+        "dtype": getattr(torch, spec.dtype),
+        "attn_implementation": spec.attn_implementation,
+        "trust_remote_code": spec.trust_remote_code,
+    }
+    row = None if config is None else architecture_of(config)
+    if row is not None and spec.attn_implementation == "sdpa":
+        how["attn_implementation"] = row.attention
+    if row is not None and row.is_moe and row.grouped_experts:
+        how["experts_implementation"] = spec.moe.experts_implementation
+    return how
 
 
 def _load_split_layers(resolved: ResolvedBase, mesh: DeviceMesh, how: dict[str, Any]) -> PreTrainedModel:

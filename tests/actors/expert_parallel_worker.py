@@ -19,7 +19,7 @@ from actors.host_spec import HostSpec
 from actors.models.sharding import is_sharded, own_slice
 from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
 from tests.actors.host_cases import sft_batch
-from tests.actors.sharding_worker import HALF, LORA, ROWS, STEPS, facts, losses, spec, trained
+from tests.actors.sharding_worker import HALF, LORA, ROWS, STEPS, facts, losses, spec, trained, trained_whole
 
 LAYERS = 2
 """Of the tiny base."""
@@ -72,13 +72,7 @@ def run(base: str, rank: int, out: Path, inits: list[str]) -> dict[str, Any]:
     results["lora facts"] = facts(host, "policy")
     host.close()
 
-    host = host_of(spec(base, "experts", None), None)
-    results["whole"] = losses(host, 0, HALF)
-    host.save_checkpoint(out / "whole")
-    results["whole"] += losses(host, HALF, STEPS)
-    host.save_model(out / "whole-model")
-    results["whole facts"] = facts(host, None)
-    host.close()
+    results |= trained_whole(host_of(spec(base, "experts", None), None), out)
 
     for sharding in ("experts", "none"):
         for lora, role in ((LORA, "policy"), (None, None)):

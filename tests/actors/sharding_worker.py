@@ -62,6 +62,17 @@ def facts(host: ModelHost, role: str | None) -> dict[str, Any]:
     return found if host.ranks.rank == 0 else {}
 
 
+def trained_whole(host: ModelHost, out: Path) -> dict[str, Any]:
+    """Full fine-tuning with a checkpoint on the way, and what it leaves; closes the host."""
+    found: dict[str, Any] = {"whole": losses(host, 0, HALF)}
+    host.save_checkpoint(out / "whole")
+    found["whole"] += losses(host, HALF, STEPS)
+    host.save_model(out / "whole-model")
+    found["whole facts"] = facts(host, None)
+    host.close()
+    return found
+
+
 def run(base: str, rank: int, out: Path, inits: list[str]) -> dict[str, Any]:
     """LoRA in both ways, each from the other's checkpoint, then full fine-tuning."""
     results: dict[str, Any] = {}
@@ -82,13 +93,7 @@ def run(base: str, rank: int, out: Path, inits: list[str]) -> dict[str, Any]:
         results[f"{sharding} facts"] = facts(host, "policy")
         host.close()
     host = trained(ModelHost(spec(base, "full", None), rank, 2, next(addresses), timeout_s=60), None)
-    results["whole"] = losses(host, 0, HALF)
-    host.save_checkpoint(out / "whole")
-    results["whole"] += losses(host, HALF, STEPS)
-    host.save_model(out / "whole-model")
-    results["whole facts"] = facts(host, None)
-    host.close()
-    return results
+    return results | trained_whole(host, out)
 
 
 if __name__ == "__main__":

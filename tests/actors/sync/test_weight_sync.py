@@ -52,6 +52,16 @@ def served(sync: WeightSync) -> list[int]:
     return [made.version for made in sync.rollout.call("generate", PROBES[:1], sampling, phase="generate")]
 
 
+def killed_and_back(sync: WeightSync) -> None:
+    """Kill the second engine, and bring a new one to the version that is served."""
+    os.kill(sync.rollout.pids()[1], signal.SIGKILL)
+    with pytest.raises(RunFailure, match="its process died"):
+        sync.rollout.call_rank(1, "log")
+    sync.rollout.restart(1)
+    sync.rollout.rebuild(1)
+    sync.restore(1)
+
+
 def clean_log(sync: WeightSync) -> None:
     for rank in sync.engines:
         sync.rollout.call_rank(rank, "plant", "")
@@ -123,12 +133,7 @@ def test_an_engine_that_dies_between_two_parts_is_lost_and_the_other_gets_them_a
     assert served(sync) == [version, version]
     # The trainer goes on, and an engine that comes back later gets the version as it was sent.
     sync.policy.call("nudge", 78)
-    os.kill(sync.rollout.pids()[1], signal.SIGKILL)
-    with pytest.raises(RunFailure, match="its process died"):
-        sync.rollout.call_rank(1, "log")
-    sync.rollout.restart(1)
-    sync.rollout.rebuild(1)
-    sync.restore(1)
+    killed_and_back(sync)
     one, other = (sync.rollout.call_rank(rank, "score_tokens", PROBES, [1] * 4) for rank in (0, 1))
     assert max(np.abs(a - b).max() for a, b in zip(one, other)) < 1e-6
 
@@ -160,12 +165,7 @@ def test_an_engine_that_was_killed_comes_back_with_the_served_version_though_the
     target = apart(sync, 1)
     before = sync.rollout.call_rank(1, "score_tokens", PROBES, [1] * 4)
     sync.policy.call("nudge", 77)
-    os.kill(sync.rollout.pids()[1], signal.SIGKILL)
-    with pytest.raises(RunFailure, match="its process died"):
-        sync.rollout.call_rank(1, "log")
-    sync.rollout.restart(1)
-    sync.rollout.rebuild(1)
-    sync.restore(1)
+    killed_and_back(sync)
     assert target < 1e-4
     after = sync.rollout.call_rank(1, "score_tokens", PROBES, [1] * 4)
     assert max(np.abs(a - b).max() for a, b in zip(before, after)) < 1e-6
