@@ -43,6 +43,8 @@ class Record:
     file: str
     row: int
     """Number of the row in `file`, from 1."""
+    untrained: frozenset[int] = frozenset()
+    """Turns of the assistant that the row itself leaves out of the loss: indices in `[*prompt, *completion]`."""
 
     @property
     def completion(self) -> list[Message]:
