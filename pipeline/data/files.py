@@ -29,6 +29,9 @@ class Row(NamedTuple):
     number: int
     values: dict[str, Any]
     problem: BadRow | None = None
+    arrow: bool = False
+    """Whether the row came from Arrow (parquet, `save_to_disk`, the hub), which gives all structs of a column
+    the same keys: a null in one may be a key that the row never had."""
 
 
 def suffix_of(path: Path) -> str:
@@ -137,10 +140,10 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
 def arrow_rows(file: str, table: Any) -> Iterator[Row]:
     """Rows of an Arrow table; `file` is what an error names."""
     try:
-        yield from [Row(file, n, values) for n, values in enumerate(table.to_pylist(), 1)]
+        yield from [Row(file, n, values, arrow=True) for n, values in enumerate(table.to_pylist(), 1)]
     except UnicodeDecodeError:
         for i in range(table.num_rows):
             try:
-                yield Row(file, i + 1, table.slice(i, 1).to_pylist()[0])
+                yield Row(file, i + 1, table.slice(i, 1).to_pylist()[0], arrow=True)
             except UnicodeDecodeError:
                 yield Row(file, i + 1, {}, BadRow(file, i + 1, NOT_UTF8))
