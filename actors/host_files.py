@@ -19,6 +19,7 @@ from actors.models.heads import head_parameters
 from actors.models.loading import load_tokenizer
 from actors.models.sharded_files import write_sharded_model
 from actors.models.sharding import is_sharded
+from actors.models.turn_ends import write_turn_ends
 
 
 class HostFiles(HostParts):
@@ -89,6 +90,7 @@ class HostFiles(HostParts):
                 self.base.save_pretrained(str(directory), state_dict=state)
         if self.ranks.rank == 0:
             load_tokenizer(self.spec.model).save_pretrained(str(directory))
+            write_turn_ends(directory)
         self.ranks.wait()
 
 

@@ -33,7 +33,10 @@ class SamplingSpec(Spec):
     repetition_penalty: float = Field(default=1.0, gt=0)
     """Divides the logits of tokens already seen; 1 is none."""
     stop: list[str] = Field(default_factory=list)
-    """Strings that end a sample, beside the model's own end-of-turn token."""
+    """Strings that end a sample, beside the end-of-turn token of the template and the base's EOS. A special
+    token may be among them."""
+    stop_token_ids: list[int] = Field(default_factory=list)
+    """Token ids that end a sample, beside those."""
     n: int = Field(default=1, ge=1)
     """Samples per prompt, each with a seed of its own."""
     seed: int = Field(default=0, ge=0)
@@ -187,10 +190,15 @@ class Generations:
         for start, end in zip(self.offsets, self.offsets[1:], strict=False):
             yield self.token_ids[start:end]
 
-    def texts(self, tokenizer: object, stop: Sequence[str] = ()) -> list[str]:
-        """Decoded without special tokens, cut before the first stop string."""
+    def texts(
+        self, tokenizer: object, stop: Sequence[str] = (), stop_token_ids: Sequence[int] = ()
+    ) -> list[str]:
+        """Decoded without special tokens and without a stop token at the end, cut before the first stop
+        string."""
+        ends = set(stop_token_ids)
+        samples = [ids.tolist() for ids in self.sequences()]
         texts = tokenizer.batch_decode(  # type: ignore[attr-defined]
-            [ids.tolist() for ids in self.sequences()], skip_special_tokens=True
+            [ids[:-1] if ids and ids[-1] in ends else ids for ids in samples], skip_special_tokens=True
         )
         return [_cut(text, stop) for text in texts]
 

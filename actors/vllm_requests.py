@@ -26,6 +26,7 @@ def sampling_params(sampling: SamplingSpec, seed: int) -> SamplingParams:
         min_p=sampling.min_p,
         repetition_penalty=sampling.repetition_penalty,
         stop=sampling.stop or None,
+        stop_token_ids=sampling.stop_token_ids or None,
         # Greedy draws nothing, and a generator per request costs time.
         seed=seed if sampling.temperature > 0 else None,
         logprobs=0,

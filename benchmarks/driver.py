@@ -132,7 +132,9 @@ def prepared(samples: int) -> Any:
     ids = np.random.default_rng(0).integers(97, 123, size=(prompts, PROMPT_TOKENS)).tolist()
     texts = ["".join(map(chr, row)) for row in ids]
     data = PromptData(list(texts), texts, ids, {}, Skipped(), "none")
-    return PreparedRl("grpo", spec, 0, data, BatchOrder(prompts, prompts, 0, max_steps=WARM_UP + STEPS))
+    return PreparedRl(
+        "grpo", spec, 0, data, BatchOrder(prompts, prompts, 0, max_steps=WARM_UP + STEPS), spec.sampling()
+    )
 
 
 def show(found: list[dict[str, Any]]) -> None:

@@ -35,16 +35,18 @@ def chat(
     """
     from actors.models.loading import is_adapter_dir, load_tokenizer, resolve_base
     from actors.models.spec import ModelSpec
+    from actors.models.turn_ends import turn_ends
 
     # A run that trained an adapter has probed its base.
     spec = ModelSpec(base=model, allow_untested=is_adapter_dir(model))
-    resolve_base(spec).checked()
+    base = resolve_base(spec).checked().base_path
     tokenizer = load_tokenizer(spec)
     if not tokenizer.chat_template:
         raise UserError(
             f"{model}: its tokenizer has no chat template, so there is no way to put a question to it"
         )
-    sampling = SamplingSpec(temperature=temperature, max_tokens=max_tokens, seed=seed)
+    asked = SamplingSpec(temperature=temperature, max_tokens=max_tokens, seed=seed)
+    sampling = turn_ends(tokenizer, base).sampling(asked, tokenizer, "chat")
     messages = [{"role": "system", "content": system}] if system else []
     with engine(model) as rollout:
         for text in [prompt] if prompt is not None else typed():
@@ -93,4 +95,4 @@ def reply(rollout: ActorGroup, tokenizer: Any, messages: list[dict[str, str]], s
     """The model's next turn."""
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     generations = rollout.call_rank(0, "generate", [ids], sampling, None, phase="generate")
-    return generations.texts(tokenizer, sampling.stop)[0]
+    return generations.texts(tokenizer, sampling.stop, sampling.stop_token_ids)[0]

@@ -11,7 +11,7 @@ from pipeline.artifacts import model_fingerprint
 from pipeline.graph import Decision, Identity, decide, flat, identity_config
 from pipeline.rundir import RunDirectory
 from pipeline.stages.evaluate import EvalSet, Weights
-from pipeline.stages.prepared import Prepared
+from pipeline.stages.prepared import Prepared, PreparedRl
 from pipeline.stages.spec import PpoStage, ReferencedStage, RlStage, StageSpec
 
 if TYPE_CHECKING:
@@ -132,6 +132,10 @@ def make_node(
         prepared.seed,
         frozenset(flat(_settings(config, spec, exclude_defaults=True))),
     )
+    if isinstance(prepared, PreparedRl) and prepared.added_ends:
+        # Where the base alone says what ends a turn, stages were made before this was asked.
+        identity.config["turn_ends"] = list(prepared.added_ends)
+        identity = replace(identity, chosen=identity.chosen | {"turn_ends"})
     path = directory.stage(name)
     decision = decide(path, identity)
     return Node(

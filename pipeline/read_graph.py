@@ -27,7 +27,7 @@ from pipeline.stages.evaluate import (
     read_eval_set,
 )
 from pipeline.stages.pairs import pair_key
-from pipeline.stages.prepared import Reader, StageRecords, prepare, read_records
+from pipeline.stages.prepared import Reader, StageRecords, ends_of, prepare, read_records
 from pipeline.stages.reward_sources import (
     reward_base_problems,
     reward_column_problems,
@@ -152,7 +152,8 @@ def tokenised(
     graph = Graph(nodes, weights, tokenizer)
     graph.pair_evaluations = pair_evaluations(graph, directory.path / "eval")
     if config.eval is not None:
-        graph.held_out = read_eval_set(config.eval, tokenizer, config.seed, records.held_out)
+        ends = ends_of(config, tokenizer)
+        graph.held_out = read_eval_set(config.eval, tokenizer, config.seed, records.held_out, ends)
         for name in config.eval_models():
             if name in weights:
                 key = eval_key(weights[name], graph.held_out, config.eval, config.seed)

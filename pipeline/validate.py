@@ -24,6 +24,8 @@ class Findings:
     base: ResolvedBase | None = None
     architecture: list[str] = field(default_factory=list)
     """Its row in the table: groups, limits, what vLLM is given for it."""
+    turn_ends: str = ""
+    """Tokens that end a turn, and where they come from."""
     targets: Targets | None = None
     stages: list[list[str]] = field(default_factory=list)
     """Stage, start, reference, rows, tokens (median, longest sequence), steps x rows (or samples)."""
@@ -77,6 +79,7 @@ def _look_at_model(config: RunConfig, findings: Findings) -> Any:
     from actors.models.split_sizes import split_sizes
     from actors.models.targets import resolve_targets
     from pipeline.architecture import architecture_problems, describe_architecture
+    from pipeline.stages.prepared import ends_of
     from pipeline.stages.reward_sources import reward_base_problems
 
     findings.base = base = resolve_base(config.model)
@@ -93,7 +96,10 @@ def _look_at_model(config: RunConfig, findings: Findings) -> Any:
             config, base.config.model_type, config.stages, experts, split_sizes(base.config)
         )
         findings.architecture = describe_architecture(base.config.model_type)
-    return None if base.problems else findings.attempt(lambda: load_tokenizer(config.model))
+    tokenizer = None if base.problems else findings.attempt(lambda: load_tokenizer(config.model))
+    if tokenizer is not None:
+        findings.turn_ends = ends_of(config, tokenizer).describe(tokenizer)
+    return tokenizer
 
 
 def _look_at_stage(config: RunConfig, name: str, tokenizer: Any, findings: Findings) -> None:
@@ -130,6 +136,7 @@ def _look_at_stage(config: RunConfig, name: str, tokenizer: Any, findings: Findi
 def _look_at_eval(config: RunConfig, tokenizer: Any, findings: Findings) -> None:
     from pipeline.data.records import load_records
     from pipeline.stages.evaluate import find_scorer, read_eval_set
+    from pipeline.stages.prepared import ends_of
     from pipeline.stages.room import held_out_problems
 
     spec = config.eval
@@ -139,7 +146,8 @@ def _look_at_eval(config: RunConfig, tokenizer: Any, findings: Findings) -> None
     if scorer is None or tokenizer is None:
         findings.attempt(lambda: load_records(spec.data, "prompt", seed=config.seed), "eval.data")
         return
-    held_out = findings.attempt(lambda: read_eval_set(spec, tokenizer, config.seed), "eval.data")
+    ends = ends_of(config, tokenizer)
+    held_out = findings.attempt(lambda: read_eval_set(spec, tokenizer, config.seed, ends=ends), "eval.data")
     if held_out is not None:
         findings.problems += held_out_problems(held_out, findings.positions(config))
         findings.prompts = len(held_out.prompts)

@@ -23,6 +23,7 @@ from actors.models.loading import load_base, local_base_dir, resolve_base
 from actors.models.low_rank import Factors, low_rank_delta
 from actors.models.sharding import whole
 from actors.models.spec import ModelSpec
+from actors.models.turn_ends import write_turn_ends
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -175,6 +176,7 @@ def write_model(
     config["dtype"] = _dtype_name(next(t.dtype for t in state.values() if t.is_floating_point()))
     config.setdefault("architectures", [type(_base_of(model)).__name__])
     (out_dir / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_turn_ends(out_dir)
     split = split_torch_state_dict_into_shards(
         dict(state), filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD_SIZE
     )

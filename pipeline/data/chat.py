@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from actors.errors import UserError
+from actors.models.turn_ends import PROBE_ANSWER, after_probe, training_template
 from pipeline.data.bad_rows import TEMPLATE_REFUSED, RowProblem
 from pipeline.data.row_view import Message
 
@@ -21,7 +22,6 @@ Span = tuple[int, int]
 """First and end character (exclusive) of an assistant's turn, its end-of-turn token included."""
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_PROBE_ANSWER = "Raylign probe answer"
 
 WHAT_TO_DO = (
     "put {% generation %} and {% endgeneration %} around the assistant's turn, end-of-turn token included, "
@@ -118,30 +118,20 @@ class ChatFormat:
     def _find_end_of_turn(self) -> str | None:
         """From a probe conversation; None where the template doesn't take one."""
         self._unmarked_end = ""
-        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE_ANSWER}
+        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE_ANSWER}
         try:
             text, spans = self._render([question, answer], {}, False, spans=self.marked)
         except RowProblem:
             return None
-        place = text.rfind(_PROBE_ANSWER)
-        if place < 0:
+        end = after_probe(text)
+        if end is None:
             raise UserError(
                 "the base's chat template leaves out an answer that is a plain string (does it expect "
                 "parts of text and images?): correct chat_template.jinja"
             )
         if self.marked and spans:
             self._unmarked_end = text[spans[-1][1] :].rstrip()
-        return text[place + len(_PROBE_ANSWER) :].rstrip()
-
-
-def training_template(tokenizer: Any) -> str | None:
-    """TRL's template with `{% generation %}` marks for this tokenizer's model; None when it has none."""
-    from trl.chat_template_utils import get_training_chat_template
-
-    try:
-        return get_training_chat_template(tokenizer)
-    except Exception:  # it probes the template with tool calls, which many templates refuse
-        return None
+        return end
 
 
 def chat_format(tokenizer: Any, template: str | None = None) -> ChatFormat:

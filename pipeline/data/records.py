@@ -44,7 +44,7 @@ class Record:
     row: int
     """Number of the row in `file`, from 1."""
     untrained: frozenset[int] = frozenset()
-    """Turns of the assistant that the row itself leaves out of the loss: indices in `[*prompt, *completion]`."""
+    """Turns of the assistant that the row leaves out of the loss: indices in `[*prompt, *completion]`."""
 
     @property
     def completion(self) -> list[Message]:

@@ -9,8 +9,9 @@ from functools import cached_property
 from typing import Any
 
 from actors.errors import UserError
+from actors.models.turn_ends import training_template
 from pipeline.data.bad_rows import BadRow, RowGate, RowProblem
-from pipeline.data.chat import WHAT_TO_DO, ChatFormat, Span, Unmaskable, chat_format, training_template
+from pipeline.data.chat import WHAT_TO_DO, ChatFormat, Span, Unmaskable, chat_format
 from pipeline.data.records import Record, Records
 
 

@@ -20,6 +20,7 @@ from actors.algorithms.kto import LABEL
 from actors.algorithms.reward import MARGIN
 from actors.batch import Batch
 from actors.errors import UserError
+from actors.models.turn_ends import turn_ends
 from pipeline.data.bad_rows import (
     EMPTY_ANSWER,
     MISSING_COLUMN,
@@ -212,13 +213,15 @@ def prompt_tokens(records: Records, tokenizer: Any) -> tuple[list[str], list[lis
 
 
 class _Tails:
-    """Cuts sequences after their last end-of-turn token, where only white space follows it.
+    """Cuts sequences where a sample would end: after the token that ends the answer's turn, where only white
+    space and other such tokens follow it.
 
-    Qwen's template, for one, writes a line break there, which no sample ever has.
+    Qwen's template, for one, writes a line break there, and Phi-3's the end of the text as well: no sample
+    ever has them.
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._ends = tokenizer, np.array(turn_ends(tokenizer).ids, np.int32)
         self._blank: dict[bytes, bool] = {}
 
     def cut(self, row: TokenRow) -> TokenRow:
@@ -230,14 +233,19 @@ class _Tails:
         )
 
     def _length(self, ids: np.ndarray) -> int:
-        (ends,) = np.nonzero(ids == self._tokenizer.eos_token_id)
-        if not len(ends):
-            return len(ids)
-        tail = ids[ends[-1] + 1 :]
+        length = end = len(ids)
+        (ends,) = np.nonzero(np.isin(ids, self._ends))
+        for place in ends[::-1]:
+            if not self._is_blank(ids[place + 1 : end]):
+                break
+            length, end = place + 1, place
+        return length
+
+    def _is_blank(self, tail: np.ndarray) -> bool:
         key = tail.tobytes()
         if key not in self._blank:  # A template has one tail for all its rows; decoding it takes the time.
             self._blank[key] = not self._tokenizer.decode(tail).strip()
-        return len(ids) - len(tail) if self._blank[key] else len(ids)
+        return self._blank[key]
 
 
 def _margin(record: Record) -> float:

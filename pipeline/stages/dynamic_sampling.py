@@ -82,11 +82,11 @@ def draw_again(drawer: Drawer, step: int, drawn: Drawn) -> Drawn:
 
 def judge(drawer: Drawer, rows: np.ndarray, samples: Generations) -> Rewards:
     """What the samples of these rows are worth."""
-    spec, data = drawer.stage.spec, drawer.stage.data
+    data = drawer.stage.data
     prompts = data.select(rows, copies=samples.n)
     batch = trajectories(prompts.token_ids, samples)
     asked = drawer.judge.submit(put(batch.unrouted())) if drawer.judge.models else {}
-    texts = samples.texts(drawer.tokenizer, spec.stop)
+    texts = drawer.texts(samples)
     return drawer.judge.result(asked, prompts, texts, samples, batch)
 
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.errors import RunFailure, UserError
+from actors.models.turn_ends import TurnEnds, turn_ends
 from actors.rewards import import_function, missing_arguments, named_by
-from actors.sampling import sample_seed
+from actors.sampling import SamplingSpec, sample_seed
 from pipeline.artifacts import fingerprint, write_json
 from pipeline.data.records import Records, load_records
 from pipeline.data.tokens import prompt_tokens
@@ -47,6 +48,8 @@ class EvalSet:
     token_ids: list[list[int]]
     columns: dict[str, list[Any]]
     fingerprint: str
+    sampling: SamplingSpec
+    """How answers are drawn, with all that ends a turn."""
 
 
 def wilson(successes: float, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -75,12 +78,22 @@ def find_scorer(metric: str) -> Scorer:
     )
 
 
-def read_eval_set(spec: EvalSpec, tokenizer: Any, seed: int, records: Records | None = None) -> EvalSet:
-    """Tokenise the held-out prompts (read here unless given)."""
+def read_eval_set(
+    spec: EvalSpec,
+    tokenizer: Any,
+    seed: int,
+    records: Records | None = None,
+    ends: TurnEnds | None = None,
+) -> EvalSet:
+    """Tokenise the held-out prompts (read here unless given). `ends`: of the base; None: of the tokenizer."""
+    ends = ends or turn_ends(tokenizer)
+    sampling = ends.sampling(spec.sampling, tokenizer, "eval.sampling")
     records = records or load_records(spec.data, "prompt", seed=seed, max_rows=spec.max_rows)
     check_columns(spec, records)
     texts, token_ids = prompt_tokens(records, tokenizer)
-    return EvalSet(texts, token_ids, records.columns, records.fingerprint)
+    # Where the base alone says what ends a turn, evaluations were made before this was asked.
+    told = "".join(f" ends at {token}" for token in (*ends.added, *ends.texts))
+    return EvalSet(texts, token_ids, records.columns, records.fingerprint + told, sampling)
 
 
 def check_columns(spec: EvalSpec, records: Records) -> None:
@@ -112,7 +125,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Generate and score one model; writes `eval/NAME.jsonl` and returns its entry for run.json."""
     key = eval_key(weights, held_out, spec, seed)
-    completions = generate(rollout, weights, name, held_out.token_ids, spec.sampling, tokenizer, seed)
+    completions = generate(rollout, weights, name, held_out.token_ids, held_out.sampling, tokenizer, seed)
     scores = score(find_scorer(spec.metric), spec.metric, held_out, completions)
     counted = [s for s in scores if s is not None]
     total = float(sum(counted))
@@ -142,7 +155,7 @@ def eval_key(weights: Weights, held_out: EvalSet, spec: EvalSpec, seed: int) -> 
         [
             weights.fingerprint,
             held_out.fingerprint,
-            spec.sampling.model_dump(),
+            spec.sampling.model_dump(exclude=None if spec.sampling.stop_token_ids else {"stop_token_ids"}),
             spec.metric,
             spec.max_rows,
             seed,
@@ -185,7 +198,7 @@ def generate(
                 raise
     seeds = [sample_seed(seed, 0, i, 0) for i in range(len(token_ids))]
     pool = RolloutPool(rollout, lambda rank: load(rank).result())
-    return pool.generate(token_ids, sampling, seeds).texts(tokenizer, sampling.stop)
+    return pool.generate(token_ids, sampling, seeds).texts(tokenizer, sampling.stop, sampling.stop_token_ids)
 
 
 def score(scorer: Scorer, name: str, held_out: EvalSet, completions: list[str]) -> list[float | None]:

@@ -49,7 +49,10 @@ class RlStage(StageSpec):
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Divides the logits while sampling, and in the trainer's log-probabilities."""
     stop: list[str] = Field(default_factory=list)
-    """Strings that end a sample, beside the model's own end-of-turn token."""
+    """Strings that end a sample, beside the end-of-turn token of the template and the base's EOS. A special
+    token may be among them."""
+    stop_token_ids: list[int] = Field(default_factory=list)
+    """Token ids that end a sample, beside those."""
     steps_per_generation: int = Field(default=1, ge=1)
     """Batches of `batch_size` samples that one generation is cut into, an optimizer step each."""
     num_iterations: int = Field(default=1, ge=1)
@@ -100,6 +103,7 @@ class RlStage(StageSpec):
             temperature=self.temperature,
             max_tokens=self.max_completion_length,
             stop=self.stop,
+            stop_token_ids=self.stop_token_ids,
             n=self.num_generations,
         )
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.errors import UserError
+from actors.models.resolving import follow_adapter
+from actors.models.turn_ends import TurnEnds, turn_ends
 from pipeline.data.layouts import Kind
 from pipeline.data.mismatched import with_mismatched
 from pipeline.data.order import BatchOrder
@@ -35,6 +37,7 @@ from pipeline.stages.spec import (
 if TYPE_CHECKING:
     from actors.algorithms.loss import Loss
     from actors.batch import Batch
+    from actors.sampling import SamplingSpec
     from pipeline.config.schema import RunConfig
 
 KINDS: dict[type[StageSpec], Kind] = {
@@ -95,6 +98,10 @@ class PreparedRl:
     data: PromptData
     order: BatchOrder
     """Prompts of each step; a pure function of the seed, so resuming is starting at step k."""
+    sampling: SamplingSpec
+    """What the engines are asked for, with all that ends a turn."""
+    added_ends: tuple[int, ...] = ()
+    """Tokens that end a turn by the template and not by the base (`TurnEnds.added`)."""
     eval_data: None = None
 
     @property
@@ -227,7 +234,7 @@ def prepare(
     spec, seed = config.stages[name], config.seed_of(name)
     records = records or read_records(config, name, reader)
     if isinstance(spec, RlStage):
-        return _prepare_rl(name, spec, seed, tokenizer, records)
+        return _prepare_rl(name, spec, seed, tokenizer, records, ends_of(config, tokenizer))
     data = reader.tokens(records.train, spec, tokenizer)
     held_out = reader.tokens(records.held_out, spec, tokenizer) if records.held_out is not None else None
     order = _order(spec, data.n_rows, spec.batch_size, seed)
@@ -251,10 +258,19 @@ def _mismatched(
     return data, with_mismatched(held_out, chunks, spec.max_length)
 
 
-def _prepare_rl(name: str, spec: RlStage, seed: int, tokenizer: Any, records: StageRecords) -> PreparedRl:
+def ends_of(config: RunConfig, tokenizer: Any) -> TurnEnds:
+    """What ends a turn in a run."""
+    return turn_ends(tokenizer, follow_adapter(config.model.base)[0])
+
+
+def _prepare_rl(
+    name: str, spec: RlStage, seed: int, tokenizer: Any, records: StageRecords, ends: TurnEnds
+) -> PreparedRl:
+    sampling = ends.sampling(spec.sampling(), tokenizer, f"stages.{name}")
     room = None if spec.max_length is None else spec.max_length - spec.max_completion_length
     data = read_prompts(records.train, tokenizer, max_prompt_tokens=room)
-    stage = PreparedRl(name, spec, seed, data, _order(spec, data.n_rows, spec.prompts_per_step, seed))
+    order = _order(spec, data.n_rows, spec.prompts_per_step, seed)
+    stage = PreparedRl(name, spec, seed, data, order, sampling, ends.added)
     warm = getattr(spec, "critic_warmup_steps", 0)
     if warm >= stage.total_steps:
         raise UserError(

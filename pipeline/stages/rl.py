@@ -98,9 +98,9 @@ class RlLoop:
     def __init__(self, stage: PreparedRl, ctx: RlContext) -> None:
         self.stage, self.ctx, self.spec = stage, ctx, stage.spec
         self.judge = Judge(stage.spec, ctx.reward_models)
-        drawer = Drawer(stage, ctx.rollout, self.judge, ctx.tokenizer)
+        self.drawer = Drawer(stage, ctx.rollout, self.judge, ctx.tokenizer)
         together = stage.spec.sync.in_flight == "keep"
-        self.ahead = Ahead(drawer.draw, stage.spec.staleness, stage.total_steps, together=together)
+        self.ahead = Ahead(self.drawer.draw, stage.spec.staleness, stage.total_steps, together=together)
         self.objective = objective_of(stage.spec)
         self.kl = self.objective.kl_controller()
         self.idle = rl_checks.Idle()
@@ -116,7 +116,7 @@ class RlLoop:
         batch = trajectories(drawn.prompts.token_ids, drawn.samples)
         asked, judging = self.submit_scores(batch, step, drawn)
         with clock("rewards"):
-            texts = drawn.samples.texts(self.ctx.tokenizer, self.spec.stop)
+            texts = self.drawer.texts(drawn.samples)
             rewards = judging(texts)
         with clock("logprobs"):
             scores = TokenScores(**{name: np.asarray(one.result()[0]) for name, one in asked.items()})

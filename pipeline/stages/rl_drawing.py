@@ -77,7 +77,12 @@ class Drawer:
             sample_seed(stage.seed, step, int(row), i, stage.name, attempt) for row in rows for i in range(n)
         ]
         asked = [stage.data.token_ids[row] for row in rows]
-        return self.rollout.generate(asked, stage.spec.sampling(), seeds)
+        return self.rollout.generate(asked, stage.sampling, seeds)
+
+    def texts(self, samples: Generations) -> list[str]:
+        """What was said: without the end of the turn, and cut at stop strings."""
+        asked = self.stage.sampling
+        return samples.texts(self.tokenizer, asked.stop, asked.stop_token_ids)
 
     def drawn(self, rows: np.ndarray, samples: Generations, rewards: Rewards | None = None) -> Drawn:
         """What the engines have drawn for these rows, with their prompts."""

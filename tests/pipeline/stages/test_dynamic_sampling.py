@@ -56,7 +56,7 @@ def drawn(mixed: set[int], rounds: int, step: int = 0) -> tuple[Drawn, Engines]:
         [str(r) for r in rows], [str(r) for r in rows], [[r] for r in rows], {"answer": ["7"] * N_ROWS},
         Skipped(), "f",
     )  # fmt: skip
-    stage = PreparedRl("grpo", spec, 3, data, BatchOrder(N_ROWS, 4, 3, max_steps=3))
+    stage = PreparedRl("grpo", spec, 3, data, BatchOrder(N_ROWS, 4, 3, max_steps=3), spec.sampling())
     engines = Engines(mixed)
     drawer = Drawer(stage, engines, Judge(spec, {}), Tokenizer())  # type: ignore[arg-type]
     return drawer.draw(step), engines

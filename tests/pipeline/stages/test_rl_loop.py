@@ -144,7 +144,7 @@ def loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RlLoop:
         kl_in="loss", kl_estimator="k3", whiten_advantages="none",
     )  # fmt: skip
     data = PromptData(["q"] * 4, ["q"] * 4, [[1]] * 4, {"answer": ["7"] * 4}, Skipped(), "f")
-    stage = PreparedRl("ppo", spec, 3, data, BatchOrder(4, 2, 3, max_steps=3))
+    stage = PreparedRl("ppo", spec, 3, data, BatchOrder(4, 2, 3, max_steps=3), spec.sampling())
     ranks, engines = object(), Engines()
     context = RlContext(
         host=None, role="ppo", directory=tmp_path, identity=Identity({}, {}, "", 3), dtype="float32",

@@ -25,7 +25,7 @@ DATA = {"data": [{"source": "builtin:arithmetic", "split": "prompts"}], "rewards
 def stage_of(spec: RlStage, prompts: int = 10, steps: int = 7) -> PreparedRl:
     data = PromptData(["q"] * prompts, ["q"] * prompts, [[1]] * prompts, {}, Skipped(), "f")
     order = BatchOrder(prompts, spec.prompts_per_step, 3, max_steps=steps)
-    return PreparedRl("rl", spec, 3, data, order)
+    return PreparedRl("rl", spec, 3, data, order, spec.sampling())
 
 
 def samples_of(*lengths_: int, finish: str = "stop") -> Generations:

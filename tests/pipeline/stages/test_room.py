@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from actors.sampling import SamplingSpec
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.bad_rows import Skipped
@@ -29,7 +30,9 @@ def prepared(config: RunConfig, *lengths: int) -> PreparedRl:
     assert isinstance(spec, RlStage)
     n = len(lengths)
     data = PromptData(["q"] * n, ["q"] * n, [[1] * length for length in lengths], {}, Skipped(), "f")
-    return PreparedRl("grpo", spec, 0, data, BatchOrder(n, spec.prompts_per_step, 0, max_steps=1))
+    return PreparedRl(
+        "grpo", spec, 0, data, BatchOrder(n, spec.prompts_per_step, 0, max_steps=1), spec.sampling()
+    )
 
 
 def test_an_engine_holds_what_is_asked_for_within_what_the_base_has(tiny_base: Path) -> None:
@@ -48,7 +51,7 @@ def test_a_prompt_with_its_completion_has_to_fit(tiny_base: Path) -> None:
 
 
 def test_a_held_out_prompt_has_to_leave_room_for_a_token() -> None:
-    held_out = EvalSet(["a", "b"], [[1] * 31, [1] * 32], {}, "f")
+    held_out = EvalSet(["a", "b"], [[1] * 31, [1] * 32], {}, "f", SamplingSpec())
     assert held_out_problems(held_out, 33) == []
     (problem,) = held_out_problems(held_out, 32)
     assert problem.startswith("eval.data: 1 of 2 prompts leave no room")
