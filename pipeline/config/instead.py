@@ -29,6 +29,10 @@ _ALWAYS_VLLM = "leave it out: online stages sample with vLLM, in the actors of `
 _NO_SERVER = "leave it out: engines are actors of this run (`roles.rollout`), not a server"
 _LEAVE = "leave it out; it has no counterpart here"
 _ONE_TOKENIZER = "leave it out: template and special tokens are those of the base's own tokenizer"
+_TURN_END = (
+    "leave it out: a turn ends at the end-of-turn token of the base's chat template and at the base's EOS "
+    "tokens, which `raylign validate` prints; samples can be told to stop at more with `stop_token_ids`"
+)
 _REFERENCE = "a moving reference (TR-DPO) is not there; leave it out"
 _LAST_STEP = "leave it out: a stage hands on its last step, and `eval` compares stages"
 _FULL_DATA = "leave it out: data are read and tokenised before the first step"
@@ -190,7 +194,9 @@ INSTEAD: dict[str, str] = {
     "model_init_kwargs": "write what it holds under `model`: dtype, attn_implementation, trust_remote_code",
     "chat_template_path": _ONE_TOKENIZER,
     "chat_template_kwargs": _ONE_TOKENIZER,
-    "eos_token": _ONE_TOKENIZER,
+    "eos_token": _TURN_END,
+    "eos_token_id": _TURN_END,
+    "eos_token_ids": _TURN_END,
     "pad_token": _ONE_TOKENIZER,
     "dataset_kwargs": _FULL_DATA,
     "dataset_num_proc": _FULL_DATA,
