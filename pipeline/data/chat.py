@@ -16,7 +16,7 @@ from typing import Any
 from actors.errors import UserError
 from actors.models.turn_ends import PROBE_ANSWER, after_probe, training_template
 from pipeline.data.bad_rows import TEMPLATE_REFUSED, RowProblem
-from pipeline.data.row_view import Message
+from pipeline.data.messages import Message
 
 Span = tuple[int, int]
 """First and end character (exclusive) of an assistant's turn, its end-of-turn token included."""

@@ -5,24 +5,50 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.data import converters, pair_converters
-from pipeline.data.bad_rows import EMPTY_ANSWER, EMPTY_PROMPT, NO_ANSWER, SAME_ANSWERS, RowProblem
+from pipeline.data.bad_rows import (
+    EMPTY_ANSWER,
+    EMPTY_PROMPT,
+    NO_ANSWER,
+    SAME_ANSWERS,
+    TWO_SYSTEMS,
+    WRONG_TYPE,
+    RowProblem,
+)
 from pipeline.data.converters import Converted
-from pipeline.data.layouts import Resolved
-from pipeline.data.row_view import Message, RowView, text_of
+from pipeline.data.files import Row
+from pipeline.data.flags import check_whole, untrained_turns
+from pipeline.data.layouts import Kind, Resolved
+from pipeline.data.messages import Message, assistant, text_of, user
+from pipeline.data.row_view import RowView
+from pipeline.data.values import from_json, is_blank
 
 _CONVERTERS = {**converters.BY_LAYOUT, **pair_converters.BY_LAYOUT}
 
 
-def convert(values: dict[str, Any], resolved: Resolved) -> Converted:
-    """Messages of one row. RowProblem when the row can't be used."""
-    row = RowView(values, resolved.columns)
+def convert(raw: Row, resolved: Resolved, kind: Kind) -> Converted:
+    """Messages of one row, for a stage of this kind. RowProblem when the row can't be used."""
+    row = RowView(raw.values, resolved.columns, raw.arrow)
     converted = _CONVERTERS[resolved.layout.name](row)
-    converted = _with_system(converted, row.get("system"))
+    converted = _with_system(_with_history(converted, row), row)
+    if kind == "prompt" and _is_question(converted):
+        return Converted(converted.answers[0], (), None)
     for answer in converted.answers:
         _check_answer(answer)
     if len(converted.answers) == 2 and _same(*converted.answers):
         raise RowProblem(SAME_ANSWERS)
+    if kind == "sft":
+        left_out = untrained_turns(row.flags, converted.prompt, converted.answers[0])
+        return converted._replace(untrained=left_out) if left_out else converted
+    if kind != "prompt":
+        check_whole(row.flags, converted.answers)
     return converted
+
+
+def _is_question(converted: Converted) -> bool:
+    """Whether a conversation waits for its answer: then all of it is the prompt."""
+    return (
+        not converted.prompt and bool(converted.answers) and converted.answers[0][-1]["role"] != "assistant"
+    )
 
 
 def _check_answer(answer: list[Message]) -> None:
@@ -40,12 +66,53 @@ def _same(chosen: list[Message], rejected: list[Message]) -> bool:
     return stripped(chosen) == stripped(rejected)
 
 
-def _with_system(converted: Converted, system: Any) -> Converted:
-    if system is None or system == "":
+def _with_system(converted: Converted, row: RowView) -> Converted:
+    """With the turn that the system column holds; messages that begin with the same one have it already."""
+    system = row.get("system")
+    if is_blank(system):
         return converted
-    text = text_of(system, "system", EMPTY_PROMPT)
+    text = text_of(system, row.name("system"), EMPTY_PROMPT)
+    first = (converted.prompt or converted.answers[0])[0]
+    if first["role"] == "system":
+        if first["content"].strip() == text.strip():
+            return converted
+        raise RowProblem(
+            TWO_SYSTEMS,
+            f"column {row.name('system')} says {_short(text)}, the messages begin with "
+            f"{_short(first['content'])}",
+        )
     message = {"role": "system", "content": text}
     plain = converted.plain and (f"{text}\n\n{converted.plain[0]}", *converted.plain[1:])
     if converted.prompt:
         return Converted([message, *converted.prompt], converted.answers, plain)
     return Converted([], tuple([message, *answer] for answer in converted.answers), plain)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")
+
+
+def _with_history(converted: Converted, row: RowView) -> Converted:
+    """With the turns before a question, as Alpaca's `history` holds them; they are prompt."""
+    where = row.name("history")
+    history = from_json(row.get("history"), where)
+    if not history:
+        return converted
+    if not converted.prompt or converted.prompt[0]["role"] != "user" or len(converted.prompt) > 1:
+        raise RowProblem(WRONG_TYPE, f"{where} stands beside a prompt that is a conversation itself")
+    return Converted([*_history(history, where, row), *converted.prompt], converted.answers, None)
+
+
+def _history(history: Any, where: str, row: RowView) -> list[Message]:
+    if isinstance(history, list) and isinstance(history[0], dict):
+        messages = row.read(history, where)
+        if messages[-1]["role"] == "user":
+            raise RowProblem(WRONG_TYPE, f"{where} ends with a question")
+        return messages
+    if not isinstance(history, list) or not all(isinstance(x, list) and len(x) == 2 for x in history):
+        raise RowProblem(WRONG_TYPE, f"{where} is not a list of [question, answer] pairs")
+    messages = []
+    for index, (question, answer) in enumerate(history):
+        messages.append(user(text_of(question, f"{where}[{index}][0]", EMPTY_PROMPT)))
+        messages.append(assistant(text_of(answer, f"{where}[{index}][1]", EMPTY_ANSWER)))
+    return messages

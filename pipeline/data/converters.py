@@ -6,27 +6,22 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pipeline.data.bad_rows import EMPTY_ANSWER, EMPTY_PROMPT, NO_ANSWER, WRONG_TYPE, RowProblem
-from pipeline.data.row_view import (
-    Message,
-    RowView,
-    assistant,
-    check_text_or_messages,
-    is_json_messages,
-    text_of,
-    user,
-)
+from pipeline.data.messages import Message, assistant, is_json_messages, text_of, user
+from pipeline.data.row_view import RowView, check_text_or_messages
 
 
 class Converted(NamedTuple):
     """A row in canonical form.
 
     `answers` holds one message list for SFT, (chosen, rejected) for preferences, none for prompts.
-    `plain` is (prompt, *answers) as strings where the row came as strings, else None.
+    `plain` is (prompt, *answers) as strings where the row came as strings, else None. `untrained` holds
+    indices in `[*prompt, *answers[0]]`: answers that the row itself leaves out of the loss.
     """
 
     prompt: list[Message]
     answers: tuple[list[Message], ...]
     plain: tuple[str, ...] | None
+    untrained: frozenset[int] = frozenset()
 
 
 def _plain_text(row: RowView) -> Converted:
@@ -86,12 +81,10 @@ def prompt_of(row: RowView, column: str) -> tuple[list[Message], str | None]:
     if isinstance(value, str) and not is_json_messages(value):
         text = row.text(column, EMPTY_PROMPT)
         return [user(text)], text
-    check_text_or_messages(value, column)
+    check_text_or_messages(value, row.name(column))
     messages = row.messages(column)
     if messages[-1]["role"] == "assistant":
-        raise RowProblem(WRONG_TYPE, f"{column} ends with the assistant's turn")
-    if not any(m["content"].strip() for m in messages):
-        raise RowProblem(EMPTY_PROMPT, column)
+        raise RowProblem(WRONG_TYPE, f"{row.name(column)} ends with the assistant's turn")
     return messages, None
 
 

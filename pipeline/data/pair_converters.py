@@ -14,7 +14,8 @@ from pipeline.data.bad_rows import (
     RowProblem,
 )
 from pipeline.data.converters import Converted, instruction_prompt, last_turn, plain_of, prompt_of
-from pipeline.data.row_view import Message, RowView, assistant, user
+from pipeline.data.messages import Message, assistant, user
+from pipeline.data.row_view import RowView
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
@@ -76,7 +77,7 @@ def _preference_transcripts(row: RowView) -> Converted:
     (text, chosen), (other_text, rejected) = (_transcript(row, column) for column in ("chosen", "rejected"))
     if text != other_text:
         raise RowProblem(PROMPTS_DIFFER)
-    prompt = _turns(text)[:-1]
+    prompt = _turns(text, row.name("chosen"))
     answers = ([assistant(chosen)], [assistant(rejected)])
     return Converted(prompt, answers, (text, f" {chosen}", f" {rejected}"))
 
@@ -98,13 +99,16 @@ def _transcript(row: RowView, column: str) -> tuple[str, str]:
     return text[: marks[-1].end()], answer
 
 
-def _turns(transcript: str) -> list[Message]:
-    pieces = _TURN.split(transcript)[1:]
-    speakers = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": speakers[who], "content": text.strip()}
-        for who, text in zip(pieces[::2], pieces[1::2], strict=True)
-    ]
+def _turns(transcript: str, column: str) -> list[Message]:
+    """Turns up to the last mark, which the answer follows."""
+    pieces = _TURN.split(transcript)[1:-2]
+    turns: list[Message] = []
+    for who, text in zip(pieces[::2], pieces[1::2], strict=True):
+        if not (text := text.strip()):
+            reason = EMPTY_PROMPT if who == "Human" else EMPTY_ANSWER
+            raise RowProblem(reason, f"{column}: the {who}'s turn {len(turns) + 1}")
+        turns.append(user(text) if who == "Human" else assistant(text))
+    return turns
 
 
 BY_LAYOUT: dict[str, Callable[[RowView], Converted]] = {

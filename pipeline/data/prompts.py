@@ -10,8 +10,8 @@ import numpy as np
 
 from actors.errors import UserError
 from pipeline.data.bad_rows import TOO_LONG, BadRow, RowGate, Skipped
+from pipeline.data.messages import Message
 from pipeline.data.records import Records
-from pipeline.data.row_view import Message
 from pipeline.data.tokens import TokenStats, prompt_tokens
 
 Prompt = str | list[Message]

@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 
 from actors.algorithms.kto import LABEL
+from actors.algorithms.reward import MARGIN
 from actors.errors import UserError
-from pipeline.data.bad_rows import BadRow, RowGate, RowProblem, Skipped
+from pipeline.data.bad_rows import WRONG_TYPE, BadRow, RowGate, RowProblem, Skipped
 from pipeline.data.convert import convert
 from pipeline.data.converters import Converted
 from pipeline.data.files import Row
 from pipeline.data.layouts import Kind, Resolved, resolve_layout
-from pipeline.data.row_view import Message
+from pipeline.data.messages import Message
 from pipeline.data.sources import read_rows
 from pipeline.data.spec import DataSpec
+from pipeline.data.values import check_encodable, from_json, is_blank, true_or_false, type_name, without_nulls
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Record:
 
     def content(self) -> list[Any]:
         """What the fingerprint covers."""
-        return [self.prompt, self.answers, self.plain, self.columns, self.template_kwargs]
+        content = [self.prompt, self.answers, self.plain, self.columns, self.template_kwargs]
+        return [*content, sorted(self.untrained)] if self.untrained else content
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ def _records_of(row: Row, resolved: Resolved, kind: Kind, index: int) -> list[Re
     if kind != "unpaired":
         return [record]
     if resolved.layout.labelled:
-        label = _label(row.values.get(resolved.columns[LABEL]))
+        label = true_or_false(row.values.get(resolved.columns[LABEL]), resolved.columns[LABEL])
         return [replace(record, columns={**record.columns, LABEL: label})]
     plain = record.plain
     return [
@@ -218,22 +221,17 @@ def _records_of(row: Row, resolved: Resolved, kind: Kind, index: int) -> list[Re
     ]
 
 
-def _label(value: Any) -> bool:
-    """True where the answer is desirable; 1 and 0 are taken too."""
-    if isinstance(value, bool | int | np.bool_) and value in (0, 1):
-        return bool(value)
-    raise RowProblem("wrong type", f"{LABEL} is {value!r}, not true or false")
-
-
 def _record(row: Row, resolved: Resolved, kind: Kind, index: int) -> Record:
-    converted = convert(row.values, resolved)
+    converted = convert(row, resolved, kind)
     consumed = set(resolved.columns.values())
     columns = {k: v for k, v in row.values.items() if k not in consumed}
+    if MARGIN in resolved.columns and not is_blank(margin := row.values.get(resolved.columns[MARGIN])):
+        columns[MARGIN] = margin
     if kind == "prompt":
         converted, answer = _prompt_of(converted)
         if "answer" in resolved.columns:
             answer = row.values.get(resolved.columns["answer"])
-        columns = columns if answer is None else {"answer": answer, **columns}
+        columns = columns if answer is None else {**columns, "answer": answer}
     return Record(
         converted.prompt,
         converted.answers,
@@ -243,6 +241,7 @@ def _record(row: Row, resolved: Resolved, kind: Kind, index: int) -> Record:
         index,
         row.file,
         row.number,
+        converted.untrained,
     )
 
 
@@ -259,14 +258,22 @@ def _prompt_of(converted: Converted) -> tuple[Converted, str | None]:
 
 
 def _template_kwargs(row: Row, resolved: Resolved) -> dict[str, Any]:
-    values = {
-        name: row.values.get(resolved.columns[name])
-        for name in ("tools", "chat_template_kwargs")
-        if name in resolved.columns
-    }
-    tools, kwargs = values.get("tools"), values.get("chat_template_kwargs")
-    try:
-        tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
-    except ValueError as error:
-        raise RowProblem("wrong type", "tools is not valid JSON") from error
-    return {**(kwargs if isinstance(kwargs, dict) else {}), **({"tools": tools} if tools else {})}
+    """What goes to the chat template beside the messages; csv and parquet files may hold it as JSON text."""
+    values: dict[str, Any] = {}
+    for name, kind, said in _FOR_TEMPLATE:
+        column = resolved.columns.get(name)
+        if column is None or (value := row.values.get(column)) is None:
+            continue
+        value = from_json(value, column)
+        if isinstance(value, list):
+            value = [from_json(item, f"{column}[{i}]") for i, item in enumerate(value)]
+        value = without_nulls(value) if row.arrow else value
+        if value is not None and not isinstance(value, kind):
+            raise RowProblem(WRONG_TYPE, f"{column} is {type_name(value)}, not {said}")
+        check_encodable(value, column)
+        values[name] = value
+    tools = values.get("tools")
+    return {**(values.get("chat_template_kwargs") or {}), **({"tools": tools} if tools else {})}
+
+
+_FOR_TEMPLATE = (("tools", list, "a list of tools"), ("chat_template_kwargs", dict, "an object"))

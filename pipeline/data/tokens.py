@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -26,7 +25,6 @@ from pipeline.data.bad_rows import (
     MISSING_COLUMN,
     PROMPT_FILLS,
     TOO_LONG,
-    WRONG_TYPE,
     BadRow,
     RowGate,
     RowProblem,
@@ -36,6 +34,7 @@ from pipeline.data.encode import TokenRow, encode, token_ids_of
 from pipeline.data.layouts import Kind
 from pipeline.data.records import Record, Records
 from pipeline.data.texts import TextMaker
+from pipeline.data.values import finite_number
 
 Truncation = Literal["keep_start", "keep_end", "error"]
 
@@ -253,9 +252,7 @@ def _margin(record: Record) -> float:
     value = record.columns.get(MARGIN)
     if value is None:
         raise RowProblem(MISSING_COLUMN, f"{MARGIN}, which other rows have")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RowProblem(WRONG_TYPE, f"{MARGIN} is {value!r}, not a number")
-    return float(value)
+    return finite_number(value, MARGIN)
 
 
 class _Cut:

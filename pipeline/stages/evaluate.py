@@ -208,7 +208,7 @@ def score(scorer: Scorer, name: str, held_out: EvalSet, completions: list[str]) 
         RunFailure: it raised, or returned the wrong number of scores or something that is no number.
     """
     try:
-        given = dict(zip(GIVEN, (held_out.prompts, completions))) | held_out.columns
+        given = held_out.columns | dict(zip(GIVEN, (held_out.prompts, completions)))
         scores = list(scorer(**named_by(scorer, given)))
     except Exception as error:
         raise RunFailure("driver", "score", f"{name} raised {type(error).__name__}: {error}") from error

@@ -9,8 +9,8 @@ import pytest
 
 from actors.errors import UserError
 from actors.models.tiny import byte_tokenizer
+from pipeline.data.messages import Message
 from pipeline.data.records import Record, Records, SourceUse
-from pipeline.data.row_view import Message
 from pipeline.data.spec import DataSpec
 from pipeline.data.tokens import TokenizedData, prompt_tokens, tokenize
 

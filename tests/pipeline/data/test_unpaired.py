@@ -59,7 +59,7 @@ def test_pairs_are_taken_apart_good_answers_first(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("label", ["yes", 2, None, 0.5])
+@pytest.mark.parametrize("label", ["maybe", 2, None, 0.5, "", "2"])
 def test_a_label_that_is_neither_true_nor_false_is_a_bad_row(tmp_path: Path, label: Any) -> None:
     rows = [
         {"prompt": "a", "completion": "b", "label": True},
