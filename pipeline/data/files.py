@@ -36,8 +36,14 @@ class Row(NamedTuple):
 
 def suffix_of(path: Path) -> str:
     """Which of `SUFFIXES` a file has, compressed or not; empty: none."""
-    name = path.name.removesuffix(".gz")
+    name = path.name.lower().removesuffix(".gz")
     return next((s for s in SUFFIXES if name.endswith(s)), "")
+
+
+def stem_of(path: Path) -> str:
+    """A file's name without its suffixes."""
+    name = path.name[: -len(".gz")] if path.name.lower().endswith(".gz") else path.name
+    return name[: len(name) - len(suffix_of(path))]
 
 
 def read_file(file: Path) -> Iterator[Row]:

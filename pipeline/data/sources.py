@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import UserError
-from pipeline.data.files import SUFFIXES, Row, arrow_rows, json_rows, read_file, suffix_of
+from pipeline.data.files import Row, arrow_rows, json_rows, read_file, suffix_of
+from pipeline.data.readme_configs import files_of_folder
 from pipeline.data.spec import DataSpec
+from pipeline.data.split_files import files_of_pattern
 from pipeline.data.splits import parse_split, slice_bounds
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
@@ -23,6 +25,7 @@ def read_rows(spec: DataSpec, *, seed: int, max_rows: int | None = None) -> list
     """All rows of one source after split, slice and cap. UserError when the source can't be read."""
     cap = min((n for n in (spec.max_rows, max_rows) if n is not None), default=None)
     if spec.source.startswith("builtin:"):
+        _refuse_name(spec, "a built-in source")
         return _read_builtin(spec, seed, cap)
     files = local_files(spec)
     if files is None:
@@ -33,21 +36,27 @@ def read_rows(spec: DataSpec, *, seed: int, max_rows: int | None = None) -> list
 
 
 def local_files(spec: DataSpec) -> list[Path] | None:
-    """Files that the source names (or one `save_to_disk` directory); None when it is a hub id."""
+    """Files that the source names (or one `save_to_disk` directory); None when it is a hub id.
+
+    Raises:
+        UserError: there are none, or not of this split or configuration.
+    """
     source = spec.source
     path = Path(source).expanduser()
-    if any(c in source for c in "*?["):
-        base = Path(path.anchor) if path.is_absolute() else Path()
-        found = sorted(p for p in base.glob(str(path.relative_to(path.anchor))) if p.is_file())
-        if not found:
-            raise UserError(f"data source {source!r}: no file matches this pattern")
-        return found
-    if path.is_file():
+    split = parse_split(spec.split)[0]
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+        is_saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    except OSError as error:
+        raise UserError(f"data source {source!r}: {error.strerror}") from error
+    if is_file or is_saved:
+        _refuse_name(spec, "one file" if is_file else "a `save_to_disk` directory")
         return [path]
-    if path.is_dir():
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return [path]
-        return _files_of_split(path, parse_split(spec.split)[0])
+    if is_folder:
+        return files_of_folder(path, spec.name, split, source)
+    if any(c in source for c in "*?["):
+        _refuse_name(spec, "a pattern")
+        return files_of_pattern(source, split)
     if suffix_of(path) or not _HUB_ID.match(source):
         raise UserError(
             f"data source {source!r}: no such file or directory (looked in {Path.cwd()}); a hub data set has "
@@ -56,24 +65,12 @@ def local_files(spec: DataSpec) -> list[Path] | None:
     return None
 
 
-def _files_of_split(directory: Path, split: str) -> list[Path]:
-    files = sorted(p for p in directory.rglob("*") if p.is_file() and suffix_of(p))
-    if not files:
+def _refuse_name(spec: DataSpec, what: str) -> None:
+    if spec.name is not None:
         raise UserError(
-            f"data source '{directory}': no {', '.join(SUFFIXES)} file and no `save_to_disk` data in it"
+            f"data source {spec.source!r}: `name` is {spec.name!r}, but {what} has no configurations; leave "
+            "it out"
         )
-    of_split = [
-        p for p in files if re.match(rf"{re.escape(split)}([-_.]|$)", p.name) or split in p.parts[:-1]
-    ]
-    named = {p.name for p in files if re.match(r"(train|test|validation|val|dev|eval)([-_.])", p.name)}
-    if of_split:
-        return of_split
-    if split == "train" and not named:
-        return files
-    raise UserError(
-        f"data source '{directory}': no files of split {split!r}; "
-        f"found {', '.join(p.name for p in files[:10])}"
-    )
 
 
 def _read_files(spec: DataSpec, files: list[Path], cap: int | None) -> list[Row]:
@@ -119,6 +116,11 @@ def _read_saved(spec: DataSpec, directory: Path, cap: int | None) -> list[Row]:
         if name not in saved:
             raise UserError(f"data source '{directory}': no split {name!r}; it has {', '.join(saved)}")
         saved = saved[name]
+    elif name not in ("train", str(saved.split)):
+        own = f" or in its own, {str(saved.split)!r}" if saved.split not in (None, "train") else ""
+        raise UserError(
+            f"data source '{directory}': one data set is all in split train{own}; it has no split {name!r}"
+        )
     first, end = slice_bounds(spec.split, len(saved))
     return _dataset_rows(f"{directory}[{name}]", saved, first, end, cap)
 
