@@ -9,14 +9,20 @@ turns) are replaced by TRL's training template of the same model, where there is
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from actors.errors import UserError
 from actors.models.turn_ends import PROBE_ANSWER, after_probe, training_template
 from pipeline.data.bad_rows import TEMPLATE_REFUSED, RowProblem
 from pipeline.data.messages import Message
+from pipeline.data.tool_calls import CallForm, find_form
+
+DEFAULT, TOOL_USE = "default", "tool_use"
+"""Names of templates, where a tokenizer has several (transformers' own)."""
 
 Span = tuple[int, int]
 """First and end character (exclusive) of an assistant's turn, its end-of-turn token included."""
@@ -30,7 +36,7 @@ WHAT_TO_DO = (
 
 
 class Unmaskable(Exception):
-    """The template can't tell where the assistant's turns begin and end."""
+    """The template can't tell where the assistant's turns begin and end; it is the `ChatFormat` given."""
 
 
 class ChatFormat:
@@ -38,11 +44,21 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Any, template: str | None = None) -> None:
         self._tokenizer = tokenizer
-        self._template = template if template is not None else tokenizer.get_chat_template()
+        self._template = template if template is not None else named_template(tokenizer, tools=False)
         self._variables = dict(tokenizer.special_tokens_map)
         self.marked = bool(_MARKS.search(self._template))
         self.end_of_turn = self._find_end_of_turn()
         """What the template writes after an answer, up to its last visible character."""
+
+    @cached_property
+    def calls(self) -> CallForm:
+        """The form in which the template takes tool calls."""
+        return find_form(lambda messages: self._render(messages, {}, False, spans=False, fit=False)[0])
+
+    @property
+    def template(self) -> str:
+        """Its source, in Jinja."""
+        return self._template
 
     @property
     def masking(self) -> str:
@@ -56,10 +72,9 @@ class ChatFormat:
         return self._render(messages, kwargs, for_generation, spans=False)[0]
 
     def render_with_answers(
-        self, messages: Sequence[Message], first: int, kwargs: dict[str, Any]
+        self, messages: Sequence[Message], turns: Sequence[int], kwargs: dict[str, Any]
     ) -> tuple[str, list[Span]]:
-        """The conversation as text, and the spans of the assistant's turns from message `first` on."""
-        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= first]
+        """The conversation as text, and the spans of the assistant's turns `turns`, in their order."""
         return (
             self._by_marks(messages, turns, kwargs)
             if self.marked
@@ -67,10 +82,16 @@ class ChatFormat:
         )
 
     def _render(
-        self, messages: Sequence[Message], kwargs: dict[str, Any], for_generation: bool, spans: bool
+        self,
+        messages: Sequence[Message],
+        kwargs: dict[str, Any],
+        for_generation: bool,
+        spans: bool,
+        fit: bool = True,
     ) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        messages = self.calls.fitted(messages) if fit else messages
         try:
             texts, found = render_jinja_template(
                 conversations=[list(messages)],
@@ -84,16 +105,25 @@ class ChatFormat:
         return texts[0], [tuple(span) for span in found[0]] if spans else []
 
     def _by_marks(
-        self, messages: Sequence[Message], turns: list[int], kwargs: dict[str, Any]
+        self, messages: Sequence[Message], turns: Sequence[int], kwargs: dict[str, Any]
     ) -> tuple[str, list[Span]]:
         text, spans = self._render(messages, kwargs, False, spans=True)
-        # A template may mark several pieces of one turn; what lies before message `first` is prompt.
-        if turns and turns[0] > 0:
-            before = sum(m["role"] == "assistant" for m in messages[: turns[0]])
-            if before:
-                head = self.render(messages[: turns[0]], kwargs, for_generation=True)
-                spans = [span for span in spans if span[0] >= _shared(head, text)]
+        speaks = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if list(turns) != speaks:
+            if len(spans) == len(speaks):
+                spans = [span for span, turn in zip(spans, speaks, strict=True) if turn in turns]
+            else:  # A template may mark several pieces of one turn.
+                places = [self._place(messages, turn, text, kwargs) for turn in turns]
+                spans = [span for span in spans if any(a <= span[0] < b for a, b in places)]
         return text, [self._with_end(text, span) for span in spans if span[1] > span[0]]
+
+    def _place(self, messages: Sequence[Message], turn: int, text: str, kwargs: dict[str, Any]) -> Span:
+        """Where a turn lies in the text of the whole conversation."""
+        before = self.render(messages[:turn], kwargs).rstrip() if turn else ""
+        whole = text if turn == len(messages) - 1 else self.render(messages[: turn + 1], kwargs).rstrip()
+        if not (text.startswith(before) and text.startswith(whole)):
+            raise Unmaskable(self)
+        return len(before), len(whole)
 
     def _with_end(self, text: str, span: Span) -> Span:
         """The span stretched over an end-of-turn token that the template writes after its mark."""
@@ -101,7 +131,7 @@ class ChatFormat:
         return (span[0], span[1] + len(end)) if end and text.startswith(end, span[1]) else span
 
     def _by_prefixes(
-        self, messages: Sequence[Message], turns: list[int], kwargs: dict[str, Any]
+        self, messages: Sequence[Message], turns: Sequence[int], kwargs: dict[str, Any]
     ) -> tuple[str, list[Span]]:
         text = self.render(messages, kwargs)
         spans = []
@@ -111,7 +141,7 @@ class ChatFormat:
             head = self.render(messages[:turn], kwargs, for_generation=True)
             whole = text if turn == len(messages) - 1 else self.render(messages[: turn + 1], kwargs)
             if not (text.startswith(whole) and whole.startswith(head)):
-                raise Unmaskable
+                raise Unmaskable(self)
             spans.append((len(head), len(whole)))
         return text, spans
 
@@ -134,8 +164,33 @@ class ChatFormat:
         return end
 
 
+def named_template(tokenizer: Any, *, tools: bool) -> str:
+    """The tokenizer's template; of several with names, the one for rows with or without tools.
+
+    UserError when there is none of that name.
+    """
+    templates = tokenizer.chat_template
+    if not isinstance(templates, dict):
+        return str(templates)
+    wanted = TOOL_USE if tools and TOOL_USE in templates else DEFAULT
+    if wanted not in templates:
+        raise UserError(
+            f"the base's tokenizer has chat templates named {', '.join(sorted(templates))}, and rows "
+            f"{'with tools take `tool_use` or' if tools else 'without tools take'} `default`, which is "
+            "missing: give one of them that name, or put the one to use in chat_template.jinja"
+        )
+    return str(templates[wanted])
+
+
+def training_template_of(tokenizer: Any, template: str) -> str | None:
+    """TRL's training template for a tokenizer with this template, one of those that it has."""
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = template
+    return training_template(tokenizer)
+
+
 def chat_format(tokenizer: Any, template: str | None = None) -> ChatFormat:
-    """The tokenizer's chat template, or `template` in its place.
+    """The tokenizer's chat template, or `template`, one of several that it has or one in its place.
 
     UserError when there is none, or when it ends an answer with nothing: a model never learns to stop.
     """
@@ -146,7 +201,7 @@ def chat_format(tokenizer: Any, template: str | None = None) -> ChatFormat:
             "text) need none"
         )
     chat = ChatFormat(tokenizer, template)
-    if chat.end_of_turn == "" and template is None and (other := training_template(tokenizer)) is not None:
+    if chat.end_of_turn == "" and (other := training_template_of(tokenizer, chat.template)) is not None:
         # GLM-4.5 ends an answer with the head of the next turn, which only TRL's template writes at the end.
         chat = ChatFormat(tokenizer, other)
     if chat.end_of_turn == "":
@@ -155,13 +210,6 @@ def chat_format(tokenizer: Any, template: str | None = None) -> ChatFormat:
             "never stops. Add the end-of-text token to the assistant's turn in chat_template.jinja"
         )
     return chat
-
-
-def _shared(a: str, b: str) -> int:
-    """Length of the common prefix."""
-    if b.startswith(a):
-        return len(a)
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _first_line(error: Exception) -> str:

@@ -42,15 +42,15 @@ def encode(rows: list[RowText], tokenizer: Any, train_on: str) -> Iterator[Token
 
 def _encode_group(rows: list[RowText], tokenizer: Any, train_on: str) -> Iterator[TokenRow]:
     """Rows that are all rendered by the template, or all plain."""
-    special = bool(rows) and not rows[0].chat
+    plain = bool(rows) and not rows[0].chat
 
     def tokens(texts: Sequence[str | None]) -> Iterator[list[int]]:
-        return iter(token_ids_of(tokenizer, texts, special)["input_ids"])
+        return iter(token_ids_of(tokenizer, texts, plain)["input_ids"])
 
     heads = tokens([r.prompt for r in rows if r.prompt is not None])
     ids = tokens([text for r in rows if r.spans is None for text in r.sequences])
     spoken = [r for r in rows if r.spans is not None]
-    mapped = token_ids_of(tokenizer, [text for r in spoken for text in r.sequences], special, offsets=True)
+    mapped = token_ids_of(tokenizer, [text for r in spoken for text in r.sequences], False, offsets=True)
     spoken_ids = iter(zip(mapped["input_ids"], mapped.get("offset_mapping", []), strict=True))
     for row in rows:
         if row.spans is not None:
@@ -68,9 +68,13 @@ def _encode_group(rows: list[RowText], tokenizer: Any, train_on: str) -> Iterato
 
 
 def token_ids_of(
-    tokenizer: Any, texts: Sequence[str | None], special: bool, offsets: bool = False
+    tokenizer: Any, texts: Sequence[str | None], plain: bool, offsets: bool = False
 ) -> dict[str, list[Any]]:
     """The tokenizer's `input_ids` of many texts, on request with their `offset_mapping`.
+
+    A chat template writes the special tokens of its texts. A `plain` text begins with those that the
+    tokenizer sets before a text by itself (BOS), once, also where it has them written out. What it sets
+    behind a text (EOS) is left out: a prompt goes on, and rows have their end written out.
 
     Raises:
         UserError: offsets are wanted of a tokenizer that has none.
@@ -82,14 +86,30 @@ def token_ids_of(
             "the base's tokenizer has no fast version, which masking whole conversations needs: "
             "give the rows as prompt + completion"
         )
-    return tokenizer(
+    found = tokenizer(
         list(texts),
-        add_special_tokens=special,
+        add_special_tokens=False,
         return_attention_mask=False,
         return_token_type_ids=False,
         return_offsets_mapping=offsets,
         verbose=False,
     )
+    if plain and (first := tokens_before_texts(tokenizer)):
+        return {"input_ids": [_begun_with(first, ids) for ids in found["input_ids"]]}
+    return found
+
+
+def tokens_before_texts(tokenizer: Any) -> list[int]:
+    """The special tokens that a tokenizer sets before every text by itself: BOS, or none."""
+    bare, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+    starts = range(len(whole) - len(bare) + 1)
+    return next((whole[:i] for i in starts if whole[i : i + len(bare)] == bare), [])
+
+
+def _begun_with(first: list[int], ids: list[int]) -> list[int]:
+    """`ids` behind the tokens `first`, less those of them that it begins with."""
+    there = next(n for n in range(len(first), -1, -1) if ids[:n] == first[len(first) - n :])
+    return first[: len(first) - there] + ids
 
 
 def _common_prefix(head: list[int], whole: list[int]) -> int:

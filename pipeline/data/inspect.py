@@ -16,7 +16,7 @@ from pipeline.data.layouts import Kind, resolve_layout
 from pipeline.data.records import Record, Records, load_records
 from pipeline.data.sources import read_rows
 from pipeline.data.spec import DataSpec
-from pipeline.data.tokens import TokenizedData, Truncation, prompt_tokens, tokenize
+from pipeline.data.tokens import TokenizedData, Truncation, prompt_rows, tokenize
 
 _CONTEXT, _ANSWER = 600, 1200
 """Characters shown of a stretch that doesn't count and of one that does; the middle is left out."""
@@ -46,7 +46,7 @@ def inspect(
     specs = [spec.model_copy(update={"on_bad_row": "skip"}) for spec in specs]
     records = load_records(specs, kind or kind_of(specs[0], seed), seed=seed)
     if records.kind == "prompt":
-        texts, ids = prompt_tokens(records, tokenizer)
+        records, texts, ids = prompt_rows(records, tokenizer)
         for index in range(min(rows, len(records))):
             body = [_messages(records[index].prompt), Text(_middle_out(texts[index], _ANSWER), style="dim")]
             console.print(_panel(records[index], index, [*body, _columns(records[index])]))

@@ -12,7 +12,7 @@ from actors.errors import UserError
 from pipeline.data.bad_rows import TOO_LONG, BadRow, RowGate, Skipped
 from pipeline.data.messages import Message
 from pipeline.data.records import Records
-from pipeline.data.tokens import TokenStats, prompt_tokens
+from pipeline.data.tokens import TokenStats, prompt_rows
 
 Prompt = str | list[Message]
 """A prompt as its row has it: plain text, or messages. Reward functions get it in this form (TRL's rule)."""
@@ -67,9 +67,10 @@ def read_prompts(records: Records, tokenizer: Any, *, max_prompt_tokens: int | N
     """Tokenise the prompts of `records`.
 
     A prompt beyond `max_prompt_tokens` leaves no room for its answer and is a bad row: it follows its
-    source's `on_bad_row`. UserError lists all of them, and the prompts that the chat template refuses.
+    source's `on_bad_row`, as does one that the chat template refuses. UserError lists those that may not be
+    left out.
     """
-    texts, token_ids = prompt_tokens(records, tokenizer)
+    records, texts, token_ids = prompt_rows(records, tokenizer)
     gate = RowGate()
     kept = []
     for index, (record, ids) in enumerate(zip(records.rows, token_ids, strict=True)):

@@ -9,10 +9,12 @@ from functools import cached_property
 from typing import Any
 
 from actors.errors import UserError
-from actors.models.turn_ends import training_template
-from pipeline.data.bad_rows import BadRow, RowGate, RowProblem
-from pipeline.data.chat import WHAT_TO_DO, ChatFormat, Span, Unmaskable, chat_format
+from pipeline.data.bad_rows import LEFT_OUT, NOT_TRAINED, BadRow, RowGate, RowProblem
+from pipeline.data.chat import WHAT_TO_DO, ChatFormat, Span, Unmaskable
+from pipeline.data.messages import Message
 from pipeline.data.records import Record, Records
+from pipeline.data.rendered import Rendering
+from pipeline.data.templates import RowFormat, Templates
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class RowTexts:
     rows: list[RowText]
     formats: Counter[str] = field(default_factory=Counter)
     masking: str = ""
+    incomplete: set[ChatFormat] = field(default_factory=set)
+    """Templates that left out something of a row."""
 
 
 class TextMaker:
@@ -44,11 +48,7 @@ class TextMaker:
 
     def __init__(self, records: Records, tokenizer: Any) -> None:
         self._records, self._tokenizer = records, tokenizer
-        self._template: str | None = None
-
-    @cached_property
-    def _chat(self) -> ChatFormat:
-        return chat_format(self._tokenizer, self._template)
+        self._templates = Templates(tokenizer)
 
     @cached_property
     def _eos(self) -> str:
@@ -61,61 +61,75 @@ class TextMaker:
     def training_rows(self, gate: RowGate, train_on: str) -> RowTexts:
         """Every record that can be rendered; the others go to `gate`.
 
-        UserError when the template is missing or can't be masked, with what to do.
+        Rows of which the template leaves something out are tried with TRL's training template of the same
+        model, where there is one. UserError when the template is missing or can't be masked, with what to do.
         """
-        masked_by = ""
-        try:
-            result, bad = self._training_rows(train_on)
-        except Unmaskable:
-            result, bad = self._with_training_template(train_on)
-            masked_by = " of TRL's training template"
+        result, bad = self._masked_rows(train_on)
+        if result.incomplete and (templates := self._templates.with_training(result.incomplete)):
+            own, self._templates = self._templates, templates
+            try:
+                other = self._masked_rows(train_on)
+            except UserError:
+                other = result, bad
+            if len(other[1]) < len(bad):
+                result, bad = other
+            else:
+                self._templates = own
         for row, on_bad_row in bad:
             gate.add(row, on_bad_row)
-        result.masking += masked_by
         return result
 
-    def _with_training_template(self, train_on: str) -> tuple[RowTexts, list[tuple[BadRow, str]]]:
-        self._template = training_template(self._tokenizer)
-        del self._chat  # made again, with that template
-        try:
-            if self._template is not None:
+    def _masked_rows(self, train_on: str) -> tuple[RowTexts, list[tuple[BadRow, str]]]:
+        """As `_training_rows`, with TRL's training template where the tokenizer's own can't be masked."""
+        while True:
+            try:
                 return self._training_rows(train_on)
-        except Unmaskable:
-            pass
-        raise UserError(
-            "the base's chat template changes earlier turns when a message is added, so that the assistant's "
-            f"turns can't be told from the rest: {WHAT_TO_DO}"
-        )
+            except Unmaskable as error:
+                templates = self._templates.with_training([error.args[0]])
+            if templates is None:
+                raise UserError(
+                    "the base's chat template changes earlier turns when a message is added, so that the "
+                    f"assistant's turns can't be told from the rest: {WHAT_TO_DO}"
+                )
+            self._templates = templates
 
     def prompts(self, gate: RowGate) -> Iterator[tuple[int, bool, str]]:
-        """(record, whether by chat template, text up to where the answer begins)."""
+        """(record, whether by chat template, text up to where the answer begins); bad rows go to `gate`."""
         for index, record in enumerate(self._records.rows):
-            chat = self._is_chat(record)
             try:
-                text = (
-                    self._chat.render(record.prompt, record.template_kwargs, for_generation=True)
-                    if chat
-                    else None
-                )
+                text = self._prompt(record) if self._is_chat(record) else None
             except RowProblem as problem:
-                gate.add(BadRow(record.file, record.row, problem.reason, problem.detail), "error")
+                gate.add(*self._bad(record, problem))
                 continue
-            yield index, chat, text if text is not None else (record.plain or ("",))[0]
+            yield index, text is not None, text if text is not None else (record.plain or ("",))[0]
+
+    def _prompt(self, record: Record) -> str:
+        way = self._templates.of(record.template_kwargs)
+        way.control.check(record.prompt, record.plain)
+        text = way.chat.render(record.prompt, record.template_kwargs, for_generation=True)
+        made = Rendering(text, None, frozenset(), len(record.prompt))
+        way.complete.check(record.prompt, record.template_kwargs, made)
+        return text
+
+    def _bad(self, record: Record, problem: RowProblem) -> tuple[BadRow, str]:
+        on_bad_row = self._records.sources[record.source].spec.on_bad_row
+        return BadRow(record.file, record.row, problem.reason, problem.detail), on_bad_row
 
     def _training_rows(self, train_on: str) -> tuple[RowTexts, list[tuple[BadRow, str]]]:
         result = RowTexts([])
         bad: list[tuple[BadRow, str]] = []
         for index, record in enumerate(self._records.rows):
-            chat = self._is_chat(record)
+            way = self._templates.of(record.template_kwargs) if self._is_chat(record) else None
             try:
-                row = self._chat_row(index, record, train_on) if chat else self._plain_row(index, record)
+                row = self._chat_row(index, record, way, train_on) if way else self._plain_row(index, record)
             except RowProblem as problem:
-                on_bad_row = self._records.sources[record.source].spec.on_bad_row
-                bad.append((BadRow(record.file, record.row, problem.reason, problem.detail), on_bad_row))
+                bad.append(self._bad(record, problem))
+                if way and problem.reason == LEFT_OUT:
+                    result.incomplete.add(way.chat)
                 continue
-            if row.spans is not None:
-                result.masking = self._chat.masking
-            result.formats["chat" if chat else "text"] += 1
+            if way and row.spans is not None:
+                result.masking = way.masking
+            result.formats["chat" if way else "text"] += 1
             result.rows.append(row)
         return result, bad
 
@@ -129,15 +143,49 @@ class TextMaker:
 
     def _plain_row(self, index: int, record: Record) -> RowText:
         prompt, *answers = record.plain or ("",)
-        ended = [a if a.endswith(self._eos) else a + self._eos for a in answers]
+        # Text that went through a template may have a line break behind its last token.
+        ended = [a if a.rstrip().endswith(self._eos) else a + self._eos for a in answers]
         return RowText(index, False, [prompt + a for a in ended], None if record.is_text else prompt)
 
-    def _chat_row(self, index: int, record: Record, train_on: str) -> RowText:
+    def _chat_row(self, index: int, record: Record, way: RowFormat, train_on: str) -> RowText:
         prompt, kwargs = record.prompt, record.template_kwargs
-        wholes = [[*prompt, *answer] for answer in record.answers]
-        if train_on == "all" or (prompt and all(len(answer) == 1 for answer in record.answers)):
-            sequences = [self._chat.render(whole, kwargs) for whole in wholes]
-            head = self._chat.render(prompt, kwargs, for_generation=True) if prompt else None
-            return RowText(index, True, sequences, head)
-        rendered = [self._chat.render_with_answers(whole, len(prompt), kwargs) for whole in wholes]
-        return RowText(index, True, [text for text, _ in rendered], None, [spans for _, spans in rendered])
+        sequences, spans = [], []
+        for answer in record.answers:
+            whole = [*prompt, *answer]
+            way.control.check(whole, record.plain)
+            made = _render(way.chat, record, whole, train_on)
+            way.complete.check(whole, kwargs, made)
+            sequences.append(made.text)
+            spans.append(made.spans)
+        if train_on == "all" and record.untrained:
+            spans = [_all_but(way.chat, record, text) for text in sequences]
+        known = [found for found in spans if found is not None]
+        if known:
+            return RowText(index, True, sequences, None, known)
+        head = way.chat.render(prompt, kwargs, for_generation=True) if prompt else None
+        return RowText(index, True, sequences, head)
+
+
+def _render(chat: ChatFormat, record: Record, whole: list[Message], train_on: str) -> Rendering:
+    """A conversation as text with what counts in it. RowProblem when nothing does."""
+    first, kwargs = len(record.prompt), record.template_kwargs
+    speaks = [i for i, message in enumerate(whole) if message["role"] == "assistant" and i >= first]
+    trained = [i for i in speaks if i not in record.untrained]
+    if not trained:
+        raise RowProblem(NOT_TRAINED, "its own flags leave every turn of the assistant out of the loss")
+    if train_on == "all":
+        return Rendering(chat.render(whole, kwargs), None, frozenset(), 0)
+    if first and len(whole) == first + 1:
+        return Rendering(chat.render(whole, kwargs), None, frozenset(), first)
+    text, spans = chat.render_with_answers(whole, trained, kwargs)
+    if not spans:
+        raise RowProblem(NOT_TRAINED, "the chat template marks no turn of the assistant")
+    return Rendering(text, spans, frozenset(trained), first)
+
+
+def _all_but(chat: ChatFormat, record: Record, text: str) -> list[Span]:
+    """Spans of everything but the turns that the row leaves out of the loss."""
+    whole = [*record.prompt, *record.completion]
+    _, left_out = chat.render_with_answers(whole, sorted(record.untrained), record.template_kwargs)
+    edges = [0, *(edge for span in left_out for edge in span), len(text)]
+    return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if b > a]

@@ -21,22 +21,18 @@ from actors.batch import Batch
 from actors.errors import UserError
 from actors.models.turn_ends import turn_ends
 from pipeline.data.bad_rows import (
-    EMPTY_ANSWER,
     MISSING_COLUMN,
-    PROMPT_FILLS,
-    TOO_LONG,
     BadRow,
     RowGate,
     RowProblem,
     Skipped,
 )
+from pipeline.data.cut import Cut, Truncation
 from pipeline.data.encode import TokenRow, encode, token_ids_of
 from pipeline.data.layouts import Kind
 from pipeline.data.records import Record, Records
 from pipeline.data.texts import TextMaker
 from pipeline.data.values import finite_number
-
-Truncation = Literal["keep_start", "keep_end", "error"]
 
 
 @dataclass(frozen=True)
@@ -147,7 +143,7 @@ def tokenize(
         raise ValueError(f"records are {records.kind!r} rows, not {kind or 'rows to train on'!r}")
     encoded = encoded or encode_rows(records, tokenizer, train_on)
     gate = copy.deepcopy(encoded.gate)  # its rows are this stage's to tell, and the next one's
-    cut, tails = _Cut(max_length, truncation, records.kind), _Tails(tokenizer)
+    cut, tails = Cut(max_length, truncation, records.kind), _Tails(tokenizer)
     rows: list[TokenRow] = []
     margins = scored and any(record.columns.get(MARGIN) is not None for record in records.rows)
     found_margins: list[float] = []
@@ -194,21 +190,30 @@ def _columns(records: Records, rows: list[TokenRow], margins: list[float] | None
     return columns
 
 
-def prompt_tokens(records: Records, tokenizer: Any) -> tuple[list[str], list[list[int]]]:
-    """Prompts as the model reads them before it answers: texts and token ids, one for each record.
+def prompt_rows(records: Records, tokenizer: Any) -> tuple[Records, list[str], list[list[int]]]:
+    """Prompts as the model reads them before it answers: the records that can be used, their texts and
+    token ids, one for each record.
 
-    UserError lists the prompts that the chat template refuses.
+    A prompt that the chat template refuses, or leaves something out of, is a bad row and follows its source's
+    `on_bad_row`: the records that come back know which were left out. UserError lists those that may not be.
     """
     gate = RowGate()
-    texts, ids = [""] * len(records), [[0]] * len(records)
     prompts = list(TextMaker(records, tokenizer).prompts(gate))
-    gate.close()
+    skipped = gate.close()
+    ids: dict[int, list[int]] = {}
     for chat in (False, True):
         group = [(index, text) for index, is_chat, text in prompts if is_chat == chat]
-        encoded = token_ids_of(tokenizer, [text for _, text in group], special=not chat)["input_ids"]
-        for (index, text), tokens in zip(group, encoded, strict=True):
-            texts[index], ids[index] = text, tokens
-    return texts, ids
+        encoded = token_ids_of(tokenizer, [text for _, text in group], plain=not chat)["input_ids"]
+        ids.update(zip([index for index, _ in group], encoded, strict=True))
+    if skipped.total:
+        rows = [records[index] for index, _, _ in prompts]
+        records = replace(records, rows=rows, skipped=Skipped.merged([records.skipped, skipped]))
+    return records, [text for _, _, text in prompts], [ids[index] for index, _, _ in prompts]
+
+
+def prompt_tokens(records: Records, tokenizer: Any) -> tuple[list[str], list[list[int]]]:
+    """Texts and token ids of `prompt_rows`."""
+    return prompt_rows(records, tokenizer)[1:]
 
 
 class _Tails:
@@ -253,33 +258,3 @@ def _margin(record: Record) -> float:
     if value is None:
         raise RowProblem(MISSING_COLUMN, f"{MARGIN}, which other rows have")
     return finite_number(value, MARGIN)
-
-
-class _Cut:
-    """Cuts rows at the limit and counts what it cut."""
-
-    def __init__(self, max_length: int | None, truncation: Truncation, kind: Kind) -> None:
-        self.limit, self.truncation, self.kind = max_length, truncation, kind
-        self.sequences = self.tokens = 0
-
-    def __call__(self, row: TokenRow) -> TokenRow:
-        over = [max(0, len(ids) - self.limit) if self.limit is not None else 0 for ids in row.ids]
-        if any(over) and self.truncation == "error":
-            raise RowProblem(
-                TOO_LONG, f"{max(len(ids) for ids in row.ids)} tokens, the limit is {self.limit}"
-            )
-        keep = slice(None, self.limit) if self.truncation == "keep_start" else slice(-(self.limit or 0), None)
-        ids = [x[keep] if n else x for x, n in zip(row.ids, over, strict=True)]
-        masks = [x[keep].copy() if n else x for x, n in zip(row.masks, over, strict=True)]
-        for mask, n in zip(masks, over, strict=True):
-            mask[:1] = False  # the first token has no predictor
-            if not mask.any():
-                detail = f"{row.prompt_length} tokens, the limit is {self.limit}" if row.prompt_length else ""
-                raise (
-                    RowProblem(PROMPT_FILLS, detail)
-                    if n
-                    else RowProblem(EMPTY_ANSWER, "no token to train on")
-                )
-        self.sequences += sum(n > 0 for n in over)
-        self.tokens += sum(over)
-        return TokenRow(row.record, ids, masks, row.prompt_length, row.merged)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,9 @@ from actors.models.turn_ends import TurnEnds, turn_ends
 from actors.rewards import import_function, missing_arguments, named_by
 from actors.sampling import SamplingSpec, sample_seed
 from pipeline.artifacts import fingerprint, write_json
+from pipeline.data.bad_rows import Skipped
 from pipeline.data.records import Records, load_records
-from pipeline.data.tokens import prompt_tokens
+from pipeline.data.tokens import prompt_rows
 
 if TYPE_CHECKING:
     from actors.group import ActorGroup
@@ -50,6 +51,8 @@ class EvalSet:
     fingerprint: str
     sampling: SamplingSpec
     """How answers are drawn, with all that ends a turn."""
+    skipped: Skipped = field(default_factory=Skipped)
+    """Rows left out, as their source's `on_bad_row` says."""
 
 
 def wilson(successes: float, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -85,15 +88,18 @@ def read_eval_set(
     records: Records | None = None,
     ends: TurnEnds | None = None,
 ) -> EvalSet:
-    """Tokenise the held-out prompts (read here unless given). `ends`: of the base; None: of the tokenizer."""
+    """Tokenise the held-out prompts (read here unless given); bad rows follow their source's `on_bad_row`.
+    `ends`: of the base; None: of the tokenizer."""
     ends = ends or turn_ends(tokenizer)
     sampling = ends.sampling(spec.sampling, tokenizer, "eval.sampling")
     records = records or load_records(spec.data, "prompt", seed=seed, max_rows=spec.max_rows)
     check_columns(spec, records)
-    texts, token_ids = prompt_tokens(records, tokenizer)
+    kept, texts, token_ids = prompt_rows(records, tokenizer)
+    if not len(kept):
+        raise UserError(f"eval.data: no prompts left ({kept.skipped.summary() or 'the data is empty'})")
     # Where the base alone says what ends a turn, evaluations were made before this was asked.
     told = "".join(f" ends at {token}" for token in (*ends.added, *ends.texts))
-    return EvalSet(texts, token_ids, records.columns, records.fingerprint + told, sampling)
+    return EvalSet(texts, token_ids, kept.columns, kept.fingerprint + told, sampling, kept.skipped)
 
 
 def check_columns(spec: EvalSpec, records: Records) -> None:
