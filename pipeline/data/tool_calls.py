@@ -17,8 +17,8 @@ from pipeline.data.bad_rows import LEFT_OUT, WRONG_TYPE, RowProblem
 from pipeline.data.messages import Message
 
 _NAME, _KEY, _VALUE = "raylign_call", "raylign_key", "raylign value"
-_QUESTION = {"role": "user", "content": "?"}
-_RESULT = {"role": "tool", "name": _NAME, "tool_call_id": "raylign01", "content": "raylign result"}
+_QUESTION: Message = {"role": "user", "content": "?"}
+_RESULT: Message = {"role": "tool", "name": _NAME, "tool_call_id": "raylign01", "content": "raylign result"}
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,13 @@ def _parsed(text: str, where: str) -> dict[str, Any]:
 
 def calls_of(message: Message, turn: int = 0) -> list[dict[str, Any]]:
     """The calls of a message. RowProblem where they are no list of objects."""
-    calls = message.get("tool_calls") or []
+    calls: Any = message.get("tool_calls") or []
     if isinstance(calls, str):
         with contextlib.suppress(ValueError):
             calls = json.loads(calls)
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise RowProblem(WRONG_TYPE, f"turn {turn}: tool_calls is not a list of objects")
-    return calls
+    return [*calls]
 
 
 def find_form(render: Callable[[list[Message]], str]) -> CallForm:
@@ -110,7 +110,7 @@ def find_form(render: Callable[[list[Message]], str]) -> CallForm:
 def _writes(render: Callable[[list[Message]], str], arguments: Any, empty: str | None) -> bool:
     """Whether such a call comes out whole, and not as JSON inside JSON or as a Python dict."""
     call = {"id": "raylign01", "type": "function", "function": {"name": _NAME, "arguments": arguments}}
-    turn = {"role": "assistant", "content": empty, "tool_calls": [call]}
+    turn: Message = {"role": "assistant", "content": empty, "tool_calls": [call]}
     for messages in ([_QUESTION, turn, _RESULT], [_QUESTION, turn]):
         try:
             text = render(messages)
