@@ -15,10 +15,10 @@ from pipeline.data.bad_rows import (
     RowProblem,
 )
 from pipeline.data.converters import Converted
-from pipeline.data.files import Row
 from pipeline.data.flags import check_whole, untrained_turns
 from pipeline.data.layouts import Kind, Resolved
 from pipeline.data.messages import Message, assistant, text_of, user
+from pipeline.data.raw import Row
 from pipeline.data.row_view import RowView
 from pipeline.data.values import from_json, is_blank
 

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import UserError
-from pipeline.data.files import Row, arrow_rows, json_rows, read_file, suffix_of
+from pipeline.data.arrow_files import arrow_rows
+from pipeline.data.files import read_file
+from pipeline.data.json_files import json_rows
+from pipeline.data.raw import Row, suffix_of
 from pipeline.data.readme_configs import files_of_folder
 from pipeline.data.spec import DataSpec
 from pipeline.data.split_files import files_of_pattern
@@ -172,8 +175,14 @@ def hub_offline_if_unreachable() -> Iterator[None]:
 def _dataset_rows(label: str, data: Any, first: int, end: int, cap: int | None) -> list[Row]:
     if cap is not None:
         end = min(end, first + cap)
-    table = data.select(range(first, end)).with_format("arrow")[:]
-    return [row._replace(number=row.number + first) for row in arrow_rows(label, table)]
+    try:
+        table = data.select(range(first, end)).with_format("arrow")[:]
+        table.validate(full=True)
+    except Exception as error:  # damaged Arrow files open well, and are found out only when they are read
+        if "UTF8" not in str(error):  # that is the fault of rows, which `arrow_rows` names
+            raise UserError(f"data source '{label}': damaged Arrow data: {_first_line(error)}") from error
+    rows = arrow_rows(label, table, data.features)
+    return [row._replace(number=row.number + first) for row in rows]
 
 
 def _first_line(error: Exception) -> str:
