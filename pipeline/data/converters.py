@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 from pipeline.data.bad_rows import EMPTY_ANSWER, EMPTY_PROMPT, NO_ANSWER, WRONG_TYPE, RowProblem
 from pipeline.data.messages import Message, assistant, is_json_messages, text_of, user
+from pipeline.data.roles import calls_in
 from pipeline.data.row_view import RowView, check_text_or_messages
+from pipeline.data.values import check_encodable
 
 
 class Converted(NamedTuple):
@@ -46,6 +48,19 @@ def _prompt_completion(row: RowView) -> Converted:
 def _question_answer(row: RowView) -> Converted:
     question, answer = row.text("question", EMPTY_PROMPT), row.text("answer", EMPTY_ANSWER)
     return Converted([user(question)], ([assistant(answer)],), (f"{question}\n", answer))
+
+
+def _problem_solution(row: RowView) -> Converted:
+    problem, solution = row.text("problem", EMPTY_PROMPT), row.text("solution", EMPTY_ANSWER)
+    return Converted([user(problem)], ([assistant(solution)],), (f"{problem}\n", solution))
+
+
+def _query_calls(row: RowView) -> Converted:
+    """xLAM's form: what is asked, and the calls that answer it."""
+    query, where = row.text("query", EMPTY_PROMPT), row.name("answers")
+    calls = calls_in(row.need("answers"), where)
+    check_encodable(calls, where)
+    return Converted([user(query)], ([{**assistant(""), "tool_calls": calls}],), None)
 
 
 def _labelled_messages(row: RowView) -> Converted:
@@ -100,9 +115,9 @@ def last_turn(row: RowView) -> tuple[list[Message], list[Message]]:
     """The column `messages` as what comes before the assistant's last turn, and that turn."""
     messages = row.messages("messages")
     if messages[-1]["role"] != "assistant":
-        raise RowProblem(NO_ANSWER, "messages does not end with the assistant's turn")
+        raise RowProblem(NO_ANSWER, f"{row.name('messages')} does not end with the assistant's turn")
     if len(messages) == 1:
-        raise RowProblem(EMPTY_PROMPT, "messages holds the answer only")
+        raise RowProblem(EMPTY_PROMPT, f"{row.name('messages')} holds the answer only")
     return messages[:-1], messages[-1:]
 
 
@@ -115,7 +130,10 @@ BY_LAYOUT: dict[str, Callable[[RowView], Converted]] = {
     "messages_label": _labelled_messages,
     "question_answer_label": _question_answer,
     "instruction": _instruction,
+    "instruction_label": _instruction,
     "question_answer": _question_answer,
+    "problem_solution": _problem_solution,
+    "query_calls": _query_calls,
     "prompt": _prompt_only("prompt"),
     "question": _prompt_only("question"),
 }

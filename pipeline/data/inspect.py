@@ -12,8 +12,9 @@ from rich.text import Text
 
 from actors.errors import UserError
 from pipeline.data.bad_rows import Skipped
-from pipeline.data.layouts import Kind, resolve_layout
+from pipeline.data.layouts import Kind
 from pipeline.data.records import Record, Records, load_records
+from pipeline.data.resolve import resolve_layout
 from pipeline.data.sources import read_rows
 from pipeline.data.spec import DataSpec
 from pipeline.data.tokens import TokenizedData, Truncation, prompt_rows, tokenize

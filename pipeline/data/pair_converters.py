@@ -54,6 +54,20 @@ def _rejected_response(row: RowView) -> Converted:
     return Converted(prompt, (chosen, row.answer("rejected_response")), None)
 
 
+def _messages_preference(row: RowView) -> Converted:
+    """The conversation up to its answers; sets that give whole conversations too repeat one of them here."""
+    messages, chosen, rejected = row.messages("messages"), row.answer("chosen"), row.answer("rejected")
+    if chosen[0]["role"] == "assistant" and rejected[0]["role"] == "assistant":
+        prompt = messages[: -len(chosen)] if messages[-len(chosen) :] == chosen else messages
+    else:
+        prompt, chosen, rejected = _split_pair(chosen, rejected)
+        if messages not in (prompt, [*prompt, *chosen]):
+            raise RowProblem(PROMPTS_DIFFER, f"{row.name('messages')} is not the one inside chosen")
+    if not prompt or prompt[-1]["role"] == "assistant":
+        raise RowProblem(WRONG_TYPE, f"{row.name('messages')} ends with another answer than the chosen one")
+    return Converted(prompt, (chosen, rejected), None)
+
+
 def _preference_conversations(row: RowView) -> Converted:
     prompt, chosen, rejected = _split_pair(row.messages("chosen"), row.messages("rejected"))
     return Converted(prompt, (chosen, rejected), None)
@@ -115,6 +129,7 @@ BY_LAYOUT: dict[str, Callable[[RowView], Converted]] = {
     "preference": _preference,
     "question_preference": _question_preference,
     "instruction_preference": _instruction_preference,
+    "messages_preference": _messages_preference,
     "rejected_response": _rejected_response,
     "preference_conversations": _preference_conversations,
     "preference_transcripts": _preference_transcripts,

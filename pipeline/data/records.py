@@ -16,9 +16,10 @@ from actors.errors import UserError
 from pipeline.data.bad_rows import WRONG_TYPE, BadRow, RowGate, RowProblem, Skipped
 from pipeline.data.convert import convert
 from pipeline.data.converters import Converted
-from pipeline.data.layouts import Kind, Resolved, resolve_layout
+from pipeline.data.layouts import Kind, Resolved
 from pipeline.data.messages import Message
 from pipeline.data.raw import Row
+from pipeline.data.resolve import resolve_layout
 from pipeline.data.sources import read_rows
 from pipeline.data.spec import DataSpec
 from pipeline.data.values import check_encodable, from_json, is_blank, true_or_false, type_name, without_nulls

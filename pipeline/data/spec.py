@@ -16,24 +16,31 @@ LayoutName = Literal[
     "prompt_completion",
     "instruction",
     "question_answer",
+    "problem_solution",
+    "query_calls",
+    "transcript",
     "prompt",
     "question",
     "preference",
     "preference_conversations",
     "preference_transcripts",
+    "messages_preference",
     "rejected_response",
     "question_preference",
     "instruction_preference",
     "prompt_completion_label",
     "messages_label",
     "question_answer_label",
+    "instruction_label",
 ]
 
 ColumnName = Literal[
     "text",
     "messages",
     "conversations",
+    "chat",
     "system",
+    "history",
     "prompt",
     "completion",
     "instruction",
@@ -41,12 +48,18 @@ ColumnName = Literal[
     "output",
     "question",
     "answer",
+    "problem",
+    "solution",
+    "query",
+    "answers",
     "chosen",
     "rejected",
     "rejected_response",
     "chosen_response",
     "label",
+    "margin",
     "tools",
+    "chat_template_kwargs",
 ]
 
 
@@ -68,7 +81,8 @@ class DataSpec(Spec):
     max_rows: int | None = Field(default=None, ge=1)
     """Take at most this many rows, the first ones."""
     columns: dict[ColumnName, str] = Field(default_factory=dict)
-    """Which column holds what, where the names differ: `{prompt: query, completion: reply}`."""
+    """Which column holds what, where the names differ: `{prompt: query, completion: reply}`. Only layouts
+    that read all of these are looked for; what nothing reads is refused."""
     layout: LayoutName | None = None
     """Layout of the rows; None recognises it from the columns."""
     format: Literal["auto", "chat", "text"] = "auto"
