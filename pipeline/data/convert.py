@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.data import converters, pair_converters, transcripts
+from pipeline.data import converters, pair_converters
 from pipeline.data.bad_rows import (
     EMPTY_ANSWER,
     EMPTY_PROMPT,
@@ -22,7 +22,7 @@ from pipeline.data.raw import Row
 from pipeline.data.row_view import RowView
 from pipeline.data.values import from_json, is_blank
 
-_CONVERTERS = {**converters.BY_LAYOUT, **pair_converters.BY_LAYOUT, **transcripts.BY_LAYOUT}
+_CONVERTERS = {**converters.BY_LAYOUT, **pair_converters.BY_LAYOUT}
 
 
 def convert(raw: Row, resolved: Resolved, kind: Kind) -> Converted:

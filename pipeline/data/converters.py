@@ -9,6 +9,7 @@ from pipeline.data.bad_rows import EMPTY_ANSWER, EMPTY_PROMPT, NO_ANSWER, WRONG_
 from pipeline.data.messages import Message, assistant, is_json_messages, text_of, user
 from pipeline.data.roles import calls_in
 from pipeline.data.row_view import RowView, check_text_or_messages
+from pipeline.data.transcripts import glaive_turns, hh_prompt, is_hh_prompt
 from pipeline.data.values import check_encodable
 
 
@@ -63,6 +64,10 @@ def _query_calls(row: RowView) -> Converted:
     return Converted([user(query)], ([{**assistant(""), "tool_calls": calls}],), None)
 
 
+def _transcript(row: RowView) -> Converted:
+    return Converted([], (glaive_turns(row.text("chat", EMPTY_PROMPT), row.name("chat")),), None)
+
+
 def _labelled_messages(row: RowView) -> Converted:
     prompt, answer = last_turn(row)
     return Converted(prompt, (answer,), None)
@@ -95,6 +100,8 @@ def prompt_of(row: RowView, column: str) -> tuple[list[Message], str | None]:
     value = row.need(column)
     if isinstance(value, str) and not is_json_messages(value):
         text = row.text(column, EMPTY_PROMPT)
+        if is_hh_prompt(text):
+            return hh_prompt(text, row.name(column)), text
         return [user(text)], text
     check_text_or_messages(value, row.name(column))
     messages = row.messages(column)
@@ -131,6 +138,7 @@ BY_LAYOUT: dict[str, Callable[[RowView], Converted]] = {
     "question_answer_label": _question_answer,
     "instruction": _instruction,
     "instruction_label": _instruction,
+    "transcript": _transcript,
     "question_answer": _question_answer,
     "problem_solution": _problem_solution,
     "query_calls": _query_calls,

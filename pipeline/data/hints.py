@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from pipeline.data.convert import convert
 from pipeline.data.files import Row
 from pipeline.data.layouts import ALIASES, Kind, Layout, column_of, layouts_for, on_columns, rows_with
 from pipeline.data.spec import DataSpec
+from pipeline.data.values import true_or_false
 
 STAGES_OF: dict[Kind, str] = {
     "sft": "an sft stage",
@@ -20,7 +22,18 @@ STAGES_OF: dict[Kind, str] = {
 }
 """Who takes rows of a kind."""
 
-_QUESTIONS = ("question", "query", "instruction", "prompt", "problem", "input", "user", "human")
+_QUESTIONS = (
+    "question",
+    "query",
+    "instruction",
+    "prompt",
+    "problem",
+    "input",
+    "user",
+    "human",
+    "context",
+    "post",
+)
 _ANSWERS = (
     "response",
     "answer",
@@ -30,11 +43,29 @@ _ANSWERS = (
     "reply",
     "target",
     "assistant",
+    "summary",
     "chosen",
 )
-_TURNS = ("conversation", "dialog", "dialogue", "chat", "turns", "messages", "chosen")
-_GOOD = ("chosen_response", "better", "preferred", "accepted", "winner", "response_chosen", "good")
-_WORSE = ("rejected_response", "worse", "dispreferred", "loser", "response_rejected", "bad")
+_TURNS = ("conversation", "dialog", "dialogue", "chat", "turns", "data", "messages", "chosen")
+_GOOD = (
+    "chosen_response",
+    "better",
+    "preferred",
+    "accepted",
+    "winner",
+    "response_chosen",
+    "chosen_answer",
+    "good",
+)
+_WORSE = (
+    "rejected_response",
+    "worse",
+    "dispreferred",
+    "loser",
+    "response_rejected",
+    "rejected_answer",
+    "bad",
+)
 
 SYNONYMS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("prompt", "question", "instruction"), _QUESTIONS),
@@ -45,6 +76,8 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "label": ("labels", "desirable", "is_desirable", "thumbs_up", "liked", "correct", "is_correct"),
 }
 """Columns that may well be what is missing. They are only proposed, unlike `ALIASES`."""
+
+_NUMBERED = re.compile(r"^((?:response|answer|completion|output|human_ref)s?)_?(?:\d|[a-zA-Z])$")
 
 _TRIED = 20
 """Rows that a proposal is tried on."""
@@ -64,7 +97,7 @@ def no_layout(spec: DataSpec, kind: Kind, found: list[str], rows: Sequence[dict[
             "sft": "one row for each answer to train, with prompt and completion",
             "unpaired": "one row for each answer, with prompt, completion and label",
         }.get(kind, "one row for each pair, with prompt, chosen and rejected")
-        return f"{start}: {several} holds several answers; write {form}"
+        return f"{start}: several answers in a row ({several}); write {form}"
     label = next((c for c in ("label", *ALIASES["label"]) if c in found), None)
     if kind == "unpaired" and label is None and _fits("sft", spec, found, rows):
         return (
@@ -75,6 +108,11 @@ def no_layout(spec: DataSpec, kind: Kind, found: list[str], rows: Sequence[dict[
         return (
             f"{start}: they hold one answer each, which an sft stage takes; a preference needs a chosen "
             "and a rejected one"
+        )
+    if kind != "prompt" and _fits("prompt", spec, found, rows):
+        return (
+            f"{start}: they hold prompts without answers, which online stages and evaluations take; answers "
+            f"under another name need `columns:`"
         )
     known = "; ".join(dict.fromkeys(" + ".join(x.needs) for x in layouts_for(kind)))
     return f"{start}. Known: {known}. Other names go under `columns:`"
@@ -118,8 +156,8 @@ def _missing(layout: Layout, spec: DataSpec, found: Sequence[str]) -> list[str]:
 
 def _candidates(canonical: str, free: Sequence[str]) -> Iterable[str]:
     yield from (c for c in SYNONYMS.get(canonical, ()) if c in free)
-    # A misspelling; `text` is too short to be told from `context`.
-    yield from difflib.get_close_matches(canonical, free, 1, 0.6 if len(canonical) > 4 else 0.8)
+    # A misspelling: nearer than `label` and `level`, `answer` and `answer_0`, `text` and `context`.
+    yield from difflib.get_close_matches(canonical, free, 1, 0.88)
 
 
 def _works(
@@ -131,6 +169,8 @@ def _works(
     for number, row in enumerate(rows[:_TRIED], 1):
         try:
             convert(Row(spec.source, number, row), resolved, kind)
+            if kind == "unpaired" and layout.labelled:
+                true_or_false(row.get(resolved.columns["label"]), "label")
             return True
         except RowProblem:
             continue
@@ -143,7 +183,16 @@ def _fits(kind: Kind, spec: DataSpec, found: Sequence[str], rows: Sequence[dict[
 
 
 def _several_answers(found: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
-    """A column of answers that are ranked or scored in one row (Nectar, UltraFeedback), if there is one."""
+    """Where a row has several answers that are compared elsewhere in it; empty where it has not.
+
+    One column of ranked or scored answers (Nectar, UltraFeedback), or numbered columns (PKU-SafeRLHF, SHP).
+    """
+    numbered: dict[str, list[str]] = {}
+    for column in found:
+        if match := _NUMBERED.match(column):
+            numbered.setdefault(match[1], []).append(column)
+    if columns := next((" and ".join(f"`{c}`" for c in x) for x in numbered.values() if len(x) > 1), ""):
+        return columns
     for row in rows[:_TRIED]:
         for column in found:
             value = row.get(column)

@@ -85,6 +85,13 @@ def messages_of(value: Any, where: str, flags: list[Flag], arrow: bool) -> list[
     return messages
 
 
+def in_turns(value: Any) -> Any:
+    """LIMA's form, the texts of a conversation alone, with its roles: the user speaks first."""
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(item, str) for item in value):
+        return value
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(value)]
+
+
 def _list_in(value: str, where: str) -> Any:
     try:
         return json.loads(value)

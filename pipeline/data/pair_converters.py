@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 from pipeline.data.bad_rows import (
@@ -16,8 +15,7 @@ from pipeline.data.bad_rows import (
 from pipeline.data.converters import Converted, instruction_prompt, last_turn, plain_of, prompt_of
 from pipeline.data.messages import Message, assistant, user
 from pipeline.data.row_view import RowView
-
-_TURN = re.compile(r"\n\n(Human|Assistant):")
+from pipeline.data.transcripts import hh_answer, hh_prompt
 
 
 def _preference(row: RowView) -> Converted:
@@ -88,41 +86,14 @@ def _split_pair(
 
 
 def _preference_transcripts(row: RowView) -> Converted:
-    (text, chosen), (other_text, rejected) = (_transcript(row, column) for column in ("chosen", "rejected"))
+    (text, chosen), (other_text, rejected) = (
+        hh_answer(row.text(column, EMPTY_ANSWER), row.name(column)) for column in ("chosen", "rejected")
+    )
     if text != other_text:
         raise RowProblem(PROMPTS_DIFFER)
-    prompt = _turns(text, row.name("chosen"))
+    prompt = hh_prompt(text, row.name("chosen"))
     answers = ([assistant(chosen)], [assistant(rejected)])
     return Converted(prompt, answers, (text, f" {chosen}", f" {rejected}"))
-
-
-def _transcript(row: RowView, column: str) -> tuple[str, str]:
-    """A transcript up to the last `Assistant:`, and the answer after it."""
-    text = row.text(column, EMPTY_ANSWER)
-    marks = list(_TURN.finditer(text))
-    if not marks or marks[0].start() != 0 or marks[0][1] != "Human":
-        raise RowProblem(
-            WRONG_TYPE,
-            f"{column} does not begin with '\\n\\nHuman:'; with answers alone, a prompt column is needed",
-        )
-    if marks[-1][1] != "Assistant":
-        raise RowProblem(NO_ANSWER, f"{column} ends with the human's turn")
-    answer = text[marks[-1].end() :].strip()
-    if not answer:
-        raise RowProblem(EMPTY_ANSWER, column)
-    return text[: marks[-1].end()], answer
-
-
-def _turns(transcript: str, column: str) -> list[Message]:
-    """Turns up to the last mark, which the answer follows."""
-    pieces = _TURN.split(transcript)[1:-2]
-    turns: list[Message] = []
-    for who, text in zip(pieces[::2], pieces[1::2], strict=True):
-        if not (text := text.strip()):
-            reason = EMPTY_PROMPT if who == "Human" else EMPTY_ANSWER
-            raise RowProblem(reason, f"{column}: the {who}'s turn {len(turns) + 1}")
-        turns.append(user(text) if who == "Human" else assistant(text))
-    return turns
 
 
 BY_LAYOUT: dict[str, Callable[[RowView], Converted]] = {

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.data.bad_rows import EMPTY_ANSWER, MISSING_COLUMN, WRONG_TYPE, RowProblem
 from pipeline.data.flags import Flag
-from pipeline.data.messages import Message, assistant, is_json_messages, messages_of, text_of
+from pipeline.data.messages import Message, assistant, in_turns, is_json_messages, messages_of, text_of
 from pipeline.data.values import type_name
 
 
@@ -41,7 +41,10 @@ class RowView:
 
     def messages(self, canonical: str) -> list[Message]:
         """A needed message list, in (role, content) form."""
-        return self.read(self.need(canonical), self.name(canonical))
+        value = self.need(canonical)
+        if canonical in ("messages", "conversations"):
+            value = in_turns(value)
+        return self.read(value, self.name(canonical))
 
     def read(self, value: Any, where: str) -> list[Message]:
         """`value` as messages."""

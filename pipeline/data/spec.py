@@ -70,8 +70,8 @@ class DataSpec(Spec):
     """Where the rows are: a hub id (`org/name`), a json, jsonl, csv or parquet file (also .gz, and patterns
     such as `data/*.jsonl`), a directory of such files or of `save_to_disk`, or `builtin:NAME`."""
     name: str | None = None
-    """Configuration of a data set that has several, such as `main`: of the hub, or of a directory, where it is
-    one of its README or a folder in it."""
+    """Configuration of a data set that has several, such as `main`: of the hub, or of a directory, where it
+    is one of its README or a folder in it."""
     split: str = "train"
     """Split to take, with datasets' slices: `train[:1000]`, `test[10%:20%]`. Which files of a directory it
     is, is decided as in `datasets` (docs/data.md). A single local file is all in `train`."""
