@@ -9,8 +9,8 @@ from typing import Any
 
 from pipeline.data.bad_rows import RowProblem
 from pipeline.data.convert import convert
-from pipeline.data.files import Row
 from pipeline.data.layouts import ALIASES, Kind, Layout, column_of, layouts_for, on_columns, rows_with
+from pipeline.data.raw import Row
 from pipeline.data.spec import DataSpec
 from pipeline.data.values import true_or_false
 
