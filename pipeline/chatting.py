@@ -92,7 +92,28 @@ def typed() -> Iterator[str]:
 
 
 def reply(rollout: ActorGroup, tokenizer: Any, messages: list[dict[str, str]], sampling: SamplingSpec) -> str:
-    """The model's next turn."""
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    """The model's next turn.
+
+    Raises:
+        UserError: the chat template refuses the messages.
+    """
+    ids = question(tokenizer, messages)
     generations = rollout.call_rank(0, "generate", [ids], sampling, None, phase="generate")
     return generations.texts(tokenizer, sampling.stop, sampling.stop_token_ids)[0]
+
+
+def question(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """What the model reads, as tokens: the conversation through the template that training takes for it.
+
+    Raises:
+        UserError: the chat template refuses it, or there is none for it.
+    """
+    from pipeline.data.bad_rows import RowProblem
+    from pipeline.data.chat import chat_format
+    from pipeline.data.encode import token_ids_of
+
+    try:
+        text = chat_format(tokenizer).render(messages, {}, for_generation=True)
+    except RowProblem as problem:
+        raise UserError(f"{problem.reason}: {problem.detail}") from problem
+    return [int(token) for token in token_ids_of(tokenizer, [text], plain=False)["input_ids"][0]]

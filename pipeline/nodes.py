@@ -51,14 +51,29 @@ class Node:
                 continue
             cut = f", {data.stats.truncated:,} sequences cut at max_length" if data.stats.truncated else ""
             notes.append(f"{self.name}{what}: {data.n_rows:,} rows, {data.stats.tokens:,} tokens{cut}")
-            if data.skipped.counts:
-                notes.append(f"{self.name}{what}: left out {data.skipped.summary()}")
-                notes += [f"  {row}" for row in data.skipped.listing]
-        return notes
+        return notes + remarks_on_data(self.prepared)
 
     @property
     def pending(self) -> bool:
         return self.decision.state != "fresh"
+
+
+def remarks_on_data(stage: Prepared) -> list[str]:
+    """What a user wants to know of a stage's rows: those left out, and those that went through a template
+    before they came here."""
+    notes = []
+    for what, data in (("", stage.data), (" (held out)", stage.eval_data)):
+        if data is None:
+            continue
+        if data.stats.rendered:
+            notes.append(
+                f"{stage.name}{what}: {data.stats.rendered:,} rows of text hold turns of the chat template "
+                "already, and are trained as they stand"
+            )
+        if data.skipped.counts:
+            notes.append(f"{stage.name}{what}: left out {data.skipped.summary()}")
+            notes += [f"  {row}" for row in data.skipped.listing]
+    return notes
 
 
 @dataclass(frozen=True)

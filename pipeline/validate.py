@@ -29,6 +29,8 @@ class Findings:
     targets: Targets | None = None
     stages: list[list[str]] = field(default_factory=list)
     """Stage, start, reference, rows, tokens (median, longest sequence), steps x rows (or samples)."""
+    remarks: list[str] = field(default_factory=list)
+    """Rows that were left out, and what else is worth saying of the data."""
     sync_bytes: dict[str, int] = field(default_factory=dict)
     """What each sync of an online stage sends to one engine."""
     prompts: int | None = None
@@ -103,6 +105,7 @@ def _look_at_model(config: RunConfig, findings: Findings) -> Any:
 
 
 def _look_at_stage(config: RunConfig, name: str, tokenizer: Any, findings: Findings) -> None:
+    from pipeline.nodes import remarks_on_data
     from pipeline.stages.prepared import prepare, read_records
     from pipeline.stages.reward_sources import reward_column_problems
     from pipeline.stages.room import sample_problems
@@ -119,6 +122,7 @@ def _look_at_stage(config: RunConfig, name: str, tokenizer: Any, findings: Findi
     if prepared is None:
         return
     findings.problems += sample_problems(prepared, findings.positions(config))
+    findings.remarks += remarks_on_data(prepared)
     stats = prepared.data.stats
     rows = spec.samples_per_step if isinstance(spec, RlStage) else spec.batch_size
     findings.stages.append(
@@ -151,3 +155,4 @@ def _look_at_eval(config: RunConfig, tokenizer: Any, findings: Findings) -> None
     if held_out is not None:
         findings.problems += held_out_problems(held_out, findings.positions(config))
         findings.prompts = len(held_out.prompts)
+        findings.remarks += held_out.remarks()

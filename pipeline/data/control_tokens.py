@@ -21,6 +21,8 @@ _MARKER = re.compile(r"<[|\uff5c][^<>\n]{1,60}>|</?[a-z]+_[a-z_]+>|\[/?[A-Z][A-Z
 `[/INST]`. (U+FF5C is DeepSeek's bar.)"""
 _THOUGHT = ("<think>", "</think>")
 """Belong to what an answer says, though templates may write them too."""
+_LEAST = 3
+"""Characters that a text has by chance."""
 _FIRST, _ANSWER, _SECOND = (f"raylign probe {which}" for which in ("question", "answer", "next"))
 
 
@@ -40,6 +42,10 @@ class ControlTokens:
         """The first of them that a text holds."""
         return next((token for token in self.tokens if token in text), None)
 
+    def begins_turn(self, text: str) -> bool:
+        """Whether a text holds what an answer begins behind: then it went through the template."""
+        return len(self._head) > _LEAST and self._head in text
+
     def check(self, messages: Sequence[Message], plain: tuple[str, ...] | None) -> None:
         """RowProblem for a row that holds them. `plain`: the row as strings, where it came as strings."""
         for turn, message in enumerate(messages, 1):
@@ -52,7 +58,7 @@ class ControlTokens:
                     f"turn {turn} ({message['role']}) holds {token}, which would be read as the token itself"
                 )
                 raise RowProblem(CONTROL_TOKEN, said)
-        if plain is not None and len(self._head) > 3 and plain[0].rstrip().endswith(self._head):
+        if plain is not None and len(self._head) > _LEAST and plain[0].rstrip().endswith(self._head):
             raise RowProblem(RENDERED_ALREADY, f"the prompt ends with {self._head!r}: {_FORMAT_TEXT}")
 
 

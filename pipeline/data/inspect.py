@@ -154,6 +154,9 @@ def _token_lines(data: TokenizedData, max_length: int | None) -> list[tuple[str,
         lines.append((f"cut at max_length {max_length}", cut))
     if stats.masking:
         lines.append(("answers found by", stats.masking))
+    if stats.rendered:
+        said = f"{stats.rendered:,} rows of text hold turns of the chat template: they stay as they are"
+        lines.append(("rendered already", said))
     if stats.merged_boundaries:
         said = (
             f"{stats.merged_boundaries:,} rows: the prompt alone is rendered otherwise than before an answer"

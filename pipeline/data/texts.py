@@ -11,6 +11,7 @@ from typing import Any
 from actors.errors import UserError
 from pipeline.data.bad_rows import LEFT_OUT, NOT_TRAINED, BadRow, RowGate, RowProblem
 from pipeline.data.chat import WHAT_TO_DO, ChatFormat, Span, Unmaskable
+from pipeline.data.control_tokens import ControlTokens
 from pipeline.data.messages import Message
 from pipeline.data.records import Record, Records
 from pipeline.data.rendered import Rendering
@@ -39,6 +40,8 @@ class RowTexts:
     rows: list[RowText]
     formats: Counter[str] = field(default_factory=Counter)
     masking: str = ""
+    rendered: int = 0
+    """Rows of plain text that hold turns of the template already: legitimate, and worth saying."""
     incomplete: set[ChatFormat] = field(default_factory=set)
     """Templates that left out something of a row."""
 
@@ -130,6 +133,7 @@ class TextMaker:
             if way and row.spans is not None:
                 result.masking = way.masking
             result.formats["chat" if way else "text"] += 1
+            result.rendered += not way and self._holds_turns(row)
             result.rows.append(row)
         return result, bad
 
@@ -146,6 +150,17 @@ class TextMaker:
         # Text that went through a template may have a line break behind its last token.
         ended = [a if a.rstrip().endswith(self._eos) else a + self._eos for a in answers]
         return RowText(index, False, [prompt + a for a in ended], None if record.is_text else prompt)
+
+    @cached_property
+    def _control(self) -> ControlTokens | None:
+        """Of the template that plain text does not go through, where there is one that can be read."""
+        try:
+            return self._templates.of({}).control if self._tokenizer.chat_template else None
+        except UserError:
+            return None
+
+    def _holds_turns(self, row: RowText) -> bool:
+        return self._control is not None and any(map(self._control.begins_turn, row.sequences))
 
     def _chat_row(self, index: int, record: Record, way: RowFormat, train_on: str) -> RowText:
         prompt, kwargs = record.prompt, record.template_kwargs

@@ -52,6 +52,8 @@ class TokenStats:
     """Rows by form: `chat` (through the template) or `text` (as they stand)."""
     masking: str = ""
     """How the assistant's turns were found in whole conversations; empty where there are none."""
+    rendered: int = 0
+    """Rows of plain text that hold turns of the chat template: trained as they stand."""
     merged_boundaries: int = 0
     """Rows whose prompt on its own is no prefix of prompt + answer: the answer begins where they part."""
 
@@ -103,6 +105,7 @@ class EncodedRows:
     """Knows the rows that the template refused."""
     formats: dict[str, int]
     masking: str
+    rendered: int
 
 
 def encode_rows(
@@ -115,7 +118,7 @@ def encode_rows(
     gate = RowGate()
     texts = TextMaker(records, tokenizer).training_rows(gate, train_on)
     rows = list(encode(texts.rows, tokenizer, train_on))
-    return EncodedRows(rows, gate, dict(texts.formats), texts.masking)
+    return EncodedRows(rows, gate, dict(texts.formats), texts.masking, texts.rendered)
 
 
 def tokenize(
@@ -177,6 +180,7 @@ def tokenize(
         cut_tokens=cut.tokens,
         formats=encoded.formats,
         masking=encoded.masking,
+        rendered=encoded.rendered,
         merged_boundaries=merged,
     )
     return TokenizedData(data, np.asarray([row.record for row in rows], dtype=np.int64), skipped, stats)

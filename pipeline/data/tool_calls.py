@@ -43,9 +43,8 @@ class CallForm:
         if not calls:  # Templates ask whether there is such a key, not whether it holds something.
             return {key: value for key, value in message.items() if key != "tool_calls"}
         if not (self.objects or self.text):
-            raise RowProblem(
-                LEFT_OUT, f"turn {turn} ({message['role']}): tool_calls, which the template can't write"
-            )
+            said = "a call of a tool (tool_calls, function_call), which the template can't write"
+            raise RowProblem(LEFT_OUT, f"turn {turn} ({message['role']}): {said}")
         fitted = [self._call(call, f"turn {turn}: tool_calls[{i}]") for i, call in enumerate(calls)]
         content = message["content"] or self.empty
         return {**message, "content": content, "tool_calls": fitted}

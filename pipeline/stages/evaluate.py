@@ -54,6 +54,12 @@ class EvalSet:
     skipped: Skipped = field(default_factory=Skipped)
     """Rows left out, as their source's `on_bad_row` says."""
 
+    def remarks(self) -> list[str]:
+        """Which rows were left out, for the user."""
+        if not self.skipped.counts:
+            return []
+        return [f"eval: left out {self.skipped.summary()}", *(f"  {row}" for row in self.skipped.listing)]
+
 
 def wilson(successes: float, n: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson score interval of a share (Wilson 1927), bounds in [0, 1]."""

@@ -82,6 +82,8 @@ def validate(config: Config, overrides: Overrides = None) -> int:
     console.table("Stages", columns, findings.stages)
     if findings.prompts is not None:
         console.say(f"evaluation of {', '.join(loaded.eval_models())} on {findings.prompts} prompts")
+    for line in findings.remarks:
+        console.say(line)
     if findings.problems:
         return console.user_error(UserError(findings.problems), str(config))
     console.say(cluster_plan(loaded))
