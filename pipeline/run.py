@@ -194,6 +194,9 @@ class Run:
         from pipeline.stages.train import Stopped
 
         self.evaluate_pairs(graph, fleet)
+        if graph.held_out is not None and graph.evaluations_pending:
+            for note in graph.held_out.remarks():
+                self.progress.note(note)
         for name, key in graph.evaluations.items():
             if self.stop.asked():
                 raise Stopped(f"before evaluating {name}")

@@ -136,16 +136,27 @@ class Completeness:
         """RowProblem that names the first thing left out."""
         tools = kwargs.get("tools") or ()
         parts = _all_parts(messages, tools, made.history)
-        for turn, field, part, where in _left_out(messages, parts, made):
-            raise RowProblem(LEFT_OUT, f"{_place(messages, turn)}{field} {_first_words(part)}{where}")
-        if not tools and all(len(part) >= _SHORT for inside in parts for _, part in inside):
+        missing = next(_left_out(messages, parts, made), None)
+        if (
+            missing is None
+            and not tools
+            and all(len(part) >= _SHORT for inside in parts for _, part in inside)
+        ):
             return
-        # Short texts may be found by chance, and a tool's name in a call of it.
+        # Short texts may be found by chance, a tool's name in a call of it, and a turn that is missing in the
+        # next one, which then is not found behind it.
         dropped = self._of_shape(messages, parts, kwargs, made)
         for turn, inside in enumerate(parts) if dropped else ():
+            if missing is not None and turn >= missing[0]:
+                break
             for field, part in inside:
-                if (turn, _kind(field)) in dropped and (len(part) < _SHORT or turn == len(messages)):
+                if (turn, _kind(field)) not in dropped:
+                    continue
+                if missing is not None or len(part) < _SHORT or turn == len(messages):
                     raise RowProblem(LEFT_OUT, f"{_place(messages, turn)}{field} {_first_words(part)}")
+        if missing is not None:
+            turn, field, part, where = missing
+            raise RowProblem(LEFT_OUT, f"{_place(messages, turn)}{field} {_first_words(part)}{where}")
 
     def _of_shape(
         self, messages: Sequence[Message], parts: list[Parts], kwargs: dict[str, Any], made: Rendering
@@ -196,7 +207,7 @@ def _left_out(
     whole = _Reader(made.text)
     counted = None
     if made.spans is not None:
-        counted = _Reader("\n\0\n".join(made.text[first:end] for first, end in made.spans))
+        counted = _Reader(_spoken(made.text, made.spans))
     for turn, (message, inside) in enumerate(zip(messages, parts, strict=False)):
         missing = whole.holds_turn(message["role"], inside)
         where = ""
@@ -207,6 +218,15 @@ def _left_out(
     for field, part in parts[-1]:
         if whole.find(part, 0) < 0:
             yield len(messages), field, part, ""
+
+
+def _spoken(text: str, spans: list[Span]) -> str:
+    """What is trained of a text; what stands apart in it is not joined."""
+    pieces, before = [], 0
+    for first, end in spans:
+        pieces.append(text[first:end] if first == before else f"\n\0\n{text[first:end]}")
+        before = end
+    return "".join(pieces)
 
 
 def _place(messages: Sequence[Message], turn: int) -> str:

@@ -2,61 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
-from typing import Any
-
 import pytest
 
 from actors.errors import UserError
 from actors.models.tiny import byte_tokenizer
-from pipeline.data.messages import Message
-from pipeline.data.records import Record, Records, SourceUse
-from pipeline.data.spec import DataSpec
-from pipeline.data.tokens import TokenizedData, prompt_tokens, tokenize
-
-CHAT: list[Message] = [
-    {"role": "user", "content": "Q1"},
-    {"role": "assistant", "content": "A1"},
-    {"role": "user", "content": "Q2"},
-    {"role": "assistant", "content": "A2"},
-]
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def records(prompt: list[Message], *answers: list[Message], **record: Any) -> Records:
-    spec = DataSpec(source="rows.jsonl", format=record.pop("format", "auto"))
-    row = Record(prompt, answers, record.get("plain"), {}, {}, 0, "rows.jsonl", 1)
-    kind = {0: "prompt", 1: "sft", 2: "preference"}[len(answers)]
-    return Records(kind, [row], [SourceUse(spec, "messages", 1, 1, 1)])  # type: ignore[arg-type]
-
-
-def counted(data: TokenizedData, tokenizer: Any) -> list[str]:
-    """The text that counts, for each sequence; ` | ` between pieces."""
-    texts = []
-    for start, end in zip(data.sequences.offsets[:-1], data.sequences.offsets[1:], strict=True):
-        ids, mask = data.sequences.token_ids[start:end], data.sequences.loss_mask[start:end]
-        pieces: list[list[int]] = [[]]
-        for token, counts in zip(ids, mask, strict=True):
-            if counts:
-                pieces[-1].append(token)
-            elif pieces[-1]:
-                pieces.append([])
-        texts.append(" | ".join(tokenizer.decode(p) for p in pieces if p))
-    return texts
-
-
-def tokenizer_with(template: str | None) -> Any:
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = template
-    tokenizer.bos_token = "<|endoftext|>"
-    return tokenizer
-
-
-def trl_template(name: str) -> str:
-    return (files("trl") / "chat_templates" / f"{name}.jinja").read_text()
+from pipeline.data.tokens import prompt_tokens, tokenize
+from tests.pipeline.data.one_row import CHAT, CHATML, counted, records, tokenizer_with, trl_template
 
 
 def test_every_answer_of_a_conversation_counts_with_its_end_of_turn() -> None:
@@ -193,3 +144,39 @@ def test_a_prompt_ends_where_the_answer_begins() -> None:
     whole = tokenize(records(CHAT[:3], CHAT[3:]), tokenizer).sequences
     assert text.endswith("<|im_start|>assistant\n")
     assert ids == whole.token_ids[~whole.loss_mask].tolist()
+
+
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_a_turn_that_its_row_leaves_out_of_the_loss_does_not_count(template: str | None) -> None:
+    tokenizer = tokenizer_with(template) if template else byte_tokenizer()
+    (text,) = counted(tokenize(records([], CHAT, untrained=frozenset({1})), tokenizer), tokenizer)
+    assert text.strip() == "A2<|im_end|>"
+    (text,) = counted(tokenize(records([], CHAT, untrained=frozenset({3})), tokenizer), tokenizer)
+    assert text.strip() == "A1<|im_end|>"
+
+
+def test_a_turn_left_out_is_known_where_a_template_marks_a_turn_in_pieces() -> None:
+    pieces = CHATML.replace(
+        "{{ m.content }}<|im_end|>",
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content[:1] }}{% endgeneration %}"
+        "{% generation %}{{ m.content[1:] }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}",
+    )
+    tokenizer = tokenizer_with(pieces)
+    for untrained, left in ((1, "A2<|im_end|>"), (3, "A1<|im_end|>")):
+        data = tokenize(records([], CHAT, untrained=frozenset({untrained})), tokenizer)
+        assert counted(data, tokenizer) == [left]
+
+
+def test_where_everything_counts_a_turn_left_out_by_its_row_still_does_not() -> None:
+    tokenizer = byte_tokenizer()
+    data = tokenize(records([], CHAT, untrained=frozenset({1})), tokenizer, train_on="all")
+    (text,) = counted(data, tokenizer)
+    assert "A1" not in text
+    assert all(said in text for said in ("Q1", "Q2", "A2<|im_end|>"))
+
+
+def test_a_row_whose_every_turn_is_left_out_is_a_bad_row() -> None:
+    for row in (records([], CHAT, untrained=frozenset({1, 3})), records(CHAT[:1], CHAT[1:2], untrained={1})):
+        with pytest.raises(UserError, match=r"rows\.jsonl row 1: nothing to train on"):
+            tokenize(row, byte_tokenizer())
