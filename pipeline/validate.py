@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from actors.models.loading import ResolvedBase
     from actors.models.targets import Targets
     from pipeline.config.schema import RunConfig
+    from pipeline.data.records import Records
+    from pipeline.data.shared_prompts import Place
 
 T = TypeVar("T")
 
@@ -33,6 +35,8 @@ class Findings:
     """Rows that were left out, and what else is worth saying of the data."""
     sync_bytes: dict[str, int] = field(default_factory=dict)
     """What each sync of an online stage sends to one engine."""
+    sources: list[str] = field(default_factory=list)
+    """A line for each source: key, split with its files, rows."""
     prompts: int | None = None
     """Held-out prompts, when the run evaluates."""
 
@@ -43,6 +47,22 @@ class Findings:
         except UserError as error:
             self.problems += [p if not where or where in p else f"{where}: {p}" for p in error.problems]
             return None
+
+    def note_sources(self, key: str, records: Records) -> None:
+        """Which files each source of `records` is."""
+        from pipeline.data.raw import describe_files
+
+        for use in records.sources:
+            read = describe_files(use.spec.source, use.spec.split, use.files)
+            self.sources.append(f"{key}: {use.spec.source}, {use.rows_used:,} rows of {read}")
+
+    def note_shared(self, key: str, held_out: Records, trained: dict[str, dict[int, Place]]) -> None:
+        """Prompts of held-out rows that stages are trained on."""
+        from pipeline.data.shared_prompts import shared_prompts
+
+        for name, prompts in trained.items():
+            if shared := shared_prompts(prompts, held_out):
+                self.remarks.append(f"warning: {key} has prompts that stages.{name}.data has too: {shared}")
 
     def positions(self, config: RunConfig) -> int:
         """Tokens of prompt and completion that an engine holds; the base has been read."""
@@ -68,9 +88,10 @@ def find(config: RunConfig) -> Findings:
     tokenizer = _look_at_model(config, findings)
     if findings.targets is not None:
         findings.sync_bytes = sync_bytes(config, findings.targets)
+    trained: dict[str, dict[int, Place]] = {}
     for name in config.stages:
-        _look_at_stage(config, name, tokenizer, findings)
-    _look_at_eval(config, tokenizer, findings)
+        _look_at_stage(config, name, tokenizer, findings, trained)
+    _look_at_eval(config, tokenizer, findings, trained)
     return findings
 
 
@@ -104,7 +125,11 @@ def _look_at_model(config: RunConfig, findings: Findings) -> Any:
     return tokenizer
 
 
-def _look_at_stage(config: RunConfig, name: str, tokenizer: Any, findings: Findings) -> None:
+def _look_at_stage(
+    config: RunConfig, name: str, tokenizer: Any, findings: Findings, trained: dict[str, dict[int, Place]]
+) -> None:
+    """A stage's data, into the findings; its prompts into `trained`."""
+    from pipeline.data.shared_prompts import trained_prompts
     from pipeline.nodes import remarks_on_data
     from pipeline.stages.prepared import prepare, read_records
     from pipeline.stages.reward_sources import reward_column_problems
@@ -115,6 +140,11 @@ def _look_at_stage(config: RunConfig, name: str, tokenizer: Any, findings: Findi
     records = findings.attempt(lambda: read_records(config, name), where)
     if records is None:
         return
+    trained[name] = trained_prompts(records.train)
+    findings.note_sources(f"{where}.data", records.train)
+    if records.held_out is not None:
+        findings.note_sources(f"{where}.eval_data", records.held_out)
+        findings.note_shared(f"{where}.eval_data", records.held_out, {name: trained[name]})
     findings.problems += reward_column_problems(name, spec, records.train.columns, len(records.train))
     if tokenizer is None:
         return
@@ -137,7 +167,9 @@ def _look_at_stage(config: RunConfig, name: str, tokenizer: Any, findings: Findi
     )
 
 
-def _look_at_eval(config: RunConfig, tokenizer: Any, findings: Findings) -> None:
+def _look_at_eval(
+    config: RunConfig, tokenizer: Any, findings: Findings, trained: dict[str, dict[int, Place]]
+) -> None:
     from pipeline.data.records import load_records
     from pipeline.stages.evaluate import find_scorer, read_eval_set
     from pipeline.stages.prepared import ends_of
@@ -147,11 +179,19 @@ def _look_at_eval(config: RunConfig, tokenizer: Any, findings: Findings) -> None
     if spec is None:
         return
     scorer = findings.attempt(lambda: find_scorer(spec.metric), "eval.metric")
+    records = findings.attempt(
+        lambda: load_records(spec.data, "prompt", seed=config.seed, max_rows=spec.max_rows), "eval.data"
+    )
+    if records is None:
+        return
+    findings.note_sources("eval.data", records)
+    findings.note_shared("eval.data", records, trained)
     if scorer is None or tokenizer is None:
-        findings.attempt(lambda: load_records(spec.data, "prompt", seed=config.seed), "eval.data")
         return
     ends = ends_of(config, tokenizer)
-    held_out = findings.attempt(lambda: read_eval_set(spec, tokenizer, config.seed, ends=ends), "eval.data")
+    held_out = findings.attempt(
+        lambda: read_eval_set(spec, tokenizer, config.seed, records, ends), "eval.data"
+    )
     if held_out is not None:
         findings.problems += held_out_problems(held_out, findings.positions(config))
         findings.prompts = len(held_out.prompts)

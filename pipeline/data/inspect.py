@@ -13,6 +13,7 @@ from rich.text import Text
 from actors.errors import UserError
 from pipeline.data.bad_rows import Skipped
 from pipeline.data.layouts import Kind
+from pipeline.data.raw import describe_files
 from pipeline.data.records import Record, Records, load_records
 from pipeline.data.resolve import resolve_layout
 from pipeline.data.sources import read_rows
@@ -175,6 +176,9 @@ def _print_counts(
     for use in records.sources:
         used = f"{use.rows_used:,} of {use.rows_read:,} rows, layout {use.layout}"
         table.add_row(Text(use.spec.source, style="bold"), Text(used))
+        table.add_row(
+            Text("read", style="bold"), Text(describe_files(use.spec.source, use.spec.split, use.files))
+        )
     for name, value in lines:
         table.add_row(Text(name, style="bold"), Text(value))
     table.add_row(Text("can't be used", style="bold"), Text(skipped.summary() or "nothing"))

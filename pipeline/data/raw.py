@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +49,15 @@ def stem_of(path: Path) -> str:
     """A file's name without its suffixes."""
     name = path.name[: -len(".gz")] if path.name.lower().endswith(".gz") else path.name
     return name[: len(name) - len(suffix_of(path))]
+
+
+def describe_files(source: str, split: str, files: Sequence[str], most: int = 3) -> str:
+    """The split of a source, and the first files of it, below the source where that is a directory."""
+    names = [os.path.relpath(f, source) if Path(source) in Path(f).parents else f for f in files[:most]]
+    if len(files) == 1 and names[0].startswith(source):  # the source itself, or its split: `org/name[train]`
+        return f"split {split}"
+    more = f" and {len(files) - most:,} more ({len(files):,} files)" if len(files) > most else ""
+    return f"split {split}: {', '.join(names)}{more}"
 
 
 def read_bytes(file: Path) -> bytes:

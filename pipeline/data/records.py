@@ -82,6 +82,8 @@ class SourceUse:
     rows_usable: int
     rows_used: int
     """Less than usable where the mixture's weights leave rows out."""
+    files: tuple[str, ...] = ()
+    """Files that the rows were read from, in their order."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,12 @@ def load_records(specs: Sequence[DataSpec], kind: Kind, *, seed: int, max_rows: 
         parts.append(records)
         uses.append(
             SourceUse(
-                spec, resolved.layout.name if resolved else "unknown", len(rows), len(records), len(records)
+                spec,
+                resolved.layout.name if resolved else "unknown",
+                len(rows),
+                len(records),
+                len(records),
+                tuple(dict.fromkeys(row.file for row in rows)),
             )
         )
     problems += gate.problems()

@@ -71,6 +71,8 @@ def validate(config: Config, overrides: Overrides = None) -> int:
         console.say(findings.turn_ends)
     if findings.targets is not None:
         console.say(f"LoRA targets\n{findings.targets}")
+    for line in findings.sources:
+        console.say(line)
     columns = [
         "stage",
         "starts from",

@@ -68,3 +68,15 @@ def test_the_kind_follows_from_the_layout(tmp_path: Path) -> None:
         (tmp_path / name).with_suffix(".jsonl").write_text(json.dumps(row))
         kinds[name] = kind_of(DataSpec(source=str((tmp_path / name).with_suffix(".jsonl"))))
     assert all(name == kind for name, kind in kinds.items())
+
+
+def test_the_files_of_a_split_are_named(tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text('{"text": "b"}\n')
+    assert "split train: train.jsonl" in shown_source(tmp_path / "train.jsonl", tmp_path)
+
+
+def shown_source(path: Path, source: Path) -> str:
+    path.write_text('{"text": "a"}\n')
+    console = Console(file=io.StringIO(), width=300)
+    inspect([DataSpec(source=str(source))], byte_tokenizer(), console=console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
