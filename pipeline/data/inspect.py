@@ -49,6 +49,8 @@ def inspect(
     records = load_records(specs, kind or kind_of(specs[0], seed), seed=seed)
     if records.kind == "prompt":
         records, texts, ids = prompt_rows(records, tokenizer)
+        if not ids:
+            raise UserError(f"no prompt can be used ({records.skipped.summary()})")
         for index in range(min(rows, len(records))):
             body = [_messages(records[index].prompt), Text(_middle_out(texts[index], _ANSWER), style="dim")]
             console.print(_panel(records[index], index, [*body, _columns(records[index])]))
