@@ -67,8 +67,8 @@ def remarks_on_data(stage: Prepared) -> list[str]:
             continue
         if data.stats.rendered:
             notes.append(
-                f"{stage.name}{what}: {data.stats.rendered:,} rows of text hold turns of the chat template "
-                "already, and are trained as they stand"
+                f"{stage.name}{what}: rows of text that hold turns of the chat template already: "
+                f"{data.stats.rendered:,}; they are trained as they stand"
             )
         if data.skipped.counts:
             notes.append(f"{stage.name}{what}: left out {data.skipped.summary()}")

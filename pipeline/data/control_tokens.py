@@ -52,17 +52,17 @@ class ControlTokens:
             texts = [value for value in message.values() if isinstance(value, str)]
             token = next((token for text in texts if (token := self.found(text))), None)
             if token is not None and plain is not None:
-                raise RowProblem(RENDERED_ALREADY, f"it holds {token}: {_FORMAT_TEXT}")
+                raise RowProblem(RENDERED_ALREADY, f"it holds {token}; {_FORMAT_TEXT}")
             if token is not None:
                 said = (
                     f"turn {turn} ({message['role']}) holds {token}, which would be read as the token itself"
                 )
                 raise RowProblem(CONTROL_TOKEN, said)
         if plain is not None and len(self._head) > _LEAST and plain[0].rstrip().endswith(self._head):
-            raise RowProblem(RENDERED_ALREADY, f"the prompt ends with {self._head!r}: {_FORMAT_TEXT}")
+            raise RowProblem(RENDERED_ALREADY, f"the prompt ends with {self._head!r}; {_FORMAT_TEXT}")
 
 
-_FORMAT_TEXT = "with `format: text` on its source it is trained as it stands"
+_FORMAT_TEXT = "`format: text` on its source takes it as it stands"
 
 
 def _frames(chat: ChatFormat) -> list[str]:

@@ -158,7 +158,7 @@ def _token_lines(data: TokenizedData, max_length: int | None) -> list[tuple[str,
     if stats.masking:
         lines.append(("answers found by", stats.masking))
     if stats.rendered:
-        said = f"{stats.rendered:,} rows of text hold turns of the chat template: they stay as they are"
+        said = f"{stats.rendered:,} of the texts hold turns of the chat template; they stay as they are"
         lines.append(("rendered already", said))
     if stats.merged_boundaries:
         said = (
