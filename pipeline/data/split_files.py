@@ -49,8 +49,13 @@ def files_of_pattern(source: str, split: str) -> list[Path]:
         UserError: nothing matches, or the matches are not clearly of one split.
     """
     path = Path(source).expanduser()
-    fixed = next(i for i, part in enumerate(path.parts) if glob.has_magic(part))
-    base = Path(*path.parts[:fixed])
+    base = Path(*[part for part in path.parts[:1] if part == path.anchor])
+    for part in path.parts[
+        len(base.parts) : -1
+    ]:  # a folder that is called so, brackets and all, is no pattern
+        if glob.has_magic(part) and not (base / part).is_dir():
+            break
+        base /= part
     matches = resolve(str(path.relative_to(base)), base, source)
     if not matches:
         raise UserError(f"data source {source!r}: no file matches this pattern")
@@ -80,30 +85,40 @@ def splits_of(base: Path, source: str, among: Sequence[Path] | None = None) -> S
         UserError: there is no data file.
     """
     from datasets.data_files import SPLIT_PATTERN_SHARDED, _get_data_files_patterns
+    from fsspec.utils import glob_translate
 
-    files = list(among or [p for p in resolve("**", base, source) if suffix_of(p)])
-    if not files:
-        raise UserError(
-            f"data source {source!r}: no {', '.join(SUFFIXES)} file and no `save_to_disk` data in it"
-        )
-    wanted = set(files)
+    files = list(among or _data_files(base, source))
+    below = {str(p.relative_to(base)): p for p in files}
 
-    def resolver(pattern: str) -> list[str]:
-        found = [str(p) for p in resolve(pattern, base, source) if p in wanted]
+    def matching(pattern: str) -> list[str]:
+        # What `resolve` would give; but it walks through all folders, and there are some 60 patterns.
+        found = [name for name in below if re.match(glob_translate(pattern), name)]
         if not found:
             raise FileNotFoundError(pattern)
         return found
 
     try:
-        patterns = _get_data_files_patterns(resolver)
+        patterns = _get_data_files_patterns(matching)
     except ValueError:  # shards of a split whose name `datasets` does not allow, such as `train-sft`
         return Splits(source, base, files)
     by_split: dict[str, list[Path]] = {}
     for split, of_split in patterns.items():
-        found = [p for pattern in of_split for p in resolve(pattern, base, source) if p in wanted]
+        regular = [glob_translate(pattern) for pattern in of_split]
+        found = [p for one in regular for name, p in below.items() if re.match(one, name)]
         by_split[str(split)] = list(dict.fromkeys(found))
     sharded = SPLIT_PATTERN_SHARDED.format(split=next(iter(patterns)))
     return Splits(source, base, files, by_split, next(iter(patterns.values())) != [sharded])
+
+
+def _data_files(base: Path, source: str) -> list[Path]:
+    files = [p for p in resolve("**", base, source) if suffix_of(p)]
+    saved = [p.parent for p in files if p.name == "state.json"]
+    if inside := [p for p in files if not any(folder in p.parents for folder in saved)]:
+        return inside
+    has = f"; name one of its data sets of `save_to_disk`: {names_of(saved, base)}" if saved else ""
+    raise UserError(
+        f"data source {source!r}: no {', '.join(SUFFIXES)} file and no `save_to_disk` data in it{has}"
+    )
 
 
 def one_split(splits: Splits, split: str) -> list[Path]:

@@ -162,6 +162,30 @@ def test_brackets_in_a_name_are_no_pattern_where_the_file_exists(tmp_path: Path)
     tree(tmp_path, "rows[1].jsonl rows1.jsonl")
     assert chosen(tmp_path, "rows[1].jsonl") == "rows[1].jsonl"
     assert chosen(tmp_path, "rows[0-9].jsonl") == "rows1.jsonl"
+    tree(tmp_path, "set[1]/a.jsonl set1/b.jsonl")
+    assert chosen(tmp_path, "set[1]/*.jsonl") == "set[1]/a.jsonl"
+    assert chosen(tmp_path, "set[0-9]/*.jsonl") == "set1/b.jsonl"
+
+
+def test_links_are_followed_as_in_the_cache_of_the_hub(tmp_path: Path) -> None:
+    tree(tmp_path, "blobs/0a blobs/0b")
+    snapshot = tmp_path / "snapshots" / "main"
+    (snapshot / "data").mkdir(parents=True)
+    for name, blob in (("train", "0a"), ("test", "0b")):
+        (snapshot / "data" / f"{name}-00000-of-00001.jsonl").symlink_to(tmp_path / "blobs" / blob)
+    (tmp_path / "link").symlink_to(snapshot)
+    for source in (snapshot, tmp_path / "link"):
+        rows = read_rows(DataSpec(source=str(source)), seed=0)
+        assert [row.values["text"] for row in rows] == ["blobs/0a"]
+
+
+def test_a_folder_of_saved_data_sets_says_so(tmp_path: Path) -> None:
+    import datasets
+
+    for split in ("train", "test"):
+        datasets.Dataset.from_list([{"text": split}]).save_to_disk(str(tmp_path / split))
+    with pytest.raises(UserError, match="name one of its data sets of `save_to_disk`: test, train"):
+        chosen(tmp_path)
 
 
 CARD = """---
