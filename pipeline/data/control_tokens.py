@@ -19,6 +19,11 @@ from pipeline.data.messages import Message
 _MARKER = re.compile(r"<[|\uff5c][^<>\n]{1,60}>|</?[a-z]+_[a-z_]+>|\[/?[A-Z][A-Z_]+\]")
 """What turns are marked with where the tokenizer does not know it as special: `<|user|>`, `<end_of_turn>`,
 `[/INST]`. (U+FF5C is DeepSeek's bar.)"""
+_BEGINS = re.compile(
+    r"\s*(?:<s>|<bos>|<\|begin_of_text\|>)?\s*(<\|im_start\|>|<\|start_header_id\|>|\[INST\]|<start_of_turn>|"
+    r"<\|(?:user|system|human|start_of_role|START_OF_TURN_TOKEN)\|>|<\uff5cUser\uff5c>|<\|start\|>(?:system|user))"
+)
+"""What rendered conversations of the usual templates begin with, whichever the base's own is."""
 _THOUGHT = ("<think>", "</think>")
 """Belong to what an answer says, though templates may write them too."""
 _LEAST = 3
@@ -34,6 +39,7 @@ class ControlTokens:
         found = {token for token in special_tokens(tokenizer) for frame in frames if token in frame}
         found.update(marker for frame in frames for marker in _MARKER.findall(frame))
         found.update(token for token in (tokenizer.bos_token, tokenizer.eos_token) if token)
+        found = {token for token in found if token.strip()}  # RWKV's EOS is an empty line
         self.tokens = tuple(sorted(found.difference(_THOUGHT)))
         self._head = frames[-1].strip() if frames else ""
         """What an answer begins behind; words such as `Assistant:` where there are no such tokens."""
@@ -43,8 +49,8 @@ class ControlTokens:
         return next((token for token in self.tokens if token in text), None)
 
     def begins_turn(self, text: str) -> bool:
-        """Whether a text holds what an answer begins behind: then it went through the template."""
-        return len(self._head) > _LEAST and self._head in text
+        """Whether a text begins as a rendered conversation does, or holds what an answer begins behind."""
+        return bool(_BEGINS.match(text)) or (len(self._head) > _LEAST and self._head in text)
 
     def check(self, messages: Sequence[Message], plain: tuple[str, ...] | None) -> None:
         """RowProblem for a row that holds them. `plain`: the row as strings, where it came as strings."""
@@ -58,6 +64,9 @@ class ControlTokens:
                     f"turn {turn} ({message['role']}) holds {token}, which would be read as the token itself"
                 )
                 raise RowProblem(CONTROL_TOKEN, said)
+        if plain is not None and (begins := _BEGINS.match(plain[0])):
+            said = f"the prompt begins with {begins[1]}, as turns of another template do"
+            raise RowProblem(RENDERED_ALREADY, f"{said}; {_FORMAT_TEXT}")
         if plain is not None and len(self._head) > _LEAST and plain[0].rstrip().endswith(self._head):
             raise RowProblem(RENDERED_ALREADY, f"the prompt ends with {self._head!r}; {_FORMAT_TEXT}")
 
