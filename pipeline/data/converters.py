@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pipeline.data.bad_rows import EMPTY_ANSWER, EMPTY_PROMPT, NO_ANSWER, WRONG_TYPE, RowProblem
+from pipeline.data.bad_rows import EMPTY_ANSWER, EMPTY_PROMPT, NO_ANSWER, OTHER_PROMPT, WRONG_TYPE, RowProblem
 from pipeline.data.messages import Message, assistant, is_json_messages, text_of, user
 from pipeline.data.roles import calls_in
 from pipeline.data.row_view import RowView, check_text_or_messages
@@ -43,7 +43,18 @@ def _conversation(column: str) -> Callable[[RowView], Converted]:
 def _prompt_completion(row: RowView) -> Converted:
     prompt, text = prompt_of(row, "prompt")
     completion = row.answer("completion")
+    if completion[0]["role"] in ("user", "system") and any(m["role"] == "user" for m in prompt):
+        return _whole(prompt, completion, row.name("completion"))
     return Converted(prompt, (completion,), plain_of(text, row, "completion"))
+
+
+def _whole(prompt: list[Message], conversation: list[Message], where: str) -> Converted:
+    """UltraFeedback's form: the prompt, and once more inside the answer."""
+    first = next((i for i, m in enumerate(conversation) if m["role"] == "assistant"), len(conversation))
+    inside = [m["content"].strip() for m in conversation[:first]]
+    if not all(m["content"].strip() in inside for m in prompt):
+        raise RowProblem(OTHER_PROMPT, f"{where} begins with a question that is not the prompt's")
+    return Converted(conversation[:first], (conversation[first:],), None)
 
 
 def _question_answer(row: RowView) -> Converted:

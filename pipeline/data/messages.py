@@ -62,7 +62,9 @@ def messages_of(value: Any, where: str, flags: list[Flag], arrow: bool) -> list[
     system prompt is none. With `arrow`, nulls inside messages are keys that the row never had.
     """
     if isinstance(value, str):
-        value = _list_in(value, where)
+        if not value.lstrip().startswith(("[", "{")):
+            raise RowProblem(WRONG_TYPE, f"{where} is a string, not a list of messages")
+        value = from_json(value, where)
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
@@ -92,13 +94,6 @@ def in_turns(value: Any) -> Any:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(value)]
 
 
-def _list_in(value: str, where: str) -> Any:
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise RowProblem(WRONG_TYPE, f"{where} is a string, not a list of messages") from error
-
-
 def _is_exchange(item: Any) -> bool:
     """Capybara's form: question and answer in one object."""
     return (
@@ -125,6 +120,8 @@ def _message(item: Any, where: str, flags: list[Flag], arrow: bool) -> Message:
     if not isinstance(name, str):
         raise RowProblem(WRONG_TYPE, f"{where} has no role")
     role = role_of(name, where)
+    if len(item) == 2 and content is not None and role != CALL:  # most messages have nothing else
+        return {"role": role, "content": _content(content, role, False, where)}
     rest = {k: v for k, v in item.items() if k not in _HEAD and v is not None}
     said = [(k, rest.pop(k)) for k in NAMES & rest.keys()] if rest else []
     if role == CALL:

@@ -7,8 +7,18 @@ from typing import Any
 
 from actors.errors import UserError
 from pipeline.data.hints import STAGES_OF, no_layout, suggestion, written
-from pipeline.data.layouts import Kind, Layout, Resolved, column_of, layouts_for, on_columns, rows_with
+from pipeline.data.layouts import (
+    ALIASES,
+    Kind,
+    Layout,
+    Resolved,
+    column_of,
+    layouts_for,
+    on_columns,
+    rows_with,
+)
 from pipeline.data.spec import DataSpec
+from pipeline.data.values import is_blank
 
 LOOKED_AT = 200
 """Rows, spread over all of them, that layouts are weighed by: enough to see past damaged ones."""
@@ -41,7 +51,21 @@ def resolve_layout(rows: Sequence[dict[str, Any]], spec: DataSpec, kind: Kind) -
             "messages from a root to a leaf into one row with `messages`, or set `layout: text` to train "
             "each message as plain text"
         )
-    return chosen
+    return _with_values(chosen, spec, found, rows)
+
+
+def _with_values(
+    chosen: Resolved, spec: DataSpec, found: list[str], rows: Sequence[dict[str, Any]]
+) -> Resolved:
+    """An optional column without any value gives way to one of an alias: `system` beside `system_prompt`."""
+    columns = dict(chosen.columns)
+    for name in chosen.layout.takes:
+        others = [c for c in ALIASES.get(name, ()) if c in found and c not in columns.values()]
+        if columns.get(name) != name or name in spec.columns or not others or name in chosen.layout.exact:
+            continue
+        filled = (c for c in (name, *others) if any(not is_blank(row.get(c)) for row in rows))
+        columns[name] = next(filled, name)
+    return Resolved(chosen.layout, columns)
 
 
 def _check_mapped(spec: DataSpec, kind: Kind, found: list[str]) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from contextlib import suppress
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 
-from pipeline.data.bad_rows import MISSING_COLUMN, NOT_UTF8, WRONG_TYPE, RowProblem
+from pipeline.data.bad_rows import MISSING_COLUMN, TOO_DEEP, WRONG_TYPE, RowProblem
+from pipeline.data.raw import MAX_DEPTH, is_too_deep, problem_of
 
 _TRUE = frozenset({"true", "yes", "1", "1.0", "desirable", "good", "chosen", "positive"})
 _FALSE = frozenset({"false", "no", "0", "0.0", "undesirable", "bad", "rejected", "negative"})
@@ -22,7 +24,7 @@ def true_or_false(value: Any, where: str) -> bool:
         raise RowProblem(MISSING_COLUMN, f"{where} is null")
     if isinstance(value, str) and (word := value.strip().lower()) in _TRUE | _FALSE:
         return word in _TRUE
-    if isinstance(value, bool | int | float | np.bool_) and value in (0, 1):
+    if isinstance(value, bool | int | float | Decimal | np.bool_) and value in (0, 1):
         return bool(value)
     raise RowProblem(WRONG_TYPE, f"{where} is {value!r}, not true or false")
 
@@ -30,7 +32,7 @@ def true_or_false(value: Any, where: str) -> bool:
 def finite_number(value: Any, where: str) -> float:
     """A number, also where the file holds it as text."""
     number = math.nan
-    if not isinstance(value, bool) and isinstance(value, int | float | str):
+    if not isinstance(value, bool) and isinstance(value, int | float | Decimal | str):
         with suppress(ValueError, OverflowError):
             number = float(value)
     if not math.isfinite(number):
@@ -50,9 +52,12 @@ def from_json(value: Any, where: str) -> Any:
     if not value.strip():
         return None
     try:
-        return json.loads(value)
+        found = json.loads(value)
     except (ValueError, RecursionError) as error:
         raise RowProblem(WRONG_TYPE, f"{where} is not valid JSON") from error
+    if isinstance(found, dict | list) and is_too_deep(found):
+        raise RowProblem(TOO_DEEP, f"{where}: more than {MAX_DEPTH} levels")
+    return found
 
 
 def without_nulls(value: Any) -> Any:
@@ -69,20 +74,12 @@ def without_nulls(value: Any) -> Any:
 
 
 def check_encodable(value: Any, where: str) -> None:
-    """Refuse half surrogate pairs in any text of `value`, keys too: no tokenizer takes them."""
-    if isinstance(value, str):
-        if not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                raise RowProblem(NOT_UTF8, f"{where} at character {error.start}") from error
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            check_encodable(key, f"a key of {where}")
-            check_encodable(item, f"{where}.{key}" if str(key).isascii() else where)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            check_encodable(item, f"{where}[{index}]")
+    """Refuse half surrogate pairs in any text of `value`, keys too (no tokenizer takes them), and depths
+    that a template can't follow."""
+    if isinstance(value, str) and value.isascii():
+        return
+    if problem := problem_of({where: value}):
+        raise RowProblem(*problem)
 
 
 def type_name(value: Any) -> str:

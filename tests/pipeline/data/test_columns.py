@@ -56,6 +56,11 @@ def test_a_layout_without_values_gives_way_to_one_that_has_them(tmp_path: Path) 
     assert load(tmp_path, rows, "sft").layout == "question_answer"
 
 
+def test_an_optional_column_without_values_gives_way_to_the_one_that_has_them(tmp_path: Path) -> None:
+    row = {"system": None, "system_prompt": "Be brief.", "question": "2+2?", "answer": "4"}
+    assert load(tmp_path, [row], "sft")[0].prompt[0]["content"] == "Be brief."
+
+
 NUMINA = {"problem": "2+2?", "solution": "4", "messages": [USER, BAD]}
 
 
@@ -216,3 +221,14 @@ def test_a_held_out_column_does_not_take_the_place_of_what_the_model_said() -> N
     columns = {"answer": ["4"], "completions": ["five"], "prompts": ["3+3?"]}
     held_out = EvalSet(["2+2?"], [[1]], columns, "", SamplingSpec())
     assert score(find_scorer("exact_match"), "exact_match", held_out, ["4"]) == [1.0]
+
+
+def test_a_completion_that_holds_the_prompt_again_has_it_once(tmp_path: Path) -> None:
+    row = {"prompt": "2+2?", "chosen": [USER, GOOD], "rejected": [USER, BAD]}
+    record = load(tmp_path, [row], "sft", columns={"completion": "chosen"})[0]
+    assert (record.prompt, record.completion) == ([USER], [GOOD])
+    with pytest.raises(UserError, match="row 1: the answer holds another prompt"):
+        load(tmp_path, [{**row, "prompt": "3+3?"}], "sft", columns={"completion": "chosen"})
+    system = [{"role": "system", "content": "Be brief."}]
+    record = load(tmp_path, [{"prompt": system, "completion": [USER, GOOD]}], "sft")[0]
+    assert (record.prompt, record.completion) == (system, [USER, GOOD])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tests.pipeline.data.rows import GOOD, USER, load, load_parquet
 
 
 @pytest.mark.parametrize(
-    "value", ["True", "true", "1", "1.0", "yes", "desirable", 1, 1.0, True, np.bool_(True)]
+    "value", ["True", "true", "1", "1.0", "yes", "desirable", 1, 1.0, Decimal(1), True, np.bool_(True)]
 )
 def test_true_is_read_in_all_its_forms(value: Any) -> None:
     assert true_or_false(value, "label") is True
@@ -38,7 +39,8 @@ def test_what_is_neither_is_refused_by_its_value(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "number"), [("0.5", 0.5), (" 2 ", 2.0), (3, 3.0), (-0.25, -0.25), ("1e-1", 0.1)]
+    ("value", "number"),
+    [("0.5", 0.5), (" 2 ", 2.0), (3, 3.0), (-0.25, -0.25), ("1e-1", 0.1), (Decimal("0.5"), 0.5)],
 )
 def test_numbers_are_read_from_text(value: Any, number: float) -> None:
     assert finite_number(value, "margin") == number
@@ -110,6 +112,7 @@ def test_what_goes_to_the_template_may_be_json_text(tmp_path: Path) -> None:
         ("chat_template_kwargs", "[1]", "chat_template_kwargs is a list, not an object"),
         ("tools", '[{"name": "f"', "tools is not valid JSON"),
         ("tools", {"name": "f"}, "tools is an object, not a list of tools"),
+        ("tools", "[" * 50_000 + "]" * 50_000, "tools is not valid JSON"),
     ],
 )
 def test_what_the_template_cannot_take_is_a_bad_row(
@@ -163,3 +166,8 @@ def test_half_a_surrogate_pair_is_a_bad_row_at_any_depth(tmp_path: Path, case: s
     row, where = NOT_UTF8[case]
     with pytest.raises(UserError, match=f"row 2: not UTF-8: {where}"):
         load(tmp_path, [{"messages": [USER, GOOD]}, row], "sft")
+
+
+def test_json_text_of_too_many_levels_is_a_bad_row(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="row 1: nested too deeply: tools: more than 100 levels"):
+        load(tmp_path, [{"messages": [USER, GOOD], "tools": "[" * 900 + "]" * 900}], "sft")
