@@ -134,6 +134,7 @@ def one_split(splits: Splits, split: str) -> list[Path]:
     if not found:  # a name that is no word of `datasets`: files or folders that are called exactly so
         found = [p for p in splits.files if _SHARD.sub("", stem_of(p)) == split]
         found = found or [p for p in splits.files if split in p.relative_to(splits.base).parts[:-1]]
+        _refuse_other_splits(splits, split, found)
     if not found:
         raise UserError(
             f"data source {splits.source!r}: no files of split {split!r}; found "
@@ -145,11 +146,11 @@ def one_split(splits: Splits, split: str) -> list[Path]:
 def _refuse_other_splits(splits: Splits, split: str, files: Sequence[Path]) -> None:
     """Refuse `train/test.jsonl`, and `Test.jsonl`: `datasets` counts both as train."""
     for path in files:
-        others = _said(path.relative_to(splits.base)) - {split}
+        others = _said(path.relative_to(splits.base)) - {split, *_said(Path(split))}
         if others:
             raise UserError(
-                f"data source {splits.source!r}: `datasets` counts {names_of([path], splits.base)} as split "
-                f"{split!r}, but its name says {min(others)!r} too; rename it, or name the files as sources"
+                f"data source {splits.source!r}: {names_of([path], splits.base)} counts as split {split!r}, "
+                f"but its name says {min(others)!r} too; rename it, or name the files as sources"
             )
 
 
