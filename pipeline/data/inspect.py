@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.errors import UserError
-from pipeline.data.bad_rows import Skipped
+from pipeline.data.bad_rows import LISTED, Skipped
 from pipeline.data.layouts import Kind
 from pipeline.data.raw import describe_files
 from pipeline.data.records import Record, Records, load_records
@@ -68,7 +68,11 @@ def inspect(
 
 def kind_of(spec: DataSpec, seed: int = 0) -> Kind:
     """What the rows of a source are for: preferences, answers with a label, sft, or prompts only."""
-    rows = [row.values for row in read_rows(spec, seed=seed, max_rows=100) if row.problem is None]
+    read = read_rows(spec, seed=seed, max_rows=100)
+    rows = [row.values for row in read if row.problem is None]
+    if not rows:
+        bad = [str(row.problem) for row in read[:LISTED]]
+        raise UserError(bad or f"data source {spec.source!r}: no rows (split {spec.split})")
     for kind in ("preference", "unpaired", "sft"):
         try:
             resolve_layout(rows, spec, kind)

@@ -65,11 +65,11 @@ def _one_value(file: Path, data: bytes) -> list[Any] | None:
 
 
 def _are_lines(data: bytes) -> bool:
-    """Whether one of the first lines is an object by itself, whatever the others are."""
+    """Whether the first line is JSON by itself, or another of the first ones an object."""
     lines = (line for line in data[: 1 << 24].split(b"\n") if line.strip())
-    for line in islice(lines, 10):
+    for number, line in enumerate(islice(lines, 10)):
         try:
-            if isinstance(json.loads(line), dict):
+            if isinstance(json.loads(line), dict) or number == 0:
                 return True
         except (ValueError, RecursionError):
             continue

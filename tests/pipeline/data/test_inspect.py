@@ -6,8 +6,10 @@ import io
 import json
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
+from actors.errors import UserError
 from actors.models.tiny import byte_tokenizer
 from pipeline.data.inspect import inspect, kind_of
 from pipeline.data.spec import DataSpec
@@ -73,6 +75,18 @@ def test_the_kind_follows_from_the_layout(tmp_path: Path) -> None:
 def test_the_files_of_a_split_are_named(tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text('{"text": "b"}\n')
     assert "split train: train.jsonl" in shown_source(tmp_path / "train.jsonl", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("", r"a\.jsonl': no rows \(split train\)"), ("[1]\n{\n", r"row 1: wrong type: list, not an object")],
+)
+def test_a_source_without_a_readable_row_is_no_question_of_layouts(
+    tmp_path: Path, content: str, said: str
+) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(UserError, match=said):
+        kind_of(DataSpec(source=str(tmp_path / "a.jsonl")))
 
 
 def shown_source(path: Path, source: Path) -> str:
