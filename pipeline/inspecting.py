@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors.errors import EXIT_DONE, UserError
@@ -44,12 +45,14 @@ def inspect_stages(config: RunConfig, stage: str | None, rows: int) -> int:
     """
     from actors.models.loading import load_tokenizer
     from pipeline.data.inspect import inspect
+    from pipeline.data.template_date import keep_date
     from pipeline.stages.prepared import KINDS
     from pipeline.stages.spec import SftStage
 
     if stage is not None and stage not in config.stages:
         raise UserError(f"--stage {stage}: no such stage; the config has {', '.join(config.stages)}")
     tokenizer = load_tokenizer(config.model)
+    keep_date(tokenizer, Path(config.output_dir), write=False)
     for name in [stage] if stage else config.stages:
         spec = config.stages[name]
         for field in ("data", "eval_data"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,8 @@ class Graph:
     nodes: list[Node]
     weights: dict[str, Weights]
     tokenizer: Any
+    template_date: datetime | None = None
+    """What the chat template gets for the date, where it asks for one."""
     lora_targets: str | None = None
     """Table of what LoRA trains."""
     untested: bool = False

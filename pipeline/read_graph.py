@@ -16,6 +16,7 @@ from actors.models.architectures import ARCHITECTURES
 from pipeline.architecture import architecture_problems
 from pipeline.artifacts import model_fingerprint
 from pipeline.data.records import Records, load_records
+from pipeline.data.template_date import keep_date
 from pipeline.nodes import Graph, Node, PairEvaluation, make_node, result_of
 from pipeline.rundir import RunDirectory
 from pipeline.stages.evaluate import (
@@ -105,12 +106,13 @@ def read_graph(
 
     began = time.monotonic()
     problems: list[str] = []
-    graph = None
+    graph = date = None
     try:
         local, adapter = locate_base(config.model)
         prints = [model_fingerprint(local)] + ([model_fingerprint(adapter)] if adapter else [])
         weights = {"base": Weights(local, adapter, "-".join(prints))}
         tokenizer = load_tokenizer(config.model)
+        date = keep_date(tokenizer, directory.path)
         startup["tokenizer"] = round(time.monotonic() - began, 2)
         graph = tokenised(config, directory, weights, tokenizer, records)
         startup["tokens"] = round(time.monotonic() - began - startup["tokenizer"], 2)
@@ -131,6 +133,7 @@ def read_graph(
         problems += held_out_problems(graph.held_out, positions) if graph.held_out is not None else []
     if problems or graph is None:
         raise UserError(problems)
+    graph.template_date = date
     graph.lora_targets = base.lora_targets
     graph.untested = base.model_type not in ARCHITECTURES
     return graph

@@ -81,6 +81,7 @@ class Run:
 
     def execute(self, until: str | None, *, train: bool = True) -> int:
         """The whole graph: read, decide, start, train, evaluate, report."""
+        from pipeline.data.template_date import said
         from pipeline.fleet import Fleet
         from pipeline.read_graph import read_graph, read_rows
         from pipeline.stages.train import Stopped
@@ -103,6 +104,8 @@ class Run:
             if graph.untested and graph.pending:
                 check_parity(self.config.model, fleet.rollout(), self.progress.note)
             self.stop.arm()
+            if graph.template_date is not None:
+                self.progress.note(said(graph.template_date))
             if graph.pending and graph.lora_targets is not None:
                 self.progress.note(f"LoRA trains\n{graph.lora_targets}")
             self.trackers = open_trackers(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.errors import UserError
@@ -26,8 +27,8 @@ class Findings:
     base: ResolvedBase | None = None
     architecture: list[str] = field(default_factory=list)
     """Its row in the table: groups, limits, what vLLM is given for it."""
-    turn_ends: str = ""
-    """Tokens that end a turn, and where they come from."""
+    template: list[str] = field(default_factory=list)
+    """Tokens that end a turn, and where they come from; the date, if the chat template writes it."""
     targets: Targets | None = None
     stages: list[list[str]] = field(default_factory=list)
     """Stage, start, reference, rows, tokens (median, longest sequence), steps x rows (or samples)."""
@@ -102,6 +103,7 @@ def _look_at_model(config: RunConfig, findings: Findings) -> Any:
     from actors.models.split_sizes import split_sizes
     from actors.models.targets import resolve_targets
     from pipeline.architecture import architecture_problems, describe_architecture
+    from pipeline.data.template_date import keep_date, said
     from pipeline.stages.prepared import ends_of
     from pipeline.stages.reward_sources import reward_base_problems
 
@@ -121,7 +123,8 @@ def _look_at_model(config: RunConfig, findings: Findings) -> Any:
         findings.architecture = describe_architecture(base.config.model_type)
     tokenizer = None if base.problems else findings.attempt(lambda: load_tokenizer(config.model))
     if tokenizer is not None:
-        findings.turn_ends = ends_of(config, tokenizer).describe(tokenizer)
+        date = keep_date(tokenizer, Path(config.output_dir), write=False)
+        findings.template = [ends_of(config, tokenizer).describe(tokenizer), *([said(date)] if date else [])]
     return tokenizer
 
 

@@ -19,6 +19,7 @@ from actors.errors import UserError
 from actors.models.turn_ends import PROBE_ANSWER, after_probe, training_template
 from pipeline.data.bad_rows import TEMPLATE_REFUSED, RowProblem
 from pipeline.data.messages import Message
+from pipeline.data.template_date import strftime_of
 from pipeline.data.tool_calls import CallForm, find_form
 
 DEFAULT, TOOL_USE = "default", "tool_use"
@@ -45,7 +46,7 @@ class ChatFormat:
     def __init__(self, tokenizer: Any, template: str | None = None) -> None:
         self._tokenizer = tokenizer
         self._template = template if template is not None else named_template(tokenizer, tools=False)
-        self._variables = dict(tokenizer.special_tokens_map)
+        self._variables = tokenizer.special_tokens_map | {"strftime_now": strftime_of(tokenizer)}
         self.marked = bool(_MARKS.search(self._template))
         self.end_of_turn = self._find_end_of_turn()
         """What the template writes after an answer, up to its last visible character."""

@@ -67,8 +67,8 @@ def validate(config: Config, overrides: Overrides = None) -> int:
         console.say(f"base {loaded.model.base}: {findings.base.config.model_type}")
     for line in findings.architecture:
         console.say(line)
-    if findings.turn_ends:
-        console.say(findings.turn_ends)
+    for line in findings.template:
+        console.say(line)
     if findings.targets is not None:
         console.say(f"LoRA targets\n{findings.targets}")
     for line in findings.sources:
