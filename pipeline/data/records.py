@@ -254,7 +254,7 @@ def _record(row: Row, resolved: Resolved, kind: Kind, index: int) -> Record:
 
 
 def _prompt_of(converted: Converted) -> tuple[Converted, str | None]:
-    """Only what comes before the (chosen) answer, and that answer's text."""
+    """Only what comes before the (chosen) answer, and that answer's text; None where it is a call of tools."""
     if not converted.answers:
         return converted, None
     messages = [*converted.prompt, *converted.answers[0]]
@@ -262,7 +262,7 @@ def _prompt_of(converted: Converted) -> tuple[Converted, str | None]:
     if last == 0:
         raise RowProblem("empty prompt", "nothing comes before the answer")
     plain = converted.plain and converted.plain[:1]
-    return Converted(messages[:last], (), plain), messages[last]["content"]
+    return Converted(messages[:last], (), plain), messages[last]["content"] or None
 
 
 def _template_kwargs(row: Row, resolved: Resolved) -> dict[str, Any]:

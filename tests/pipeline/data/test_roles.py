@@ -158,3 +158,10 @@ def test_a_conversation_that_waits_for_its_answer_is_a_prompt(tmp_path: Path) ->
     found = load(tmp_path, rows, "prompt")
     assert [record.prompt for record in found.rows] == [[BRIEF, USER, GOOD, USER], [USER]]
     assert found.columns == {"answer": ["4", 4]}
+
+
+def test_a_prompt_whose_answer_is_a_call_has_no_answer_to_compare_with(tmp_path: Path) -> None:
+    record = load(tmp_path, [{"messages": [USER, {"role": "assistant", "tool_calls": [CALLED]}]}], "prompt")[
+        0
+    ]
+    assert (record.prompt, record.columns) == ([USER], {})
