@@ -254,7 +254,7 @@ def _record(row: Row, resolved: Resolved, kind: Kind, index: int) -> Record:
 
 
 def _prompt_of(converted: Converted) -> tuple[Converted, str | None]:
-    """Only what comes before the (chosen) answer, and that answer's text; None where it is a call of tools."""
+    """Only what comes before the (chosen) answer, and that answer's text; None for a call of tools."""
     if not converted.answers:
         return converted, None
     messages = [*converted.prompt, *converted.answers[0]]
