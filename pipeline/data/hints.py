@@ -155,7 +155,9 @@ def _missing(layout: Layout, spec: DataSpec, found: Sequence[str]) -> list[str]:
 
 
 def _candidates(canonical: str, free: Sequence[str]) -> Iterable[str]:
-    yield from (c for c in SYNONYMS.get(canonical, ()) if c in free)
+    written_so = {column.lower().replace(" ", "_").replace("-", "_"): column for column in free}
+    names = (canonical, *ALIASES.get(canonical, ()), *SYNONYMS.get(canonical, ()))
+    yield from (written_so[name] for name in names if name in written_so)
     # A misspelling: nearer than `label` and `level`, `answer` and `answer_0`, `text` and `context`.
     yield from difflib.get_close_matches(canonical, free, 1, 0.88)
 

@@ -141,6 +141,7 @@ def test_an_entry_that_nothing_uses_is_refused_and_not_ignored(tmp_path: Path, c
 HINTED: dict[str, tuple[str, dict[str, Any]]] = {
     "another word": ("sft", {"query": "2+2?", "reply": "4"}),
     "misspelt": ("sft", {"promt": "2+2?", "completio": "4"}),
+    "capitals": ("sft", {"Question": "2+2?", "Response": "4"}),
     "input and output": ("sft", {"input": "2+2?", "output": "4"}),
     "pairs of other names": ("preference", {"query": "2+2?", "better": "4", "worse": "5"}),
     "the chosen of pairs": ("sft", {"question": "2+2?", "chosen": "4", "rejected": "5"}),
