@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from actors.errors import UserError
-from pipeline.data.bad_rows import LEFT_OUT, NOT_TRAINED, BadRow, RowGate, RowProblem
+from pipeline.data.bad_rows import LEFT_OUT, NOT_TRAINED, PROMPT_CHANGES, BadRow, RowGate, RowProblem
 from pipeline.data.chat import WHAT_TO_DO, ChatFormat, Span, Unmaskable
 from pipeline.data.control_tokens import ControlTokens
 from pipeline.data.messages import Message
@@ -127,7 +127,7 @@ class TextMaker:
                 row = self._chat_row(index, record, way, train_on) if way else self._plain_row(index, record)
             except RowProblem as problem:
                 bad.append(self._bad(record, problem))
-                if way and problem.reason == LEFT_OUT:
+                if way and problem.reason in (LEFT_OUT, PROMPT_CHANGES):
                     result.incomplete.add(way.chat)
                 continue
             if way and row.spans is not None:
@@ -178,6 +178,8 @@ class TextMaker:
         if known:
             return RowText(index, True, sequences, None, known)
         head = way.chat.render(prompt, kwargs, for_generation=True) if prompt else None
+        if head is not None and train_on != "all":
+            _check_prompt_stays(head, sequences, prompt)
         return RowText(index, True, sequences, head)
 
 
@@ -196,6 +198,19 @@ def _render(chat: ChatFormat, record: Record, whole: list[Message], train_on: st
     if not spans:
         raise RowProblem(NOT_TRAINED, "the chat template marks no turn of the assistant")
     return Rendering(text, spans, frozenset(trained), first)
+
+
+def _check_prompt_stays(head: str, sequences: list[str], prompt: list[Message]) -> None:
+    """RowProblem where a prompt parts from prompt + answer before its last turn ends: the rest of it would be
+    trained as if it were the answer."""
+    for text in sequences:
+        if text.startswith(head):
+            continue
+        said = (prompt[-1]["content"] or "").strip()
+        place = head.rfind(said)
+        if said and place >= 0 and not text.startswith(head[: place + len(said)]):
+            turn = f"turn {len(prompt)} ({prompt[-1]['role']})"
+            raise RowProblem(PROMPT_CHANGES, f"{turn}, or what stands before it, which is prompt")
 
 
 def _all_but(chat: ChatFormat, record: Record, text: str) -> list[Span]:

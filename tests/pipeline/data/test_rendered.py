@@ -184,3 +184,14 @@ def test_the_embedded_base_keeps_a_conversation_and_refuses_calls() -> None:
     assert tokenize(records([], TALK), byte_tokenizer()).n_rows == 1
     with pytest.raises(UserError, match=r"row 1: left out .* a call of a tool"):
         tokenize(records([], AGENT), byte_tokenizer())
+
+
+def test_a_prompt_that_changes_when_the_answer_follows_is_named() -> None:
+    counting = "{{ messages | length }} turns\n" + CHATML
+    said = said_of(records(TALK[:1], [assistant("4")]), counting)
+    assert "row 1: changed by the chat template when the answer follows: turn 1 (user)" in said
+    thinking = assistant("", tool_calls=CALLS, thinking="let me see")
+    row = records([AGENT[0], thinking, RESULT], [assistant("Yes.")])
+    assert "changed by the chat template" in said_of(row, trl_template("gptoss"))
+    head = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
+    assert tokenize(records(TALK[:1], [assistant("4")]), tokenizer_with(head)).stats.merged_boundaries == 1
