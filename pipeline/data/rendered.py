@@ -78,6 +78,12 @@ class _Reader:
         return -1 if -1 in ends else max(ends, default=start)
 
 
+def last_end(text: str, part: str) -> int | None:
+    """Where the last place ends at which `part` stands in a rendered text; None where there is none."""
+    ends = [place + len(form) for form in _forms(part) if (place := text.rfind(form)) >= 0]
+    return max(ends) if part and ends else None
+
+
 def _forms(part: str) -> Iterator[str]:
     yield part
     for ascii_only in (False, True):

@@ -14,7 +14,7 @@ from pipeline.data.chat import WHAT_TO_DO, ChatFormat, Span, Unmaskable
 from pipeline.data.control_tokens import ControlTokens
 from pipeline.data.messages import Message
 from pipeline.data.records import Record, Records
-from pipeline.data.rendered import Rendering
+from pipeline.data.rendered import Rendering, last_end
 from pipeline.data.templates import RowFormat, Templates
 
 
@@ -206,9 +206,8 @@ def _check_prompt_stays(head: str, sequences: list[str], prompt: list[Message]) 
     for text in sequences:
         if text.startswith(head):
             continue
-        said = (prompt[-1]["content"] or "").strip()
-        place = head.rfind(said)
-        if said and place >= 0 and not text.startswith(head[: place + len(said)]):
+        end = last_end(head, (prompt[-1]["content"] or "").strip())
+        if end is not None and not text.startswith(head[:end]):
             turn = f"turn {len(prompt)} ({prompt[-1]['role']})"
             raise RowProblem(PROMPT_CHANGES, f"{turn}, or what stands before it, which is prompt")
 
