@@ -39,14 +39,14 @@ def chat(
 
     # A run that trained an adapter has probed its base.
     spec = ModelSpec(base=model, allow_untested=is_adapter_dir(model))
-    base = resolve_base(spec).checked().base_path
+    resolve_base(spec).checked()
     tokenizer = load_tokenizer(spec)
     if not tokenizer.chat_template:
         raise UserError(
             f"{model}: its tokenizer has no chat template, so there is no way to put a question to it"
         )
     asked = SamplingSpec(temperature=temperature, max_tokens=max_tokens, seed=seed)
-    sampling = turn_ends(tokenizer, base).sampling(asked, tokenizer, "chat")
+    sampling = turn_ends(tokenizer, model).sampling(asked, tokenizer, "chat")
     messages = [{"role": "system", "content": system}] if system else []
     with engine(model) as rollout:
         for text in [prompt] if prompt is not None else typed():

@@ -24,6 +24,7 @@ def inspect_source(
 
     from actors.models.loading import load_tokenizer
     from actors.models.spec import ModelSpec
+    from actors.models.turn_ends import vocab_size
     from pipeline.data.inspect import inspect
     from pipeline.data.spec import DataSpec
 
@@ -33,7 +34,14 @@ def inspect_source(
         raise UserError(
             [str(e["ctx"]["error"]) if "ctx" in e else e["msg"] for e in error.errors()]
         ) from None
-    inspect([spec], load_tokenizer(ModelSpec(base=base)), rows=rows, max_length=max_length, console=out)
+    inspect(
+        [spec],
+        load_tokenizer(ModelSpec(base=base)),
+        rows=rows,
+        max_length=max_length,
+        vocab_size=vocab_size(base),
+        console=out,
+    )
     return EXIT_DONE
 
 
@@ -44,6 +52,7 @@ def inspect_stages(config: RunConfig, stage: str | None, rows: int) -> int:
         UserError: no such stage, or data or base that can't be read.
     """
     from actors.models.loading import load_tokenizer
+    from actors.models.turn_ends import vocab_size
     from pipeline.data.inspect import inspect
     from pipeline.data.template_date import keep_date
     from pipeline.stages.prepared import KINDS
@@ -69,6 +78,7 @@ def inspect_stages(config: RunConfig, stage: str | None, rows: int) -> int:
                 truncation=spec.truncation_mode,
                 train_on=spec.train_on if isinstance(spec, SftStage) else "answer",
                 seed=config.seed_of(name),
+                vocab_size=vocab_size(config.model.base),
                 console=out,
             )
     return EXIT_DONE

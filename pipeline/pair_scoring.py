@@ -21,6 +21,7 @@ def eval_pairs(
     from actors.models.adapters import read_head
     from actors.models.loading import is_adapter_dir, load_tokenizer
     from actors.models.spec import ModelSpec
+    from actors.models.turn_ends import vocab_size
     from pipeline.data.records import load_records
     from pipeline.data.spec import DataSpec
     from pipeline.data.tokens import tokenize
@@ -37,7 +38,11 @@ def eval_pairs(
     tokenizer = load_tokenizer(spec)
     data = DataSpec.model_validate({"source": source, "split": split, "on_bad_row": on_bad_row})
     pairs = tokenize(
-        load_records([data], "preference", seed=0), tokenizer, max_length=max_length, scored=True
+        load_records([data], "preference", seed=0),
+        tokenizer,
+        max_length=max_length,
+        scored=True,
+        vocab_size=vocab_size(model),
     )
     host = ModelHost(HostSpec(model=spec))
     scores = score_pairs(lambda batch: host.scores(batch, START_ADAPTER), pairs)

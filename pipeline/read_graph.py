@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from actors.errors import UserError
 from actors.models.architectures import ARCHITECTURES
+from actors.models.turn_ends import vocab_size
 from pipeline.architecture import architecture_problems
 from pipeline.artifacts import model_fingerprint
 from pipeline.data.records import Records, load_records
@@ -155,8 +156,8 @@ def tokenised(
     graph = Graph(nodes, weights, tokenizer)
     graph.pair_evaluations = pair_evaluations(graph, directory.path / "eval")
     if config.eval is not None:
-        ends = ends_of(config, tokenizer)
-        graph.held_out = read_eval_set(config.eval, tokenizer, config.seed, records.held_out, ends)
+        ends, known = ends_of(config, tokenizer), vocab_size(config.model.base)
+        graph.held_out = read_eval_set(config.eval, tokenizer, config.seed, records.held_out, ends, known)
         for name in config.eval_models():
             if name in weights:
                 key = eval_key(weights[name], graph.held_out, config.eval, config.seed)

@@ -173,6 +173,7 @@ def _look_at_stage(
 def _look_at_eval(
     config: RunConfig, tokenizer: Any, findings: Findings, trained: dict[str, dict[int, Place]]
 ) -> None:
+    from actors.models.turn_ends import vocab_size
     from pipeline.data.records import load_records
     from pipeline.stages.evaluate import find_scorer, read_eval_set
     from pipeline.stages.prepared import ends_of
@@ -193,7 +194,8 @@ def _look_at_eval(
         return
     ends = ends_of(config, tokenizer)
     held_out = findings.attempt(
-        lambda: read_eval_set(spec, tokenizer, config.seed, records, ends), "eval.data"
+        lambda: read_eval_set(spec, tokenizer, config.seed, records, ends, vocab_size(config.model.base)),
+        "eval.data",
     )
     if held_out is not None:
         findings.problems += held_out_problems(held_out, findings.positions(config))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.errors import UserError
+from actors.models.resolving import follow_adapter
 
 if TYPE_CHECKING:
     from actors.sampling import SamplingSpec
@@ -83,7 +84,7 @@ class TurnEnds:
 
 
 def turn_ends(tokenizer: Any, base: str | Path | None = None) -> TurnEnds:
-    """What ends a turn of this tokenizer's template and of `base`, a directory or a hub id (None: of the
+    """What ends a turn of this tokenizer's template and of `base`, as a config names it (None: of the
     tokenizer alone)."""
     own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     given = [] if base is None else _eos_of(base)
@@ -193,9 +194,9 @@ def _held(base: str | Path, name: str) -> dict[str, Any]:
     """What a JSON file of a base holds; nothing where it can't be read, which others tell the user."""
     from transformers.utils import cached_file
 
-    file = Path(base) / name
+    place = follow_adapter(str(base))[0]
     try:
-        found = file if Path(base).is_dir() else cached_file(str(base), name)
+        found = Path(place) / name if Path(place).is_dir() else cached_file(place, name)
         held = json.loads(Path(found).read_text())
     except (OSError, ValueError, TypeError):
         return {}

@@ -28,6 +28,7 @@ LEFT_OUT = "left out by the chat template"
 PROMPT_CHANGES = "changed by the chat template when the answer follows"
 RENDERED_ALREADY = "rendered by a chat template already"
 CONTROL_TOKEN = "holds a control token of the chat template"
+BEYOND_EMBEDDING = "a token without a row in the base's embedding"
 TOO_LONG = "longer than max_length"
 PROMPT_FILLS = "prompt fills max_length"
 

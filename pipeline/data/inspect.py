@@ -36,19 +36,20 @@ def inspect(
     truncation: Truncation = "keep_start",
     train_on: Literal["answer", "all"] = "answer",
     seed: int = 0,
+    vocab_size: int | None = None,
     console: Console | None = None,
 ) -> None:
     """Print `rows` rows with their tokens and loss mask, then counts, lengths and what was skipped.
 
     Without `kind` it follows from the layout. Bad rows are listed whatever `on_bad_row` says, so that they
-    can be looked at; UserError only where nothing can be shown.
+    can be looked at; UserError only where nothing can be shown. `vocab_size`: rows of the base's embedding.
     """
     console = console or Console()
     strict = any(spec.on_bad_row == "error" for spec in specs)
     specs = [spec.model_copy(update={"on_bad_row": "skip"}) for spec in specs]
     records = load_records(specs, kind or kind_of(specs[0], seed), seed=seed)
     if records.kind == "prompt":
-        records, texts, ids = prompt_rows(records, tokenizer)
+        records, texts, ids = prompt_rows(records, tokenizer, vocab_size)
         if not ids:
             raise UserError(f"no prompt can be used ({records.skipped.summary()})")
         for index in range(min(rows, len(records))):
@@ -58,7 +59,14 @@ def inspect(
             console, records, [("tokens a prompt", _spread([len(x) for x in ids]))], records.skipped, strict
         )
         return
-    data = tokenize(records, tokenizer, max_length=max_length, truncation=truncation, train_on=train_on)
+    data = tokenize(
+        records,
+        tokenizer,
+        max_length=max_length,
+        truncation=truncation,
+        train_on=train_on,
+        vocab_size=vocab_size,
+    )
     console.print(_legend(console))
     for index in range(min(rows, data.n_rows)):
         record = records[int(data.record_index[index])]

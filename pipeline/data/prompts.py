@@ -63,14 +63,20 @@ class PromptData:
         ]
 
 
-def read_prompts(records: Records, tokenizer: Any, *, max_prompt_tokens: int | None = None) -> PromptData:
+def read_prompts(
+    records: Records,
+    tokenizer: Any,
+    *,
+    max_prompt_tokens: int | None = None,
+    vocab_size: int | None = None,
+) -> PromptData:
     """Tokenise the prompts of `records`.
 
     A prompt beyond `max_prompt_tokens` leaves no room for its answer and is a bad row: it follows its
     source's `on_bad_row`, as does one that the chat template refuses. UserError lists those that may not be
     left out.
     """
-    records, texts, token_ids = prompt_rows(records, tokenizer)
+    records, texts, token_ids = prompt_rows(records, tokenizer, vocab_size)
     gate = RowGate()
     kept = []
     for index, (record, ids) in enumerate(zip(records.rows, token_ids, strict=True)):

@@ -33,6 +33,7 @@ from pipeline.data.layouts import Kind
 from pipeline.data.records import Record, Records
 from pipeline.data.texts import TextMaker
 from pipeline.data.values import finite_number
+from pipeline.data.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def tokenize(
     train_on: Literal["answer", "all"] = "answer",
     scored: bool = False,
     encoded: EncodedRows | None = None,
+    vocab_size: int | None = None,
 ) -> TokenizedData:
     """Token ids and loss masks of all records.
 
@@ -138,7 +140,8 @@ def tokenize(
     has nothing left to train on is a bad row either way. `scored` is for a reward model, which reads a
     sequence's last token: whatever the template writes after the end of the answer's turn is left out, as
     samples end there too, and the column `margin` is kept where rows have it.
-    `encoded`: what `encode_rows` has made of them already.
+    `encoded`: what `encode_rows` has made of them already. `vocab_size`: rows of the base's embedding; a
+    row with a token beyond them is a bad row.
     Bad rows follow their source's `on_bad_row`. UserError lists all of them, or says why the tokenizer
     can't serve these rows.
     """
@@ -147,6 +150,7 @@ def tokenize(
     encoded = encoded or encode_rows(records, tokenizer, train_on)
     gate = copy.deepcopy(encoded.gate)  # its rows are this stage's to tell, and the next one's
     cut, tails = Cut(max_length, truncation, records.kind), _Tails(tokenizer)
+    vocabulary = Vocabulary(tokenizer, vocab_size)
     rows: list[TokenRow] = []
     margins = scored and any(record.columns.get(MARGIN) is not None for record in records.rows)
     found_margins: list[float] = []
@@ -154,6 +158,7 @@ def tokenize(
     for row in encoded.rows:
         record = records[row.record]
         try:
+            vocabulary.check(*row.ids)
             margin = _margin(record) if margins else 0.0
             rows.append(cut(tails.cut(row) if scored else row))
             found_margins.append(margin)
@@ -194,25 +199,37 @@ def _columns(records: Records, rows: list[TokenRow], margins: list[float] | None
     return columns
 
 
-def prompt_rows(records: Records, tokenizer: Any) -> tuple[Records, list[str], list[list[int]]]:
+def prompt_rows(
+    records: Records, tokenizer: Any, vocab_size: int | None = None
+) -> tuple[Records, list[str], list[list[int]]]:
     """Prompts as the model reads them before it answers: the records that can be used, their texts and
     token ids, one for each record.
 
-    A prompt that the chat template refuses, or leaves something out of, is a bad row and follows its source's
-    `on_bad_row`: the records that come back know which were left out. UserError lists those that may not be.
+    A prompt that the chat template refuses, or leaves something out of, or with a token beyond the
+    `vocab_size` rows of the base's embedding, is a bad row and follows its source's `on_bad_row`: the records
+    that come back know which were left out. UserError lists those that may not be.
     """
-    gate = RowGate()
+    gate, vocabulary = RowGate(), Vocabulary(tokenizer, vocab_size)
     prompts = list(TextMaker(records, tokenizer).prompts(gate))
-    skipped = gate.close()
     ids: dict[int, list[int]] = {}
     for chat in (False, True):
         group = [(index, text) for index, is_chat, text in prompts if is_chat == chat]
         encoded = token_ids_of(tokenizer, [text for _, text in group], plain=not chat)["input_ids"]
         ids.update(zip([index for index, _ in group], encoded, strict=True))
+    kept: list[tuple[int, str]] = []
+    for index, _, text in prompts:
+        record = records[index]
+        try:
+            vocabulary.check(ids[index])
+            kept.append((index, text))
+        except RowProblem as problem:
+            bad = BadRow(record.file, record.row, problem.reason, problem.detail)
+            gate.add(bad, records.sources[record.source].spec.on_bad_row)
+    skipped = gate.close()
     if skipped.total:
-        rows = [records[index] for index, _, _ in prompts]
+        rows = [records[index] for index, _ in kept]
         records = replace(records, rows=rows, skipped=Skipped.merged([records.skipped, skipped]))
-    return records, [text for _, _, text in prompts], [ids[index] for index, _, _ in prompts]
+    return records, [text for _, text in kept], [ids[index] for index, _ in kept]
 
 
 def prompt_tokens(records: Records, tokenizer: Any) -> tuple[list[str], list[list[int]]]:

@@ -93,14 +93,15 @@ def read_eval_set(
     seed: int,
     records: Records | None = None,
     ends: TurnEnds | None = None,
+    vocab_size: int | None = None,
 ) -> EvalSet:
     """Tokenise the held-out prompts (read here unless given); bad rows follow their source's `on_bad_row`.
-    `ends`: of the base; None: of the tokenizer."""
+    `ends`: of the base; None: of the tokenizer. `vocab_size`: rows of the base's embedding."""
     ends = ends or turn_ends(tokenizer)
     sampling = ends.sampling(spec.sampling, tokenizer, "eval.sampling")
     records = records or load_records(spec.data, "prompt", seed=seed, max_rows=spec.max_rows)
     check_columns(spec, records)
-    kept, texts, token_ids = prompt_rows(records, tokenizer)
+    kept, texts, token_ids = prompt_rows(records, tokenizer, vocab_size)
     if not len(kept):
         raise UserError(f"eval.data: no prompts left ({kept.skipped.summary() or 'the data is empty'})")
     # Where the base alone says what ends a turn, evaluations were made before this was asked.

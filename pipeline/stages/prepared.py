@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.errors import UserError
-from actors.models.resolving import follow_adapter
-from actors.models.turn_ends import TurnEnds, turn_ends
+from actors.models.turn_ends import TurnEnds, turn_ends, vocab_size
 from pipeline.data.layouts import Kind
 from pipeline.data.mismatched import with_mismatched
 from pipeline.data.order import BatchOrder
@@ -185,8 +184,10 @@ class Reader:
         self._asked[id(found)] += 1
         return found
 
-    def tokens(self, records: Records, spec: StageSpec, tokenizer: Any) -> TokenizedData:
-        """Rows as the stage's kind of tokens.
+    def tokens(
+        self, records: Records, spec: StageSpec, tokenizer: Any, vocab_size: int | None
+    ) -> TokenizedData:
+        """Rows as the stage's kind of tokens. `vocab_size`: rows of the base's embedding.
 
         Raises:
             UserError: every row that the template or `max_length` refuses.
@@ -206,6 +207,7 @@ class Reader:
             train_on=train_on,
             scored=isinstance(spec, RewardStage),
             encoded=encoded,
+            vocab_size=vocab_size,
         )
 
 
@@ -234,9 +236,12 @@ def prepare(
     spec, seed = config.stages[name], config.seed_of(name)
     records = records or read_records(config, name, reader)
     if isinstance(spec, RlStage):
-        return _prepare_rl(name, spec, seed, tokenizer, records, ends_of(config, tokenizer))
-    data = reader.tokens(records.train, spec, tokenizer)
-    held_out = reader.tokens(records.held_out, spec, tokenizer) if records.held_out is not None else None
+        return _prepare_rl(config, name, tokenizer, records)
+    known = vocab_size(config.model.base)
+    data = reader.tokens(records.train, spec, tokenizer, known)
+    held_out = None
+    if records.held_out is not None:
+        held_out = reader.tokens(records.held_out, spec, tokenizer, known)
     order = _order(spec, data.n_rows, spec.batch_size, seed)
     if isinstance(spec, KtoStage) and spec.loss_type == "kto":
         data, held_out = _mismatched(spec, data, held_out, order)
@@ -260,15 +265,16 @@ def _mismatched(
 
 def ends_of(config: RunConfig, tokenizer: Any) -> TurnEnds:
     """What ends a turn in a run."""
-    return turn_ends(tokenizer, follow_adapter(config.model.base)[0])
+    return turn_ends(tokenizer, config.model.base)
 
 
-def _prepare_rl(
-    name: str, spec: RlStage, seed: int, tokenizer: Any, records: StageRecords, ends: TurnEnds
-) -> PreparedRl:
+def _prepare_rl(config: RunConfig, name: str, tokenizer: Any, records: StageRecords) -> PreparedRl:
+    spec, seed, ends = config.stages[name], config.seed_of(name), ends_of(config, tokenizer)
+    assert isinstance(spec, RlStage)
     sampling = ends.sampling(spec.sampling(), tokenizer, f"stages.{name}")
     room = None if spec.max_length is None else spec.max_length - spec.max_completion_length
-    data = read_prompts(records.train, tokenizer, max_prompt_tokens=room)
+    known = vocab_size(config.model.base)
+    data = read_prompts(records.train, tokenizer, max_prompt_tokens=room, vocab_size=known)
     order = _order(spec, data.n_rows, spec.prompts_per_step, seed)
     stage = PreparedRl(name, spec, seed, data, order, sampling, ends.added)
     warm = getattr(spec, "critic_warmup_steps", 0)
