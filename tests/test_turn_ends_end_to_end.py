@@ -59,8 +59,8 @@ def test_rollouts_evaluation_chat_and_the_merged_model_stop_at_the_templates_end
     }
     complete(command_of(tmp_path / "work", config), tmp_path)
     steps = lines_of(tmp_path / "run", "grpo")
+    # An engine that knows the EOS alone cuts every sample at the limit.
     assert max(step["completions/clipped_ratio"] for step in steps) < 0.5
-    assert max(step["completions/mean_length"] for step in steps) < LIMIT / 2
     # The base as it comes answers a third; an engine that goes on after the answer is never right.
     assert json.loads((tmp_path / "run" / "eval" / "base.json").read_text())["accuracy"] > 0.1
 
