@@ -133,6 +133,8 @@ def test_every_command_in_the_documentation_parses(words: list[str], typed: bool
         for word, of_option in zip(arguments, of_options):
             path = word.partition("::")[0]
             assert of_option or word.startswith("-") or (ROOT / path).exists(), path
+    elif program == "python":
+        assert arguments[0] == "-m" or (ROOT / arguments[0]).is_file(), arguments[0]
     else:
         assert program in OTHER_PROGRAMS, f"nobody checks {program}"
 
