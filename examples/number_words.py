@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,18 @@ Row = dict[str, str]
 def right(completions: Sequence[str], answer: Sequence[str], **columns: Any) -> list[float]:
     """1.0 where a completion is the row's answer, else 0.0."""
     return [float(text.strip() == wanted) for text, wanted in zip(completions, answer, strict=True)]
+
+
+def found(completions: Sequence[str], answer: Sequence[str], **columns: Any) -> list[float]:
+    """Numbers that a completion and the row's answer have in common, as a share of the longer of the two; 0.0
+    for a completion without the form."""
+    return [_in_common(read_numbers(text), read_numbers(wanted)) for text, wanted in zip(completions, answer)]
+
+
+def _in_common(said: list[int] | None, wanted: list[int] | None) -> float:
+    if said is None or wanted is None:
+        return 0.0
+    return (Counter(said) & Counter(wanted)).total() / max(len(said), len(wanted))
 
 
 def in_form(completions: Sequence[str], **columns: Any) -> list[float]:
@@ -110,13 +123,25 @@ def answer(text: str) -> str:
 
 
 def slips(text: str) -> list[str]:
-    """Wrong answers of the kinds that small models give: numbers misread, moved, left out or added."""
+    """Wrong answers of the kinds that a small model gives: a number left out, said twice, or misread."""
     numbers = numbers_of(text)
-    wrong = [[*numbers, 10], [*numbers[:-1], numbers[-1] + 10], [numbers[0] * 10, *numbers[1:]]]
-    wrong += [[*numbers[:i], numbers[i] + 1, *numbers[i + 1 :]] for i in range(len(numbers))]
-    wrong += [numbers[::-1], numbers[:-1] if len(numbers) > 2 else [*numbers, numbers[0]]]
-    usable = [one for one in wrong if one != numbers and max(one) <= LARGEST]
-    return [sentence(one) for one in dict.fromkeys(map(tuple, usable))]
+    places = range(len(numbers))
+    wrong = [[*numbers[:i], *numbers[i + 1 :]] for i in places if len(numbers) > 2]
+    wrong += [
+        [*numbers[:i], misread, *numbers[i + 1 :]] for i in places for misread in misreadings(numbers[i])
+    ]
+    if len(numbers) == 2:
+        wrong += [[numbers[0], *numbers], [*numbers, numbers[1]]]
+    return [sentence(one) for one in dict.fromkeys(map(tuple, wrong)) if list(one) != numbers]
+
+
+def misreadings(number: int) -> list[int]:
+    """Of 28: 20, 8, 2 and 18; of 40: 4 and 14; of 6: 16 and 60."""
+    tens, ones = divmod(number, 10)
+    if number < 10:
+        return [number + 10, number * 10]
+    found = [tens * 10, ones, tens, 10 + ones] if ones else [tens, 10 + tens]
+    return [one for one in dict.fromkeys(found) if one not in (0, number)]
 
 
 def write_data(texts: Sequence[str], out: Path, seed: int = 0) -> dict[str, int]:
@@ -134,7 +159,7 @@ def write_data(texts: Sequence[str], out: Path, seed: int = 0) -> dict[str, int]
     rows: dict[str, list[Row]] = {
         "train": [{"prompt": question(t), "completion": answer(t)} for t in parts["train"]],
         "prompts": [{"prompt": question(t), "answer": answer(t)} for t in parts["train"]],
-        "pairs": [pair for t in parts["pairs"] for pair in pairs(t, 2, draw)],
+        "pairs": [pair for t in parts["pairs"] for pair in pairs(t, 3, draw)],
         "test": [{"prompt": question(t), "answer": answer(t)} for t in parts["test"]],
         "test_pairs": [pair for t in parts["test"] for pair in pairs(t, 1, draw)],
     }

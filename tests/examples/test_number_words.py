@@ -10,6 +10,7 @@ from examples.number_words import (
     LARGEST,
     TEXTS,
     answer,
+    found,
     in_form,
     in_words,
     read_numbers,
@@ -43,8 +44,8 @@ def test_an_answer_is_right_where_form_numbers_and_order_are(
     completion: str, rewards: tuple[float, float]
 ) -> None:
     wanted = answer(THREE)
-    found = right(prompts=["q"], completions=[completion], answer=[wanted])
-    assert (*found, *in_form(prompts=["q"], completions=[completion], answer=[wanted])) == rewards
+    rewarded = right(prompts=["q"], completions=[completion], answer=[wanted])
+    assert (*rewarded, *in_form(prompts=["q"], completions=[completion], answer=[wanted])) == rewards
 
 
 def test_numbers_in_words_are_read_as_they_are_written() -> None:
@@ -53,6 +54,11 @@ def test_numbers_in_words_are_read_as_they_are_written() -> None:
     ]
     assert answer(TWO) == "Three and forty-two."
     assert read_numbers(answer(TWO)) == [3, 42]
+
+
+def test_numbers_in_common_count_as_a_share_of_the_longer_answer() -> None:
+    said = ["Eight and three.", "Three, two and eight.", "Eight, eight and three.", "8 and 3.", ""]
+    assert found(said, [answer(THREE)] * len(said)) == [2 / 3, 1.0, 2 / 3, 0.0, 0.0]
 
 
 def test_every_slip_has_the_form_and_is_wrong() -> None:
