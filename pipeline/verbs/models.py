@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 verbs = typer.Typer()
 
+ROUNDED_AWAY = 0.1
+"""Share of adapted weights that a merge may leave at their old value before the user is told of float32."""
+
 
 @verbs.command(
     "eval",
@@ -117,6 +120,8 @@ def merge(
     )
     would = f" (in bfloat16: {done.unchanged_share_bf16:.1%})" if done.dtype != "bfloat16" else ""
     console.say(f"adapted weights that rounding left at their old value: {done.unchanged_share:.1%}{would}")
+    if done.dtype != "float32" and done.unchanged_share > ROUNDED_AWAY:
+        console.say(f"their change is too small for {done.dtype}; `--dtype float32` keeps it")
     return EXIT_DONE
 
 

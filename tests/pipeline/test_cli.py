@@ -163,3 +163,29 @@ def test_chat_finds_the_last_finished_stage(tmp_path: Path, capsys: pytest.Captu
     assert "holds no result yet" in capsys.readouterr().err
     (tmp_path / "out" / "sft" / "adapter").mkdir(parents=True)
     assert result_of(config, None).endswith("out/sft/adapter")
+
+
+def test_a_merge_that_rounds_the_training_away_names_float32(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    from actors.models.adapters import attach_lora, save_adapter
+    from actors.models.loading import load_base
+    from actors.models.spec import LoraSpec, ModelSpec
+    from actors.models.tiny import write_tiny_base
+
+    base = write_tiny_base(tmp_path / "base", num_hidden_layers=1)
+    peft = attach_lora(load_base(ModelSpec(base=str(base))), LoraSpec(r=2), "default", 0)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(1e-6)
+    save_adapter(peft, "default", tmp_path / "adapter")
+    said = {}
+    for dtype in ("bfloat16", "float32"):
+        arguments = ["merge", str(tmp_path / "adapter"), str(tmp_path / dtype), "--dtype", dtype]
+        assert main(arguments) == 0
+        said[dtype] = capsys.readouterr().out
+    assert "`--dtype float32` keeps it" in said["bfloat16"]
+    assert "keeps it" not in said["float32"]
