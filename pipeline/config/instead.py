@@ -197,6 +197,8 @@ INSTEAD: dict[str, str] = {
     "eos_token": _TURN_END,
     "eos_token_id": _TURN_END,
     "eos_token_ids": _TURN_END,
+    "stop_strings": "write `stop: {value}`",
+    "ignore_eos": "leave it out: samples end where turns end",
     "pad_token": _ONE_TOKENIZER,
     "dataset_kwargs": _FULL_DATA,
     "dataset_num_proc": _FULL_DATA,
