@@ -8,8 +8,10 @@ EOS alone never stops. Here both are found, once, for all who need them.
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
     from actors.sampling import SamplingSpec
 
 PROBE_ANSWER = "Raylign probe answer"
-"""Said in a conversation that is rendered to see what the template writes after an answer."""
+PROBE = ({"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE_ANSWER})
+"""A conversation that is rendered to see what the template writes after an answer."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,9 @@ class TurnEnds:
         return tuple(dict.fromkeys((*self.turn, *self.eos)))
 
     @property
-    def added(self) -> tuple[int, ...]:
-        """Those that an engine does not know by itself."""
-        return tuple(token for token in self.turn if token not in self.eos)
+    def added(self) -> tuple[int | str, ...]:
+        """Tokens and texts that an engine does not know by itself."""
+        return (*(token for token in self.turn if token not in self.eos), *self.texts)
 
     def sampling(self, asked: SamplingSpec, tokenizer: Any, where: str) -> SamplingSpec:
         """`asked`, with everything that ends a turn; `where` is the section of the config that it is from.
@@ -134,9 +137,10 @@ def after_answers(tokenizer: Any) -> list[str]:
         return []
     each = list(templates.values()) if isinstance(templates, dict) else [templates]
     found = [_after_answer(tokenizer, template) for template in each]
-    if any(text == "" for text in found) and (other := training_template(tokenizer)) is not None:
-        # GLM-4.5 ends an answer with the head of the next turn, which only TRL's template writes at the end.
-        found = [_after_answer(tokenizer, other) if text == "" else text for text in found]
+    for i, template in enumerate(each):
+        if found[i] == "" and (other := training_template(tokenizer, template)) is not None:
+            # GLM-4.5 ends an answer with the head of the next turn, which only TRL's template writes there.
+            found[i] = _after_answer(tokenizer, other)
     return [text for text in found if text is not None]
 
 
@@ -146,10 +150,13 @@ def after_probe(text: str) -> str | None:
     return None if place < 0 else text[place + len(PROBE_ANSWER) :].rstrip()
 
 
-def training_template(tokenizer: Any) -> str | None:
-    """TRL's template with `{% generation %}` marks for this tokenizer's model; None when it has none."""
+def training_template(tokenizer: Any, template: str) -> str | None:
+    """TRL's template with `{% generation %}` marks for a tokenizer with this template, one of those that it
+    has; None when TRL has none."""
     from trl.chat_template_utils import get_training_chat_template
 
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = template
     try:
         return get_training_chat_template(tokenizer)
     except Exception:  # it probes the template with tool calls, which many templates refuse
@@ -157,9 +164,8 @@ def training_template(tokenizer: Any) -> str | None:
 
 
 def _after_answer(tokenizer: Any, template: str) -> str | None:
-    probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE_ANSWER}]
     try:
-        text = tokenizer.apply_chat_template(probe, chat_template=template, tokenize=False)
+        text = tokenizer.apply_chat_template(list(PROBE), chat_template=template, tokenize=False)
     except Exception:  # a template may raise anything: its code belongs to the base
         return None
     return after_probe(text)
@@ -192,12 +198,17 @@ def _eos_of(base: str | Path) -> list[int]:
 
 def _held(base: str | Path, name: str) -> dict[str, Any]:
     """What a JSON file of a base holds; nothing where it can't be read, which others tell the user."""
-    from transformers.utils import cached_file
-
     place = follow_adapter(str(base))[0]
     try:
-        found = Path(place) / name if Path(place).is_dir() else cached_file(place, name)
-        held = json.loads(Path(found).read_text())
+        file = Path(place) / name if Path(place).is_dir() else _from_hub(place, name)
+        held = json.loads(file.read_text())
     except (OSError, ValueError, TypeError):
         return {}
     return held if isinstance(held, dict) else {}
+
+
+@lru_cache  # each call asks the hub whether the file has changed
+def _from_hub(place: str, name: str) -> Path:
+    from transformers.utils import cached_file
+
+    return Path(cached_file(place, name))

@@ -9,14 +9,13 @@ turns) are replaced by TRL's training template of the same model, where there is
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 from actors.errors import UserError
-from actors.models.turn_ends import PROBE_ANSWER, after_probe, training_template
+from actors.models.turn_ends import PROBE, after_probe, training_template
 from pipeline.data.bad_rows import TEMPLATE_REFUSED, RowProblem
 from pipeline.data.messages import Message
 from pipeline.data.template_date import strftime_of
@@ -149,9 +148,8 @@ class ChatFormat:
     def _find_end_of_turn(self) -> str | None:
         """From a probe conversation; None where the template doesn't take one."""
         self._unmarked_end = ""
-        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE_ANSWER}
         try:
-            text, spans = self._render([question, answer], {}, False, spans=self.marked)
+            text, spans = self._render(PROBE, {}, False, spans=self.marked)
         except RowProblem:
             return None
         end = after_probe(text)
@@ -183,13 +181,6 @@ def named_template(tokenizer: Any, *, tools: bool) -> str:
     return str(templates[wanted])
 
 
-def training_template_of(tokenizer: Any, template: str) -> str | None:
-    """TRL's training template for a tokenizer with this template, one of those that it has."""
-    tokenizer = copy.copy(tokenizer)
-    tokenizer.chat_template = template
-    return training_template(tokenizer)
-
-
 def chat_format(tokenizer: Any, template: str | None = None) -> ChatFormat:
     """The tokenizer's chat template, or `template`, one of several that it has or one in its place.
 
@@ -202,7 +193,7 @@ def chat_format(tokenizer: Any, template: str | None = None) -> ChatFormat:
             "text) need none"
         )
     chat = ChatFormat(tokenizer, template)
-    if chat.end_of_turn == "" and (other := training_template_of(tokenizer, chat.template)) is not None:
+    if chat.end_of_turn == "" and (other := training_template(tokenizer, chat.template)) is not None:
         # GLM-4.5 ends an answer with the head of the next turn, which only TRL's template writes at the end.
         chat = ChatFormat(tokenizer, other)
     if chat.end_of_turn == "":

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from actors.errors import UserError
-from pipeline.data.bad_rows import TOO_LONG, BadRow, RowGate, Skipped
+from pipeline.data.bad_rows import TOO_LONG, RowGate, RowProblem, Skipped
 from pipeline.data.messages import Message
 from pipeline.data.records import Records
 from pipeline.data.tokens import TokenStats, prompt_rows
@@ -84,8 +84,7 @@ def read_prompts(
             kept.append(index)
             continue
         detail = f"{len(ids)} tokens, max_length - max_completion_length leaves {max_prompt_tokens}"
-        spec = records.sources[record.source].spec
-        gate.add(BadRow(record.file, record.row, TOO_LONG, detail), spec.on_bad_row)
+        gate.add(*records.bad(record, RowProblem(TOO_LONG, detail)))
     skipped = Skipped.merged([records.skipped, gate.close()])
     if not kept:
         raise UserError(f"no prompts left to train on ({skipped.summary() or 'the data is empty'})")

@@ -101,6 +101,11 @@ class Records:
     def __getitem__(self, index: int) -> Record:
         return self.rows[index]
 
+    def bad(self, record: Record, problem: RowProblem) -> tuple[BadRow, str]:
+        """A row that can't be used after all, and its source's `on_bad_row`: what a `RowGate` takes."""
+        bad = BadRow(record.file, record.row, problem.reason, problem.detail)
+        return bad, self.sources[record.source].spec.on_bad_row
+
     @property
     def columns(self) -> dict[str, list[Any]]:
         """The rows' other columns, one list each; None where a row lacks it."""

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
-from pipeline.data.chat import ChatFormat, chat_format, named_template, training_template_of
+from actors.models.turn_ends import training_template
+from pipeline.data.chat import ChatFormat, chat_format, named_template
 from pipeline.data.control_tokens import ControlTokens
 from pipeline.data.rendered import Completeness
 
@@ -56,7 +57,7 @@ class Templates:
         replaced = dict(self._replaced)
         for chat in formats:
             own = next(name for name, found in self._formats.items() if found.chat is chat)
-            other = None if own in replaced else training_template_of(self._tokenizer, own)
+            other = None if own in replaced else training_template(self._tokenizer, own)
             if other is None:
                 return None
             replaced[own] = other

@@ -102,7 +102,7 @@ class TextMaker:
             try:
                 text = self._prompt(record) if self._is_chat(record) else None
             except RowProblem as problem:
-                gate.add(*self._bad(record, problem))
+                gate.add(*self._records.bad(record, problem))
                 continue
             yield index, text is not None, text if text is not None else (record.plain or ("",))[0]
 
@@ -114,10 +114,6 @@ class TextMaker:
         way.complete.check(record.prompt, record.template_kwargs, made)
         return text
 
-    def _bad(self, record: Record, problem: RowProblem) -> tuple[BadRow, str]:
-        on_bad_row = self._records.sources[record.source].spec.on_bad_row
-        return BadRow(record.file, record.row, problem.reason, problem.detail), on_bad_row
-
     def _training_rows(self, train_on: str) -> tuple[RowTexts, list[tuple[BadRow, str]]]:
         result = RowTexts([])
         bad: list[tuple[BadRow, str]] = []
@@ -126,7 +122,7 @@ class TextMaker:
             try:
                 row = self._chat_row(index, record, way, train_on) if way else self._plain_row(index, record)
             except RowProblem as problem:
-                bad.append(self._bad(record, problem))
+                bad.append(self._records.bad(record, problem))
                 if way and problem.reason in (LEFT_OUT, PROMPT_CHANGES):
                     result.incomplete.add(way.chat)
                 continue

@@ -22,7 +22,6 @@ from actors.errors import UserError
 from actors.models.turn_ends import turn_ends
 from pipeline.data.bad_rows import (
     MISSING_COLUMN,
-    BadRow,
     RowGate,
     RowProblem,
     Skipped,
@@ -151,21 +150,18 @@ def tokenize(
     gate = copy.deepcopy(encoded.gate)  # its rows are this stage's to tell, and the next one's
     cut, tails = Cut(max_length, truncation, records.kind), _Tails(tokenizer)
     vocabulary = Vocabulary(tokenizer, vocab_size)
+    with_margins = scored and any(record.columns.get(MARGIN) is not None for record in records.rows)
     rows: list[TokenRow] = []
-    margins = scored and any(record.columns.get(MARGIN) is not None for record in records.rows)
-    found_margins: list[float] = []
-    merged = 0
+    margins: list[float] = []
     for row in encoded.rows:
         record = records[row.record]
         try:
             vocabulary.check(*row.ids)
-            margin = _margin(record) if margins else 0.0
+            margin = _margin(record) if with_margins else 0.0
             rows.append(cut(tails.cut(row) if scored else row))
-            found_margins.append(margin)
-            merged += row.merged
+            margins.append(margin)
         except RowProblem as problem:
-            bad = BadRow(record.file, record.row, problem.reason, problem.detail)
-            gate.add(bad, records.sources[record.source].spec.on_bad_row)
+            gate.add(*records.bad(record, problem))
     skipped = Skipped.merged([records.skipped, gate.close()])
     if not rows:
         raise UserError(f"no rows left to train on ({skipped.summary() or 'the data is empty'})")
@@ -173,9 +169,14 @@ def tokenize(
         [ids for row in rows for ids in row.ids],
         [mask for row in rows for mask in row.masks],
         2 if records.kind == "preference" else 1,
-        _columns(records, rows, found_margins if margins else None),
+        _columns(records, rows, margins if with_margins else None),
     )
-    stats = TokenStats(
+    places = np.asarray([row.record for row in rows], dtype=np.int64)
+    return TokenizedData(data, places, skipped, _stats(data, rows, encoded, cut))
+
+
+def _stats(data: Batch, rows: list[TokenRow], encoded: EncodedRows, cut: Cut) -> TokenStats:
+    return TokenStats(
         rows=len(rows),
         tokens=data.n_tokens,
         label_tokens=int(data.loss_mask.sum()),
@@ -186,9 +187,8 @@ def tokenize(
         formats=encoded.formats,
         masking=encoded.masking,
         rendered=encoded.rendered,
-        merged_boundaries=merged,
+        merged_boundaries=sum(row.merged for row in rows),
     )
-    return TokenizedData(data, np.asarray([row.record for row in rows], dtype=np.int64), skipped, stats)
 
 
 def _columns(records: Records, rows: list[TokenRow], margins: list[float] | None) -> dict[str, np.ndarray]:
@@ -223,8 +223,7 @@ def prompt_rows(
             vocabulary.check(ids[index])
             kept.append((index, text))
         except RowProblem as problem:
-            bad = BadRow(record.file, record.row, problem.reason, problem.detail)
-            gate.add(bad, records.sources[record.source].spec.on_bad_row)
+            gate.add(*records.bad(record, problem))
     skipped = gate.close()
     if skipped.total:
         rows = [records[index] for index, _ in kept]

@@ -105,7 +105,7 @@ def read_eval_set(
     if not len(kept):
         raise UserError(f"eval.data: no prompts left ({kept.skipped.summary() or 'the data is empty'})")
     # Where the base alone says what ends a turn, evaluations were made before this was asked.
-    told = "".join(f" ends at {token}" for token in (*ends.added, *ends.texts))
+    told = "".join(f" ends at {token}" for token in ends.added)
     return EvalSet(texts, token_ids, kept.columns, kept.fingerprint + told, sampling, kept.skipped)
 
 
