@@ -8,15 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.pipeline.data.one_row import CHATML
 from tests.whole_runs import TINY_MOE, command_of, complete, lines_of, raylign
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(600)]
 
-CHATML = (
-    "{% for m in messages %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 TURN_END, EOS = 258, 256
 LIMIT = 16
 

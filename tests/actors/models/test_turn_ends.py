@@ -13,12 +13,8 @@ from actors.models.merge import merge_adapter
 from actors.models.tiny import PAD, TURN_END, byte_tokenizer, write_tiny_base
 from actors.models.turn_ends import TurnEnds, turn_ends, write_turn_ends
 from actors.sampling import SamplingSpec
+from tests.pipeline.data.one_row import CHATML
 
-CHATML = (
-    "{% for m in messages %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 PHI = CHATML[: CHATML.index("{% if")] + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
 WORDS = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n### end\n' }}{% endfor %}"
 
@@ -79,7 +75,7 @@ def test_templates_of_every_kind(template: Any, turn: tuple[int, ...], texts: tu
 
 
 def test_added_tokens_of_white_space_are_no_end() -> None:
-    tokenizer = tokenizer_with(CHATML.replace("'<|im_end|>\n'", "'\n\n<|im_end|>'"))
+    tokenizer = tokenizer_with(CHATML.replace("<|im_end|>\n", "\n\n<|im_end|>"))
     tokenizer.add_tokens(["\n\n"])
     assert turn_ends(tokenizer).turn == (END,)
 

@@ -13,13 +13,11 @@ from actors.models.tiny import byte_tokenizer
 from pipeline.data.records import load_records
 from pipeline.data.spec import DataSpec
 from pipeline.data.tokens import TokenizedData, tokenize
+from tests.pipeline.data.one_row import CHATML
 
 pytestmark = pytest.mark.trl
 
-CHATML_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+CHATML_TEMPLATE = CHATML
 STRINGS = [
     {"prompt": "2+2? ", "chosen": "It is 4.", "rejected": "5, maybe; maybe not, who knows, ask again"},
     {"prompt": "Grüße, wie geht's? ", "chosen": "gut 👍", "rejected": "schlecht"},

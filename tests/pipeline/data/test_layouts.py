@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from actors.errors import UserError
-from pipeline.data.records import Records, load_records
-from pipeline.data.spec import DataSpec
+from tests.pipeline.data.rows import BAD, GOOD, USER, load
 
-USER = {"role": "user", "content": "2+2?"}
-GOOD = {"role": "assistant", "content": "4"}
-BAD = {"role": "assistant", "content": "5"}
 HUMAN = {"from": "human", "value": "2+2?"}
 GPT = {"from": "gpt", "value": "4"}
-
-
-def load(tmp_path: Path, rows: list[dict[str, Any]], kind: str, **spec: Any) -> Records:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_records([DataSpec(source=str(path), **spec)], kind, seed=0)  # type: ignore[arg-type]
 
 
 SFT = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ import pytest
 from actors.errors import UserError
 from actors.models.tiny import byte_tokenizer
 from pipeline.data.prompts import read_prompts
-from pipeline.data.records import Records, load_records
-from pipeline.data.spec import DataSpec
+from pipeline.data.records import Records
 from pipeline.data.tokens import tokenize
+from tests.pipeline.data.rows import load
 
 ROWS = [
     {"prompt": "2+2?", "completion": "4"},
@@ -30,10 +29,8 @@ def tokenizer_with_more() -> tuple[Any, int]:
     return tokenizer, rows
 
 
-def records(path: Path, kind: Any, on_bad_row: Any = "error") -> Records:
-    file = path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return load_records([DataSpec(source=str(file), on_bad_row=on_bad_row)], kind, seed=0)
+def records(path: Path, kind: str, on_bad_row: str = "error") -> Records:
+    return load(path, ROWS, kind, on_bad_row=on_bad_row)
 
 
 def test_rows_with_such_tokens_are_named_with_token_and_sizes(tmp_path: Path) -> None:
