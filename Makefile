@@ -66,7 +66,7 @@ test-architectures: install-dev ## Every row of the table of architectures, trai
 	$(MAKE) docs
 
 docs: install ## docs/architectures.md from the table and the last figures
-	$(BIN)/python -m pipeline.architecture_page
+	$(BIN)/python -m pipeline.report.architecture_page
 
 bench: install-dev ## Side-by-side ratios against TRL + PEFT and a bare loop
 	$(BIN)/python benchmarks/offline.py

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from actors.errors import InvariantViolation
-from actors.models.sharding import holders, own_slice
-from actors.optim import Bucket, norms
+from actors.models.parallel.fsdp import holders, own_slice
+from actors.trainer.optimizer import Bucket, norms
 
 
 class SlicedParameters:

@@ -44,9 +44,9 @@ def main() -> None:
 
 def measure(actors: Any, sizes: Any) -> list[dict[str, Any]]:
     """Steps with each number of actors and of samples."""
-    from actors.cluster import start_ray, stop_ray
-    from actors.group import ActorGroup
-    from actors.runtime import LimitsSpec, RoleSpec
+    from actors.cluster.connection import start_ray, stop_ray
+    from actors.cluster.spec import LimitsSpec, RoleSpec
+    from actors.cluster.worker_group import ActorGroup
 
     found: list[dict[str, Any]] = []
     limits = LimitsSpec(start=900)
@@ -73,10 +73,10 @@ def steps(policy: Any, rollout: Any, samples: int, scratch: Path) -> list[dict[s
     """A few steps of the online loop."""
     from transformers import AutoTokenizer
 
-    from actors.pool import RolloutPool
+    from actors.rollout.pool import RolloutPool
     from actors.sync.spec import SyncSpec
     from actors.sync.weight_sync import WeightSync
-    from pipeline.stages.rl import RlContext, RlLoop
+    from pipeline.stages.online.loop import RlContext, RlLoop
     from pipeline.stages.views import View
 
     stage = prepared(samples)
@@ -115,11 +115,11 @@ def prepared(samples: int) -> Any:
     """A GRPO stage over prompts of equal length."""
     import numpy as np
 
-    from pipeline.data.bad_rows import Skipped
-    from pipeline.data.order import BatchOrder
-    from pipeline.data.prompts import PromptData
+    from pipeline.data.reading.bad_rows import Skipped
+    from pipeline.data.tokens.order import BatchOrder
+    from pipeline.data.tokens.prompts import PromptData
     from pipeline.stages.prepared import PreparedRl
-    from pipeline.stages.spec import GrpoStage
+    from pipeline.stages.specs.registry import GrpoStage
 
     spec = GrpoStage(
         data=[{"source": "none.jsonl"}],

@@ -66,7 +66,7 @@ def main() -> int:
 def learn(config: str, seed: int, directory: Path) -> Run:
     """One run from its beginning, in a process of its own."""
     shutil.rmtree(directory, ignore_errors=True)
-    command = [sys.executable, "-m", "pipeline.cli", "run", f"configs/{config}.yaml"]
+    command = [sys.executable, "-m", "pipeline.cli.app", "run", f"configs/{config}.yaml"]
     began = time.monotonic()
     done = subprocess.run(
         [*command, f"seed={seed}", f"output_dir={directory}"],

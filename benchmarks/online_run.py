@@ -22,8 +22,8 @@ class Over(BaseException):
 def main(config: str) -> None:
     """The run of `config`, with its online loop behind a gate."""
     from pipeline.config.load import load_config
-    from pipeline.run import run
-    from pipeline.stages.rl import RlLoop
+    from pipeline.execution.run import run
+    from pipeline.stages.online.loop import RlLoop
 
     gate, real = Gate(), RlLoop.step
 

@@ -156,7 +156,7 @@ def _random(workload: OnlineWorkload, n: int) -> list[dict[str, Any]]:
 
 
 def _task(n: int) -> list[dict[str, Any]]:
-    from pipeline.data.records import load_records
+    from pipeline.data.reading.records import load_records
     from pipeline.data.spec import DataSpec
 
     source = DataSpec(source="builtin:arithmetic", split="prompts")

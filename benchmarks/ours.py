@@ -12,10 +12,10 @@ from typing import Any
 from actors.algorithms.dpo import DpoLoss
 from actors.algorithms.loss import Loss
 from actors.algorithms.sft import SftLoss
-from actors.batch import Batch
-from actors.host_spec import HostSpec
+from actors.batches.batch import Batch
 from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
 from actors.optim_spec import OptimSpec
+from actors.trainer.spec import HostSpec
 from benchmarks.meter import Effort, Meter, Reading, peak_rss_bytes
 from benchmarks.workloads import BETA, LEARNING_RATE, LORA_ALPHA, LORA_R, Workload, batches, make_rows
 
@@ -29,9 +29,9 @@ Call = Callable[..., Any]
 
 def through_actor(workload: Workload, base: Path, effort: Effort, threads: int) -> dict[str, Any]:
     """As `raylign run` does it: Ray, one rank in an actor of its own, steps submitted ahead."""
-    from actors.cluster import start_ray, stop_ray
-    from actors.group import HOST, host_group
-    from actors.runtime import LimitsSpec, RoleSpec
+    from actors.cluster.connection import start_ray, stop_ray
+    from actors.cluster.spec import LimitsSpec, RoleSpec
+    from actors.cluster.worker_group import HOST, host_group
 
     start_ray()
     with tempfile.TemporaryDirectory(prefix="raylign-bench-") as logs:
@@ -48,7 +48,7 @@ def without_ray(workload: Workload, base: Path, effort: Effort, threads: int) ->
     """The same host in this process: what is left of a difference is Ray's."""
     import os
 
-    from actors.host import ModelHost
+    from actors.trainer.model_host import ModelHost
 
     host = ModelHost(_host_spec(base))
 

@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from actors.vllm_settings import TOKENS_PER_STEP
+from actors.rollout.vllm.settings import TOKENS_PER_STEP
 from benchmarks.online_workloads import SAMPLES, WORKLOADS, OnlineWorkload
 from benchmarks.turns import Gate
 
@@ -37,7 +37,7 @@ def main() -> None:
     if args.side == "bare":
         turns(gate, workload, args, bare(workload, args.base, args.threads))
         return
-    from actors.cluster import start_ray, stop_ray
+    from actors.cluster.connection import start_ray, stop_ray
 
     start_ray()
     with tempfile.TemporaryDirectory(prefix="raylign-bench-") as logs:
@@ -97,11 +97,11 @@ def bare(workload: OnlineWorkload, base: str, threads: int) -> Draw:
 
 def actor(workload: OnlineWorkload, base: str, threads: int, logs: str) -> Draw:
     """The pool of one engine, loaded as an online stage loads it."""
-    from actors.engine_spec import EngineSpec
-    from actors.group import ROLLOUT, rollout_group
-    from actors.pool import RolloutPool
-    from actors.runtime import LimitsSpec, RoleSpec
-    from actors.sampling import SamplingSpec
+    from actors.batches.generations import SamplingSpec
+    from actors.cluster.spec import LimitsSpec, RoleSpec
+    from actors.cluster.worker_group import ROLLOUT, rollout_group
+    from actors.rollout.pool import RolloutPool
+    from actors.rollout.spec import EngineSpec
 
     group = rollout_group(RoleSpec(threads=threads), LimitsSpec(), logs).start().ready()
     group.build(ROLLOUT, EngineSpec(max_model_len=POSITIONS)).result()

@@ -112,10 +112,10 @@ def work(rank: int, lora: bool, sharding: Any, workload: str, base: str, init: s
     import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401  before counting begins
 
     from actors.algorithms.sft import SftLoss
-    from actors.host import ModelHost
-    from actors.host_spec import HostSpec
     from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
     from actors.optim_spec import OptimSpec
+    from actors.trainer.model_host import ModelHost
+    from actors.trainer.spec import HostSpec
 
     memory = Memory()
     model = ModelSpec(base=base, lora=LoraSpec(r=16) if lora else None, moe=MoeSpec(router_aux_loss_coef=0.0))

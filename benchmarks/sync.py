@@ -66,11 +66,11 @@ def main() -> None:
 
 def measure(bases: list[str], payloads: list[str], turns: int) -> list[dict[str, Any]]:
     """Syncs of all payloads on each base, one after the other in the same two processes."""
-    from actors.cluster import start_ray, stop_ray
-    from actors.engine_spec import EngineSpec
-    from actors.group import ROLLOUT, host_group, rollout_group
+    from actors.cluster.connection import start_ray, stop_ray
+    from actors.cluster.spec import LimitsSpec, RoleSpec
+    from actors.cluster.worker_group import ROLLOUT, host_group, rollout_group
     from actors.models.tiny import write_tiny_base
-    from actors.runtime import LimitsSpec, RoleSpec
+    from actors.rollout.spec import EngineSpec
 
     found: list[dict[str, Any]] = []
     start_ray()
@@ -92,13 +92,13 @@ def _syncs(
     name: str, base: Path, policy: Any, rollout: Any, payloads: list[str], turns: int
 ) -> list[dict[str, Any]]:
     from actors.algorithms.sft import SftLoss
-    from actors.batch import Batch
-    from actors.group import HOST
-    from actors.host_spec import HostSpec
+    from actors.batches.batch import Batch
+    from actors.cluster.worker_group import HOST
     from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
     from actors.optim_spec import OptimSpec
     from actors.sync.spec import SyncSpec
     from actors.sync.weight_sync import WeightSync
+    from actors.trainer.spec import HostSpec
 
     lora = LoraSpec(r=LORA_R, lora_alpha=LORA_ALPHA, targets=["attention", "experts"])
     model = ModelSpec(base=str(base), lora=lora, moe=MoeSpec(router_aux_loss_coef=0.0))

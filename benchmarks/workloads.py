@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from actors.batch import Batch
+from actors.batches.batch import Batch
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINED_TINY = ROOT / "assets" / "tiny-moe"
@@ -114,11 +114,11 @@ def _random_rows(workload: Workload, n: int) -> list[Row]:
 
 
 def _task_rows(workload: Workload, n: int, base: Path) -> list[Row]:
-    from actors.models.loading import load_tokenizer
+    from actors.models.base.loading import load_tokenizer
     from actors.models.spec import ModelSpec
-    from pipeline.data.records import load_records
+    from pipeline.data.reading.records import load_records
     from pipeline.data.spec import DataSpec
-    from pipeline.data.tokens import tokenize
+    from pipeline.data.tokens.tokens import tokenize
 
     kind: Literal["sft", "preference"] = "preference" if workload.objective == "dpo" else "sft"
     split = "preference" if workload.objective == "dpo" else "train"

@@ -12,11 +12,11 @@ import pytest
 import typer
 
 from actors.errors import UserError
-from pipeline.cli import app
+from pipeline.cli.app import app
 from pipeline.config.load import load_config, resolved, validate
-from pipeline.config.reading import parse_yaml
-from pipeline.config.schema import RolesSpec, RunConfig
-from pipeline.dry_run import (
+from pipeline.config.run_config import RolesSpec, RunConfig
+from pipeline.config.yaml_reader import parse_yaml
+from pipeline.planning.dry_run import (
     DRY_BATCH,
     DRY_PROMPTS,
     DRY_RL_STEPS,
@@ -26,7 +26,7 @@ from pipeline.dry_run import (
     DRY_WORKERS,
     shrink,
 )
-from pipeline.stages.spec import DpoStage, GrpoStage, RlStage
+from pipeline.stages.specs.registry import DpoStage, GrpoStage, RlStage
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path for folder in ("configs", "examples") for path in (ROOT / folder).glob("*.yaml"))
@@ -207,7 +207,7 @@ def test_the_configuration_page_names_every_key() -> None:
 
 
 def test_the_models_page_names_every_architecture() -> None:
-    from actors.models.architectures import ARCHITECTURES, REFUSED
+    from actors.models.architectures.lookup import ARCHITECTURES, REFUSED
 
     text = (ROOT / "docs/models-and-moe.md").read_text()
     assert not [name for name in {**ARCHITECTURES, **REFUSED} if f"`{name}`" not in text]

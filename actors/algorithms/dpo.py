@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from actors.algorithms.loss import Loss, MetricSums, TokenView, Totals
-from actors.batch import Batch
+from actors.batches.batch import Batch
 from actors.errors import InvariantViolation
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from actors.batch import Batch
+from actors.batches.batch import Batch
 from actors.models.spec import Spec
 
 if TYPE_CHECKING:

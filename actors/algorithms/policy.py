@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from actors.algorithms import rl_checks
-from actors.algorithms.correction import CORRECTION
+from actors.algorithms import checks as rl_checks
+from actors.algorithms.importance_sampling import CORRECTION
 from actors.algorithms.kl import KL_ESTIMATORS, KlEstimator
 from actors.algorithms.loss import Loss, MetricSums, TokenView, Totals, largest
-from actors.batch import Batch
+from actors.batches.batch import Batch
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,7 @@ class PolicyLoss(Loss):
     """Policy gradient with importance ratios.
 
     Token columns read: `old_logps` (but see `on_policy`), `advantages`; `importance_sampling_ratio` if there
-    (what each token's surrogate is multiplied by: see `actors.algorithms.correction`); `ref_logps` if there
+    (what each token's surrogate is multiplied by: see `actors.algorithms.importance_sampling`); `ref_logps` if there
     (then the KL is a metric, and with beta a term of the loss); `mask` (bool) if there: False takes a token
     out of loss, metrics and totals.
     """

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from actors.algorithms.loss import Loss, MetricSums, TokenView, Totals, largest, smallest
-from actors.batch import Batch
+from actors.batches.batch import Batch
 
 if TYPE_CHECKING:
     import torch

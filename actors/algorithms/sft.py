@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from actors.algorithms.loss import Loss, MetricSums, TokenView, Totals
-from actors.batch import Batch
+from actors.batches.batch import Batch
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from actors.algorithms.loss import Loss, MetricSums, TokenView, Totals
-from actors.batch import Batch
+from actors.batches.batch import Batch
 
 if TYPE_CHECKING:
     import torch

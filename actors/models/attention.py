@@ -19,15 +19,15 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from actors.batches.packing import Gathering
 from actors.models.sinks import attend_with_sinks
-from actors.packing import Gathering
 
 BY_SEQUENCE = "by_sequence"
 """Its name with transformers. With `sdpa` in it, transformers would refuse it for gpt_oss."""
 
 
 class Gather(NamedTuple):
-    """`actors.packing.Gathering` as tensors: M rows picked from N."""
+    """`actors.batches.packing.Gathering` as tensors: M rows picked from N."""
 
     index: Tensor
     """int64 (M,)."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from actors.errors import UserError
-from actors.models.architectures import ARCHITECTURES
+from actors.models.architectures.lookup import ARCHITECTURES
+from actors.models.architectures.tensor_parallel_sizes import split_sizes
 from actors.models.spec import ModelSpec
-from actors.models.split_sizes import split_sizes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -33,7 +33,7 @@ class BaseFacts:
     n_experts: int | None = None
     """Experts of each layer; None for a dense model, and for an architecture that is not in the table."""
     split_sizes: dict[str, int] | None = None
-    """What tensor-parallel ranks share evenly (`actors.models.split_sizes`); None: not known."""
+    """What tensor-parallel ranks share evenly (`actors.models.architectures.tensor_parallel_sizes`); None: not known."""
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
@@ -53,9 +53,9 @@ def n_experts(config: PretrainedConfig) -> int | None:
 
 def base_facts(spec: ModelSpec) -> BaseFacts:
     """Look at `spec.base` and resolve `spec.lora`. Never raises for what a user can get wrong."""
-    from actors.models.adapters import check_adapter_matches_base
-    from actors.models.loading import local_base_dir, resolve_base
-    from actors.models.targets import resolve_targets
+    from actors.models.base.loading import local_base_dir, resolve_base
+    from actors.models.lora.adapters import check_adapter_matches_base
+    from actors.models.lora.targets import resolve_targets
 
     base = resolve_base(spec)
     if base.problems or base.config is None:

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.errors import UserError
-from actors.models.resolving import follow_adapter
+from actors.models.base.resolving import follow_adapter
 
 if TYPE_CHECKING:
-    from actors.sampling import SamplingSpec
+    from actors.batches.generations import SamplingSpec
 
 PROBE_ANSWER = "Raylign probe answer"
 PROBE = ({"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE_ANSWER})
@@ -104,7 +104,7 @@ def write_turn_ends(directory: str | Path) -> None:
 
     So whoever serves the model stops there without being told. A file that says so already stays as it is.
     """
-    from actors.models.loading import load_tokenizer
+    from actors.models.base.loading import load_tokenizer
     from actors.models.spec import ModelSpec
 
     directory = Path(directory)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.errors import UserError
-from actors.models.adapters import attach_config, read_head, save_adapter, saved_config
-from actors.models.architectures import architecture_of
-from actors.models.heads import make_head
-from actors.models.loading import load_base, resolve_base
-from actors.models.merge import merged_state, write_model
-from actors.models.row import config_value
+from actors.models.architectures.lookup import architecture_of
+from actors.models.architectures.row import config_value
+from actors.models.base.loading import load_base, resolve_base
+from actors.models.lora.adapters import attach_config, read_head, save_adapter, saved_config
+from actors.models.lora.heads import make_head
+from actors.models.lora.merge import merged_state, write_model
 from actors.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _draw_routers(model: Any, seed: int) -> None:
     """ERNIE's routers start at 0, where every token goes to the same experts."""
     import torch
 
-    from actors.models.moe import routers_of
+    from actors.models.moe.router_stats import routers_of
 
     router = architecture_of(model.config).router
     generator = torch.Generator().manual_seed(seed)

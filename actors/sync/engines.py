@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from actors.cluster.futures import PendingOne
+from actors.cluster.worker_group import ActorGroup
 from actors.errors import InvariantViolation, RunFailure, UserError
-from actors.group import ActorGroup
-from actors.pending import PendingOne
 from actors.sync.protocol import NO_VERSION, Engine, Event, Failure, Offer
 from actors.sync.spec import Backend
 

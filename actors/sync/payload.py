@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 
-from actors.models.low_rank import Factors
+from actors.models.lora.low_rank import Factors
 
 Kind = Literal["adapter", "merged"]
 """`adapter`: LoRA's A and B, by the adapted weight's name in the bare base. `merged`: whole tensors, by

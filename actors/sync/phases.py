@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from actors.cluster.futures import Pending, PendingOne
+from actors.cluster.worker_group import ActorGroup
 from actors.errors import RunFailure
-from actors.group import ActorGroup
-from actors.pending import Pending, PendingOne
 from actors.sync import protocol
 from actors.sync.engines import Engines
 from actors.sync.protocol import Event, Failure, Offer, Sent, State

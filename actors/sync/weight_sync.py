@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.batch import Batch
+from actors.batches.batch import Batch
+from actors.cluster.futures import POLL_S, PendingOne
+from actors.cluster.worker_group import ActorGroup
 from actors.errors import RunFailure
-from actors.group import ActorGroup
-from actors.pending import POLL_S, PendingOne
 from actors.sync import protocol, verify
 from actors.sync.engines import load_base
 from actors.sync.phases import Phases

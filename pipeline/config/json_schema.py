@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.config.schema import RunConfig
-from pipeline.stages.spec import STAGE_TYPES
+from pipeline.config.run_config import RunConfig
+from pipeline.stages.specs.registry import STAGE_TYPES
 
 _SOURCES = ({"$ref": "#/$defs/DataSpec"}, {"$ref": "#/$defs/RewardSpec"})
 

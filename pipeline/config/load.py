@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from actors.errors import UserError
 from pipeline.config.messages import bad_paths, explain, keys_in
 from pipeline.config.problem import Problem
-from pipeline.config.reading import apply_overrides, read_mapping, set_key
-from pipeline.config.schema import RunConfig
+from pipeline.config.run_config import RunConfig
+from pipeline.config.yaml_reader import apply_overrides, read_mapping, set_key
 
 _NAMING_STAGES = frozenset({"init", "reference", "models", "rewards", "critic_init"})
 """Keys whose values are names of stages."""

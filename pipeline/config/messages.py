@@ -10,8 +10,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from pipeline.config.instead import INSTEAD, INSTEAD_OF_VALUE
 from pipeline.config.problem import Problem
+from pipeline.config.trl_keys import INSTEAD, INSTEAD_OF_VALUE
 
 _TYPES = {
     "int_type": "a whole number",

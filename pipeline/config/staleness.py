@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipeline.config.problem import Problem
-from pipeline.stages.spec import PolicyGradientStage, RlStage
+from pipeline.stages.specs.registry import PolicyGradientStage, RlStage
 
 LOOSEST_CLIP = 5.0
 """Largest epsilon that still counts as clipping: CISPO's usual bound."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.data import converters, pair_converters
-from pipeline.data.bad_rows import (
+from pipeline.data import pair_converters
+from pipeline.data.reading import converters
+from pipeline.data.reading.bad_rows import (
     EMPTY_ANSWER,
     EMPTY_PROMPT,
     NO_ANSWER,
@@ -14,13 +15,13 @@ from pipeline.data.bad_rows import (
     WRONG_TYPE,
     RowProblem,
 )
-from pipeline.data.converters import Converted
-from pipeline.data.flags import check_whole, untrained_turns
-from pipeline.data.layouts import Kind, Resolved
-from pipeline.data.messages import Message, assistant, text_of, user
-from pipeline.data.raw import Row
-from pipeline.data.row_view import RowView
-from pipeline.data.values import from_json, is_blank
+from pipeline.data.reading.converters import Converted
+from pipeline.data.reading.flags import check_whole, untrained_turns
+from pipeline.data.reading.layouts import Kind, Resolved
+from pipeline.data.reading.messages import Message, assistant, text_of, user
+from pipeline.data.reading.raw import Row
+from pipeline.data.reading.row_view import RowView
+from pipeline.data.reading.values import from_json, is_blank
 
 _CONVERTERS = {**converters.BY_LAYOUT, **pair_converters.BY_LAYOUT}
 

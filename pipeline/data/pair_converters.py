@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline.data.bad_rows import (
+from pipeline.data.reading.bad_rows import (
     EMPTY_ANSWER,
     EMPTY_PROMPT,
     NO_ANSWER,
@@ -12,10 +12,10 @@ from pipeline.data.bad_rows import (
     WRONG_TYPE,
     RowProblem,
 )
-from pipeline.data.converters import Converted, instruction_prompt, last_turn, plain_of, prompt_of
-from pipeline.data.messages import Message, assistant, user
-from pipeline.data.row_view import RowView
-from pipeline.data.transcripts import hh_answer, hh_prompt
+from pipeline.data.reading.converters import Converted, instruction_prompt, last_turn, plain_of, prompt_of
+from pipeline.data.reading.messages import Message, assistant, user
+from pipeline.data.reading.row_view import RowView
+from pipeline.data.reading.transcripts import hh_answer, hh_prompt
 
 
 def _preference(row: RowView) -> Converted:
@@ -105,4 +105,4 @@ BY_LAYOUT: dict[str, Callable[[RowView], Converted]] = {
     "preference_conversations": _preference_conversations,
     "preference_transcripts": _preference_transcripts,
 }
-"""Converter of each layout, by its name in `pipeline.data.layouts`."""
+"""Converter of each layout, by its name in `pipeline.data.reading.layouts`."""

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.progress import MARKS, duration
+from pipeline.monitoring.progress import MARKS, duration
 from pipeline.report.evals import eval_tables, headline
 from pipeline.report.figure import Drawing, file_name
 from pipeline.report.heatmaps import draw_heatmaps

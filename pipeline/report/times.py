@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.progress import duration
+from pipeline.monitoring.progress import duration
 from pipeline.report.figure import Drawing
 from pipeline.report.timeline import Waiting, detail_window, online_window, waiting
 from pipeline.report.timeline_plot import draw_timeline

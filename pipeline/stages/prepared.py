@@ -12,14 +12,14 @@ import numpy as np
 
 from actors.errors import UserError
 from actors.models.turn_ends import TurnEnds, turn_ends, vocab_size
-from pipeline.data.layouts import Kind
-from pipeline.data.mismatched import with_mismatched
-from pipeline.data.order import BatchOrder
-from pipeline.data.prompts import PromptData, read_prompts
-from pipeline.data.records import Records, load_records
+from pipeline.data.reading.layouts import Kind
+from pipeline.data.reading.records import Records, load_records
 from pipeline.data.spec import DataSpec
-from pipeline.data.tokens import EncodedRows, TokenizedData, encode_rows, tokenize
-from pipeline.stages.spec import (
+from pipeline.data.tokens.kto_pairs import with_mismatched
+from pipeline.data.tokens.order import BatchOrder
+from pipeline.data.tokens.prompts import PromptData, read_prompts
+from pipeline.data.tokens.tokens import EncodedRows, TokenizedData, encode_rows, tokenize
+from pipeline.stages.specs.registry import (
     DpoStage,
     GrpoStage,
     KtoStage,
@@ -35,9 +35,9 @@ from pipeline.stages.spec import (
 
 if TYPE_CHECKING:
     from actors.algorithms.loss import Loss
-    from actors.batch import Batch
-    from actors.sampling import SamplingSpec
-    from pipeline.config.schema import RunConfig
+    from actors.batches.batch import Batch
+    from actors.batches.generations import SamplingSpec
+    from pipeline.config.run_config import RunConfig
 
 KINDS: dict[type[StageSpec], Kind] = {
     SftStage: "sft",

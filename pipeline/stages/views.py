@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from actors.algorithms.loss import Loss
-    from actors.batch import Batch
-    from actors.group import ActorGroup, Pending
+    from actors.batches.batch import Batch
+    from actors.cluster.worker_group import ActorGroup, Pending
     from actors.optim_spec import OptimSpec
 
 

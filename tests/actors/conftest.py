@@ -12,13 +12,13 @@ import pytest
 if TYPE_CHECKING:
     import torch
 
-    from actors.group import ActorGroup
+    from actors.cluster.worker_group import ActorGroup
 
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A real cluster; its workers can import `duties`, beside this file."""
-    from actors.cluster import start_ray, stop_ray
+    from actors.cluster.connection import start_ray, stop_ray
 
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), before]))
@@ -35,8 +35,8 @@ def ray_cluster() -> Iterator[None]:
 def process(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActorGroup]:
     """One process for all engines of a file: vLLM is imported once, and what one engine leaves behind would
     show in the next."""
-    from actors.group import rollout_group
-    from actors.runtime import LimitsSpec, RoleSpec
+    from actors.cluster.spec import LimitsSpec, RoleSpec
+    from actors.cluster.worker_group import rollout_group
 
     group = rollout_group(RoleSpec(), LimitsSpec(stop=5), tmp_path_factory.mktemp("engines") / "logs")
     group.start().ready()
@@ -49,7 +49,7 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """base_of(architecture, dtype=float32): directory of a tiny random base, made once per file."""
     import torch
 
-    from tests.actors.sync import vllm_cases as cases
+    from tests.actors.rollout.vllm import vllm_cases as cases
 
     made: dict[tuple[str, torch.dtype], Path] = {}
 

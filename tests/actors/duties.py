@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.batch import Batch
+from actors.batches.batch import Batch
 from actors.errors import InvariantViolation, UserError
 
 

@@ -11,7 +11,7 @@ import torch
 
 from actors.algorithms.kto import KtoLoss, sequences
 from actors.algorithms.loss import TokenView
-from actors.batch import Batch
+from actors.batches.batch import Batch
 
 
 def sigmoid(x: float) -> float:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from actors.algorithms.loss import TokenView
 from actors.algorithms.policy import PolicyLoss
-from actors.batch import Batch
+from actors.batches.batch import Batch
 from actors.errors import InvariantViolation
 
 

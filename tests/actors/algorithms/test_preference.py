@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from actors.algorithms.dpo import DIVERGENT, DpoLoss, LossType, ld_weights, sequence_logps
 from actors.algorithms.loss import TokenView
 from actors.algorithms.preference import PAIR_LOSSES
-from actors.batch import Batch
+from actors.batches.batch import Batch
 from actors.errors import InvariantViolation
 
 PI_W, PI_L = [-0.5, -10.0, -1.0], [-0.1, -30.0, -21.0]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from actors.algorithms.value import ValueLoss, explained_variance
-from actors.batch import Batch
+from actors.batches.batch import Batch
 from tests.actors.algorithms.test_policy import view_of
 
 TOTALS = {"tokens": 3.0}

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from actors.models.adapters import adapter_parameters, attach_lora
-from actors.models.loading import load_base
+from actors.models.base.loading import load_base
+from actors.models.lora.adapters import adapter_parameters, attach_lora
 from actors.models.spec import LoraSpec, ModelSpec, TargetGroup
 from tests.actors.models.tiny_models import GROUPS, SIZES, tiny_config_of, tiny_model
 

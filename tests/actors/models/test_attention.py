@@ -11,16 +11,16 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from actors import scoring
-from actors.algorithms import head_logprob
-from actors.batch import Batch
-from actors.flat import lay_flat
-from actors.models.architectures import ARCHITECTURES
+from actors.algorithms import chunked_logprob as head_logprob
+from actors.batches.batch import Batch
+from actors.batches.packing import Gathering, LayOut, in_bins, micro_batches, padded
+from actors.batches.padding_free import lay_flat
+from actors.models.architectures.lookup import ARCHITECTURES
 from actors.models.attention import Gather, picked
-from actors.models.loading import load_base
+from actors.models.base.loading import load_base
 from actors.models.spec import ModelSpec
-from actors.packing import Gathering, LayOut, in_bins, micro_batches, padded
-from actors.scoring import TokenScorer
+from actors.trainer import token_scorer as scoring
+from actors.trainer.token_scorer import TokenScorer
 from tests.actors.models.tiny_models import families
 from tests.architecture_results import record
 

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from actors.models.base.loading import load_tokenizer
 from actors.models.facts import base_facts
-from actors.models.loading import load_tokenizer
 from actors.models.spec import LoraSpec, ModelSpec
 
 ROOT = Path(__file__).parents[3]
@@ -32,10 +32,10 @@ def test_facts_list_what_is_wrong_with_the_targets(tmp_path: Path) -> None:
 def test_a_driver_tokenises_without_torch() -> None:
     """torch and what transformers imports with it take 5 CPU seconds, of which the ranks have better use."""
     code = (
-        "import sys; from actors.models.loading import load_tokenizer\n"
+        "import sys; from actors.models.base.loading import load_tokenizer\n"
         "from actors.models.spec import ModelSpec\n"
-        "import pipeline.fleet, pipeline.read_graph, pipeline.contexts, pipeline.stages.train\n"
-        "import pipeline.stages.online\n"
+        "import pipeline.execution.fleet, pipeline.planning.read_graph, pipeline.execution.contexts, pipeline.stages.offline.train\n"
+        "import pipeline.stages.online.train\n"
         f"assert load_tokenizer(ModelSpec(base={TINY!r}))('12+30=').input_ids\n"
         "sys.exit('torch' in sys.modules)"
     )

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from actors.batches.generations import SamplingSpec
 from actors.errors import UserError
-from actors.models.merge import merge_adapter
+from actors.models.lora.merge import merge_adapter
 from actors.models.tiny import PAD, TURN_END, byte_tokenizer, write_tiny_base
 from actors.models.turn_ends import TurnEnds, turn_ends, write_turn_ends
-from actors.sampling import SamplingSpec
-from tests.pipeline.data.one_row import CHATML
+from tests.pipeline.data.tokens.one_row import CHATML
 
 PHI = CHATML[: CHATML.index("{% if")] + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
 WORDS = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n### end\n' }}{% endfor %}"
@@ -114,8 +114,8 @@ def test_a_models_generation_config_gets_the_templates_end_once(tmp_path: Path) 
 
 
 def test_a_merged_model_stops_where_its_turns_end(tmp_path: Path) -> None:
-    from actors.models.adapters import attach_lora, save_adapter
-    from actors.models.loading import load_base
+    from actors.models.base.loading import load_base
+    from actors.models.lora.adapters import attach_lora, save_adapter
     from actors.models.spec import LoraSpec, ModelSpec
 
     base = write_tiny_base(tmp_path / "base", num_hidden_layers=1, eos_token_id=TEXT_END)

@@ -4,10 +4,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from actors.models import adapters, expert_lora
-from actors.models.architectures import architecture_of
-from actors.models.loading import load_base
-from actors.models.moe import routers_of
+from actors.models.architectures.lookup import architecture_of
+from actors.models.base.loading import load_base
+from actors.models.lora import adapters
+from actors.models.lora import experts as expert_lora
+from actors.models.moe.router_stats import routers_of
 from actors.models.spec import LoraSpec, ModelSpec
 from actors.models.twin import write_adapter_twin, write_twin
 from tests.actors.models.tiny_models import families

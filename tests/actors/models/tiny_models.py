@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from actors.models.architectures import ARCHITECTURES
+from actors.models.architectures.lookup import ARCHITECTURES
 from actors.models.spec import TargetGroup
 
 _COMMON: dict[str, Any] = {

@@ -11,19 +11,19 @@ from unittest import mock
 
 import torch
 
-from actors.group import ActorGroup, host_group, rollout_group
-from actors.host import ModelHost
-from actors.host_spec import HostSpec
-from actors.models.adapters import adapter_parameters
-from actors.models.low_rank import Factors
+from actors.cluster.spec import LimitsSpec, RoleSpec
+from actors.cluster.worker_group import ActorGroup, host_group, rollout_group
+from actors.models.lora.adapters import adapter_parameters
+from actors.models.lora.low_rank import Factors
 from actors.models.spec import LoraSpec, ModelSpec
-from actors.rollout import EngineSpec, RolloutEngine
-from actors.runtime import LimitsSpec, RoleSpec
+from actors.rollout.engine import EngineSpec, RolloutEngine
 from actors.sync.payload import Entry, Payload, pack_adapter, pack_merged
 from actors.sync.protocol import CommitReport, Prepared, StageAck
-from actors.sync.source import WeightSource
 from actors.sync.spec import SyncSpec
 from actors.sync.weight_sync import WeightSync
+from actors.trainer.model_host import ModelHost
+from actors.trainer.spec import HostSpec
+from actors.trainer.weight_source import WeightSource
 
 PROBES = [[(7 * i + 3 * p) % 200 + 20 for i in range(40)] for p in range(4)]
 Q, K, O = (f"model.layers.1.self_attn.{name}_proj.weight" for name in "qko")  # noqa: E741
@@ -214,7 +214,7 @@ class FaultyEngine(RolloutEngine):
         super().discard(version)
 
     def commit(self, version: int) -> CommitReport:
-        from actors.sync import vllm_side
+        from actors.rollout.vllm import weight_transfer as vllm_side
 
         self.calls.append(f"commit {version}")
         fault, self.fault = self.fault, ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from actors.models.low_rank import Factors, low_rank_delta
+from actors.models.lora.low_rank import Factors, low_rank_delta
 from actors.sync.payload import (
     ALIGNMENT,
     Manifest,

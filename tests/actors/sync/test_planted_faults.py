@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from actors.cluster.worker_group import ActorGroup
 from actors.errors import InvariantViolation
-from actors.group import ActorGroup
 from actors.sync.protocol import State
 from actors.sync.weight_sync import WeightSync
 from tests.actors.sync.sync_faults import PARTS, connected, started

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.batch import Batch
+from actors.batches.batch import Batch
+from actors.batches.generations import SamplingSpec
+from actors.cluster.worker_group import ActorGroup
 from actors.errors import RunFailure
-from actors.group import ActorGroup
-from actors.sampling import SamplingSpec
 from actors.sync.protocol import State
 from actors.sync.spec import SyncSpec
 from actors.sync.weight_sync import WeightSync

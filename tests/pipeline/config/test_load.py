@@ -13,11 +13,11 @@ import yaml
 
 from actors.errors import UserError
 from actors.models.spec import ModelSpec, MoeSpec
-from pipeline.config.instead import INSTEAD
 from pipeline.config.load import dump_config, load_config, validate
-from pipeline.config.reading import parse_yaml
-from pipeline.config.schema import LoggingSpec, RunConfig
-from pipeline.stages.spec import STAGE_TYPES
+from pipeline.config.run_config import LoggingSpec, RunConfig
+from pipeline.config.trl_keys import INSTEAD
+from pipeline.config.yaml_reader import parse_yaml
+from pipeline.stages.specs.registry import STAGE_TYPES
 
 GOOD: dict[str, Any] = {
     "name": "a-run",
@@ -67,7 +67,7 @@ def test_defaults_are_the_trainers_own() -> None:
 
 def test_shared_fields_have_the_names_that_the_installed_trl_gives_them() -> None:
     trl = pytest.importorskip("trl")
-    from pipeline.stages.spec import DpoStage, SftStage
+    from pipeline.stages.specs.registry import DpoStage, SftStage
 
     ours = {
         "init", "data", "eval_data", "batch_size", "shuffle", "max_tokens_per_micro_batch",

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from actors.errors import UserError
-from actors.models.loading import load_tokenizer
+from actors.models.base.loading import load_tokenizer
 from actors.models.spec import ModelSpec
-from pipeline.config.schema import RunConfig
+from pipeline.config.run_config import RunConfig
 from pipeline.stages import prepared
 from pipeline.stages.prepared import Reader, prepare, read_records
 

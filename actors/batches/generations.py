@@ -1,0 +1,208 @@
+"""What is asked of a rollout engine and what comes back: sampling settings, seeds, generations."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from pydantic import Field
+
+from actors.batches.routed_experts import ExpertChoices
+from actors.models.spec import Spec
+
+FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
+"""What `Generations.finish` indexes, vLLM's names: stop is an end-of-turn token or a stop string, length the
+token limit."""
+
+
+class SamplingSpec(Spec):
+    """How tokens are drawn, under vLLM's field names."""
+
+    temperature: float = Field(default=1.0, ge=0)
+    """Divides the logits; 0 is greedy."""
+    max_tokens: int = Field(default=256, ge=1)
+    """New tokens per sample, at most."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus: the smallest set of tokens with this much probability. 1 keeps all."""
+    top_k: int = Field(default=0, ge=0)
+    """Keep the k most probable tokens. 0 keeps all."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Drop tokens below this share of the most probable one."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Divides the logits of tokens already seen; 1 is none."""
+    stop: list[str] = Field(default_factory=list)
+    """Strings that end a sample, beside the end-of-turn token of the template and the base's EOS. A special
+    token may be among them."""
+    stop_token_ids: list[int] = Field(default_factory=list)
+    """Token ids that end a sample, beside those."""
+    n: int = Field(default=1, ge=1)
+    """Samples per prompt, each with a seed of its own."""
+    seed: int = Field(default=0, ge=0)
+    """Where the samples' seeds come from when the caller gives none."""
+
+
+def sample_seed(run_seed: int, step: int, prompt: int, sample: int, stage: str = "", attempt: int = 0) -> int:
+    """63-bit seed of one sample: a hash, because `seed + i` makes neighbouring samples collide.
+
+    `stage`: two stages of one run draw differently; `attempt`: so does a group that is drawn again.
+    """
+    place = f"{run_seed}/{step}/{prompt}/{sample}" + (f"/{stage}/{attempt}" if stage or attempt else "")
+    return int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest(), "big") >> 1
+
+
+@dataclass(frozen=True)
+class Generations:
+    """Samples as columns: `n` of each prompt, prompt by prompt, in the order in which prompts were given."""
+
+    token_ids: np.ndarray
+    """int32 (tokens,): new tokens of all samples, the end-of-turn token included where one was drawn."""
+    logprobs: np.ndarray
+    """float32 (tokens,): behaviour log-probabilities, after temperature and filters (`processed`)."""
+    offsets: np.ndarray
+    """int64 (samples + 1,): sample `s` is `token_ids[offsets[s]:offsets[s + 1]]`."""
+    finish: np.ndarray
+    """int8 (samples,): index into `FINISH_REASONS`."""
+    n: int
+    """Samples per prompt."""
+    label: str
+    """Name of the weights that produced them."""
+    seconds: float
+    """Time in the engine."""
+    token_versions: np.ndarray
+    """int32 (tokens,): version of the weights that drew each token, where a trainer keeps the engine up to
+    date; 0 where none does. A sample can have several: weights may change while it is drawn."""
+    experts: np.ndarray | None = None
+    """Of `ExpertChoices`, as is `expert_offsets`; None where the engine was not asked for them."""
+    expert_offsets: np.ndarray | None = None
+
+    @staticmethod
+    def of(
+        samples: Sequence[tuple[Sequence[int], Sequence[float], str]],
+        n: int,
+        label: str,
+        seconds: float,
+        version: int = 0,
+    ) -> Generations:
+        """Join (token ids, log-probabilities, finish reason) of each sample, all drawn by one version."""
+        lengths = [len(ids) for ids, _, _ in samples]
+        return Generations(
+            token_ids=np.fromiter((t for ids, _, _ in samples for t in ids), np.int32, sum(lengths)),
+            logprobs=np.fromiter((v for _, values, _ in samples for v in values), np.float32, sum(lengths)),
+            offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64),
+            finish=np.array([FINISH_REASONS.index(reason) for _, _, reason in samples], dtype=np.int8),
+            n=n,
+            label=label,
+            seconds=seconds,
+            token_versions=np.full(sum(lengths), version, np.int32),
+        )
+
+    @staticmethod
+    def join(parts: Sequence[Generations], n: int, *, mixed: bool = False) -> Generations:
+        """Parts of one call in sample order, as if one engine had made them; `seconds` is their sum.
+
+        `mixed`: versions may differ.
+
+        Raises:
+            ValueError: no parts, parts of different weights, or some with experts and some without.
+        """
+        labels = {part.label for part in parts}
+        weights = {(part.label, int(v)) for part in parts for v in np.unique(part.token_versions)}
+        if len(labels) != 1 or (len(weights) > 1 and not mixed):
+            raise ValueError(f"generations of one model were expected, not of {sorted(weights)}")
+        (label,) = labels
+        choices = [part.expert_choices for part in parts]
+        known = [one for one in choices if one is not None]
+        if known and len(known) < len(parts):
+            raise ValueError("some of these generations come with experts, others without")
+        ends = np.cumsum([0, *(len(part.token_ids) for part in parts)])
+        shifted = [part.offsets[1:] + start for part, start in zip(parts, ends)]
+        joined = Generations(
+            token_ids=np.concatenate([part.token_ids for part in parts]),
+            logprobs=np.concatenate([part.logprobs for part in parts]),
+            offsets=np.concatenate([np.zeros(1, np.int64), *shifted]),
+            finish=np.concatenate([part.finish for part in parts]),
+            n=n,
+            label=label,
+            seconds=sum(part.seconds for part in parts),
+            token_versions=np.concatenate([part.token_versions for part in parts]),
+        )
+        return joined.with_experts(ExpertChoices.join(known)) if known else joined
+
+    @staticmethod
+    def from_arrays(arrays: Mapping[str, np.ndarray], n: int, label: str, seconds: float) -> Generations:
+        """What `arrays` of some generations gave."""
+        return Generations(**arrays, n=n, label=label, seconds=seconds)
+
+    def select(self, samples: Sequence[int] | np.ndarray) -> Generations:
+        """The given samples, in the given order."""
+        order = np.asarray(samples, dtype=np.int64)
+        lengths = np.diff(self.offsets)[order]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        tokens = np.arange(offsets[-1]) + np.repeat(self.offsets[order] - offsets[:-1], lengths)
+        found = replace(
+            self,
+            token_ids=self.token_ids[tokens],
+            logprobs=self.logprobs[tokens],
+            offsets=offsets,
+            finish=self.finish[order],
+            token_versions=self.token_versions[tokens],
+            experts=None,
+            expert_offsets=None,
+        )
+        choices = self.expert_choices
+        if choices is None:
+            return found
+        each = choices.samples()
+        return found.with_experts(ExpertChoices.of([each[i] for i in order]))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Every array, by field: with `n`, `label` and `seconds` this is all there is."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+
+    @property
+    def expert_choices(self) -> ExpertChoices | None:
+        """The engine's experts of every position that it computed."""
+        if self.experts is None or self.expert_offsets is None:
+            return None
+        return ExpertChoices(self.experts, self.expert_offsets)
+
+    def with_experts(self, choices: ExpertChoices) -> Generations:
+        """The same samples with the engine's experts."""
+        return replace(self, experts=choices.experts, expert_offsets=choices.offsets)
+
+    @property
+    def version(self) -> int:
+        """The oldest version that drew one of the tokens; 0 for no tokens."""
+        return int(self.token_versions.min()) if len(self.token_versions) else 0
+
+    @property
+    def n_samples(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def finish_reasons(self) -> list[str]:
+        return [FINISH_REASONS[i] for i in self.finish]
+
+    def sequences(self) -> Iterator[np.ndarray]:
+        """Token ids, sample by sample."""
+        for start, end in zip(self.offsets, self.offsets[1:], strict=False):
+            yield self.token_ids[start:end]
+
+    def texts(
+        self, tokenizer: object, stop: Sequence[str] = (), stop_token_ids: Sequence[int] = ()
+    ) -> list[str]:
+        """Decoded without special tokens and without a stop token at the end, cut before the first stop
+        string."""
+        ends = set(stop_token_ids)
+        samples = [ids.tolist() for ids in self.sequences()]
+        texts = tokenizer.batch_decode(  # type: ignore[attr-defined]
+            [ids[:-1] if ids and ids[-1] in ends else ids for ids in samples], skip_special_tokens=True
+        )
+        return [_cut(text, stop) for text in texts]
+
+
+def _cut(text: str, stop: Sequence[str]) -> str:
+    found = [at for at in (text.find(string) for string in stop) if at >= 0]
+    return text[: min(found)] if found else text

@@ -1,0 +1,49 @@
+"""Samples as a batch: prompt and completion of each, with what the engine said of every token.
+
+A sample is a row of one sequence; its completion's tokens are the counted ones. All that later steps find
+out (log-probabilities, values, advantages) is added as a column per sample or per counted token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from actors.batches.batch import Batch
+from actors.batches.generations import FINISH_REASONS, Generations
+
+STOPPED = FINISH_REASONS.index("stop")
+
+
+def trajectories(prompts: Sequence[Sequence[int]], samples: Generations) -> Batch:
+    """Prompt + completion of every sample, as the engine saw and drew them (never re-tokenised).
+
+    Args:
+        prompts: token ids of each sample's prompt: N, `samples.n_samples`.
+
+    Returns:
+        N rows; columns `finished` (bool: it ended by itself, not at the limit) and, per counted token,
+        `engine_logps` (float64). With the engine's experts, where the samples have them: their last position
+        is free.
+    """
+    completions = list(samples.sequences())
+    ids = [np.concatenate([np.asarray(p, np.int32), c]) for p, c in zip(prompts, completions, strict=True)]
+    masks = [np.arange(len(row)) >= len(prompt) for row, prompt in zip(ids, prompts, strict=True)]
+    batch = Batch.from_sequences(ids, masks, columns={"finished": samples.finish == STOPPED})
+    choices = samples.expert_choices
+    if choices is not None:
+        batch = replace(batch, experts=choices.of_sequences(batch.lengths))
+    return batch.with_token_columns(engine_logps=samples.logprobs.astype(np.float64))
+
+
+def sample_offsets(batch: Batch) -> np.ndarray:
+    """int64 (N + 1,): counted tokens of sample `i` are `offsets[i]:offsets[i + 1]` of a token column."""
+    return np.concatenate([[0], np.cumsum(batch.label_counts)])
+
+
+def sample_sums(batch: Batch, values: np.ndarray) -> np.ndarray:
+    """(counted tokens,) -> (N,): sums over each sample's tokens."""
+    sample = np.repeat(np.arange(batch.n_rows), batch.label_counts)
+    return np.bincount(sample, weights=values, minlength=batch.n_rows)

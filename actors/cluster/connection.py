@@ -1,0 +1,264 @@
+"""The Ray cluster of a run: started here or connected to, and refused when it is too small."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.cluster.environment import ray_environment
+from actors.cluster.fast_start.lean_ray import lean_cluster
+from actors.cluster.spec import RoleSpec, bundle
+from actors.errors import RunFailure, UserError
+
+NOT_STARTED = (
+    "try again: a machine that is busy with other work is too slow for Ray's own deadlines; if that does not "
+    "help, look at Ray's logs under /tmp/ray, and at free memory and disk"
+)
+OBJECT_STORE_BYTES = 512 * 2**20
+"""Object store of a local cluster. Batches are small and what doesn't fit is spilled to disk; Ray's own
+choice, 30 % of the memory, makes it warn wherever /dev/shm is smaller (64 MiB in a plain container)."""
+
+
+REACH_S = 5.0
+"""How long to wait for a cluster's head to accept a connection; one that is there answers in milliseconds."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The Ray cluster that this process is connected to."""
+
+    local: bool
+    """Started by this process, and gone with it."""
+    address: str
+    resources: Mapping[str, float]
+    """Totals over all nodes: CPU, GPU, custom."""
+    seconds: float
+    """Time to start or to connect."""
+
+
+def start_ray(
+    address: str | None = None,
+    *,
+    num_cpus: float | None = None,
+    object_store_memory: int | None = None,
+    fork_server: str | None = None,
+) -> Cluster:
+    """Connect to the cluster at `address` (or of this Ray job), or start one that ends with this process.
+
+    Takes about a second, most of it waiting: call it from a thread and read data meanwhile. When the process
+    is killed with -9, the kernel takes the local cluster down with it: head and node at once, actors within
+    4 s. `fork_server`: address of the one that a local cluster's workers come from.
+
+    Raises:
+        UserError: there is no cluster at `address`, or its Ray or Python version differs.
+        RunFailure: a local cluster does not come up, as on a machine that is busy with other work.
+    """
+    os.environ.update({name: value for name, value in ray_environment().items() if name not in os.environ})
+    address = address or os.environ.get("RAY_ADDRESS")
+    local = address in (None, "local")
+    _make_importable()
+    import ray
+
+    began = time.monotonic()
+    if not ray.is_initialized():
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+        if local:
+            settings = {
+                "num_cpus": num_cpus if num_cpus is not None else local_resources()["CPU"],
+                "include_dashboard": False,
+                "object_store_memory": object_store_memory or OBJECT_STORE_BYTES,
+            }
+            try:
+                with lean_cluster(fork_server):
+                    ray.init(address="local", **settings, **quiet)
+            except Exception as error:  # a bare one where Ray's processes don't come up in time
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                raise RunFailure("ray", "start", reason, NOT_STARTED) from error
+        else:
+            _connect(str(address), quiet)
+    _mute_raylet()
+    seconds = time.monotonic() - began
+    return Cluster(local, ray.get_runtime_context().gcs_address, _totals(ray.cluster_resources()), seconds)
+
+
+def is_local(address: str | None) -> bool:
+    """Whether `start_ray` starts a cluster of this process's own, if it is not connected to one already."""
+    ray = sys.modules.get("ray")
+    connected = ray is not None and ray.is_initialized()
+    return not connected and (address or os.environ.get("RAY_ADDRESS")) in (None, "", "local")
+
+
+def stop_ray() -> None:
+    """Disconnect; a cluster that `start_ray` started ends."""
+    if "ray" in sys.modules:
+        import ray
+
+        ray.shutdown()
+
+
+def check_cluster(roles: Mapping[str, RoleSpec], *, num_cpus: float | None = None) -> None:
+    """Refuse roles that the cluster can't hold: the connected one, or else the one that would be started.
+
+    Raises:
+        UserError: with the sum per resource, and each role's part of it.
+    """
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        nodes = [_totals(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    else:
+        nodes = [local_resources() | ({"CPU": num_cpus} if num_cpus is not None else {})]
+    problems = shortages(roles, nodes)
+    if problems:
+        raise UserError(problems)
+
+
+def shortages(roles: Mapping[str, RoleSpec], nodes: Sequence[Mapping[str, float]]) -> list[str]:
+    """What `nodes` lack to hold `roles`, one line each: sums over the cluster, then single processes."""
+    own = {name: role for name, role in roles.items() if role.share is None}
+    problems = []
+    for resource in sorted({resource for role in own.values() for resource in bundle(role)}):
+        parts = {name: role.workers * bundle(role).get(resource, 0.0) for name, role in own.items()}
+        needed, there = sum(parts.values()), sum(node.get(resource, 0.0) for node in nodes)
+        if needed > there + 1e-6:
+            terms = " + ".join(
+                f"{name} {own[name].workers} x {bundle(own[name])[resource]:g}"
+                for name, part in parts.items()
+                if part
+            )
+            problems.append(
+                f"roles: {needed:g} {resource} asked for ({terms}), the cluster has {there:g}; "
+                "lower workers or what each one asks for, or use a larger cluster (ray.address)"
+            )
+    if problems:
+        return problems
+    for name, role in own.items():
+        if not any(all(node.get(r, 0.0) + 1e-6 >= v for r, v in bundle(role).items()) for node in nodes):
+            asked = ", ".join(f"{value:g} {resource}" for resource, value in bundle(role).items())
+            problems.append(f"roles.{name}: no single node has {asked}, which each of its processes needs")
+    return problems
+
+
+def local_resources() -> dict[str, float]:
+    """CPU and GPU of this machine, as a local cluster would offer them; asks neither Ray nor torch."""
+    cpus = float(len(os.sched_getaffinity(0)))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, period = quota.read_text().split()
+        if limit != "max":
+            cpus = max(1.0, min(cpus, int(limit) // int(period)))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    if visible is not None:
+        gpus = len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+    return {"CPU": cpus, "GPU": float(gpus)}
+
+
+def _connect(address: str, quiet: Mapping[str, Any]) -> None:
+    import ray
+
+    head = _head_of(address)
+    _match_tokens(head)
+    try:
+        ray.init(address=head, **quiet)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise UserError(
+            f"ray.address: no Ray cluster could be used at {address}: {str(error).strip().splitlines()[0]}; "
+            "for a local cluster that ends with the run, leave ray.address out"
+        ) from None
+
+
+def _head_of(address: str) -> str:
+    """host:port of the cluster's head, which accepts connections.
+
+    Raises:
+        UserError: nothing is there. Ray itself would try for ten minutes.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    if "://" in address:
+        raise UserError(
+            f"ray.address: {address} is a Ray Client address; give host:port of the cluster's head and run "
+            "on one of its machines, or send the run there with `raylign submit`"
+        )
+    try:
+        head = canonicalize_bootstrap_address(address)
+        if head is None:
+            raise UserError(f"ray.address: {address}, but no cluster was started here with `ray start`")
+        host, _, port = head.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
+    except ValueError:
+        raise UserError(f"ray.address: {address!r} is neither auto nor host:port") from None
+    except OSError as error:
+        raise UserError(f"ray.address: nothing answers at {address} ({error.strerror or error})") from None
+    return head
+
+
+def _match_tokens(head: str) -> None:
+    """Use this machine's token with a cluster that asks for one, and none with one that doesn't.
+
+    With an address given Ray takes RAY_AUTH_MODE's word for it, which few people set; and with the wrong mode
+    it prints warnings for 18 s, or connects and then loses every actor.
+
+    Raises:
+        UserError: the cluster asks for a token and there is none here.
+    """
+    if "RAY_AUTH_MODE" in os.environ or not _asks_for_token(head):
+        return
+    from ray._private.authentication.authentication_token_setup import (
+        maybe_enable_token_auth_if_token_available,
+    )
+
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it would announce the token
+    if not maybe_enable_token_auth_if_token_available(warn_if_disabled=False):
+        raise UserError(
+            f"ray.address: the cluster at {head} asks for a token and there is none here: copy the head's "
+            "~/.ray/auth_token, or name the file in RAY_AUTH_TOKEN_PATH"
+        )
+
+
+def _asks_for_token(head: str) -> bool:
+    import grpc
+
+    with grpc.insecure_channel(head, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
+        try:
+            ask(b"", timeout=REACH_S)
+        except grpc.RpcError as error:
+            return bool(error.code() is grpc.StatusCode.UNAUTHENTICATED)
+    return False
+
+
+def _mute_raylet() -> None:
+    """Keep Ray's half page per dead worker off the terminal: whoever waits for the worker reports its death.
+
+    Ray prints it from a thread of the driver whatever `log_to_driver` says, and has no setting for that.
+    """
+    from ray._private import worker
+
+    if hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = lambda *args, **kwargs: None
+
+
+def _make_importable() -> None:
+    """Let the workers of a local cluster import what this process runs, installed or from a checkout."""
+    root = str(Path(__file__).resolve().parents[2])
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if root not in known:
+        os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, known)])
+
+
+def _totals(resources: Mapping[str, float]) -> dict[str, float]:
+    """What a role can ask for: without Ray's own entries per node and per placement group."""
+    own = ("node:", "object_store_memory", "memory", "bundle_group_")
+    return {
+        name: float(amount)
+        for name, amount in resources.items()
+        if not name.startswith(own) and "_group_" not in name
+    }

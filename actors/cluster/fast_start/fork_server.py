@@ -1,0 +1,180 @@
+"""Imports once for all processes of a run on one machine.
+
+torch, transformers and peft take 4 seconds of CPU time to import, in every rank anew; on a laptop with two
+cores that was half of a start. One process here imports them while Ray starts, and every worker of the local
+cluster is forked from it (`actors.cluster.fast_start.forked_worker` asks for that): up at once, in shared memory.
+
+It forks safely because it has one thread and has imported code only: no Ray, no CUDA, no process group. It
+looks at its threads and refuses to fork where an import has started more. Nodes of a real cluster know
+nothing of it; neither does an actor, apart from finding its imports done.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+STOP_S = 2.0
+"""How long the server has to end when it is told to; it has nothing to save."""
+
+LONGEST_DIRECTORY = 70
+"""Characters; what is put behind it to make the socket's path has less than 30."""
+
+
+class ForkServer:
+    """The server's process, seen from the driver."""
+
+    def __init__(self, modules: Sequence[str], env: Mapping[str, str], log: Path) -> None:
+        """Start it; returns at once. `modules`: what to import. `env`: variables on top of this process's,
+        those that libraries read when they are loaded among them. `log`: file for what it prints."""
+        # Only this user may ask for processes. A socket's path has at most 107 characters, Ray's own as well.
+        usual = tempfile.gettempdir()
+        where = usual if len(usual) < LONGEST_DIRECTORY else "/tmp"
+        self._directory = tempfile.TemporaryDirectory(
+            prefix="raylign-fork-", dir=where, ignore_cleanup_errors=True
+        )
+        self.address = str(Path(self._directory.name) / "socket")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        root = str(Path(__file__).resolve().parents[3])
+        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        # Made here, so that a worker finds it however late the server itself is.
+        with socket.socket(socket.AF_UNIX) as listener, log.open("a") as output:
+            listener.bind(self.address)
+            listener.listen(64)
+            own = str(listener.fileno())
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", __file__, own, str(os.getpid()), *modules],
+                env={**os.environ, **env, "PYTHONPATH": path},
+                pass_fds=[listener.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def stop(self) -> None:
+        """End it. Actors that were forked from it end as well, if they are still there. Never raises."""
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._directory.cleanup()
+
+
+def serve(listener: socket.socket, driver: int, modules: Sequence[str]) -> list[str] | None:
+    """Import, then fork at every request. Returns twice over: in the server None, at its end; in each forked
+    process the command line that it is to run."""
+    end_with(driver)
+    print(f"--- fork-server pid {os.getpid()} {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
+    # As Ray's own processes: an interrupt at the terminal is for the driver, which saves and then ends them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    if not import_all(modules):
+        return None
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no one waits for them: the kernel clears them away
+    while True:
+        connection, _ = listener.accept()
+        with connection:
+            try:
+                command = fork(connection)
+            except (OSError, ValueError):
+                traceback.print_exc()
+                continue
+        if command is not None:
+            return command
+
+
+def import_all(modules: Sequence[str]) -> bool:
+    """Import `modules`; False where this process cannot be forked then, with the reason in the log."""
+    gc.disable()  # imports make no garbage; see RankActor
+    try:
+        for module in modules:
+            began = time.process_time()
+            importlib.import_module(module)
+            print(f"{module}: {time.process_time() - began:.2f} s CPU", flush=True)
+    except Exception:
+        # A rank that imports by itself will tell it, under its own name.
+        traceback.print_exc()
+        return False
+    threads = os.listdir("/proc/self/task")
+    if len(threads) > 1:
+        print(f"{len(threads)} threads after the imports: a fork would lose all but one", flush=True)
+        return False
+    gc.freeze()  # A collection in a forked process would touch, and so copy, every page.
+    return True
+
+
+def fork(connection: socket.socket) -> list[str] | None:
+    """Make the process that one request asks for; there, what it is to run. None in the server."""
+    word, streams, _, _ = socket.recv_fds(connection, 1, 3)
+    try:
+        order = json.loads(b"".join(iter(lambda: connection.recv(65_536), b"")))
+        if word != b"w" or len(streams) != 3:
+            raise ValueError("not the request of a worker")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if os.fork():
+            connection.sendall(b"+")
+            return None
+        return become(order, streams)
+    finally:
+        for stream in streams:
+            os.close(stream)
+
+
+def become(order: Mapping[str, Any], streams: Sequence[int]) -> list[str]:
+    """In a forked process: take the place of the one that asked; what to run."""
+    try:
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        gc.enable()
+        os.environ.clear()
+        os.environ.update(order["environment"])
+        os.chdir(order["directory"])
+        return list(order["command"])
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # It must not go on as a second server.
+
+
+def end_with(parent: int) -> None:
+    """Have the kernel end this process when `parent` goes, also when that is killed."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        sys.exit("the driver is gone already")
+
+
+def main() -> None:
+    own, driver, *modules = sys.argv[1:]
+    with socket.socket(fileno=int(own)) as listener:
+        command = serve(listener, int(driver), modules)
+    if command is None:
+        return
+    # What `python SCRIPT ARGUMENTS` would have done.
+    sys.argv = command
+    sys.path.insert(0, str(Path(command[0]).parent))
+    runpy.run_path(command[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""What a role may use and how long it may take: resources, threads, deadlines.
+
+Specs only, importable without Ray or torch; `actors.cluster.connection` and `actors.cluster.worker_group` act on them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from actors.models.spec import Spec
+
+Phase = Literal[
+    "start", "load", "update", "evaluate", "logprobs", "generate", "save", "restore", "sync", "call", "stop"
+]
+"""What an actor is being asked to do; each has its deadline in `LimitsSpec`."""
+
+Sharding = Literal["none", "base", "full", "experts"]
+"""`none`: every rank holds all weights. `base`: the frozen base is split by torch's `fully_shard` (FSDP2),
+gathered a layer at a time; adapters stay whole. `full`: all is split, gradients and optimizer too. `experts`:
+each rank holds some experts of every layer, and tokens travel to them; the rest is whole on every rank."""
+
+
+class RoleSpec(Spec):
+    """Processes and resources of one role (policy, reference, rollout, ...)."""
+
+    workers: int = Field(default=1, ge=1)
+    """Processes of this role: data-parallel ranks of a host, or engines of the rollout role."""
+    cpus: float = Field(default=0.25, gt=0)
+    """CPUs that Ray reserves for each process; a fraction lets roles share a core."""
+    gpus: float = Field(default=0, ge=0)
+    """GPUs that Ray reserves for each process; a fraction lets roles share a GPU."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Custom Ray resources that each process asks for, e.g. `{"big-memory-node": 1}`."""
+    threads: int = Field(default=1, ge=1)
+    """Compute threads (OpenMP, torch) of each process. Not tied to `cpus`, which only reserves."""
+    placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
+    """How Ray lays the processes over nodes: together, or apart; `strict_` makes it a condition."""
+    sharding: Sharding = "none"
+    """What the `workers` of a host split among them: nothing, the frozen `base`, everything (`full`, FSDP2),
+    or the `experts`. It needs two workers or more; rollout engines know nothing of it."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Consecutive `workers` that hold one model together, each a part of every layer, and compute the same
+    rows; groups of them share the rows out. Divides `workers`. Engines have a key of their own for it."""
+    share: str | None = None
+    """Be a view of that role's host (no processes, no second base in memory). Excludes the others."""
+
+    @model_validator(mode="after")
+    def _share_takes_nothing(self) -> Self:
+        others = sorted(self.model_fields_set - {"share"})
+        if self.share is not None and others:
+            raise ValueError(
+                f"share: {self.share} puts this role on the processes of {self.share}, so it can't set "
+                f"{', '.join(others)}: set them on {self.share}, or leave share out"
+            )
+        return self
+
+
+class LimitsSpec(Spec):
+    """Deadlines in seconds. Past one, the run ends with the role, the rank and the phase's name."""
+
+    start: float = Field(default=180, gt=0)
+    """Process start and imports, and the rendezvous of a group's ranks."""
+    load: float = Field(default=900, gt=0)
+    """Loading a base or an adapter, starting an engine."""
+    update: float = Field(default=900, gt=0)
+    """One optimizer step over a global batch."""
+    evaluate: float = Field(default=900, gt=0)
+    """A loss over one evaluation batch."""
+    logprobs: float = Field(default=900, gt=0)
+    """Log-probabilities of one batch."""
+    generate: float = Field(default=1800, gt=0)
+    """Generation for one list of prompts."""
+    save: float = Field(default=900, gt=0)
+    """Writing an adapter, a model or a checkpoint."""
+    restore: float = Field(default=900, gt=0)
+    """Reading a checkpoint back."""
+    sync: float = Field(default=600, gt=0)
+    """One weight sync, from gathering to verification."""
+    call: float = Field(default=120, gt=0)
+    """Any other call (describe, digest, counters)."""
+    stop: float = Field(default=5, gt=0)
+    """A clean end of an actor, before it is killed."""
+
+    def of(self, phase: Phase) -> float:
+        """Deadline of `phase` in seconds."""
+        return float(getattr(self, phase))
+
+
+def bundle(role: RoleSpec) -> dict[str, float]:
+    """Ray resources of one process of a role."""
+    asked = {"CPU": role.cpus, "GPU": role.gpus, **role.resources}
+    return {name: float(amount) for name, amount in asked.items() if amount > 0}

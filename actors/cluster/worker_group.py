@@ -1,0 +1,359 @@
+"""The processes of one role: placed, started in parallel, called with deadlines, ended."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.batches.batch import Batch
+from actors.cluster import futures as waiting
+from actors.cluster.environment import actor_environment, engine_environment
+from actors.cluster.futures import Pending, PendingOne
+from actors.cluster.health import Event, Fleet, State
+from actors.cluster.spec import LimitsSpec, Phase, RoleSpec, bundle
+from actors.cluster.worker import RankActor
+from actors.errors import RunFailure
+
+HOST = "actors.trainer.model_host:ModelHost"
+HOST_MODULES = (
+    "torch",
+    "transformers",
+    "transformers.models.auto.modeling_auto",
+    "peft",
+    "actors.trainer.model_host",
+)
+"""What a training rank needs before it can load a base, imported while the driver reads its data."""
+ROLLOUT = "actors.rollout.engine:RolloutEngine"
+ROLLOUT_MODULES = ("torch", "vllm", "vllm.entrypoints.llm")
+"""What an engine needs before it can load a model."""
+
+AGAIN = "run the same command again: it goes on from the last checkpoint"
+
+
+@dataclass(frozen=True)
+class Making:
+    """What `ActorGroup.build` was asked to make."""
+
+    target: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    phase: Phase
+    distributed: bool
+
+
+class ActorGroup:
+    """N processes of a role, each with one object of the same class.
+
+    `start` and `submit` return at once; `ready` and `result` wait, each under the deadline of its phase.
+    After a death or an overrun the group is broken: every further call fails at once with the same reason.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        role: RoleSpec,
+        limits: LimitsSpec,
+        log_dir: str | Path,
+        *,
+        warm: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        next_step: str = AGAIN,
+    ) -> None:
+        """`name` is the role, as it appears in errors and log files; `warm`: modules to import early;
+        `env`: variables on top of `actor_environment`."""
+        self.name, self.role, self.limits = name, role, limits
+        self.log_dir = Path(log_dir).absolute()
+        self.size = role.workers
+        self.fleet = Fleet.of(self.size)
+        self.next_step = next_step
+        self._warm = tuple(warm)
+        self._env = dict(env or {})
+        self._actors: list[Any] = []
+        self._placement: Any = None
+        self._made: Making | None = None
+        # A process may be brought up in one thread while another one works with the others.
+        self._fleet_lock, self._order = threading.Lock(), threading.Lock()
+
+    # --- Start and end ------------------------------------------------------------------------------
+
+    def start(self) -> ActorGroup:
+        """Ask Ray for the processes; returns at once."""
+        from ray.util.placement_group import placement_group
+
+        self._placement = placement_group([bundle(self.role)] * self.size, self.role.placement.upper())
+        self._actors = [self._start_rank(rank) for rank in range(self.size)]
+        return self
+
+    def ready(self) -> ActorGroup:
+        """Wait until every process is up (its imports may still run).
+
+        Raises:
+            RunFailure: a process died, or was not up (or not placed) within `limits.start`.
+        """
+        self._finish({rank: actor.ping.remote() for rank, actor in enumerate(self._actors)}, "start")
+        return self
+
+    def build(
+        self, target: str, *args: Any, distributed: bool = False, phase: Phase = "load", **kwargs: Any
+    ) -> Pending:
+        """Make the object (`module:Class`) on every rank, in place of an earlier one; returns at once.
+
+        `distributed`: the class also gets rank, world_size, init_method and timeout_s, to join its peers.
+        The value of each rank is the seconds that it took.
+        """
+        limit = self.limits.of(phase)
+        actors = self._checked(range(self.size), phase)
+        where = actors[0].rendezvous.remote(_one_node()) if distributed and self.size > 1 else None
+        self._made = Making(target, args, kwargs, phase, distributed)
+        refs = {}
+        for rank, actor in enumerate(actors):
+            own = dict(kwargs)
+            if distributed:
+                own |= {"rank": rank, "world_size": self.size, "timeout_s": self.limits.of("update")}
+            refs[rank] = actor.build.remote(target, phase, limit, where, args, own)
+        return Pending(refs, phase, self._finish)
+
+    def rebuild(self, rank: int) -> float:
+        """Wait for a restarted process and make in it what the last `build` made; seconds of the making.
+
+        Raises:
+            ValueError: nothing was built, or something distributed, whose ranks meet when they are built.
+            RunFailure: as `ready` and `Pending.result`.
+        """
+        made = self._made
+        if made is None or made.distributed:
+            raise ValueError(f"{self.name} has nothing that one process alone could make again")
+        (actor,) = self._checked([rank], "start")
+        self._finish({rank: actor.ping.remote()}, "start")
+        limit = self.limits.of(made.phase)
+        building = actor.build.remote(made.target, made.phase, limit, None, made.args, dict(made.kwargs))
+        (seconds,) = self._finish({rank: building}, made.phase)
+        return float(seconds)
+
+    def shutdown(self) -> None:
+        """End the processes: kindly within `limits.stop`, then by force. Never raises."""
+        import ray
+
+        if not self._actors or not ray.is_initialized():
+            return
+        alive = [
+            r for r in range(self.size) if self.fleet.members[r].state in (State.STARTING, State.HEALTHY)
+        ]
+        try:
+            waiting.wait({r: self._actors[r].stop.remote() for r in alive}, self.limits.of("stop"))
+        finally:
+            for actor in self._actors:
+                ray.kill(actor)
+            if self._placement is not None:
+                ray.util.remove_placement_group(self._placement)
+            self._actors, self._placement = [], None
+
+    def restart(self, rank: int) -> None:
+        """Replace a dead or suspect process by a fresh one, which has to be built again.
+
+        Raises:
+            ValueError: the process is healthy.
+        """
+        import ray
+
+        self._saw([rank], Event.RESTARTED)
+        ray.kill(self._actors[rank])
+        self._actors[rank] = self._start_rank(rank)
+
+    # --- Calls --------------------------------------------------------------------------------------
+
+    def submit(self, method: str, *args: Any, phase: Phase = "call", **kwargs: Any) -> Pending:
+        """Call a method on every rank with the same arguments; large ones go to the object store once."""
+        refs = self._send(range(self.size), method, args, phase, kwargs)
+        return Pending(refs, phase, self._finisher(refs))
+
+    def submit_rank(
+        self, rank: int, method: str, *args: Any, phase: Phase = "call", **kwargs: Any
+    ) -> PendingOne:
+        """Call a method on one rank."""
+        refs = self._send([rank], method, args, phase, kwargs)
+        return PendingOne(refs, phase, self._finisher(refs))
+
+    def submit_work(self, rank: int, target: str, *args: Any, phase: Phase = "call") -> PendingOne:
+        """Call a function (`module:function`) in the process of one rank, which has imported torch and what a
+        host needs; nothing has to be built there."""
+        (actor,) = self._checked([rank], phase)
+        refs = {rank: actor.work.remote(target, phase, self.limits.of(phase), args)}
+        return PendingOne(refs, phase, self._finish)
+
+    def call(self, method: str, *args: Any, phase: Phase = "call", **kwargs: Any) -> list[Any]:
+        """`submit` and wait: the value of each rank. Raises as `Pending.result`."""
+        return self.submit(method, *args, phase=phase, **kwargs).result()
+
+    def call_rank(self, rank: int, method: str, *args: Any, phase: Phase = "call", **kwargs: Any) -> Any:
+        """`submit_rank` and wait: that rank's value. Raises as `Pending.result`."""
+        return self.submit_rank(rank, method, *args, phase=phase, **kwargs).result()
+
+    def overrun(self, rank: int, phase: Phase, seconds: float) -> RunFailure:
+        """Take a rank for suspect whose caller, with a deadline of its own, had no answer for `seconds`."""
+        return self._blame_late([rank], phase, seconds)
+
+    def pids(self) -> list[int]:
+        """Process id of each rank, on its own node."""
+        asked = {rank: actor.ping.remote() for rank, actor in enumerate(self._actors)}
+        return [answer["pid"] for answer in self._finish(asked, "call")]
+
+    def who(self, rank: int) -> str:
+        """Name of a rank in errors and log files."""
+        return f"{self.name}-{rank}"
+
+    def next_of(self, rank: int) -> str:
+        """What to do after a failure of this rank, with its log."""
+        return f"{self.next_step}; log: {self._log(rank)}"
+
+    # --- Inside -------------------------------------------------------------------------------------
+
+    def _start_rank(self, rank: int) -> Any:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        wanted = bundle(self.role)
+        options = {
+            "num_cpus": wanted.pop("CPU", 0),
+            "num_gpus": wanted.pop("GPU", 0),
+            "resources": wanted,
+            "max_restarts": 0,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._placement, rank),
+        }
+        env = actor_environment(self.role.threads, one_node=_one_node()) | self._env
+        return (
+            ray.remote(RankActor)
+            .options(**options)
+            .remote(self.who(rank), str(self._log(rank)), env, self._warm)
+        )
+
+    def _send(
+        self,
+        ranks: Sequence[int] | range,
+        method: str,
+        args: Sequence[Any],
+        phase: Phase,
+        kwargs: Mapping[str, Any],
+    ) -> dict[int, Any]:
+        chosen = self._checked(ranks, phase)
+        shared = [_once(arg) if len(chosen) > 1 else arg for arg in args]
+        limit = self.limits.of(phase)
+        # Two threads' calls must reach all ranks in the same order: ranks meet inside of them.
+        with self._order:
+            return {
+                rank: actor.call.remote(method, phase, limit, dict(kwargs), *shared)
+                for rank, actor in zip(ranks, chosen)
+            }
+
+    def _checked(self, ranks: Sequence[int] | range, phase: str) -> list[Any]:
+        if not self._actors:
+            raise RunFailure(self.name, phase, "its processes were not started, or are shut down")
+        for rank in ranks:
+            member = self.fleet.members[rank]
+            if member.state in (State.SUSPECT, State.DEAD):
+                raise RunFailure(self.who(rank), phase, member.reason, self.next_step)
+        return [self._actors[rank] for rank in ranks]
+
+    def _finisher(self, refs: Mapping[int, Any]) -> Callable[[dict[int, Any], str], list[Any]]:
+        """`_finish` of calls of the present processes: what becomes of them says nothing of later ones."""
+        return functools.partial(self._finish, lives={r: self.fleet.members[r].generation for r in refs})
+
+    def _finish(
+        self, refs: Mapping[int, Any], phase: str, lives: Mapping[int, int] | None = None
+    ) -> list[Any]:
+        """Wait under the deadline of `phase`; values in rank order, or one error with a name.
+
+        `lives`: restarts of each rank when it was called; without them, of the processes as they are.
+        """
+        limit = self.limits.of(phase)  # type: ignore[arg-type]
+        began = time.monotonic()
+        answers = waiting.wait(refs, limit)
+        self._saw(answers.values, Event.ANSWERED, lives=lives)
+        culprit = answers.culprit
+        if culprit is not None:
+            raise self._blame(culprit, phase, lives)
+        late = [rank for rank in refs if rank not in answers.values]
+        if late:
+            raise self._blame_late(late, phase, time.monotonic() - began, lives)
+        return [answers.values[rank] for rank in refs]
+
+    def _saw(
+        self, ranks: Iterable[int], event: Event, reason: str = "", lives: Mapping[int, int] | None = None
+    ) -> None:
+        with self._fleet_lock:
+            for rank in ranks:
+                self.fleet = self.fleet.after([rank], event, reason, (lives or {}).get(rank))
+
+    def _blame(
+        self, fault: waiting.Fault, phase: str, lives: Mapping[int, int] | None = None
+    ) -> BaseException:
+        rank = self._rank_of(fault)
+        if not fault.died:
+            return waiting.as_failure(fault.error, self.who(rank), phase, self.next_of(rank))
+        reason = waiting.explain_death(fault.error)
+        self._saw([rank], Event.DIED, reason, lives)
+        return RunFailure(self.who(rank), phase, reason, self.next_of(rank))
+
+    def _blame_late(
+        self, late: list[int], phase: str, seconds: float, lives: Mapping[int, int] | None = None
+    ) -> RunFailure:
+        reason = f"no answer within {seconds:.0f} s (limits.{phase})"
+        if phase == "start" and not self._placed():
+            reason = f"not placed by Ray within {seconds:.0f} s (limits.start): {self._asks()} are not free"
+        self._saw(late, Event.OVERDUE, reason, lives)
+        who = self.who(late[0]) if len(late) == 1 else f"{self.name} ranks {', '.join(map(str, late))}"
+        return RunFailure(who, phase, reason, self.next_of(late[0]))
+
+    def _rank_of(self, fault: waiting.Fault) -> int:
+        """The rank that died: not always the one that was asked, if its argument came from the dead one."""
+        gone = getattr(fault.error, "actor_id", None)
+        for rank, actor in enumerate(self._actors):
+            if gone is not None and actor._actor_id.hex() == gone:
+                return rank
+        return fault.rank
+
+    def _placed(self) -> bool:
+        from ray.util.placement_group import placement_group_table
+
+        return bool(placement_group_table(self._placement).get("state") == "CREATED")
+
+    def _asks(self) -> str:
+        each = ", ".join(f"{amount:g} {name}" for name, amount in bundle(self.role).items())
+        return f"{self.size} x ({each})"
+
+    def _log(self, rank: int) -> Path:
+        return self.log_dir / f"{self.who(rank)}.log"
+
+
+def host_group(name: str, role: RoleSpec, limits: LimitsSpec, log_dir: str | Path) -> ActorGroup:
+    """A group for `HOST`: training ranks, reference ranks. Not started yet."""
+    return ActorGroup(name, role, limits, log_dir, warm=HOST_MODULES)
+
+
+def rollout_group(
+    role: RoleSpec, limits: LimitsSpec, log_dir: str | Path, name: str = "rollout"
+) -> ActorGroup:
+    """A group for `ROLLOUT`: independent vLLM engines. Not started yet."""
+    return ActorGroup(
+        name, role, limits, log_dir, warm=ROLLOUT_MODULES, env=engine_environment(role.gpus > 0)
+    )
+
+
+def _once(value: Any) -> Any:
+    """Put a large argument in the object store, for all ranks of the call."""
+    import ray
+
+    return ray.put(value) if isinstance(value, Batch | np.ndarray) else value
+
+
+def _one_node() -> bool:
+    import ray
+
+    return sum(node["Alive"] for node in ray.nodes()) == 1

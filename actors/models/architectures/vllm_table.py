@@ -1,0 +1,128 @@
+"""What vLLM needs to run an architecture rightly: one row per transformers `model_type`, importable without
+vLLM.
+
+Every row is covered by tests that bring ten versions of LoRA weights into a running engine and compare its
+log-probabilities with transformers, in float32 where vLLM computes in it. Causes and versions of the
+workarounds that rows name are in `actors.rollout.vllm.workarounds.registry`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+EngineDtype = Literal["float32", "bfloat16"]
+ConfigExtra = Callable[[Any], Any] | str | int | float | bool
+"""A value, or a function of the checkpoint's transformers config."""
+
+
+@dataclass(frozen=True)
+class EngineRow:
+    """Settings of vLLM for one architecture."""
+
+    hf_overrides: Mapping[str, Any] = field(default_factory=dict)
+    """vLLM's `hf_overrides`: config keys that it is given whatever the checkpoint says."""
+    config_extras: Mapping[str, ConfigExtra] = field(default_factory=dict)
+    """Config keys that vLLM's class reads and transformers doesn't write: given where they are missing."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables of vLLM that an engine on the CPU starts with."""
+    attention_backend: str | None = None
+    """vLLM's `attention_config.backend` on the CPU; None leaves it to vLLM."""
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of vLLM's `LLM` on the CPU."""
+    workarounds: tuple[str, ...] = ()
+    """Names in `actors.rollout.vllm.workarounds.registry.WORKAROUNDS`, applied before the engine is built."""
+    dtypes: tuple[EngineDtype, ...] = ("float32", "bfloat16")
+    """What the engine's kernels compute in on the CPU."""
+    transformers_backend: bool = False
+    """vLLM has no class of its own for it and runs transformers' modules."""
+    note: str = ""
+    """What else users should know."""
+
+    def overrides_for(self, config: Any) -> dict[str, Any]:
+        """vLLM's `hf_overrides` for a checkpoint with this transformers config."""
+        extras = {
+            key: value(config) if callable(value) else value
+            for key, value in self.config_extras.items()
+            if getattr(config, key, None) is None
+        }
+        return {**extras, **self.hf_overrides}
+
+
+def _rotary_dim(config: Any) -> int:
+    """Dimensions of a head that are rotated."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = getattr(config, "rope_parameters", None) or {}
+    share = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None) or 1.0)
+    return int(head_dim * share)
+
+
+_REPACK = "repacked_experts"
+_MOE = EngineRow(workarounds=(_REPACK,))
+_NO_MLA = {"VLLM_MLA_DISABLE": "1"}
+_MLA_NOTE = (
+    "on the CPU its latent attention runs as plain attention: vLLM's kernel for AMX takes bfloat16 only and "
+    "frees weights that an update needs"
+)
+_TRANSFORMERS = EngineRow(
+    workarounds=(_REPACK,),
+    transformers_backend=True,
+    note="vLLM has no class of its own for it and runs transformers' modules in its place",
+)
+
+ENGINE_ROWS: dict[str, EngineRow] = {
+    "llama": EngineRow(),
+    "mistral": EngineRow(),
+    "qwen2": EngineRow(),
+    "qwen3": EngineRow(),
+    "qwen3_moe": _MOE,
+    "qwen2_moe": _MOE,
+    "mixtral": _MOE,
+    "olmoe": _MOE,
+    "granitemoe": _MOE,
+    "glm4_moe": _MOE,
+    "dots1": _TRANSFORMERS,
+    "flex_olmo": _TRANSFORMERS,
+    "hunyuan_v1_moe": _TRANSFORMERS,
+    "gpt_oss": EngineRow(workarounds=(_REPACK, "gpt_oss_loaders")),
+    "deepseek_v2": EngineRow(
+        environment=_NO_MLA, workarounds=(_REPACK, "rotary_queries_by_head"), note=_MLA_NOTE
+    ),
+    "deepseek_v3": EngineRow(
+        # transformers 5 dropped both keys from its config class; without them vLLM builds no correction bias
+        # and takes a softmax.
+        config_extras={"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+        environment=_NO_MLA,
+        workarounds=(_REPACK, "rotary_queries_by_head"),
+        note=_MLA_NOTE,
+    ),
+    "phimoe": EngineRow(
+        # transformers writes PhimoeForCausalLM, which vLLM does not know by that spelling.
+        hf_overrides={"architectures": ["PhiMoEForCausalLM"]},
+        workarounds=(_REPACK, "phimoe_head_bias"),
+        note="vLLM routes with a jitter of 0.01 whatever router_jitter_noise says: keep it at 0.01",
+    ),
+    "ernie4_5_moe": EngineRow(workarounds=(_REPACK, "router_bias")),
+    "minimax_m2": EngineRow(
+        config_extras={"rotary_dim": _rotary_dim, "scoring_func": "sigmoid", "use_routing_bias": True},
+        workarounds=(_REPACK, "router_bias", "named_loaders"),
+    ),
+    "dbrx": EngineRow(workarounds=(_REPACK, "dbrx_expert_names")),
+    "qwen3_next": EngineRow(
+        # Caching prefixes of a running state needs prompts in chunks, which lose their seeds on the CPU.
+        engine_args={"enable_prefix_caching": False},
+        workarounds=(_REPACK,),
+        dtypes=("bfloat16",),
+        note="vLLM's linear attention on the CPU takes bfloat16 only; heads of 64 and 128 work, 32 does not",
+    ),
+}
+"""By `model_type`."""
+
+UNTESTED = EngineRow(workarounds=(_REPACK,), note="untested: a parity probe at the start decides")
+"""For an architecture without a row of its own."""
+
+
+def engine_row(model_type: str) -> EngineRow:
+    """The row of an architecture; `UNTESTED` where there is none."""
+    return ENGINE_ROWS.get(model_type, UNTESTED)

@@ -1,0 +1,192 @@
+"""What `model.base` names: found, and checked without its weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from actors.errors import UserError
+from actors.models.architectures.lookup import ARCHITECTURES, REFUSED, allow_untested, unsupported
+from actors.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class ResolvedBase:
+    """What `model.base` turned out to be."""
+
+    base_path: str
+    """Directory or hub id of the base model."""
+    adapter_path: str | None
+    """Directory of the PEFT adapter, when `model.base` named one."""
+    config: PretrainedConfig | None
+    """The base's config; None when it could not be read."""
+    problems: list[str] = field(default_factory=list)
+    """Everything that forbids using this model; empty when it may be used."""
+
+    def checked(self) -> ResolvedBase:
+        """Itself, or a UserError with every problem."""
+        if self.problems:
+            raise UserError(self.problems)
+        return self
+
+
+def resolve_base(spec: ModelSpec) -> ResolvedBase:
+    """Look at `spec.base` without loading weights. Never raises for what a user can get wrong."""
+    base, adapter, problems = follow_adapter(spec.base)
+    if problems:
+        return ResolvedBase(base, adapter, None, problems)
+    config, problems = _read_config(base, spec.trust_remote_code)
+    if config is not None:
+        problems += _check_config(config, base, spec.allow_untested)
+    if config is not None and not spec.random_init and Path(base).is_dir():
+        problems += _check_weights(Path(base))
+    return ResolvedBase(base, adapter, config, problems)
+
+
+def locate_base(spec: ModelSpec) -> tuple[str, str | None]:
+    """(directory with the base's files, adapter directory or None); a hub id is downloaded. Reads no config.
+
+    Raises:
+        UserError: it is not there.
+    """
+    base, adapter, problems = follow_adapter(spec.base)
+    if problems:
+        raise UserError(problems)
+    return str(local_base_dir(base)), adapter
+
+
+def is_adapter_dir(path: str | Path) -> bool:
+    """True for a directory in PEFT's layout."""
+    return (Path(path) / ADAPTER_CONFIG).is_file()
+
+
+def local_base_dir(base_path: str) -> Path:
+    """The directory with the base's files; a hub id is downloaded (safetensors, configs, tokenizer)."""
+    if Path(base_path).is_dir():
+        return Path(base_path)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(base_path, allow_patterns=patterns))
+    except Exception as error:
+        raise UserError(_not_found(base_path, error)) from error
+
+
+def follow_adapter(base: str) -> tuple[str, str | None, list[str]]:
+    """(base, adapter directory or None, problems) of what the user named."""
+    path = Path(base).expanduser()
+    if path.is_file():
+        return base, None, [f"model.base: '{base}' is a file; name the directory of a model or an adapter"]
+    if not path.is_dir():
+        looks_local = base.startswith((".", "/", "~")) or base.count("/") != 1
+        problem = f"model.base: directory '{base}' does not exist" if looks_local else None
+        return base, None, [problem] if problem else []
+    if not is_adapter_dir(path):
+        missing = [] if (path / "config.json").is_file() else [_no_model(path)]
+        return str(path), None, missing
+    named, problem = _base_of_adapter(path)
+    if problem:
+        return base, str(path), [f"model.base: {problem}"]
+    return named, str(path), []
+
+
+def _base_of_adapter(path: Path) -> tuple[str, str | None]:
+    """(base that an adapter directory names, problem or None)."""
+    try:
+        named = json.loads((path / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        return "", f"'{path / ADAPTER_CONFIG}' can't be read: {first_line(error)}"
+    if not named:
+        return "", f"adapter '{path}' does not name its base (base_model_name_or_path)"
+    if is_adapter_dir(named):
+        return named, f"adapter '{path}' sits on another adapter, '{named}'; merge that one first"
+    if not Path(named).exists() and (named.startswith((".", "/")) or named.count("/") != 1):
+        return named, f"the base of adapter '{path}', '{named}', does not exist here"
+    return named, None
+
+
+def _no_model(path: Path) -> str:
+    inside = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
+    return f"model.base: '{path}' holds neither config.json nor {ADAPTER_CONFIG} (found: {inside})"
+
+
+def _read_config(base: str, trust_remote_code: bool) -> tuple[PretrainedConfig | None, list[str]]:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code), []
+    except OSError as error:
+        if Path(base).is_dir():
+            return None, [f"model.base: '{base}/config.json' can't be read: {first_line(error)}"]
+        return None, [_not_found(base, error)]
+    except Exception as error:  # ValueError, KeyError or transformers' own, by kind of fault
+        if "trust_remote_code" in str(error):
+            return None, [
+                f"model.base: '{base}' brings its own code; it runs only with trust_remote_code: true"
+            ]
+        return None, [f"model.base: the config of '{base}' is not understood: {first_line(error)}"]
+
+
+def _check_config(config: PretrainedConfig, base: str, may_be_untested: bool) -> list[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    classes = list(getattr(config, "architectures", None) or [])
+    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    causal &= not classes or any(c.endswith(("ForCausalLM", "LMHeadModel")) for c in classes)
+    if not causal and config.model_type not in REFUSED:
+        kind = ", ".join(classes) or config.model_type
+        return [f"model.base: '{base}' is no causal language model ({kind})"]
+    problems = _row_problems(config, may_be_untested)
+    if getattr(config, "quantization_config", None):
+        problems.append(f"model.base: '{base}' is quantised; use its bf16 or fp32 weights")
+    return problems
+
+
+def _row_problems(config: PretrainedConfig, may_be_untested: bool) -> list[str]:
+    """Why this architecture can't be used; one without a row gets one where that is allowed."""
+    if may_be_untested and config.model_type not in {**ARCHITECTURES, **REFUSED}:
+        from actors.models.architectures.derived import derived_row
+
+        try:
+            allow_untested(derived_row(config))
+        except UserError as error:
+            return list(error.problems)
+        return []
+    problem = None if config.model_type in ARCHITECTURES else unsupported(config.model_type)
+    return [problem] if problem else []
+
+
+def _check_weights(path: Path) -> list[str]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError) as error:
+            return [f"model.base: '{index}' can't be read: {first_line(error)}"]
+        missing = sorted(s for s in shards if not (path / s).is_file())
+        return [f"model.base: '{path}' lacks {', '.join(missing[:4])} named by its index"] if missing else []
+    if any(path.glob("*.safetensors")):
+        return []
+    pickled = [p.name for p in path.glob("*.bin")]
+    hint = f"; '{pickled[0]}' is a pickle and isn't opened: convert it to safetensors" if pickled else ""
+    return [f"model.base: '{path}' has no weights in safetensors{hint} (or set model.random_init: true)"]
+
+
+def _not_found(base: str, error: Exception) -> str:
+    return (
+        f"model.base: '{base}' is no directory here and could not be had from the hub "
+        f"({first_line(error)}). Check the id, the network, or download it and name the directory"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return (text.splitlines()[0] if text else type(error).__name__)[:300]

@@ -1,0 +1,148 @@
+"""Tokens on their way to the experts of other ranks, and what those make of them on its way back.
+
+Each rank holds some experts of every layer and has tokens of its own. A token is sent once to every rank that
+holds an expert of its choice, with the weights of its choices there, and comes back as one row: the mixture
+of these experts. Gradients go the same ways backwards. All of it is collective: every rank has to come here
+equally often, with any number of tokens, for gradients too where any rank wants them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from actors.models.parallel.fsdp import is_sharded, own_slice
+
+
+@dataclass(frozen=True)
+class Travel:
+    """Which tokens of this rank go where, S in all, and which M come here; k choices each."""
+
+    experts: Tensor
+    """int64 (M, k): choices of the tokens that come here, counted from this rank's first expert; -1: one
+    of another rank."""
+    token: Tensor
+    """int64 (S,): which of this rank's tokens is sent, one rank's after the other's."""
+    there: Tensor
+    """bool (S, k): choices that are the receiving rank's."""
+    sent: list[int]
+    """Tokens sent to each rank."""
+    received: list[int]
+    """Tokens that come from each rank."""
+    n_tokens: int
+    """Of this rank, sent or not."""
+    group: dist.ProcessGroup
+
+    @staticmethod
+    def of(
+        top_k_index: Tensor, n_experts: int, group: dist.ProcessGroup, wanted: Tensor | None = None
+    ) -> Travel:
+        """From int64 (N, k) experts of this rank's tokens; `wanted`, int64: only these tokens travel."""
+        index = top_k_index if wanted is None else top_k_index.index_select(0, wanted)
+        ranks = dist.get_world_size(group)
+        each = n_experts // ranks
+        owner = index // each
+        goes = torch.zeros((ranks, len(index)), dtype=torch.bool, device=index.device)
+        goes.scatter_(0, owner.t(), True)
+        rank, token = goes.nonzero(as_tuple=True)
+        there = owner.index_select(0, token) == rank[:, None]
+        experts = (index.index_select(0, token) - rank[:, None] * each).masked_fill(~there, -1)
+        leaving = goes.sum(dim=1)
+        coming = torch.empty_like(leaving)
+        dist.all_to_all_single(coming, leaving, group=group)
+        sent, received = torch.stack([leaving, coming]).tolist()
+        return Travel(
+            _exchanged(experts, sent, received, group),
+            token if wanted is None else wanted.index_select(0, token),
+            there,
+            sent,
+            received,
+            len(top_k_index),
+            group,
+        )
+
+    def out(self, hidden: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Send (N, H) tokens and the (N, k) weights of their choices; (M, H) and (M, k) of those that come,
+        with a weight of zero where `experts` is -1."""
+        return _Out.apply(hidden, weights, self)
+
+    def back(self, mixed: Tensor) -> Tensor:
+        """Send (M, H) back; (N, H): what came back of each own token, added up, zero for one not sent."""
+        return _Back.apply(mixed, self)
+
+    def leave(self, rows: Tensor) -> Tensor:
+        """(S, .) -> (M, .)."""
+        return _exchanged(rows, self.sent, self.received, self.group)
+
+    def come_back(self, rows: Tensor) -> Tensor:
+        """(M, .) -> (N, .), added up in the order of ranks."""
+        rows = _exchanged(rows, self.received, self.sent, self.group)
+        total = torch.zeros(
+            (self.n_tokens, *rows.shape[1:]),
+            dtype=torch.promote_types(rows.dtype, torch.float32),
+            device=rows.device,
+        )
+        # One rank's rows are of different tokens, so that no order of adding is left open.
+        for at, part in zip(self.token.split(self.sent), rows.split(self.sent), strict=True):
+            total.index_add_(0, at, part.to(total.dtype))
+        return total.to(rows.dtype)
+
+
+def _exchanged(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    found = rows.new_empty((sum(received), *rows.shape[1:]))
+    dist.all_to_all_single(found, rows.contiguous(), received, sent, group=group)
+    return found
+
+
+# Two functions of one node each: on no rank can autograd leave out one of two messages, or turn them round.
+class _Out(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weights: Tensor, travel: Travel) -> tuple[Tensor, Tensor]:
+        ctx.travel = travel
+        leaving = weights.index_select(0, travel.token).masked_fill(~travel.there, 0)
+        return travel.leave(hidden.index_select(0, travel.token)), travel.leave(leaving)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_hidden: Tensor, d_weights: Tensor) -> tuple[Tensor | None, ...]:
+        travel: Travel = ctx.travel
+        by_hidden = travel.come_back(d_hidden) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return by_hidden, None, None
+        # A choice's weight has a gradient from the rank that holds the expert, and from no other.
+        here = travel.experts >= 0
+        return by_hidden, travel.come_back(d_weights.masked_fill(~here, 0)), None
+
+
+class _Back(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mixed: Tensor, travel: Travel) -> Tensor:
+        ctx.travel = travel
+        return travel.come_back(mixed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        travel: Travel = ctx.travel
+        return travel.leave(grad.index_select(0, travel.token)), None
+
+
+class OwnExperts:
+    """The experts that this rank holds of a layer, as an experts implementation reads a whole module."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        self._experts = experts
+        for name, parameter in experts.named_parameters(recurse=False):
+            if not is_sharded(parameter):
+                continue
+            whole: Any = parameter
+            setattr(self, name, whole.to_local() if whole.requires_grad else own_slice(whole))
+            self.num_experts = len(own_slice(whole))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._experts, name)

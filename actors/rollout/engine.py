@@ -1,0 +1,328 @@
+"""A vLLM engine that holds one model's merged weights and generates from token ids.
+
+An engine serves one set of weights. `load` ends it and starts a fresh one in the same process: 0.4 s for a
+tiny model, no more than reading the checkpoint for a large one, and with none of the traps of weights that
+are exchanged in place. A trainer that needs that every step loads it `updatable`; `actors/sync` knows the
+traps and proves each exchange.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actors.batches.generations import Generations, SamplingSpec, sample_seed
+from actors.errors import RunFailure, UserError
+from actors.rollout.spec import EngineSpec
+from actors.rollout.vllm.requests import sample_of, sampling_params, scores_of, scoring_params
+from actors.rollout.vllm.settings import (
+    ArchitectureInUse,
+    building_models,
+    llm_settings,
+    no_collections,
+    read_config,
+    without_remains,
+)
+from actors.stepping import Stepper, token_versions
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+    from actors.models.spec import ModelSpec
+    from actors.rollout.parity import ParityReport
+    from actors.rollout.weight_updater import WeightUpdater
+    from actors.sync.channel import Backend
+    from actors.sync.protocol import CommitReport, Readback, StageAck
+
+__all__ = ["EngineSpec", "Generations", "RolloutEngine", "SamplingSpec", "sample_seed"]
+
+SCRATCH_PREFIX = "raylign-merged-"
+
+
+class RolloutEngine:
+    """One engine in this process. Empty until `load`."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+        self.label = ""
+        self.max_model_len = 0
+        self._llm: LLM | None = None
+        self._updater: WeightUpdater | None = None
+        self._stepper: Stepper
+        self._drawing: dict[int, tuple[list[str], int, float]] = {}
+        """By key: requests, samples per prompt, when they came (time.monotonic())."""
+        self._in_use = ArchitectureInUse()
+
+    def load(
+        self, base: str, adapter: str | None = None, label: str = "", updatable: bool = False
+    ) -> dict[str, float]:
+        """Serve `base`, with `adapter` merged into it (out of place), in place of what was served before.
+
+        An adapter directory as `base` stands for itself on the base that it names. With `updatable` the
+        base alone is served, at version -1, and a trainer brings new versions (`stage`, `commit`). Returns
+        seconds of merge and engine start.
+
+        Raises:
+            UserError: base or adapter can't be used.
+        """
+        if updatable:
+            return self._load_updatable(base, label)
+        if adapter is None and (Path(base) / "adapter_config.json").is_file():
+            return self._load_merged(None, base, label)
+        if adapter is not None:
+            return self._load_merged(base, adapter, label)
+        return {"merge": 0.0, "engine": self._start(base, label)}
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingSpec, seeds: Sequence[int] | None = None
+    ) -> Generations:
+        """`sampling.n` samples of each prompt (token ids), in prompt order.
+
+        `seeds`: one per sample. The same seed draws the same tokens whatever else is in the batch. None
+        takes hashes of `sampling.seed`, prompt and sample number.
+
+        Raises:
+            UserError: a prompt leaves no room for an answer.
+            RunFailure: nothing is loaded.
+        """
+        began = time.monotonic()
+        names = self._ask(prompts, sampling, seeds)
+        outputs = self._stepper.run(names)
+        assert outputs is not None
+        return self._made(outputs, sampling.n, time.monotonic() - began)
+
+    def draw(
+        self,
+        key: int,
+        seconds: float,
+        prompts: Sequence[Sequence[int]] | None = None,
+        sampling: SamplingSpec | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> Generations | None:
+        """`generate` in slices of `seconds`, between which other calls come in, also with new weights.
+
+        The first call of a `key` says what is asked for, the later ones bring the key alone; None until all
+        samples are there. Samples of several keys are drawn together.
+
+        Raises:
+            as `generate`.
+        """
+        self._running("generate")
+        if prompts is not None:
+            assert sampling is not None
+            names = self._ask(prompts, sampling, seeds)
+            self._drawing[key] = names, sampling.n, time.monotonic()
+        names, n, began = self._drawing[key]
+        outputs = self._stepper.run(names, seconds)
+        if outputs is None:
+            return None
+        del self._drawing[key]
+        return self._made(outputs, n, time.monotonic() - began)
+
+    def score_tokens(self, token_ids: Sequence[Sequence[int]], starts: Sequence[int]) -> list[np.ndarray]:
+        """float64 (tokens from `start` on,) per sequence: log-probabilities of its tokens, at temperature 1.
+
+        Args:
+            token_ids: sequences that leave at least one of the model's positions free.
+            starts: per sequence, the first token that counts; at least 1, as the first has nothing before it.
+
+        Raises:
+            RunFailure: nothing is loaded.
+        """
+        self._running("score_tokens")
+        self._check_lengths(token_ids)
+        requests = [{"prompt_token_ids": list(map(int, ids))} for ids in token_ids]
+        outputs = self._stepper.run(self._stepper.add(requests, scoring_params()))
+        assert outputs is not None
+        return [
+            scores_of(output.prompt_logprobs, ids, start)
+            for output, ids, start in zip(outputs, token_ids, starts, strict=True)
+        ]
+
+    def parity_probe(self, model: ModelSpec) -> ParityReport:
+        """How far this process's vLLM is from transformers on a base (`actors.rollout.parity.probe`)."""
+        from actors.rollout.parity import probe
+
+        return probe(self, model)
+
+    # --- Weights that a trainer keeps up to date --------------------------------------------------
+
+    @property
+    def weights(self) -> WeightUpdater:
+        """Versions of this engine's weights.
+
+        Raises:
+            RunFailure: the engine was not loaded as updatable.
+        """
+        if self._updater is None:
+            raise RunFailure("rollout", "sync", "this engine can't be updated", "load it with updatable=True")
+        return self._updater
+
+    @property
+    def version(self) -> int:
+        """Version that is served; -1 is the base."""
+        return self.weights.version
+
+    def expert_load(self) -> np.ndarray | None:
+        """int64 (layers, experts): tokens that each expert got in this engine since the last call.
+
+        None where it can't be counted: dense models, GPUs, engines that can't be updated.
+        """
+        if self._updater is None:
+            return None
+        load: np.ndarray | None = self._running("expert_load").llm_engine.collective_rpc("expert_load")[0]
+        return load
+
+    def knock(self, address: str, timeout_s: float) -> str:
+        """Reach the trainer at `address` (`WeightUpdater.knock`); returns the engine's dtype."""
+        self.weights.knock(address, timeout_s)
+        return self.spec.dtype
+
+    def open_channel(self, backend: Backend = "gloo") -> None:
+        """Connect to the trainer that was reached (`WeightUpdater.open_channel`)."""
+        self.weights.open_channel(backend)
+
+    def stage(self, version: int) -> StageAck:
+        """Receive a version beside the served one (`WeightUpdater.stage`)."""
+        return self.weights.stage(version)
+
+    def commit(self, version: int, keep: bool = False) -> CommitReport:
+        """Serve the staged version (`WeightUpdater.commit`)."""
+        return self.weights.commit(version, keep)
+
+    def readback(self, version: int) -> Readback:
+        """Digests of what is bound (`WeightUpdater.readback`)."""
+        return self.weights.readback(version)
+
+    def discard(self, version: int) -> None:
+        """Forget what is staged of `version`."""
+        self.weights.discard()
+
+    def unload(self) -> None:
+        """Give the engine's memory back."""
+        if self._updater is not None:
+            self._updater.close()
+        llm, self._llm, self._updater, self.label = self._llm, None, None, ""
+        self._in_use.leave()
+        if llm is None:
+            return
+        with no_collections():
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+        gc.collect()
+
+    close = unload
+
+    def _load_merged(self, base: str | None, adapter: str, label: str) -> dict[str, float]:
+        from actors.models.lora.merge import merge_adapter
+
+        _sweep_scratch()
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-") as scratch:
+            merged = Path(scratch) / "model"
+            with building_models():
+                merge_adapter(base, adapter, merged, dtype=self.spec.dtype, check=False)
+            seconds = time.monotonic() - began
+            return {"merge": seconds, "engine": self._start(str(merged), label)}
+
+    def _load_updatable(self, base: str, label: str) -> dict[str, float]:
+        from actors.models.base.loading import local_base_dir, resolve_base
+        from actors.models.spec import ModelSpec
+        from actors.rollout.vllm.router_capture import capture_settings, keep_experts
+        from actors.rollout.weight_updater import WeightUpdater, engine_settings
+
+        # Whether an architecture without a row may run was decided before any engine was started.
+        spec = ModelSpec(base=base, trust_remote_code=self.spec.trust_remote_code, allow_untested=True)
+        resolved = resolve_base(spec).checked()
+        directory = str(local_base_dir(resolved.base_path))
+        keeps = self.spec.enable_return_routed_experts
+        settings = engine_settings() | (capture_settings() if keeps else {})
+        seconds = self._start(directory, label or base, settings)
+        assert self._llm is not None
+        try:
+            self._updater = WeightUpdater(self._llm, directory)
+            if keeps:
+                keep_experts(self._llm)
+        except Exception:
+            self.unload()
+            raise
+        return {"merge": 0.0, "engine": seconds}
+
+    def _ask(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingSpec, seeds: Sequence[int] | None
+    ) -> list[str]:
+        """Give the engine `sampling.n` requests of each prompt; their names."""
+        self._running("generate")
+        self._check_lengths(prompts)
+        if seeds is None:
+            seeds = [
+                sample_seed(sampling.seed, 0, p, s) for p in range(len(prompts)) for s in range(sampling.n)
+            ]
+        requests = [{"prompt_token_ids": list(map(int, ids))} for ids in prompts for _ in range(sampling.n)]
+        if len(seeds) != len(requests):
+            raise ValueError(f"{len(seeds)} seeds for {len(requests)} samples")
+        return self._stepper.add(requests, [sampling_params(sampling, seed) for seed in seeds])
+
+    def _made(self, outputs: Sequence[Any], n: int, seconds: float) -> Generations:
+        ended = [output.outputs[0] for output in outputs]
+        made = Generations.of([sample_of(one) for one in ended], n, self.label, seconds)
+        if self._updater is None or not ended:
+            return made
+        versions = [token_versions(one) for one in ended]
+        return self._with_experts(replace(made, token_versions=np.concatenate(versions)), outputs)
+
+    def _with_experts(self, made: Generations, outputs: Sequence[Any]) -> Generations:
+        """With the experts of every position, where a trainer wants them."""
+        from actors.rollout.vllm.router_capture import expert_choices
+
+        if self._updater is None or not outputs or not self.spec.enable_return_routed_experts:
+            return made
+        assert self._llm is not None
+        return made.with_experts(expert_choices(self._llm, outputs))
+
+    def _running(self, phase: str) -> LLM:
+        if self._llm is None:
+            raise RunFailure("rollout", phase, "no model is loaded")
+        if self._updater is not None:
+            self._updater.refuse_lost(phase)
+        return self._llm
+
+    def _start(self, model: str, label: str, more: Mapping[str, Any] | None = None) -> float:
+        from vllm import LLM
+
+        began = time.monotonic()
+        self.unload()
+        config = read_config(model, self.spec)
+        settings = llm_settings(config, self.spec) | dict(more or {})
+        with no_collections(), without_remains():
+            self._in_use.enter(config)
+            self._llm = LLM(model=model, **settings)
+        self._stepper, self._drawing = Stepper(self._llm), {}
+        self.label, self.max_model_len = label or model, settings["max_model_len"]
+        return time.monotonic() - began
+
+    def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
+        too_long = [i for i, ids in enumerate(prompts) if len(ids) >= self.max_model_len]
+        if too_long:
+            i = too_long[0]
+            raise UserError(
+                f"{len(too_long)} of {len(prompts)} prompts leave no room for an answer in the model's "
+                f"{self.max_model_len} positions (the first: prompt {i} with {len(prompts[i])} tokens)"
+            )
+
+
+def _sweep_scratch() -> None:
+    """Remove merged models that killed engines of this machine left behind."""
+    for path in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*"):
+        pid = path.name.removeprefix(SCRATCH_PREFIX).split("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(path, ignore_errors=True)

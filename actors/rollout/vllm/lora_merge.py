@@ -1,0 +1,142 @@
+"""New weights in the engine's process: W0 + s B A, from the base's files, under checkpoint names.
+
+W0 is read anew from disk for every version, never taken from the engine: what is served then depends on
+the base and the last payload alone, and no rounding adds up over versions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from actors.errors import UserError
+from actors.models.lora.merge import low_rank_delta
+from actors.sync.payload import Entry, Payload
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""safetensors' names of what can be added to; quantised bases are refused."""
+_INDEX = "model.safetensors.index.json"
+
+
+Targets = dict[str, dict[str, tuple[int, ...]]]
+"""Name in a payload -> checkpoint tensors that it changes, with their shapes."""
+
+
+class BaseCheckpoint:
+    """The tensors of a base on disk, read when asked for."""
+
+    def __init__(self, directory: str | Path) -> None:
+        """Open the files; no weights are read.
+
+        Raises:
+            UserError: no safetensors, or weights that are quantised.
+        """
+        from safetensors import safe_open
+
+        self._files: dict[str, Any] = {}
+        self.shapes: dict[str, torch.Tensor] = {}
+        """Checkpoint name -> a tensor without storage, of its shape and dtype."""
+        for path in _files(Path(directory)):
+            file = safe_open(path, "pt")
+            for name in file.keys():  # noqa: SIM118  it is no dict
+                self._files[name] = file
+                self.shapes[name] = _without_storage(file.get_slice(name), name, directory)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, as it is on disk."""
+        found: torch.Tensor = self._files[name].get_tensor(name)
+        return found
+
+
+class Merger:
+    """Turns payloads into tensors with checkpoint names."""
+
+    def __init__(self, base: BaseCheckpoint, config: Any, dtype: torch.dtype) -> None:
+        """`config`: the base's transformers config; `dtype`: of the results."""
+        from actors.models.lora.targets import meta_model
+
+        self._base = base
+        self._dtype = dtype
+        # Names and shapes alone: transformers' conversions need the model, not its weights.
+        self._model = meta_model(config)
+        self._last: tuple[tuple[Entry, ...], Targets] = ((), {})
+
+    def targets(self, payload: Payload) -> Targets:
+        """Which checkpoint tensors a payload changes, and the shape that it gives them."""
+        entries = payload.manifest.entries
+        if payload.manifest.payload == "merged":
+            return {entry.name: {entry.name: entry.shape} for entry in entries}
+        if entries == self._last[0]:
+            return self._last[1]
+        found = {}
+        for name, f in payload.factors().items():
+            delta = torch.empty(_delta_shape(f.a.shape, f.b.shape, f.transposed), device="meta")
+            found[name] = {n: tuple(t.shape) for n, t in self._split({name: delta}).items()}
+        self._last = entries, found
+        return found
+
+    def merged(self, payload: Payload, names: Sequence[str], targets: Targets) -> dict[str, torch.Tensor]:
+        """These checkpoint tensors in the version that the payload brings, in the engine's dtype.
+
+        Names that the payload doesn't change come from the base. The sum is in float32, rounded once.
+        """
+        if payload.manifest.payload == "merged":
+            sent = payload.tensors()
+            return {n: sent[n, "W"] if (n, "W") in sent else self._unchanged(payload, n) for n in names}
+        wanted = set(names)
+        factors = payload.factors()
+        touched = [name for name, of in targets.items() if wanted.intersection(of)]
+        deltas = self._split({name: low_rank_delta(factors[name]) for name in touched})
+        return {
+            n: deltas[n].add_(self._rounded(payload, n)).to(self._dtype)
+            if n in deltas
+            else self._unchanged(payload, n)
+            for n in names
+        }
+
+    def _unchanged(self, payload: Payload, name: str) -> torch.Tensor:
+        return self._rounded(payload, name).to(self._dtype)
+
+    def _rounded(self, payload: Payload, name: str) -> torch.Tensor:
+        """W0 as the trainer has it."""
+        dtype: torch.dtype = getattr(torch, payload.manifest.base_dtype)
+        return self._base.tensor(name).to(dtype)
+
+    def _split(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Names in memory -> names in the checkpoint. transformers only renames, cuts and joins here, so
+        that a sum may be taken before or after it."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        found: dict[str, torch.Tensor] = revert_weight_conversion(self._model, tensors)
+        return found
+
+
+def _files(directory: Path) -> list[Path]:
+    index = directory / _INDEX
+    if index.is_file():
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        return [directory / name for name in sorted(names)]
+    found = sorted(directory.glob("*.safetensors"))
+    if not found:
+        raise UserError(f"model.base: '{directory}' has no safetensors, which a weight sync merges into")
+    return found
+
+
+def _without_storage(header: Any, name: str, directory: str | Path) -> torch.Tensor:
+    dtype = _DTYPES.get(header.get_dtype())
+    if dtype is None:
+        raise UserError(
+            f"model.base: '{directory}' holds {name} as {header.get_dtype()}; a weight sync needs a base in "
+            f"{', '.join(_DTYPES)}"
+        )
+    return torch.empty(header.get_shape(), dtype=dtype, device="meta")
+
+
+def _delta_shape(a: torch.Size, b: torch.Size, transposed: bool) -> tuple[int, ...]:
+    """Shape of B A for A ([experts,] r, in) and B ([experts,] out, r), as the weight is stored."""
+    shape = (*b[:-1], a[-1])
+    return (*shape[:-2], shape[-1], shape[-2]) if transposed else shape

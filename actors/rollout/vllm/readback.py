@@ -1,0 +1,108 @@
+"""What an engine's parameters hold, cut back into checkpoint tensors.
+
+A parameter is read when vLLM hands it to its kernels: on the CPU linear layers and experts keep only a
+packed copy after that. What is read is compared bit by bit with what was handed to the loaders, and its
+digest goes to the trainer, which compares it with a merge of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from actors.rollout.vllm.parameter_map import Bindings, Piece, Region
+from actors.sync.payload import digest_of
+
+
+class Reader:
+    """Reads back the modules that one update reloads."""
+
+    def __init__(self, bindings: Bindings) -> None:
+        self._bindings = bindings
+        self._handed: dict[str, torch.Tensor] = {}
+        self._hooked: list[tuple[nn.Module, str]] = []
+        self.digests: dict[str, str] = {}
+        """Of what was read, by checkpoint name."""
+        self.differing: list[str] = []
+        """Names whose bound values are not those that were handed over."""
+
+    def watch(self, modules: Mapping[str, nn.Module]) -> None:
+        """Read each module when its kernel takes its weights."""
+        for path, module in modules.items():
+            if _method(module) is not None:
+                _hook(module, lambda path=path, module=module: self._read(path, module))
+                self._hooked.append((module, path))
+
+    def hand(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Say what is about to be loaded."""
+        self._handed.update(tensors)
+
+    def finish(self, modules: Mapping[str, nn.Module]) -> None:
+        """Stop watching, and read the modules that have no kernel."""
+        hooked = {path for _, path in self._hooked}
+        self.release()
+        for path, module in modules.items():
+            if path not in hooked:
+                self._read(path, module)
+
+    def release(self) -> None:
+        """Stop watching."""
+        while self._hooked:
+            module, _ = self._hooked.pop()
+            _unhook(module)
+
+    @property
+    def unbound(self) -> Iterable[str]:
+        """Names that were handed over and not read."""
+        return self._handed.keys()
+
+    def _read(self, path: str, module: nn.Module) -> None:
+        for name, pieces in self._bindings[path].items():
+            handed = self._handed.pop(name, None)
+            if handed is None:
+                continue
+            digest = digest_of(_found(module, pieces, handed))
+            if digest != digest_of(handed):
+                self.differing.append(name)
+            self.digests[name] = digest
+
+
+def _found(module: nn.Module, pieces: Sequence[Piece], handed: torch.Tensor) -> torch.Tensor:
+    """What a module holds of a checkpoint tensor."""
+    views = [piece.target.view(getattr(module, piece.parameter).data) for piece in pieces]
+    whole = Region(tuple(handed.shape), handed.contiguous().stride(), 0)
+    same = [(view.shape, view.dtype) for view in views] == [(handed.shape, handed.dtype)]
+    if same and pieces[0].source == whole:
+        return views[0]
+    # Under tensor parallelism this process holds a part; the rest counts as it was handed over.
+    found = handed.detach().clone(memory_format=torch.contiguous_format)
+    for piece, view in zip(pieces, views):
+        piece.source.view(found).copy_(view)
+    return found
+
+
+def _method(module: nn.Module) -> Any:
+    """vLLM's object that hands a layer's weights to a kernel, or None."""
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+    method = getattr(module, "quant_method", None)
+    return method if isinstance(method, QuantizeMethodBase) else None
+
+
+def _hook(module: nn.Module, read: Any) -> None:
+    method = _method(module)
+    process = method.process_weights_after_loading
+
+    def read_then_process(layer: nn.Module) -> None:
+        if layer is module:
+            read()
+        process(layer)
+
+    method.__dict__["process_weights_after_loading"] = read_then_process
+
+
+def _unhook(module: nn.Module) -> None:
+    _method(module).__dict__.pop("process_weights_after_loading", None)

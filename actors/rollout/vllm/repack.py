@@ -1,0 +1,57 @@
+"""Experts into the layout of vLLM's CPU kernel, after a reload that left them in the checkpoint's.
+
+vLLM (seen in 0.32) packs the experts of a layer only when it builds the layer's kernel, which a reload
+does not do again: the packed kernel then computes with plain weights, off by .07 to 1.7 in log-probability
+and without a word. Packing a packed layer again ruins it too, so exactly the reloaded ones are packed.
+A test in `tests/actors/rollout/vllm/test_vllm_updates.py` fails once vLLM does this itself: drop this file then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from actors.errors import UserError
+
+
+def refuse_padded_experts(model: nn.Module) -> None:
+    """Experts that the kernel keeps in another size than the checkpoint's can't be reloaded.
+
+    vLLM's CPU kernel pads their inner size to a multiple of 32 when it is first built; a reload then copies
+    unpadded weights into padded ones and fails half way.
+
+    Raises:
+        UserError: this model has such experts.
+    """
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    for path, module in model.named_modules():
+        if not isinstance(module, RoutedExperts):
+            continue
+        made, _ = get_layerwise_info(module).restore_metadata
+        for name, parameter in module.named_parameters(recurse=False):
+            if name in made and made[name].shape != parameter.shape:
+                raise UserError(
+                    f"model.base: vLLM's CPU kernel pads experts of this size ({path}.{name} from "
+                    f"{tuple(made[name].shape)} to {tuple(parameter.shape)}), and padded experts can't take "
+                    "new weights: online stages on the CPU need an expert size that is a multiple of 32"
+                )
+
+
+def repack_experts(modules: Iterable[nn.Module]) -> int:
+    """Pack those of the reloaded modules that are experts on the CPU; returns how many."""
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return 0
+    # Subclasses exist (GptOssRoutedExperts and others): the type's name would miss them.
+    experts = [module for module in modules if isinstance(module, RoutedExperts)]
+    for module in experts:
+        module.quant_method.moe_kernel.fused_experts.process_weights_after_loading(module)
+    return len(experts)

@@ -1,0 +1,98 @@
+"""What a host computes without training: log-probabilities, values, scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+from actors.algorithms.dpo import ld_weights
+from actors.batches.batch import Batch
+from actors.batches.packing import MicroBatch, counted_places
+from actors.trainer.host_state import HostParts
+
+
+class HostScoring(HostParts):
+    """The computing part of a `ModelHost`."""
+
+    def token_logprobs(self, batch: Batch, role: str | None, temperature: float = 1.0) -> np.ndarray:
+        """float64 (counted tokens,): log-probability of each counted token, in the batch's order.
+
+        Under softmax(logits / temperature), as tokens sampled at that temperature have it. A batch that comes
+        with experts is computed with these.
+        """
+        replay = self.runner.scorer.replay
+        if replay is not None:
+            replay.reset()
+        found = self._per_token(batch, role, lambda micro: self.runner.scorer.logps(micro, temperature))
+        if replay is not None and batch.experts is not None:
+            self._agreement = replay.agreement(self.ranks.sum_(replay.totals()))
+        return found
+
+    def values(self, batch: Batch, role: str) -> np.ndarray:
+        """float64 (counted tokens,): the role's head at the state before each counted token."""
+        head = self._head_of(role)
+        return self._per_token(batch.unrouted(), role, lambda micro: self.runner.scorer.values(micro, head))
+
+    def scores(self, batch: Batch, role: str) -> np.ndarray:
+        """float64 (sequences,): the role's head at each sequence's last token."""
+        head, k = self._head_of(role), batch.sequences_per_row
+        return self._gathered(
+            batch.unrouted(),
+            role,
+            batch.n_sequences,
+            lambda rows: torch.from_numpy((rows[:, None] * k + np.arange(k)).reshape(-1)),
+            lambda micro: self.runner.scorer.scores(micro, head),
+        )
+
+    def route_agreement(self) -> np.ndarray | None:
+        """float64 (layers,): share of the given experts that the routers would have chosen too, over all
+        ranks, in the last log-probabilities of a batch that came with experts; None before."""
+        return self._agreement
+
+    def _head_of(self, role: str) -> nn.Linear:
+        if role not in self.heads:
+            raise KeyError(f"role '{role}' has no head (with one: {', '.join(self.heads) or 'none'})")
+        return self.heads[role]
+
+    def _per_token(
+        self, batch: Batch, role: str | None, compute: Callable[[MicroBatch], torch.Tensor]
+    ) -> np.ndarray:
+        def places(rows: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(counted_places(batch, rows))
+
+        return self._gathered(batch, role, int(batch.loss_mask.sum()), places, compute)
+
+    def _gathered(
+        self,
+        batch: Batch,
+        role: str | None,
+        size: int,
+        places: Callable[[np.ndarray], torch.Tensor],
+        compute: Callable[[MicroBatch], torch.Tensor],
+    ) -> np.ndarray:
+        """float64 (size,): what `compute` says of all ranks' micro-batches, at the `places` of their rows."""
+        self._set_mode(train=False)
+        rows, micros = self.runner.shard(batch)
+        idle = self.runner.idle(len(micros), batch)
+        found = torch.zeros(size, dtype=torch.float64, device=self.spec.device)
+        with self._as(role), torch.no_grad():
+            for micro in micros:
+                found[places(rows[micro.rows]).to(found.device)] = compute(micro).double()
+            for micro in idle:
+                compute(micro)
+        self._settle()
+        return self.ranks.sum_(found).cpu().numpy()
+
+    def logprobs(self, batch: Batch, role: str | None, ld_alpha: float | None = None) -> np.ndarray:
+        """float64 (sequences,): log-probability of each sequence's counted tokens.
+
+        With `ld_alpha` (pairs only) as `DpoLoss.ld_alpha` sums them, for the reference of such a loss.
+        """
+        tokens = self.token_logprobs(batch, role)
+        if ld_alpha is not None:
+            tokens = tokens * ld_weights(batch, ld_alpha)
+        sequence = np.repeat(np.arange(batch.n_sequences), batch.label_counts)
+        return np.bincount(sequence, weights=tokens, minlength=batch.n_sequences)

@@ -1,0 +1,171 @@
+"""Log-probabilities from a causal language model, with logits at counted positions only; heads' outputs.
+
+The model's own forward runs to its end: its output head is handed only the hidden states of
+predicting positions, so whatever an architecture does to its logits (Granite's scaling, Gemma's
+soft cap) is done here too. A scalar head reads the trunk's hidden states, and no logits are made.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from actors.algorithms.chunked_logprob import HEAD_BLOCK_ELEMENTS, head_logps, head_statistics
+from actors.algorithms.logprob import LabelStatistics, label_logps, label_statistics
+from actors.batches.packing import MicroBatch
+from actors.models.attention import Gather, Sequences, no_mask, use_by_sequence
+from actors.models.lora.experts import last_experts, only, use_fused
+from actors.models.moe.router_replay import RouteReplay
+from actors.models.parallel.fsdp import is_managed
+
+
+class TokenScorer:
+    """Scores the counted labels of micro-batches under one model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        head = model.get_output_embeddings()
+        if not isinstance(head, nn.Module):
+            raise TypeError(f"{type(model).__name__} has no output head to take logits from")
+        self.model = model
+        self.by_sequence = use_by_sequence(model)
+        """Micro-batches may be laid flat."""
+        self.in_one_row = "flash" in str(model.config._attn_implementation)
+        """Of several rows transformers' flash attention reads no position ids that restart: sequences of a
+        bin would see each other."""
+        self.head = head
+        self.logits_are_heads = _logits_are_heads(model, head)
+        """The model does nothing to its head's outputs: they need not be made whole."""
+        use_fused(model)
+        self.last_experts = last_experts(model)
+        self.replay: RouteReplay | None = None
+        """Forces the experts of micro-batches that come with some; None: there are none that do."""
+        self._predictors: Tensor | None = None
+        self._states: Tensor | None = None
+        head.register_forward_pre_hook(self._keep_predictors)
+
+    def statistics(
+        self, micro: MicroBatch, temperature: float = 1.0, entropy_gradient: bool = False
+    ) -> LabelStatistics:
+        """Log-probabilities (with gradient where enabled) and statistics of T counted labels."""
+        labels = torch.from_numpy(micro.labels).to(self.model.device)
+        if self._by_blocks(micro) and not entropy_gradient:
+            return head_statistics(self._hidden(micro), self.head.weight, labels, temperature)
+        return label_statistics(self._logits(micro), labels, temperature, entropy_gradient)
+
+    def logps(self, micro: MicroBatch, temperature: float = 1.0) -> Tensor:
+        """float32 (T,) log-probabilities, without gradient."""
+        labels = torch.from_numpy(micro.labels).to(self.model.device)
+        with torch.no_grad():
+            if self._by_blocks(micro):
+                return head_logps(self._hidden(micro), self.head.weight, labels, temperature)
+            return label_logps(self._logits(micro), labels, temperature)
+
+    def _by_blocks(self, micro: MicroBatch) -> bool:
+        """Where whole logits are more than a block: below, blocks save no memory and take a little longer.
+
+        A head that trains needs a gradient by its weights.
+        """
+        if not self.logits_are_heads or self.head.weight.requires_grad:
+            return False
+        return len(micro.labels) * len(self.head.weight) > HEAD_BLOCK_ELEMENTS
+
+    def _hidden(self, micro: MicroBatch) -> Tensor:
+        """(T, H): what the head reads at predicting positions; it is itself handed no rows."""
+        self._states = torch.empty(0)
+        try:
+            self._logits(micro)
+            return self._states
+        finally:
+            self._states = None
+
+    def values(self, micro: MicroBatch, head: nn.Linear) -> Tensor:
+        """float32 (T,): the head at the state before each counted token."""
+        return self._head_at(micro, micro.predictors, head)
+
+    def scores(self, micro: MicroBatch, head: nn.Linear) -> Tensor:
+        """float32 (S,): the head at each sequence's last token."""
+        return self._head_at(micro, micro.last, head)
+
+    def _head_at(self, micro: MicroBatch, places: np.ndarray, head: nn.Linear) -> Tensor:
+        if is_managed(self.model):
+            # A sharded model is entered by its root alone: FSDP knows no pass that begins further down.
+            return head(self._hidden(replace(micro, predictors=places)).float()).squeeze(-1)
+        with self._reading_only(places):
+            output = self.model.base_model(**self._inputs(micro))
+        index = torch.from_numpy(places).to(self.model.device)
+        hidden = output.last_hidden_state.flatten(0, 1).index_select(0, index)
+        return head(hidden.float()).squeeze(-1)
+
+    def _logits(self, micro: MicroBatch) -> Tensor:
+        """(T, V)."""
+        self._predictors = torch.from_numpy(micro.predictors).to(self.model.device)
+        try:
+            with self._reading_only(micro.predictors):
+                output = self.model(**self._inputs(micro))
+        finally:
+            self._predictors = None
+        # squeeze, not [0]: the backward pass of an index fills a second tensor of this size with zeros.
+        return output.logits.squeeze(0)
+
+    def _reading_only(self, places: np.ndarray) -> AbstractContextManager[None]:
+        """The last layer's experts see three quarters of the tokens, prompts, for nothing: leave those out.
+
+        With gradient checkpointing a layer runs again in the backward pass, outside of this.
+        """
+        if self.last_experts is None or self.model.is_gradient_checkpointing:
+            return nullcontext()
+        # The last token of a prompt that sequences share predicts a token of each.
+        return only(self.last_experts, torch.from_numpy(np.unique(places)).to(self.model.device))
+
+    def _inputs(self, micro: MicroBatch) -> dict[str, Any]:
+        device = self.model.device
+        if self.replay is not None:
+            self.replay.force(micro.experts)
+        elif micro.experts is not None:
+            raise ValueError("this model was not told to replay experts: model.moe.router_replay")
+        shape = (1, -1) if self.in_one_row else micro.input_ids.shape
+        return {
+            "input_ids": torch.from_numpy(micro.input_ids.reshape(shape)).to(device),
+            "position_ids": torch.from_numpy(micro.position_ids.reshape(shape)).to(device),
+            "use_cache": False,
+            **_attention(micro, device),
+        }
+
+    def _keep_predictors(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """(B, L, H) -> (1, T, H), while a micro-batch is being scored."""
+        if self._predictors is None:
+            return None
+        hidden = args[0].flatten(0, 1).index_select(0, self._predictors)
+        if self._states is not None:
+            self._states, hidden = hidden, hidden[:0]
+        return (hidden[None], *args[1:])
+
+
+def _logits_are_heads(model: PreTrainedModel, head: nn.Module) -> bool:
+    """Whether the model hands out its head's product as it is: seen on one token."""
+    if type(head) is not nn.Linear or head.bias is not None:
+        return False
+    made: list[Any] = []
+    hook = head.register_forward_hook(lambda module, args, output: made.append(output))
+    try:
+        with torch.no_grad():
+            token = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
+            output = model(input_ids=token, use_cache=False)
+    finally:
+        hook.remove()
+    return len(made) == 1 and output.logits is made[0]
+
+
+def _attention(micro: MicroBatch, device: torch.device) -> dict[str, Any]:
+    """What the model's forward is told about attention, where it does not follow from the position ids."""
+    plan = micro.attention
+    if plan is None:
+        return {}
+    places, outputs = (None if x is None else Gather.of(x, device) for x in (plan.places, plan.outputs))
+    return {"sequences": Sequences(plan.shapes, places, outputs), "attention_mask": no_mask(device)}

@@ -1,1 +1,0 @@
-"""Faults of vLLM that some architectures run into, and what is done about each."""

@@ -1,0 +1,140 @@
+"""The stage graph, decided without running anything: identities, and what each stage still needs.
+
+A stage's fingerprint covers its own settings, the model's, its data and its inputs' fingerprints, so
+a change early in the graph reaches every later stage. What does not change the result (deadlines,
+resources, logging, checkpoint intervals) is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.artifacts.manifest import MANIFEST, Manifest, fingerprint, read_manifest, recover, verify
+
+NOT_IN_IDENTITY = frozenset(
+    {"save_steps", "save_total_limit", "eval_steps", "eval_data", "keep_warm", "max_tokens_per_micro_batch"}
+    | {"sync", "mismatch_tolerance"}
+)
+"""Stage keys that change when or how often something is done, but not the weights that come out."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a stage's result depends on."""
+
+    config: dict[str, Any]
+    """Its settings and the model's, flat enough for a difference to be named."""
+    inputs: dict[str, str]
+    """Name -> fingerprint of the artifacts that it reads."""
+    data: str
+    """Fingerprint of the tokenised data."""
+    seed: int
+    chosen: frozenset[str] = frozenset()
+    """Dotted keys of `config` whose values are not their defaults."""
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint([self.config, self.inputs, self.data, self.seed])
+
+    def as_of(self, manifest: Manifest) -> Identity:
+        """The same work in the words of a manifest that was written before some keys existed.
+
+        Such keys have to be at their defaults, which do what was done without them. Where anything else
+        differs, the work is another: then this identity as it stands.
+        """
+        added = flat(self.config).keys() - flat(manifest.config).keys()
+        same = bool(added) and not self.differences(manifest)
+        return replace(self, config=manifest.config) if same else self
+
+    def differences(self, manifest: Manifest) -> list[str]:
+        """Keys in which a manifest's work differs from this one."""
+        old, new = flat(manifest.config), flat(self.config)
+        changed = [
+            key
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key) and (key in old or key in self.chosen)
+        ]
+        changed += [
+            f"input {name}" for name, value in self.inputs.items() if manifest.inputs.get(name) != value
+        ]
+        if manifest.data.get("fingerprint") != self.data:
+            changed.append("data")
+        if manifest.seed != self.seed:
+            changed.append("seed")
+        return changed
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do with a stage, and why."""
+
+    state: Literal["fresh", "partial", "changed", "new"]
+    changed: list[str] = field(default_factory=list)
+    checkpoint: Path | None = None
+    manifest: Manifest | None = None
+    identity: Identity | None = None
+    """What is wanted, in the words of what was found."""
+
+    @property
+    def says(self) -> str:
+        """One line for the user."""
+        if self.state == "fresh":
+            return "already done, skipped"
+        if self.state == "partial":
+            return f"continues from {self.checkpoint.name if self.checkpoint else 'its checkpoint'}"
+        if self.state == "changed":
+            return "runs again: changed " + ", ".join(self.changed)
+        return "new"
+
+
+def identity_config(stage: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a stage and of the model that its result depends on."""
+    kept = {key: value for key, value in stage.items() if key not in NOT_IN_IDENTITY | {"data", "seed"}}
+    # How weights travel doesn't matter, but that samples go on with new ones does.
+    if (stage.get("sync") or {}).get("in_flight") == "keep":
+        kept["in_flight"] = "keep"
+    return {"stage": kept, "model": model}
+
+
+def decide(directory: Path, identity: Identity) -> Decision:
+    """Fresh, partial, changed or new: from what is on disk and what is wanted.
+
+    Raises:
+        UserError: a manifest cannot be read.
+    """
+    recover(directory / "adapter")
+    recover(directory / "model")
+    manifest = read_manifest(directory)
+    if manifest is not None:
+        known = identity.as_of(manifest)
+        if manifest.fingerprint == known.fingerprint:
+            if not verify(directory, manifest):
+                return Decision("fresh", manifest=manifest, identity=known)
+            return Decision("changed", ["files of the finished stage are missing or damaged"])
+        return Decision("changed", identity.differences(manifest) or ["the format of manifests"])
+    for checkpoint in checkpoints(directory):
+        saved = read_manifest(checkpoint)
+        if saved is None:
+            continue
+        known = identity.as_of(saved)
+        if saved.fingerprint == known.fingerprint:
+            return Decision("partial", checkpoint=checkpoint, manifest=saved, identity=known)
+        return Decision("changed", identity.differences(saved))
+    return Decision("new")
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Complete checkpoints of a stage, newest first. One without a manifest was cut while being written."""
+    found = [p for p in directory.glob("checkpoint-*") if (p / MANIFEST).is_file()]
+    return sorted(found, key=lambda p: -int(p.name.rsplit("-", 1)[1]))
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of nested settings; list elements by number, if they have keys of their own."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}.{key}".strip(".")).items()}

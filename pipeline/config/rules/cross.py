@@ -1,0 +1,283 @@
+"""Rules between the sections of a run's config. Pure: a config in, every violation out.
+
+The rules within one stage are in `stage_rules` and `online_rules`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+from pydantic_core import PydanticCustomError
+
+from actors.rollout.spec import DEFAULT_POSITIONS
+from pipeline.config.problem import Problem
+from pipeline.config.rules.stage import stage_problems
+from pipeline.rewards.functions import EXACT_MATCH, FUNCTION
+from pipeline.stages.specs.registry import PpoStage, RewardStage, RlStage
+
+if TYPE_CHECKING:
+    from pipeline.config.run_config import RunConfig
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+RESERVED_NAMES = frozenset(
+    {"base", "eval", "logs", "plots", "cache", "policy", "reference", "critic", "rollout", EXACT_MATCH}
+    | {"start", "initial_adapter"}
+)
+"""`base` names the model that a run starts from; the others are directories, roles and rules of a run, and
+adapters of its hosts that belong to no stage."""
+MODULE_NAMES = frozenset(
+    {"model", "base_model", "base_layer", "layers", "self_attn", "mlp", "feed_forward", "block_sparse_moe"}
+    | {"experts", "gate", "router", "shared_expert", "shared_experts", "lora_A", "lora_B", "weight"}
+)
+"""Parts of a parameter's path. PEFT looks for an adapter's name anywhere in that path: an adapter `1` would
+be saved with what the others have in layer 1, and they without it."""
+
+
+def raise_for(config: RunConfig) -> None:
+    """Raise one pydantic error that carries every cross-field problem in its context."""
+    problems = cross_problems(config)
+    if problems:
+        raise PydanticCustomError(
+            "cross_field", "{text}", {"text": "; ".join(map(str, problems)), "problems": problems}
+        )
+
+
+def cross_problems(config: RunConfig) -> list[Problem]:
+    """Every rule between fields that `config` breaks."""
+    return [
+        *_model_problems(config),
+        *_role_problems(config),
+        *_stage_graph_problems(config),
+        *(p.within(f"stages.{name}") for name, stage in config.stages.items() for p in stage_problems(stage)),
+        *_online_problems(config),
+        *_eval_problems(config),
+    ]
+
+
+def _model_problems(config: RunConfig) -> Iterator[Problem]:
+    lora = config.model.lora
+    if lora is not None:
+        if "experts" in lora.targets and lora.lora_dropout > 0:
+            yield Problem(
+                "model.lora.lora_dropout",
+                f"{lora.lora_dropout} with `experts` among the targets: PEFT can't apply dropout to expert "
+                "parameters; set it to 0, or take `experts` out of model.lora.targets",
+            )
+        repeated = sorted({t for t in lora.targets if lora.targets.count(t) > 1})
+        if repeated:
+            yield Problem("model.lora.targets", f"{', '.join(repeated)} given more than once")
+    if config.model.attn_implementation == "flash_attention_2" and not config.roles.policy.gpus:
+        yield Problem(
+            "model.attn_implementation", "flash_attention_2 needs GPUs; use sdpa, or set roles.policy.gpus"
+        )
+
+
+VIEWS = ("reference", "critic", "reward")
+"""Roles that can be views of the policy's host."""
+
+
+def _role_problems(config: RunConfig) -> Iterator[Problem]:
+    for role in ("policy", "rollout"):
+        if getattr(config.roles, role).share is not None:
+            yield Problem(f"roles.{role}.share", f"only {', '.join(VIEWS)} can be views of another role")
+    for role in VIEWS:
+        share = getattr(config.roles, role).share
+        if share is not None and share != "policy":
+            yield Problem(f"roles.{role}.share", f"'{share}' holds no base to share; write `share: policy`")
+    share = config.roles.reference.share
+    if share == "policy" and config.model.lora is None:
+        yield Problem(
+            "roles.reference.share",
+            "full fine-tuning (model.lora: null) moves the policy's base, so the reference can't be a view "
+            "of it; remove `share` and give the reference workers of its own, e.g. `reference: {workers: 1}`",
+        )
+    yield from _sharding_problems(config)
+    yield from _tensor_parallel_problems(config)
+    yield from _engine_problems(config)
+
+
+def _sharding_problems(config: RunConfig) -> Iterator[Problem]:
+    if config.roles.rollout.sharding != "none":
+        yield Problem(
+            "roles.rollout.sharding",
+            f"'{config.roles.rollout.sharding}' is for the ranks of a host; an engine splits its weights "
+            "over GPUs by roles.rollout.engine.tensor_parallel_size",
+        )
+    for role in ("policy", *VIEWS):
+        spec = getattr(config.roles, role)
+        if spec.sharding != "none" and spec.workers == 1:
+            yield Problem(
+                f"roles.{role}.sharding",
+                f"'{spec.sharding}' splits weights among a role's workers, and there is one; set "
+                f"roles.{role}.workers to 2 or more, or leave sharding out",
+            )
+    if config.model.lora is None and config.roles.policy.sharding == "base":
+        yield Problem(
+            "roles.policy.sharding",
+            "'base' splits a frozen base, and model.lora: null trains all of it; set it to full, or to "
+            "experts, which splits those alone",
+        )
+
+
+def _tensor_parallel_problems(config: RunConfig) -> Iterator[Problem]:
+    for role in ("policy", "rollout", *VIEWS):
+        spec = getattr(config.roles, role)
+        ranks, key = spec.tensor_parallel_size, f"roles.{role}.tensor_parallel_size"
+        if ranks == 1:
+            continue
+        if role == "rollout":
+            yield Problem(
+                key,
+                f"{ranks} is for the ranks of a host; an engine splits its weights over GPUs by "
+                "roles.rollout.engine.tensor_parallel_size",
+            )
+            continue
+        if spec.workers % ranks:
+            yield Problem(
+                key,
+                f"{ranks} workers hold a model together, but roles.{role}.workers is {spec.workers}; set "
+                f"that to a multiple of {ranks}",
+            )
+        if spec.sharding != "none":
+            yield Problem(
+                key,
+                f"{ranks} splits every layer among workers already; with it leave out roles.{role}.sharding "
+                f"('{spec.sharding}'), or set {key} to 1",
+            )
+
+
+def _engine_problems(config: RunConfig) -> Iterator[Problem]:
+    rollout = config.roles.rollout
+    parallel = rollout.engine.tensor_parallel_size
+    if parallel > 1 and rollout.gpus != parallel:
+        yield Problem(
+            "roles.rollout.engine.tensor_parallel_size",
+            f"an engine on {parallel} GPUs, but roles.rollout.gpus is {rollout.gpus:g}; set it to {parallel}",
+        )
+
+
+def _stage_graph_problems(config: RunConfig) -> Iterator[Problem]:
+    names = list(config.stages)
+    for position, (name, stage) in enumerate(config.stages.items()):
+        if not re.match(NAME_PATTERN, name):
+            yield Problem(
+                f"stages.{name}",
+                "a stage's name is a directory: letters, digits, '.', '_', '-' only, no "
+                "'.', '_' or '-' at the start",
+            )
+        if name in RESERVED_NAMES:
+            yield Problem(f"stages.{name}", f"'{name}' is taken by the run itself; name the stage otherwise")
+        if name in MODULE_NAMES or name.isdigit():
+            yield Problem(
+                f"stages.{name}",
+                f"'{name}' names a part of models too, and the stage's adapter is named like the stage; "
+                "name it otherwise",
+            )
+        twins = [other for other in names[:position] if other.replace(".", "_") == name.replace(".", "_")]
+        if twins:
+            yield Problem(
+                f"stages.{name}",
+                f"adapters have no dots in their names, so that it can't be told from stage '{twins[0]}'; "
+                "name one of them otherwise",
+            )
+        policies = [other for other in names[:position] if config.stages[other].hands_on_policy]
+        for field in ("init", "reference"):
+            source = getattr(stage, field, None)
+            problem = _source_problem(source, name, ["base", *policies], names, config)
+            if source is not None and problem:
+                yield Problem(f"stages.{name}.{field}", problem)
+
+
+def _source_problem(
+    source: str | None, name: str, possible: list[str], names: list[str], config: RunConfig
+) -> str | None:
+    if source is None or source in possible:
+        return None
+    choices = ", ".join(possible) or "none"
+    if source == name:
+        return f"'{source}' is the stage itself; possible: {choices}"
+    if source in names and names.index(source) < names.index(name):
+        kind = config.stages[source].type
+        return f"'{source}' is a stage of type {kind}, which can't be used here; possible: {choices}"
+    if source in names:
+        return f"'{source}' runs after '{name}'; move it before, or choose from: {choices}"
+    return f"no stage is named '{source}'; possible: {choices}"
+
+
+def _online_problems(config: RunConfig) -> Iterator[Problem]:
+    names = list(config.stages)
+    for position, (name, stage) in enumerate(config.stages.items()):
+        path = f"stages.{name}"
+        models = [other for other in names[:position] if isinstance(config.stages[other], RewardStage)]
+        if isinstance(stage, RlStage):
+            yield from _reward_source_problems(path, name, stage, models, config)
+            yield from _engine_room_problems(path, stage, config)
+        if isinstance(stage, PpoStage):
+            problem = _source_problem(stage.critic_init, name, models, names, config)
+            if problem:
+                yield Problem(f"{path}.critic_init", problem + " (null: what the policy starts from)")
+        if isinstance(stage, RlStage | RewardStage) and config.model.lora is None:
+            yield Problem(
+                f"{path}.type",
+                f"{stage.type} needs LoRA: its roles are adapters on one base; set model.lora",
+            )
+
+
+def _engine_room_problems(path: str, stage: RlStage, config: RunConfig) -> Iterator[Problem]:
+    asked = config.roles.rollout.engine.max_model_len
+    positions = DEFAULT_POSITIONS if asked is None else asked
+    longest = stage.max_completion_length + 1 if stage.max_length is None else stage.max_length
+    if longest > positions:
+        yield Problem(
+            f"{path}.max_length" if stage.max_length is not None else f"{path}.max_completion_length",
+            f"prompt and completion may take {longest} tokens, an engine holds {positions}; lower it, or "
+            f"set roles.rollout.engine.max_model_len to {longest}",
+        )
+
+
+def _reward_source_problems(
+    path: str, name: str, stage: RlStage, models: list[str], config: RunConfig
+) -> Iterator[Problem]:
+    sources = [reward.source for reward in stage.rewards]
+    for position, reward in enumerate(stage.rewards):
+        at, source = f"{path}.rewards.{position}", reward.source
+        if source in sources[:position]:
+            yield Problem(at, f"'{source}' is given twice; add up the weights")
+        elif reward.kind == "model" and "/" not in source and source not in models:
+            problem = _source_problem(source, name, models, list(config.stages), config)
+            colon = ":".join(source.rsplit(".", 1))
+            likely = (
+                [colon] if FUNCTION.match(colon) else get_close_matches(source, [EXACT_MATCH, *models], 1)
+            )
+            near = f"; did you mean `{likely[0]}`?" if likely else ""
+            yield Problem(
+                at,
+                f"{problem}{near}; otherwise `exact_match`, `module:function`, or a reward model's directory "
+                "(written with a slash)",
+            )
+    if all(reward.weight == 0 for reward in stage.rewards):
+        yield Problem(f"{path}.rewards", "every weight is 0: nothing is wanted")
+
+
+def _eval_problems(config: RunConfig) -> Iterator[Problem]:
+    spec = config.eval
+    if spec is None:
+        return
+    choices = ["base", *(name for name, stage in config.stages.items() if stage.hands_on_policy)]
+    for name in spec.models or []:
+        if name in config.stages and name not in choices:
+            yield Problem(
+                "eval.models",
+                f"'{name}' is a reward model, which answers no prompts; its pairs are scored anyway",
+            )
+        elif name not in choices:
+            yield Problem("eval.models", f"no stage is named '{name}'; possible: {', '.join(choices)}")
+    if spec.models and len(set(spec.models)) < len(spec.models):
+        yield Problem("eval.models", "a model is named more than once")
+    if spec.sampling.n != 1:
+        yield Problem("eval.sampling.n", f"{spec.sampling.n}: evaluation draws one answer per prompt")
+    if spec.metric != EXACT_MATCH and not FUNCTION.match(spec.metric):
+        yield Problem("eval.metric", f"'{spec.metric}' is neither `exact_match` nor `module:function`")

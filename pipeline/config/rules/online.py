@@ -1,0 +1,95 @@
+"""Rules between the fields of one online stage. Pure: a stage in, every violation out, by its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pipeline.config.problem import Problem
+from pipeline.config.staleness import staleness_problems
+from pipeline.stages.specs.registry import PolicyGradientStage, PpoStage, RlStage
+
+
+def online_problems(stage: RlStage) -> Iterator[Problem]:
+    """Every rule of online stages that `stage` breaks."""
+    offline = {"eval_data": None, "eval_steps": None, "truncation_mode": "keep_start"}
+    for key, unset in offline.items():
+        if getattr(stage, key) != unset:
+            yield Problem(
+                key,
+                "is for stages with answers in their data; an online stage writes its own: a prompt that is "
+                "too long follows its source's on_bad_row, and `eval` scores held-out prompts",
+            )
+    yield from _sampling_problems(stage)
+    yield from staleness_problems(stage)
+    if isinstance(stage, PolicyGradientStage):
+        yield from _policy_gradient_problems(stage)
+    if isinstance(stage, PpoStage) and stage.critic_warmup_steps >= stage.max_steps > 0:
+        yield Problem(
+            "critic_warmup_steps",
+            f"{stage.critic_warmup_steps} leaves the policy no step to learn in (max_steps: "
+            f"{stage.max_steps})",
+        )
+
+
+def _policy_gradient_problems(stage: PolicyGradientStage) -> Iterator[Problem]:
+    yield from _kl_problems(stage)
+    if stage.epsilon >= 1:
+        yield Problem("epsilon", f"{stage.epsilon:g}: the ratio is clipped at 1 - epsilon, above 0")
+    high = stage.epsilon if stage.epsilon_high is None else stage.epsilon_high
+    if stage.loss_type != "cispo" and stage.delta is not None and stage.delta <= 1 + high:
+        yield Problem("delta", f"{stage.delta:g} must be above 1 + epsilon_high = {1 + high:g}")
+    if stage.loss_type == "cispo":
+        yield from _cispo_problems(stage)
+
+
+def _cispo_problems(stage: PolicyGradientStage) -> Iterator[Problem]:
+    if stage.epsilon_high is None or stage.epsilon_high < 1:
+        given = "null" if stage.epsilon_high is None else f"{stage.epsilon_high:g}"
+        yield Problem(
+            "epsilon_high",
+            f"{given}: cispo bounds the ratio at epsilon_high itself, not at 1 + epsilon_high; write 1 or "
+            "more (5 is usual)",
+        )
+    if stage.delta is not None:
+        yield Problem("delta", "bounds a clipped surrogate, which cispo has not; leave it out")
+
+
+def _sampling_problems(stage: RlStage) -> Iterator[Problem]:
+    samples, group = stage.samples_per_step, stage.num_generations
+    if samples % group:
+        yield Problem(
+            "num_generations",
+            f"{group} samples of each prompt don't fill {samples} (batch_size {stage.batch_size} x "
+            f"steps_per_generation {stage.steps_per_generation}) evenly",
+        )
+    if group < 2 and stage.compares_samples:
+        yield Problem("num_generations", f"{group}: {stage.type} compares a prompt's samples; at least 2")
+    if stage.max_resampling_rounds and not stage.compares_samples:
+        yield Problem(
+            "max_resampling_rounds",
+            f"{stage.type} does not compare a prompt's samples, so equal rewards cost it nothing; leave it "
+            "out",
+        )
+    if stage.soft_punish_cache is not None and stage.soft_punish_cache > stage.max_completion_length:
+        yield Problem(
+            "soft_punish_cache",
+            f"{stage.soft_punish_cache} tokens below max_completion_length: {stage.max_completion_length} "
+            "are more than a sample has",
+        )
+    if stage.max_length is not None and stage.max_completion_length >= stage.max_length:
+        yield Problem(
+            "max_completion_length",
+            f"{stage.max_completion_length} leaves a prompt no room within max_length: {stage.max_length}",
+        )
+
+
+def _kl_problems(stage: PolicyGradientStage) -> Iterator[Problem]:
+    plain = stage.beta > 0 and stage.kl_in == "loss" and not stage.use_bias_correction_kl
+    if plain and stage.kl_estimator == "k1":
+        yield Problem(
+            "kl_estimator",
+            "k1 in a loss has a gradient of mean zero, whatever the divergence, without "
+            "use_bias_correction_kl; use k2 (the divergence's own gradient) or k3, or kl_in: reward",
+        )
+    if stage.kl_target is not None and stage.beta == 0:
+        yield Problem("kl_target", "steers beta by factors, and beta is 0; give beta a start value")

@@ -1,0 +1,98 @@
+"""Rules between the fields of one stage. Pure: a stage in, every violation out, by the keys within it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pipeline.config.problem import Problem
+from pipeline.config.rules.online import online_problems
+from pipeline.stages.specs.registry import DpoOptions, RlStage, StageSpec
+
+SMOOTHED_LOSSES = frozenset({"cdpo", "robust", "exo_pair", "aot", "aot_unpaired"})
+"""Losses that read label_smoothing (TRL's, and cdpo)."""
+F_DIVERGENCE_LOSSES = frozenset(
+    {"sigmoid", "cdpo", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+)
+"""Losses of the chosen-rejected reward difference alone: only there does the log Z term cancel (TRL)."""
+SCHEDULE_ARGUMENTS: dict[str, frozenset[str]] = {
+    "linear": frozenset(),
+    "cosine": frozenset({"num_cycles"}),
+    "cosine_with_restarts": frozenset({"num_cycles"}),
+    "cosine_with_min_lr": frozenset({"num_cycles", "min_lr", "min_lr_rate"}),
+    "cosine_warmup_with_min_lr": frozenset({"num_cycles", "min_lr", "min_lr_rate", "warmup_lr_rate"}),
+    "polynomial": frozenset({"lr_end", "power"}),
+    "constant": frozenset(),
+    "constant_with_warmup": frozenset(),
+    "inverse_sqrt": frozenset({"timescale"}),
+    "warmup_stable_decay": frozenset(
+        {"num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles"}
+    ),
+}
+"""What transformers' schedules take in lr_scheduler_kwargs (held against the installed ones by a test)."""
+
+
+def stage_problems(stage: StageSpec) -> Iterator[Problem]:
+    """Every rule between its own fields that `stage` breaks."""
+    if stage.max_steps == 0:
+        yield Problem("max_steps", "0 steps train nothing; -1 goes by num_train_epochs")
+    if stage.warmup_steps >= 1 and stage.warmup_steps != int(stage.warmup_steps):
+        yield Problem("warmup_steps", f"{stage.warmup_steps:g}: a whole number of steps, or a share below 1")
+    updates = stage.max_steps * (stage.updates_per_step if isinstance(stage, RlStage) else 1)
+    if 0 < updates < stage.warmup_steps:
+        yield Problem(
+            "warmup_steps",
+            f"{stage.warmup_steps:g} is longer than the stage ({updates} optimizer steps, by max_steps: "
+            f"{stage.max_steps})",
+        )
+    if stage.eval_steps is not None and stage.eval_data is None:
+        yield Problem("eval_steps", "there is no eval_data to evaluate on; add it, or remove eval_steps")
+    yield from _schedule_problems(stage)
+    if isinstance(stage, DpoOptions):
+        yield from _dpo_problems(stage)
+    if isinstance(stage, RlStage):
+        yield from online_problems(stage)
+
+
+def _schedule_problems(stage: StageSpec) -> Iterator[Problem]:
+    known = SCHEDULE_ARGUMENTS[stage.lr_scheduler_type]
+    for key in stage.lr_scheduler_kwargs:
+        if key not in known:
+            takes = ", ".join(sorted(known)) or "no arguments"
+            yield Problem(f"lr_scheduler_kwargs.{key}", f"{stage.lr_scheduler_type} takes {takes}")
+    given = set(stage.lr_scheduler_kwargs)
+    if "min_lr" in known and len(given & {"min_lr", "min_lr_rate"}) != 1:
+        yield Problem("lr_scheduler_kwargs", f"{stage.lr_scheduler_type} needs one of min_lr and min_lr_rate")
+    if stage.lr_scheduler_type == "warmup_stable_decay" and "num_decay_steps" not in given:
+        yield Problem("lr_scheduler_kwargs", "warmup_stable_decay needs num_decay_steps")
+
+
+def _dpo_problems(stage: DpoOptions) -> Iterator[Problem]:
+    losses, smoothing = stage.loss_type, stage.label_smoothing
+    if stage.loss_weights is not None and len(stage.loss_weights) != len(losses):
+        yield Problem(
+            "loss_weights",
+            f"{len(stage.loss_weights)} weights for {len(losses)} losses ({', '.join(losses)})",
+        )
+    halved = [name for name in losses if name in ("cdpo", "robust")]
+    if halved and smoothing >= 0.5:
+        yield Problem(
+            "label_smoothing",
+            f"{smoothing:g}: {' and '.join(halved)} need a share of flipped pairs below 0.5",
+        )
+    if "exo_pair" in losses and smoothing == 0:
+        yield Problem("label_smoothing", "exo_pair needs a value above 0; its paper recommends 1e-3")
+    if smoothing > 0 and not SMOOTHED_LOSSES & set(losses):
+        yield Problem(
+            "label_smoothing",
+            f"has no effect on {', '.join(losses)}; for sigmoid with label smoothing write `loss_type: cdpo`",
+        )
+    without = [name for name in losses if name not in F_DIVERGENCE_LOSSES]
+    if stage.f_divergence_type != "reverse_kl" and without:
+        yield Problem(
+            "f_divergence_type",
+            f"{stage.f_divergence_type} is not defined for {', '.join(without)}; it works with: "
+            f"{', '.join(sorted(F_DIVERGENCE_LOSSES))}",
+        )
+    sorting = [name for name in losses if name in ("aot", "aot_unpaired")]
+    if stage.use_weighting and sorting:
+        yield Problem("use_weighting", f"{' and '.join(sorting)} sort the batch, so weights lose their pairs")

@@ -1,0 +1,193 @@
+"""One run, as its YAML says it. Composes the specs that each room owns; defaults live there only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from actors.batches.generations import SamplingSpec
+from actors.cluster.spec import LimitsSpec, RoleSpec
+from actors.models.spec import ModelSpec, Spec
+from actors.rollout.spec import EngineOptions
+from pipeline.config.rules.cross import NAME_PATTERN, raise_for
+from pipeline.data.spec import DataSources
+from pipeline.stages.specs.registry import (
+    STAGE_TYPES,
+    DpoStage,
+    PpoStage,
+    ReferencedStage,
+    RlStage,
+    SftStage,
+    Stage,
+    StageSpec,
+)
+
+__all__ = [
+    "DpoStage",
+    "EvalSamplingSpec",
+    "EvalSpec",
+    "LoggingSpec",
+    "RaySpec",
+    "RolesSpec",
+    "RunConfig",
+    "SftStage",
+    "StageSpec",
+]
+
+
+def _as_path(value: Any) -> Any:
+    return Path(value).expanduser() if isinstance(value, str) and value else value
+
+
+class RolloutRoleSpec(RoleSpec):
+    """Engines: a process each, and how each is built."""
+
+    engine: EngineOptions = Field(default_factory=EngineOptions)
+    """How each engine is built, by vLLM's field names."""
+
+
+class RolesSpec(Spec):
+    """Where each role lives."""
+
+    policy: RoleSpec = Field(default_factory=RoleSpec)
+    """The model being trained: data-parallel ranks."""
+    reference: RoleSpec = Field(default_factory=lambda: RoleSpec(share="policy"))
+    """Frozen reference. By default a view of the policy's base; its own actors where that base moves."""
+    critic: RoleSpec = Field(default_factory=lambda: RoleSpec(share="policy"))
+    """PPO's critic. By default a view of the policy's base."""
+    reward: RoleSpec = Field(default_factory=lambda: RoleSpec(share="policy"))
+    """Reward models that online stages ask. By default views of the policy's base."""
+    rollout: RolloutRoleSpec = Field(default_factory=RolloutRoleSpec)
+    """vLLM engines, for the online stages and for evaluation."""
+
+
+class EvalSamplingSpec(SamplingSpec):
+    """Sampling for evaluation: greedy unless told otherwise."""
+
+    temperature: float = Field(default=0.0, ge=0)
+    """0 is greedy."""
+
+
+class EvalSpec(Spec):
+    """Generation on held-out prompts after the stages, scored, with 95 % intervals."""
+
+    data: DataSources
+    """Held-out prompts with their answers."""
+    models: list[str] | None = Field(default=None, min_length=1)
+    """`base` and names of stages; null: base and every stage but reward models."""
+    max_rows: int = Field(default=500, ge=1)
+    """Prompts per model."""
+    sampling: EvalSamplingSpec = Field(default_factory=EvalSamplingSpec)
+    """How answers are drawn."""
+    metric: str = "exact_match"
+    """`exact_match`, or `module:function` called as f(prompts, completions, **columns) -> list of scores."""
+
+
+class LoggingSpec(Spec):
+    """What is recorded while a stage trains."""
+
+    logging_steps: int = Field(default=1, ge=1)
+    """A line of metrics every so many steps, as `max_steps` counts them."""
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
+    """Trackers that get the same metrics; each needs its own package."""
+
+
+class RaySpec(Spec):
+    """Which Ray cluster runs the actors."""
+
+    address: str | None = None
+    """`auto` or `host:port` of a running cluster; null: a local one that ends with the run."""
+    num_cpus: float | None = Field(default=None, gt=0)
+    """CPUs of the local cluster; null: as many as the machine has."""
+    object_store_memory: int | None = Field(default=None, ge=80_000_000)
+    """Bytes of the local cluster's object store; null: Ray's choice."""
+
+
+class RunConfig(Spec):
+    """A run: stages over one model, in order, with the roles they use."""
+
+    name: str = Field(pattern=NAME_PATTERN, max_length=100)
+    """Name of the run, and of its directory."""
+    output_dir: Annotated[Path, BeforeValidator(_as_path, json_schema_input_type=str)] = Field(
+        default_factory=lambda given: Path("runs") / given.get("name", "")
+    )
+    """Run directory; by default runs/NAME. Relative to where the command is typed."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of everything random: order, initialisation, dropout, sampling."""
+    model: ModelSpec
+    """Base, LoRA and mixture-of-experts settings."""
+    stages: dict[str, Stage] = Field(min_length=1)
+    """Stages by name, in the order in which they run."""
+    roles: RolesSpec = Field(default_factory=RolesSpec)
+    """Processes and resources per role."""
+    eval: EvalSpec | None = None
+    """Evaluation of base and stages; null: none."""
+    logging: LoggingSpec = Field(default_factory=LoggingSpec)
+    """Metrics and trackers."""
+    limits: LimitsSpec = Field(default_factory=LimitsSpec)
+    """Deadlines."""
+    ray: RaySpec = Field(default_factory=RaySpec)
+    """The cluster."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _type_from_name(cls, data: Any) -> Any:
+        """A stage named like a type is of that type."""
+        stages = data.get("stages") if isinstance(data, dict) else None
+        if not isinstance(stages, dict):
+            return data
+        typed = {
+            name: {"type": name, **stage} if name in STAGE_TYPES and isinstance(stage, dict) else stage
+            for name, stage in stages.items()
+        }
+        return {**data, "stages": typed}
+
+    @model_validator(mode="after")
+    def _settle(self) -> RunConfig:
+        """Fill defaults that depend on other sections, then hold the sections against each other."""
+        if self.model.lora is None and "reference" not in self.roles.model_fields_set:
+            self.roles.reference = RoleSpec()
+        raise_for(self)
+        return self
+
+    def init_of(self, stage: str) -> str:
+        """`base` or the stage whose result `stage` starts from."""
+        names = list(self.stages)
+        earlier = names[: names.index(stage)]
+        policies = [name for name in earlier if self.stages[name].hands_on_policy]
+        return self.stages[stage].init or (policies[-1] if policies else "base")
+
+    def reference_of(self, stage: str) -> str:
+        """`base` or the stage that is the reference policy of the stage `stage`, which has one."""
+        spec = self.stages[stage]
+        assert isinstance(spec, ReferencedStage | RlStage)
+        return spec.reference or self.init_of(stage)
+
+    def reward_models_of(self, stage: str) -> dict[str, str | None]:
+        """Reward models that the online stage `stage` asks: source -> its stage, or None for a directory."""
+        spec = self.stages[stage]
+        assert isinstance(spec, RlStage)
+        sources = [reward.source for reward in spec.rewards if reward.kind == "model"]
+        return {source: source if source in self.stages else None for source in sources}
+
+    def critic_init_of(self, stage: str) -> str:
+        """`base` or the stage whose adapter the critic of the PPO stage `stage` starts from."""
+        spec = self.stages[stage]
+        assert isinstance(spec, PpoStage)
+        return spec.critic_init or self.init_of(stage)
+
+    def seed_of(self, stage: str) -> int:
+        """Seed of one stage."""
+        own = self.stages[stage].seed
+        return self.seed if own is None else own
+
+    def eval_models(self) -> list[str]:
+        """`base` and stages to evaluate, in order."""
+        if self.eval is None:
+            return []
+        return self.eval.models or [
+            "base",
+            *(name for name, stage in self.stages.items() if stage.hands_on_policy),
+        ]

@@ -1,0 +1,244 @@
+"""Held-out prompts, answered by vLLM and scored: accuracy with its interval, per model of the graph."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actors.batches.generations import SamplingSpec, sample_seed
+from actors.errors import RunFailure, UserError
+from actors.models.turn_ends import TurnEnds, turn_ends
+from pipeline.artifacts.manifest import fingerprint, write_json
+from pipeline.data.reading.bad_rows import Skipped
+from pipeline.data.reading.records import Records, load_records
+from pipeline.data.tokens.tokens import prompt_rows
+from pipeline.rewards.functions import import_function, missing_arguments, named_by
+
+if TYPE_CHECKING:
+    from actors.cluster.futures import PendingOne
+    from actors.cluster.worker_group import ActorGroup
+    from pipeline.config.run_config import EvalSpec
+
+Scorer = Callable[..., Sequence[float | None]]
+"""TRL's signature of a reward function: prompts, completions, columns -> a score (or None) each."""
+GIVEN = ("prompts", "completions")
+"""What a scorer is given beside the columns. No `completion_ids`: completions are scored as text."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a model is made of: a base directory and, for LoRA, an adapter on it."""
+
+    base: str
+    adapter: str | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Prompts as tokens, with what their scorer needs."""
+
+    prompts: list[str]
+    token_ids: list[list[int]]
+    columns: dict[str, list[Any]]
+    fingerprint: str
+    sampling: SamplingSpec
+    """How answers are drawn, with all that ends a turn."""
+    skipped: Skipped = field(default_factory=Skipped)
+    """Rows left out, as their source's `on_bad_row` says."""
+
+    def remarks(self) -> list[str]:
+        """Which rows were left out, for the user."""
+        if not self.skipped.counts:
+            return []
+        return [f"eval: left out {self.skipped.summary()}", *(f"  {row}" for row in self.skipped.listing)]
+
+
+def wilson(successes: float, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson score interval of a share (Wilson 1927), bounds in [0, 1]."""
+    if n == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    share = successes / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def find_scorer(metric: str) -> Scorer:
+    """`exact_match`, or `module:function`.
+
+    Raises:
+        UserError: nothing of that name can be imported.
+    """
+    if metric == "exact_match":
+        from pipeline.data.reading.builtin import exact_match
+
+        return exact_match
+    return import_function(
+        metric, "eval.metric", "exact_match, or module:function with the module on the path"
+    )
+
+
+def read_eval_set(
+    spec: EvalSpec,
+    tokenizer: Any,
+    seed: int,
+    records: Records | None = None,
+    ends: TurnEnds | None = None,
+    vocab_size: int | None = None,
+) -> EvalSet:
+    """Tokenise the held-out prompts (read here unless given); bad rows follow their source's `on_bad_row`.
+    `ends`: of the base; None: of the tokenizer. `vocab_size`: rows of the base's embedding."""
+    ends = ends or turn_ends(tokenizer)
+    sampling = ends.sampling(spec.sampling, tokenizer, "eval.sampling")
+    records = records or load_records(spec.data, "prompt", seed=seed, max_rows=spec.max_rows)
+    check_columns(spec, records)
+    kept, texts, token_ids = prompt_rows(records, tokenizer, vocab_size)
+    if not len(kept):
+        raise UserError(f"eval.data: no prompts left ({kept.skipped.summary() or 'the data is empty'})")
+    # Where the base alone says what ends a turn, evaluations were made before this was asked.
+    told = "".join(f" ends at {token}" for token in ends.added)
+    return EvalSet(texts, token_ids, kept.columns, kept.fingerprint + told, sampling, kept.skipped)
+
+
+def check_columns(spec: EvalSpec, records: Records) -> None:
+    """Refuse held-out rows without a column that the scorer asks for."""
+    columns = records.columns
+    if spec.metric == "exact_match" and None in columns.get("answer", [None]):
+        raise UserError(
+            "eval.data: exact_match compares with a column `answer`, which some rows lack "
+            f"(columns: {', '.join(columns) or 'none'}); name it under `columns:`, or set eval.metric to "
+            "module:function"
+        )
+    missing = missing_arguments(find_scorer(spec.metric), [*GIVEN, *columns])
+    if missing:
+        raise UserError(
+            f"eval.data: {spec.metric} asks for {', '.join(missing)}, which an evaluation does not have "
+            f"(it has {', '.join([*GIVEN, *columns])}); add such a column, or give the argument a default"
+        )
+
+
+def evaluate(
+    name: str,
+    weights: Weights,
+    held_out: EvalSet,
+    spec: EvalSpec,
+    rollout: ActorGroup,
+    tokenizer: Any,
+    directory: Path,
+    seed: int,
+) -> dict[str, Any]:
+    """Generate and score one model; writes `eval/NAME.jsonl` and returns its entry for run.json."""
+    key = eval_key(weights, held_out, spec, seed)
+    completions = generate(rollout, weights, name, held_out.token_ids, held_out.sampling, tokenizer, seed)
+    scores = score(find_scorer(spec.metric), spec.metric, held_out, completions)
+    counted = [s for s in scores if s is not None]
+    total = float(sum(counted))
+    low, high = wilson(total, len(counted)) if all(0 <= s <= 1 for s in counted) else mean_interval(counted)
+    directory.mkdir(parents=True, exist_ok=True)
+    path, aside = directory / f"{name}.jsonl", directory / f".{name}.tmp"
+    answers = held_out.columns.get("answer", [None] * len(scores))
+    with aside.open("w") as handle:
+        for prompt, completion, answer, value in zip(held_out.prompts, completions, answers, scores):
+            row = {"prompt": prompt, "completion": completion, "answer": answer, "score": value}
+            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+    aside.rename(path)
+    result = {
+        "accuracy": total / max(1, len(counted)),
+        "n": len(counted),
+        "ci95": [low, high],
+        "metric": spec.metric,
+        "fingerprint": key,
+    }
+    write_json(directory / f"{name}.json", result)
+    return result
+
+
+def eval_key(weights: Weights, held_out: EvalSet, spec: EvalSpec, seed: int) -> str:
+    """Identity of an evaluation: a finished one with the same key is not run again."""
+    return fingerprint(
+        [
+            weights.fingerprint,
+            held_out.fingerprint,
+            spec.sampling.model_dump(exclude=None if spec.sampling.stop_token_ids else {"stop_token_ids"}),
+            spec.metric,
+            spec.max_rows,
+            seed,
+        ]
+    )
+
+
+def finished(directory: Path, name: str, key: str) -> dict[str, Any] | None:
+    """The result of an evaluation that is already there, if it is this one."""
+    path = directory / f"{name}.json"
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return result if result.get("fingerprint") == key and (directory / f"{name}.jsonl").is_file() else None
+
+
+def generate(
+    rollout: ActorGroup,
+    weights: Weights,
+    name: str,
+    token_ids: list[list[int]],
+    sampling: Any,
+    tokenizer: Any,
+    seed: int,
+) -> list[str]:
+    """Completions of all prompts by one model; a sample's seed depends on its prompt only. Engines that die
+    over it are replaced."""
+    from actors.rollout.pool import RolloutPool
+
+    def load(rank: int) -> PendingOne:
+        return rollout.submit_rank(rank, "load", weights.base, weights.adapter, name, phase="load")
+
+    loading = {rank: load(rank) for rank in rollout.fleet.serving}
+    for rank, waiting in loading.items():
+        try:
+            waiting.result()
+        except RunFailure:
+            if rank in rollout.fleet.serving:
+                raise
+    seeds = [sample_seed(seed, 0, i, 0) for i in range(len(token_ids))]
+    pool = RolloutPool(rollout, lambda rank: load(rank).result())
+    return pool.generate(token_ids, sampling, seeds).texts(tokenizer, sampling.stop, sampling.stop_token_ids)
+
+
+def score(scorer: Scorer, name: str, held_out: EvalSet, completions: list[str]) -> list[float | None]:
+    """Call the scorer on everything and check what it returns.
+
+    Raises:
+        RunFailure: it raised, or returned the wrong number of scores or something that is no number.
+    """
+    try:
+        given = held_out.columns | dict(zip(GIVEN, (held_out.prompts, completions)))
+        scores = list(scorer(**named_by(scorer, given)))
+    except Exception as error:
+        raise RunFailure("driver", "score", f"{name} raised {type(error).__name__}: {error}") from error
+    if len(scores) != len(completions):
+        raise RunFailure(
+            "driver", "score", f"{name} returned {len(scores)} scores for {len(completions)} completions"
+        )
+    for i, value in enumerate(scores):
+        if value is not None and not (isinstance(value, int | float | bool) and math.isfinite(value)):
+            raise RunFailure(
+                "driver", "score", f"{name} returned {value!r} for completion {completions[i]!r}"
+            )
+    return scores
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Normal 95 % interval of a mean, for scores that are not shares."""
+    array = np.asarray(values, dtype=float)
+    half = 1.96 * array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else 0.0
+    return float(array.mean() - half), float(array.mean() + half)

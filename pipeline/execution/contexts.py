@@ -1,0 +1,148 @@
+"""What each stage is given to work with: the views of its roles, its reference, its way to report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.evaluation.held_out import Weights
+from pipeline.evaluation.pairs import Scorer
+from pipeline.execution.hosts import Host, adapter_name, critic_name
+from pipeline.execution.stage_card import write_stage_card
+from pipeline.stages.offline.reference import ReferenceFeed
+from pipeline.stages.offline.train import TrainContext
+from pipeline.stages.online.loop import RlContext
+from pipeline.stages.prepared import PreparedRl
+from pipeline.stages.specs.registry import PpoStage, RewardStage, RlStage
+from pipeline.stages.views import View
+
+if TYPE_CHECKING:
+    from actors.cluster.worker_group import ActorGroup
+    from actors.sync.channel import Backend
+    from pipeline.execution.fleet import Fleet
+    from pipeline.planning.nodes import Node
+
+
+@dataclass(frozen=True)
+class Events:
+    """What a stage tells the run, and asks it."""
+
+    on_step: Callable[[int, dict[str, Any]], None]
+    on_log: Callable[[dict[str, Any]], None]
+    stop_asked: Callable[[], bool]
+    note: Callable[[str], None]
+
+
+class Contexts:
+    """Hands each stage of a run its context; the processes are the fleet's."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet, self.config = fleet, fleet.config
+
+    def train_context(self, node: Node, reference: ReferenceFeed | None, events: Events) -> TrainContext:
+        """The policy with this stage's own adapter, started from its input, and the rest of the context."""
+        return TrainContext(**self._common(node, events), reference=reference)
+
+    def rl_context(self, node: Node, events: Events, tokenizer: Any) -> RlContext:
+        """A view for every role of an online stage, the engines, and the sync between policy and engines."""
+        from actors.rollout.pool import RolloutPool
+        from actors.sync.engines import load_base
+        from actors.sync.weight_sync import WeightSync
+
+        assert isinstance(node.spec, RlStage)
+        assert isinstance(node.prepared, PreparedRl)
+        assert node.reference is not None
+        # The engines read the base while the ranks do.
+        rollout, wanted = self.fleet.rollout(), node.spec.sync
+        loading = load_base(rollout, node.start.base)
+        common = self._common(node, events)
+        # A probe's first token has nothing before it to be predicted from.
+        usable = [ids for ids in node.prepared.data.token_ids if len(ids) > 1]
+        probes = [ids[: wanted.probe_tokens + 1] for ids in usable[: wanted.probes]]
+        on_gpus = self.config.roles.policy.gpus > 0 and self.config.roles.rollout.gpus > 0
+        backend: Backend = "nccl" if on_gpus else "gloo"
+        sync = WeightSync(
+            common["host"], rollout, wanted, node.start.base, common["role"], probes, backend, loading
+        )
+        pool = RolloutPool(rollout, sync.restore, in_flight=wanted.in_flight == "keep")
+        sync.bring_back = pool.bring_back
+        return RlContext(
+            **common,
+            policy=View(common["host"], common["role"]),
+            reference=self._view("reference", node, node.reference, self.config.reference_of(node.name)),
+            critic=self._critic(node) if isinstance(node.spec, PpoStage) else None,
+            reward_models={
+                source: self._view("reward", node, model, source) for source, model in node.rewards.items()
+            },
+            rollout=pool,
+            sync=sync,
+            tokenizer=tokenizer,
+            note=events.note,
+            replay_compare_steps=self.config.model.moe.router_replay_compare_steps,
+        )
+
+    def _common(self, node: Node, events: Events) -> dict[str, Any]:
+        host = self.fleet.ready_host("policy", node, node.start)
+        return {
+            "host": host.group,
+            "role": self._trainable(host, node),
+            "directory": node.directory,
+            "identity": node.identity,
+            "dtype": self.config.model.dtype,
+            "logging_steps": self.config.logging.logging_steps,
+            "starts_as_reference": node.reference == node.start,
+            "stop_asked": events.stop_asked,
+            "on_step": events.on_step,
+            "on_log": events.on_log,
+            "card": lambda path, metrics: write_stage_card(self.config, node, path, metrics),
+        }
+
+    def _view(self, role: str, node: Node, weights: Weights, model: str) -> View:
+        """A role that doesn't train: the weights of `model`, on the role's own host or on the policy's."""
+        host = self.fleet.ready_host(getattr(self.config.roles, role).share or role, node, weights)
+        return View(host.group, host.view(weights, adapter_name(model)))
+
+    def _critic(self, node: Node) -> View:
+        """An adapter of its own with a value head, from the weights that `critic_init` names."""
+        assert node.critic is not None
+        source = self._view("critic", node, node.critic, self.config.critic_init_of(node.name))
+        name = critic_name(node.name)
+        _start_adapter(source.group, source.role, name)
+        source.group.call("add_head", name, phase="load")
+        return View(source.group, name)
+
+    def _trainable(self, host: Host, node: Node) -> str | None:
+        """A new adapter of this stage, equal to the weights that it starts from."""
+        if self.config.model.lora is None:
+            host.holds = node.identity.fingerprint
+            return None
+        name = adapter_name(node.name)
+        _start_adapter(host.group, host.view(node.start, adapter_name(node.init)), name)
+        if isinstance(node.spec, RewardStage):
+            host.group.call("add_head", name, "normal", phase="load")
+        host.adapters[name] = node.identity.fingerprint
+        return name
+
+    def pair_scorer(self, node: Node, made: Weights) -> Scorer:
+        """Scores of pairs by the reward model that a stage has made, on the policy's ranks."""
+        host = self.fleet.ready_host("policy", node, made)
+        role = host.view(made, adapter_name(node.name))
+        return lambda batch: host.group.call("scores", batch, role, phase="evaluate")[0]
+
+    def reference_feed(self, node: Node) -> ReferenceFeed | None:
+        """Reference log-probabilities of a DPO stage, already being computed; None for other stages."""
+        feed = self.fleet.feeds.get(node.name)
+        if feed is not None and not feed.cached:
+            assert node.reference is not None
+            view = self._view("reference", node, node.reference, self.config.reference_of(node.name))
+            feed.start(view.group, view.role)
+        return feed
+
+
+def _start_adapter(group: ActorGroup, source: str | None, name: str) -> None:
+    """A trainable adapter `name`, equal to `source`, or fresh on the bare base."""
+    if source is None:
+        group.call("add_adapter", name, None, True, phase="load")
+    else:
+        group.call("copy_adapter", source, name, True, phase="load")

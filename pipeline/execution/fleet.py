@@ -1,0 +1,270 @@
+"""The actors of a run, by role: started together, kept through all stages, rebuilt only where needed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from actors.cluster.connection import check_cluster, is_local, start_ray, stop_ray
+from actors.cluster.environment import actor_environment
+from actors.cluster.fast_start.fork_server import ForkServer
+from actors.cluster.futures import Pending, PendingOne
+from actors.cluster.spec import RoleSpec
+from actors.cluster.worker_group import HOST, HOST_MODULES, ROLLOUT, ActorGroup, host_group, rollout_group
+from actors.models.facts import BaseFacts, base_facts
+from actors.rollout.engine import EngineSpec
+from pipeline.artifacts.manifest import MANIFEST
+from pipeline.artifacts.run_directory import RunDirectory
+from pipeline.evaluation.held_out import Weights
+from pipeline.execution.hosts import Host, fits, host_spec
+from pipeline.execution.reference_feeds import make_feed
+from pipeline.stages.offline.reference import ReferenceFeed
+from pipeline.stages.specs.registry import PpoStage, ReferencedStage, RlStage, StageSpec
+
+if TYPE_CHECKING:
+    from pipeline.config.run_config import RunConfig
+    from pipeline.planning.nodes import Graph, Node
+
+
+def roles_of(stage: StageSpec) -> set[str]:
+    """Roles that work while a stage runs."""
+    if isinstance(stage, ReferencedStage):
+        return {"policy", "reference"}
+    if not isinstance(stage, RlStage):
+        return {"policy"}
+    critic = {"critic"} if isinstance(stage, PpoStage) else set()
+    models = {"reward"} if any(one.kind == "model" for one in stage.rewards) else set()
+    return {"policy", "reference", "rollout"} | critic | models
+
+
+class Fleet:
+    """Starts what a graph needs: groups of processes, and hosts on them; `contexts` hands them to stages."""
+
+    def __init__(
+        self, config: RunConfig, directory: RunDirectory, startup: dict[str, float], fresh: bool = False
+    ) -> None:
+        """`fresh`: also ignore what earlier runs left in the reference cache."""
+        self.config, self.directory, self.startup, self.fresh = config, directory, startup, fresh
+        self._groups: dict[str, ActorGroup] = {}
+        self._hosts: dict[str, Host] = {}
+        self.feeds: dict[str, ReferenceFeed] = {}
+        """Of DPO stages, by name."""
+        self._rollout_asked = False
+        self._rollout: Pending | None = None
+        self._ray = False
+        self._starting: Future[None] | None = None
+        self._facts: Future[PendingOne] | None = None
+        self._later: list[str] = []
+        self._fork_server: ForkServer | None = None
+        # Lives as long as the fleet: Linux ties a local cluster's end to the thread that started it.
+        self._thread = ThreadPoolExecutor(1, "start-ray")
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._starting is not None:
+            self._starting.exception()
+        if self.config.ray.address is not None:  # A local cluster takes its actors with it.
+            for group in self._groups.values():
+                group.shutdown()
+        if self._ray:
+            stop_ray()
+        if self._fork_server is not None:
+            self._fork_server.stop()
+        self._thread.shutdown()
+
+    # --- Start ----------------------------------------------------------------------------------
+
+    def warm_up(self) -> None:
+        """Where all processes of the run are to be on this machine and its CPUs: let one of them make the
+        imports for all (`actors.cluster.fast_start.fork_server`). Elsewhere, and on GPUs, each process makes its own."""
+        roles = self._likely()
+        specs = self._specs(roles).values()
+        threads = {spec.threads for spec in specs}  # Read when torch is loaded, so the same in all.
+        if not is_local(self.config.ray.address) or "policy" not in roles or len(threads) > 1:
+            return
+        if not any(spec.gpus for spec in specs):
+            env = actor_environment(threads.pop(), one_node=True)
+            self._fork_server = ForkServer(HOST_MODULES, env, self.directory.logs / "fork-server.log")
+
+    def prestart(self) -> None:
+        """On a local cluster: let Ray and the first processes' imports begin while the driver reads on.
+
+        Raises:
+            UserError: the machine has less than the roles ask for; nothing was started.
+        """
+        roles = self._likely()
+        if not roles or self.config.ray.address is not None:
+            return
+        check_cluster(self._specs(roles), num_cpus=self.config.ray.num_cpus)
+        first = [name for name in roles if name in self._first(roles)]
+        self._starting = self._thread.submit(self._start_ray, first)
+        if "policy" in first:
+            self._facts = self._thread.submit(self._ask_facts, self._starting)
+
+    def base_facts(self) -> Callable[[], BaseFacts]:
+        """Waits for what there is to know of the run's base: from a rank, which imports torch anyway, so that
+        this process needn't; from this process where no rank has been started."""
+        asked = self._facts
+        return (lambda: base_facts(self.config.model)) if asked is None else (lambda: asked.result().result())
+
+    def _ask_facts(self, starting: Future[None]) -> PendingOne:
+        starting.result()  # What kept Ray from starting is the failure to tell.
+        target = f"{base_facts.__module__}:{base_facts.__name__}"
+        return self._group("policy").submit_work(0, target, self.config.model, phase="start")
+
+    def start(self, graph: Graph) -> None:
+        """The processes of the first stage; only Ray itself is waited for. The others: `start_others`.
+
+        Raises:
+            UserError: the cluster has less than the roles ask for; nothing was started on it.
+        """
+        began = time.monotonic()
+        starting, self._starting = self._starting, None
+        if starting is not None:
+            starting.result()
+        roles = self._needed(graph)
+        self._later = [name for name in roles if name not in self._first(roles)]
+        if roles:
+            self._start_ray([])
+            check_cluster(self._specs(roles))
+            self._start_ray(self._first(roles))
+        for name in set(self._groups) - set(roles):
+            self._groups.pop(name).shutdown()
+        self.startup["wait for ray"] = round(time.monotonic() - began, 2)
+        if graph.pending:
+            first = graph.pending[0]
+            for name in sorted(set(self._first(roles)) & {"policy", "reference"}, reverse=True):
+                self._host(name, first, first.start)
+            if isinstance(first.spec, RlStage):
+                self._build_rollout()
+
+    def start_others(self) -> None:
+        """The processes of later stages, once training runs: their imports run beside it."""
+        later, self._later = self._later, []
+        self._start_ray(later)
+
+    def _first(self, roles: list[str]) -> list[str]:
+        """Of these roles, those that the first open stage needs; imports of all at once would delay it."""
+        path = self.directory.path
+        for name, stage in self.config.stages.items():
+            if not (path / name / MANIFEST).is_file():
+                needed = roles_of(stage)
+                return [name for name in roles if name in needed] or roles
+        return roles
+
+    def _start_ray(self, roles: list[str]) -> None:
+        if not self._ray:
+            spec = self.config.ray
+            self._ray = True
+            start_ray(
+                spec.address,
+                num_cpus=spec.num_cpus,
+                object_store_memory=spec.object_store_memory,
+                fork_server=self._fork_server.address if self._fork_server is not None else None,
+            )
+        # An engine has most to import: its process comes first.
+        for name in sorted(roles, key=lambda name: name != "rollout"):
+            self._group(name)
+
+    def _specs(self, roles: list[str]) -> dict[str, RoleSpec]:
+        return {name: getattr(self.config.roles, name) for name in roles}
+
+    def _likely(self) -> list[str]:
+        """Roles that work on what has no finished result in the run directory."""
+        path = self.directory.path
+        open_stages = [s for name, s in self.config.stages.items() if not (path / name / MANIFEST).is_file()]
+        wanted = {role for stage in open_stages for role in roles_of(stage)}
+        unfinished = any(not (path / "eval" / f"{m}.json").is_file() for m in self.config.eval_models())
+        if unfinished or self.config.model.allow_untested:
+            wanted.add("rollout")
+        return self._own_processes(wanted)
+
+    def _needed(self, graph: Graph) -> list[str]:
+        cache = self.directory.path.parent / ".cache" / "reference"
+        self.feeds = {
+            node.name: make_feed(node, cache, self.fresh)
+            for node in graph.pending
+            if isinstance(node.spec, ReferencedStage)
+        }
+        wanted = {role for node in graph.pending for role in roles_of(node.spec) - {"reference"}}
+        online = any(isinstance(node.spec, RlStage) for node in graph.pending)
+        if online or not all(feed.cached for feed in self.feeds.values()):
+            wanted.add("reference")
+        if graph.evaluations_pending or (graph.untested and graph.pending):
+            wanted.add("rollout")
+        if not all(pairs.done for pairs in graph.pair_evaluations):
+            wanted.add("policy")
+        return self._own_processes(wanted)
+
+    def _own_processes(self, wanted: set[str]) -> list[str]:
+        """Of these roles, those with processes of their own, in the order of the configuration."""
+        roles = self.config.roles
+        return [n for n in type(roles).model_fields if n in wanted and getattr(roles, n).share is None]
+
+    def _group(self, name: str) -> ActorGroup:
+        if name not in self._groups:
+            role, limits, logs = getattr(self.config.roles, name), self.config.limits, self.directory.logs
+            rollout = name == "rollout"
+            group = rollout_group(role, limits, logs) if rollout else host_group(name, role, limits, logs)
+            self._groups[name] = group.start()
+        return self._groups[name]
+
+    def _host(self, name: str, node: Node, weights: Weights) -> Host:
+        """The role's host with the base of `weights`, kept from the stage before where it fits."""
+        spec = host_spec(self.config, node, weights, getattr(self.config.roles, name))
+        host = self._hosts.get(name)
+        if host is not None and fits(host, spec, weights):
+            return host
+        group = self._group(name)
+        gpu = getattr(self.config.roles, name).gpus > 0
+        building = group.build(
+            HOST, spec.model_copy(update={"device": "cuda" if gpu else "cpu"}), distributed=True
+        )
+        host = self._hosts[name] = Host(group, spec, weights, building)
+        return host
+
+    def release(self) -> None:
+        """End the training hosts (`keep_warm: false`); the next stage starts new ones."""
+        for name in list(self._hosts):
+            self._hosts.pop(name)
+            self._groups.pop(name).shutdown()
+
+    def ready_host(self, name: str, node: Node, weights: Weights) -> Host:
+        """The role's host, loaded and set to this stage's batching; its wait is part of the start-up."""
+        host = self._host(name, node, weights)
+        began = time.monotonic()
+        host.ready()
+        self.startup.setdefault(f"wait for {name}", round(time.monotonic() - began, 2))
+        spec = node.spec
+        host.group.call("set_batching", spec.packing, spec.max_tokens_per_micro_batch)
+        return host
+
+    def rollout(self) -> ActorGroup:
+        """The rollout engines, ready to load a model."""
+        began = time.monotonic()
+        building = self._build_rollout()
+        if building is not None:
+            building.result()
+            self.startup.setdefault("wait for rollout", round(time.monotonic() - began, 2))
+            self._rollout = None
+        return self._group("rollout")
+
+    def _build_rollout(self) -> Pending | None:
+        """Let the engines' actors be made, unless they were; None when that is done."""
+        if not self._rollout_asked:
+            engine = EngineSpec(
+                dtype=self.config.model.dtype,
+                trust_remote_code=self.config.model.trust_remote_code,
+                enable_return_routed_experts=self.config.model.moe.router_replay == "rollout",
+                **self.config.roles.rollout.engine.model_dump(),
+            )
+            self._rollout_asked = True
+            self._rollout = self._group("rollout").build(ROLLOUT, engine)
+        return self._rollout

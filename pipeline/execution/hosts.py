@@ -1,0 +1,74 @@
+"""Hosts of a run: which base and which artifacts' adapters each group of ranks holds by now."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from actors.cluster.worker_group import ActorGroup, Pending
+from actors.trainer.spec import HostSpec
+from pipeline.evaluation.held_out import Weights
+
+if TYPE_CHECKING:
+    from actors.cluster.spec import RoleSpec
+    from pipeline.config.run_config import RunConfig
+    from pipeline.planning.nodes import Node
+
+
+def adapter_name(model: str) -> str:
+    """Name inside a host of a stage's adapter, or of the one that `model.base` itself names.
+
+    torch's module names have no dots.
+    """
+    return "initial_adapter" if model == "base" else model.replace(".", "_")
+
+
+def critic_name(stage: str) -> str:
+    """Name inside a host of a PPO stage's critic; no stage can be named like it."""
+    return f"{adapter_name(stage)}:critic"
+
+
+class Host:
+    """A group of ranks with one base, and which artifacts' adapters it holds by now."""
+
+    def __init__(self, group: ActorGroup, spec: HostSpec, weights: Weights, building: Pending) -> None:
+        self.group, self.spec, self.base = group, spec, weights.base
+        self._building: Pending | None = building
+        self.holds = weights.fingerprint
+        """Fingerprint of the weights that the base's own parameters are (full fine-tuning moves them)."""
+        self.adapters: dict[str, str] = {}
+
+    def ready(self) -> float:
+        """Wait until the base is loaded; returns the slowest rank's seconds, 0 if it was there already."""
+        building, self._building = self._building, None
+        return max(building.result()) if building else 0.0
+
+    def view(self, weights: Weights, name: str) -> str | None:
+        """Role name under which this host computes with the given weights; loads their adapter if needed."""
+        if weights.adapter is None:
+            return None
+        if self.adapters.get(name) != weights.fingerprint:
+            self.group.call("add_adapter", name, weights.adapter, False, phase="load")
+            self.adapters[name] = weights.fingerprint
+        return name
+
+
+def fits(host: Host, spec: HostSpec, weights: Weights) -> bool:
+    """The same base and settings; or, without adapters, a base that was just trained to these weights."""
+    trained_to_it = weights.adapter is None and host.holds == weights.fingerprint
+    model = host.spec.model.model_copy(
+        update={"base": spec.model.base, "random_init": spec.model.random_init}
+    )
+    same_settings = spec == host.spec.model_copy(update={"model": model})
+    return same_settings and (trained_to_it or host.spec.model == spec.model)
+
+
+def host_spec(config: RunConfig, node: Node, weights: Weights, role: RoleSpec) -> HostSpec:
+    """What a host is told that runs `weights` for a stage on the ranks of `role`."""
+    fresh = config.model.random_init and node.init == "base"
+    model = config.model.model_copy(update={"base": weights.base, "random_init": fresh})
+    return HostSpec(
+        model=model,
+        seed=config.seed,
+        sharding=role.sharding,
+        tensor_parallel_size=role.tensor_parallel_size,
+    )

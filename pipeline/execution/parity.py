@@ -1,0 +1,30 @@
+"""The probe of an architecture that the table lacks, before anything of a run trains."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from actors.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from actors.cluster.worker_group import ActorGroup
+    from actors.models.spec import ModelSpec
+
+
+def check_parity(model: ModelSpec, engines: ActorGroup, say: Callable[[str], None]) -> None:
+    """Let an engine and transformers compute the same tokens, as loaded and after weights were brought in.
+
+    Raises:
+        UserError: they differ by more than rounding; nothing has been trained.
+    """
+    report = engines.call_rank(0, "parity_probe", model, phase="load")
+    if report.problems:
+        raise UserError(
+            [
+                f"model.allow_untested: true, but this base can't be used: {problem}; nothing was trained"
+                for problem in report.problems
+            ]
+        )
+    say(f"probe of an untested architecture: {report}")

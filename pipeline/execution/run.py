@@ -1,0 +1,288 @@
+"""`raylign run`: the stage graph, from data to the table at the end, in the order in which things happen."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actors.errors import EXIT_DONE, EXIT_STOPPED, RunFailure
+from pipeline.artifacts.manifest import versions
+from pipeline.artifacts.run_directory import RunDirectory, clear_stage, drop_previous
+from pipeline.execution.parity import check_parity
+from pipeline.execution.stop import StopRequests
+from pipeline.monitoring.progress import Progress
+from pipeline.monitoring.summary import pairs_table, results_table, say_startup
+
+if TYPE_CHECKING:
+    from pipeline.artifacts.manifest import Manifest
+    from pipeline.config.run_config import RunConfig
+    from pipeline.execution.fleet import Fleet
+    from pipeline.planning.nodes import Graph, Node
+
+
+def run(config: RunConfig, *, dry_run: bool = False, until: str | None = None, fresh: bool = False) -> int:
+    """Run a configuration; returns the exit code (0 done, 75 stopped after saving).
+
+    Raises:
+        UserError: the config, the data, the base or the cluster can't be used; nothing was started.
+        RunFailure: an actor failed, overran its deadline, or an invariant did not hold.
+    """
+    from pipeline.planning.dry_run import DryRun
+
+    began = time.time()
+    dry = DryRun.of(config) if dry_run else None
+    if dry is not None:
+        config = dry.config
+    directory = RunDirectory(config.output_dir, config.name)
+    with (
+        directory.opened(fresh=fresh or dry_run),
+        StopRequests(directory.stop_file) as stop,
+        Progress() as progress,
+    ):
+        if dry is not None:
+            progress.table("Dry run: what is set differently", ["key", "yours", "here"], dry.changes)
+            dry.write_twins()
+        code = Run(config, directory, progress, stop, began, fresh).execute(until)
+        if dry is not None and code == EXIT_DONE:
+            progress.note(dry.outlook())
+    return code
+
+
+def evaluate_only(config: RunConfig) -> int:
+    """`raylign eval`: score finished models of a run, without training anything.
+
+    Raises:
+        UserError: a model that was asked for is not finished, or was made with other settings.
+    """
+    directory = RunDirectory(config.output_dir, config.name)
+    with directory.opened(), StopRequests(directory.stop_file) as stop, Progress() as progress:
+        return Run(config, directory, progress, stop, time.time()).execute(None, train=False)
+
+
+class Run:
+    """One execution of a graph: what is shared by its stages."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        directory: RunDirectory,
+        progress: Progress,
+        stop: StopRequests,
+        began: float,
+        fresh: bool = False,
+    ) -> None:
+        self.config, self.directory, self.progress, self.stop = config, directory, progress, stop
+        self.began, self.fresh = began, fresh
+        self.startup: dict[str, float] = {}
+
+    def execute(self, until: str | None, *, train: bool = True) -> int:
+        """The whole graph: read, decide, start, train, evaluate, report."""
+        from pipeline.data.tokens.template_date import said
+        from pipeline.execution.fleet import Fleet
+        from pipeline.monitoring.trackers import open_trackers
+        from pipeline.planning.read_graph import read_graph, read_rows
+        from pipeline.stages.offline.train import Stopped
+
+        with Fleet(self.config, self.directory, self.startup, self.fresh) as fleet:
+            with _uncollected():
+                fleet.warm_up()
+                records = read_rows(self.config, until)
+                self.startup["imports and data"] = round(time.time() - self.began, 2)
+                fleet.prestart()
+                graph = read_graph(self.config, self.directory, records, self.startup, fleet.base_facts())
+            if not train:
+                graph = graph.evaluations_only(self.config.eval_models())
+            self._write_config()
+            self.directory.record(versions=versions(), error=None)
+            if graph.pending:
+                self.directory.record(began=self.began)
+            fleet.start(graph)
+            if graph.untested and graph.pending:
+                check_parity(self.config.model, fleet.rollout(), self.progress.note)
+            self.stop.arm()
+            if graph.template_date is not None:
+                self.progress.note(said(graph.template_date))
+            if graph.pending and graph.lora_targets is not None:
+                self.progress.note(f"LoRA trains\n{graph.lora_targets}")
+            self.trackers = open_trackers(
+                self.config.logging.report_to,
+                run_name=self.config.name,
+                run_dir=self.directory.path,
+                config=self.config.model_dump(mode="json"),
+                note=self.progress.note,
+            )
+            try:
+                for node in graph.nodes:
+                    self.run_stage(node, fleet, graph.tokenizer)
+                self.evaluate(graph, fleet)
+            except Stopped as stopped:
+                self.progress.note(f"stopped after saving: {stopped}. The same command goes on from there.")
+                return EXIT_STOPPED
+            except Exception as failure:
+                what = str(failure) if isinstance(failure, RunFailure) else repr(failure)
+                self.directory.record(error=what)
+                raise
+            finally:
+                self.trackers.close()
+                if graph.pending:
+                    self.directory.record(startup=self.startup, seconds=round(time.time() - self.began, 1))
+                self.report(graph)
+        return EXIT_DONE
+
+    def run_stage(self, node: Node, fleet: Fleet, tokenizer: Any) -> None:
+        """Skip, continue or run one stage; afterwards its artifact is on disk and in run.json."""
+        from pipeline.stages.offline.train import Stopped
+
+        manifest = node.decision.manifest
+        if node.decision.state == "fresh" and manifest is not None:
+            self.progress.note(f"{node.name}: {node.decision.says}")
+            self.directory.record_stage(
+                node.name,
+                state="skipped",
+                seconds=manifest.seconds,
+                metrics=manifest.metrics,
+                type=node.kind,
+            )
+            return
+        if node.decision.state in ("changed", "new"):
+            clear_stage(node.directory)
+        self.progress.note(f"{node.name}: {node.decision.says}")
+        for note in node.data_notes:
+            self.progress.note(note)
+        self.directory.record_stage(node.name, state="running", type=node.kind, init=node.init)
+        began = time.time()
+        self.progress.stage(node.name, node.prepared.total_steps)
+        try:
+            manifest = self._train(node, fleet, tokenizer)
+        except Stopped:
+            self.progress.done("stopped")
+            self.directory.record_stage(node.name, state="stopped", seconds=round(time.time() - began, 1))
+            raise
+        except BaseException:
+            self.progress.done("failed")
+            self.directory.record_stage(node.name, state="failed", seconds=round(time.time() - began, 1))
+            raise
+        drop_previous(node.directory)
+        if not node.spec.keep_warm:
+            fleet.release()
+        self.progress.done("done")
+        self.directory.record_stage(
+            node.name, state="done", seconds=round(time.time() - began, 1), metrics=manifest.metrics
+        )
+
+    def _train(self, node: Node, fleet: Fleet, tokenizer: Any) -> Manifest:
+        """The stage itself, offline or online."""
+        from pipeline.execution.contexts import Contexts, Events
+        from pipeline.stages.offline.train import train
+        from pipeline.stages.online.train import train_rl
+        from pipeline.stages.prepared import PreparedRl
+
+        events = Events(self._on_step(fleet), self._on_log(node), self.stop.asked, self.progress.note)
+        contexts = Contexts(fleet)
+        if isinstance(node.prepared, PreparedRl):
+            return train_rl(node.prepared, contexts.rl_context(node, events, tokenizer), node.decision)
+        reference = contexts.reference_feed(node)
+        manifest = train(node.prepared, contexts.train_context(node, reference, events), node.decision)
+        if reference is not None:
+            reference.finish()
+        return manifest
+
+    def evaluate(self, graph: Graph, fleet: Fleet) -> None:
+        """Score every model that the config asks for and that has no finished evaluation yet."""
+        from pipeline.evaluation.held_out import evaluate, finished
+        from pipeline.stages.offline.train import Stopped
+
+        self.evaluate_pairs(graph, fleet)
+        if graph.held_out is not None and graph.evaluations_pending:
+            for note in graph.held_out.remarks():
+                self.progress.note(note)
+        for name, key in graph.evaluations.items():
+            if self.stop.asked():
+                raise Stopped(f"before evaluating {name}")
+            result = finished(self.directory.path / "eval", name, key)
+            if result is None:
+                assert self.config.eval is not None
+                assert graph.held_out is not None
+                began = time.time()
+                result = evaluate(
+                    name,
+                    graph.weights[name],
+                    graph.held_out,
+                    self.config.eval,
+                    fleet.rollout(),
+                    graph.tokenizer,
+                    self.directory.path / "eval",
+                    self.config.seed,
+                )
+                result["seconds"] = round(time.time() - began, 1)
+            self.directory.state["eval"][name] = result
+            self.directory.save()
+
+    def evaluate_pairs(self, graph: Graph, fleet: Fleet) -> None:
+        """Let every reward model score its stage's held-out pairs, unless it has done so."""
+        from pipeline.evaluation.held_out import finished
+        from pipeline.evaluation.pairs import evaluate_pairs
+        from pipeline.execution.contexts import Contexts
+
+        directory = self.directory.path / "eval"
+        for wanted in graph.pair_evaluations:
+            name, pairs = wanted.node.name, wanted.node.prepared.eval_data
+            assert pairs is not None
+            result = finished(directory, name, wanted.key)
+            if result is None:
+                began = time.time()
+                scorer = Contexts(fleet).pair_scorer(wanted.node, graph.weights[name])
+                result = evaluate_pairs(name, scorer, pairs, graph.tokenizer, directory, wanted.key)
+                result["seconds"] = round(time.time() - began, 1)
+            self.directory.state["eval"][name] = result
+            self.directory.save()
+
+    def report(self, graph: Graph) -> None:
+        """Print the table and write the report, also of a run that stopped or failed."""
+        from pipeline.report import build_report
+
+        results_table(self.progress, self.directory.state, list(graph.evaluations))
+        pairs_table(
+            self.progress, self.directory.state, [found.node.name for found in graph.pair_evaluations]
+        )
+        say_startup(self.progress, self.startup, time.time() - self.began)
+        try:
+            self.progress.note(f"report: {build_report(self.directory.path)}")
+        except OSError as error:
+            self.progress.note(f"report not written: {error}")
+
+    def _on_step(self, fleet: Fleet) -> Any:
+        def on_step(step: int, metrics: dict[str, Any]) -> None:
+            if "first training step" not in self.startup:
+                fleet.start_others()
+                total = time.time() - self.began
+                self.startup["adapter and first step"] = round(total - sum(self.startup.values()), 2)
+                self.startup["first training step"] = round(total, 2)
+            self.progress.step(step, metrics)
+
+        return on_step
+
+    def _on_log(self, node: Node) -> Any:
+        return lambda line: self.trackers.log(node.name, int(line["step"]), line)
+
+    def _write_config(self) -> None:
+        from pipeline.config.load import dump_config
+
+        path: Path = self.directory.path / "config.yaml"
+        path.write_text(dump_config(self.config))
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's collector of cycles, while what is made stays to the end: imports, rows and their
+    tokens. Looking for garbage among them took a fifth of the driver's time, and found none."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

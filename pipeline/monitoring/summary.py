@@ -1,0 +1,51 @@
+"""What a run says at its end: the table of models and where the start-up time went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.monitoring.progress import Progress
+
+
+def results_table(progress: Progress, state: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Accuracy of every evaluated model, with its 95 % interval and the stage's own time."""
+    rows = []
+    for name in names:
+        if name not in state["eval"]:
+            continue
+        result = state["eval"][name]
+        low, high = result["ci95"]
+        shares = result["metric"] == "exact_match" or 0 <= low <= high <= 1
+        show = (lambda v: f"{100 * v:.1f} %") if shares else (lambda v: f"{v:.3f}")
+        stage = state["stages"].get(name, {})
+        seconds = f"{stage['seconds']:.0f} s" if "seconds" in stage else ""
+        rows.append([name, show(result["accuracy"]), f"{show(low)} - {show(high)}", result["n"], seconds])
+    if rows:
+        progress.table(
+            "Held-out prompts", ["model", "accuracy", "95 % interval", "prompts", "training"], rows
+        )
+
+
+def pairs_table(progress: Progress, state: Mapping[str, Any], names: Sequence[str]) -> None:
+    """How often each reward model scores the chosen answer of a held-out pair higher."""
+    rows = []
+    for name in names:
+        result = state["eval"].get(name)
+        if result is not None:
+            low, high = (f"{100 * bound:.1f} %" for bound in result["ci95"])
+            rows.append([name, f"{100 * result['accuracy']:.1f} %", f"{low} - {high}", result["n"]])
+    if rows:
+        progress.table("Held-out pairs", ["reward model", "accuracy", "95 % interval", "pairs"], rows)
+
+
+def say_startup(progress: Progress, startup: Mapping[str, float], total: float) -> None:
+    """One line: how long until the first step, and for what."""
+    first = startup.get("first training step")
+    causes = ", ".join(
+        f"{name} {value:.1f} s" for name, value in startup.items() if name != "first training step"
+    )
+    text = f"took {total:.0f} s"
+    if first is not None:
+        text += f"; first training step after {first:.1f} s ({causes})"
+    progress.note(text)

@@ -1,0 +1,207 @@
+"""What the table of architectures means for one run: what it forbids, and what its user should know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from actors.models.architectures.lookup import ARCHITECTURES, replay_objection
+from actors.models.architectures.tensor_parallel_sizes import why_not_split
+from actors.models.architectures.vllm_table import EngineRow, engine_row
+
+if TYPE_CHECKING:
+    from actors.models.architectures.row import Architecture
+    from pipeline.config.run_config import RunConfig
+
+PAGE = "docs/architectures.md"
+"""Says what each workaround is for."""
+
+
+def architecture_problems(
+    config: RunConfig,
+    model_type: str,
+    names: Iterable[str],
+    n_experts: int | None = None,
+    split_sizes: Mapping[str, int] | None = None,
+) -> list[str]:
+    """What the named stages and the evaluation ask of an architecture that it can't do.
+
+    `n_experts` and `split_sizes`: of the base (`actors.models.facts`); None: none, or unknown.
+
+    LoRA targets are checked where they are resolved (`actors.models.lora.targets`), and architectures that are
+    refused altogether where the base is looked at.
+    """
+    row = ARCHITECTURES.get(model_type)
+    names = list(names)
+    problems = [problem for name in names for problem in _stage_problems(config, row, model_type, name)]
+    problems += _engine_problems(config, model_type, names)
+    problems += _sharding_problems(config, row, model_type, n_experts)
+    problems += _tensor_parallel_problems(config, row, model_type, split_sizes)
+    asked = config.model.moe.router_aux_loss_coef
+    defined = row is not None and row.router is not None and row.router.has_aux_loss
+    if asked and not defined:
+        problems.append(
+            f"model.moe.router_aux_loss_coef: {asked:g}, but a {model_type} model has no such loss; leave it "
+            "out"
+        )
+    if config.model.moe.router_replay != "none":
+        objection = replay_objection(model_type)
+        if objection is not None:
+            problems.append(f"model.moe.router_replay: {config.model.moe.router_replay}, but {objection}")
+    return problems
+
+
+def _stage_problems(config: RunConfig, row: Architecture | None, model_type: str, name: str) -> list[str]:
+    stage, problems = config.stages[name], []
+    kind = getattr(stage, "type", "")
+    if row is not None and row.stages is not None and kind not in row.stages:
+        problems.append(
+            f"stages.{name}.type: '{kind}' can't train a {model_type} model, only {', '.join(row.stages)}: "
+            f"{row.why_only}"
+        )
+    if stage.packing is True and (row is None or row.packs == "no"):
+        problems.append(
+            f"stages.{name}.packing: true, but a {model_type} model mixes packed sequences; set auto"
+        )
+    if stage.packing is True and row is not None and row.packs == "flat" and config.roles.policy.gpus:
+        problems.append(
+            f"stages.{name}.packing: true, but a {model_type} model mixes packed sequences on GPUs; set auto"
+        )
+    return problems
+
+
+def _sharding_problems(
+    config: RunConfig, row: Architecture | None, model_type: str, n_experts: int | None
+) -> list[str]:
+    asked = {name: getattr(config.roles, name).sharding for name in type(config.roles).model_fields}
+    by_layer = row is None or row.shards_by_layer
+    problems = [
+        f"roles.{name}.sharding: {sharding}, but transformers has no plan that splits a {model_type} "
+        "model by layer: each pass would gather it whole; set none"
+        for name, sharding in asked.items()
+        if sharding not in ("none", "experts") and not by_layer
+    ]
+    roles = [name for name, sharding in asked.items() if sharding == "experts" and name != "rollout"]
+    return problems + [
+        f"roles.{name}.sharding: experts, but {reason}"
+        for name in roles
+        for reason in [
+            *_why_not_by_experts(config, row, model_type),
+            *_uneven(n_experts, getattr(config.roles, name).workers),
+        ]
+    ]
+
+
+def _tensor_parallel_problems(
+    config: RunConfig, row: Architecture | None, model_type: str, sizes: Mapping[str, int] | None
+) -> Iterator[str]:
+    moe, lora = config.model.moe, config.model.lora
+    for name in type(config.roles).model_fields:
+        ranks = getattr(config.roles, name).tensor_parallel_size
+        if ranks == 1 or name == "rollout":
+            continue
+        key = f"roles.{name}.tensor_parallel_size: {ranks}, but "
+        for reason in [] if sizes is None else why_not_split(model_type, sizes, ranks):
+            yield f"{key}{reason}; set 1 and save memory by roles.{name}.sharding, or a number that fits"
+        if lora is None or "experts" not in lora.targets or row is None or not row.is_moe:
+            continue
+        if lora.expert_impl == "peft" or moe.experts_implementation != "grouped_mm":
+            yield (
+                f"{key}LoRA on experts is then computed beside the grouped product only; set "
+                "model.lora.expert_impl: auto and model.moe.experts_implementation: grouped_mm"
+            )
+
+
+def _uneven(n_experts: int | None, workers: int) -> list[str]:
+    uneven = n_experts is not None and n_experts % workers != 0
+    return [f"{n_experts} experts can't be shared evenly by {workers} workers"] if uneven else []
+
+
+def _why_not_by_experts(config: RunConfig, row: Architecture | None, model_type: str) -> Iterator[str]:
+    instead = "set base or full" if row is None or row.shards_by_layer else "set none"
+    if row is None:
+        yield f"a {model_type} model is not in the table, and its experts were not tried apart; {instead}"
+        return
+    if not row.is_moe:
+        yield f"a {model_type} model has no experts; {instead}"
+        return
+    if not row.grouped_experts:
+        yield f"transformers runs the experts of a {model_type} model in a loop over all of them; {instead}"
+        return
+    if config.model.moe.experts_implementation != "grouped_mm":
+        yield (
+            f"model.moe.experts_implementation is {config.model.moe.experts_implementation}; set that to "
+            "grouped_mm"
+        )
+    if config.model.lora is not None and config.model.lora.expert_impl == "peft":
+        yield (
+            "model.lora.expert_impl: peft computes with all experts of a layer, which no worker has; set "
+            "that to auto"
+        )
+
+
+def _engine_problems(config: RunConfig, model_type: str, names: list[str]) -> list[str]:
+    from pipeline.stages.specs.registry import RlStage
+
+    generates = config.eval is not None or any(isinstance(config.stages[n], RlStage) for n in names)
+    engine, dtype = engine_row(model_type), config.model.dtype
+    if not generates or config.roles.rollout.gpus > 0 or dtype in engine.dtypes:
+        return []
+    return [
+        f"model.dtype: {dtype}, but on the CPU vLLM computes a {model_type} model in "
+        f"{' or '.join(engine.dtypes)} only: {engine.note}"
+    ]
+
+
+def dry_run_dtype(model_type: str | None) -> str:
+    """The dtype of a dry run: float32, unless engines on the CPU can't compute this architecture in it."""
+    dtypes = engine_row(model_type).dtypes if model_type is not None else ("float32",)
+    return "float32" if "float32" in dtypes else dtypes[0]
+
+
+def describe_architecture(model_type: str) -> list[str]:
+    """The row of an architecture, in lines for its user."""
+    row, engine = ARCHITECTURES.get(model_type), engine_row(model_type)
+    if row is None:
+        lines = [
+            f"architecture {model_type}: not in the table, so its LoRA groups are read off its modules, rows "
+            "are padded, and a probe compares the engine with the trainer before anything trains"
+        ]
+    else:
+        lines = [f"architecture {model_type}: {_trainer_part(row)}"]
+        lines += [f"  {limit}" for limit in row.limits]
+    return [*lines, *(f"  vLLM: {line}" for line in _engine_part(engine))]
+
+
+def _trainer_part(row: Architecture) -> str:
+    parts = [f"LoRA groups {', '.join(row.groups)}"]
+    parts += [f"not {group} ({why})" for group, why in row.refused.items()]
+    if row.router is not None:
+        parts.append("load-balancing loss" if row.router.has_aux_loss else "no load-balancing loss")
+    packed = {"bins": "rows are packed", "flat": "rows are packed on CPUs", "no": "rows are padded"}
+    parts.append(packed[row.packs])
+    if row.stages is not None:
+        parts.append(f"trains by {', '.join(row.stages)} only")
+    return "; ".join(parts)
+
+
+def _engine_part(engine: EngineRow) -> list[str]:
+    from actors.rollout.vllm.workarounds.registry import WORKAROUNDS
+
+    lines = (
+        ["runs transformers' modules, slower than a class of its own"] if engine.transformers_backend else []
+    )
+    settings = [f"{key}={value}" for key, value in {**engine.hf_overrides, **engine.environment}.items()]
+    settings += [f"{key} from the config" for key in engine.config_extras]
+    if engine.attention_backend is not None:
+        settings.append(f"attention backend {engine.attention_backend}")
+    if settings:
+        lines.append(f"set for it: {', '.join(settings)}")
+    if len(engine.dtypes) == 1:
+        lines.append(f"on the CPU in {engine.dtypes[0]} only")
+    if engine.note and not engine.transformers_backend:
+        lines.append(engine.note)
+    versions = dict.fromkeys(v for name in engine.workarounds for v in WORKAROUNDS[name].versions)
+    if engine.workarounds:
+        lines.append(f"workarounds for {', '.join(versions)}: {', '.join(engine.workarounds)} ({PAGE})")
+    return lines

@@ -1,0 +1,197 @@
+"""The nodes of a run's graph: what each stage starts from and is compared by, and whether it has to run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actors.errors import UserError
+from pipeline.artifacts.identity import Decision, Identity, decide, flat, identity_config
+from pipeline.artifacts.manifest import model_fingerprint
+from pipeline.artifacts.run_directory import RunDirectory
+from pipeline.evaluation.held_out import EvalSet, Weights
+from pipeline.stages.prepared import Prepared, PreparedRl
+from pipeline.stages.specs.registry import PpoStage, ReferencedStage, RlStage, StageSpec
+
+if TYPE_CHECKING:
+    from pipeline.config.run_config import RunConfig
+
+
+@dataclass
+class Node:
+    """One stage: what it starts from, what it needs, and whether it has to run."""
+
+    name: str
+    spec: StageSpec
+    prepared: Prepared
+    init: str
+    start: Weights
+    reference: Weights | None
+    identity: Identity
+    decision: Decision
+    directory: Path
+    rewards: dict[str, Weights] = field(default_factory=dict)
+    """Reward models that an online stage asks, by their source."""
+    critic: Weights | None = None
+    """Where PPO's critic starts."""
+
+    @property
+    def kind(self) -> str:
+        """Type of the stage: sft, reward, dpo, ppo, ..."""
+        return str(getattr(self.spec, "type", ""))
+
+    @property
+    def data_notes(self) -> list[str]:
+        """What became of its rows: how many, and each reason for which some were left out or cut."""
+        stage = self.prepared
+        notes = []
+        for what, data in (("", stage.data), (" (held out)", stage.eval_data)):
+            if data is None:
+                continue
+            cut = f", {data.stats.truncated:,} sequences cut at max_length" if data.stats.truncated else ""
+            notes.append(f"{self.name}{what}: {data.n_rows:,} rows, {data.stats.tokens:,} tokens{cut}")
+        return notes + remarks_on_data(self.prepared)
+
+    @property
+    def pending(self) -> bool:
+        return self.decision.state != "fresh"
+
+
+def remarks_on_data(stage: Prepared) -> list[str]:
+    """What a user wants to know of a stage's rows: those left out, and those that went through a template
+    before they came here."""
+    notes = []
+    for what, data in (("", stage.data), (" (held out)", stage.eval_data)):
+        if data is None:
+            continue
+        if data.stats.rendered:
+            notes.append(
+                f"{stage.name}{what}: rows of text that hold turns of the chat template already: "
+                f"{data.stats.rendered:,}; they are trained as they stand"
+            )
+        if data.skipped.counts:
+            notes.append(f"{stage.name}{what}: left out {data.skipped.summary()}")
+            notes += [f"  {row}" for row in data.skipped.listing]
+    return notes
+
+
+@dataclass(frozen=True)
+class PairEvaluation:
+    """A reward stage whose held-out pairs are to be scored."""
+
+    node: Node
+    key: str
+    done: bool
+
+
+@dataclass
+class Graph:
+    """All stages in order, the weights by name, and the evaluations that the config asks for."""
+
+    nodes: list[Node]
+    weights: dict[str, Weights]
+    tokenizer: Any
+    template_date: datetime | None = None
+    """What the chat template gets for the date, where it asks for one."""
+    lora_targets: str | None = None
+    """Table of what LoRA trains."""
+    untested: bool = False
+    """The base's architecture has no row in the table; the user allowed that."""
+    held_out: EvalSet | None = None
+    evaluations: dict[str, str] = field(default_factory=dict)
+    """Model name -> key of its evaluation."""
+    evaluations_pending: bool = False
+    pair_evaluations: list[PairEvaluation] = field(default_factory=list)
+    """Reward stages with held-out pairs."""
+
+    @property
+    def pending(self) -> list[Node]:
+        return [node for node in self.nodes if node.pending]
+
+    def evaluations_only(self, names: list[str]) -> Graph:
+        """The same graph with nothing to train.
+
+        Raises:
+            UserError: a model to evaluate has no finished stage behind it.
+        """
+        problems = [
+            f"eval.models: {node.name} is not there yet ({node.decision.says}); `raylign run` makes it"
+            for node in self.pending
+            if node.name in names
+        ]
+        if problems:
+            raise UserError(problems)
+        made = [found for found in self.pair_evaluations if not found.node.pending]
+        return replace(self, nodes=[], pair_evaluations=made)
+
+
+def make_node(
+    config: RunConfig, directory: RunDirectory, weights: dict[str, Weights], prepared: Prepared
+) -> Node:
+    """Identity and decision of one stage."""
+    name, spec = prepared.name, prepared.spec
+    init = config.init_of(name)
+    has_reference = isinstance(spec, ReferencedStage | RlStage)
+    reference = weights[config.reference_of(name)] if has_reference else None
+    rewards = reward_models(config, name, weights) if isinstance(spec, RlStage) else {}
+    critic = weights[config.critic_init_of(name)] if isinstance(spec, PpoStage) else None
+    inputs = {init: weights[init].fingerprint}
+    if reference is not None:
+        inputs["reference"] = reference.fingerprint
+    if critic is not None:
+        inputs["critic"] = critic.fingerprint
+    inputs |= {f"reward {source}": model.fingerprint for source, model in rewards.items()}
+    identity = Identity(
+        _settings(config, spec),
+        inputs,
+        prepared.data.fingerprint,
+        prepared.seed,
+        frozenset(flat(_settings(config, spec, exclude_defaults=True))),
+    )
+    if isinstance(prepared, PreparedRl) and prepared.added_ends:
+        # Where the base alone says what ends a turn, stages were made before this was asked.
+        identity.config["turn_ends"] = list(prepared.added_ends)
+        identity = replace(identity, chosen=identity.chosen | {"turn_ends"})
+    path = directory.stage(name)
+    decision = decide(path, identity)
+    return Node(
+        name=name,
+        spec=spec,
+        prepared=prepared,
+        init=init,
+        start=weights[init],
+        reference=reference,
+        identity=decision.identity or identity,
+        decision=decision,
+        directory=path,
+        rewards=rewards,
+        critic=critic,
+    )
+
+
+def _settings(config: RunConfig, spec: StageSpec, exclude_defaults: bool = False) -> dict[str, Any]:
+    """What a stage's identity has of its settings and the model's."""
+    model = config.model.model_dump(
+        mode="json",
+        exclude={"base", "gradient_checkpointing", "attn_implementation", "allow_untested"},
+        exclude_defaults=exclude_defaults,
+    )
+    return identity_config(spec.model_dump(mode="json", exclude_defaults=exclude_defaults), model)
+
+
+def reward_models(config: RunConfig, name: str, weights: dict[str, Weights]) -> dict[str, Weights]:
+    """Reward models of an online stage: results of earlier stages, or directories on the run's base."""
+    base = weights["base"].base
+    return {
+        source: weights[stage] if stage is not None else Weights(base, source, model_fingerprint(source))
+        for source, stage in config.reward_models_of(name).items()
+    }
+
+
+def result_of(config: RunConfig, node: Node) -> Weights:
+    """Where a stage's weights are once it has run."""
+    if config.model.lora is None:
+        return Weights(str(node.directory / "model"), None, node.identity.fingerprint)
+    return Weights(node.start.base, str(node.directory / "adapter"), node.identity.fingerprint)

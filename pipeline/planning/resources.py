@@ -1,0 +1,116 @@
+"""What a run will need, before it starts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from actors.cluster.spec import RoleSpec
+
+if TYPE_CHECKING:
+    from actors.models.lora.targets import Targets
+    from pipeline.config.run_config import RunConfig
+    from pipeline.stages.specs.registry import StageSpec
+
+
+def working_roles(config: RunConfig) -> list[str]:
+    """Roles that some stage or the evaluation uses, in the order of the configuration."""
+    from pipeline.stages.specs.registry import PpoStage, ReferencedStage, RlStage
+
+    stages = config.stages
+    online = {name: stage for name, stage in stages.items() if isinstance(stage, RlStage)}
+    works = {
+        "policy": True,
+        "reference": any(isinstance(stage, ReferencedStage | RlStage) for stage in stages.values()),
+        "critic": any(isinstance(stage, PpoStage) for stage in stages.values()),
+        "reward": any(config.reward_models_of(name) for name in online),
+        "rollout": bool(online) or config.eval is not None,
+    }
+    return [name for name in type(config.roles).model_fields if works[name]]
+
+
+def describe(config: RunConfig) -> list[list[str]]:
+    """Role, where it lives, processes, what they reserve: a row a role that works, and the sum."""
+    rows = []
+    total: dict[str, float] = {}
+    for name in working_roles(config):
+        role: RoleSpec = getattr(config.roles, name)
+        if role.share is not None:
+            rows.append([name, f"on {role.share}'s processes", "0", ""])
+            continue
+        amounts = {
+            kind: role.workers * amount
+            for kind, amount in {"CPU": role.cpus, "GPU": role.gpus, **role.resources}.items()
+            if amount
+        }
+        total = {kind: total.get(kind, 0) + amounts.get(kind, 0) for kind in [*total, *amounts]}
+        rows.append([name, _laid_out(role), str(role.workers), _amounts(amounts)])
+    return [*rows, ["together", "", str(sum(int(row[2]) for row in rows)), _amounts(total)]]
+
+
+def _laid_out(role: RoleSpec) -> str:
+    """How its processes lie on nodes, and what they share of one model."""
+    parts: list[str] = [role.placement]
+    if role.sharding != "none":
+        parts.append(f"sharding {role.sharding}")
+    if role.tensor_parallel_size > 1:
+        parts.append(f"{role.tensor_parallel_size} hold one model together")
+    return ", ".join(parts)
+
+
+def _amounts(amounts: dict[str, float]) -> str:
+    return ", ".join(f"{amount:g} {kind}" for kind, amount in amounts.items()) or "nothing"
+
+
+def _count(number: float, thing: str) -> str:
+    return f"{number:g} {thing}" + ("" if number == 1 else "s")
+
+
+def cluster_plan(config: RunConfig) -> str:
+    """What the same command without --dry-run would start, as text."""
+    lines = ["On the cluster this would run:"]
+    for name, stage in config.stages.items():
+        steps, epochs = _count(stage.max_steps, "step"), _count(stage.num_train_epochs, "epoch")
+        length = steps if stage.max_steps > 0 else epochs
+        lines.append(f"  {name} ({stage.type}) from {config.init_of(name)}: {length}, {_step(stage)}")
+    for role, where, workers, asked in describe(config):
+        processes = f"{workers} x process, {asked}" + (f" ({where})" if where else "")
+        lines.append(f"  {role}: {processes if asked else where}")
+    lines.append(f"  base {config.model.base} in {config.model.dtype}, output in {config.output_dir}")
+    return "\n".join(lines)
+
+
+def _step(stage: StageSpec) -> str:
+    from pipeline.stages.specs.registry import RlStage
+
+    if not isinstance(stage, RlStage):
+        return (
+            f"{stage.batch_size} rows a step, up to {stage.max_length or 'the model limit of'} tokens a row"
+        )
+    rewards = ", ".join(
+        reward.source if reward.weight == 1 else f"{reward.weight:g} x {reward.source}"
+        for reward in stage.rewards
+    )
+    rounds, ahead = stage.max_resampling_rounds, stage.staleness
+    again = f" (up to {_count(rounds, 'further round')} for prompts of equal rewards)" if rounds else ""
+    older = f"; samples are drawn up to {_count(ahead, 'step')} ahead" if ahead else ""
+    return (
+        f"a step samples {_count(stage.prompts_per_step, 'prompt')} x {stage.num_generations}{again}, up to "
+        f"{stage.max_completion_length} new tokens, scores them by {rewards}, takes "
+        f"{_count(stage.updates_per_step, 'optimizer step')} of {stage.batch_size} samples, syncs the "
+        f"engines{older}"
+    )
+
+
+def sync_bytes(config: RunConfig, targets: Targets) -> dict[str, int]:
+    """Bytes that each sync of an online stage sends to one engine, by stage.
+
+    `adapter`: A and B in float32. `merged`: every weight of the touched groups in the base's dtype.
+    """
+    from pipeline.stages.specs.registry import RlStage
+
+    size = 4 if config.model.dtype == "float32" else 2
+    return {
+        name: targets.bytes if stage.sync.payload == "adapter" else targets.adapted * size
+        for name, stage in config.stages.items()
+        if isinstance(stage, RlStage)
+    }

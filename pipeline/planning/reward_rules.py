@@ -1,0 +1,142 @@
+"""Sources of reward as the configuration names them, looked up before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actors.errors import UserError
+from pipeline.rewards.functions import ARGUMENTS, RewardSpec, find_function, missing_arguments
+from pipeline.stages.specs.registry import RlStage, StageSpec
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from actors.models.base.loading import ResolvedBase
+    from pipeline.config.run_config import RunConfig
+
+
+def reward_source_problems(config: RunConfig, names: Iterable[str]) -> list[str]:
+    """What is wrong with the functions and directories that the named online stages are rewarded by."""
+    problems = []
+    for name in names:
+        stage = config.stages[name]
+        if isinstance(stage, RlStage):
+            for position, reward in enumerate(stage.rewards):
+                found = _problems(reward, config)
+                problems += [f"stages.{name}.rewards.{position}: {problem}" for problem in found]
+    return problems
+
+
+def reward_column_problems(
+    name: str, stage: StageSpec, columns: Mapping[str, Sequence[Any]], rows: int
+) -> list[str]:
+    """What the rewards of a stage ask of its data and do not find there.
+
+    Args:
+        columns: of the data, beside the prompt; one value a row, None where a row lacks it.
+    """
+    if not isinstance(stage, RlStage):
+        return []
+    problems = []
+    for position, reward in enumerate(stage.rewards):
+        problem = _column_problem(reward, columns, rows)
+        problems += [f"stages.{name}.rewards.{position}: {problem}"] if problem else []
+    return problems
+
+
+def _column_problem(reward: RewardSpec, columns: Mapping[str, Sequence[Any]], rows: int) -> str:
+    there = f"columns beside the prompt: {', '.join(columns) or 'none'}"
+    if reward.kind == "exact_match":
+        lack = rows - sum(value is not None for value in columns.get("answer", []))
+        which = "the rows" if lack == rows else f"{lack} of {rows} rows"
+        instead = "name it under `columns:` of the data, or reward by a function or a model"
+        return f"exact_match compares with `answer`, which {which} lack ({there}); {instead}" if lack else ""
+    if reward.kind == "model":
+        return ""
+    try:
+        missing = missing_arguments(find_function(reward.source), [*ARGUMENTS, *columns])
+    except UserError:  # `reward_source_problems` tells of it.
+        return ""
+    if not missing:
+        return ""
+    named = ", `columns: {answer: ...}` names one" if "answer" in missing else ""
+    return (
+        f"{reward.source} asks for {', '.join(missing)}, which the data do not have ({there}); add such a "
+        f"column{named}, or give the argument a default"
+    )
+
+
+def reward_base_problems(
+    config: RunConfig, names: Iterable[str], base: ResolvedBase | None = None
+) -> list[str]:
+    """What keeps the named stages' directories of reward models from running on the run's base, which is
+    looked at here where it wasn't before and there are any."""
+    if not any(config.reward_models_of(n) for n in names if isinstance(config.stages[n], RlStage)):
+        return []
+    from actors.models.base.loading import resolve_base
+    from actors.models.lora.adapters import check_adapter_matches_base
+
+    base = base or resolve_base(config.model)
+    if base.config is None:
+        return []
+    local = base.base_path if Path(base.base_path).is_dir() else None
+    problems = []
+    for name in names:
+        stage = config.stages[name]
+        for position, reward in enumerate(stage.rewards if isinstance(stage, RlStage) else []):
+            directory = reward.kind == "model" and reward.source not in config.stages
+            if directory and not _problems(reward, config):
+                found = check_adapter_matches_base(reward.source, base.config, local)
+                found = found or _target_problems(config, reward.source, base.config)
+                problems += [f"stages.{name}.rewards.{position}: {problem}" for problem in found]
+    return problems
+
+
+def _target_problems(config: RunConfig, directory: str, base: PretrainedConfig) -> list[str]:
+    """PEFT wants the same experts and router targets in all adapters on one base."""
+    from actors.models.lora.adapters import saved_config
+    from actors.models.lora.targets import resolve_targets
+
+    lora = config.model.lora
+    if lora is None or config.roles.reward.share is None:
+        return []
+    try:
+        mine = set(resolve_targets(base, lora.targets, lora).target_parameters)
+    except UserError:  # Told of under model.lora.targets.
+        return []
+    its = set(saved_config(directory).target_parameters or [])
+    if not mine or not its or mine == its:
+        return []
+    return [
+        f"adapter '{directory}' adapts {', '.join(sorted(its))}, the policy {', '.join(sorted(mine))}: on "
+        "one base these must be the same; take the same model.lora.targets, or give the reward models "
+        "processes of their own (roles.reward: {workers: 1})"
+    ]
+
+
+def _problems(reward: RewardSpec, config: RunConfig) -> list[str]:
+    try:
+        if reward.kind == "function":
+            find_function(reward.source)
+        elif reward.kind == "model" and reward.source not in config.stages:
+            _check_reward_model(Path(reward.source))
+    except UserError as error:
+        return [problem.removeprefix("rewards: ") for problem in error.problems]
+    return []
+
+
+def _check_reward_model(directory: Path) -> None:
+    """Refuse a directory that holds no adapter with a score head."""
+    from actors.models.lora.adapters import read_head
+
+    if not (directory / "adapter_config.json").is_file():
+        raise UserError(
+            f"{directory} holds no reward model (adapter_config.json is missing); name the `adapter` "
+            "directory of a finished reward stage"
+        )
+    if read_head(directory) is None:
+        raise UserError(
+            f"{directory} is a policy's adapter: it has no score head, so it can't reward anything"
+        )

@@ -1,0 +1,203 @@
+"""`raylign validate`: everything that is wrong with a run, found without starting anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from actors.errors import UserError
+
+if TYPE_CHECKING:
+    from actors.models.base.loading import ResolvedBase
+    from actors.models.lora.targets import Targets
+    from pipeline.config.run_config import RunConfig
+    from pipeline.data.reading.records import Records
+    from pipeline.data.reading.shared_prompts import Place
+
+T = TypeVar("T")
+
+
+@dataclass
+class Findings:
+    """What was found, good and bad."""
+
+    problems: list[str] = field(default_factory=list)
+    base: ResolvedBase | None = None
+    architecture: list[str] = field(default_factory=list)
+    """Its row in the table: groups, limits, what vLLM is given for it."""
+    template: list[str] = field(default_factory=list)
+    """Tokens that end a turn, and where they come from; the date, if the chat template writes it."""
+    targets: Targets | None = None
+    stages: list[list[str]] = field(default_factory=list)
+    """Stage, start, reference, rows, tokens (median, longest sequence), steps x rows (or samples)."""
+    remarks: list[str] = field(default_factory=list)
+    """Rows that were left out, and what else is worth saying of the data."""
+    sync_bytes: dict[str, int] = field(default_factory=dict)
+    """What each sync of an online stage sends to one engine."""
+    sources: list[str] = field(default_factory=list)
+    """A line for each source: key, split with its files, rows."""
+    prompts: int | None = None
+    """Held-out prompts, when the run evaluates."""
+
+    def attempt(self, action: Callable[[], T], where: str = "") -> T | None:
+        """What `action` returns, or None and its problems noted."""
+        try:
+            return action()
+        except UserError as error:
+            self.problems += [p if not where or where in p else f"{where}: {p}" for p in error.problems]
+            return None
+
+    def note_sources(self, key: str, records: Records) -> None:
+        """Which files each source of `records` is."""
+        from pipeline.data.reading.raw import describe_files
+
+        for use in records.sources:
+            read = describe_files(use.spec.source, use.spec.split, use.files)
+            self.sources.append(f"{key}: {use.spec.source}, {use.rows_used:,} rows of {read}")
+
+    def note_shared(self, key: str, held_out: Records, trained: dict[str, dict[int, Place]]) -> None:
+        """Prompts of held-out rows that stages are trained on."""
+        from pipeline.data.reading.shared_prompts import shared_prompts
+
+        for name, prompts in trained.items():
+            if shared := shared_prompts(prompts, held_out):
+                self.remarks.append(f"warning: {key} has prompts that stages.{name}.data has too: {shared}")
+
+    def positions(self, config: RunConfig) -> int:
+        """Tokens of prompt and completion that an engine holds; the base has been read."""
+        from actors.models.facts import max_positions
+        from pipeline.planning.length_rules import engine_positions
+
+        assert self.base is not None
+        assert self.base.config is not None
+        return engine_positions(config, max_positions(self.base.config))
+
+
+def find(config: RunConfig) -> Findings:
+    """Look at run directory, trackers, base, LoRA targets, and every stage's data."""
+    from pipeline.artifacts.run_directory import RunDirectory
+    from pipeline.monitoring.trackers import tracker_problems
+    from pipeline.planning.resources import sync_bytes
+    from pipeline.planning.reward_rules import reward_source_problems
+
+    findings = Findings()
+    findings.attempt(RunDirectory(config.output_dir, config.name).refuse_foreign)
+    findings.problems += tracker_problems(config.logging.report_to)
+    findings.problems += reward_source_problems(config, config.stages)
+    tokenizer = _look_at_model(config, findings)
+    if findings.targets is not None:
+        findings.sync_bytes = sync_bytes(config, findings.targets)
+    trained: dict[str, dict[int, Place]] = {}
+    for name in config.stages:
+        _look_at_stage(config, name, tokenizer, findings, trained)
+    _look_at_eval(config, tokenizer, findings, trained)
+    return findings
+
+
+def _look_at_model(config: RunConfig, findings: Findings) -> Any:
+    """Base and targets into the findings; the tokenizer, or None."""
+    from actors.models.architectures.tensor_parallel_sizes import split_sizes
+    from actors.models.base.loading import load_tokenizer, resolve_base
+    from actors.models.facts import n_experts
+    from actors.models.lora.targets import resolve_targets
+    from pipeline.data.tokens.template_date import keep_date, said
+    from pipeline.planning.architecture_rules import architecture_problems, describe_architecture
+    from pipeline.planning.reward_rules import reward_base_problems
+    from pipeline.stages.prepared import ends_of
+
+    findings.base = base = resolve_base(config.model)
+    findings.problems += base.problems
+    lora = config.model.lora
+    if base.config is not None and not base.problems and lora is not None:
+        findings.targets = findings.attempt(
+            lambda: resolve_targets(base.config, lora.targets, lora), "model.lora.targets"
+        )
+    if base.config is not None and not base.problems:
+        findings.problems += reward_base_problems(config, config.stages, base)
+        experts = findings.attempt(lambda: n_experts(base.config))
+        findings.problems += architecture_problems(
+            config, base.config.model_type, config.stages, experts, split_sizes(base.config)
+        )
+        findings.architecture = describe_architecture(base.config.model_type)
+    tokenizer = None if base.problems else findings.attempt(lambda: load_tokenizer(config.model))
+    if tokenizer is not None:
+        date = keep_date(tokenizer, Path(config.output_dir), write=False)
+        findings.template = [ends_of(config, tokenizer).describe(tokenizer), *([said(date)] if date else [])]
+    return tokenizer
+
+
+def _look_at_stage(
+    config: RunConfig, name: str, tokenizer: Any, findings: Findings, trained: dict[str, dict[int, Place]]
+) -> None:
+    """A stage's data, into the findings; its prompts into `trained`."""
+    from pipeline.data.reading.shared_prompts import trained_prompts
+    from pipeline.planning.length_rules import sample_problems
+    from pipeline.planning.nodes import remarks_on_data
+    from pipeline.planning.reward_rules import reward_column_problems
+    from pipeline.stages.prepared import prepare, read_records
+    from pipeline.stages.specs.registry import ReferencedStage, RlStage
+
+    spec, where = config.stages[name], f"stages.{name}"
+    records = findings.attempt(lambda: read_records(config, name), where)
+    if records is None:
+        return
+    trained[name] = trained_prompts(records.train)
+    findings.note_sources(f"{where}.data", records.train)
+    if records.held_out is not None:
+        findings.note_sources(f"{where}.eval_data", records.held_out)
+        findings.note_shared(f"{where}.eval_data", records.held_out, {name: trained[name]})
+    findings.problems += reward_column_problems(name, spec, records.train.columns, len(records.train))
+    if tokenizer is None:
+        return
+    prepared = findings.attempt(lambda: prepare(config, name, tokenizer, records), where)
+    if prepared is None:
+        return
+    findings.problems += sample_problems(prepared, findings.positions(config))
+    findings.remarks += remarks_on_data(prepared)
+    stats = prepared.data.stats
+    rows = spec.samples_per_step if isinstance(spec, RlStage) else spec.batch_size
+    findings.stages.append(
+        [
+            name,
+            config.init_of(name),
+            config.reference_of(name) if isinstance(spec, ReferencedStage | RlStage) else "",
+            f"{prepared.data.n_rows:,}",
+            f"{stats.median} / {stats.longest}",
+            f"{prepared.total_steps:,} x {rows}",
+        ]
+    )
+
+
+def _look_at_eval(
+    config: RunConfig, tokenizer: Any, findings: Findings, trained: dict[str, dict[int, Place]]
+) -> None:
+    from actors.models.turn_ends import vocab_size
+    from pipeline.data.reading.records import load_records
+    from pipeline.evaluation.held_out import find_scorer, read_eval_set
+    from pipeline.planning.length_rules import held_out_problems
+    from pipeline.stages.prepared import ends_of
+
+    spec = config.eval
+    if spec is None:
+        return
+    scorer = findings.attempt(lambda: find_scorer(spec.metric), "eval.metric")
+    records = findings.attempt(
+        lambda: load_records(spec.data, "prompt", seed=config.seed, max_rows=spec.max_rows), "eval.data"
+    )
+    if records is None:
+        return
+    findings.note_sources("eval.data", records)
+    findings.note_shared("eval.data", records, trained)
+    if scorer is None or tokenizer is None:
+        return
+    ends = ends_of(config, tokenizer)
+    held_out = findings.attempt(
+        lambda: read_eval_set(spec, tokenizer, config.seed, records, ends, vocab_size(config.model.base)),
+        "eval.data",
+    )
+    if held_out is not None:
+        findings.problems += held_out_problems(held_out, findings.positions(config))
+        findings.prompts = len(held_out.prompts)
+        findings.remarks += held_out.remarks()

@@ -1,0 +1,171 @@
+"""The reference's log-probabilities: computed ahead of the trainer, kept for the next run that needs them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.artifacts.manifest import Manifest, fingerprint, new_directory, read_manifest, verify, versions
+from pipeline.data.tokens.order import BatchOrder
+from pipeline.data.tokens.tokens import TokenizedData
+
+if TYPE_CHECKING:
+    from actors.cluster.worker_group import ActorGroup, Pending
+
+FILE = "logps.arrow"
+
+CHUNKS_AHEAD = 4
+"""Chunks handed out beyond the one that the trainer needs: enough that the
+ranks never idle, few enough that the object store holds a fraction of the data."""
+
+
+class ReferenceLogps:
+    """Summed log-probabilities of the sequences of every row that training uses, filled chunk by chunk: both
+    answers of a pair, or an answer and the mismatched one.
+
+    Chunks are cut along the order in which training first uses the rows, so that the trainer's first
+    batch waits for one chunk and the later ones are ready before they are asked for. Rows that an
+    earlier run left in the artifact are not computed again.
+    """
+
+    def __init__(
+        self,
+        data: TokenizedData,
+        first_use: np.ndarray,
+        *,
+        reference: str,
+        columns: Sequence[str],
+        ld_alpha: float | None,
+        cache: Path,
+        chunk_rows: int,
+        fresh: bool = False,
+    ) -> None:
+        self.data, self.ld_alpha = data, ld_alpha
+        self._columns = tuple(columns)
+        """Names under which the loss reads them, one for each sequence of a row."""
+        self.key = fingerprint([reference, data.fingerprint, ld_alpha, *columns])
+        self.path = cache / self.key[:24]
+        self.logps = self._unknown() if fresh else self._load()
+        self._reference = reference
+        missing = first_use[np.isnan(self.logps[first_use]).any(axis=1)]
+        self._chunks = [missing[i : i + chunk_rows] for i in range(0, len(missing), chunk_rows)]
+        self._chunk_of = np.full(data.n_rows, -1, dtype=np.int64)
+        for number, rows in enumerate(self._chunks):
+            self._chunk_of[rows] = number
+        self._waiting: deque[tuple[np.ndarray, Pending]] = deque()
+        self._submitted = self._done = 0
+        self._ask: Callable[[int], Pending] | None = None
+        self.cached = not self._chunks
+
+    def _unknown(self) -> np.ndarray:
+        return np.full((self.data.n_rows, len(self._columns)), np.nan)
+
+    def _load(self) -> np.ndarray:
+        """float64 (rows, sequences of a row), NaN where nothing is known yet."""
+        manifest = read_manifest(self.path)
+        if manifest is None or manifest.fingerprint != self.key or verify(self.path, manifest):
+            return self._unknown()
+        import pyarrow as pa
+
+        with pa.memory_map(str(self.path / FILE)) as source:
+            table = pa.ipc.open_file(source).read_all()
+        return np.stack([table[name].to_numpy() for name in self._columns], axis=1)
+
+    def start(self, group: ActorGroup, role: str | None) -> None:
+        """Begin on the first chunks, without waiting for them."""
+        if self.cached:
+            return
+
+        def ask(number: int) -> Pending:
+            batch = self.data.batch(self._chunks[number])
+            return group.submit("logprobs", batch, role, self.ld_alpha, phase="logprobs")
+
+        self._ask = ask
+        self._fill(0)
+
+    def columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """The reference's columns of the given rows; waits for their chunks."""
+        self._wait_for(int(self._chunk_of[rows].max()))
+        return {name: self.logps[rows, place] for place, name in enumerate(self._columns)}
+
+    def _fill(self, needed: int) -> None:
+        """Keep the reference's ranks busy up to a window beyond the chunk that is needed now."""
+        while self._ask and self._submitted < min(len(self._chunks), needed + CHUNKS_AHEAD):
+            self._waiting.append((self._chunks[self._submitted], self._ask(self._submitted)))
+            self._submitted += 1
+
+    def _wait_for(self, number: int) -> None:
+        if self.cached:
+            return
+        self._fill(number + 1)
+        while self._done <= number:
+            rows, pending = self._waiting.popleft()
+            self.logps[rows] = np.asarray(pending.result()[0]).reshape(-1, len(self._columns))
+            self._done += 1
+        if self._done == len(self._chunks):
+            self._keep()
+
+    def _keep(self) -> None:
+        """Write the artifact; a run with the same reference and data picks it up."""
+        import pyarrow as pa
+
+        manifest = Manifest(
+            type="reference_logps",
+            stage="reference",
+            fingerprint=self.key,
+            inputs={"reference": self._reference},
+            data={"fingerprint": self.data.fingerprint, "rows": self.data.n_rows},
+            versions=versions(),
+        )
+        table = pa.table({name: self.logps[:, place] for place, name in enumerate(self._columns)})
+        with (
+            new_directory(self.path, manifest) as aside,
+            pa.OSFile(str(aside / FILE), "wb") as sink,
+            pa.ipc.new_file(sink, table.schema) as writer,
+        ):
+            writer.write_table(table)
+        self.cached = True
+
+    def finish(self) -> None:
+        """Wait for what training never asked for, so that the kept artifact is whole."""
+        self._wait_for(len(self._chunks) - 1)
+
+
+class ReferenceFeed:
+    """Reference log-probabilities of a stage's training rows and of its held-out rows."""
+
+    def __init__(self, train: ReferenceLogps, held_out: ReferenceLogps | None) -> None:
+        self.train, self.held_out = train, held_out
+
+    def parts(self) -> list[ReferenceLogps]:
+        return [part for part in (self.train, self.held_out) if part is not None]
+
+    @property
+    def cached(self) -> bool:
+        """True where nothing has to be computed."""
+        return all(part.cached for part in self.parts())
+
+    def columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        return self.train.columns(rows)
+
+    def eval_columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        assert self.held_out is not None
+        return self.held_out.columns(rows)
+
+    def start(self, group: ActorGroup, role: str | None) -> None:
+        for part in self.parts():
+            part.start(group, role)
+
+    def finish(self) -> None:
+        for part in self.parts():
+            part.finish()
+
+
+def first_use_order(order: BatchOrder) -> np.ndarray:
+    """Rows that training uses, each once, in the order in which it first does."""
+    steps = min(len(order), order.steps_per_epoch)
+    return np.concatenate([order[step] for step in range(steps)])

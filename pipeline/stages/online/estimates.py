@@ -1,0 +1,115 @@
+"""From rewards to what the losses read: divergence, advantages and returns, as columns of the samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from actors.algorithms.advantages import AdvantageSpec, Scored, advantages_of
+from actors.algorithms.importance_sampling import CORRECTION, importance_ratios
+from actors.algorithms.kl import kl_values
+from actors.algorithms.value import explained_variance
+from actors.batches.batch import Batch
+from actors.batches.trajectories import sample_offsets, sample_sums
+
+if TYPE_CHECKING:
+    from pipeline.stages.specs.registry import PolicyGradientStage
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What models say of the samples' tokens; each float64 (counted tokens,), None where nobody asked."""
+
+    old_logps: np.ndarray | None = None
+    """The policy's log-probabilities before this step's updates, by the trainer, at the temperature; None:
+    the update finds them itself (`PolicyLoss.on_policy`)."""
+    ref_logps: np.ndarray | None = None
+    values: np.ndarray | None = None
+    unreplayed_logps: np.ndarray | None = None
+    """As `old_logps`, with the trainer's own routes where those replay the engine's."""
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """What the losses read of the samples."""
+
+    batch: Batch
+    """Its rows with every column: the samples, or pairs of them."""
+    kl: float | None
+    """Mean over samples of the divergence from the reference, summed over tokens, in nats."""
+    signal: np.ndarray
+    """What there is to learn from: all zero, or empty, where the samples teach nothing."""
+    finite: dict[str, np.ndarray] = field(default_factory=dict)
+    """Arrays that must be finite, by name."""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def estimate(
+    spec: PolicyGradientStage, batch: Batch, rewards: np.ndarray, scores: TokenScores, beta: float
+) -> Estimates:
+    """Advantages (and returns) of every token.
+
+    Args:
+        rewards: float64 (samples,), penalties included; NaN for samples that no reward applies to.
+        beta: weight of the divergence at this step.
+    """
+    kl = _divergence(spec, scores)
+    mask = counted_mask(spec, batch)
+    scored = Scored(
+        rewards=rewards,
+        offsets=sample_offsets(batch),
+        token_rewards=-beta * kl if kl is not None and spec.kl_in == "reward" else np.zeros(mask.shape),
+        values=scores.values,
+        mask=mask,
+    )
+    found = advantages_of(advantage_spec(spec), scored)
+    columns = {"advantages": found.advantages, "mask": mask}
+    if scores.old_logps is not None:
+        columns["old_logps"] = scores.old_logps
+    if scores.ref_logps is not None:
+        columns["ref_logps"] = scores.ref_logps
+    if scores.values is not None and found.returns is not None:
+        columns |= {"old_values": scores.values, "returns": found.returns}
+    # The last generation of an epoch may be shorter than the others, and so have fewer optimizer steps.
+    optimizer_steps = -(-batch.n_rows // spec.batch_size)
+    per_step = np.full(batch.n_rows, mask.sum() / optimizer_steps)
+    metrics = {"advantages/std": float(found.advantages[mask].std()) if mask.any() else 0.0}
+    engine = batch.token_columns["engine_logps"]
+    if spec.corrected:
+        assert scores.old_logps is not None
+        how = spec.correction()
+        bounded = importance_ratios(scores.old_logps, engine, sample_offsets(batch), mask, how)
+        columns[CORRECTION] = bounded.ratio
+        metrics |= bounded.metrics
+    elif spec.clips_to_engine:
+        columns["old_logps"] = engine
+    batch = batch.with_token_columns(**columns).with_columns(tokens_per_step=per_step)
+    if scores.values is not None and found.returns is not None:
+        metrics["explained_variance"] = explained_variance(scores.values, found.returns, mask)
+    signal, finite = found.advantages[mask], {"advantages": found.advantages}
+    if kl is None:
+        return Estimates(batch, None, signal, finite, metrics)
+    of_samples = float(sample_sums(batch, kl).mean())
+    metrics |= {"kl": float(kl.mean()), "objective/kl": of_samples, "beta": beta}
+    return Estimates(batch, of_samples, signal, finite, metrics)
+
+
+def counted_mask(spec: PolicyGradientStage, batch: Batch) -> np.ndarray:
+    """bool (counted tokens,): tokens that train; those of cut samples don't where the stage says so."""
+    kept = batch.columns["finished"] | (not spec.mask_truncated_completions)
+    return np.repeat(kept, batch.label_counts)
+
+
+def advantage_spec(spec: PolicyGradientStage) -> AdvantageSpec:
+    """The stage's settings that advantages depend on."""
+    names = set(AdvantageSpec.model_fields) & set(type(spec).model_fields)
+    return AdvantageSpec(kind=spec.advantage, **{name: getattr(spec, name) for name in names})
+
+
+def _divergence(spec: PolicyGradientStage, scores: TokenScores) -> np.ndarray | None:
+    if scores.ref_logps is None:
+        return None
+    assert scores.old_logps is not None
+    return kl_values(spec.kl_estimator, scores.old_logps, scores.ref_logps)

@@ -1,0 +1,280 @@
+"""The online loop: sample, reward, estimate, update, sync, and again. `RlLoop.step` is the whole of it.
+
+- Version k of the policy is what k steps made of it; the samples of step k come from version k - `staleness`
+  (0: from version k), proved on every engine before the first of them is drawn.
+- A step is a pure function of (policy, critic, optimizers, KL coefficient, samples that were drawn ahead) and
+  its number: prompts, seeds and the order of minibatches follow from the run's seed. So a checkpoint holds
+  just these, and a step that was lost with an actor or with the whole run is the same when it is done again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actors.algorithms import checks as rl_checks
+from actors.algorithms.value import ValueLoss
+from actors.batches.batch import Batch
+from actors.batches.generations import Generations
+from actors.batches.trajectories import trajectories
+from pipeline.data.tokens.prompts import PromptData
+from pipeline.stages.offline.train import StageContext
+from pipeline.stages.online.estimates import Estimates, TokenScores
+from pipeline.stages.online.objectives import objective_of
+from pipeline.stages.online.rewards import Judge, Rewards
+from pipeline.stages.online.routing import Routing
+from pipeline.stages.online.sampler import Ahead, Drawer, Drawn
+from pipeline.stages.prepared import PreparedRl
+from pipeline.stages.specs.registry import PpoStage
+from pipeline.stages.views import View, put
+
+if TYPE_CHECKING:
+    from actors.algorithms.loss import Loss
+    from actors.cluster.worker_group import Pending
+    from actors.rollout.pool import RolloutPool
+    from actors.sync.report import SyncReport
+    from actors.sync.weight_sync import WeightSync
+
+
+@dataclass(kw_only=True)
+class RlContext(StageContext):
+    """What an online stage is given to work with: a view for each role, the engines, and their sync."""
+
+    policy: View
+    reference: View
+    critic: View | None
+    reward_models: dict[str, View]
+    """By source."""
+    rollout: RolloutPool
+    sync: WeightSync
+    tokenizer: Any
+    note: Callable[[str], None]
+    """Tells the user."""
+    replay_compare_steps: int = 0
+    """Every so many steps the policy also says what it thinks of samples without their experts; 0: never."""
+
+
+@dataclass
+class Clock:
+    """Seconds of one step, by part."""
+
+    began: float = field(default_factory=time.monotonic)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - began
+
+    def metrics(self) -> dict[str, float]:
+        parts = {f"time/{part}": value for part, value in self.seconds.items()}
+        return parts | {"time/step": time.monotonic() - self.began}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves behind: its metrics, and its samples for the log."""
+
+    metrics: dict[str, float]
+    prompts: PromptData
+    texts: list[str]
+    rewards: Rewards
+    notes: list[str]
+    """What the user should know: replaced engines, rewards that a default stands in for."""
+    routing: Routing = field(default_factory=Routing)
+
+
+class RlLoop:
+    """The state that one step hands to the next, and the step."""
+
+    def __init__(self, stage: PreparedRl, ctx: RlContext) -> None:
+        self.stage, self.ctx, self.spec = stage, ctx, stage.spec
+        self.judge = Judge(stage.spec, ctx.reward_models)
+        self.drawer = Drawer(stage, ctx.rollout, self.judge, ctx.tokenizer)
+        together = stage.spec.sync.in_flight == "keep"
+        self.ahead = Ahead(self.drawer.draw, stage.spec.staleness, stage.total_steps, together=together)
+        self.objective = objective_of(stage.spec)
+        self.kl = self.objective.kl_controller()
+        self.idle = rl_checks.Idle()
+        self.compared = False
+        """Whether this run has held an update against log-probabilities that were asked for before it."""
+        self.num_tokens = self.restarts = 0
+
+    def step(self, step: int) -> StepResult:
+        """One RL step, from version `step` of the policy to version `step + 1`, served by every engine."""
+        clock = Clock()
+        with clock("generate"):
+            drawn = self.ahead.take(step)
+        batch = trajectories(drawn.prompts.token_ids, drawn.samples)
+        asked, judging = self.submit_scores(batch, step, drawn)
+        with clock("rewards"):
+            texts = self.drawer.texts(drawn.samples)
+            rewards = judging(texts)
+        with clock("logprobs"):
+            scores = TokenScores(**{name: np.asarray(one.result()[0]) for name, one in asked.items()})
+        estimates = self.objective.estimate(batch, rewards.values, scores, self.kl.beta)
+        checked = self.check(step, drawn, batch, scores, estimates)
+        with clock("update"):
+            updated = self.update(step, estimates, batch.n_rows)
+        routing = self.routing(drawn, batch)
+        with clock("wait"):
+            self.before_sync()
+        with clock("sync"):
+            report = self.ctx.sync.push(step + 1)
+        self.kl = self.kl.updated(estimates.kl or 0.0, batch.n_rows)
+        self.num_tokens += batch.n_tokens
+        metrics = {**updated, **rewards.metrics, **estimates.metrics, **checked, **drawn.metrics}
+        metrics |= {"num_tokens": float(self.num_tokens), **lengths(drawn.samples), **report.metrics()}
+        metrics |= {**routing.metrics(), **clock.metrics()}
+        notes = [*drawn.notes, *rewards.notes, *self.replaced(report)]
+        return StepResult(metrics, drawn.prompts, texts, rewards, notes, routing)
+
+    # --- The parts of a step ----------------------------------------------------------------------
+
+    def submit_scores(
+        self, batch: Batch, step: int, drawn: Drawn
+    ) -> tuple[dict[str, Pending], Callable[[list[str]], Rewards]]:
+        """Ask all models about the samples, without waiting: token scores by field, and what turns the
+        samples' texts into rewards.
+
+        Only the policy replays the engines' experts: it drew the samples. The reference routes for itself, as
+        it would if it drew some, so that the divergence is from what it is.
+        """
+        shared, ctx, heat = put(batch), self.ctx, self.spec.temperature
+        unrouted = shared if batch.experts is None else put(batch.unrouted())
+        asked: dict[str, Pending] = {}
+        if not self.objective.on_policy or not self.compared or batch.experts is not None:
+            asked["old_logps"] = ctx.policy.token_logprobs(shared, heat)
+        if batch.experts is not None and ctx.replay_compare_steps and step % ctx.replay_compare_steps == 0:
+            asked["unreplayed_logps"] = ctx.policy.token_logprobs(unrouted, heat)
+        if self.objective.needs_reference(step):
+            asked["ref_logps"] = ctx.reference.token_logprobs(unrouted, heat)
+        if ctx.critic is not None:
+            asked["values"] = ctx.critic.values(unrouted)
+        if drawn.rewards is not None:
+            known = drawn.rewards
+            return asked, lambda texts: known
+        judged = self.judge.submit(unrouted)
+        return asked, lambda texts: self.judge.result(judged, drawn.prompts, texts, drawn.samples, batch)
+
+    def check(
+        self, step: int, drawn: Drawn, batch: Batch, scores: TokenScores, estimates: Estimates
+    ) -> dict[str, float]:
+        """Everything that must hold before the weights move; metrics of what was looked at."""
+        engine = batch.token_columns["engine_logps"]
+        rl_checks.check_finite(engine_logps=engine, **estimates.finite, **vars(scores))
+        stale = rl_checks.staleness(drawn.samples.token_versions, step, self.spec.staleness)
+        self.idle = self.idle.after(estimates.signal)
+        if scores.old_logps is None:  # The update looks at the rest before the weights move.
+            return {}
+        if step == 0 and self.ctx.starts_as_reference and scores.ref_logps is not None:
+            tolerance = rl_checks.KL_TOLERANCE[self.ctx.dtype]
+            rl_checks.check_first_kl(scores.old_logps, scores.ref_logps, tolerance)
+        # Only tokens of the present version can be held to the trainer's word: others it would say otherwise.
+        now = stale == 0
+        fresh = rl_checks.mismatch_metrics(engine[now], scores.old_logps[now])
+        rl_checks.check_mismatch(fresh, *self.mismatch_limits())
+        if scores.unreplayed_logps is not None:
+            fresh |= rl_checks.mismatch_metrics(engine, scores.unreplayed_logps, "mismatch_unreplayed")
+        if not self.spec.staleness:
+            return fresh
+        ages = {"staleness/mean": float(stale.mean()), "staleness/max": float(stale.max(initial=0))}
+        return fresh | rl_checks.mismatch_metrics(engine, scores.old_logps) | ages
+
+    def mismatch_limits(self) -> tuple[float, float]:
+        """Of `mismatch/k3` and `mismatch/beyond_2x`."""
+        tolerance = self.spec.mismatch_tolerance or rl_checks.MISMATCH_TOLERANCE[self.ctx.dtype]
+        return tolerance, rl_checks.BEYOND_2X_TOLERANCE[self.ctx.dtype]
+
+    def policy_loss(self) -> Loss:
+        """With what has to hold before its optimizer step."""
+        loss = self.objective.loss(self.kl.beta)
+        if not self.objective.on_policy:
+            return loss
+        return loss.model_copy(update={"mismatch_limits": self.mismatch_limits()})
+
+    def update(self, step: int, estimates: Estimates, samples: int) -> dict[str, float]:
+        """Optimizer steps of policy and critic over the samples; means of their metrics."""
+        first = self.stage.updates_before(step)
+        learns = step >= self.stage.critic_warmup_steps
+        asked: list[tuple[str, Pending]] = []
+        parts = self.objective.minibatches(estimates.batch.n_rows, samples, self.stage.seed, step)
+        for number, rows in enumerate(parts, start=first):
+            part = put(estimates.batch.select(rows))
+            if learns:
+                own = number - self.stage.updates_before(self.stage.critic_warmup_steps)
+                asked.append(("", self.ctx.policy.update(part, self.policy_loss(), own)))
+            if self.ctx.critic is not None:
+                asked.append(("critic/", self.ctx.critic.update(part, self.value_loss(), number)))
+        done = [(prefix, pending.result()[0]) for prefix, pending in asked]
+        if learns:
+            at_reference = step == 0 and self.ctx.starts_as_reference
+            self.objective.check_first(done[0][1], self.ctx.dtype, at_reference)
+            self.compared = True
+        return joined(done)
+
+    def replaced(self, report: SyncReport) -> list[str]:
+        """Engines that were lost in this step, while they generated or while they took new weights."""
+        restarts, self.restarts = self.ctx.rollout.restarts[self.restarts :], len(self.ctx.rollout.restarts)
+        lost = [
+            f"rollout-{one.rank} was replaced: {one.reason}; its samples were drawn again" for one in restarts
+        ]
+        return lost + [f"rollout-{rank} was replaced before it took new weights" for rank in report.replaced]
+
+    def routing(self, drawn: Drawn, batch: Batch) -> Routing:
+        """What the routers of engines and trainer did in this step."""
+        policy = self.ctx.policy
+        agreement = None if batch.experts is None else policy.route_agreement()
+        return Routing(policy.router_load(), drawn.expert_load, agreement)
+
+    def before_sync(self) -> None:
+        """Let the engines end what they draw for later steps, so that one version draws all of it."""
+        if self.spec.sync.in_flight == "wait":
+            self.ahead.settle()
+
+    def value_loss(self) -> ValueLoss:
+        assert isinstance(self.spec, PpoStage)
+        return ValueLoss(vf_coef=self.spec.vf_coef, cliprange_value=self.spec.cliprange_value)
+
+    # --- What a checkpoint holds beside policy and critic -------------------------------------------
+
+    def state(self) -> dict[str, float]:
+        return {"beta": self.kl.beta, "idle": self.idle.steps, "num_tokens": self.num_tokens}
+
+    def load_state(self, state: dict[str, float]) -> None:
+        self.kl = replace(self.kl, beta=float(state["beta"]))
+        self.idle = rl_checks.Idle(int(state["idle"]))
+        self.num_tokens = int(state["num_tokens"])
+
+
+def joined(done: list[tuple[str, dict[str, float]]]) -> dict[str, float]:
+    """Means over optimizer steps; the critic's share a prefix where they have a namesake."""
+    own = {"critic/value_loss": "value_loss", "critic/value_clip_ratio": "value_clip_ratio"}
+    values: dict[str, list[float]] = {}
+    for prefix, metrics in done:
+        for name, value in metrics.items():
+            key = f"{prefix}{name}"
+            values.setdefault(own.get(key, key), []).append(value)
+    dropped = {"num_tokens", "critic/num_tokens", "step_seconds", "critic/step_seconds"}
+    means = {name: sum(all_) / len(all_) for name, all_ in values.items() if name not in dropped}
+    return means | {name: max(values[name]) for name in ("ratio/max_deviation",) if name in values}
+
+
+def lengths(samples: Generations) -> dict[str, float]:
+    """TRL's names for how long the completions are, and how many were cut at the limit."""
+    each = np.diff(samples.offsets)
+    cut = np.mean([reason != "stop" for reason in samples.finish_reasons])
+    return {
+        "completions/mean_length": float(each.mean()),
+        "completions/min_length": float(each.min()),
+        "completions/max_length": float(each.max()),
+        "completions/clipped_ratio": float(cut),
+    }

@@ -1,0 +1,156 @@
+"""What an online stage makes of its samples: what its loss reads, the loss, what holds at the start."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actors.algorithms import checks as rl_checks
+from actors.algorithms.dpo import OnlineDpoLoss
+from actors.algorithms.kl import KlController
+from actors.algorithms.policy import PolicyLoss
+from pipeline.stages.checks import check_first_step
+from pipeline.stages.online.estimates import Estimates, TokenScores, estimate
+from pipeline.stages.online.preference_pairs import pairs_of
+from pipeline.stages.specs.registry import OnlineDpoStage, PolicyGradientStage, RlStage
+
+if TYPE_CHECKING:
+    from actors.algorithms.loss import Loss
+    from actors.batches.batch import Batch
+
+
+class Objective(ABC):
+    """One algorithm's part in a step of the online loop. Pure: it holds the stage's settings and no state."""
+
+    @abstractmethod
+    def kl_controller(self) -> KlController:
+        """beta at the start of the stage, and how it moves."""
+
+    @abstractmethod
+    def needs_reference(self, step: int) -> bool:
+        """Whether the reference is asked about this step's samples."""
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether the update itself can find the log-probabilities of the policy that drew the samples, and
+        nothing before it reads them."""
+        return False
+
+    @abstractmethod
+    def estimate(self, batch: Batch, rewards: np.ndarray, scores: TokenScores, beta: float) -> Estimates:
+        """From rewards, float64 (samples,), to the rows that the loss reads."""
+
+    @abstractmethod
+    def loss(self, beta: float) -> Loss:
+        """The policy's loss at the present KL coefficient."""
+
+    @abstractmethod
+    def minibatches(self, rows: int, samples: int, seed: int, step: int) -> list[np.ndarray]:
+        """Rows of every optimizer step: each iteration goes through all of them, in an order of its own.
+
+        Args:
+            rows: of the estimates' batch.
+            samples: that they were made of; their number decides how many optimizer steps there are.
+        """
+
+    @abstractmethod
+    def check_first(self, metrics: Mapping[str, float], dtype: str, at_reference: bool) -> None:
+        """Hold the first update of a step against what is known of it beforehand.
+
+        Args:
+            metrics: of that update.
+            dtype: of the base.
+            at_reference: the policy is still the reference: the first step of a stage that starts there.
+
+        Raises:
+            InvariantViolation: the policy that trains is not the one that was asked about the samples.
+        """
+
+
+class PolicyGradient(Objective):
+    """Advantages of tokens, ratios to the policy that the step started with."""
+
+    def __init__(self, spec: PolicyGradientStage) -> None:
+        self.spec = spec
+
+    def kl_controller(self) -> KlController:
+        return KlController(self.spec.beta, self.spec.kl_target, self.spec.kl_horizon)
+
+    def needs_reference(self, step: int) -> bool:
+        # At step 0 for the check that policy and reference are the same.
+        return self.spec.beta > 0 or step == 0
+
+    def estimate(self, batch: Batch, rewards: np.ndarray, scores: TokenScores, beta: float) -> Estimates:
+        return estimate(self.spec, batch, rewards, scores, beta)
+
+    @property
+    def on_policy(self) -> bool:
+        spec = self.spec
+        return spec.updates_per_step == 1 and spec.beta == 0 and not spec.staleness and not spec.corrected
+
+    def loss(self, beta: float) -> PolicyLoss:
+        own = {"beta": self._in_loss(beta), "on_policy": self.on_policy}
+        return PolicyLoss(**_shared(PolicyLoss, self.spec) | own)
+
+    def _in_loss(self, beta: float) -> float:
+        return beta if self.spec.kl_in == "loss" else 0.0
+
+    def minibatches(self, rows: int, samples: int, seed: int, step: int) -> list[np.ndarray]:
+        size = self.spec.batch_size
+        orders = [_order(seed, step, i, rows) for i in range(self.spec.num_iterations)]
+        return [np.sort(order[i : i + size]) for order in orders for i in range(0, rows, size)]
+
+    def check_first(self, metrics: Mapping[str, float], dtype: str, at_reference: bool) -> None:
+        if not self.spec.clips_to_engine:
+            rl_checks.check_first_ratio(metrics, rl_checks.RATIO_TOLERANCE[dtype])
+
+
+class PreferencePairs(Objective):
+    """Online DPO: of each prompt's samples the best and the worst, as a pair."""
+
+    def __init__(self, spec: OnlineDpoStage) -> None:
+        self.spec = spec
+
+    def kl_controller(self) -> KlController:
+        return KlController(self.spec.beta)
+
+    def needs_reference(self, step: int) -> bool:
+        return True
+
+    def estimate(self, batch: Batch, rewards: np.ndarray, scores: TokenScores, beta: float) -> Estimates:
+        return pairs_of(self.spec, batch, rewards, scores)
+
+    def loss(self, beta: float) -> OnlineDpoLoss:
+        return OnlineDpoLoss(**_shared(OnlineDpoLoss, self.spec))
+
+    def minibatches(self, rows: int, samples: int, seed: int, step: int) -> list[np.ndarray]:
+        # Always as many, as even as can be: the schedule runs over optimizer steps, whatever number of pairs
+        # there is. A step without a pair has no gradient.
+        steps = -(-samples // self.spec.batch_size)
+        orders = [_order(seed, step, i, rows) for i in range(self.spec.num_iterations)]
+        return [np.sort(part) for order in orders for part in np.array_split(order, steps)]
+
+    def check_first(self, metrics: Mapping[str, float], dtype: str, at_reference: bool) -> None:
+        if at_reference:
+            check_first_step(self.spec.type, self.loss(self.spec.beta), metrics, dtype)
+
+
+def objective_of(spec: RlStage) -> Objective:
+    """The objective of a stage's type."""
+    if isinstance(spec, OnlineDpoStage):
+        return PreferencePairs(spec)
+    assert isinstance(spec, PolicyGradientStage)
+    return PolicyGradient(spec)
+
+
+def _shared(loss: type[Loss], spec: RlStage) -> dict[str, Any]:
+    """The stage's values of the fields that a loss has too."""
+    names = set(loss.model_fields) & set(type(spec).model_fields)
+    return {name: getattr(spec, name) for name in names}
+
+
+def _order(seed: int, step: int, iteration: int, rows: int) -> np.ndarray:
+    return np.random.default_rng([seed, step, iteration]).permutation(rows)

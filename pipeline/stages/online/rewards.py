@@ -1,0 +1,115 @@
+"""What samples are worth: reward functions and reward models behind one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actors.algorithms.checks import check_finite
+from actors.algorithms.reward_shaping import (
+    combine,
+    reward_metrics,
+    soft_overlong_punishment,
+    without_eos_penalty,
+)
+from actors.batches.batch import Batch
+from actors.batches.generations import Generations
+from pipeline.data.tokens.prompts import PromptData
+from pipeline.rewards.functions import (
+    RewardFunction,
+    RewardSpec,
+    Samples,
+    find_function,
+    function_rewards,
+    reward_names,
+)
+from pipeline.stages.views import View
+
+if TYPE_CHECKING:
+    from actors.cluster.worker_group import Pending
+    from pipeline.stages.specs.registry import RlStage
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Rewards of one step's samples."""
+
+    values: np.ndarray
+    """float64 (samples,): what advantages are made of, penalties included; NaN: no source applied."""
+    metrics: dict[str, float]
+    notes: list[str]
+    """What was replaced by a configured default, for the log."""
+
+
+class Judge:
+    """All reward sources of a stage. Models score in their own processes while functions run here."""
+
+    def __init__(self, spec: RlStage, models: Mapping[str, View]) -> None:
+        """`models`: by source.
+
+        Raises:
+            UserError: a function can't be imported.
+        """
+        self.spec, self.models = spec, models
+        self.names = reward_names(spec.rewards)
+        self._functions = {one.source: function_of(one) for one in spec.rewards if one.kind != "model"}
+
+    def submit(self, batch: Any) -> dict[str, Pending]:
+        """Let the reward models begin."""
+        return {source: view.scores(batch) for source, view in self.models.items()}
+
+    def result(
+        self,
+        pending: Mapping[str, Pending],
+        prompts: PromptData,
+        texts: Sequence[str],
+        samples: Generations,
+        batch: Batch,
+    ) -> Rewards:
+        """Rewards of all samples; `prompts` has one entry a sample.
+
+        Raises:
+            RunFailure: a source failed and its `on_error` is `stop`, or a model's score is no number.
+        """
+        asked = Samples(
+            prompts.prompts,
+            prompts.completions(texts),
+            [ids.tolist() for ids in samples.sequences()],
+            prompts.columns,
+        )
+        rows, notes = [], []
+        for one in self.spec.rewards:
+            if one.kind == "model":
+                scores = np.asarray(pending[one.source].result()[0], dtype=np.float64)
+                # Unlike a function's None, a model's NaN is no way of passing a sample over.
+                check_finite(**{f"reward '{one.name}'": scores})
+                rows.append(scores)
+                continue
+            values, note = function_rewards(one, self._functions[one.source], asked)
+            rows.append(values)
+            notes += [f"reward '{one.name}': {note}"] if note else []
+        found = np.stack(rows)
+        weights = [one.weight for one in self.spec.rewards]
+        metrics = reward_metrics(self.names, found, weights, self.spec.num_generations)
+        total = combine(found, weights)
+        total = without_eos_penalty(total, batch.columns["finished"], self.spec.missing_eos_penalty)
+        if self.spec.soft_punish_cache is not None:
+            limit, cache = self.spec.max_completion_length, self.spec.soft_punish_cache
+            punished = soft_overlong_punishment(batch.label_counts, limit, cache)
+            metrics["rewards/overlong/mean"] = float(punished.mean())
+            total = total + self.spec.soft_punish_weight * punished
+        return Rewards(total, metrics, notes)
+
+
+def function_of(spec: RewardSpec) -> RewardFunction:
+    """The Python function behind a source that is no model.
+
+    Raises:
+        UserError: it can't be imported.
+    """
+    from pipeline.data.reading.builtin import exact_match
+
+    return exact_match if spec.kind == "exact_match" else find_function(spec.source)

@@ -1,0 +1,203 @@
+"""Where a step's samples come from: drawn by the engines, now or while earlier steps train.
+
+With `staleness` S the samples of step k are drawn by version max(0, k - S) of the policy: when step k begins,
+the engines are told to draw all steps up to k + S, and before they get version k + 1 they have done so. The
+schedule is a function of k alone, so a repeated run draws the same; what was drawn for later steps goes into
+the checkpoint, because the weights that drew it are gone.
+
+With `sync.in_flight: keep` new weights don't wait for that: samples go on with them, and the steps' samples
+are in the engines together. Which weights draw which token then depends on time.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actors.batches.generations import Generations, sample_seed
+from actors.errors import RunFailure
+from pipeline.data.tokens.prompts import PromptData
+from pipeline.stages.online.dynamic_sampling import draw_again
+from pipeline.stages.online.rewards import Rewards
+from pipeline.stages.prepared import PreparedRl
+
+if TYPE_CHECKING:
+    from actors.rollout.pool import RolloutPool
+    from pipeline.stages.online.rewards import Judge
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The samples of one step."""
+
+    rows: np.ndarray
+    """int64 (prompts,): rows of the stage's data."""
+    prompts: PromptData
+    """One entry a sample."""
+    samples: Generations
+    expert_load: np.ndarray | None = None
+    """int64 (layers, experts): tokens per expert in the engines while they drew this; None: not counted."""
+    rewards: Rewards | None = None
+    """Where drawing had to know them; else the step asks for them."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class Drawer:
+    """Draws the samples of a step: a pure function of the step and of the weights that the engines hold.
+
+    Called from a thread of its own while the policy trains: it touches nothing of the loop's state.
+    """
+
+    def __init__(self, stage: PreparedRl, rollout: RolloutPool, judge: Judge, tokenizer: Any) -> None:
+        self.stage, self.rollout, self.judge, self.tokenizer = stage, rollout, judge, tokenizer
+        self._count_experts = True
+
+    def draw(self, step: int) -> Drawn:
+        """Raises: RunFailure, InvariantViolation: as `RolloutPool.generate`."""
+        drawn = self.drawn(self.stage.order[step], self.ask(step, self.stage.order[step]))
+        return draw_again(self, step, drawn) if self.stage.spec.max_resampling_rounds else drawn
+
+    def ask(self, step: int, rows: np.ndarray, attempt: int = 0) -> Generations:
+        """`num_generations` samples of each of these rows.
+
+        A sample's seed is a hash of run, stage, step, row, number and attempt, so that it doesn't matter who
+        draws it.
+        """
+        stage, n = self.stage, self.stage.spec.num_generations
+        seeds = [
+            sample_seed(stage.seed, step, int(row), i, stage.name, attempt) for row in rows for i in range(n)
+        ]
+        asked = [stage.data.token_ids[row] for row in rows]
+        return self.rollout.generate(asked, stage.sampling, seeds)
+
+    def texts(self, samples: Generations) -> list[str]:
+        """What was said: without the end of the turn, and cut at stop strings."""
+        asked = self.stage.sampling
+        return samples.texts(self.tokenizer, asked.stop, asked.stop_token_ids)
+
+    def drawn(self, rows: np.ndarray, samples: Generations, rewards: Rewards | None = None) -> Drawn:
+        """What the engines have drawn for these rows, with their prompts."""
+        prompts = self.stage.data.select(rows, copies=self.stage.spec.num_generations)
+        return Drawn(np.asarray(rows, np.int64), prompts, samples, self._expert_load(), rewards)
+
+    def _expert_load(self) -> np.ndarray | None:
+        """Engines count each prompt once, and all that they generate and score between two calls."""
+        if not self._count_experts:
+            return None
+        try:
+            loads = [load for load in self.rollout.group.call("expert_load") if load is not None]
+        except RunFailure:  # An engine is gone: whoever needs it next replaces it.
+            return None
+        self._count_experts = bool(loads)  # Engines of a dense model never do: not to be asked each step.
+        return sum(loads[1:], loads[0]) if loads else None
+
+
+class Ahead:
+    """The batches of later steps, drawn in order by a thread of their own, or together by one each."""
+
+    def __init__(
+        self, draw: Callable[[int], Drawn], staleness: int, steps: int, *, together: bool = False
+    ) -> None:
+        """`steps`: of the whole stage; `together`: a batch need not wait for the one before it."""
+        self._draw, self.staleness, self.steps, self.together = draw, staleness, steps, together
+        self._batches: dict[int, Future[Drawn]] = {}
+        self._asked: queue.SimpleQueue[tuple[int, Future[Drawn]]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def take(self, step: int) -> Drawn:
+        """The batch of a step, once it is there; later ones begin to be drawn.
+
+        Raises: what drawing raised.
+        """
+        if not self.staleness:
+            return self._draw(step)
+        for later in range(step, min(step + self.staleness, self.steps - 1) + 1):
+            if later not in self._batches:
+                self._batches[later] = Future()
+                self._asked.put((later, self._batches[later]))
+                self._awake()
+        return self._batches.pop(step).result()
+
+    def settle(self) -> None:
+        """Wait until all that was asked for is drawn. Raises: what drawing raised."""
+        for batch in self._batches.values():
+            batch.result()
+
+    def save(self, directory: Path) -> None:
+        """Write every batch that was drawn for a later step."""
+        for step, batch in self._batches.items():
+            save_drawn(directory / f"drawn-{step}.safetensors", batch.result())
+
+    def load(self, directory: Path, data: PromptData) -> None:
+        """Read back what `save` wrote."""
+        for path in sorted(directory.glob("drawn-*.safetensors")):
+            step = int(path.stem.removeprefix("drawn-"))
+            self._batches[step] = Future()
+            self._batches[step].set_result(load_drawn(path, data))
+
+    def _awake(self) -> None:
+        if self._thread is None or self.together:
+            # A daemon: a run that fails doesn't wait for samples that nobody needs.
+            self._thread = threading.Thread(target=self._work, daemon=True, name="draw-ahead")
+            self._thread.start()
+
+    def _work(self) -> None:
+        while True:
+            try:
+                step, batch = self._asked.get(block=not self.together)
+            except queue.Empty:
+                return
+            try:
+                batch.set_result(self._draw(step))
+            except BaseException as error:
+                batch.set_exception(error)
+
+
+def save_drawn(path: Path, drawn: Drawn) -> None:
+    """One batch as a safetensors file, its prompts by row.
+
+    Rewards are kept where drawing had to know them: models that score the same samples in other company give
+    other last digits.
+    """
+    from safetensors.numpy import save_file
+
+    samples = drawn.samples
+    arrays = {f"samples.{name}": value for name, value in samples.arrays().items()} | {"rows": drawn.rows}
+    if drawn.expert_load is not None:
+        arrays["expert_load"] = drawn.expert_load
+    more = {"n": samples.n, "label": samples.label, "seconds": samples.seconds}
+    more |= {"metrics": drawn.metrics, "notes": list(drawn.notes)}
+    if drawn.rewards is not None:
+        arrays["rewards"] = drawn.rewards.values
+        more["rewards"] = [drawn.rewards.metrics, drawn.rewards.notes]
+    save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, path, _encoded(more))
+
+
+def load_drawn(path: Path, data: PromptData) -> Drawn:
+    """What `save_drawn` wrote; `data`: the stage's prompts."""
+    from safetensors import safe_open
+
+    with safe_open(path, "numpy") as file:
+        more = json.loads(file.metadata()["drawn"])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    of_samples = {
+        name.removeprefix("samples."): value for name, value in arrays.items() if name.startswith("samples.")
+    }
+    samples = Generations.from_arrays(of_samples, more["n"], more["label"], more["seconds"])
+    prompts = data.select(arrays["rows"], copies=samples.n)
+    load, notes = arrays.get("expert_load"), tuple(more["notes"])
+    rewards = Rewards(arrays["rewards"], *more["rewards"]) if "rewards" in arrays else None
+    return Drawn(arrays["rows"], prompts, samples, load, rewards, more["metrics"], notes)
+
+
+def _encoded(more: dict[str, object]) -> dict[str, str]:
+    return {"drawn": json.dumps(more)}

@@ -1,0 +1,139 @@
+"""An online stage from its start or its last checkpoint to its artifact, around `RlLoop.step`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+from pipeline.artifacts.identity import Decision, checkpoints
+from pipeline.artifacts.manifest import Manifest, new_directory, write_json
+from pipeline.stages.checks import check_unmoved
+from pipeline.stages.metrics import MetricsLog
+from pipeline.stages.offline.train import Stopped, finish, sound_checkpoint
+from pipeline.stages.online.loop import RlContext, RlLoop, StepResult
+from pipeline.stages.online.routing import Routing
+from pipeline.stages.prepared import PreparedRl
+from pipeline.stages.specs.registry import PpoStage
+from pipeline.stages.views import frozen_digests
+
+KEPT_SAMPLES = 4
+"""Samples of each logged step that are kept for the report: of as many prompts, or, where prompts have
+several samples each, so many of two prompts."""
+
+
+def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
+    """Run an online stage to its end, from its last checkpoint if there is one.
+
+    Raises:
+        Stopped: after saving, when a stop was asked for.
+        RunFailure: an actor failed beyond recovery, overran a deadline, or an invariant did not hold.
+    """
+    began = time.monotonic()
+    loop = RlLoop(stage, ctx)
+    prepare(stage, ctx)
+    step = restore(loop, decision)
+    roles = [ctx.policy, ctx.reference, *([ctx.critic] if ctx.critic else []), *ctx.reward_models.values()]
+    frozen = frozen_digests(roles)
+    ctx.sync.connect()
+    ctx.sync.push(step)
+    log = MetricsLog(
+        ctx.directory / "metrics.jsonl",
+        resume_at=step,
+        every=ctx.logging_steps,
+        checkpoint=decision.checkpoint,
+    )
+    samples, routing = (
+        MetricsLog(ctx.directory / name, resume_at=step, every=1)
+        for name in ("samples.jsonl", "routing.jsonl")
+    )
+    try:
+        while step < stage.total_steps:
+            result = loop.step(step)
+            step += 1
+            result.metrics["epoch"] = round(stage.epoch(step), 4)
+            line = log.add(step, result.metrics, final=step == stage.total_steps)
+            ctx.on_step(step, result.metrics)
+            for note in result.notes:
+                ctx.note(f"{stage.name} step {step}: {note}")
+            if line:
+                ctx.on_log(line)
+                keep_samples(samples, step, result, stage.spec.num_generations)
+                keep_routing(ctx.directory, routing, step, result.routing)
+            stopping = ctx.stop_asked() and step < stage.total_steps
+            if stopping or (step % stage.spec.save_steps == 0 and step < stage.total_steps):
+                save_checkpoint(loop, step, log)
+            if stopping:
+                raise Stopped(f"{stage.name} at step {step} of {stage.total_steps}")
+        for host, digest in frozen_digests(roles).items():
+            check_unmoved(stage.name, frozen[host], digest, host)
+        return finish(stage, ctx, log.last, time.monotonic() - began)
+    finally:
+        ctx.sync.close()
+        log.close()
+        samples.close()
+        routing.close()
+
+
+def prepare(stage: PreparedRl, ctx: RlContext) -> None:
+    """Optimizers of policy and critic, over as many steps as each will take."""
+    warm = stage.updates_before(stage.critic_warmup_steps)
+    ctx.policy.prepare(stage.spec.optim_spec(), stage.total_updates - warm)
+    if ctx.critic is not None:
+        assert isinstance(stage.spec, PpoStage)
+        shared = ctx.critic.group is ctx.policy.group
+        ctx.critic.prepare(stage.spec.critic_optim_spec(), stage.total_updates, keep=shared)
+
+
+def restore(loop: RlLoop, decision: Decision) -> int:
+    """Load the checkpoint that a partial stage goes on from; returns the steps already done.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if decision.state != "partial" or decision.checkpoint is None or decision.manifest is None:
+        return 0
+    path = sound_checkpoint(decision.checkpoint, decision.manifest)
+    loop.ctx.policy.load_checkpoint(str(path / "policy"))
+    if loop.ctx.critic is not None:
+        loop.ctx.critic.load_checkpoint(str(path / "critic"))
+    loop.load_state(json.loads((path / "loop.json").read_text()))
+    loop.ahead.load(path, loop.stage.data)
+    return int(decision.manifest.step or 0)
+
+
+def save_checkpoint(loop: RlLoop, step: int, log: MetricsLog) -> None:
+    """Write policy, critic, the loop's state and samples drawn ahead, then remove those beyond
+    `save_total_limit`."""
+    ctx, stage = loop.ctx, loop.stage
+    path = ctx.directory / f"checkpoint-{step}"
+    with new_directory(path, ctx.manifest("checkpoint", stage, step=step)) as aside:
+        for name, view in (("policy", ctx.policy), ("critic", ctx.critic)):
+            if view is not None:
+                (aside / name).mkdir()
+                view.save_checkpoint(str(aside / name))
+        write_json(aside / "loop.json", loop.state())
+        loop.ahead.save(aside)
+        log.save(aside)
+    for old in checkpoints(ctx.directory)[stage.spec.save_total_limit :]:
+        shutil.rmtree(old)
+
+
+def keep_routing(directory: Path, log: MetricsLog, step: int, routing: Routing) -> None:
+    """What the report draws of a step's routing; of the last one also the load of each expert in engines."""
+    if row := routing.row(step):
+        log.write(row)
+    if routing.engines is not None:
+        write_json(directory / "engine_load.json", {"step": step, "load": routing.engines.tolist()})
+
+
+def keep_samples(log: MetricsLog, step: int, result: StepResult, n: int) -> None:
+    """A few samples of a step; `n` is the number of samples of a prompt."""
+    answers = result.prompts.columns.get("answer")
+    prompts = KEPT_SAMPLES if n == 1 else 2
+    kept = [p * n + k for p in range(prompts) for k in range(min(n, KEPT_SAMPLES))]
+    for i in (i for i in kept if i < len(result.texts)):
+        row = {"step": step, "prompt": result.prompts.texts[i], "completion": result.texts[i]}
+        row["reward"] = float(result.rewards.values[i])
+        log.write(row | ({"answer": answers[i]} if answers else {}))

@@ -1,0 +1,273 @@
+"""Groups of real Ray actors: calls, errors with a name, deaths, overruns, and the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from actors.batches.batch import Batch
+from actors.cluster.health import State
+from actors.cluster.spec import LimitsSpec, RoleSpec
+from actors.cluster.worker_group import ActorGroup
+from actors.errors import InvariantViolation, RunFailure, UserError
+
+pytestmark = pytest.mark.ray
+
+DUTY = "duties:Duty"
+Start = Callable[..., ActorGroup]
+
+
+@pytest.fixture
+def start(ray_cluster: None, tmp_path: Path) -> Iterator[Start]:
+    """Starts groups that end with the test."""
+    groups = []
+
+    def starting(workers: int = 2, limits: LimitsSpec | None = None, cpus: float = 0.25) -> ActorGroup:
+        role = RoleSpec(workers=workers, cpus=cpus)
+        group = ActorGroup("policy", role, limits or LimitsSpec(start=60, stop=1), tmp_path / "logs")
+        groups.append(group)
+        return group.start()
+
+    yield starting
+    for group in groups:
+        group.shutdown()
+
+
+@pytest.fixture(scope="module")
+def group(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActorGroup]:
+    """Two ranks that live through the tests that do them no harm."""
+    log_dir = tmp_path_factory.mktemp("group") / "logs"
+    shared = ActorGroup("policy", RoleSpec(workers=2), LimitsSpec(start=60, stop=1), log_dir)
+    yield built(shared.start())
+    shared.shutdown()
+
+
+def built(group: ActorGroup) -> ActorGroup:
+    group.ready().build(DUTY, distributed=True).result()
+    return group
+
+
+def gone(pid: int) -> bool:
+    """True once no process of that id is running (a zombie isn't)."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return True
+    return state in "ZX"
+
+
+# --- Calls ----------------------------------------------------------------------------------------
+
+
+def test_every_rank_answers_in_order_and_writes_to_its_own_log(group: ActorGroup) -> None:
+    assert group.call("greet", "Ada") == ["hello, Ada, from 0 of 2", "hello, Ada, from 1 of 2"]
+    assert group.call_rank(1, "greet", "Bob") == "hello, Bob, from 1 of 2"
+    assert "greeting Ada\n" in (group.log_dir / "policy-0.log").read_text()
+    assert "greeting Bob\n" not in (group.log_dir / "policy-0.log").read_text()
+    assert "greeting Bob\n" in (group.log_dir / "policy-1.log").read_text()
+
+
+def test_every_rank_keeps_a_trace_of_what_it_was_asked(group: ActorGroup) -> None:
+    group.call("sleep", 0.05, phase="update")
+    trace = [
+        json.loads(line) for line in (group.log_dir / "trace" / "policy-1.jsonl").read_text().splitlines()
+    ]
+    assert (trace[0]["method"], trace[0]["phase"]) == ("build", "load")
+    assert (trace[-1]["method"], trace[-1]["phase"]) == ("sleep", "update")
+    assert 0.05 <= trace[-1]["end"] - trace[-1]["start"] < 5
+
+
+def test_a_part_of_the_object_is_called_by_its_dotted_name(group: ActorGroup) -> None:
+    assert group.call_rank(0, "greeting.upper") == "HELLO"
+
+
+def test_ranks_meet_over_gloo(group: ActorGroup) -> None:
+    assert group.call("gather") == [[0.0, 1.0], [0.0, 1.0]]
+
+
+def test_batches_and_arrays_travel_whole(group: ActorGroup) -> None:
+    batch = Batch.from_sequences([[1, 2, 3], [4]], [[False, True, True], [False]])
+    assert group.call("total", batch, twice=True) == [20, 20]
+    np.testing.assert_array_equal(group.call_rank(0, "array", 5), np.arange(5))
+
+
+def test_a_call_returns_at_once_and_is_waited_for_later(group: ActorGroup) -> None:
+    began = time.monotonic()
+    pending = group.submit("sleep", 1.0)
+    assert time.monotonic() - began < 0.5
+    assert not pending.done()
+    assert pending.result() == [1.0, 1.0]
+    assert pending.done()
+
+
+def test_a_rebuilt_object_replaces_the_old_one_in_the_same_process(group: ActorGroup) -> None:
+    pids = group.pids()
+    group.build(DUTY, "good day", distributed=True).result()
+    assert group.call_rank(0, "greet", "Ada") == "good day, Ada, from 0 of 2"
+    assert group.pids() == pids
+    built(group)
+
+
+def test_actors_have_quiet_threads_and_no_telemetry(group: ActorGroup) -> None:
+    expected = {
+        "OMP_NUM_THREADS": "1",
+        "KMP_BLOCKTIME": "0",
+        "OMP_WAIT_POLICY": "passive",
+        "DO_NOT_TRACK": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    assert {name: group.call_rank(0, "environment", name) for name in expected} == expected
+
+
+# --- Errors ---------------------------------------------------------------------------------------
+
+
+def test_a_users_mistake_comes_back_as_one_with_every_problem(group: ActorGroup) -> None:
+    with pytest.raises(UserError) as caught:
+        group.call("fail", "user", 1)
+    assert caught.value.problems == ["first problem", "second problem"]
+
+
+def test_a_broken_invariant_comes_back_with_its_type(group: ActorGroup) -> None:
+    with pytest.raises(InvariantViolation, match="the loss is NaN"):
+        group.call("fail", "invariant", 1)
+
+
+def test_any_other_error_names_rank_phase_last_line_and_log(group: ActorGroup) -> None:
+    with pytest.raises(RunFailure) as caught:
+        group.call("fail", "other", 1, phase="update")
+    assert (caught.value.who, caught.value.phase) == ("policy-1", "update")
+    assert caught.value.reason == "KeyError: 'no such adapter'"
+    log = group.log_dir / "policy-1.log"
+    assert str(log) in caught.value.next_step
+    assert "Traceback" in log.read_text()
+
+
+def test_a_group_lives_on_after_an_error(group: ActorGroup) -> None:
+    with pytest.raises(UserError):
+        group.call("fail", "user")
+    assert len(group.call("greet", "Ada")) == 2
+
+
+# --- Deaths and overruns --------------------------------------------------------------------------
+
+
+def test_a_rank_killed_during_a_call_is_named_well_before_the_deadline(start: Start) -> None:
+    group = built(start())
+    pending = group.submit("sleep", 30.0, phase="update")
+    time.sleep(0.5)
+    os.kill(group_pid(group, 1), signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(RunFailure) as caught:
+        pending.result()
+    assert time.monotonic() - began < 10
+    assert (caught.value.who, caught.value.phase) == ("policy-1", "update")
+    assert "its process died" in caught.value.reason
+    assert "run the same command again" in caught.value.next_step
+    assert group.fleet.members[1].state is State.DEAD
+
+
+def group_pid(group: ActorGroup, rank: int) -> int:
+    """Process id of a rank, from its log: a busy rank can't be asked."""
+    first = (group.log_dir / f"policy-{rank}.log").read_text().splitlines()[0]
+    return int(first.split(" pid ")[1].split()[0])
+
+
+def test_the_dead_rank_is_named_not_the_one_whose_collective_lost_its_peer(start: Start) -> None:
+    group = built(start())
+    group.call("gather")
+    with pytest.raises(RunFailure) as caught:
+        group.call("gather", 1, phase="update")
+    assert caught.value.who == "policy-1"
+    assert "its process died" in caught.value.reason
+
+
+def test_after_a_death_every_further_call_fails_at_once_with_the_reason(start: Start) -> None:
+    group = built(start())
+    with pytest.raises(RunFailure):
+        group.call("die", 0)
+    began = time.monotonic()
+    with pytest.raises(RunFailure, match="policy-0 failed in phase 'save': its process died"):
+        group.call("greet", "Ada", phase="save")
+    assert time.monotonic() - began < 0.5
+
+
+def test_an_overrun_names_the_late_rank_the_limit_and_leaves_its_stacks_in_the_log(start: Start) -> None:
+    limits = LimitsSpec(start=60, update=2, stop=1)
+    group = built(start(limits=limits))
+    began = time.monotonic()
+    with pytest.raises(RunFailure) as caught:
+        group.call("sleep", 60.0, 1, phase="update")
+    assert time.monotonic() - began < 5
+    assert (caught.value.who, caught.value.phase) == ("policy-1", "update")
+    assert "no answer within 2 s (limits.update)" in caught.value.reason
+    assert "in sleep" in (group.log_dir / "policy-1.log").read_text()
+    assert group.fleet.members[1].state is State.SUSPECT
+
+
+def test_calls_that_queue_up_have_not_overrun_anything(start: Start) -> None:
+    group = built(start(workers=1, limits=LimitsSpec(start=60, logprobs=2, stop=1)))
+    pending = [group.submit_rank(0, "sleep", 0.8, phase="logprobs") for _ in range(4)]
+    assert [one.result() for one in pending] == [0.8] * 4
+
+
+def test_a_rank_that_dies_while_it_is_built_is_named(start: Start) -> None:
+    group = start()
+    building = group.ready().build("duties:Stillborn", distributed=True)
+    with pytest.raises(RunFailure) as caught:
+        building.result()
+    assert (caught.value.who, caught.value.phase) == ("policy-1", "load")
+
+
+def test_a_rank_that_dies_while_it_starts_is_named(start: Start) -> None:
+    group = start(workers=1).ready()
+    os.kill(group.pids()[0], signal.SIGKILL)
+    with pytest.raises(RunFailure) as caught:
+        group.ready()
+    assert (caught.value.who, caught.value.phase) == ("policy-0", "start")
+
+
+def test_processes_that_ray_cannot_place_are_said_to_be_unplaced(start: Start) -> None:
+    limits = LimitsSpec(start=2, stop=1)
+    start(workers=1, cpus=1.5, limits=LimitsSpec(start=60, stop=1)).ready()
+    with pytest.raises(RunFailure, match=r"not placed by Ray within 2 s \(limits.start\): 1 x \(1.5 CPU\)"):
+        start(workers=1, cpus=1.5, limits=limits).ready()
+
+
+def test_a_dead_rank_serves_again_only_after_restart_and_build(start: Start) -> None:
+    group = built(start(workers=1))
+    with pytest.raises(RunFailure):
+        group.call("die", 0)
+    group.restart(0)
+    with pytest.raises(RunFailure, match="before it was built"):
+        group.call("greet", "Ada")
+    built(group)
+    assert group.call("greet", "Ada") == ["hello, Ada, from 0 of 1"]
+    assert group.fleet.members[0].generation == 1
+
+
+# --- The end --------------------------------------------------------------------------------------
+
+
+def test_shutdown_ends_even_a_busy_rank_and_frees_its_share(start: Start) -> None:
+    import ray
+
+    group = built(start(workers=1, cpus=1.25))
+    pid = group.pids()[0]
+    group.submit("sleep", 60.0)
+    group.shutdown()
+    deadline = time.monotonic() + 20
+    while not (gone(pid) and ray.available_resources().get("CPU", 0) >= 1.25) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert gone(pid)
+    assert ray.available_resources()["CPU"] >= 1.25
+    with pytest.raises(RunFailure, match="were not started, or are shut down"):
+        group.call("greet", "Ada")

@@ -1,0 +1,272 @@
+"""Engines that share a call: the same samples however many there are, and when one is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.batches.generations import Generations, SamplingSpec, sample_seed
+from actors.cluster.spec import LimitsSpec, RoleSpec
+from actors.cluster.worker_group import ROLLOUT, ActorGroup, rollout_group
+from actors.errors import InvariantViolation, RunFailure
+from actors.rollout.pool import MIN_CHUNK, Chunk, Queue, Restart, RolloutPool
+from actors.rollout.spec import EngineSpec
+
+SAMPLING = SamplingSpec(temperature=1, n=2)
+PROMPTS = [[i, i + 1] for i in range(48)]
+SEEDS = [sample_seed(0, 7, p, s) for p in range(48) for s in range(2)]
+DIED = "its process died (killed, crashed, or out of memory)"
+
+
+# --- The queue ------------------------------------------------------------------------------------
+
+
+def drained(queue: Queue) -> list[Chunk]:
+    chunks = []
+    while queue:
+        chunks.append(queue.take())
+    return chunks
+
+
+@pytest.mark.parametrize(("samples", "engines"), [(1, 3), (96, 2), (100, 3), (4096, 8), (0, 2)])
+def test_every_sample_is_in_exactly_one_chunk(samples: int, engines: int) -> None:
+    chunks = drained(Queue(samples, engines))
+    assert [i for chunk in chunks for i in range(chunk.start, chunk.stop)] == list(range(samples))
+
+
+def test_chunks_start_at_half_of_a_fair_share_and_shrink_to_the_smallest() -> None:
+    sizes = [chunk.stop - chunk.start for chunk in drained(Queue(1000, 4))]
+    assert sizes[:3] == [125, 110, 96]
+    assert sizes == sorted(sizes, reverse=True)
+    assert set(sizes[-4:-1]) == {MIN_CHUNK}
+
+
+def test_a_single_engine_takes_all_at_once() -> None:
+    assert drained(Queue(1000, 1)) == [Chunk(0, 1000)]
+
+
+def test_the_chunk_of_a_lost_engine_comes_first() -> None:
+    queue = Queue(96, 2)
+    lost, kept = queue.take(), queue.take()
+    queue.give_back(lost)
+    assert (lost, kept) == (Chunk(0, 24), Chunk(24, 42))
+    assert queue.take() == lost
+    assert queue.take() == Chunk(42, 58)
+
+
+# --- Faults, with engines that have them on purpose -----------------------------------------------
+
+Start = Callable[..., RolloutPool]
+
+
+@pytest.fixture
+def start(ray_cluster: None, tmp_path: Path) -> Iterator[Start]:
+    """Starts pools of fake engines at version 3, to which `revive` brings them unless a test has its own."""
+    groups = []
+
+    def starting(
+        workers: int = 2,
+        seconds: float = 0.0,
+        generate: float = 60,
+        revive: Any = None,
+        in_flight: bool = False,
+    ) -> RolloutPool:
+        limits = LimitsSpec(start=60, generate=generate, stop=1)
+        group = ActorGroup("rollout", RoleSpec(workers=workers), limits, tmp_path / "logs")
+        groups.append(group)
+        group.start().ready().build("pool_engines:FakeEngine", str(tmp_path), seconds).result()
+        group.call("load", 3)
+        revive = revive or (lambda rank: group.call_rank(rank, "load", 3))
+        return RolloutPool(group, revive, in_flight=in_flight)
+
+    yield starting
+    for group in groups:
+        group.shutdown()
+
+
+def rows(made: Generations) -> list[list[int]]:
+    return [ids.tolist() for ids in made.sequences()]
+
+
+def expected(prompts: list[list[int]]) -> list[list[int]]:
+    return [[seed % 97, sum(prompts[i // 2]), 3] for i, seed in enumerate(SEEDS)]
+
+
+def calls(tmp_path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.ray
+def test_the_fast_engine_takes_what_the_slow_one_does_not_get_to(start: Start, tmp_path: Path) -> None:
+    pool = start(seconds=0.004)
+    made = pool.generate(PROMPTS, SAMPLING, SEEDS)
+    assert rows(made) == expected(PROMPTS)
+    assert (made.n, made.version, made.label) == (2, 3, "fake")
+    by_engine: dict[int, list[int]] = {}
+    for call in calls(tmp_path):
+        by_engine.setdefault(call["pid"], []).append(call["samples"])
+    slow, fast = sorted(by_engine.values(), key=sum)
+    assert len(slow) == 1
+    assert sum(fast) == 96 - slow[0]
+
+
+@pytest.mark.ray
+def test_calls_side_by_side_share_the_engines_and_the_replacement_of_a_lost_one(start: Start) -> None:
+    """None of the samples is lost or drawn by two; engines may be at different versions."""
+    pool = start(seconds=0.004, in_flight=True)
+    pool.group.call_rank(0, "load", 4)
+    prompts = [[1002 if i == 20 else i, i + 1] for i in range(48)]
+    with ThreadPoolExecutor(2) as threads:
+        both = [threads.submit(pool.generate, asked, SAMPLING, SEEDS) for asked in (prompts, PROMPTS)]
+        made = [one.result() for one in both]
+    assert [rows(one) for one in made] == [expected(prompts), expected(PROMPTS)]
+    assert {int(v) for one in made for v in one.token_versions} <= {3, 4}
+    assert len(pool.restarts) == 1
+
+
+@pytest.mark.ray
+def test_while_an_engine_is_revived_the_other_goes_on(start: Start, tmp_path: Path) -> None:
+    times: list[float] = []
+
+    def revive(rank: int) -> None:
+        times.append(time.time())
+        time.sleep(2)
+        pool.group.call_rank(rank, "load", 3)
+        times.append(time.time())
+
+    pool = start(seconds=0.004, revive=revive)
+    prompts = [[1002, 5], *PROMPTS[1:]]
+    assert rows(pool.generate(prompts, SAMPLING, SEEDS)) == expected(prompts)
+    assert [restart.reason for restart in pool.restarts] == [DIED]
+    began, ended = times
+    assert any(began < call["start"] and call["end"] < ended for call in calls(tmp_path))
+    assert time.time() > ended
+    assert pool.group.call("load", 4) == [None, None]
+
+
+@pytest.mark.ray
+def test_an_engine_that_hangs_is_replaced_after_its_deadline(start: Start) -> None:
+    pool = start(workers=1, generate=2)
+    prompts = [[1001], *PROMPTS[1:]]
+    assert rows(pool.generate(prompts, SAMPLING, SEEDS)) == expected(prompts)
+    assert pool.restarts == [Restart(0, "no answer within 2 s (limits.generate)")]
+
+
+@pytest.mark.ray
+def test_an_engine_that_died_between_two_calls_is_replaced(start: Start) -> None:
+    pool = start()
+    os.kill(pool.group.pids()[1], signal.SIGKILL)
+    assert rows(pool.generate(PROMPTS, SAMPLING, SEEDS)) == expected(PROMPTS)
+    assert pool.restarts == [Restart(1, DIED)]
+
+
+@pytest.mark.ray
+def test_an_engine_that_was_seen_dead_by_another_call_is_replaced_first(start: Start) -> None:
+    pool = start(workers=1)
+    with pytest.raises(RunFailure):
+        pool.group.call("die")
+    assert rows(pool.generate(PROMPTS, SAMPLING, SEEDS)) == expected(PROMPTS)
+    assert pool.restarts == [Restart(0, DIED)]
+
+
+@pytest.mark.ray
+def test_an_engine_that_dies_while_it_is_revived_is_replaced_again(start: Start, tmp_path: Path) -> None:
+    def revive(rank: int) -> None:
+        first = not (tmp_path / "again").exists()
+        (tmp_path / "again").touch()
+        pool.group.call_rank(rank, "die" if first else "load", *([] if first else [3]))
+
+    pool = start(workers=1, revive=revive)
+    prompts = [[1002, 5], *PROMPTS[1:]]
+    assert rows(pool.generate(prompts, SAMPLING, SEEDS)) == expected(prompts)
+    assert pool.restarts == [Restart(0, DIED)] * 2
+
+
+@pytest.mark.ray
+def test_a_prompt_that_kills_every_engine_ends_the_call_with_a_name(start: Start) -> None:
+    pool = start(workers=1)
+    with pytest.raises(RunFailure) as caught:
+        pool.generate([[1003], *PROMPTS[1:]], SAMPLING, SEEDS)
+    assert (caught.value.who, caught.value.phase) == ("rollout-0", "generate")
+    assert caught.value.reason == f"{DIED}, once more after 2 restarts in one call"
+    assert "rollout-0.log" in caught.value.next_step
+
+
+@pytest.mark.ray
+def test_an_engine_that_fails_and_lives_is_not_restarted(start: Start) -> None:
+    pool = start(workers=1)
+    with pytest.raises(RunFailure, match="rollout-0 failed in phase 'generate': ValueError: a kernel failed"):
+        pool.generate([[1004], *PROMPTS[1:]], SAMPLING, SEEDS)
+    assert pool.restarts == []
+
+
+@pytest.mark.ray
+def test_a_revival_that_goes_wrong_by_itself_ends_the_call(start: Start) -> None:
+    def revive(rank: int) -> None:
+        raise InvariantViolation("rollout-0", "sync", "digest differs")
+
+    pool = start(workers=1, revive=revive)
+    with pytest.raises(InvariantViolation, match="digest differs"):
+        pool.generate([[1002], *PROMPTS[1:]], SAMPLING, SEEDS)
+
+
+@pytest.mark.ray
+def test_engines_that_serve_different_versions_are_refused(start: Start) -> None:
+    pool = start()
+    pool.group.call_rank(1, "load", 4)
+    with pytest.raises(InvariantViolation, match=r"not of \[\('fake', 3\), \('fake', 4\)\]"):
+        pool.generate(PROMPTS, SAMPLING, SEEDS)
+
+
+# --- Real engines ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engines(
+    ray_cluster: None, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ActorGroup]:
+    """Three vLLM engines with the same model."""
+    log_dir = tmp_path_factory.mktemp("pool") / "logs"
+    group = rollout_group(RoleSpec(workers=3), LimitsSpec(stop=5), log_dir)
+    spec = EngineSpec(max_num_seqs=64, max_model_len=256, kv_cache_gib=0.1)
+    group.start().ready().build(ROLLOUT, spec).result()
+    group.call("load", str(tiny_base), phase="load")
+    yield group
+    group.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.vllm
+def test_three_engines_one_killed_while_generating_draw_what_one_engine_draws(
+    engines: ActorGroup, tiny_base: Path
+) -> None:
+    generator = np.random.default_rng(0)
+    prompts = [generator.integers(5, 250, size=size).tolist() for size in generator.integers(3, 40, 36)]
+    sampling = SamplingSpec(temperature=1, max_tokens=150, n=4)
+    seeds = [sample_seed(0, 1, p, s) for p in range(36) for s in range(4)]
+    alone = engines.call_rank(0, "generate", prompts, sampling, seeds, phase="generate")
+    pool = RolloutPool(engines, lambda rank: engines.call_rank(rank, "load", str(tiny_base), phase="load"))
+    shared = pool.generate(prompts, sampling, seeds)
+    assert pool.restarts == []
+    assert rows(shared) == rows(alone)
+    np.testing.assert_array_equal(shared.finish, alone.finish)
+    np.testing.assert_allclose(shared.logprobs, alone.logprobs, atol=1e-5)
+
+    backwards = pool.generate(prompts[::-1], sampling, np.reshape(seeds, (36, 4))[::-1].ravel().tolist())
+    in_order = np.arange(144).reshape(36, 4)[::-1].ravel()
+    assert [rows(backwards)[i] for i in in_order] == rows(alone)
+
+    threading.Timer(0.4, os.kill, (engines.pids()[1], signal.SIGKILL)).start()
+    assert rows(pool.generate(prompts, sampling, seeds)) == rows(alone)
+    assert pool.restarts == [Restart(1, DIED)]
+    assert rows(pool.generate(prompts[:12], sampling, seeds[:48])) == rows(alone)[:48]

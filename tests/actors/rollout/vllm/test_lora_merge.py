@@ -1,0 +1,137 @@
+"""What an engine makes of a payload, compared with the merge that writes checkpoints; no engine needed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from actors.errors import UserError
+from actors.models.architectures.lookup import ARCHITECTURES
+from actors.models.lora.merge import adapter_factors, merged_state
+from actors.rollout.vllm.lora_merge import BaseCheckpoint, Merger
+from actors.sync.payload import closure, digest_of, pack_adapter
+from actors.trainer.merged_weights import HostMerge, Tally
+from tests.actors.rollout.vllm.vllm_cases import ADAPTER, MERGED, Policy, write_base
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
+    return policy_of("mixtral", tmp_path_factory.mktemp("mixtral"))
+
+
+def policy_of(architecture: str, path: Path) -> Policy:
+    policy = Policy(write_base(path, architecture), architecture)
+    policy.change(seed=1)
+    return policy
+
+
+def merger_of(policy: Policy, dtype: torch.dtype) -> tuple[Merger, BaseCheckpoint]:
+    base = BaseCheckpoint(policy.base)
+    return Merger(base, policy.peft.get_base_model().config, dtype), base
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_adapter_merges_into_exactly_what_a_written_checkpoint_holds(
+    tmp_path: Path, architecture: str, dtype: torch.dtype
+) -> None:
+    policy = policy_of(architecture, tmp_path)
+    merger, base = merger_of(policy, dtype)
+    payload = policy.payload(ADAPTER, 1)
+    targets = merger.targets(payload)
+    changed = [name for names in targets.values() for name in names]
+    state, before = policy.state(dtype), merged_state(policy.peft, None, dtype)
+    assert sorted(changed) == sorted(n for n in state if not torch.equal(state[n], before[n]))
+    made = merger.merged(payload, sorted(base.shapes), targets)
+    assert all(torch.equal(made[name], state[name]) for name in state)
+    check_parts(policy, state, dtype)
+    assert {shape for names in targets.values() for shape in names.items()} == {
+        (name, tuple(base.shapes[name].shape)) for name in changed
+    }
+
+
+def check_parts(policy: Policy, state: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """The trainer's merge in small parts is the whole one: values, shapes in advance, digests."""
+    factors = adapter_factors(policy.peft, "policy")
+    merge = HostMerge(policy.peft.get_base_model(), factors, str(dtype).removeprefix("torch."))
+    parts, tally = merge.parts(limit_bytes=50_000), Tally()
+    assert len(parts) > 3
+    made = {}
+    for names in parts:
+        outline, merged = merge.outline(names), merge.merged(names, tally)
+        assert {n: (t.shape, t.dtype) for n, t in outline.items()} == {
+            n: (t.shape, t.dtype) for n, t in merged.items()
+        }
+        assert not made.keys() & merged.keys()
+        made |= merged
+    assert sorted(made) == closure(made, state), "whole groups as an engine loads them"
+    assert all(torch.equal(made[name], state[name]) for name in made)
+    assert tally == merge.tally()
+    assert tally.expected().digests == {name: digest_of(state[name]) for name in made}
+
+
+def test_merged_weights_are_taken_as_they_are_and_the_rest_from_the_base(policy: Policy) -> None:
+    merger, base = merger_of(policy, torch.float32)
+    payload = policy.payload(MERGED, 1)
+    names = ["model.layers.0.self_attn.q_proj.weight", "model.norm.weight"]
+    made = merger.merged(payload, names, merger.targets(payload))
+    assert torch.equal(made[names[0]], policy.state()[names[0]])
+    assert torch.equal(made[names[1]], base.tensor(names[1]))
+
+
+def test_a_version_owes_nothing_to_the_one_before(policy: Policy) -> None:
+    merger, _ = merger_of(policy, torch.bfloat16)
+    payload = policy.payload(ADAPTER, 1)
+    targets = merger.targets(payload)
+    names = [name for of in targets.values() for name in of]
+    first = merger.merged(payload, names, targets)
+    policy.change(seed=2)
+    merger.merged(policy.payload(ADAPTER, 2), names, targets)
+    again = merger.merged(payload, names, targets)
+    assert all(torch.equal(first[name], again[name]) for name in names)
+
+
+def test_the_base_is_rounded_as_the_trainer_holds_it(policy: Policy) -> None:
+    merger, base = merger_of(policy, torch.float32)
+    factors = policy.payload(ADAPTER, 1).factors()
+    payload = pack_adapter(1, "bfloat16", factors)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    made = merger.merged(payload, [name], merger.targets(payload))[name]
+    delta = policy.state()[name] - base.tensor(name)
+    torch.testing.assert_close(made, base.tensor(name).bfloat16().float() + delta)
+
+
+def test_a_base_in_several_files_is_read_through_its_index(policy: Policy, tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(3.0), "b": torch.ones(2, 2, dtype=torch.bfloat16)}
+    for name, tensor in tensors.items():
+        save_file({name: tensor}, tmp_path / f"{name}.safetensors")
+    save_file({"a": torch.zeros(9)}, tmp_path / "consolidated.safetensors")
+    index = {"weight_map": {name: f"{name}.safetensors" for name in tensors}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    base = BaseCheckpoint(tmp_path)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in base.shapes.items()} == {
+        "a": ((3,), torch.float32),
+        "b": ((2, 2), torch.bfloat16),
+    }
+    assert all(torch.equal(base.tensor(name), tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "problem"),
+    [
+        ({}, "has no safetensors"),
+        ({"w": torch.zeros(4, dtype=torch.uint8)}, "holds w as U8; .* needs a base in F32, BF16, F16"),
+    ],
+)
+def test_a_base_that_can_not_be_added_to_is_the_users_mistake(
+    tmp_path: Path, tensors: dict[str, Any], problem: str
+) -> None:
+    if tensors:
+        save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=problem):
+        BaseCheckpoint(tmp_path)

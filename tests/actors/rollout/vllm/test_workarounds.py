@@ -1,0 +1,89 @@
+"""The registry of workarounds and the engine rows that name them. What each does in a real engine, and that
+it is still needed, is tested in `sync/test_vllm_architectures.py`."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from actors.errors import RunFailure
+from actors.models.architectures.lookup import ARCHITECTURES
+from actors.models.architectures.vllm_table import ENGINE_ROWS, UNTESTED, engine_row
+from actors.rollout.vllm.workarounds.patches import Patches
+from actors.rollout.vllm.workarounds.registry import WORKAROUNDS, Workaround, source_digest
+
+
+def test_every_architecture_has_an_engine_row_and_every_row_an_architecture() -> None:
+    assert set(ENGINE_ROWS) == set(ARCHITECTURES)
+
+
+def test_rows_name_known_workarounds_and_every_workaround_is_named() -> None:
+    named = {name for row in ENGINE_ROWS.values() for name in row.workarounds}
+    assert named == set(WORKAROUNDS)
+
+
+def test_every_mixture_of_experts_has_its_experts_repacked() -> None:
+    assert {n for n, row in ENGINE_ROWS.items() if "repacked_experts" in row.workarounds} == {
+        n for n, row in ARCHITECTURES.items() if row.is_moe
+    }
+    assert engine_row("no_such_architecture") is UNTESTED
+
+
+def test_every_workaround_says_where_the_fault_is_and_which_versions_have_it() -> None:
+    for workaround in WORKAROUNDS.values():
+        assert ".py)" in workaround.cause
+        assert workaround.versions
+        assert all(":" in path and digest for path, digest in workaround.written_against.items())
+
+
+def test_config_keys_that_a_checkpoint_has_are_left_alone() -> None:
+    row = ENGINE_ROWS["minimax_m2"]
+    bare = SimpleNamespace(head_dim=32, rope_parameters={"partial_rotary_factor": 0.5})
+    assert row.overrides_for(bare) == {"rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True}
+    told = SimpleNamespace(head_dim=32, rotary_dim=8, scoring_func="softmax", use_routing_bias=False)
+    assert row.overrides_for(told) == {}
+    # What is wrong in any checkpoint is overridden whatever it says.
+    named = SimpleNamespace(architectures=["PhimoeForCausalLM"])
+    assert ENGINE_ROWS["phimoe"].overrides_for(named) == {"architectures": ["PhiMoEForCausalLM"]}
+
+
+def test_a_workaround_that_does_not_fit_the_installed_code_is_refused_by_name() -> None:
+    there = "json:JSONDecoder.decode"
+    fitting = Workaround("fits", "it is an example (json.py)", ("0.1",), {there: str(source_digest(there))})
+    fitting.check()
+    changed = Workaround("old", "it is an example (json.py)", ("0.1",), {there: "0123456789ab"})
+    gone = Workaround("gone", "it is an example (json.py)", ("0.1",), {"json:JSONDecoder.no_such": "0"})
+    with pytest.raises(
+        RunFailure, match=r"workaround 'old' was written for json:JSONDecoder.decode.*0123456"
+    ):
+        changed.check()
+    with pytest.raises(RunFailure, match=r"workaround 'gone' .* has no such code.*it is an example"):
+        gone.check()
+
+
+def test_patches_are_taken_back_in_the_order_in_which_they_came() -> None:
+    class Parent:
+        @staticmethod
+        def inherited() -> int:
+            return 1
+
+    class Child(Parent):
+        @staticmethod
+        def own() -> int:
+            return 2
+
+    patches = Patches()
+    patches.set(Child, "own", lambda: 3)
+    patches.set(Child, "own", lambda: 4)
+    patches.set(Child, "inherited", lambda: 5)
+    assert (Child.own(), Child.inherited()) == (4, 5)
+    patches.undo()
+    assert (Child().own(), Child().inherited()) == (2, 1)
+    assert "inherited" not in vars(Child)
+
+
+def test_a_digest_is_of_one_piece_of_code_and_of_nothing_where_there_is_none() -> None:
+    assert source_digest("json:JSONDecoder.decode") != source_digest("json:JSONDecoder.raw_decode")
+    assert source_digest("json:no_such_function") is None
+    assert source_digest("no_such_module:f") is None

@@ -1,0 +1,126 @@
+"""What each stage still needs, decided from the disk alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.artifacts.identity import Identity, checkpoints, decide, identity_config
+from pipeline.artifacts.manifest import Manifest, new_directory, write_json
+
+
+def identity(**stage: object) -> Identity:
+    config = identity_config(
+        {"learning_rate": 1e-4, "batch_size": 8, "save_steps": 5, **stage}, {"base": "b"}
+    )
+    return Identity(config, {"base": "abc"}, "data", 0)
+
+
+def saved(directory: Path, who: Identity, name: str, step: int | None = None) -> Path:
+    manifest = Manifest(
+        type="checkpoint",
+        stage="sft",
+        fingerprint=who.fingerprint,
+        inputs=who.inputs,
+        config=who.config,
+        data={"fingerprint": who.data},
+        seed=who.seed,
+        step=step,
+    )
+    with new_directory(directory / name, manifest) as aside:
+        (aside / "weights").write_text("w")
+    return directory / name
+
+
+def finished(directory: Path, who: Identity) -> None:
+    saved(directory, who, "adapter")
+    manifest = Manifest.model_validate_json((directory / "adapter" / "manifest.json").read_text())
+    manifest.files = {f"adapter/{name}": entry for name, entry in manifest.files.items()}
+    write_json(directory / "manifest.json", manifest.model_dump())
+
+
+def test_nothing_on_disk_is_new(tmp_path: Path) -> None:
+    assert decide(tmp_path / "sft", identity()).state == "new"
+
+
+def test_a_finished_stage_is_fresh(tmp_path: Path) -> None:
+    finished(tmp_path, identity())
+    assert decide(tmp_path, identity()).state == "fresh"
+
+
+def test_a_key_that_does_not_change_the_result_keeps_it_fresh(tmp_path: Path) -> None:
+    finished(tmp_path, identity(save_steps=5))
+    assert decide(tmp_path, identity(save_steps=50)).state == "fresh"
+
+
+def test_a_changed_key_is_named(tmp_path: Path) -> None:
+    finished(tmp_path, identity(learning_rate=1e-4))
+    decision = decide(tmp_path, identity(learning_rate=2e-4))
+    assert decision.state == "changed"
+    assert decision.changed == ["stage.learning_rate"]
+    assert "stage.learning_rate" in decision.says
+
+
+def test_a_changed_input_is_named(tmp_path: Path) -> None:
+    finished(tmp_path, identity())
+    other = Identity(identity().config, {"base": "xyz"}, "data", 0)
+    assert decide(tmp_path, other).changed == ["input base"]
+
+
+def test_a_finished_stage_with_a_damaged_file_runs_again(tmp_path: Path) -> None:
+    finished(tmp_path, identity())
+    (tmp_path / "adapter" / "weights").write_text("damaged")
+    assert decide(tmp_path, identity()).state == "changed"
+
+
+def test_a_stage_goes_on_from_its_newest_complete_checkpoint(tmp_path: Path) -> None:
+    saved(tmp_path, identity(), "checkpoint-5", 5)
+    saved(tmp_path, identity(), "checkpoint-10", 10)
+    (tmp_path / "checkpoint-15").mkdir()
+    (tmp_path / "checkpoint-15" / "weights").write_text("cut while being written: no manifest")
+    decision = decide(tmp_path, identity())
+    assert decision.state == "partial"
+    assert decision.checkpoint == tmp_path / "checkpoint-10"
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-5"]
+
+
+def test_a_checkpoint_of_other_settings_is_not_resumed_from(tmp_path: Path) -> None:
+    saved(tmp_path, identity(batch_size=8), "checkpoint-5", 5)
+    decision = decide(tmp_path, identity(batch_size=16))
+    assert decision.state == "changed"
+    assert decision.changed == ["stage.batch_size"]
+
+
+def test_a_stage_from_before_a_key_existed_is_fresh_while_that_is_at_its_default(tmp_path: Path) -> None:
+    finished(tmp_path, identity(rewards=[{"source": "a"}]))
+    now = identity(rewards=[{"source": "a", "timeout_s": 60.0}], staleness=0)
+    decision = decide(tmp_path, now)
+    assert decision.state == "fresh"
+    # What later stages read of it has the name that they know.
+    assert decision.identity is not None
+    assert decision.identity.fingerprint == identity(rewards=[{"source": "a"}]).fingerprint
+    asked = replace(now, chosen=frozenset({"stage.staleness"}))
+    assert decide(tmp_path, asked).changed == ["stage.staleness"]
+    other = replace(now, data="others", chosen=frozenset({"stage.rewards.0.timeout_s"}))
+    assert decide(tmp_path, other).changed == ["stage.rewards.0.timeout_s", "data"]
+
+
+def test_a_checkpoint_from_before_a_key_existed_is_gone_on_from(tmp_path: Path) -> None:
+    saved(tmp_path, identity(), "checkpoint-5", 5)
+    decision = decide(tmp_path, identity(staleness=0))
+    assert decision.state == "partial"
+    assert decision.identity == identity()
+
+
+def test_a_key_that_is_gone_is_a_change(tmp_path: Path) -> None:
+    finished(tmp_path, identity(old_key=1))
+    assert decide(tmp_path, identity()).changed == ["stage.old_key"]
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_the_seed_belongs_to_the_identity(tmp_path: Path, seed: int) -> None:
+    finished(tmp_path, identity())
+    who = identity()
+    assert decide(tmp_path, Identity(who.config, who.inputs, who.data, seed)).changed == ["seed"]

@@ -1,0 +1,133 @@
+"""Artifacts appear whole or not at all, and are recognised by their content."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.errors import RunFailure, UserError
+from pipeline.artifacts.manifest import (
+    MANIFEST,
+    Manifest,
+    model_fingerprint,
+    new_directory,
+    read_manifest,
+    recover,
+    verify,
+)
+
+
+def manifest(**more: object) -> Manifest:
+    return Manifest(type="adapter", stage="sft", fingerprint="f", **more)
+
+
+def test_an_artifact_has_its_files_and_their_digests(tmp_path: Path) -> None:
+    with new_directory(tmp_path / "adapter", manifest()) as aside:
+        (aside / "weights").write_bytes(b"12345")
+        assert not (tmp_path / "adapter").exists()
+    found = read_manifest(tmp_path / "adapter")
+    assert found is not None
+    assert found.files["weights"].bytes == 5
+    assert verify(tmp_path / "adapter", found) == []
+
+
+def test_an_error_while_writing_leaves_the_old_artifact(tmp_path: Path) -> None:
+    with new_directory(tmp_path / "adapter", manifest()) as aside:
+        (aside / "weights").write_text("old")
+
+    def fail_half_way() -> None:
+        with new_directory(tmp_path / "adapter", manifest()) as aside:
+            (aside / "weights").write_text("half of the new")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_half_way()
+    assert (tmp_path / "adapter" / "weights").read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
+
+
+def save_and_die(directory: Path, moment: str, call: int) -> int:
+    """Save in a process of its own that is killed before the n-th call of `moment`; its exit status."""
+    child = os.fork()
+    if not child:
+        module, name = moment.split(".")
+        real, calls = getattr(sys.modules[module], name), itertools.count(1)
+
+        def dying(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        try:
+            setattr(sys.modules[module], name, dying)
+            with new_directory(directory, manifest()) as aside:
+                (aside / "weights").write_text("new")
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("moment", ["os.fsync", "os.rename", "os.replace"])
+def test_a_kill_at_any_point_of_a_save_leaves_a_whole_artifact(tmp_path: Path, moment: str) -> None:
+    """kill -9 before the n-th call of what moves bytes to disk, for every n that a save has."""
+    with new_directory(tmp_path / "a", manifest()) as aside:
+        (aside / "weights").write_text("old")
+    for call in range(1, 40):
+        code = save_and_die(tmp_path / "a", moment, call)
+        recover(tmp_path / "a")
+        found = read_manifest(tmp_path / "a")
+        assert found is not None
+        assert verify(tmp_path / "a", found) == []
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        assert (tmp_path / "a" / "weights").read_text() in ("old", "new")
+    assert code == 0, "the save has more steps than this test kills at"
+    assert (tmp_path / "a" / "weights").read_text() == "new"
+    assert call > 1
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    with new_directory(tmp_path / "adapter", manifest()) as aside:
+        (aside / "weights").write_text("good")
+        (aside / "config").write_text("good")
+    found = read_manifest(tmp_path / "adapter")
+    assert found is not None
+    (tmp_path / "adapter" / "weights").write_text("evil")
+    (tmp_path / "adapter" / "config").unlink()
+    problems = "\n".join(verify(tmp_path / "adapter", found))
+    assert "weights does not match its digest" in problems
+    assert "config is missing" in problems
+
+
+def test_a_broken_manifest_is_the_users_to_look_at(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text('{"type": "adap')
+    with pytest.raises(UserError, match="manifest cannot be read"):
+        read_manifest(tmp_path)
+
+
+def test_a_disk_that_is_full_ends_in_a_failure_that_says_so(tmp_path: Path) -> None:
+    def fill_the_disk() -> None:
+        with new_directory(tmp_path / "a", manifest()), open("/dev/full", "w") as full:
+            full.write("x")
+
+    with pytest.raises(RunFailure, match="No space left"):
+        fill_the_disk()
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_models_identity_is_its_weights_and_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"a" * 100)
+    first = model_fingerprint(tmp_path)
+    (tmp_path / "README.md").write_text("a card")
+    assert model_fingerprint(tmp_path) == first
+    (tmp_path / "model.safetensors").write_bytes(b"a" * 99 + b"b")
+    assert model_fingerprint(tmp_path) != first

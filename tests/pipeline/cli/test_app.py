@@ -1,0 +1,193 @@
+"""The command line: help, exit codes, and that its import stays light."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from pipeline.cli.app import app, main
+
+VERBS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+HEAVY = ("torch", "ray", "transformers", "datasets", "vllm", "trl", "peft", "matplotlib")
+
+
+def test_every_verb_of_the_issue_is_there() -> None:
+    assert set(VERBS) == {
+        "init", "validate", "run", "submit", "status", "logs", "stop",
+        "inspect", "eval", "chat", "merge", "report", "env",
+    }  # fmt: skip
+
+
+def test_init_knows_every_type_of_stage() -> None:
+    from pipeline.cli.runs import STAGES
+    from pipeline.stages.specs.registry import STAGE_TYPES
+
+    assert sorted(STAGES.split(", ")) == sorted(STAGE_TYPES)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "Example" in text
+    assert f"raylign {verb}" in text
+
+
+def test_importing_the_command_line_loads_nothing_heavy() -> None:
+    code = (
+        f"import sys, pipeline.cli.app, pipeline.config.load; print([m for m in {HEAVY} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_init_writes_a_config_and_replaces_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.yaml"
+    assert main(["init", str(path), "--base", "some/base"]) == 0
+    assert yaml.safe_load(path.read_text())["name"] == "mine"
+    path.write_text("precious")
+    assert main(["init", str(path)]) == 2
+    assert path.read_text() == "precious"
+    assert main(["init", str(path), "--force"]) == 0
+    assert main(["init", str(tmp_path / "schema.json"), "--schema"]) == 0
+    assert "json-schema.org" in (tmp_path / "schema.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run"], "Missing argument"),
+        (["frobnicate"], "No such command"),
+        (["run", "nowhere.yaml"], "no such file"),
+        (["validate", "nowhere.yaml"], "no such file"),
+        (["report", "."], "no run.json"),
+        (["stop", "x", "--timeout", "0"], "--timeout"),
+    ],
+)
+def test_mistakes_end_with_code_2_and_no_traceback(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err + captured.out
+
+
+def test_a_bad_config_lists_all_of_its_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "name: a\nmodel: {base: b, lora: {lora_alfa: 1}}\nstages: {sft: {data: x, batch_size: 0}}\nseeed: 1"
+    )
+    for verb in ("run", "validate", "submit", "eval"):
+        assert main([verb, str(path)]) == 2
+        text = capsys.readouterr().err
+        assert "3 problems" in text
+        assert "did you mean `lora_alpha`?" in text
+        assert "did you mean `seed`?" in text
+
+
+def test_until_names_a_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("name: a\nmodel: {base: b}\nstages: {sft: {data: x}}")
+    assert main(["run", str(path), "--until", "stf"]) == 2
+    assert "did you mean 'sft'?" in capsys.readouterr().err
+
+
+def test_validate_lists_model_data_and_directory_together(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("a file")
+    assert main(["init", "run.yaml", "--base", str(tiny_base)]) == 0
+    few = [f"stages.{stage}.data.max_rows=64" for stage in ("sft", "dpo")]
+    assert main(["validate", "run.yaml", *few]) == 0
+    fine = capsys.readouterr().out
+    assert "gate_up_proj" in fine
+    assert "500 prompts" in fine
+    changes = [
+        "output_dir=taken",
+        "stages.sft.data=none.jsonl",
+        "model.lora.targets=[mlp]",
+        "stages.dpo.data.split=train",
+    ]
+    assert main(["validate", "run.yaml", *few, *changes]) == 2
+    text = capsys.readouterr().err
+    for key in ("output_dir", "model.lora.targets", "stages.sft", "stages.dpo"):
+        assert f"- {key}" in text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_validate_says_what_a_sync_sends_and_which_reward_cannot_be_found(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "run.yaml", "--base", str(tiny_base), "--stages", "reward,ppo"]) == 0
+    few = [f"stages.{stage}.data.max_rows=64" for stage in ("reward", "ppo")]
+    assert main(["validate", "run.yaml", *few, "stages.ppo.max_length=64"]) == 0
+    fine = capsys.readouterr().out
+    assert "ppo: a sync sends " in fine
+    assert "critic: on policy's processes" in fine
+    rewards = "stages.ppo.rewards=[reward, nowhere:f, ./nothing]"
+    assert main(["validate", "run.yaml", *few, rewards]) == 2
+    text = capsys.readouterr().err
+    assert "- stages.ppo.rewards.1: 'nowhere:f' cannot be imported" in text
+    assert "- stages.ppo.rewards.2: nothing holds no reward model" in text
+
+
+def test_env_says_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    text = capsys.readouterr().out
+    for word in ("python", "torch", "cores", "memory", "gpus"):
+        assert word in text
+
+
+def test_chat_finds_the_last_finished_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipeline.cli.models import result_of
+    from pipeline.config.load import load_config
+
+    path = tmp_path / "run.yaml"
+    path.write_text(f"name: a\noutput_dir: {tmp_path}/out\nmodel: {{base: b}}\nstages: {{sft: {{data: x}}}}")
+    config = load_config(path)
+    assert result_of(config, "base") == "b"
+    assert main(["chat", str(path)]) == 2
+    assert "holds no result yet" in capsys.readouterr().err
+    (tmp_path / "out" / "sft" / "adapter").mkdir(parents=True)
+    assert result_of(config, None).endswith("out/sft/adapter")
+
+
+def test_a_merge_that_rounds_the_training_away_names_float32(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    from actors.models.base.loading import load_base
+    from actors.models.lora.adapters import attach_lora, save_adapter
+    from actors.models.spec import LoraSpec, ModelSpec
+    from actors.models.tiny import write_tiny_base
+
+    base = write_tiny_base(tmp_path / "base", num_hidden_layers=1)
+    peft = attach_lora(load_base(ModelSpec(base=str(base))), LoraSpec(r=2), "default", 0)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(1e-6)
+    save_adapter(peft, "default", tmp_path / "adapter")
+    said = {}
+    for dtype in ("bfloat16", "float32"):
+        arguments = ["merge", str(tmp_path / "adapter"), str(tmp_path / dtype), "--dtype", dtype]
+        assert main(arguments) == 0
+        said[dtype] = capsys.readouterr().out
+    assert "`--dtype float32` keeps it" in said["bfloat16"]
+    assert "keeps it" not in said["float32"]

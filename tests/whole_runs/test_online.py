@@ -1,0 +1,187 @@
+"""Reward model -> PPO on real Ray, real vLLM and real weight syncs, and what survives lost processes.
+
+One uninterrupted run is the measure: whatever dies on the way, the adapter that comes out is the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.whole_runs.runs import (
+    TINY_MOE,
+    adapter_digest,
+    calls,
+    command_of,
+    complete,
+    has_done,
+    kill_when,
+    lines_of,
+    pid_of,
+    start,
+    when,
+)
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(900)]
+
+REWARD = '''
+def digits(completions, answer, **columns):
+    """The share of characters that are digits; the true answer is worth 1 more."""
+    texts = [c[-1]["content"] for c in completions]
+    share = [sum(x.isdigit() for x in text) / max(1, len(text)) for text in texts]
+    return [s + (text.strip() == str(a)) for s, text, a in zip(share, texts, answer)]
+'''
+UNEQUAL = re.compile(
+    r"^(time/|sync/|mismatch/|moe/engine_|step_seconds|tokens_per_second|critic/tokens_per_second)"
+)
+"""Metrics that a repeated run may have otherwise: times, and what engines say or count for themselves."""
+
+
+def config(output: Path, engines: int = 1) -> dict[str, Any]:
+    data = {"source": "builtin:arithmetic", "max_rows": 64}
+    return {
+        "name": "online",
+        "output_dir": str(output),
+        "seed": 5,
+        "model": {"base": str(TINY_MOE), "lora": {"r": 4, "lora_alpha": 8}},
+        "stages": {
+            "reward": {
+                "data": data | {"split": "preference"},
+                "batch_size": 8,
+                "max_steps": 2,
+                "max_length": 64,
+            },
+            "ppo": {
+                "data": data | {"split": "prompts"},
+                "rewards": ["shaped:digits", {"source": "reward", "weight": 0.5}],
+                "batch_size": 16,
+                "steps_per_generation": 2,
+                "num_iterations": 2,
+                "num_generations": 2,
+                "max_completion_length": 8,
+                "max_length": 64,
+                "max_steps": 5,
+                "save_steps": 2,
+                "learning_rate": 1e-3,
+                "kl_target": 0.05,
+                "kl_horizon": 100,
+            },
+        },
+        "roles": {"policy": {"workers": 2}, "rollout": {"workers": engines}},
+    }
+
+
+def command_for(directory: Path, engines: int = 1) -> list[str]:
+    command = command_of(directory, config(directory / "run", engines))
+    (directory / "shaped.py").write_text(REWARD)
+    return command
+
+
+def repeatable(run: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in line.items() if not UNEQUAL.match(k)} for line in lines_of(run, "ppo")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from start to end; its directory."""
+    directory = tmp_path_factory.mktemp("whole")
+    complete(command_for(directory), directory)
+    return directory / "run"
+
+
+def test_every_step_is_checked_and_logged(whole: Path) -> None:
+    lines = lines_of(whole, "ppo")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [line["sync/version"] for line in lines] == [1, 2, 3, 4, 5]
+    for line in lines:
+        assert line["mismatch/max"] < 1e-4
+        assert line["sync/probe_max"] < 1e-4
+        assert {"rewards/digits/mean", "rewards/reward/mean", "reward", "value_loss", "kl"} <= set(line)
+    assert lines[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
+    assert lines[0]["beta"] != lines[-1]["beta"]
+    samples = lines_of(whole, "ppo", "samples")
+    assert {"step", "prompt", "completion", "reward", "answer"} <= set(samples[0])
+    manifest = json.loads((whole / "ppo" / "manifest.json").read_text())
+    assert set(manifest["inputs"]) == {"base", "reference", "critic", "reward reward"}
+
+
+def test_a_finished_run_is_skipped(whole: Path) -> None:
+    said = complete([sys.executable, "-m", "pipeline", "run", str(whole.parent / "run.yaml")], whole.parent)
+    assert "ppo: already done, skipped" in said
+
+
+MOMENTS = {
+    "generate": ("rollout-0", "readback", 4),
+    "update": ("rollout-0", "generate", 3),
+    "sync": ("policy-0", "weight_source.prepare", 1),
+}
+"""What a process has done, and how often in this life of the run, just before a phase begins."""
+
+
+@pytest.mark.parametrize(
+    "phases",
+    [("update", "sync"), pytest.param(("generate", "update", "sync"), marks=pytest.mark.slow)],
+    ids=" ".join,
+)
+def test_a_run_killed_in_these_phases_ends_with_the_same_adapter(
+    phases: tuple[str, ...], whole: Path, tmp_path: Path
+) -> None:
+    command, run = command_for(tmp_path), tmp_path / "run"
+    for phase in phases:
+        who, method, times = MOMENTS[phase]
+        kill_when(command, tmp_path, has_done(run, who, method, calls(run, who, method) + times))
+        assert not (run / "ppo" / "manifest.json").exists(), phase
+    said = complete(command, tmp_path)
+    assert "ppo: continues from checkpoint-" in said
+    assert adapter_digest(run, "ppo") == adapter_digest(whole, "ppo")
+    assert repeatable(run) == repeatable(whole)
+
+
+def test_two_engines_of_which_one_is_killed_make_the_same_adapter(whole: Path, tmp_path: Path) -> None:
+    command, run = command_for(tmp_path, engines=2), tmp_path / "run"
+    process = start(command, tmp_path)
+    # When it connects, for version 0, and for version 1: then it generates, for a tenth of a second.
+    when(process, lambda: calls(run, "rollout-1", "score_tokens") >= 3)
+    time.sleep(0.02)
+    os.kill(pid_of(run, "rollout-1"), signal.SIGKILL)
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, said[-3000:]
+    assert "rollout-1 was replaced" in said
+    lives = re.findall(r"--- rollout-1 pid", (run / "logs" / "rollout-1.log").read_text())
+    assert len(lives) == 2
+    assert adapter_digest(run, "ppo") == adapter_digest(whole, "ppo")
+    assert repeatable(run) == repeatable(whole)
+
+
+@pytest.mark.slow
+def test_roles_on_hosts_of_their_own_make_the_same_adapter(whole: Path, tmp_path: Path) -> None:
+    """Two ranks each, as the policy has them: then rows are dealt alike, and not a bit differs."""
+    run = tmp_path / "run"
+    command_for(tmp_path)
+    apart = config(run)
+    own = {"workers": 2, "cpus": 0.1}
+    apart["roles"] |= {"critic": own, "reward": own, "reference": own}
+    complete(command_of(tmp_path, apart), tmp_path)
+    assert (run / "logs" / "critic-1.log").is_file()
+    assert adapter_digest(run, "ppo") == adapter_digest(whole, "ppo")
+    assert repeatable(run) == repeatable(whole)
+
+
+@pytest.mark.slow
+def test_a_dead_policy_rank_ends_the_run_with_its_name(tmp_path: Path) -> None:
+    command, run = command_for(tmp_path), tmp_path / "run"
+    process = start(command, tmp_path)
+    when(process, lambda: calls(run, "rollout-0", "generate") == 3)
+    os.kill(pid_of(run, "policy-1"), signal.SIGKILL)
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 1, said[-3000:]
+    assert re.search(r"policy-1 failed in phase '(update|sync|logprobs)'", said), said[-3000:]
+    assert "run the same command again" in said
