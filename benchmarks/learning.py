@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.report import machine
 from benchmarks.workloads import ROOT
-from pipeline.report.paired import Difference, paired_difference
+from pipeline.report.evals import Difference, paired_difference
 
 CONFIGS = ("ppo-tiny", "grpo-tiny", "rloo-tiny")
 MORE = (

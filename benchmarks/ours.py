@@ -14,8 +14,7 @@ from actors.algorithms.loss import Loss
 from actors.algorithms.sft import SftLoss
 from actors.batches.batch import Batch
 from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
-from actors.optim_spec import OptimSpec
-from actors.trainer.spec import HostSpec
+from actors.trainer.spec import HostSpec, OptimSpec
 from benchmarks.meter import Effort, Meter, Reading, peak_rss_bytes
 from benchmarks.workloads import BETA, LEARNING_RATE, LORA_ALPHA, LORA_R, Workload, batches, make_rows
 

@@ -118,9 +118,8 @@ def update_by_kind(workload: OnlineWorkload, base: Path) -> tuple[dict[str, floa
     from actors.algorithms.policy import PolicyLoss
     from actors.batches.batch import Batch
     from actors.models.spec import LoraSpec, ModelSpec
-    from actors.optim_spec import OptimSpec
     from actors.trainer.model_host import ModelHost
-    from actors.trainer.spec import HostSpec
+    from actors.trainer.spec import HostSpec, OptimSpec
 
     lora = LoraSpec(r=LORA_R, lora_alpha=LORA_ALPHA, targets=["attention", "experts"])
     host = ModelHost(HostSpec(model=ModelSpec(base=str(base), lora=lora), threads=1))

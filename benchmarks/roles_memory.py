@@ -95,9 +95,8 @@ def work(roles: tuple[str, ...], workload: str, base: Path) -> None:
     from actors.algorithms.sft import SftLoss
     from actors.algorithms.value import ValueLoss
     from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
-    from actors.optim_spec import OptimSpec
     from actors.trainer.model_host import ModelHost
-    from actors.trainer.spec import HostSpec
+    from actors.trainer.spec import HostSpec, OptimSpec
 
     model = ModelSpec(base=str(base), lora=LoraSpec(r=16), moe=MoeSpec(router_aux_loss_coef=0.0))
     host = ModelHost(HostSpec(model=model, threads=1))

@@ -113,9 +113,8 @@ def work(rank: int, lora: bool, sharding: Any, workload: str, base: str, init: s
 
     from actors.algorithms.sft import SftLoss
     from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
-    from actors.optim_spec import OptimSpec
     from actors.trainer.model_host import ModelHost
-    from actors.trainer.spec import HostSpec
+    from actors.trainer.spec import HostSpec, OptimSpec
 
     memory = Memory()
     model = ModelSpec(base=base, lora=LoraSpec(r=16) if lora else None, moe=MoeSpec(router_aux_loss_coef=0.0))

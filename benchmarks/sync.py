@@ -95,10 +95,9 @@ def _syncs(
     from actors.batches.batch import Batch
     from actors.cluster.worker_group import HOST
     from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
-    from actors.optim_spec import OptimSpec
     from actors.sync.spec import SyncSpec
     from actors.sync.weight_sync import WeightSync
-    from actors.trainer.spec import HostSpec
+    from actors.trainer.spec import HostSpec, OptimSpec
 
     lora = LoraSpec(r=LORA_R, lora_alpha=LORA_ALPHA, targets=["attention", "experts"])
     model = ModelSpec(base=str(base), lora=lora, moe=MoeSpec(router_aux_loss_coef=0.0))

@@ -13,7 +13,7 @@ LIBRARIES = ("vllm", "transformers", "peft", "torch")
 
 
 def record(model_type: str, **figures: float) -> None:
-    """Keep figures of one architecture, named as in `pipeline.report.architecture_page.FIGURES`, where asked to."""
+    """Keep figures of one architecture, named as in `architecture_page.FIGURES`, where asked to."""
     named = os.environ.get(VARIABLE)
     if not named:
         return

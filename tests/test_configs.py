@@ -14,7 +14,7 @@ import typer
 from actors.errors import UserError
 from pipeline.cli.app import app
 from pipeline.config.load import load_config, resolved, validate
-from pipeline.config.run_config import RolesSpec, RunConfig
+from pipeline.config.run_config import RunConfig
 from pipeline.config.yaml_reader import parse_yaml
 from pipeline.planning.dry_run import (
     DRY_BATCH,
@@ -26,6 +26,7 @@ from pipeline.planning.dry_run import (
     DRY_WORKERS,
     shrink,
 )
+from pipeline.roles import RolesSpec
 from pipeline.stages.specs.registry import DpoStage, GrpoStage, RlStage
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import ConfigDict
 
 from actors.batches.batch import Batch
-from actors.models.spec import Spec
+from actors.spec import Spec
 
 if TYPE_CHECKING:
     import numpy as np

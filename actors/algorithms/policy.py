@@ -87,9 +87,9 @@ class PolicyLoss(Loss):
     """Policy gradient with importance ratios.
 
     Token columns read: `old_logps` (but see `on_policy`), `advantages`; `importance_sampling_ratio` if there
-    (what each token's surrogate is multiplied by: see `actors.algorithms.importance_sampling`); `ref_logps` if there
-    (then the KL is a metric, and with beta a term of the loss); `mask` (bool) if there: False takes a token
-    out of loss, metrics and totals.
+    (what each token's surrogate is multiplied by: see `actors.algorithms.importance_sampling`); `ref_logps`
+    if there (then the KL is a metric, and with beta a term of the loss); `mask` (bool) if there: False takes
+    a token out of loss, metrics and totals.
     """
 
     uses_dropout: ClassVar[bool] = False

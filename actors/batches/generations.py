@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from actors.batches.routed_experts import ExpertChoices
-from actors.models.spec import Spec
+from actors.spec import Spec
 
 FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
 """What `Generations.finish` indexes, vLLM's names: stop is an end-of-turn token or a stop string, length the

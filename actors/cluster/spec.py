@@ -1,6 +1,7 @@
 """What a role may use and how long it may take: resources, threads, deadlines.
 
-Specs only, importable without Ray or torch; `actors.cluster.connection` and `actors.cluster.worker_group` act on them.
+Specs only, importable without Ray or torch; `actors.cluster.connection` and `actors.cluster.worker_group`
+act on them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from actors.models.spec import Spec
+from actors.spec import Spec
 
 Phase = Literal[
     "start", "load", "update", "evaluate", "logprobs", "generate", "save", "restore", "sync", "call", "stop"
@@ -92,3 +93,14 @@ def bundle(role: RoleSpec) -> dict[str, float]:
     """Ray resources of one process of a role."""
     asked = {"CPU": role.cpus, "GPU": role.gpus, **role.resources}
     return {name: float(amount) for name, amount in asked.items() if amount > 0}
+
+
+class RaySpec(Spec):
+    """Which Ray cluster runs the actors."""
+
+    address: str | None = None
+    """`auto` or `host:port` of a running cluster; null: a local one that ends with the run."""
+    num_cpus: float | None = Field(default=None, gt=0)
+    """CPUs of the local cluster; null: as many as the machine has."""
+    object_store_memory: int | None = Field(default=None, ge=80_000_000)
+    """Bytes of the local cluster's object store; null: Ray's choice."""

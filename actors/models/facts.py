@@ -33,7 +33,7 @@ class BaseFacts:
     n_experts: int | None = None
     """Experts of each layer; None for a dense model, and for an architecture that is not in the table."""
     split_sizes: dict[str, int] | None = None
-    """What tensor-parallel ranks share evenly (`actors.models.architectures.tensor_parallel_sizes`); None: not known."""
+    """What tensor-parallel ranks share evenly (`tensor_parallel_sizes.py`); None: not known."""
 
 
 def max_positions(config: PretrainedConfig) -> int | None:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from actors.spec import Spec
 
 TargetGroup = Literal["attention", "experts", "shared_experts", "router", "mlp"]
-
-
-class Spec(BaseModel):
-    """Base of every spec: unknown keys are refused, field docstrings become descriptions."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
 
 class LoraSpec(Spec):

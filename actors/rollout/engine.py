@@ -23,7 +23,14 @@ import numpy as np
 from actors.batches.generations import Generations, SamplingSpec, sample_seed
 from actors.errors import RunFailure, UserError
 from actors.rollout.spec import EngineSpec
-from actors.rollout.vllm.requests import sample_of, sampling_params, scores_of, scoring_params
+from actors.rollout.vllm.requests import (
+    Stepper,
+    sample_of,
+    sampling_params,
+    scores_of,
+    scoring_params,
+    token_versions,
+)
 from actors.rollout.vllm.settings import (
     ArchitectureInUse,
     building_models,
@@ -32,7 +39,6 @@ from actors.rollout.vllm.settings import (
     read_config,
     without_remains,
 )
-from actors.stepping import Stepper, token_versions
 
 if TYPE_CHECKING:
     from vllm import LLM

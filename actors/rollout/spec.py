@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from actors.models.spec import Spec
+from actors.spec import Spec
 
 DEFAULT_POSITIONS = 4096
 """Longest prompt and answer where nothing else is said: long-context models would want tens of GB of

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from actors.models.spec import Spec
+from actors.spec import Spec
 
 Backend = Literal["gloo", "nccl"]
 """What carries tensors between trainer and engine: gloo on CPUs, nccl between GPUs."""

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from actors.errors import UserError
 from actors.models.parallel.fsdp import own_part, put_, whole, whole_of
-from actors.trainer.optimizer import Bucket
+from actors.trainer.parameter_buckets import Bucket
 from actors.trainer.streamed_safetensors import Entry, write_tensors
 
 PARAMETERS, OPTIMIZER, STATE = "parameters.safetensors", "optimizer.safetensors", "state.json"

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from actors.allocator import keep_freed_memory
 from actors.errors import UserError
 from actors.models.architectures.lookup import architecture_of
 from actors.models.base.loading import load_base, resolve_base
@@ -32,6 +31,7 @@ from actors.trainer.saving import HostFiles
 from actors.trainer.scores import HostScoring
 from actors.trainer.spec import HostSpec
 from actors.trainer.token_scorer import TokenScorer
+from actors.trainer.torch_setup import _configure_torch
 from actors.trainer.updates import HostTraining
 from actors.trainer.weight_source import WeightSource
 
@@ -186,17 +186,3 @@ class ModelHost(HostTraining, HostScoring, HostFiles):
         """Leave the group of ranks, and let engines go."""
         self.weight_source.close()
         self.ranks.close()
-
-
-def _configure_torch(spec: HostSpec) -> None:
-    if spec.threads is not None:
-        torch.set_num_threads(spec.threads)
-    # Layers that are gathered and freed all the time leave a heap that is never trimmed in pieces: with it a
-    # rank of two held 2.1 GB where it holds 1.0 GB without, for 8 % less CPU time.
-    if torch.device(spec.device).type == "cpu" and spec.sharding not in ("base", "full"):
-        keep_freed_memory()
-    if torch.device(spec.device).type == "cpu" and torch.get_num_threads() > 1:
-        # With several threads the backward of indexing adds in any order; resumed runs then differ in the
-        # last bits. Filling fresh memory, the other half of that switch, would only cost time.
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,110 +17,12 @@ from torch import Tensor, nn
 
 from actors.models.lora.heads import HEAD_NAME
 from actors.models.parallel.fsdp import is_sharded, own_slice
-from actors.optim_spec import OptimSpec
+from actors.trainer.parameter_buckets import Bucket
 from actors.trainer.process_groups import Ranks
-
-BUCKET_ELEMENTS = 1 << 26
-"""Elements of one buffer (256 MiB in float32): bounds the copy made while parameters move in."""
-ALIGNMENT = 64
-"""Elements to which parameters are aligned in a buffer; grouped_mm wants rows at 16 bytes."""
+from actors.trainer.spec import OptimSpec
 
 NO_DECAY_PATTERNS = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 """Names without weight decay, as in transformers' `Trainer.get_decay_parameter_names`."""
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Some parameters as consecutive slices of one tensor, and their gradients as slices of another."""
-
-    names: tuple[str, ...]
-    flat: nn.Parameter
-    decays: bool
-    shapes: tuple[torch.Size, ...]
-
-    def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """By parameter, its part of a tensor that is laid out as `flat`."""
-        found, at = {}, 0
-        for name, shape in zip(self.names, self.shapes, strict=True):
-            found[name] = flat.reshape(-1)[at : at + shape.numel()].view(shape)
-            at += _room(shape.numel())
-        return found
-
-
-class FlatParameters:
-    """Named parameters whose data and gradients are views of a few flat buffers.
-
-    The parameters stay where they are in the model; only their storage moves.
-    """
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], without_decay: Iterable[str] = ()) -> None:
-        self.parameters = dict(parameters)
-        exempt = set(without_decay)
-        groups: dict[tuple[torch.dtype, torch.device, bool], list[list[str]]] = {}
-        for name, parameter in self.parameters.items():
-            runs = groups.setdefault((parameter.dtype, parameter.device, name not in exempt), [[]])
-            if runs[-1] and sum(_room(self.parameters[n].numel()) for n in runs[-1]) >= BUCKET_ELEMENTS:
-                runs.append([])
-            runs[-1].append(name)
-        self.buckets = [
-            self._move_in(tuple(run), decays) for (_, _, decays), runs in groups.items() for run in runs
-        ]
-
-    def _move_in(self, names: tuple[str, ...], decays: bool) -> Bucket:
-        members = [self.parameters[name] for name in names]
-        flat = nn.Parameter(members[0].new_zeros(sum(_room(p.numel()) for p in members)))
-        flat.grad = torch.zeros_like(flat)
-        bucket = Bucket(names, flat, decays, tuple(p.shape for p in members))
-        data, grads = bucket.views(flat.data), bucket.views(flat.grad)
-        for name, parameter in zip(names, members, strict=True):
-            data[name].copy_(parameter.data)
-            parameter.data = data[name]
-            parameter.grad = grads[name]
-        return bucket
-
-    @property
-    def grads(self) -> list[Tensor]:
-        """The flat gradients, one tensor per bucket."""
-        return [bucket.flat.grad for bucket in self.buckets if bucket.flat.grad is not None]
-
-    def named_grads(self) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter's gradient, a view of a flat one."""
-        for bucket in self.buckets:
-            if bucket.flat.grad is not None:
-                yield from bucket.views(bucket.flat.grad).items()
-
-    def zero_grad(self) -> None:
-        for grad in self.grads:
-            grad.zero_()
-
-    def grad_norm(self) -> Tensor:
-        """Euclidean norm over all gradients, in two levels (see `norms`)."""
-        if not self.grads:
-            return torch.zeros(())
-        pieces = [norms(grad) for grad in self.grads]
-        return torch.linalg.vector_norm(torch.stack([piece.double().norm() for piece in pieces])).float()
-
-    def release(self) -> None:
-        """Drop the gradients; the parameters keep their values."""
-        for parameter in self.parameters.values():
-            parameter.grad = None
-        self.buckets = []
-
-
-def norms(grad: Tensor) -> Tensor:
-    """Euclidean norms of short pieces of a gradient, one after the other.
-
-    torch's float32 norm of one long vector on the CPU was off by 7e-5 at 6e5 elements.
-    """
-    flat = grad.reshape(-1)
-    even = len(flat) // ALIGNMENT * ALIGNMENT
-    pieces = torch.linalg.vector_norm(flat[:even].view(-1, ALIGNMENT), dim=1)
-    rest = torch.linalg.vector_norm(flat[even:]).view(1)
-    return torch.cat([pieces, rest]) if even < len(flat) else pieces
-
-
-def _room(elements: int) -> int:
-    return -(-elements // ALIGNMENT) * ALIGNMENT
 
 
 def names_without_decay(model: nn.Module) -> set[str]:

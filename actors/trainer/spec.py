@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from actors.cluster.spec import Sharding
-from actors.models.spec import ModelSpec, Spec
+from actors.models.spec import ModelSpec
+from actors.spec import Spec
 
 
 class HostSpec(Spec):
@@ -29,3 +30,43 @@ class HostSpec(Spec):
     """torch device of this rank."""
     threads: int | None = Field(default=None, ge=1)
     """Threads of one rank; null: as torch finds them (OMP_NUM_THREADS)."""
+
+
+SchedulerType = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
+"""transformers' schedules, without the two that need an evaluation metric (reduce_lr_on_plateau, greedy)."""
+
+
+class OptimSpec(Spec):
+    """Optimizer, schedule and clipping."""
+
+    learning_rate: float = Field(default=5e-5, gt=0, allow_inf_nan=False)
+    """Peak learning rate."""
+    lr_scheduler_type: SchedulerType = "linear"
+    """transformers' schedule, by name."""
+    lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Extra arguments of the schedule, e.g. `{min_lr_rate: 0.1}` for cosine_with_min_lr."""
+    warmup_steps: float = Field(default=0, ge=0, allow_inf_nan=False)
+    """Steps of linear warm-up; a number below 1 is a share of all steps."""
+    optim: Literal["adamw_torch", "adamw_torch_fused", "sgd"] = "adamw_torch_fused"
+    """Optimizer, by transformers' name and with its default; fused steps in a third of the time."""
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Decoupled weight decay, on all trainable parameters but biases and norms."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of Adam's first moment."""
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of Adam's second moment."""
+    adam_epsilon: float = Field(default=1e-8, gt=0, allow_inf_nan=False)
+    """Adam's epsilon."""
+    max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Gradients are scaled down to this global norm; 0 switches clipping off."""

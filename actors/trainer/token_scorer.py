@@ -20,7 +20,7 @@ from actors.algorithms.chunked_logprob import HEAD_BLOCK_ELEMENTS, head_logps, h
 from actors.algorithms.logprob import LabelStatistics, label_logps, label_statistics
 from actors.batches.packing import MicroBatch
 from actors.models.attention import Gather, Sequences, no_mask, use_by_sequence
-from actors.models.lora.experts import last_experts, only, use_fused
+from actors.models.moe.experts_forward import last_experts, only, use_fused
 from actors.models.moe.router_replay import RouteReplay
 from actors.models.parallel.fsdp import is_managed
 

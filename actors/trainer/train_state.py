@@ -11,11 +11,11 @@ from torch import nn
 
 from actors.errors import InvariantViolation
 from actors.models.parallel.fsdp import is_sharded
-from actors.optim_spec import OptimSpec
-from actors.sliced import SlicedParameters
 from actors.trainer import checkpoint
-from actors.trainer.optimizer import Bucket, FlatParameters, GradientCheck, make_optimizer, make_scheduler
+from actors.trainer.optimizer import GradientCheck, make_optimizer, make_scheduler
+from actors.trainer.parameter_buckets import Bucket, FlatParameters, SlicedParameters
 from actors.trainer.process_groups import Ranks
+from actors.trainer.spec import OptimSpec
 
 
 class Training:

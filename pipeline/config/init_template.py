@@ -11,22 +11,17 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from actors.cluster.spec import LimitsSpec, RoleSpec
+from actors.cluster.spec import LimitsSpec, RaySpec, RoleSpec
 from actors.errors import UserError
 from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
 from actors.rollout.spec import EngineOptions
 from actors.sync.spec import SyncSpec
-from pipeline.config.rules.cross import VIEWS
-from pipeline.config.run_config import (
-    EvalSamplingSpec,
-    EvalSpec,
-    LoggingSpec,
-    RaySpec,
-    RolesSpec,
-    RolloutRoleSpec,
-    RunConfig,
-)
+from pipeline.config.names import VIEWS
+from pipeline.config.run_config import RunConfig
 from pipeline.data.spec import DataSpec
+from pipeline.evaluation.spec import EvalSamplingSpec, EvalSpec
+from pipeline.monitoring.spec import LoggingSpec
+from pipeline.roles import RolesSpec, RolloutRoleSpec
 from pipeline.stages.specs.registry import STAGE_TYPES, RlStage
 
 WIDTH = 100

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from actors.batches.generations import SamplingSpec
-from actors.cluster.spec import LimitsSpec, RoleSpec
-from actors.models.spec import ModelSpec, Spec
-from actors.rollout.spec import EngineOptions
-from pipeline.config.rules.cross import NAME_PATTERN, raise_for
-from pipeline.data.spec import DataSources
+from actors.cluster.spec import LimitsSpec, RaySpec, RoleSpec
+from actors.models.spec import ModelSpec
+from actors.spec import Spec
+from pipeline.config.names import NAME_PATTERN
+from pipeline.config.rules.cross import raise_for
+from pipeline.evaluation.spec import EvalSamplingSpec, EvalSpec
+from pipeline.monitoring.spec import LoggingSpec
+from pipeline.roles import RolesSpec
 from pipeline.stages.specs.registry import (
     STAGE_TYPES,
     DpoStage,
@@ -39,70 +41,6 @@ __all__ = [
 
 def _as_path(value: Any) -> Any:
     return Path(value).expanduser() if isinstance(value, str) and value else value
-
-
-class RolloutRoleSpec(RoleSpec):
-    """Engines: a process each, and how each is built."""
-
-    engine: EngineOptions = Field(default_factory=EngineOptions)
-    """How each engine is built, by vLLM's field names."""
-
-
-class RolesSpec(Spec):
-    """Where each role lives."""
-
-    policy: RoleSpec = Field(default_factory=RoleSpec)
-    """The model being trained: data-parallel ranks."""
-    reference: RoleSpec = Field(default_factory=lambda: RoleSpec(share="policy"))
-    """Frozen reference. By default a view of the policy's base; its own actors where that base moves."""
-    critic: RoleSpec = Field(default_factory=lambda: RoleSpec(share="policy"))
-    """PPO's critic. By default a view of the policy's base."""
-    reward: RoleSpec = Field(default_factory=lambda: RoleSpec(share="policy"))
-    """Reward models that online stages ask. By default views of the policy's base."""
-    rollout: RolloutRoleSpec = Field(default_factory=RolloutRoleSpec)
-    """vLLM engines, for the online stages and for evaluation."""
-
-
-class EvalSamplingSpec(SamplingSpec):
-    """Sampling for evaluation: greedy unless told otherwise."""
-
-    temperature: float = Field(default=0.0, ge=0)
-    """0 is greedy."""
-
-
-class EvalSpec(Spec):
-    """Generation on held-out prompts after the stages, scored, with 95 % intervals."""
-
-    data: DataSources
-    """Held-out prompts with their answers."""
-    models: list[str] | None = Field(default=None, min_length=1)
-    """`base` and names of stages; null: base and every stage but reward models."""
-    max_rows: int = Field(default=500, ge=1)
-    """Prompts per model."""
-    sampling: EvalSamplingSpec = Field(default_factory=EvalSamplingSpec)
-    """How answers are drawn."""
-    metric: str = "exact_match"
-    """`exact_match`, or `module:function` called as f(prompts, completions, **columns) -> list of scores."""
-
-
-class LoggingSpec(Spec):
-    """What is recorded while a stage trains."""
-
-    logging_steps: int = Field(default=1, ge=1)
-    """A line of metrics every so many steps, as `max_steps` counts them."""
-    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
-    """Trackers that get the same metrics; each needs its own package."""
-
-
-class RaySpec(Spec):
-    """Which Ray cluster runs the actors."""
-
-    address: str | None = None
-    """`auto` or `host:port` of a running cluster; null: a local one that ends with the run."""
-    num_cpus: float | None = Field(default=None, gt=0)
-    """CPUs of the local cluster; null: as many as the machine has."""
-    object_store_memory: int | None = Field(default=None, ge=80_000_000)
-    """Bytes of the local cluster's object store; null: Ray's choice."""
 
 
 class RunConfig(Spec):

@@ -24,21 +24,13 @@ from pipeline.rewards.functions import import_function, missing_arguments, named
 if TYPE_CHECKING:
     from actors.cluster.futures import PendingOne
     from actors.cluster.worker_group import ActorGroup
-    from pipeline.config.run_config import EvalSpec
+    from pipeline.evaluation.spec import EvalSpec
+from pipeline.artifacts.weights import Weights
 
 Scorer = Callable[..., Sequence[float | None]]
 """TRL's signature of a reward function: prompts, completions, columns -> a score (or None) each."""
 GIVEN = ("prompts", "completions")
 """What a scorer is given beside the columns. No `completion_ids`: completions are scored as text."""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What a model is made of: a base directory and, for LoRA, an adapter on it."""
-
-    base: str
-    adapter: str | None
-    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -79,7 +71,7 @@ def find_scorer(metric: str) -> Scorer:
         UserError: nothing of that name can be imported.
     """
     if metric == "exact_match":
-        from pipeline.data.reading.builtin import exact_match
+        from pipeline.rewards.exact_match import exact_match
 
         return exact_match
     return import_function(

@@ -11,8 +11,9 @@ import numpy as np
 
 from actors.batches.batch import Batch
 from pipeline.artifacts.manifest import fingerprint, write_json
+from pipeline.artifacts.weights import Weights
 from pipeline.data.tokens.tokens import TokenizedData
-from pipeline.evaluation.held_out import Weights, wilson
+from pipeline.evaluation.held_out import wilson
 
 PAIR_ACCURACY = "pair_accuracy"
 ROWS_PER_CALL = 256

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.evaluation.held_out import Weights
+from pipeline.artifacts.weights import Weights
 from pipeline.evaluation.pairs import Scorer
 from pipeline.execution.hosts import Host, adapter_name, critic_name
 from pipeline.execution.stage_card import write_stage_card

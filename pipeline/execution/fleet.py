@@ -18,26 +18,16 @@ from actors.models.facts import BaseFacts, base_facts
 from actors.rollout.engine import EngineSpec
 from pipeline.artifacts.manifest import MANIFEST
 from pipeline.artifacts.run_directory import RunDirectory
-from pipeline.evaluation.held_out import Weights
+from pipeline.artifacts.weights import Weights
 from pipeline.execution.hosts import Host, fits, host_spec
 from pipeline.execution.reference_feeds import make_feed
 from pipeline.stages.offline.reference import ReferenceFeed
-from pipeline.stages.specs.registry import PpoStage, ReferencedStage, RlStage, StageSpec
+from pipeline.stages.specs.registry import ReferencedStage, RlStage
 
 if TYPE_CHECKING:
     from pipeline.config.run_config import RunConfig
     from pipeline.planning.nodes import Graph, Node
-
-
-def roles_of(stage: StageSpec) -> set[str]:
-    """Roles that work while a stage runs."""
-    if isinstance(stage, ReferencedStage):
-        return {"policy", "reference"}
-    if not isinstance(stage, RlStage):
-        return {"policy"}
-    critic = {"critic"} if isinstance(stage, PpoStage) else set()
-    models = {"reward"} if any(one.kind == "model" for one in stage.rewards) else set()
-    return {"policy", "reference", "rollout"} | critic | models
+from pipeline.roles import roles_of
 
 
 class Fleet:
@@ -83,7 +73,7 @@ class Fleet:
 
     def warm_up(self) -> None:
         """Where all processes of the run are to be on this machine and its CPUs: let one of them make the
-        imports for all (`actors.cluster.fast_start.fork_server`). Elsewhere, and on GPUs, each process makes its own."""
+        imports for all (`actors.cluster.fast_start`). Elsewhere, and on GPUs, each process makes its own."""
         roles = self._likely()
         specs = self._specs(roles).values()
         threads = {spec.threads for spec in specs}  # Read when torch is loaded, so the same in all.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from actors.cluster.worker_group import ActorGroup, Pending
 from actors.trainer.spec import HostSpec
-from pipeline.evaluation.held_out import Weights
+from pipeline.artifacts.weights import Weights
 
 if TYPE_CHECKING:
     from actors.cluster.spec import RoleSpec

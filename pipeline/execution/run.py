@@ -85,7 +85,7 @@ class Run:
         from pipeline.execution.fleet import Fleet
         from pipeline.monitoring.trackers import open_trackers
         from pipeline.planning.read_graph import read_graph, read_rows
-        from pipeline.stages.offline.train import Stopped
+        from pipeline.stages.context import Stopped
 
         with Fleet(self.config, self.directory, self.startup, self.fresh) as fleet:
             with _uncollected():
@@ -135,7 +135,7 @@ class Run:
 
     def run_stage(self, node: Node, fleet: Fleet, tokenizer: Any) -> None:
         """Skip, continue or run one stage; afterwards its artifact is on disk and in run.json."""
-        from pipeline.stages.offline.train import Stopped
+        from pipeline.stages.context import Stopped
 
         manifest = node.decision.manifest
         if node.decision.state == "fresh" and manifest is not None:
@@ -194,7 +194,7 @@ class Run:
     def evaluate(self, graph: Graph, fleet: Fleet) -> None:
         """Score every model that the config asks for and that has no finished evaluation yet."""
         from pipeline.evaluation.held_out import evaluate, finished
-        from pipeline.stages.offline.train import Stopped
+        from pipeline.stages.context import Stopped
 
         self.evaluate_pairs(graph, fleet)
         if graph.held_out is not None and graph.evaluations_pending:

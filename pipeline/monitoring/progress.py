@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
     from rich.text import Text
+from pipeline.monitoring.words import MARKS, duration
 
 PLAIN_SECONDS = 5.0
 """Without a terminal, the least time between two lines of one stage: readable in a job's log."""
@@ -33,7 +34,6 @@ SHOWN_ONLINE = (
 )
 """Those of a stage that generates what it trains on. Its loss says nothing: it starts at 0 every step."""
 
-MARKS = {"done": "✓", "skipped": "↷", "failed": "✗", "stopped": "■", "running": "▶"}
 COLOURS = {"done": "green", "skipped": "cyan", "failed": "red", "stopped": "yellow"}
 
 
@@ -77,18 +77,6 @@ class StageClock:
         else:
             parts.append(f"{duration(left)} left")
         return parts
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: `8.4 s`, `48 s`, `3:07 min`, `2:15 h`."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02d} min"
-    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
 
 
 class Progress:

@@ -28,8 +28,8 @@ def architecture_problems(
 
     `n_experts` and `split_sizes`: of the base (`actors.models.facts`); None: none, or unknown.
 
-    LoRA targets are checked where they are resolved (`actors.models.lora.targets`), and architectures that are
-    refused altogether where the base is looked at.
+    LoRA targets are checked where they are resolved (`actors.models.lora.targets`), and architectures that
+    are refused altogether where the base is looked at.
     """
     row = ARCHITECTURES.get(model_type)
     names = list(names)

@@ -174,7 +174,7 @@ def _in_yaml(value: Any) -> str:
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    from pipeline.config.run_config import RolloutRoleSpec
+    from pipeline.roles import RolloutRoleSpec
 
     if isinstance(old, dict) and isinstance(new, dict):
         names = dict.fromkeys([*old, *new])

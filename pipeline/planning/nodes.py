@@ -11,7 +11,8 @@ from actors.errors import UserError
 from pipeline.artifacts.identity import Decision, Identity, decide, flat, identity_config
 from pipeline.artifacts.manifest import model_fingerprint
 from pipeline.artifacts.run_directory import RunDirectory
-from pipeline.evaluation.held_out import EvalSet, Weights
+from pipeline.artifacts.weights import Weights
+from pipeline.evaluation.held_out import EvalSet
 from pipeline.stages.prepared import Prepared, PreparedRl
 from pipeline.stages.specs.registry import PpoStage, ReferencedStage, RlStage, StageSpec
 

@@ -16,16 +16,10 @@ from actors.models.architectures.lookup import ARCHITECTURES
 from actors.models.turn_ends import vocab_size
 from pipeline.artifacts.manifest import model_fingerprint
 from pipeline.artifacts.run_directory import RunDirectory
+from pipeline.artifacts.weights import Weights
 from pipeline.data.reading.records import Records, load_records
 from pipeline.data.tokens.template_date import keep_date
-from pipeline.evaluation.held_out import (
-    Weights,
-    check_columns,
-    eval_key,
-    find_scorer,
-    finished,
-    read_eval_set,
-)
+from pipeline.evaluation.held_out import check_columns, eval_key, find_scorer, finished, read_eval_set
 from pipeline.evaluation.pairs import pair_key
 from pipeline.monitoring.trackers import tracker_problems
 from pipeline.planning.architecture_rules import architecture_problems

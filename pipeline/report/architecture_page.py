@@ -23,7 +23,8 @@ Results = Mapping[str, Any]
 INTRO = """\
 # Architectures
 
-<!-- Made by `make docs` from actors/models/architectures/table.py, engine_rows.py and docs/architectures.json. -->
+<!-- Made by `make docs` from actors/models/architectures/ (table.py, vllm_table.py) and
+docs/architectures.json. -->
 
 Which models can be used, what LoRA can adapt in them, and what vLLM is given so that it computes them \
 rightly. A base whose `model_type` is not here is refused, or tried with `model.allow_untested: true`: its \

@@ -8,11 +8,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.monitoring.progress import MARKS, duration
+from pipeline.monitoring.words import MARKS, duration
 from pipeline.report.evals import eval_tables, headline
 from pipeline.report.figure import Drawing, file_name
 from pipeline.report.heatmaps import draw_heatmaps
-from pipeline.report.memory import memory_bars
 from pipeline.report.panels import charts, format_value
 from pipeline.report.plots import draw_chart
 from pipeline.report.reading import read_run
@@ -20,7 +19,7 @@ from pipeline.report.samples import Side, StepSamples, samples_by_step, side_by_
 from pipeline.report.series import Series
 from pipeline.report.stage_graph import artifact_text, stage_graph
 from pipeline.report.timeline import chrome_trace
-from pipeline.report.times import time_bars, timeline
+from pipeline.report.times import memory_bars, time_bars, timeline
 from pipeline.report.view import RunView, StageView
 
 HERE = Path(__file__).parent

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.monitoring.progress import MARKS, duration
+from pipeline.monitoring.words import MARKS, duration
 from pipeline.report.evals import score_text
 from pipeline.report.view import BASE, REWARD, RunView, StageView
 

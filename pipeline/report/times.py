@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.monitoring.progress import duration
+from pipeline.monitoring.words import duration
 from pipeline.report.figure import Drawing
-from pipeline.report.timeline import Waiting, detail_window, online_window, waiting
+from pipeline.report.stage_graph import byte_text
+from pipeline.report.timeline import (
+    LANES,
+    Call,
+    Waiting,
+    detail_window,
+    lanes,
+    online_window,
+    role_of,
+    waiting,
+)
 from pipeline.report.timeline_plot import draw_timeline
 from pipeline.report.view import RunView
 
@@ -68,3 +79,30 @@ def time_bars(run: RunView) -> list[TimeBar]:
         for label, kind, seconds in causes
         if longest > 0
     ]
+
+
+@dataclass(frozen=True)
+class MemoryBar:
+    """One process, or all of a role where there are many: its largest."""
+
+    label: str
+    text: str
+    percent: float
+    """Of the largest."""
+
+
+def memory_bars(calls: Sequence[Call]) -> list[MemoryBar]:
+    """A bar a process, role by role; of more than `LANES` processes, one a role."""
+    peaks: dict[str, int] = {}
+    for call in calls:
+        if call.peak_rss is not None:
+            peaks[call.lane] = max(call.peak_rss, peaks.get(call.lane, 0))
+    names = [lane for lane in lanes(calls) if lane in peaks]
+    rows = [(lane, peaks[lane]) for lane in names]
+    if len(rows) > LANES:
+        by_role: dict[str, list[int]] = {}
+        for lane in names:
+            by_role.setdefault(role_of(lane), []).append(peaks[lane])
+        rows = [(f"{role}, largest of {len(found)}", max(found)) for role, found in by_role.items()]
+    largest = max((peak for _, peak in rows), default=0)
+    return [MemoryBar(label, byte_text(peak), round(100 * peak / largest, 2)) for label, peak in rows]

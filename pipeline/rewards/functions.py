@@ -25,7 +25,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from actors.errors import RunFailure, UserError
-from actors.models.spec import Spec
+from actors.spec import Spec
 
 EXACT_MATCH = "exact_match"
 FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")

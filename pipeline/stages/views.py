@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from actors.algorithms.loss import Loss
     from actors.batches.batch import Batch
     from actors.cluster.worker_group import ActorGroup, Pending
-    from actors.optim_spec import OptimSpec
+    from actors.trainer.spec import OptimSpec
 
 
 def put(batch: Batch) -> Any:

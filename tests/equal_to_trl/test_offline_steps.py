@@ -18,8 +18,8 @@ from actors.algorithms.kto import KtoLoss
 from actors.algorithms.reward import RewardLoss
 from actors.algorithms.sft import SftLoss
 from actors.models.spec import LoraSpec
-from actors.optim_spec import OptimSpec
 from actors.trainer.model_host import ModelHost
+from actors.trainer.spec import OptimSpec
 from pipeline.data.reading.bad_rows import Skipped
 from pipeline.data.tokens.kto_pairs import with_mismatched
 from pipeline.data.tokens.tokens import TokenizedData, TokenStats

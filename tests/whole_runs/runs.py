@@ -17,7 +17,7 @@ import yaml
 
 from pipeline.artifacts.manifest import file_digest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY_MOE = ROOT / "assets" / "tiny-moe"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 """Runs start in directories of their own, where their reward functions are; the project need not be

@@ -2,7 +2,8 @@
 
 torch, transformers and peft take 4 seconds of CPU time to import, in every rank anew; on a laptop with two
 cores that was half of a start. One process here imports them while Ray starts, and every worker of the local
-cluster is forked from it (`actors.cluster.fast_start.forked_worker` asks for that): up at once, in shared memory.
+cluster is forked from it (`actors.cluster.fast_start.forked_worker` asks for that): up at once, in shared
+memory.
 
 It forks safely because it has one thread and has imported code only: no Ray, no CUDA, no process group. It
 looks at its threads and refuses to fork where an import has started more. Nodes of a real cluster know

@@ -1,4 +1,4 @@
-"""What a local cluster runs as a worker: hands the start over to the fork server (see `actors.cluster.fast_start.fork_server`).
+"""Command that a local cluster runs as a worker: hands the start over to the fork server (`fork_server.py`).
 
 Ray starts it as it would start its own worker, with the same arguments. It sends them to the server, together
 with its environment and its standard streams, and is gone as soon as a process there has taken its place.

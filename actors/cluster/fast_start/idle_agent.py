@@ -1,4 +1,4 @@
-"""Stands where Ray's node wants an agent to run, for as long as the node does (see `actors.cluster.fast_start.lean_ray`)."""
+"""Idle process in the place of Ray's node agent, for as long as the node lives (see `lean_ray.py`)."""
 
 import ctypes
 import os

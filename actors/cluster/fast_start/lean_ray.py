@@ -50,7 +50,7 @@ PRESTARTED = "--num_prestart_python_workers"
 def lean_cluster(fork_server: str | None = None) -> Iterator[None]:
     """While it lasts, `ray.init` starts a local cluster's head with what actors need.
 
-    `fork_server`: address of the `actors.cluster.fast_start.fork_server.ForkServer` that its workers come from.
+    `fork_server`: address of the `ForkServer` that its workers come from.
     """
     import ray
     import ray._private.services as services

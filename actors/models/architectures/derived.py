@@ -36,7 +36,7 @@ def derived_row(config: PretrainedConfig) -> Architecture:
     Raises:
         UserError: its model can't be built, or its parts have no names that are understood.
     """
-    from actors.models.lora.targets import meta_model
+    from actors.models.architectures.meta_model import meta_model
 
     try:
         net: Any = meta_model(config)

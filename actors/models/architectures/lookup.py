@@ -1,7 +1,7 @@
 """What Raylign knows about an architecture: names of LoRA targets, the router, what may be packed, limits.
 
-One row per transformers `model_type`, in `actors.models.architectures.table`. Every row is covered by tests that train
-it, save it, merge it and compare packed with padded batches; what vLLM needs to run it is in
+One row per transformers `model_type`, in `actors.models.architectures.table`. Every row is covered by tests
+that train it, save it, merge it and compare packed with padded batches; what vLLM needs to run it is in
 `actors.models.architectures.vllm_table`. An architecture without a row is refused with the reason; with
 `model.allow_untested` it gets a row derived from its modules (`actors.models.architectures.derived`).
 """

@@ -45,7 +45,8 @@ class Router:
     """In training mode transformers draws experts at random; such routers are kept in evaluation mode."""
     gates: GateKind | None = None
     """How the gates of the chosen experts follow from the logits, where the module returns logits, gates and
-    experts and engines were seen to tell theirs: then routes can be replayed (`actors.models.moe.router_replay`)."""
+    experts and engines were seen to tell theirs: then routes can be replayed
+    (`actors.models.moe.router_replay`)."""
     why_no_replay: str = ""
     """The reason where they can't be."""
 

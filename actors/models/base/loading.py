@@ -103,10 +103,10 @@ def load_base(
     """The base model in evaluation mode, without cache and without router logits in its outputs.
 
     With `spec.random_init` its weights are drawn from `seed`. An adapter named by `spec.base` is not
-    applied: see `resolve_base(...).adapter_path` and `actors.models.lora.adapters`. With `shards` above 1, the
-    ranks of the process group, each reads and holds only its slices: of all weights, gathered by layers
-    (`actors.models.parallel.fsdp`), or of stacks of experts alone (`actors.models.moe.expert_parallel`). With `mesh`
-    the ranks on it hold one model together (`actors.models.parallel.tensor_parallel`).
+    applied: see `resolve_base(...).adapter_path` and `actors.models.lora.adapters`. With `shards` above 1,
+    the ranks of the process group, each reads and holds only its slices: of all weights, gathered by layers
+    (`actors.models.parallel.fsdp`), or of stacks of experts alone (`actors.models.moe.expert_parallel`).
+    With `mesh` the ranks on it hold one model together (`actors.models.parallel.tensor_parallel`).
 
     Raises:
         UserError: the base can't be found, is no causal LM, or is an architecture without a row.
@@ -166,7 +166,7 @@ def _arguments(spec: ModelSpec, config: Any) -> dict[str, Any]:
 
 
 def _load_split_layers(resolved: ResolvedBase, mesh: DeviceMesh, how: dict[str, Any]) -> PreTrainedModel:
-    from actors.models.lora.targets import meta_model
+    from actors.models.architectures.meta_model import meta_model
     from actors.models.parallel.tensor_parallel import load_split
 
     assert resolved.config is not None
@@ -182,7 +182,7 @@ def _split_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 def _load_split_experts(
     resolved: ResolvedBase, device: str | torch.device, how: dict[str, Any]
 ) -> PreTrainedModel:
-    from actors.models.lora.targets import meta_model
+    from actors.models.architectures.meta_model import meta_model
     from actors.models.moe.expert_parallel import load_split_experts
 
     assert resolved.config is not None

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from actors.errors import UserError
+from actors.models.architectures.meta_model import meta_model
 from actors.models.base.digests import base_fingerprint
 from actors.models.base.loading import ADAPTER_CONFIG
 from actors.models.lora.heads import HEAD_FILE, HEAD_NAME, SCORE_KEY, has_sequence_classifier
-from actors.models.lora.targets import meta_model
 from actors.models.parallel.fsdp import is_sharded, put_, whole
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from actors.models.spec import LoraSpec, TargetGroup
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+from actors.models.architectures.meta_model import meta_model
 
 BYTES_PER_PARAMETER = 4
 """Adapters are trained and saved in float32 whatever the base's dtype."""
@@ -82,24 +83,6 @@ def _size(n: float) -> str:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
         n /= 1000
     return f"{n:.2f} GB"
-
-
-def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a config without storage: names and shapes only.
-
-    Raises:
-        UserError: transformers makes no model of it.
-    """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # Whatever a model's code trips over: a value, a field that is not there, ...
-        raise UserError(
-            f"model.base: transformers makes no {config.model_type} model of its config.json "
-            f"({type(error).__name__}: {error}); compare it with the published one"
-        ) from error
 
 
 def expert_rank(lora: LoraSpec, top_k: int) -> int:

@@ -1,7 +1,8 @@
 """Each rank's own experts: stacks of experts in slices over the ranks, everything else whole on each.
 
-A stack is a DTensor of which each rank holds the rows of its experts, as `actors.models.parallel.fsdp` has sliced
-weights, but it is never gathered for a pass: tokens travel instead (`actors.models.moe.token_dispatch`).
+A stack is a DTensor of which each rank holds the rows of its experts, as `actors.models.parallel.fsdp` has
+sliced weights, but it is never gathered for a pass: tokens travel instead
+(`actors.models.moe.token_dispatch`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from actors.errors import UserError
-from actors.models.lora.experts import BESIDE
+from actors.models.moe.experts_forward import BESIDE
 from actors.models.parallel.partial_loading import load_divided
 
 if TYPE_CHECKING:

@@ -1,9 +1,10 @@
 """A gated expert MLP over rows grouped by expert, with gradients for LoRA factors, inputs and route weights.
 
 For the CPU. The experts' own weights are frozen, so no gradient of theirs is made. Each expert's rows go
-through the whole MLP on one thread (`actors.models.moe.threads`), gathered, multiplied and gated while they are
-in its cache; between experts nothing is shared, so any number of threads gives the same bits. What is kept
-for the backward pass is each row's gate and up values and its low-rank products, nothing of the hidden size.
+through the whole MLP on one thread (`actors.models.moe.threads`), gathered, multiplied and gated while they
+are in its cache; between experts nothing is shared, so any number of threads gives the same bits. What is
+kept for the backward pass is each row's gate and up values and its low-rank products, nothing of the hidden
+size.
 """
 
 from __future__ import annotations

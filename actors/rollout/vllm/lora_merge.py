@@ -57,7 +57,7 @@ class Merger:
 
     def __init__(self, base: BaseCheckpoint, config: Any, dtype: torch.dtype) -> None:
         """`config`: the base's transformers config; `dtype`: of the results."""
-        from actors.models.lora.targets import meta_model
+        from actors.models.architectures.meta_model import meta_model
 
         self._base = base
         self._dtype = dtype

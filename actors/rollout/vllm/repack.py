@@ -3,7 +3,8 @@
 vLLM (seen in 0.32) packs the experts of a layer only when it builds the layer's kernel, which a reload
 does not do again: the packed kernel then computes with plain weights, off by .07 to 1.7 in log-probability
 and without a word. Packing a packed layer again ruins it too, so exactly the reloaded ones are packed.
-A test in `tests/actors/rollout/vllm/test_vllm_updates.py` fails once vLLM does this itself: drop this file then.
+A test in `tests/actors/rollout/vllm/test_vllm_updates.py` fails once vLLM does this itself: drop this file
+then.
 """
 
 from __future__ import annotations

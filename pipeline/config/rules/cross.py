@@ -20,20 +20,7 @@ from pipeline.stages.specs.registry import PpoStage, RewardStage, RlStage
 
 if TYPE_CHECKING:
     from pipeline.config.run_config import RunConfig
-
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-RESERVED_NAMES = frozenset(
-    {"base", "eval", "logs", "plots", "cache", "policy", "reference", "critic", "rollout", EXACT_MATCH}
-    | {"start", "initial_adapter"}
-)
-"""`base` names the model that a run starts from; the others are directories, roles and rules of a run, and
-adapters of its hosts that belong to no stage."""
-MODULE_NAMES = frozenset(
-    {"model", "base_model", "base_layer", "layers", "self_attn", "mlp", "feed_forward", "block_sparse_moe"}
-    | {"experts", "gate", "router", "shared_expert", "shared_experts", "lora_A", "lora_B", "weight"}
-)
-"""Parts of a parameter's path. PEFT looks for an adapter's name anywhere in that path: an adapter `1` would
-be saved with what the others have in layer 1, and they without it."""
+from pipeline.config.names import MODULE_NAMES, NAME_PATTERN, RESERVED_NAMES, VIEWS
 
 
 def raise_for(config: RunConfig) -> None:
@@ -73,10 +60,6 @@ def _model_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "model.attn_implementation", "flash_attention_2 needs GPUs; use sdpa, or set roles.policy.gpus"
         )
-
-
-VIEWS = ("reference", "critic", "reward")
-"""Roles that can be views of the policy's host."""
 
 
 def _role_problems(config: RunConfig) -> Iterator[Problem]:

@@ -26,7 +26,7 @@ Splits are disjoint for every seed: an unordered pair of operands belongs to one
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from hashlib import blake2b
@@ -237,12 +237,3 @@ def load_builtin(name: str, split: str, rows: int | None = None, seed: int = 0) 
     if split == "test":
         return _test_rows(rng, count)
     return [_ROW_MAKERS[split](rng) for _ in range(count)]
-
-
-def exact_match(
-    prompts: Sequence[Any], completions: Sequence[str | list[Message]], answer: Sequence[str], **columns: Any
-) -> list[float]:
-    """1.0 where a completion, stripped, is the answer, else 0.0. A reward function in TRL's form:
-    completions are strings or message lists, further columns are ignored."""
-    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    return [float(text.strip() == str(right).strip()) for text, right in zip(texts, answer, strict=True)]

@@ -58,8 +58,8 @@ def _is_message(item: dict[str, Any]) -> bool:
 def messages_of(value: Any, where: str, flags: list[Flag], arrow: bool) -> list[Message]:
     """`value` as turns in (role, content) form.
 
-    Roles are those of `pipeline.data.reading.roles`; what messages say of their training goes to `flags`. A blank
-    system prompt is none. With `arrow`, nulls inside messages are keys that the row never had.
+    Roles are those of `pipeline.data.reading.roles`; what messages say of their training goes to `flags`. A
+    blank system prompt is none. With `arrow`, nulls inside messages are keys that the row never had.
     """
     if isinstance(value, str):
         if not value.lstrip().startswith(("[", "{")):

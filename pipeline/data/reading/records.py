@@ -13,8 +13,8 @@ import numpy as np
 from actors.algorithms.kto import LABEL
 from actors.algorithms.reward import MARGIN
 from actors.errors import UserError
-from pipeline.data.convert import convert
 from pipeline.data.reading.bad_rows import WRONG_TYPE, BadRow, RowGate, RowProblem, Skipped
+from pipeline.data.reading.convert import convert
 from pipeline.data.reading.converters import Converted
 from pipeline.data.reading.layouts import Kind, Resolved
 from pipeline.data.reading.messages import Message

@@ -1,6 +1,7 @@
 """Sources -> raw rows: the files, directory, hub data set or generator that a source names, and its split.
 
-Files are read by `pipeline.data.reading.files`; hub data sets and `save_to_disk` directories go through `datasets`.
+Files are read by `pipeline.data.reading.files`; hub data sets and `save_to_disk` directories go through
+`datasets`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ from pipeline.data.reading.json_files import json_rows
 from pipeline.data.reading.raw import Row, suffix_of
 from pipeline.data.reading.readme_configs import files_of_folder
 from pipeline.data.reading.split_files import files_of_pattern
-from pipeline.data.spec import DataSpec
-from pipeline.data.splits import parse_split, slice_bounds
+from pipeline.data.spec import DataSpec, parse_split, slice_bounds
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 

@@ -5,66 +5,25 @@ from __future__ import annotations
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from actors.algorithms.dpo import DpoLoss
 from actors.algorithms.kto import KtoLoss
-from actors.errors import UserError
-from pipeline.artifacts.identity import Decision, Identity, checkpoints
-from pipeline.artifacts.manifest import MANIFEST, Manifest, new_directory, verify, versions, write_json
+from pipeline.artifacts.identity import Decision, checkpoints
+from pipeline.artifacts.manifest import Manifest, new_directory
 from pipeline.stages.checks import check_first_step, check_unmoved
 from pipeline.stages.metrics import MetricsLog
-from pipeline.stages.prepared import Prepared, PreparedStage
-from pipeline.stages.specs.registry import RewardStage
+from pipeline.stages.prepared import PreparedStage
 
 if TYPE_CHECKING:
-    from actors.cluster.worker_group import ActorGroup, Pending
+    from actors.cluster.worker_group import Pending
     from pipeline.stages.offline.reference import ReferenceFeed
+from pipeline.stages.context import StageContext, Stopped, finish, sound_checkpoint
 
 AHEAD = 2
 """Steps handed to the ranks before the first of them is back: the driver's work for a step (rows, the
 object store, logging) then hides behind the ranks' own. More would only delay a stop."""
-
-
-class Stopped(Exception):
-    """The user asked to stop and everything is saved."""
-
-
-@dataclass(kw_only=True)
-class StageContext:
-    """What every stage is given to work with, beside its data and loss."""
-
-    host: ActorGroup
-    role: str | None
-    """Adapter that trains; None trains every parameter."""
-    directory: Path
-    identity: Identity
-    dtype: str
-    logging_steps: int
-    starts_as_reference: bool
-    stop_asked: Callable[[], bool]
-    on_step: Callable[[int, dict[str, Any]], None]
-    on_log: Callable[[dict[str, Any]], None]
-    card: Callable[[Path, dict[str, Any]], None] = field(default=lambda path, metrics: None)
-
-    def manifest(self, kind: str, stage: Prepared, **more: Any) -> Manifest:
-        """A manifest of this stage's work."""
-        return Manifest(
-            type=kind,
-            stage=stage.name,
-            fingerprint=self.identity.fingerprint,
-            inputs=self.identity.inputs,
-            config=self.identity.config,
-            data={"fingerprint": self.identity.data, "rows": stage.data.n_rows},
-            seed=stage.seed,
-            versions=versions(),
-            **more,
-        )
 
 
 @dataclass(kw_only=True)
@@ -158,25 +117,6 @@ def restore(ctx: TrainContext, decision: Decision) -> int:
     return int(decision.manifest.step or 0)
 
 
-def sound_checkpoint(path: Path, manifest: Manifest) -> Path:
-    """The checkpoint at `path`, if its files are what its manifest says.
-
-    Raises:
-        UserError: every file that is not.
-    """
-    damaged = verify(path, manifest)
-    if damaged:
-        raise UserError(
-            [
-                f"{path}: corrupt checkpoint, not resumed from: {problem}. Remove that "
-                "directory to go on from the checkpoint before it (or from the stage's start), or start "
-                "anew with --fresh"
-                for problem in damaged
-            ]
-        )
-    return path
-
-
 def save_checkpoint(stage: PreparedStage, ctx: TrainContext, step: int, log: MetricsLog) -> None:
     """Write a checkpoint whole, then remove those beyond `save_total_limit`."""
     path = ctx.directory / f"checkpoint-{step}"
@@ -185,26 +125,3 @@ def save_checkpoint(stage: PreparedStage, ctx: TrainContext, step: int, log: Met
         log.save(aside)
     for old in checkpoints(ctx.directory)[stage.spec.save_total_limit :]:
         shutil.rmtree(old)
-
-
-def finish(stage: Prepared, ctx: StageContext, last: dict[str, Any], seconds: float) -> Manifest:
-    """Write the artifact, then the stage's manifest: only then is the stage done."""
-    place = "model" if ctx.role is None else "adapter"
-    kind = "reward_model" if isinstance(stage.spec, RewardStage) else place
-    metrics = {name: value for name, value in last.items() if isinstance(value, int | float)}
-    with new_directory(ctx.directory / place, ctx.manifest(kind, stage, metrics=metrics)) as aside:
-        if ctx.role is None:
-            ctx.host.call("save_model", str(aside), phase="save")
-        else:
-            ctx.host.call("save_adapter", ctx.role, str(aside), phase="save")
-        ctx.card(aside, metrics)
-    load = ctx.host.call_rank(0, "router_load", ctx.role, phase="call")
-    if load is not None:
-        write_json(ctx.directory / "router_load.json", {"load": np.asarray(load).tolist()})
-    manifest = ctx.manifest(kind, stage, metrics=metrics, step=stage.total_steps, seconds=round(seconds, 3))
-    made = ctx.directory / place
-    inner = Manifest.model_validate_json((made / MANIFEST).read_text())
-    manifest.files = {f"{place}/{name}": entry for name, entry in inner.files.items()}
-    manifest.created = inner.created
-    write_json(ctx.directory / MANIFEST, manifest.model_dump())
-    return manifest

@@ -23,7 +23,7 @@ from actors.batches.batch import Batch
 from actors.batches.generations import Generations
 from actors.batches.trajectories import trajectories
 from pipeline.data.tokens.prompts import PromptData
-from pipeline.stages.offline.train import StageContext
+from pipeline.stages.context import StageContext
 from pipeline.stages.online.estimates import Estimates, TokenScores
 from pipeline.stages.online.objectives import objective_of
 from pipeline.stages.online.rewards import Judge, Rewards

@@ -110,6 +110,6 @@ def function_of(spec: RewardSpec) -> RewardFunction:
     Raises:
         UserError: it can't be imported.
     """
-    from pipeline.data.reading.builtin import exact_match
+    from pipeline.rewards.exact_match import exact_match
 
     return exact_match if spec.kind == "exact_match" else find_function(spec.source)

@@ -10,8 +10,8 @@ from pathlib import Path
 from pipeline.artifacts.identity import Decision, checkpoints
 from pipeline.artifacts.manifest import Manifest, new_directory, write_json
 from pipeline.stages.checks import check_unmoved
+from pipeline.stages.context import Stopped, finish, sound_checkpoint
 from pipeline.stages.metrics import MetricsLog
-from pipeline.stages.offline.train import Stopped, finish, sound_checkpoint
 from pipeline.stages.online.loop import RlContext, RlLoop, StepResult
 from pipeline.stages.online.routing import Routing
 from pipeline.stages.prepared import PreparedRl

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from actors.optim_spec import OptimSpec
+from actors.trainer.spec import OptimSpec
 from pipeline.data.spec import DataSources
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from actors.models.spec import Spec
+from actors.spec import Spec
 from pipeline.stages.specs.base import StageSpec
 
 DpoLossType = Literal[

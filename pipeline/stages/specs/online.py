@@ -8,8 +8,8 @@ from pydantic import BeforeValidator, Field
 
 from actors.algorithms.importance_sampling import Correction, CorrectionMode
 from actors.batches.generations import SamplingSpec
-from actors.optim_spec import OptimSpec
 from actors.sync.spec import SyncSpec
+from actors.trainer.spec import OptimSpec
 from pipeline.data.spec import as_sources
 from pipeline.rewards.functions import RewardSpec
 from pipeline.stages.specs.base import StageSpec

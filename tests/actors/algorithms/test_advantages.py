@@ -15,8 +15,8 @@ from actors.algorithms.advantages import (
     gae,
     group_relative,
     leave_one_out,
+    whiten,
 )
-from actors.algorithms.whitening import whiten
 
 REWARDS, VALUES = np.array([0.0, 0.0, 1.0]), np.array([0.5, 0.4, 0.3])
 ADVANTAGES_LITERAL = [0.43675, 0.565, 0.7]

@@ -53,7 +53,7 @@ def holds_cpu(pid: int) -> bool:
 @pytest.mark.parametrize("workers", ["ray's own", "forked"])
 def test_no_actor_and_no_ray_outlives_a_killed_driver(workers: str, tmp_path: Path, repository: Path) -> None:
     (tmp_path / "driver.py").write_text(DRIVER)
-    paths = os.pathsep.join([str(repository), str(Path(__file__).parent)])
+    paths = os.pathsep.join([str(repository), str(Path(__file__).parents[1])])
     command = [sys.executable, str(tmp_path / "driver.py"), str(tmp_path / "logs"), workers]
     with subprocess.Popen(
         command,

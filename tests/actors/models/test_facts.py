@@ -34,7 +34,8 @@ def test_a_driver_tokenises_without_torch() -> None:
     code = (
         "import sys; from actors.models.base.loading import load_tokenizer\n"
         "from actors.models.spec import ModelSpec\n"
-        "import pipeline.execution.fleet, pipeline.planning.read_graph, pipeline.execution.contexts, pipeline.stages.offline.train\n"
+        "import pipeline.execution.fleet, pipeline.planning.read_graph, pipeline.execution.contexts\n"
+        "import pipeline.stages.offline.train\n"
         "import pipeline.stages.online.train\n"
         f"assert load_tokenizer(ModelSpec(base={TINY!r}))('12+30=').input_ids\n"
         "sys.exit('torch' in sys.modules)"

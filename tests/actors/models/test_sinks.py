@@ -14,8 +14,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 from actors.batches.batch import Batch
 from actors.batches.packing import micro_batches
 from actors.batches.padding_free import lay_flat
+from actors.models.attention import attend_with_sinks
 from actors.models.base.loading import load_base
-from actors.models.sinks import attend_with_sinks
 from actors.models.spec import ModelSpec
 from actors.trainer.token_scorer import TokenScorer
 from tests.actors.models.tiny_models import tiny_model

@@ -18,8 +18,8 @@ from actors.algorithms.reward import RewardLoss
 from actors.algorithms.sft import SftLoss
 from actors.algorithms.value import ValueLoss
 from actors.models.lora.adapters import adapter_digest
-from actors.optim_spec import OptimSpec
 from actors.trainer.model_host import ModelHost
+from actors.trainer.spec import OptimSpec
 from tests.actors.trainer.host_cases import (
     host_spec,
     pair_batch,

@@ -20,8 +20,8 @@ from actors.errors import InvariantViolation, UserError
 from actors.models.lora import adapters
 from actors.models.lora.merge import merge_adapter
 from actors.models.spec import LoraSpec
-from actors.optim_spec import OptimSpec
 from actors.trainer.model_host import ModelHost
+from actors.trainer.spec import OptimSpec
 from tests.actors.trainer.host_cases import (
     host_spec,
     pair_batch,

@@ -18,8 +18,7 @@ from actors.cluster.spec import LimitsSpec, RoleSpec
 from actors.cluster.worker_group import HOST, ActorGroup, host_group
 from actors.errors import RunFailure, UserError
 from actors.models.spec import LoraSpec, ModelSpec
-from actors.optim_spec import OptimSpec
-from actors.trainer.spec import HostSpec
+from actors.trainer.spec import HostSpec, OptimSpec
 
 pytestmark = pytest.mark.ray
 

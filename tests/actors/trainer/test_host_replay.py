@@ -13,8 +13,8 @@ import torch
 from actors.algorithms.policy import PolicyLoss
 from actors.batches.batch import Batch
 from actors.models.spec import LoraSpec
-from actors.optim_spec import OptimSpec
 from actors.trainer.model_host import ModelHost
+from actors.trainer.spec import OptimSpec
 from tests.actors.trainer.host_cases import host_spec, random_rows, sft_batch
 
 LAYERS, EXPERTS, TOP_K = 2, 8, 2

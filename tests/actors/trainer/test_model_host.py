@@ -15,8 +15,8 @@ from actors.algorithms.sft import SftLoss
 from actors.errors import InvariantViolation, UserError
 from actors.models.lora.adapters import adapter_digest
 from actors.models.spec import LoraSpec
-from actors.optim_spec import OptimSpec
 from actors.trainer.model_host import ModelHost
+from actors.trainer.spec import OptimSpec
 from tests.actors.trainer.host_cases import (
     host_spec,
     pair_batch,

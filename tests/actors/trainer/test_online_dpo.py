@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from actors.algorithms.dpo import DpoLoss, OnlineDpoLoss
-from actors.optim_spec import OptimSpec
+from actors.trainer.spec import OptimSpec
 from tests.actors.trainer.host_cases import pair_batch, policy_host, random_pairs, with_reference
 
 OPTIM = OptimSpec(learning_rate=1e-2, lr_scheduler_type="constant")

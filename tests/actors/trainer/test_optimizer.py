@@ -6,15 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from actors.optim_spec import OptimSpec
 from actors.trainer import optimizer as optim
-from actors.trainer.optimizer import (
-    FlatParameters,
-    GradientCheck,
-    make_optimizer,
-    make_scheduler,
-    names_without_decay,
-)
+from actors.trainer.optimizer import GradientCheck, make_optimizer, make_scheduler, names_without_decay
+from actors.trainer.parameter_buckets import FlatParameters
+from actors.trainer.spec import OptimSpec
 
 SPEC = OptimSpec(learning_rate=1e-2, weight_decay=0.1, warmup_steps=0.25)
 

@@ -21,8 +21,8 @@ from actors.algorithms.value import ValueLoss
 from actors.batches.batch import Batch
 from actors.models.lora import adapters
 from actors.models.lora.adapters import adapter_digest
-from actors.optim_spec import OptimSpec
 from actors.trainer.model_host import ModelHost
+from actors.trainer.spec import OptimSpec
 from tests.actors.trainer.host_cases import host_spec, pair_batch, random_pairs, random_rows, sft_batch
 
 ROLES = ("policy", "reference", "critic", "reward")

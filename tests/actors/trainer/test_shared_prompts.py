@@ -12,9 +12,9 @@ from torch import Tensor
 
 from actors.algorithms.policy import PolicyLoss
 from actors.batches.batch import Batch
-from actors.optim_spec import OptimSpec
 from actors.trainer.model_host import ModelHost
 from actors.trainer.process_groups import Ranks
+from actors.trainer.spec import OptimSpec
 from tests.actors.trainer.host_cases import policy_host
 
 LOSS = PolicyLoss(loss_type="grpo", on_policy=True)

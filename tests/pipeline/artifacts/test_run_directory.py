@@ -36,7 +36,8 @@ def test_a_second_run_on_the_same_directory_is_refused(tmp_path: Path) -> None:
 
 def test_the_lock_of_a_killed_run_is_free(tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from pipeline.artifacts.run_directory import RunDirectory\n"
+        "import sys, time; from pathlib import Path\n"
+        "from pipeline.artifacts.run_directory import RunDirectory\n"
         f"with RunDirectory(Path({str(tmp_path / 'r')!r}), 'demo').opened() as run:\n"
         "    run.save(); print('held', flush=True); time.sleep(60)"
     )

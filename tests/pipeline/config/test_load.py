@@ -14,9 +14,10 @@ import yaml
 from actors.errors import UserError
 from actors.models.spec import ModelSpec, MoeSpec
 from pipeline.config.load import dump_config, load_config, validate
-from pipeline.config.run_config import LoggingSpec, RunConfig
+from pipeline.config.run_config import RunConfig
 from pipeline.config.trl_keys import INSTEAD
 from pipeline.config.yaml_reader import parse_yaml
+from pipeline.monitoring.spec import LoggingSpec
 from pipeline.stages.specs.registry import STAGE_TYPES
 
 GOOD: dict[str, Any] = {

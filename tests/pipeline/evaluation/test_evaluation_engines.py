@@ -8,7 +8,8 @@ import pytest
 from actors.batches.generations import SamplingSpec, sample_seed
 from actors.cluster.spec import LimitsSpec, RoleSpec
 from actors.cluster.worker_group import ActorGroup
-from pipeline.evaluation.held_out import Weights, generate
+from pipeline.artifacts.weights import Weights
+from pipeline.evaluation.held_out import generate
 
 
 class Tokenizer:

@@ -39,7 +39,7 @@ class Cluster:
             "XDG_STATE_HOME": str(directory / "state"),
             "RAY_USAGE_STATS_ENABLED": "0",
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+            "PYTHONPATH": str(Path(__file__).resolve().parents[3]),
         }
         self.environment.pop("RAY_ADDRESS", None)
         port = free_port()

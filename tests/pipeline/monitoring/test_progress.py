@@ -7,7 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from pipeline.monitoring.progress import Progress, duration
+from pipeline.monitoring.progress import Progress
+from pipeline.monitoring.words import duration
 
 
 class Clock:

@@ -11,7 +11,7 @@ from actors.models.architectures.lookup import ARCHITECTURES, REFUSED
 from pipeline.report.architecture_page import FIGURES, PAGE, page, read_results
 from tests import architecture_results
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_the_page_is_in_date_with_the_table_and_the_last_results() -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from pipeline.report.heatmaps import agreement_colours
-from pipeline.report.memory import memory_bars
 from pipeline.report.routing import to_routing
 from pipeline.report.timeline import Call, to_calls
+from pipeline.report.times import memory_bars
 
 
 def test_layers_stand_under_each_other_and_steps_beside_each_other() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.report.paired import paired_difference
+from pipeline.report.evals import paired_difference
 from pipeline.report.samples import TEXT_LIMIT, as_text, clip, samples_by_step, side_by_side, stage_samples
 
 

@@ -148,7 +148,8 @@ def test_a_long_directory_for_temporary_files_is_no_obstacle(
 
 def test_a_server_ends_with_its_driver(tmp_path: Path, repository: Path) -> None:
     driver = (
-        "import sys, time; from pathlib import Path; from actors.cluster.fast_start.fork_server import ForkServer\n"
+        "import sys, time; from pathlib import Path\n"
+        "from actors.cluster.fast_start.fork_server import ForkServer\n"
         "server = ForkServer([], {}, Path(sys.argv[1])); print(server.pid, flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", driver, str(tmp_path / "server.log")]

@@ -18,9 +18,8 @@ from actors.models.architectures.lookup import ARCHITECTURES
 from actors.models.lora.adapters import adapter_parameters
 from actors.models.lora.heads import has_sequence_classifier
 from actors.models.spec import LoraSpec, ModelSpec, MoeSpec, TargetGroup
-from actors.optim_spec import OptimSpec
 from actors.trainer.model_host import ModelHost
-from actors.trainer.spec import HostSpec
+from actors.trainer.spec import HostSpec, OptimSpec
 from tests.actors.models.tiny_models import families
 
 GENERATOR = np.random.default_rng(3)

@@ -12,9 +12,8 @@ from typing import Any
 
 from actors.algorithms.sft import SftLoss
 from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
-from actors.optim_spec import OptimSpec
 from actors.trainer.model_host import ModelHost
-from actors.trainer.spec import HostSpec
+from actors.trainer.spec import HostSpec, OptimSpec
 from tests.actors.trainer.host_cases import random_rows, sft_batch
 
 OPTIM = OptimSpec(learning_rate=2e-3, lr_scheduler_type="constant", weight_decay=0.01)

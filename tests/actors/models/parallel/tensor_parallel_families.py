@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from actors.models.base.loading import load_base
 from actors.models.lora.adapters import adapter_parameters, attach_lora
-from actors.models.lora.experts import use_fused
+from actors.models.moe.experts_forward import use_fused
 from actors.models.parallel.fsdp import is_sharded, whole
 from actors.models.parallel.tensor_parallel import share_names
 from actors.models.spec import LoraSpec, ModelSpec

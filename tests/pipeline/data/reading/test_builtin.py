@@ -7,14 +7,8 @@ import re
 import pytest
 
 from actors.errors import UserError
-from pipeline.data.reading.builtin import (
-    DEFAULT_ROWS,
-    SPLIT_SHARES,
-    Problem,
-    exact_match,
-    load_builtin,
-    problems,
-)
+from pipeline.data.reading.builtin import DEFAULT_ROWS, SPLIT_SHARES, Problem, load_builtin, problems
+from pipeline.rewards.exact_match import exact_match
 
 QUESTION = re.compile(r"(\d+)([+-])(\d+)=\?")
 

@@ -15,7 +15,7 @@ from tests.pipeline.data.reading.public_sets import SETS, A, B, Q
 from tests.pipeline.data.reading.rows import load
 
 KINDS = {"sft": "sft", "dpo": "preference", "kto": "unpaired", "online": "prompt", "eval": "prompt"}
-PAGE = Path(__file__).parents[3] / "docs" / "data.md"
+PAGE = Path(__file__).parents[4] / "docs" / "data.md"
 TABLE = PAGE.read_text().split("### Public sets")[1].split("\n## ")[0]
 LINES = [
     tuple(cell.strip() for cell in line.strip("|").split("|")) for line in TABLE.splitlines() if "|" in line

@@ -10,8 +10,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.data.reading.records import Records, load_records
-from pipeline.data.spec import DataSources
-from pipeline.data.splits import slice_bounds
+from pipeline.data.spec import DataSources, slice_bounds
 from pipeline.data.tokens.order import BatchOrder
 
 

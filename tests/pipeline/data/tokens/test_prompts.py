@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from actors.errors import UserError
-from pipeline.config.run_config import EvalSpec
 from pipeline.data.spec import DataSpec
 from pipeline.data.tokens.prompts import read_prompts
 from pipeline.evaluation.held_out import read_eval_set
+from pipeline.evaluation.spec import EvalSpec
 from tests.pipeline.data.reading.rows import load
 from tests.pipeline.data.tokens.one_row import CHATML, tokenizer_with
 

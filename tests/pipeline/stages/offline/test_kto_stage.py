@@ -17,7 +17,7 @@ from pipeline.execution.reference_feeds import columns_of
 from pipeline.stages.prepared import PreparedStage, prepare
 from pipeline.stages.specs.registry import KtoStage
 
-BASE = Path(__file__).parents[3] / "assets" / "tiny-moe"
+BASE = Path(__file__).parents[4] / "assets" / "tiny-moe"
 DATA = {"source": "builtin:arithmetic", "split": "preference"}
 
 

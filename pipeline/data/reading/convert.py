@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.data import pair_converters
-from pipeline.data.reading import converters
 from pipeline.data.reading.bad_rows import (
     EMPTY_ANSWER,
     EMPTY_PROMPT,
@@ -15,7 +13,7 @@ from pipeline.data.reading.bad_rows import (
     WRONG_TYPE,
     RowProblem,
 )
-from pipeline.data.reading.converters import Converted
+from pipeline.data.reading.converters import BY_LAYOUT, Converted
 from pipeline.data.reading.flags import check_whole, untrained_turns
 from pipeline.data.reading.layouts import Kind, Resolved
 from pipeline.data.reading.messages import Message, assistant, text_of, user
@@ -23,13 +21,11 @@ from pipeline.data.reading.raw import Row
 from pipeline.data.reading.row_view import RowView
 from pipeline.data.reading.values import from_json, is_blank
 
-_CONVERTERS = {**converters.BY_LAYOUT, **pair_converters.BY_LAYOUT}
-
 
 def convert(raw: Row, resolved: Resolved, kind: Kind) -> Converted:
     """Messages of one row, for a stage of this kind. RowProblem when the row can't be used."""
     row = RowView(raw.values, resolved.columns, raw.arrow)
-    converted = _CONVERTERS[resolved.layout.name](row)
+    converted = BY_LAYOUT[resolved.layout.name](row)
     converted = _with_system(_with_history(converted, row), row)
     if kind == "prompt" and _is_question(converted):
         return Converted(converted.answers[0], (), None)

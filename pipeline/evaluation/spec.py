@@ -1,0 +1,31 @@
+"""Settings of an evaluation on held-out rows."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from actors.batches.generations import SamplingSpec
+from actors.spec import Spec
+from pipeline.data.spec import DataSources
+
+
+class EvalSamplingSpec(SamplingSpec):
+    """Sampling for evaluation: greedy unless told otherwise."""
+
+    temperature: float = Field(default=0.0, ge=0)
+    """0 is greedy."""
+
+
+class EvalSpec(Spec):
+    """Generation on held-out prompts after the stages, scored, with 95 % intervals."""
+
+    data: DataSources
+    """Held-out prompts with their answers."""
+    models: list[str] | None = Field(default=None, min_length=1)
+    """`base` and names of stages; null: base and every stage but reward models."""
+    max_rows: int = Field(default=500, ge=1)
+    """Prompts per model."""
+    sampling: EvalSamplingSpec = Field(default_factory=EvalSamplingSpec)
+    """How answers are drawn."""
+    metric: str = "exact_match"
+    """`exact_match`, or `module:function` called as f(prompts, completions, **columns) -> list of scores."""

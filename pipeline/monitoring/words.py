@@ -1,0 +1,23 @@
+"""Marks and durations as people read them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+MARKS = {"done": "✓", "skipped": "↷", "failed": "✗", "stopped": "■", "running": "▶"}
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: `8.4 s`, `48 s`, `3:07 min`, `2:15 h`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"

@@ -1,0 +1,18 @@
+"""Reward and metric of the builtin arithmetic data: whether the answer is the one in the row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def exact_match(
+    prompts: Sequence[Any],
+    completions: Sequence[str | list[dict[str, str]]],
+    answer: Sequence[str],
+    **columns: Any,
+) -> list[float]:
+    """1.0 where a completion, stripped, is the answer, else 0.0. A reward function in TRL's form:
+    completions are strings or message lists, further columns are ignored."""
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [float(text.strip() == str(right).strip()) for text, right in zip(texts, answer, strict=True)]

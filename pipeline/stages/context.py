@@ -1,0 +1,97 @@
+"""What every stage is given, and how it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actors.errors import UserError
+from pipeline.artifacts.identity import Identity
+from pipeline.artifacts.manifest import MANIFEST, Manifest, new_directory, verify, versions, write_json
+from pipeline.stages.prepared import Prepared
+from pipeline.stages.specs.registry import RewardStage
+
+if TYPE_CHECKING:
+    from actors.cluster.worker_group import ActorGroup
+
+
+class Stopped(Exception):
+    """The user asked to stop and everything is saved."""
+
+
+@dataclass(kw_only=True)
+class StageContext:
+    """What every stage is given to work with, beside its data and loss."""
+
+    host: ActorGroup
+    role: str | None
+    """Adapter that trains; None trains every parameter."""
+    directory: Path
+    identity: Identity
+    dtype: str
+    logging_steps: int
+    starts_as_reference: bool
+    stop_asked: Callable[[], bool]
+    on_step: Callable[[int, dict[str, Any]], None]
+    on_log: Callable[[dict[str, Any]], None]
+    card: Callable[[Path, dict[str, Any]], None] = field(default=lambda path, metrics: None)
+
+    def manifest(self, kind: str, stage: Prepared, **more: Any) -> Manifest:
+        """A manifest of this stage's work."""
+        return Manifest(
+            type=kind,
+            stage=stage.name,
+            fingerprint=self.identity.fingerprint,
+            inputs=self.identity.inputs,
+            config=self.identity.config,
+            data={"fingerprint": self.identity.data, "rows": stage.data.n_rows},
+            seed=stage.seed,
+            versions=versions(),
+            **more,
+        )
+
+
+def sound_checkpoint(path: Path, manifest: Manifest) -> Path:
+    """The checkpoint at `path`, if its files are what its manifest says.
+
+    Raises:
+        UserError: every file that is not.
+    """
+    damaged = verify(path, manifest)
+    if damaged:
+        raise UserError(
+            [
+                f"{path}: corrupt checkpoint, not resumed from: {problem}. Remove that "
+                "directory to go on from the checkpoint before it (or from the stage's start), or start "
+                "anew with --fresh"
+                for problem in damaged
+            ]
+        )
+    return path
+
+
+def finish(stage: Prepared, ctx: StageContext, last: dict[str, Any], seconds: float) -> Manifest:
+    """Write the artifact, then the stage's manifest: only then is the stage done."""
+    place = "model" if ctx.role is None else "adapter"
+    kind = "reward_model" if isinstance(stage.spec, RewardStage) else place
+    metrics = {name: value for name, value in last.items() if isinstance(value, int | float)}
+    with new_directory(ctx.directory / place, ctx.manifest(kind, stage, metrics=metrics)) as aside:
+        if ctx.role is None:
+            ctx.host.call("save_model", str(aside), phase="save")
+        else:
+            ctx.host.call("save_adapter", ctx.role, str(aside), phase="save")
+        ctx.card(aside, metrics)
+    load = ctx.host.call_rank(0, "router_load", ctx.role, phase="call")
+    if load is not None:
+        write_json(ctx.directory / "router_load.json", {"load": np.asarray(load).tolist()})
+    manifest = ctx.manifest(kind, stage, metrics=metrics, step=stage.total_steps, seconds=round(seconds, 3))
+    made = ctx.directory / place
+    inner = Manifest.model_validate_json((made / MANIFEST).read_text())
+    manifest.files = {f"{place}/{name}": entry for name, entry in inner.files.items()}
+    manifest.created = inner.created
+    write_json(ctx.directory / MANIFEST, manifest.model_dump())
+    return manifest
