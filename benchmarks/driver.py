@@ -46,19 +46,19 @@ def measure(actors: Any, sizes: Any) -> list[dict[str, Any]]:
     """Steps with each number of actors and of samples."""
     from actors.cluster.connection import start_ray, stop_ray
     from actors.cluster.spec import LimitsSpec, RoleSpec
-    from actors.cluster.worker_group import ActorGroup
+    from actors.cluster.worker_group import WorkerGroup
 
     found: list[dict[str, Any]] = []
     limits = LimitsSpec(start=900)
     start_ray()
     with tempfile.TemporaryDirectory(prefix="raylign-driver-") as scratch:
         try:
-            policy = ActorGroup("policy", RoleSpec(), limits, scratch).start().ready()
+            policy = WorkerGroup("policy", RoleSpec(), limits, scratch).start().ready()
             policy.build("benchmarks.standins:Trainer").result()
             for n in actors:
                 role = RoleSpec(workers=n, cpus=0.01)
                 began = time.perf_counter()
-                rollout = ActorGroup("rollout", role, limits, scratch).start().ready()
+                rollout = WorkerGroup("rollout", role, limits, scratch).start().ready()
                 rollout.build("benchmarks.standins:Engine", ANSWER_TOKENS).result()
                 console.print(f"{n} actors up in {time.perf_counter() - began:.1f} s")
                 for samples in sizes:

@@ -107,10 +107,10 @@ def actor(workload: OnlineWorkload, base: str, threads: int, logs: str) -> Draw:
     group.build(ROLLOUT, EngineSpec(max_model_len=POSITIONS)).result()
     group.call("load", base, updatable=True, phase="load")
 
-    def revive(rank: int) -> None:
+    def replace(rank: int) -> None:
         raise RuntimeError("an engine was lost")
 
-    pool, sampling = RolloutPool(group, revive), SamplingSpec(temperature=1.0, max_tokens=workload.limit)
+    pool, sampling = RolloutPool(group, replace), SamplingSpec(temperature=1.0, max_tokens=workload.limit)
 
     def draw(prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[int]]:
         made: Any = pool.generate(prompts, sampling, seeds)

@@ -31,7 +31,7 @@ class Engine:
     def load(self, base: str, updatable: bool = False) -> dict[str, float]:
         return {}
 
-    def knock(self, address: str, timeout_s: float) -> str:
+    def connect(self, address: str, timeout_s: float) -> str:
         return "float32"
 
     def open_channel(self, backend: str = "gloo") -> None:

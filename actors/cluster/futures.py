@@ -107,7 +107,7 @@ def _take(answers: Answers, rank: int, ref: Any) -> None:
         answers.faults.append(Fault(rank, error, died=False))
 
 
-class Pending:
+class GroupFuture:
     """A call that was sent. The deadline runs from the moment when someone waits for it: calls queue up
     behind each other on purpose, and a queued call has not overrun anything."""
 
@@ -139,7 +139,7 @@ class Pending:
         return len(ready) == len(refs)
 
 
-class PendingOne(Pending):
+class WorkerFuture(GroupFuture):
     """A call that was sent to one rank."""
 
     @property
@@ -149,11 +149,11 @@ class PendingOne(Pending):
         return ref
 
     def result(self) -> Any:
-        """That rank's value; raises as `Pending.result`."""
+        """That rank's value; raises as `GroupFuture.result`."""
         return super().result()[0]
 
 
-def first_done(calls: Mapping[int, PendingOne], limit_s: float) -> list[int]:
+def first_done(calls: Mapping[int, WorkerFuture], limit_s: float) -> list[int]:
     """Ranks whose answer is there (or whose process is gone); waits for one at most `limit_s` seconds."""
     import ray
 

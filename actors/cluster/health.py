@@ -83,24 +83,24 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Fleet:
+class Members:
     """The processes of one role, by rank."""
 
     members: tuple[Member, ...] = field(default_factory=tuple)
 
     @staticmethod
-    def of(size: int) -> Fleet:
+    def of(size: int) -> Members:
         """`size` processes that were just asked for."""
-        return Fleet(tuple(Member() for _ in range(size)))
+        return Members(tuple(Member() for _ in range(size)))
 
     def after(
         self, ranks: Iterable[int], event: Event, reason: str = "", generation: int | None = None
-    ) -> Fleet:
+    ) -> Members:
         """The fleet once `event` was seen on `ranks`."""
         after = {rank: self.members[rank].after(event, reason, generation) for rank in ranks}
         if all(after[rank] == self.members[rank] for rank in after):
             return self  # What every answer of a healthy process comes to, however many there are.
-        return Fleet(tuple(after.get(rank, member) for rank, member in enumerate(self.members)))
+        return Members(tuple(after.get(rank, member) for rank, member in enumerate(self.members)))
 
     def ranks(self, *states: State) -> list[int]:
         """Ranks that are in one of `states`."""

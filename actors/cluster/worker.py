@@ -35,11 +35,11 @@ DUMP_AFTER_S = 1.0
 """A rank dumps its stacks this long before its caller's deadline, so that the log says where it hung."""
 
 
-class RankActor:
+class Worker:
     """One rank of a group. Ray runs its methods one after the other on the process's main thread."""
 
-    def __init__(self, who: str, log_path: str, env: Mapping[str, str], warm: Sequence[str] = ()) -> None:
-        """`warm`: modules to import in the background."""
+    def __init__(self, who: str, log_path: str, env: Mapping[str, str], preload: Sequence[str] = ()) -> None:
+        """`preload`: modules to import in the background."""
         self.who, self.log_path = who, log_path
         _die_with_parent()
         self._log = _write_everything_to(log_path, who)
@@ -50,8 +50,10 @@ class RankActor:
         self._object: Any = None
         self._seconds: dict[str, float] = {}
         self._warm_error: BaseException | None = None
-        self._warm = threading.Thread(target=self._import, args=(list(warm),), daemon=True, name="warm-up")
-        self._warm.start()
+        self._preload = threading.Thread(
+            target=self._import, args=(list(preload),), daemon=True, name="warm-up"
+        )
+        self._preload.start()
 
     def ping(self) -> dict[str, Any]:
         """Who this is; answers as soon as the process is up."""
@@ -59,7 +61,7 @@ class RankActor:
 
     def warmed(self) -> dict[str, float]:
         """Seconds of the imports; answers when they are done."""
-        self._warm.join()
+        self._preload.join()
         if self._warm_error is not None:
             raise self._as_failure(self._warm_error, "start")
         return dict(self._seconds)

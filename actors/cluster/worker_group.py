@@ -15,10 +15,10 @@ import numpy as np
 from actors.batches.batch import Batch
 from actors.cluster import futures as waiting
 from actors.cluster.environment import actor_environment, engine_environment
-from actors.cluster.futures import Pending, PendingOne
-from actors.cluster.health import Event, Fleet, State
+from actors.cluster.futures import GroupFuture, WorkerFuture
+from actors.cluster.health import Event, Members, State
 from actors.cluster.spec import LimitsSpec, Phase, RoleSpec, bundle
-from actors.cluster.worker import RankActor
+from actors.cluster.worker import Worker
 from actors.errors import RunFailure
 
 HOST = "actors.trainer.model_host:ModelHost"
@@ -39,7 +39,7 @@ AGAIN = "run the same command again: it goes on from the last checkpoint"
 
 @dataclass(frozen=True)
 class Making:
-    """What `ActorGroup.build` was asked to make."""
+    """What `WorkerGroup.build` was asked to make."""
 
     target: str
     args: tuple[Any, ...]
@@ -48,7 +48,7 @@ class Making:
     distributed: bool
 
 
-class ActorGroup:
+class WorkerGroup:
     """N processes of a role, each with one object of the same class.
 
     `start` and `submit` return at once; `ready` and `result` wait, each under the deadline of its phase.
@@ -62,18 +62,18 @@ class ActorGroup:
         limits: LimitsSpec,
         log_dir: str | Path,
         *,
-        warm: Sequence[str] = (),
+        preload: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         next_step: str = AGAIN,
     ) -> None:
-        """`name` is the role, as it appears in errors and log files; `warm`: modules to import early;
+        """`name` is the role, as it appears in errors and log files; `preload`: modules to import early;
         `env`: variables on top of `actor_environment`."""
         self.name, self.role, self.limits = name, role, limits
         self.log_dir = Path(log_dir).absolute()
         self.size = role.workers
-        self.fleet = Fleet.of(self.size)
+        self.fleet = Members.of(self.size)
         self.next_step = next_step
-        self._warm = tuple(warm)
+        self._preload = tuple(preload)
         self._env = dict(env or {})
         self._actors: list[Any] = []
         self._placement: Any = None
@@ -83,7 +83,7 @@ class ActorGroup:
 
     # --- Start and end ------------------------------------------------------------------------------
 
-    def start(self) -> ActorGroup:
+    def start(self) -> WorkerGroup:
         """Ask Ray for the processes; returns at once."""
         from ray.util.placement_group import placement_group
 
@@ -91,7 +91,7 @@ class ActorGroup:
         self._actors = [self._start_rank(rank) for rank in range(self.size)]
         return self
 
-    def ready(self) -> ActorGroup:
+    def ready(self) -> WorkerGroup:
         """Wait until every process is up (its imports may still run).
 
         Raises:
@@ -102,7 +102,7 @@ class ActorGroup:
 
     def build(
         self, target: str, *args: Any, distributed: bool = False, phase: Phase = "load", **kwargs: Any
-    ) -> Pending:
+    ) -> GroupFuture:
         """Make the object (`module:Class`) on every rank, in place of an earlier one; returns at once.
 
         `distributed`: the class also gets rank, world_size, init_method and timeout_s, to join its peers.
@@ -118,14 +118,14 @@ class ActorGroup:
             if distributed:
                 own |= {"rank": rank, "world_size": self.size, "timeout_s": self.limits.of("update")}
             refs[rank] = actor.build.remote(target, phase, limit, where, args, own)
-        return Pending(refs, phase, self._finish)
+        return GroupFuture(refs, phase, self._finish)
 
     def rebuild(self, rank: int) -> float:
         """Wait for a restarted process and make in it what the last `build` made; seconds of the making.
 
         Raises:
             ValueError: nothing was built, or something distributed, whose ranks meet when they are built.
-            RunFailure: as `ready` and `Pending.result`.
+            RunFailure: as `ready` and `GroupFuture.result`.
         """
         made = self._made
         if made is None or made.distributed:
@@ -169,31 +169,31 @@ class ActorGroup:
 
     # --- Calls --------------------------------------------------------------------------------------
 
-    def submit(self, method: str, *args: Any, phase: Phase = "call", **kwargs: Any) -> Pending:
+    def submit(self, method: str, *args: Any, phase: Phase = "call", **kwargs: Any) -> GroupFuture:
         """Call a method on every rank with the same arguments; large ones go to the object store once."""
         refs = self._send(range(self.size), method, args, phase, kwargs)
-        return Pending(refs, phase, self._finisher(refs))
+        return GroupFuture(refs, phase, self._finisher(refs))
 
     def submit_rank(
         self, rank: int, method: str, *args: Any, phase: Phase = "call", **kwargs: Any
-    ) -> PendingOne:
+    ) -> WorkerFuture:
         """Call a method on one rank."""
         refs = self._send([rank], method, args, phase, kwargs)
-        return PendingOne(refs, phase, self._finisher(refs))
+        return WorkerFuture(refs, phase, self._finisher(refs))
 
-    def submit_work(self, rank: int, target: str, *args: Any, phase: Phase = "call") -> PendingOne:
+    def submit_work(self, rank: int, target: str, *args: Any, phase: Phase = "call") -> WorkerFuture:
         """Call a function (`module:function`) in the process of one rank, which has imported torch and what a
         host needs; nothing has to be built there."""
         (actor,) = self._checked([rank], phase)
         refs = {rank: actor.work.remote(target, phase, self.limits.of(phase), args)}
-        return PendingOne(refs, phase, self._finish)
+        return WorkerFuture(refs, phase, self._finish)
 
     def call(self, method: str, *args: Any, phase: Phase = "call", **kwargs: Any) -> list[Any]:
-        """`submit` and wait: the value of each rank. Raises as `Pending.result`."""
+        """`submit` and wait: the value of each rank. Raises as `GroupFuture.result`."""
         return self.submit(method, *args, phase=phase, **kwargs).result()
 
     def call_rank(self, rank: int, method: str, *args: Any, phase: Phase = "call", **kwargs: Any) -> Any:
-        """`submit_rank` and wait: that rank's value. Raises as `Pending.result`."""
+        """`submit_rank` and wait: that rank's value. Raises as `GroupFuture.result`."""
         return self.submit_rank(rank, method, *args, phase=phase, **kwargs).result()
 
     def overrun(self, rank: int, phase: Phase, seconds: float) -> RunFailure:
@@ -229,9 +229,9 @@ class ActorGroup:
         }
         env = actor_environment(self.role.threads, one_node=_one_node()) | self._env
         return (
-            ray.remote(RankActor)
+            ray.remote(Worker)
             .options(**options)
-            .remote(self.who(rank), str(self._log(rank)), env, self._warm)
+            .remote(self.who(rank), str(self._log(rank)), env, self._preload)
         )
 
     def _send(
@@ -332,17 +332,17 @@ class ActorGroup:
         return self.log_dir / f"{self.who(rank)}.log"
 
 
-def host_group(name: str, role: RoleSpec, limits: LimitsSpec, log_dir: str | Path) -> ActorGroup:
+def host_group(name: str, role: RoleSpec, limits: LimitsSpec, log_dir: str | Path) -> WorkerGroup:
     """A group for `HOST`: training ranks, reference ranks. Not started yet."""
-    return ActorGroup(name, role, limits, log_dir, warm=HOST_MODULES)
+    return WorkerGroup(name, role, limits, log_dir, preload=HOST_MODULES)
 
 
 def rollout_group(
     role: RoleSpec, limits: LimitsSpec, log_dir: str | Path, name: str = "rollout"
-) -> ActorGroup:
+) -> WorkerGroup:
     """A group for `ROLLOUT`: independent vLLM engines. Not started yet."""
-    return ActorGroup(
-        name, role, limits, log_dir, warm=ROLLOUT_MODULES, env=engine_environment(role.gpus > 0)
+    return WorkerGroup(
+        name, role, limits, log_dir, preload=ROLLOUT_MODULES, env=engine_environment(role.gpus > 0)
     )
 
 

@@ -1,7 +1,7 @@
 """What a run has to know of its base before it decides anything, as plain data.
 
 Finding it out takes torch and transformers, but not the weights: so whichever process has imported these can
-do it for another (`RankActor.work`), and a driver needs neither.
+do it for another (`Worker.work`), and a driver needs neither.
 """
 
 from __future__ import annotations

@@ -188,9 +188,9 @@ class RolloutEngine:
         load: np.ndarray | None = self._running("expert_load").llm_engine.collective_rpc("expert_load")[0]
         return load
 
-    def knock(self, address: str, timeout_s: float) -> str:
+    def connect(self, address: str, timeout_s: float) -> str:
         """Reach the trainer at `address` (`WeightUpdater.knock`); returns the engine's dtype."""
-        self.weights.knock(address, timeout_s)
+        self.weights.connect(address, timeout_s)
         return self.spec.dtype
 
     def open_channel(self, backend: Backend = "gloo") -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.models.spec import ModelSpec
-from actors.sync.verify import TOLERANCE, ProbeReport, compare_probes, objection_to_probes
+from actors.sync.verify import TOLERANCE, ProbeReport, compare_probes, mismatch_in_probes
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,7 @@ def probe(engine: RolloutEngine, model: ModelSpec) -> ParityReport:
 def _problems(loaded: ProbeReport, updated: ProbeReport, moved: float, dtype: str) -> tuple[str, ...]:
     found = []
     for when, report in (("as loaded", loaded), ("after an update in place", updated)):
-        objection = objection_to_probes(report, dtype)
+        objection = mismatch_in_probes(report, dtype)
         if objection is not None:
             found.append(f"vLLM is wrong {when}: {objection}")
     if moved < CLEAR * TOLERANCE[dtype] and dtype == "float32":
@@ -121,12 +121,12 @@ class _Policy:
     def payload(self) -> Any:
         """The changed weights as a trainer sends them."""
         from actors.models.lora.merge import adapter_factors, merged_state
-        from actors.sync.payload import closure, pack_adapter, pack_merged
+        from actors.sync.payload import fused_groups_of, pack_adapter, pack_merged
 
         if self._adapted:
             return pack_adapter(0, self._dtype, adapter_factors(self._net, NAME))
         state = merged_state(self._base)
-        return pack_merged(0, self._dtype, {name: state[name] for name in closure(state, state)})
+        return pack_merged(0, self._dtype, {name: state[name] for name in fused_groups_of(state, state)})
 
     def _change(self) -> None:
         std = FIRST_STD

@@ -20,9 +20,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 
 from actors.batches.generations import Generations, SamplingSpec
-from actors.cluster.futures import POLL_S, PendingOne, first_done
+from actors.cluster.futures import POLL_S, WorkerFuture, first_done
 from actors.cluster.health import State
-from actors.cluster.worker_group import ActorGroup
+from actors.cluster.worker_group import WorkerGroup
 from actors.errors import InvariantViolation, RunFailure
 
 MAX_RESTARTS = 2
@@ -87,7 +87,7 @@ class Sent:
     """A chunk that an engine is working on."""
 
     chunk: Chunk
-    answer: PendingOne
+    answer: WorkerFuture
     since: float
     """time.monotonic()"""
     life: int
@@ -97,7 +97,7 @@ class Sent:
 
 
 @dataclass(frozen=True)
-class Revival:
+class Replacement:
     """A fresh engine on its way to the current weights."""
 
     life: int
@@ -116,7 +116,7 @@ class Call:
     queue: Queue
     sent: dict[int, Sent] = field(default_factory=dict)
     """By rank, as are the next two."""
-    reviving: dict[int, Revival] = field(default_factory=dict)
+    replacing: dict[int, Replacement] = field(default_factory=dict)
     """Engines that this call waits for."""
     restarts: Counter[int] = field(default_factory=Counter)
     parts: dict[int, Generations] = field(default_factory=dict)
@@ -124,13 +124,15 @@ class Call:
 
     @property
     def open(self) -> bool:
-        return bool(self.queue or self.sent or self.reviving)
+        return bool(self.queue or self.sent or self.replacing)
 
 
 class RolloutPool:
     """The engines of a rollout group as one engine."""
 
-    def __init__(self, group: ActorGroup, revive: Callable[[int], None], *, in_flight: bool = False) -> None:
+    def __init__(
+        self, group: WorkerGroup, replace: Callable[[int], None], *, in_flight: bool = False
+    ) -> None:
         """`revive(rank)`: give a fresh engine (built, empty) the current weights. It is called from another
         thread, for one rank at a time, and never outside of `generate`.
 
@@ -138,9 +140,9 @@ class RolloutPool:
         self.group, self.in_flight = group, in_flight
         self.restarts: list[Restart] = []
         """Of all calls so far."""
-        self._revive = revive
+        self._bring_back = replace
         self._one_revival, self._replacing = threading.Lock(), threading.Lock()
-        self._revivals: dict[int, Revival] = {}
+        self._replacements: dict[int, Replacement] = {}
         """The latest of each rank."""
         self._keys = itertools.count()
 
@@ -166,20 +168,20 @@ class RolloutPool:
         while call.open:
             self._hand_out(call)
             self._collect(call)
-            self._welcome(call)
+            self._rejoin(call)
         return self._joined(call, sampling.n)
 
     def bring_back(self, rank: int) -> None:
         """Have an engine that was seen dead replaced and revived, unless that is under way; waits for it.
 
-        Raises: what `revive` raised.
+        Raises: what `replace` raised.
         """
         member = self.group.fleet.members[rank]
         if rank not in self.group.fleet.serving:
-            self._revival_of(rank, member.generation, member.reason)
-        revival = self._revivals.get(rank)
-        if revival is not None:
-            revival.done.result()
+            self._replacement_of(rank, member.generation, member.reason)
+        replacement = self._replacements.get(rank)
+        if replacement is not None:
+            replacement.done.result()
 
     # --- One turn of a call ---------------------------------------------------------------------
 
@@ -189,8 +191,8 @@ class RolloutPool:
                 self._send(call, rank, call.queue.take())
 
     def _is_up(self, rank: int) -> bool:
-        revival = self._revivals.get(rank)
-        return revival is None or (revival.done.done() and revival.done.exception() is None)
+        replacement = self._replacements.get(rank)
+        return replacement is None or (replacement.done.done() and replacement.done.exception() is None)
 
     def _send(self, call: Call, rank: int, chunk: Chunk) -> None:
         part, life, key = slice(chunk.start, chunk.stop), self._life(rank), next(self._keys)
@@ -243,20 +245,20 @@ class RolloutPool:
         call.queue.give_back(call.sent.pop(rank).chunk)
         self._replace(call, rank, sent.life, failure.reason)
 
-    def _welcome(self, call: Call) -> None:
+    def _rejoin(self, call: Call) -> None:
         """Take back revived engines; waits only where nothing else is going on."""
-        if call.reviving and not call.sent:
-            wait([revival.done for revival in call.reviving.values()], POLL_S, FIRST_COMPLETED)
-        for rank, revival in list(call.reviving.items()):
-            if not revival.done.done():
+        if call.replacing and not call.sent:
+            wait([replacement.done for replacement in call.replacing.values()], POLL_S, FIRST_COMPLETED)
+        for rank, replacement in list(call.replacing.items()):
+            if not replacement.done.done():
                 continue
-            del call.reviving[rank]
-            error = revival.done.exception()
+            del call.replacing[rank]
+            error = replacement.done.exception()
             if error is None:
                 continue
-            if revival.life == self._life(rank) and rank in self.group.fleet.serving:
+            if replacement.life == self._life(rank) and rank in self.group.fleet.serving:
                 raise error
-            self._replace(call, rank, revival.life, self.group.fleet.members[rank].reason or str(error))
+            self._replace(call, rank, replacement.life, self.group.fleet.members[rank].reason or str(error))
 
     # --- Replacing an engine --------------------------------------------------------------------
 
@@ -270,29 +272,29 @@ class RolloutPool:
                 f"{reason}, once more after {MAX_RESTARTS} restarts in one call",
                 self.group.next_of(rank),
             )
-        call.reviving[rank] = self._revival_of(rank, life, reason)
+        call.replacing[rank] = self._replacement_of(rank, life, reason)
 
-    def _revival_of(self, rank: int, life: int, reason: str) -> Revival:
+    def _replacement_of(self, rank: int, life: int, reason: str) -> Replacement:
         with self._replacing:
             if self._life(rank) == life:
                 self.restarts.append(Restart(rank, reason))
                 self.group.restart(rank)
-                self._revivals[rank] = self._revive_aside(rank)
-            return self._revivals[rank]
+                self._replacements[rank] = self._replace_aside(rank)
+            return self._replacements[rank]
 
-    def _revive_aside(self, rank: int) -> Revival:
-        revival = Revival(self._life(rank), Future())
+    def _replace_aside(self, rank: int) -> Replacement:
+        replacement = Replacement(self._life(rank), Future())
         # A daemon: a run that ends for another reason doesn't wait for an engine that nobody needs.
         threading.Thread(
-            target=self._bring_up, args=(rank, revival.done), daemon=True, name=f"revive-{rank}"
+            target=self._bring_up, args=(rank, replacement.done), daemon=True, name=f"replace-{rank}"
         ).start()
-        return revival
+        return replacement
 
     def _bring_up(self, rank: int, done: Future[None]) -> None:
         try:
             self.group.rebuild(rank)
             with self._one_revival:
-                self._revive(rank)
+                self._bring_back(rank)
         except BaseException as error:
             done.set_exception(error)
         else:

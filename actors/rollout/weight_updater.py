@@ -11,9 +11,9 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from actors.errors import InvariantViolation, RunFailure
-from actors.sync.channel import Backend, Channel, Door
+from actors.sync.channel import Backend, Channel, Connector
 from actors.sync.payload import Payload
-from actors.sync.protocol import NO_VERSION, CommitReport, Readback, StageAck, objection_to_version
+from actors.sync.protocol import NO_VERSION, CommitReport, Readback, StageAck, mismatch_in_version
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -39,7 +39,7 @@ class WeightUpdater:
     def __init__(self, llm: LLM, base: str) -> None:
         """`base`: directory of the checkpoint that the engine has loaded."""
         self._llm = llm
-        self._door: Door | None = None
+        self._connector: Connector | None = None
         self._channel: Channel | None = None
         self._staged: Payload | None = None
         self._digests: dict[str, str] = {}
@@ -51,10 +51,10 @@ class WeightUpdater:
         for found in self._rpc("bound_elements"):
             self._elements.update(found)
 
-    def knock(self, address: str, timeout_s: float) -> None:
+    def connect(self, address: str, timeout_s: float) -> None:
         """Reach the trainer that listens at `address`; an earlier connection is dropped."""
         self.close()
-        self._door = Door(address, timeout_s)
+        self._connector = Connector(address, timeout_s)
 
     def open_channel(self, backend: Backend = "gloo") -> None:
         """Connect to the trainer that was reached.
@@ -62,10 +62,10 @@ class WeightUpdater:
         Raises:
             RunFailure: none was, or it does not accept.
         """
-        if self._door is None:
+        if self._connector is None:
             raise RunFailure("rollout", "sync", "no trainer was reached", "call knock first")
-        door, self._door = self._door, None
-        self._channel = door.enter(backend)
+        connector, self._connector = self._connector, None
+        self._channel = connector.join(backend)
 
     def stage(self, version: int) -> StageAck:
         """Receive a version and keep it beside the served weights.
@@ -82,7 +82,7 @@ class WeightUpdater:
         """`stage`, for a payload that is here already."""
         self.refuse_lost("stage")
         self.discard()
-        objection = objection_to_version(self.version, payload.manifest.version)
+        objection = mismatch_in_version(self.version, payload.manifest.version)
         if objection is not None:
             raise RunFailure("rollout", "stage", objection)
         for changed in self._rpc("stage_weights", payload):
@@ -149,7 +149,7 @@ class WeightUpdater:
 
     def close(self) -> None:
         """Drop the connection."""
-        self._door = None
+        self._connector = None
         channel, self._channel = self._channel, None
         if channel is not None:
             channel.close()

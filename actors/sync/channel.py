@@ -48,7 +48,7 @@ class Listener:
         return Channel(self._store, TRAINER, self._timeout, backend, name, joining)
 
 
-class Door:
+class Connector:
     """The engine's end before the connection: it has reached the trainer's port.
 
     An engine knocks before the trainer waits for it, so that one that dies on its way keeps nobody waiting.
@@ -67,7 +67,7 @@ class Door:
         except RuntimeError as error:
             raise RunFailure(f"channel to {name}", "sync", f"nobody listens at {address}") from error
 
-    def enter(self, backend: Backend = "gloo") -> Channel:
+    def join(self, backend: Backend = "gloo") -> Channel:
         """The connection, once the trainer accepts it.
 
         Raises:

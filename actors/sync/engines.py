@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from actors.cluster.futures import PendingOne
-from actors.cluster.worker_group import ActorGroup
+from actors.cluster.futures import WorkerFuture
+from actors.cluster.worker_group import WorkerGroup
 from actors.errors import InvariantViolation, RunFailure, UserError
 from actors.sync.protocol import NO_VERSION, Engine, Event, Failure, Offer
 from actors.sync.spec import Backend
@@ -18,19 +18,19 @@ CHANNEL_SHARE = 0.8
 """Of `limits.sync`: deadline inside a channel, so that who waits in vain for a peer says so itself."""
 
 
-def load_base(rollout: ActorGroup, base_dir: str) -> dict[int, PendingOne]:
+def load_base(rollout: WorkerGroup, base_dir: str) -> dict[int, WorkerFuture]:
     """Let the engines load the bare base, ready for updates; returns at once. By rank."""
     return {rank: _load(rollout, base_dir, rank) for rank in range(rollout.size)}
 
 
-def _load(rollout: ActorGroup, base_dir: str, rank: int) -> PendingOne:
+def _load(rollout: WorkerGroup, base_dir: str, rank: int) -> WorkerFuture:
     return rollout.submit_rank(rank, "load", base_dir, updatable=True, phase="load")
 
 
 class Engines:
     """What is known of each engine, and the connection of each to the trainer."""
 
-    def __init__(self, policy: ActorGroup, rollout: ActorGroup, base_dir: str, backend: Backend) -> None:
+    def __init__(self, policy: WorkerGroup, rollout: WorkerGroup, base_dir: str, backend: Backend) -> None:
         self.policy, self.rollout, self.base_dir, self.backend = policy, rollout, base_dir, backend
         self.engines = {rank: Engine() for rank in range(rollout.size)}
         self._lives: dict[int, int] = {}
@@ -61,7 +61,7 @@ class Engines:
         timeout_s = CHANNEL_SHARE * self.rollout.limits.of("sync")
         address = self.policy.call_rank(0, "weight_source.listen", rank, timeout_s, phase="sync")
         # The trainer waits only for an engine that is at the door: one that dies before keeps nobody.
-        self._dtype = self.rollout.call_rank(rank, "knock", address, timeout_s, phase="sync")
+        self._dtype = self.rollout.call_rank(rank, "connect", address, timeout_s, phase="sync")
         joining = self.rollout.submit_rank(rank, "open_channel", self.backend, phase="sync")
         accepting = self.policy.submit_rank(0, "weight_source.accept", rank, self.backend, phase="sync")
         joining.result()
@@ -70,14 +70,14 @@ class Engines:
 
     # --- Calls ----------------------------------------------------------------------------------
 
-    def _ask(self, rank: int, method: str, *args: Any) -> PendingOne | Failure:
+    def _ask(self, rank: int, method: str, *args: Any) -> WorkerFuture | Failure:
         """A call of one engine, or why it can't be called any more."""
         try:
             return self.rollout.submit_rank(rank, method, *args, phase="sync")
         except RunFailure as failure:
             return Failure(failure.reason, died=True)
 
-    def _answers(self, asked: Mapping[int, PendingOne | Failure]) -> dict[int, Any]:
+    def _answers(self, asked: Mapping[int, WorkerFuture | Failure]) -> dict[int, Any]:
         """Each engine's answer, or why there is none: one that fails doesn't hide what the others did."""
         answers: dict[int, Any] = {}
         for rank, call in asked.items():

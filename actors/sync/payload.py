@@ -175,13 +175,13 @@ def group_of(name: str) -> str:
     return module
 
 
-def closure(touched: Iterable[str], known: Iterable[str]) -> list[str]:
+def fused_groups_of(touched: Iterable[str], known: Iterable[str]) -> list[str]:
     """Of all `known` names those whose group has a touched one: what has to be loaded together, sorted."""
     groups = {group_of(name) for name in touched}
-    return sorted(name for name in known if group_of(name) in groups and not stays(name))
+    return sorted(name for name in known if group_of(name) in groups and not not_reloaded(name))
 
 
-def stays(name: str) -> bool:
+def not_reloaded(name: str) -> bool:
     """vLLM's reload leaves this tensor as it was loaded (model_loader/reload/meta.py, SKIP_LOAD_TENSORS).
 
     Corrections of routers, which no gradient reaches: transformers chooses experts with them and weighs

@@ -222,7 +222,7 @@ def _objection(offer: Offer, answer: StageAck | Failure) -> str | None:
     return None
 
 
-def objection_to_commit(version: int, report: CommitReport) -> str | None:
+def mismatch_in_commit(version: int, report: CommitReport) -> str | None:
     """What is wrong with a commit, or None: every tensor that was handed over has to be bound."""
     if report.version != version:
         return f"committed version {report.version}, not {version}"
@@ -231,7 +231,7 @@ def objection_to_commit(version: int, report: CommitReport) -> str | None:
     return None
 
 
-def objection_to_parts(sent: Sent, report: CommitReport) -> str | None:
+def mismatch_in_parts(sent: Sent, report: CommitReport) -> str | None:
     """What is wrong with what arrived inside a commit, or None."""
     if len(report.part_digests) != len(sent.part_digests):
         return f"loaded {len(report.part_digests)} later parts, the trainer sent {len(sent.part_digests)}"
@@ -241,7 +241,7 @@ def objection_to_parts(sent: Sent, report: CommitReport) -> str | None:
     return None
 
 
-def objection_to_version(current: int, offered: int) -> str | None:
+def mismatch_in_version(current: int, offered: int) -> str | None:
     """Why a version must not be loaded over another, or None: an old one would undo an update."""
     if offered > current:
         return None

@@ -117,7 +117,7 @@ def nearness(found: np.ndarray, target: np.ndarray, origin: np.ndarray) -> float
     return float((found - origin) @ way / (way @ way))
 
 
-def objection_to_probes(
+def mismatch_in_probes(
     report: ProbeReport, dtype: str, tolerance: float | None = None, unchanged: float = 0.0
 ) -> str | None:
     """What is wrong with an engine's probes, or None.
@@ -142,7 +142,7 @@ def objection_to_probes(
     return None
 
 
-def objection_to_readback(expected: Mapping[str, str], found: Readback, version: int) -> str | None:
+def mismatch_in_readback(expected: Mapping[str, str], found: Readback, version: int) -> str | None:
     """What is wrong with the tensors that an engine holds, or None."""
     if found.version != version:
         return f"read back version {found.version}, not {version}"

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from actors.batches.batch import Batch
-from actors.cluster.futures import POLL_S, Pending, PendingOne
-from actors.cluster.worker_group import ActorGroup
+from actors.cluster.futures import POLL_S, GroupFuture, WorkerFuture
+from actors.cluster.worker_group import WorkerGroup
 from actors.errors import RunFailure
 from actors.sync import protocol, verify
 from actors.sync.engines import Engines, load_base
@@ -34,7 +34,7 @@ STAGE_ROUNDS = 3
 
 
 @dataclass(frozen=True)
-class Truth:
+class Reference:
     """What a version is, by the trainer. Engines that are replaced later are held against it too."""
 
     offer: Offer
@@ -50,8 +50,8 @@ class Loading:
     """A commit that was begun."""
 
     version: int
-    asked: dict[int, PendingOne | Failure]
-    later: Pending | None
+    asked: dict[int, WorkerFuture | Failure]
+    later: GroupFuture | None
     """What the trainer sends meanwhile."""
 
 
@@ -59,7 +59,7 @@ class Phases(Engines):
     """What is asked of engines in a sync, and what follows from their answers."""
 
     def __init__(
-        self, policy: ActorGroup, rollout: ActorGroup, base_dir: str, backend: Backend, keeps: bool
+        self, policy: WorkerGroup, rollout: WorkerGroup, base_dir: str, backend: Backend, keeps: bool
     ) -> None:
         """`keeps`: samples stay in flight over a sync."""
         super().__init__(policy, rollout, base_dir, backend)
@@ -108,9 +108,9 @@ class Phases(Engines):
                     )
                 continue
             self._mark(rank, Event.COMMITTED)
-            wrong = protocol.objection_to_commit(version, answer)
+            wrong = protocol.mismatch_in_commit(version, answer)
             if wrong is None and sent is not None:
-                wrong = protocol.objection_to_parts(sent, answer)
+                wrong = protocol.mismatch_in_parts(sent, answer)
             if wrong is not None:
                 raise self._lose(rank, version, wrong)
         return [rank for rank in answers if self.engines[rank].state is State.COMMITTED], sent
@@ -121,14 +121,14 @@ class WeightSync(Phases):
 
     def __init__(
         self,
-        policy: ActorGroup,
-        rollout: ActorGroup,
+        policy: WorkerGroup,
+        rollout: WorkerGroup,
         spec: SyncSpec,
         base_dir: str,
         role: str | None,
         probes: Sequence[Sequence[int]],
         backend: Backend = "gloo",
-        loading: dict[int, PendingOne] | None = None,
+        loading: dict[int, WorkerFuture] | None = None,
     ) -> None:
         """`base_dir`: the bare base, as engines load it; `role`: the adapter that is sent; `probes`: token
         ids, at least two each, of which the last `spec.probe_tokens` are compared; `loading`: of `load_base`,
@@ -143,7 +143,7 @@ class WeightSync(Phases):
         self._one_at_a_time = threading.RLock()
         self._probed: dict[int, ProbeReport] = {}
         self._base: list[np.ndarray] = []
-        self._truth: Truth | None = None
+        self._truth: Reference | None = None
 
     @property
     def version(self) -> int:
@@ -188,7 +188,7 @@ class WeightSync(Phases):
 
     def _push(self, version: int) -> tuple[SyncReport | None, list[int]]:
         """What was done, unless nobody was left to do it with; and who the pool has to bring back."""
-        old = protocol.objection_to_version(self.version, version)
+        old = protocol.mismatch_in_version(self.version, version)
         if old is not None:
             raise self._violation("trainer", version, old)
         replaced = self._replace_lost()
@@ -262,7 +262,7 @@ class WeightSync(Phases):
         reason = f"engines {replaced} died while they staged version {offer.version}, replaced each time"
         raise RunFailure("rollout", "sync", reason, self.rollout.next_step)
 
-    def _ask_truth(self, prepared: Prepared) -> Callable[[Sent | None], Truth]:
+    def _ask_truth(self, prepared: Prepared) -> Callable[[Sent | None], Reference]:
         """What the trainer says that this version is; what it did not find out while it merged and sent is
         computed while the engines load."""
         asked = None
@@ -271,10 +271,10 @@ class WeightSync(Phases):
         logps = self._trainer_logps(self.role)
         previous = None if self._truth is None else self._truth.logps
 
-        def truth(sent: Sent | None) -> Truth:
+        def truth(sent: Sent | None) -> Reference:
             known = prepared.expected if sent is None else sent.expected
             expected: Expected = known if asked is None else asked.result()[0]  # type: ignore[assignment]
-            return Truth(prepared.offer, expected, logps(), previous)
+            return Reference(prepared.offer, expected, logps(), previous)
 
         return truth
 
@@ -285,7 +285,7 @@ class WeightSync(Phases):
         cuts = np.cumsum(batch.label_counts)[:-1]
         return lambda: np.split(logps.result()[0], cuts)
 
-    def _verify(self, ranks: list[int], truth: Truth) -> None:
+    def _verify(self, ranks: list[int], truth: Reference) -> None:
         """Hold engines against the truth; one that died over it is lost, the others serve it.
 
         Raises:
@@ -306,14 +306,14 @@ class WeightSync(Phases):
                 raise self._lose(rank, version, failure.reason)
 
     def _judge(
-        self, rank: int, truth: Truth, read: protocol.Readback, scored: list[np.ndarray]
+        self, rank: int, truth: Reference, read: protocol.Readback, scored: list[np.ndarray]
     ) -> ProbeReport:
-        wrong = verify.objection_to_readback(truth.expected.digests, read, truth.offer.version)
+        wrong = verify.mismatch_in_readback(truth.expected.digests, read, truth.offer.version)
         if wrong is not None:
             raise self._lose(rank, truth.offer.version, wrong, truth.offer)
         report = verify.compare_probes(scored, truth.logps, truth.previous, self._base)
         unchanged = truth.expected.share_unchanged_bf16 or 0.0
-        wrong = verify.objection_to_probes(report, self._dtype, self.spec.tolerance, unchanged)
+        wrong = verify.mismatch_in_probes(report, self._dtype, self.spec.tolerance, unchanged)
         if wrong is not None:
             raise self._lose(rank, truth.offer.version, wrong, truth.offer)
         return report
@@ -334,7 +334,7 @@ class WeightSync(Phases):
                 self._replace(rank)
         return lost
 
-    def _bring_up(self, rank: int, truth: Truth) -> None:
+    def _bring_up(self, rank: int, truth: Reference) -> None:
         """One fresh engine to a version that was sent before, verified."""
         offer = truth.offer
         decision = self._stage([rank], offer)

@@ -17,7 +17,7 @@ import torch
 from actors.models.lora.low_rank import Factors, low_rank_delta
 from actors.models.lora.merge import base_tensors
 from actors.models.parallel.fsdp import whole
-from actors.sync.payload import closure, digest_of, group_of
+from actors.sync.payload import digest_of, fused_groups_of, group_of
 from actors.sync.protocol import Expected
 
 
@@ -48,7 +48,7 @@ class HostMerge:
         self._model, self._factors, self._leads = base, factors, leads
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._base = base_tensors(base)
-        self.names = closure(factors or self._base, self._base)
+        self.names = fused_groups_of(factors or self._base, self._base)
         """In the bare base in memory."""
 
     def parts(self, limit_bytes: int | None = None) -> list[list[str]]:

@@ -13,7 +13,7 @@ from actors.errors import EXIT_DONE, UserError
 from pipeline.monitoring import console
 
 if TYPE_CHECKING:
-    from actors.cluster.worker_group import ActorGroup
+    from actors.cluster.worker_group import WorkerGroup
 
 LEAVE = ("", "exit", "quit")
 """What ends a conversation, beside end of input."""
@@ -58,7 +58,7 @@ def chat(
 
 
 @contextlib.contextmanager
-def engine(model: str) -> Iterator[ActorGroup]:
+def engine(model: str) -> Iterator[WorkerGroup]:
     """A local Ray with one rollout actor that serves `model` (a model or an adapter)."""
     from actors.cluster.connection import local_resources, start_ray, stop_ray
     from actors.cluster.spec import LimitsSpec, RoleSpec
@@ -91,7 +91,9 @@ def typed() -> Iterator[str]:
         yield line
 
 
-def reply(rollout: ActorGroup, tokenizer: Any, messages: list[dict[str, str]], sampling: SamplingSpec) -> str:
+def reply(
+    rollout: WorkerGroup, tokenizer: Any, messages: list[dict[str, str]], sampling: SamplingSpec
+) -> str:
     """The model's next turn.
 
     Raises:

@@ -10,8 +10,9 @@ import yaml
 from pydantic import ValidationError
 
 from actors.errors import UserError
-from pipeline.config.messages import bad_paths, explain, keys_in
+from pipeline.config.messages import bad_paths, explain, joined, keys_in
 from pipeline.config.problem import Problem
+from pipeline.config.rules.cross import cross_problems
 from pipeline.config.run_config import RunConfig
 from pipeline.config.yaml_reader import apply_overrides, read_mapping, set_key
 
@@ -36,13 +37,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def validate(data: dict[str, Any]) -> tuple[RunConfig | None, list[Problem]]:
     """The config, or None and all that is wrong with `data`."""
     try:
-        return RunConfig.model_validate(data, strict=True), []
+        config = RunConfig.model_validate(data, strict=True)
     except ValidationError as error:
         problems = explain(error, data, RunConfig)
         bad = bad_paths(error, data, RunConfig)
         if bad:
             problems += _rules_of_the_rest(data, bad)
         return None, problems
+    problems = joined(cross_problems(config))
+    return (None if problems else config), problems
 
 
 def _rules_of_the_rest(data: dict[str, Any], bad: dict[tuple[str, ...], set[str]]) -> list[Problem]:
@@ -56,25 +59,23 @@ def _rules_of_the_rest(data: dict[str, Any], bad: dict[tuple[str, ...], set[str]
         rest = _without(rest, path)
     rest = _filled(rest)
     try:
-        RunConfig.model_validate(rest, strict=True)
-    except ValidationError as error:
-        if bad_paths(error, rest, RunConfig):
-            return []
-        doubts: dict[str, set[str]] = {}
-        for path, names in bad.items():
-            doubts.setdefault(".".join(path[:-1]), set()).update(names)
-        a_stage_is_gone = any(path[0] == "stages" and len(path) <= 2 for path in bad)
-        return [
-            problem
-            for problem in explain(error, rest, RunConfig)
-            if not any(
-                name in f"{problem.path.rpartition('.')[2]}: {problem.message}"
-                for name in doubts.get(problem.path.rpartition(".")[0], ())
-            )
-            and not any(_within(problem.path, path) for path in bad)
-            and not (a_stage_is_gone and _NAMING_STAGES & set(problem.path.split(".")))
-        ]
-    return []
+        config = RunConfig.model_validate(rest, strict=True)
+    except ValidationError:
+        return []
+    doubts: dict[str, set[str]] = {}
+    for path, names in bad.items():
+        doubts.setdefault(".".join(path[:-1]), set()).update(names)
+    a_stage_is_gone = any(path[0] == "stages" and len(path) <= 2 for path in bad)
+    return [
+        problem
+        for problem in joined(cross_problems(config))
+        if not any(
+            name in f"{problem.path.rpartition('.')[2]}: {problem.message}"
+            for name in doubts.get(problem.path.rpartition(".")[0], ())
+        )
+        and not any(_within(problem.path, path) for path in bad)
+        and not (a_stage_is_gone and _NAMING_STAGES & set(problem.path.split(".")))
+    ]
 
 
 def _within(path: str, refused: tuple[str, ...]) -> bool:

@@ -46,23 +46,28 @@ def explain(error: ValidationError, data: dict[str, Any], model: type[BaseModel]
     """One problem per key that is wrong; what pydantic says twice about a union's arms is joined."""
     by_path: dict[str, list[str]] = {}
     for detail in error.errors():
-        if detail["type"] == "cross_field":
-            for path, message in detail["ctx"]["problems"]:
-                by_path.setdefault(path, []).append(message)
-        elif detail["type"] != "default_factory_not_called":
+        if detail["type"] != "default_factory_not_called":
             keys = keys_in(data, detail["loc"])
             by_path.setdefault(".".join(keys), []).append(_sentence(detail, keys, model))
+    return [Problem(path, _joined(messages)) for path, messages in by_path.items()]
+
+
+def joined(problems: Iterable[Problem]) -> list[Problem]:
+    """One problem per key."""
+    by_path: dict[str, list[str]] = {}
+    for path, message in problems:
+        by_path.setdefault(path, []).append(message)
     return [Problem(path, _joined(messages)) for path, messages in by_path.items()]
 
 
 def bad_paths(
     error: ValidationError, data: dict[str, Any], model: type[BaseModel]
 ) -> dict[tuple[str, ...], set[str]]:
-    """Keys that pydantic refused by themselves (not by a rule between fields), each with the names of fields
+    """Keys that pydantic refused, each with the names of fields
     whose values are in doubt with it: its own, or the one that an unknown key may have been meant to be."""
     found: dict[tuple[str, ...], set[str]] = {}
     for detail in error.errors():
-        if detail["type"] in ("cross_field", "default_factory_not_called"):
+        if detail["type"] == "default_factory_not_called":
             continue
         keys = keys_in(data, detail["loc"])
         names = {keys[-1]} if keys else set()

@@ -11,7 +11,6 @@ from actors.cluster.spec import LimitsSpec, RaySpec, RoleSpec
 from actors.models.spec import ModelSpec
 from actors.spec import Spec
 from pipeline.config.names import NAME_PATTERN
-from pipeline.config.rules.cross import raise_for
 from pipeline.evaluation.spec import EvalSamplingSpec, EvalSpec
 from pipeline.monitoring.spec import LoggingSpec
 from pipeline.roles import RolesSpec
@@ -84,10 +83,9 @@ class RunConfig(Spec):
 
     @model_validator(mode="after")
     def _settle(self) -> RunConfig:
-        """Fill defaults that depend on other sections, then hold the sections against each other."""
+        """Fill defaults that depend on other sections."""
         if self.model.lora is None and "reference" not in self.roles.model_fields_set:
             self.roles.reference = RoleSpec()
-        raise_for(self)
         return self
 
     def init_of(self, stage: str) -> str:

@@ -22,8 +22,8 @@ from pipeline.data.tokens.tokens import prompt_rows
 from pipeline.rewards.functions import import_function, missing_arguments, named_by
 
 if TYPE_CHECKING:
-    from actors.cluster.futures import PendingOne
-    from actors.cluster.worker_group import ActorGroup
+    from actors.cluster.futures import WorkerFuture
+    from actors.cluster.worker_group import WorkerGroup
     from pipeline.evaluation.spec import EvalSpec
 from pipeline.artifacts.weights import Weights
 
@@ -123,7 +123,7 @@ def evaluate(
     weights: Weights,
     held_out: EvalSet,
     spec: EvalSpec,
-    rollout: ActorGroup,
+    rollout: WorkerGroup,
     tokenizer: Any,
     directory: Path,
     seed: int,
@@ -179,7 +179,7 @@ def finished(directory: Path, name: str, key: str) -> dict[str, Any] | None:
 
 
 def generate(
-    rollout: ActorGroup,
+    rollout: WorkerGroup,
     weights: Weights,
     name: str,
     token_ids: list[list[int]],
@@ -191,7 +191,7 @@ def generate(
     over it are replaced."""
     from actors.rollout.pool import RolloutPool
 
-    def load(rank: int) -> PendingOne:
+    def load(rank: int) -> WorkerFuture:
         return rollout.submit_rank(rank, "load", weights.base, weights.adapter, name, phase="load")
 
     loading = {rank: load(rank) for rank in rollout.fleet.serving}

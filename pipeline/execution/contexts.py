@@ -18,7 +18,7 @@ from pipeline.stages.specs.registry import PpoStage, RewardStage, RlStage
 from pipeline.stages.views import View
 
 if TYPE_CHECKING:
-    from actors.cluster.worker_group import ActorGroup
+    from actors.cluster.worker_group import WorkerGroup
     from actors.sync.channel import Backend
     from pipeline.execution.fleet import Fleet
     from pipeline.planning.nodes import Node
@@ -140,7 +140,7 @@ class Contexts:
         return feed
 
 
-def _start_adapter(group: ActorGroup, source: str | None, name: str) -> None:
+def _start_adapter(group: WorkerGroup, source: str | None, name: str) -> None:
     """A trainable adapter `name`, equal to `source`, or fresh on the bare base."""
     if source is None:
         group.call("add_adapter", name, None, True, phase="load")

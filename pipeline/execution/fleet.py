@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from actors.cluster.connection import check_cluster, is_local, start_ray, stop_ray
 from actors.cluster.environment import actor_environment
 from actors.cluster.fast_start.fork_server import ForkServer
-from actors.cluster.futures import Pending, PendingOne
+from actors.cluster.futures import GroupFuture, WorkerFuture
 from actors.cluster.spec import RoleSpec
-from actors.cluster.worker_group import HOST, HOST_MODULES, ROLLOUT, ActorGroup, host_group, rollout_group
+from actors.cluster.worker_group import HOST, HOST_MODULES, ROLLOUT, WorkerGroup, host_group, rollout_group
 from actors.models.facts import BaseFacts, base_facts
 from actors.rollout.engine import EngineSpec
 from pipeline.artifacts.manifest import MANIFEST
@@ -38,15 +38,15 @@ class Fleet:
     ) -> None:
         """`fresh`: also ignore what earlier runs left in the reference cache."""
         self.config, self.directory, self.startup, self.fresh = config, directory, startup, fresh
-        self._groups: dict[str, ActorGroup] = {}
+        self._groups: dict[str, WorkerGroup] = {}
         self._hosts: dict[str, Host] = {}
         self.feeds: dict[str, ReferenceFeed] = {}
         """Of DPO stages, by name."""
         self._rollout_asked = False
-        self._rollout: Pending | None = None
+        self._rollout: GroupFuture | None = None
         self._ray = False
         self._starting: Future[None] | None = None
-        self._facts: Future[PendingOne] | None = None
+        self._facts: Future[WorkerFuture] | None = None
         self._later: list[str] = []
         self._fork_server: ForkServer | None = None
         # Lives as long as the fleet: Linux ties a local cluster's end to the thread that started it.
@@ -71,7 +71,7 @@ class Fleet:
 
     # --- Start ----------------------------------------------------------------------------------
 
-    def warm_up(self) -> None:
+    def preload_imports(self) -> None:
         """Where all processes of the run are to be on this machine and its CPUs: let one of them make the
         imports for all (`actors.cluster.fast_start`). Elsewhere, and on GPUs, each process makes its own."""
         roles = self._likely()
@@ -104,7 +104,7 @@ class Fleet:
         asked = self._facts
         return (lambda: base_facts(self.config.model)) if asked is None else (lambda: asked.result().result())
 
-    def _ask_facts(self, starting: Future[None]) -> PendingOne:
+    def _ask_facts(self, starting: Future[None]) -> WorkerFuture:
         starting.result()  # What kept Ray from starting is the failure to tell.
         target = f"{base_facts.__module__}:{base_facts.__name__}"
         return self._group("policy").submit_work(0, target, self.config.model, phase="start")
@@ -198,7 +198,7 @@ class Fleet:
         roles = self.config.roles
         return [n for n in type(roles).model_fields if n in wanted and getattr(roles, n).share is None]
 
-    def _group(self, name: str) -> ActorGroup:
+    def _group(self, name: str) -> WorkerGroup:
         if name not in self._groups:
             role, limits, logs = getattr(self.config.roles, name), self.config.limits, self.directory.logs
             rollout = name == "rollout"
@@ -236,7 +236,7 @@ class Fleet:
         host.group.call("set_batching", spec.packing, spec.max_tokens_per_micro_batch)
         return host
 
-    def rollout(self) -> ActorGroup:
+    def rollout(self) -> WorkerGroup:
         """The rollout engines, ready to load a model."""
         began = time.monotonic()
         building = self._build_rollout()
@@ -246,7 +246,7 @@ class Fleet:
             self._rollout = None
         return self._group("rollout")
 
-    def _build_rollout(self) -> Pending | None:
+    def _build_rollout(self) -> GroupFuture | None:
         """Let the engines' actors be made, unless they were; None when that is done."""
         if not self._rollout_asked:
             engine = EngineSpec(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from actors.cluster.worker_group import ActorGroup, Pending
+from actors.cluster.worker_group import GroupFuture, WorkerGroup
 from actors.trainer.spec import HostSpec
 from pipeline.artifacts.weights import Weights
 
@@ -30,9 +30,9 @@ def critic_name(stage: str) -> str:
 class Host:
     """A group of ranks with one base, and which artifacts' adapters it holds by now."""
 
-    def __init__(self, group: ActorGroup, spec: HostSpec, weights: Weights, building: Pending) -> None:
+    def __init__(self, group: WorkerGroup, spec: HostSpec, weights: Weights, building: GroupFuture) -> None:
         self.group, self.spec, self.base = group, spec, weights.base
-        self._building: Pending | None = building
+        self._building: GroupFuture | None = building
         self.holds = weights.fingerprint
         """Fingerprint of the weights that the base's own parameters are (full fine-tuning moves them)."""
         self.adapters: dict[str, str] = {}

@@ -9,11 +9,11 @@ from actors.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from actors.cluster.worker_group import ActorGroup
+    from actors.cluster.worker_group import WorkerGroup
     from actors.models.spec import ModelSpec
 
 
-def check_parity(model: ModelSpec, engines: ActorGroup, say: Callable[[str], None]) -> None:
+def check_parity(model: ModelSpec, engines: WorkerGroup, say: Callable[[str], None]) -> None:
     """Let an engine and transformers compute the same tokens, as loaded and after weights were brought in.
 
     Raises:

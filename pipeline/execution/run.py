@@ -89,7 +89,7 @@ class Run:
 
         with Fleet(self.config, self.directory, self.startup, self.fresh) as fleet:
             with _uncollected():
-                fleet.warm_up()
+                fleet.preload_imports()
                 records = read_rows(self.config, until)
                 self.startup["imports and data"] = round(time.time() - self.began, 2)
                 fleet.prestart()

@@ -1,4 +1,4 @@
-"""The report's charts: curves over steps. Drawn once, used as SVG and PNG."""
+"""The report's charts: curves over steps. SampledBatch once, used as SVG and PNG."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Arrow:
     x: float
     y: float
     read: bool
-    """Drawn dashed: used as it is (reference, reward model), not trained further."""
+    """SampledBatch dashed: used as it is (reference, reward model), not trained further."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pipeline.stages.prepared import Prepared
 from pipeline.stages.specs.registry import RewardStage
 
 if TYPE_CHECKING:
-    from actors.cluster.worker_group import ActorGroup
+    from actors.cluster.worker_group import WorkerGroup
 
 
 class Stopped(Exception):
@@ -27,7 +27,7 @@ class Stopped(Exception):
 class StageContext:
     """What every stage is given to work with, beside its data and loss."""
 
-    host: ActorGroup
+    host: WorkerGroup
     role: str | None
     """Adapter that trains; None trains every parameter."""
     directory: Path

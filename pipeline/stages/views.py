@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from actors.algorithms.loss import Loss
     from actors.batches.batch import Batch
-    from actors.cluster.worker_group import ActorGroup, Pending
+    from actors.cluster.worker_group import GroupFuture, WorkerGroup
     from actors.trainer.spec import OptimSpec
 
 
@@ -24,7 +24,7 @@ def put(batch: Batch) -> Any:
 class View:
     """What one role computes with. Batches may be references into the object store."""
 
-    group: ActorGroup
+    group: WorkerGroup
     role: str | None
     """Adapter; None is the bare base."""
 
@@ -33,19 +33,19 @@ class View:
         """Name of the processes that this role runs on."""
         return self.group.name
 
-    def token_logprobs(self, batch: Any, temperature: float) -> Pending:
+    def token_logprobs(self, batch: Any, temperature: float) -> GroupFuture:
         """float64 (counted tokens,), from every rank."""
         return self.group.submit("token_logprobs", batch, self.role, temperature, phase="logprobs")
 
-    def values(self, batch: Any) -> Pending:
+    def values(self, batch: Any) -> GroupFuture:
         """float64 (counted tokens,): the value head at the state before each, from every rank."""
         return self.group.submit("values", batch, self.role, phase="logprobs")
 
-    def scores(self, batch: Any) -> Pending:
+    def scores(self, batch: Any) -> GroupFuture:
         """float64 (samples,): the score head at each sample's last token, from every rank."""
         return self.group.submit("scores", batch, self.role, phase="logprobs")
 
-    def update(self, batch: Any, loss: Loss, number: int) -> Pending:
+    def update(self, batch: Any, loss: Loss, number: int) -> GroupFuture:
         """Optimizer step `number` of this role; metrics from every rank."""
         return self.group.submit("update", batch, loss, number, self.role, phase="update")
 

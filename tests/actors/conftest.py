@@ -12,7 +12,7 @@ import pytest
 if TYPE_CHECKING:
     import torch
 
-    from actors.cluster.worker_group import ActorGroup
+    from actors.cluster.worker_group import WorkerGroup
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +32,7 @@ def ray_cluster() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def process(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActorGroup]:
+def process(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerGroup]:
     """One process for all engines of a file: vLLM is imported once, and what one engine leaves behind would
     show in the next."""
     from actors.cluster.spec import LimitsSpec, RoleSpec

@@ -104,7 +104,7 @@ def serve(listener: socket.socket, driver: int, modules: Sequence[str]) -> list[
 
 def import_all(modules: Sequence[str]) -> bool:
     """Import `modules`; False where this process cannot be forked then, with the reason in the log."""
-    gc.disable()  # imports make no garbage; see RankActor
+    gc.disable()  # imports make no garbage; see Worker
     try:
         for module in modules:
             began = time.process_time()

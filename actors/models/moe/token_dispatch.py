@@ -20,7 +20,7 @@ from actors.models.parallel.fsdp import is_sharded, own_slice
 
 
 @dataclass(frozen=True)
-class Travel:
+class TokenDispatch:
     """Which tokens of this rank go where, S in all, and which M come here; k choices each."""
 
     experts: Tensor
@@ -41,7 +41,7 @@ class Travel:
     @staticmethod
     def of(
         top_k_index: Tensor, n_experts: int, group: dist.ProcessGroup, wanted: Tensor | None = None
-    ) -> Travel:
+    ) -> TokenDispatch:
         """From int64 (N, k) experts of this rank's tokens; `wanted`, int64: only these tokens travel."""
         index = top_k_index if wanted is None else top_k_index.index_select(0, wanted)
         ranks = dist.get_world_size(group)
@@ -56,7 +56,7 @@ class Travel:
         coming = torch.empty_like(leaving)
         dist.all_to_all_single(coming, leaving, group=group)
         sent, received = torch.stack([leaving, coming]).tolist()
-        return Travel(
+        return TokenDispatch(
             _exchanged(experts, sent, received, group),
             token if wanted is None else wanted.index_select(0, token),
             there,
@@ -102,34 +102,34 @@ def _exchanged(rows: Tensor, sent: list[int], received: list[int], group: dist.P
 # Two functions of one node each: on no rank can autograd leave out one of two messages, or turn them round.
 class _Out(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weights: Tensor, travel: Travel) -> tuple[Tensor, Tensor]:
-        ctx.travel = travel
-        leaving = weights.index_select(0, travel.token).masked_fill(~travel.there, 0)
-        return travel.leave(hidden.index_select(0, travel.token)), travel.leave(leaving)
+    def forward(ctx: Any, hidden: Tensor, weights: Tensor, dispatch: TokenDispatch) -> tuple[Tensor, Tensor]:
+        ctx.dispatch = dispatch
+        leaving = weights.index_select(0, dispatch.token).masked_fill(~dispatch.there, 0)
+        return dispatch.leave(hidden.index_select(0, dispatch.token)), dispatch.leave(leaving)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_hidden: Tensor, d_weights: Tensor) -> tuple[Tensor | None, ...]:
-        travel: Travel = ctx.travel
-        by_hidden = travel.come_back(d_hidden) if ctx.needs_input_grad[0] else None
+        dispatch: TokenDispatch = ctx.dispatch
+        by_hidden = dispatch.come_back(d_hidden) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return by_hidden, None, None
         # A choice's weight has a gradient from the rank that holds the expert, and from no other.
-        here = travel.experts >= 0
-        return by_hidden, travel.come_back(d_weights.masked_fill(~here, 0)), None
+        here = dispatch.experts >= 0
+        return by_hidden, dispatch.come_back(d_weights.masked_fill(~here, 0)), None
 
 
 class _Back(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mixed: Tensor, travel: Travel) -> Tensor:
-        ctx.travel = travel
-        return travel.come_back(mixed)
+    def forward(ctx: Any, mixed: Tensor, dispatch: TokenDispatch) -> Tensor:
+        ctx.dispatch = dispatch
+        return dispatch.come_back(mixed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        travel: Travel = ctx.travel
-        return travel.leave(grad.index_select(0, travel.token)), None
+        dispatch: TokenDispatch = ctx.dispatch
+        return dispatch.leave(grad.index_select(0, dispatch.token)), None
 
 
 class OwnExperts:

@@ -8,28 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
-
-from pydantic_core import PydanticCustomError
 
 from actors.rollout.spec import DEFAULT_POSITIONS
+from pipeline.config.names import MODULE_NAMES, NAME_PATTERN, RESERVED_NAMES, VIEWS
 from pipeline.config.problem import Problem
 from pipeline.config.rules.stage import stage_problems
+from pipeline.config.run_config import RunConfig
 from pipeline.rewards.functions import EXACT_MATCH, FUNCTION
 from pipeline.stages.specs.registry import PpoStage, RewardStage, RlStage
-
-if TYPE_CHECKING:
-    from pipeline.config.run_config import RunConfig
-from pipeline.config.names import MODULE_NAMES, NAME_PATTERN, RESERVED_NAMES, VIEWS
-
-
-def raise_for(config: RunConfig) -> None:
-    """Raise one pydantic error that carries every cross-field problem in its context."""
-    problems = cross_problems(config)
-    if problems:
-        raise PydanticCustomError(
-            "cross_field", "{text}", {"text": "; ".join(map(str, problems)), "problems": problems}
-        )
 
 
 def cross_problems(config: RunConfig) -> list[Problem]:

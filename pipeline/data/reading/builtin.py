@@ -16,7 +16,7 @@ task is that each stage has something of its own to learn:
 So imitation (SFT) gets the easy half right, and preferences are what teaches the carry: greedy, the
 embedded base has 33 % of the test split right, SFT 61-66 %, 20 steps of DPO 87-88 % and 80 of them 96-98 %
 (3 seeds each, by configs/demo.yaml).
-Drawn at temperature 1, the SFT model has 70 % right: what online RL can build on.
+SampledBatch at temperature 1, the SFT model has 70 % right: what online RL can build on.
 
 Splits are disjoint for every seed: an unordered pair of operands belongs to one split by its hash. Only
 `prompts` and `test_preference` have no operands of their own: they ask what `train` demonstrates, and what

@@ -14,7 +14,7 @@ from pipeline.data.tokens.order import BatchOrder
 from pipeline.data.tokens.tokens import TokenizedData
 
 if TYPE_CHECKING:
-    from actors.cluster.worker_group import ActorGroup, Pending
+    from actors.cluster.worker_group import GroupFuture, WorkerGroup
 
 FILE = "logps.arrow"
 
@@ -56,9 +56,9 @@ class ReferenceLogps:
         self._chunk_of = np.full(data.n_rows, -1, dtype=np.int64)
         for number, rows in enumerate(self._chunks):
             self._chunk_of[rows] = number
-        self._waiting: deque[tuple[np.ndarray, Pending]] = deque()
+        self._waiting: deque[tuple[np.ndarray, GroupFuture]] = deque()
         self._submitted = self._done = 0
-        self._ask: Callable[[int], Pending] | None = None
+        self._ask: Callable[[int], GroupFuture] | None = None
         self.cached = not self._chunks
 
     def _unknown(self) -> np.ndarray:
@@ -75,12 +75,12 @@ class ReferenceLogps:
             table = pa.ipc.open_file(source).read_all()
         return np.stack([table[name].to_numpy() for name in self._columns], axis=1)
 
-    def start(self, group: ActorGroup, role: str | None) -> None:
+    def start(self, group: WorkerGroup, role: str | None) -> None:
         """Begin on the first chunks, without waiting for them."""
         if self.cached:
             return
 
-        def ask(number: int) -> Pending:
+        def ask(number: int) -> GroupFuture:
             batch = self.data.batch(self._chunks[number])
             return group.submit("logprobs", batch, role, self.ld_alpha, phase="logprobs")
 
@@ -156,7 +156,7 @@ class ReferenceFeed:
         assert self.held_out is not None
         return self.held_out.columns(rows)
 
-    def start(self, group: ActorGroup, role: str | None) -> None:
+    def start(self, group: WorkerGroup, role: str | None) -> None:
         for part in self.parts():
             part.start(group, role)
 

@@ -17,7 +17,7 @@ from pipeline.stages.metrics import MetricsLog
 from pipeline.stages.prepared import PreparedStage
 
 if TYPE_CHECKING:
-    from actors.cluster.worker_group import Pending
+    from actors.cluster.worker_group import GroupFuture
     from pipeline.stages.offline.reference import ReferenceFeed
 from pipeline.stages.context import StageContext, Stopped, finish, sound_checkpoint
 
@@ -50,10 +50,10 @@ def train(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> Manife
         every=ctx.logging_steps,
         checkpoint=decision.checkpoint,
     )
-    flying: deque[tuple[int, Pending]] = deque()
+    in_flight: deque[tuple[int, GroupFuture]] = deque()
 
-    def land() -> None:
-        number, pending = flying.popleft()
+    def collect() -> None:
+        number, pending = in_flight.popleft()
         metrics = pending.result()[0]
         metrics["epoch"] = round(stage.epoch(number + 1), 4)
         if number == 0 and isinstance(stage.loss, DpoLoss | KtoLoss) and ctx.starts_as_reference:
@@ -66,13 +66,13 @@ def train(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> Manife
     try:
         while step < stage.total_steps:
             batch = with_reference(stage, ctx.reference, step)
-            flying.append((step, ctx.host.submit("update", batch, stage.loss, step, phase="update")))
+            in_flight.append((step, ctx.host.submit("update", batch, stage.loss, step, phase="update")))
             step += 1
             stopping = ctx.stop_asked()
             saving = stopping or (step % stage.spec.save_steps == 0 and step < stage.total_steps)
             evaluating = bool(stage.spec.eval_steps) and step % (stage.spec.eval_steps or 1) == 0
-            while len(flying) > (0 if saving or evaluating or step == stage.total_steps else AHEAD):
-                land()
+            while len(in_flight) > (0 if saving or evaluating or step == stage.total_steps else AHEAD):
+                collect()
             if evaluating and step < stage.total_steps:
                 ctx.on_log(log.write({"step": step, **evaluate_loss(stage, ctx)}))
             if saving:

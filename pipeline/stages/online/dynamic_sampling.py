@@ -8,7 +8,7 @@ a step that is done again draws the same. What still has no spread after the las
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,14 +16,17 @@ from actors.algorithms.reward_shaping import without_spread
 from actors.batches.generations import Generations
 from actors.batches.trajectories import trajectories
 from pipeline.stages.online.rewards import Rewards
+from pipeline.stages.online.sampler import SampledBatch, Sampler
 from pipeline.stages.views import put
 
 if TYPE_CHECKING:
-    from pipeline.stages.online.sampler import Drawer, Drawn
+    from actors.rollout.pool import RolloutPool
+    from pipeline.stages.online.rewards import RewardComputer
+    from pipeline.stages.prepared import PreparedRl
 
 
 @dataclass(frozen=True)
-class Judged:
+class Scored:
     """Samples of some prompts with their rewards."""
 
     rows: np.ndarray
@@ -32,11 +35,11 @@ class Judged:
     values: np.ndarray
     """float64 (samples,): as `Rewards.values`."""
 
-    def dull(self) -> np.ndarray:
+    def zero_spread(self) -> np.ndarray:
         """bool (prompts,): those without any spread."""
         return without_spread(self.values, self.samples.n)
 
-    def with_groups(self, places: np.ndarray, other: Judged, taken: np.ndarray) -> Judged:
+    def with_groups(self, places: np.ndarray, other: Scored, taken: np.ndarray) -> Scored:
         """Groups `taken` of `other` at `places`; both int64, of one length."""
         source = np.arange(len(self.rows))
         source[places] = len(self.rows) + taken
@@ -44,50 +47,56 @@ class Judged:
         n = self.samples.n
         samples = (source[:, None] * n + np.arange(n)).reshape(-1)
         values = np.concatenate([self.values, other.values])[samples]
-        return Judged(np.concatenate([self.rows, other.rows])[source], joined.select(samples), values)
+        return Scored(np.concatenate([self.rows, other.rows])[source], joined.select(samples), values)
 
 
-def draw_again(drawer: Drawer, step: int, drawn: Drawn) -> Drawn:
-    """The step's samples with the groups replaced that have no spread, as far as the rounds go.
+class DynamicSampler(Sampler):
+    """A sampler that replaces groups whose rewards have no spread, in `max_resampling_rounds` rounds."""
 
-    Reward metrics are those of the first round: of the step's own prompts, none of them chosen.
-    """
-    spec = drawer.stage.spec
-    first = judge(drawer, drawn.rows, drawn.samples)
-    found = Judged(drawn.rows, drawn.samples, first.values)
-    notes, used, rounds = list(first.notes), set(drawn.rows.tolist()), 0
-    for attempt in range(1, spec.max_resampling_rounds + 1):
-        (places,) = np.nonzero(found.dull())
-        if not len(places):
-            break
-        rows = substitutes(drawer.stage.data.n_rows, used, len(places), (drawer.stage.seed, step, attempt))
-        if not len(rows):
-            break
-        used |= set(rows.tolist())
-        samples = drawer.ask(step, rows, attempt)
-        rewards = judge(drawer, rows, samples)
-        notes += rewards.notes
-        more, rounds = Judged(rows, samples, rewards.values), attempt
-        (good,) = np.nonzero(~more.dull())
-        found = found.with_groups(places[: len(good)], more, good)
-    metrics = first.metrics | {
-        "dynamic_sampling/rounds": float(rounds),
-        "dynamic_sampling/prompts": float(len(used)),
-        "dynamic_sampling/frac_zero_std_left": float(found.dull().mean()),
-    }
-    final = drawer.drawn(found.rows, found.samples, Rewards(found.values, {}, notes))
-    loads = [load for load in (drawn.expert_load, final.expert_load) if load is not None]
-    return replace(final, metrics=metrics, expert_load=sum(loads[1:], loads[0]) if loads else None)
+    def sample(self, step: int) -> SampledBatch:
+        """The step's samples with the groups replaced that have no spread, as far as the rounds go.
+
+        Reward metrics are those of the first round: of the step's own prompts, none of them chosen.
+        """
+        sampled = super().sample(step)
+        first = self._score(sampled.rows, sampled.samples)
+        found = Scored(sampled.rows, sampled.samples, first.values)
+        notes, used, rounds = list(first.notes), set(sampled.rows.tolist()), 0
+        for attempt in range(1, self.stage.spec.max_resampling_rounds + 1):
+            (places,) = np.nonzero(found.zero_spread())
+            if not len(places):
+                break
+            seed = (self.stage.seed, step, attempt)
+            rows = substitutes(self.stage.data.n_rows, used, len(places), seed)
+            if not len(rows):
+                break
+            used |= set(rows.tolist())
+            samples = self.ask(step, rows, attempt)
+            rewards = self._score(rows, samples)
+            notes += rewards.notes
+            more, rounds = Scored(rows, samples, rewards.values), attempt
+            (good,) = np.nonzero(~more.zero_spread())
+            found = found.with_groups(places[: len(good)], more, good)
+        metrics = first.metrics | {
+            "dynamic_sampling/rounds": float(rounds),
+            "dynamic_sampling/prompts": float(len(used)),
+            "dynamic_sampling/frac_zero_std_left": float(found.zero_spread().mean()),
+        }
+        final = self.batch_of(found.rows, found.samples, Rewards(found.values, {}, notes))
+        loads = [load for load in (sampled.expert_load, final.expert_load) if load is not None]
+        return replace(final, metrics=metrics, expert_load=sum(loads[1:], loads[0]) if loads else None)
+
+    def _score(self, rows: np.ndarray, samples: Generations) -> Rewards:
+        prompts = self.stage.data.select(rows, copies=samples.n)
+        batch = trajectories(prompts.token_ids, samples)
+        asked = self.rewards.submit(put(batch.unrouted())) if self.rewards.models else {}
+        return self.rewards.result(asked, prompts, self.texts(samples), samples, batch)
 
 
-def judge(drawer: Drawer, rows: np.ndarray, samples: Generations) -> Rewards:
-    """What the samples of these rows are worth."""
-    data = drawer.stage.data
-    prompts = data.select(rows, copies=samples.n)
-    batch = trajectories(prompts.token_ids, samples)
-    asked = drawer.judge.submit(put(batch.unrouted())) if drawer.judge.models else {}
-    texts = drawer.texts(samples)
-    return drawer.judge.result(asked, prompts, texts, samples, batch)
+def sampler_of(stage: PreparedRl, rollout: RolloutPool, rewards: RewardComputer, tokenizer: Any) -> Sampler:
+    """The sampler that a stage's settings ask for."""
+    kind = DynamicSampler if stage.spec.max_resampling_rounds else Sampler
+    return kind(stage, rollout, rewards, tokenizer)
 
 
 def substitutes(n_rows: int, used: set[int], wanted: int, seed: tuple[int, int, int]) -> np.ndarray:

@@ -24,18 +24,19 @@ from actors.batches.generations import Generations
 from actors.batches.trajectories import trajectories
 from pipeline.data.tokens.prompts import PromptData
 from pipeline.stages.context import StageContext
+from pipeline.stages.online.dynamic_sampling import sampler_of
 from pipeline.stages.online.estimates import Estimates, TokenScores
 from pipeline.stages.online.objectives import objective_of
-from pipeline.stages.online.rewards import Judge, Rewards
+from pipeline.stages.online.rewards import RewardComputer, Rewards
 from pipeline.stages.online.routing import Routing
-from pipeline.stages.online.sampler import Ahead, Drawer, Drawn
+from pipeline.stages.online.sampler import Prefetcher, SampledBatch
 from pipeline.stages.prepared import PreparedRl
 from pipeline.stages.specs.registry import PpoStage
 from pipeline.stages.views import View, put
 
 if TYPE_CHECKING:
     from actors.algorithms.loss import Loss
-    from actors.cluster.worker_group import Pending
+    from actors.cluster.worker_group import GroupFuture
     from actors.rollout.pool import RolloutPool
     from actors.sync.report import SyncReport
     from actors.sync.weight_sync import WeightSync
@@ -97,10 +98,12 @@ class RlLoop:
 
     def __init__(self, stage: PreparedRl, ctx: RlContext) -> None:
         self.stage, self.ctx, self.spec = stage, ctx, stage.spec
-        self.judge = Judge(stage.spec, ctx.reward_models)
-        self.drawer = Drawer(stage, ctx.rollout, self.judge, ctx.tokenizer)
+        self.rewards = RewardComputer(stage.spec, ctx.reward_models)
+        self.sampler = sampler_of(stage, ctx.rollout, self.rewards, ctx.tokenizer)
         together = stage.spec.sync.in_flight == "keep"
-        self.ahead = Ahead(self.drawer.draw, stage.spec.staleness, stage.total_steps, together=together)
+        self.prefetcher = Prefetcher(
+            self.sampler.sample, stage.spec.staleness, stage.total_steps, together=together
+        )
         self.objective = objective_of(stage.spec)
         self.kl = self.objective.kl_controller()
         self.idle = rl_checks.Idle()
@@ -112,66 +115,68 @@ class RlLoop:
         """One RL step, from version `step` of the policy to version `step + 1`, served by every engine."""
         clock = Clock()
         with clock("generate"):
-            drawn = self.ahead.take(step)
-        batch = trajectories(drawn.prompts.token_ids, drawn.samples)
-        asked, judging = self.submit_scores(batch, step, drawn)
+            sampled = self.prefetcher.take(step)
+        batch = trajectories(sampled.prompts.token_ids, sampled.samples)
+        asked, scoring = self.submit_scores(batch, step, sampled)
         with clock("rewards"):
-            texts = self.drawer.texts(drawn.samples)
-            rewards = judging(texts)
+            texts = self.sampler.texts(sampled.samples)
+            rewards = scoring(texts)
         with clock("logprobs"):
             scores = TokenScores(**{name: np.asarray(one.result()[0]) for name, one in asked.items()})
         estimates = self.objective.estimate(batch, rewards.values, scores, self.kl.beta)
-        checked = self.check(step, drawn, batch, scores, estimates)
+        checked = self.check(step, sampled, batch, scores, estimates)
         with clock("update"):
             updated = self.update(step, estimates, batch.n_rows)
-        routing = self.routing(drawn, batch)
+        routing = self.routing(sampled, batch)
         with clock("wait"):
             self.before_sync()
         with clock("sync"):
             report = self.ctx.sync.push(step + 1)
         self.kl = self.kl.updated(estimates.kl or 0.0, batch.n_rows)
         self.num_tokens += batch.n_tokens
-        metrics = {**updated, **rewards.metrics, **estimates.metrics, **checked, **drawn.metrics}
-        metrics |= {"num_tokens": float(self.num_tokens), **lengths(drawn.samples), **report.metrics()}
+        metrics = {**updated, **rewards.metrics, **estimates.metrics, **checked, **sampled.metrics}
+        metrics |= {"num_tokens": float(self.num_tokens), **lengths(sampled.samples), **report.metrics()}
         metrics |= {**routing.metrics(), **clock.metrics()}
-        notes = [*drawn.notes, *rewards.notes, *self.replaced(report)]
-        return StepResult(metrics, drawn.prompts, texts, rewards, notes, routing)
+        notes = [*sampled.notes, *rewards.notes, *self.replaced(report)]
+        return StepResult(metrics, sampled.prompts, texts, rewards, notes, routing)
 
     # --- The parts of a step ----------------------------------------------------------------------
 
     def submit_scores(
-        self, batch: Batch, step: int, drawn: Drawn
-    ) -> tuple[dict[str, Pending], Callable[[list[str]], Rewards]]:
+        self, batch: Batch, step: int, sampled: SampledBatch
+    ) -> tuple[dict[str, GroupFuture], Callable[[list[str]], Rewards]]:
         """Ask all models about the samples, without waiting: token scores by field, and what turns the
         samples' texts into rewards.
 
         Only the policy replays the engines' experts: it drew the samples. The reference routes for itself, as
         it would if it drew some, so that the divergence is from what it is.
         """
-        shared, ctx, heat = put(batch), self.ctx, self.spec.temperature
+        shared, ctx, temperature = put(batch), self.ctx, self.spec.temperature
         unrouted = shared if batch.experts is None else put(batch.unrouted())
-        asked: dict[str, Pending] = {}
+        asked: dict[str, GroupFuture] = {}
         if not self.objective.on_policy or not self.compared or batch.experts is not None:
-            asked["old_logps"] = ctx.policy.token_logprobs(shared, heat)
+            asked["old_logps"] = ctx.policy.token_logprobs(shared, temperature)
         if batch.experts is not None and ctx.replay_compare_steps and step % ctx.replay_compare_steps == 0:
-            asked["unreplayed_logps"] = ctx.policy.token_logprobs(unrouted, heat)
+            asked["unreplayed_logps"] = ctx.policy.token_logprobs(unrouted, temperature)
         if self.objective.needs_reference(step):
-            asked["ref_logps"] = ctx.reference.token_logprobs(unrouted, heat)
+            asked["ref_logps"] = ctx.reference.token_logprobs(unrouted, temperature)
         if ctx.critic is not None:
             asked["values"] = ctx.critic.values(unrouted)
-        if drawn.rewards is not None:
-            known = drawn.rewards
+        if sampled.rewards is not None:
+            known = sampled.rewards
             return asked, lambda texts: known
-        judged = self.judge.submit(unrouted)
-        return asked, lambda texts: self.judge.result(judged, drawn.prompts, texts, drawn.samples, batch)
+        scored = self.rewards.submit(unrouted)
+        return asked, lambda texts: self.rewards.result(
+            scored, sampled.prompts, texts, sampled.samples, batch
+        )
 
     def check(
-        self, step: int, drawn: Drawn, batch: Batch, scores: TokenScores, estimates: Estimates
+        self, step: int, sampled: SampledBatch, batch: Batch, scores: TokenScores, estimates: Estimates
     ) -> dict[str, float]:
         """Everything that must hold before the weights move; metrics of what was looked at."""
         engine = batch.token_columns["engine_logps"]
         rl_checks.check_finite(engine_logps=engine, **estimates.finite, **vars(scores))
-        stale = rl_checks.staleness(drawn.samples.token_versions, step, self.spec.staleness)
+        stale = rl_checks.staleness(sampled.samples.token_versions, step, self.spec.staleness)
         self.idle = self.idle.after(estimates.signal)
         if scores.old_logps is None:  # The update looks at the rest before the weights move.
             return {}
@@ -205,7 +210,7 @@ class RlLoop:
         """Optimizer steps of policy and critic over the samples; means of their metrics."""
         first = self.stage.updates_before(step)
         learns = step >= self.stage.critic_warmup_steps
-        asked: list[tuple[str, Pending]] = []
+        asked: list[tuple[str, GroupFuture]] = []
         parts = self.objective.minibatches(estimates.batch.n_rows, samples, self.stage.seed, step)
         for number, rows in enumerate(parts, start=first):
             part = put(estimates.batch.select(rows))
@@ -229,16 +234,16 @@ class RlLoop:
         ]
         return lost + [f"rollout-{rank} was replaced before it took new weights" for rank in report.replaced]
 
-    def routing(self, drawn: Drawn, batch: Batch) -> Routing:
+    def routing(self, sampled: SampledBatch, batch: Batch) -> Routing:
         """What the routers of engines and trainer did in this step."""
         policy = self.ctx.policy
         agreement = None if batch.experts is None else policy.route_agreement()
-        return Routing(policy.router_load(), drawn.expert_load, agreement)
+        return Routing(policy.router_load(), sampled.expert_load, agreement)
 
     def before_sync(self) -> None:
         """Let the engines end what they draw for later steps, so that one version draws all of it."""
         if self.spec.sync.in_flight == "wait":
-            self.ahead.settle()
+            self.prefetcher.settle()
 
     def value_loss(self) -> ValueLoss:
         assert isinstance(self.spec, PpoStage)

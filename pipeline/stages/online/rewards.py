@@ -29,7 +29,7 @@ from pipeline.rewards.functions import (
 from pipeline.stages.views import View
 
 if TYPE_CHECKING:
-    from actors.cluster.worker_group import Pending
+    from actors.cluster.worker_group import GroupFuture
     from pipeline.stages.specs.registry import RlStage
 
 
@@ -44,7 +44,7 @@ class Rewards:
     """What was replaced by a configured default, for the log."""
 
 
-class Judge:
+class RewardComputer:
     """All reward sources of a stage. Models score in their own processes while functions run here."""
 
     def __init__(self, spec: RlStage, models: Mapping[str, View]) -> None:
@@ -57,13 +57,13 @@ class Judge:
         self.names = reward_names(spec.rewards)
         self._functions = {one.source: function_of(one) for one in spec.rewards if one.kind != "model"}
 
-    def submit(self, batch: Any) -> dict[str, Pending]:
+    def submit(self, batch: Any) -> dict[str, GroupFuture]:
         """Let the reward models begin."""
         return {source: view.scores(batch) for source, view in self.models.items()}
 
     def result(
         self,
-        pending: Mapping[str, Pending],
+        pending: Mapping[str, GroupFuture],
         prompts: PromptData,
         texts: Sequence[str],
         samples: Generations,

@@ -25,17 +25,16 @@ import numpy as np
 from actors.batches.generations import Generations, sample_seed
 from actors.errors import RunFailure
 from pipeline.data.tokens.prompts import PromptData
-from pipeline.stages.online.dynamic_sampling import draw_again
 from pipeline.stages.online.rewards import Rewards
 from pipeline.stages.prepared import PreparedRl
 
 if TYPE_CHECKING:
     from actors.rollout.pool import RolloutPool
-    from pipeline.stages.online.rewards import Judge
+    from pipeline.stages.online.rewards import RewardComputer
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledBatch:
     """The samples of one step."""
 
     rows: np.ndarray
@@ -51,20 +50,21 @@ class Drawn:
     notes: tuple[str, ...] = ()
 
 
-class Drawer:
+class Sampler:
     """Draws the samples of a step: a pure function of the step and of the weights that the engines hold.
 
     Called from a thread of its own while the policy trains: it touches nothing of the loop's state.
     """
 
-    def __init__(self, stage: PreparedRl, rollout: RolloutPool, judge: Judge, tokenizer: Any) -> None:
-        self.stage, self.rollout, self.judge, self.tokenizer = stage, rollout, judge, tokenizer
+    def __init__(
+        self, stage: PreparedRl, rollout: RolloutPool, rewards: RewardComputer, tokenizer: Any
+    ) -> None:
+        self.stage, self.rollout, self.rewards, self.tokenizer = stage, rollout, rewards, tokenizer
         self._count_experts = True
 
-    def draw(self, step: int) -> Drawn:
+    def sample(self, step: int) -> SampledBatch:
         """Raises: RunFailure, InvariantViolation: as `RolloutPool.generate`."""
-        drawn = self.drawn(self.stage.order[step], self.ask(step, self.stage.order[step]))
-        return draw_again(self, step, drawn) if self.stage.spec.max_resampling_rounds else drawn
+        return self.batch_of(self.stage.order[step], self.ask(step, self.stage.order[step]))
 
     def ask(self, step: int, rows: np.ndarray, attempt: int = 0) -> Generations:
         """`num_generations` samples of each of these rows.
@@ -84,10 +84,12 @@ class Drawer:
         asked = self.stage.sampling
         return samples.texts(self.tokenizer, asked.stop, asked.stop_token_ids)
 
-    def drawn(self, rows: np.ndarray, samples: Generations, rewards: Rewards | None = None) -> Drawn:
+    def batch_of(
+        self, rows: np.ndarray, samples: Generations, rewards: Rewards | None = None
+    ) -> SampledBatch:
         """What the engines have drawn for these rows, with their prompts."""
         prompts = self.stage.data.select(rows, copies=self.stage.spec.num_generations)
-        return Drawn(np.asarray(rows, np.int64), prompts, samples, self._expert_load(), rewards)
+        return SampledBatch(np.asarray(rows, np.int64), prompts, samples, self._expert_load(), rewards)
 
     def _expert_load(self) -> np.ndarray | None:
         """Engines count each prompt once, and all that they generate and score between two calls."""
@@ -101,25 +103,25 @@ class Drawer:
         return sum(loads[1:], loads[0]) if loads else None
 
 
-class Ahead:
+class Prefetcher:
     """The batches of later steps, drawn in order by a thread of their own, or together by one each."""
 
     def __init__(
-        self, draw: Callable[[int], Drawn], staleness: int, steps: int, *, together: bool = False
+        self, sample: Callable[[int], SampledBatch], staleness: int, steps: int, *, together: bool = False
     ) -> None:
         """`steps`: of the whole stage; `together`: a batch need not wait for the one before it."""
-        self._draw, self.staleness, self.steps, self.together = draw, staleness, steps, together
-        self._batches: dict[int, Future[Drawn]] = {}
-        self._asked: queue.SimpleQueue[tuple[int, Future[Drawn]]] = queue.SimpleQueue()
+        self._sample, self.staleness, self.steps, self.together = sample, staleness, steps, together
+        self._batches: dict[int, Future[SampledBatch]] = {}
+        self._asked: queue.SimpleQueue[tuple[int, Future[SampledBatch]]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def take(self, step: int) -> Drawn:
+    def take(self, step: int) -> SampledBatch:
         """The batch of a step, once it is there; later ones begin to be drawn.
 
         Raises: what drawing raised.
         """
         if not self.staleness:
-            return self._draw(step)
+            return self._sample(step)
         for later in range(step, min(step + self.staleness, self.steps - 1) + 1):
             if later not in self._batches:
                 self._batches[later] = Future()
@@ -135,14 +137,14 @@ class Ahead:
     def save(self, directory: Path) -> None:
         """Write every batch that was drawn for a later step."""
         for step, batch in self._batches.items():
-            save_drawn(directory / f"drawn-{step}.safetensors", batch.result())
+            save_sampled(directory / f"drawn-{step}.safetensors", batch.result())
 
     def load(self, directory: Path, data: PromptData) -> None:
         """Read back what `save` wrote."""
         for path in sorted(directory.glob("drawn-*.safetensors")):
             step = int(path.stem.removeprefix("drawn-"))
             self._batches[step] = Future()
-            self._batches[step].set_result(load_drawn(path, data))
+            self._batches[step].set_result(load_sampled(path, data))
 
     def _awake(self) -> None:
         if self._thread is None or self.together:
@@ -157,12 +159,12 @@ class Ahead:
             except queue.Empty:
                 return
             try:
-                batch.set_result(self._draw(step))
+                batch.set_result(self._sample(step))
             except BaseException as error:
                 batch.set_exception(error)
 
 
-def save_drawn(path: Path, drawn: Drawn) -> None:
+def save_sampled(path: Path, sampled: SampledBatch) -> None:
     """One batch as a safetensors file, its prompts by row.
 
     Rewards are kept where drawing had to know them: models that score the same samples in other company give
@@ -170,20 +172,20 @@ def save_drawn(path: Path, drawn: Drawn) -> None:
     """
     from safetensors.numpy import save_file
 
-    samples = drawn.samples
-    arrays = {f"samples.{name}": value for name, value in samples.arrays().items()} | {"rows": drawn.rows}
-    if drawn.expert_load is not None:
-        arrays["expert_load"] = drawn.expert_load
+    samples = sampled.samples
+    arrays = {f"samples.{name}": value for name, value in samples.arrays().items()} | {"rows": sampled.rows}
+    if sampled.expert_load is not None:
+        arrays["expert_load"] = sampled.expert_load
     more = {"n": samples.n, "label": samples.label, "seconds": samples.seconds}
-    more |= {"metrics": drawn.metrics, "notes": list(drawn.notes)}
-    if drawn.rewards is not None:
-        arrays["rewards"] = drawn.rewards.values
-        more["rewards"] = [drawn.rewards.metrics, drawn.rewards.notes]
+    more |= {"metrics": sampled.metrics, "notes": list(sampled.notes)}
+    if sampled.rewards is not None:
+        arrays["rewards"] = sampled.rewards.values
+        more["rewards"] = [sampled.rewards.metrics, sampled.rewards.notes]
     save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, path, _encoded(more))
 
 
-def load_drawn(path: Path, data: PromptData) -> Drawn:
-    """What `save_drawn` wrote; `data`: the stage's prompts."""
+def load_sampled(path: Path, data: PromptData) -> SampledBatch:
+    """What `save_sampled` wrote; `data`: the stage's prompts."""
     from safetensors import safe_open
 
     with safe_open(path, "numpy") as file:
@@ -196,7 +198,7 @@ def load_drawn(path: Path, data: PromptData) -> Drawn:
     prompts = data.select(arrays["rows"], copies=samples.n)
     load, notes = arrays.get("expert_load"), tuple(more["notes"])
     rewards = Rewards(arrays["rewards"], *more["rewards"]) if "rewards" in arrays else None
-    return Drawn(arrays["rows"], prompts, samples, load, rewards, more["metrics"], notes)
+    return SampledBatch(arrays["rows"], prompts, samples, load, rewards, more["metrics"], notes)
 
 
 def _encoded(more: dict[str, object]) -> dict[str, str]:

@@ -99,7 +99,7 @@ def restore(loop: RlLoop, decision: Decision) -> int:
     if loop.ctx.critic is not None:
         loop.ctx.critic.load_checkpoint(str(path / "critic"))
     loop.load_state(json.loads((path / "loop.json").read_text()))
-    loop.ahead.load(path, loop.stage.data)
+    loop.prefetcher.load(path, loop.stage.data)
     return int(decision.manifest.step or 0)
 
 
@@ -114,7 +114,7 @@ def save_checkpoint(loop: RlLoop, step: int, log: MetricsLog) -> None:
                 (aside / name).mkdir()
                 view.save_checkpoint(str(aside / name))
         write_json(aside / "loop.json", loop.state())
-        loop.ahead.save(aside)
+        loop.prefetcher.save(aside)
         log.save(aside)
     for old in checkpoints(ctx.directory)[stage.spec.save_total_limit :]:
         shutil.rmtree(old)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from actors.cluster.health import Event, Fleet, Member, State
+from actors.cluster.health import Event, Member, Members, State
 
 
 def test_a_process_is_healthy_once_it_answered() -> None:
@@ -46,15 +46,15 @@ def test_a_process_that_serves_is_not_restarted(state: State) -> None:
 
 
 def test_a_fleet_keeps_its_members_apart() -> None:
-    fleet = Fleet.of(3).after([0, 1, 2], Event.ANSWERED).after([1], Event.DIED).after([2], Event.OVERDUE)
-    assert fleet.ranks(State.HEALTHY) == [0]
-    assert fleet.ranks(State.DEAD) == [1]
-    assert fleet.ranks(State.SUSPECT) == [2]
-    assert fleet.serving == [0]
+    members = Members.of(3).after([0, 1, 2], Event.ANSWERED).after([1], Event.DIED).after([2], Event.OVERDUE)
+    assert members.ranks(State.HEALTHY) == [0]
+    assert members.ranks(State.DEAD) == [1]
+    assert members.ranks(State.SUSPECT) == [2]
+    assert members.serving == [0]
 
 
 def test_an_answer_of_a_healthy_process_changes_no_fleet() -> None:
     """Nor does it cost a look at every member: engines answer several times a step."""
-    fleet = Fleet.of(3).after([0, 1, 2], Event.ANSWERED)
-    assert fleet.after([1], Event.ANSWERED) is fleet
-    assert fleet.after([1, 2], Event.DIED, "gone").serving == [0]
+    members = Members.of(3).after([0, 1, 2], Event.ANSWERED)
+    assert members.after([1], Event.ANSWERED) is members
+    assert members.after([1, 2], Event.DIED, "gone").serving == [0]

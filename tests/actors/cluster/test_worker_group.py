@@ -15,13 +15,13 @@ import pytest
 from actors.batches.batch import Batch
 from actors.cluster.health import State
 from actors.cluster.spec import LimitsSpec, RoleSpec
-from actors.cluster.worker_group import ActorGroup
+from actors.cluster.worker_group import WorkerGroup
 from actors.errors import InvariantViolation, RunFailure, UserError
 
 pytestmark = pytest.mark.ray
 
 DUTY = "duties:Duty"
-Start = Callable[..., ActorGroup]
+Start = Callable[..., WorkerGroup]
 
 
 @pytest.fixture
@@ -29,9 +29,9 @@ def start(ray_cluster: None, tmp_path: Path) -> Iterator[Start]:
     """Starts groups that end with the test."""
     groups = []
 
-    def starting(workers: int = 2, limits: LimitsSpec | None = None, cpus: float = 0.25) -> ActorGroup:
+    def starting(workers: int = 2, limits: LimitsSpec | None = None, cpus: float = 0.25) -> WorkerGroup:
         role = RoleSpec(workers=workers, cpus=cpus)
-        group = ActorGroup("policy", role, limits or LimitsSpec(start=60, stop=1), tmp_path / "logs")
+        group = WorkerGroup("policy", role, limits or LimitsSpec(start=60, stop=1), tmp_path / "logs")
         groups.append(group)
         return group.start()
 
@@ -41,15 +41,15 @@ def start(ray_cluster: None, tmp_path: Path) -> Iterator[Start]:
 
 
 @pytest.fixture(scope="module")
-def group(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActorGroup]:
+def group(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerGroup]:
     """Two ranks that live through the tests that do them no harm."""
     log_dir = tmp_path_factory.mktemp("group") / "logs"
-    shared = ActorGroup("policy", RoleSpec(workers=2), LimitsSpec(start=60, stop=1), log_dir)
+    shared = WorkerGroup("policy", RoleSpec(workers=2), LimitsSpec(start=60, stop=1), log_dir)
     yield built(shared.start())
     shared.shutdown()
 
 
-def built(group: ActorGroup) -> ActorGroup:
+def built(group: WorkerGroup) -> WorkerGroup:
     group.ready().build(DUTY, distributed=True).result()
     return group
 
@@ -66,7 +66,7 @@ def gone(pid: int) -> bool:
 # --- Calls ----------------------------------------------------------------------------------------
 
 
-def test_every_rank_answers_in_order_and_writes_to_its_own_log(group: ActorGroup) -> None:
+def test_every_rank_answers_in_order_and_writes_to_its_own_log(group: WorkerGroup) -> None:
     assert group.call("greet", "Ada") == ["hello, Ada, from 0 of 2", "hello, Ada, from 1 of 2"]
     assert group.call_rank(1, "greet", "Bob") == "hello, Bob, from 1 of 2"
     assert "greeting Ada\n" in (group.log_dir / "policy-0.log").read_text()
@@ -74,7 +74,7 @@ def test_every_rank_answers_in_order_and_writes_to_its_own_log(group: ActorGroup
     assert "greeting Bob\n" in (group.log_dir / "policy-1.log").read_text()
 
 
-def test_every_rank_keeps_a_trace_of_what_it_was_asked(group: ActorGroup) -> None:
+def test_every_rank_keeps_a_trace_of_what_it_was_asked(group: WorkerGroup) -> None:
     group.call("sleep", 0.05, phase="update")
     trace = [
         json.loads(line) for line in (group.log_dir / "trace" / "policy-1.jsonl").read_text().splitlines()
@@ -84,21 +84,21 @@ def test_every_rank_keeps_a_trace_of_what_it_was_asked(group: ActorGroup) -> Non
     assert 0.05 <= trace[-1]["end"] - trace[-1]["start"] < 5
 
 
-def test_a_part_of_the_object_is_called_by_its_dotted_name(group: ActorGroup) -> None:
+def test_a_part_of_the_object_is_called_by_its_dotted_name(group: WorkerGroup) -> None:
     assert group.call_rank(0, "greeting.upper") == "HELLO"
 
 
-def test_ranks_meet_over_gloo(group: ActorGroup) -> None:
+def test_ranks_meet_over_gloo(group: WorkerGroup) -> None:
     assert group.call("gather") == [[0.0, 1.0], [0.0, 1.0]]
 
 
-def test_batches_and_arrays_travel_whole(group: ActorGroup) -> None:
+def test_batches_and_arrays_travel_whole(group: WorkerGroup) -> None:
     batch = Batch.from_sequences([[1, 2, 3], [4]], [[False, True, True], [False]])
     assert group.call("total", batch, twice=True) == [20, 20]
     np.testing.assert_array_equal(group.call_rank(0, "array", 5), np.arange(5))
 
 
-def test_a_call_returns_at_once_and_is_waited_for_later(group: ActorGroup) -> None:
+def test_a_call_returns_at_once_and_is_waited_for_later(group: WorkerGroup) -> None:
     began = time.monotonic()
     pending = group.submit("sleep", 1.0)
     assert time.monotonic() - began < 0.5
@@ -107,7 +107,7 @@ def test_a_call_returns_at_once_and_is_waited_for_later(group: ActorGroup) -> No
     assert pending.done()
 
 
-def test_a_rebuilt_object_replaces_the_old_one_in_the_same_process(group: ActorGroup) -> None:
+def test_a_rebuilt_object_replaces_the_old_one_in_the_same_process(group: WorkerGroup) -> None:
     pids = group.pids()
     group.build(DUTY, "good day", distributed=True).result()
     assert group.call_rank(0, "greet", "Ada") == "good day, Ada, from 0 of 2"
@@ -115,7 +115,7 @@ def test_a_rebuilt_object_replaces_the_old_one_in_the_same_process(group: ActorG
     built(group)
 
 
-def test_actors_have_quiet_threads_and_no_telemetry(group: ActorGroup) -> None:
+def test_actors_have_quiet_threads_and_no_telemetry(group: WorkerGroup) -> None:
     expected = {
         "OMP_NUM_THREADS": "1",
         "KMP_BLOCKTIME": "0",
@@ -130,18 +130,18 @@ def test_actors_have_quiet_threads_and_no_telemetry(group: ActorGroup) -> None:
 # --- Errors ---------------------------------------------------------------------------------------
 
 
-def test_a_users_mistake_comes_back_as_one_with_every_problem(group: ActorGroup) -> None:
+def test_a_users_mistake_comes_back_as_one_with_every_problem(group: WorkerGroup) -> None:
     with pytest.raises(UserError) as caught:
         group.call("fail", "user", 1)
     assert caught.value.problems == ["first problem", "second problem"]
 
 
-def test_a_broken_invariant_comes_back_with_its_type(group: ActorGroup) -> None:
+def test_a_broken_invariant_comes_back_with_its_type(group: WorkerGroup) -> None:
     with pytest.raises(InvariantViolation, match="the loss is NaN"):
         group.call("fail", "invariant", 1)
 
 
-def test_any_other_error_names_rank_phase_last_line_and_log(group: ActorGroup) -> None:
+def test_any_other_error_names_rank_phase_last_line_and_log(group: WorkerGroup) -> None:
     with pytest.raises(RunFailure) as caught:
         group.call("fail", "other", 1, phase="update")
     assert (caught.value.who, caught.value.phase) == ("policy-1", "update")
@@ -151,7 +151,7 @@ def test_any_other_error_names_rank_phase_last_line_and_log(group: ActorGroup) -
     assert "Traceback" in log.read_text()
 
 
-def test_a_group_lives_on_after_an_error(group: ActorGroup) -> None:
+def test_a_group_lives_on_after_an_error(group: WorkerGroup) -> None:
     with pytest.raises(UserError):
         group.call("fail", "user")
     assert len(group.call("greet", "Ada")) == 2
@@ -175,7 +175,7 @@ def test_a_rank_killed_during_a_call_is_named_well_before_the_deadline(start: St
     assert group.fleet.members[1].state is State.DEAD
 
 
-def group_pid(group: ActorGroup, rank: int) -> int:
+def group_pid(group: WorkerGroup, rank: int) -> int:
     """Process id of a rank, from its log: a busy rank can't be asked."""
     first = (group.log_dir / f"policy-{rank}.log").read_text().splitlines()[0]
     return int(first.split(" pid ")[1].split()[0])

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoTokenizer
 from actors.models.architectures.lookup import architecture_of
 from actors.models.base.loading import load_base
 from actors.models.lora import adapters
-from actors.models.lora import experts as expert_lora
+from actors.models.moe import experts_forward
 from actors.models.moe.router_stats import routers_of
 from actors.models.spec import LoraSpec, ModelSpec
 from actors.models.twin import write_adapter_twin, write_twin
@@ -77,7 +77,7 @@ def test_an_adapter_has_a_twin_with_its_targets(adapted, base_of, tmp_path, ids)
     write_twin(base_of("qwen3_moe"), tmp_path / "twin")
     write_adapter_twin(tmp_path / "adapter", tmp_path / "twin", tmp_path / "adapter-twin")
     base = load_base(ModelSpec(base=str(tmp_path / "twin"))).requires_grad_(False)
-    expert_lora.use_fused(base)
+    experts_forward.use_fused(base)
     with torch.no_grad():
         expected = base(input_ids=ids).logits
         peft = adapters.attach_saved(base, tmp_path / "adapter-twin", "policy")

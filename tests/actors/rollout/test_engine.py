@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from actors.cluster.spec import LimitsSpec, RoleSpec
-from actors.cluster.worker_group import ROLLOUT, ActorGroup, rollout_group
+from actors.cluster.worker_group import ROLLOUT, WorkerGroup, rollout_group
 from actors.errors import RunFailure, UserError
 from actors.rollout.engine import EngineSpec, Generations, SamplingSpec, sample_seed
 
@@ -26,7 +26,7 @@ WARM = SamplingSpec(temperature=0.7, max_tokens=12, n=2)
 
 
 @pytest.fixture(scope="module")
-def engine(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActorGroup]:
+def engine(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerGroup]:
     """One engine for all tests of this file."""
     group = rollout_group(RoleSpec(), LimitsSpec(stop=5), tmp_path_factory.mktemp("rollout") / "logs")
     group.start().ready().build(ROLLOUT, EngineSpec(max_num_seqs=64)).result()
@@ -55,13 +55,13 @@ def adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def generate(
-    engine: ActorGroup, sampling: SamplingSpec, prompts: Any = PROMPTS, seeds: Any = None
+    engine: WorkerGroup, sampling: SamplingSpec, prompts: Any = PROMPTS, seeds: Any = None
 ) -> Generations:
     result: Generations = engine.call_rank(0, "generate", prompts, sampling, seeds, phase="generate")
     return result
 
 
-def load(engine: ActorGroup, *what: Any) -> None:
+def load(engine: WorkerGroup, *what: Any) -> None:
     engine.call_rank(0, "load", *map(str, what), phase="load")
 
 
@@ -85,7 +85,7 @@ def expected_logprobs(
     return np.concatenate(values)
 
 
-def test_log_probabilities_equal_transformers_after_temperature(engine: ActorGroup, tiny_base: Path) -> None:
+def test_log_probabilities_equal_transformers_after_temperature(engine: WorkerGroup, tiny_base: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     load(engine, tiny_base)
@@ -97,7 +97,7 @@ def test_log_probabilities_equal_transformers_after_temperature(engine: ActorGro
         np.testing.assert_allclose(made.logprobs, expected, atol=1e-5)
 
 
-def test_greedy_tokens_are_the_most_probable_ones(engine: ActorGroup, tiny_base: Path) -> None:
+def test_greedy_tokens_are_the_most_probable_ones(engine: WorkerGroup, tiny_base: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -110,7 +110,7 @@ def test_greedy_tokens_are_the_most_probable_ones(engine: ActorGroup, tiny_base:
 
 
 def test_an_adapter_is_merged_and_its_engine_equals_peft(
-    engine: ActorGroup, tiny_base: Path, adapter: Path
+    engine: WorkerGroup, tiny_base: Path, adapter: Path
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -126,7 +126,7 @@ def test_an_adapter_is_merged_and_its_engine_equals_peft(
 
 
 def test_models_can_be_changed_back_and_forth_in_one_process(
-    engine: ActorGroup, tiny_base: Path, adapter: Path
+    engine: WorkerGroup, tiny_base: Path, adapter: Path
 ) -> None:
     load(engine, tiny_base)
     first = generate(engine, WARM)
@@ -139,14 +139,14 @@ def test_models_can_be_changed_back_and_forth_in_one_process(
     assert tokens(first) != tokens(other)
 
 
-def test_an_adapter_directory_stands_for_a_model(engine: ActorGroup, tiny_base: Path, adapter: Path) -> None:
+def test_an_adapter_directory_stands_for_a_model(engine: WorkerGroup, tiny_base: Path, adapter: Path) -> None:
     load(engine, tiny_base, adapter)
     named = generate(engine, WARM)
     load(engine, adapter)
     assert tokens(generate(engine, WARM)) == tokens(named)
 
 
-def test_a_seed_draws_the_same_sample_in_any_company(engine: ActorGroup, tiny_base: Path) -> None:
+def test_a_seed_draws_the_same_sample_in_any_company(engine: WorkerGroup, tiny_base: Path) -> None:
     load(engine, tiny_base)
     sampling = SamplingSpec(temperature=1, max_tokens=12)
     seeds = [sample_seed(3, 0, p, 0) for p in range(len(PROMPTS))]
@@ -157,14 +157,14 @@ def test_a_seed_draws_the_same_sample_in_any_company(engine: ActorGroup, tiny_ba
     assert tokens(generate(engine, sampling, seeds=[s + 1 for s in seeds])) != together
 
 
-def test_samples_of_one_prompt_differ_and_come_prompt_by_prompt(engine: ActorGroup, tiny_base: Path) -> None:
+def test_samples_of_one_prompt_differ_and_come_prompt_by_prompt(engine: WorkerGroup, tiny_base: Path) -> None:
     load(engine, tiny_base)
     made = generate(engine, SamplingSpec(temperature=1, max_tokens=8, n=3), PROMPTS[:2])
     assert made.n_samples == 6
     assert len({tuple(ids) for ids in tokens(made)[:3]}) == 3
 
 
-def test_more_seeded_prompts_than_one_step_can_prefill(engine: ActorGroup, tiny_base: Path) -> None:
+def test_more_seeded_prompts_than_one_step_can_prefill(engine: WorkerGroup, tiny_base: Path) -> None:
     load(engine, tiny_base)
     generator = np.random.default_rng(0)
     prompts = [generator.integers(5, 250, size=300).tolist() for _ in range(70)]
@@ -172,7 +172,7 @@ def test_more_seeded_prompts_than_one_step_can_prefill(engine: ActorGroup, tiny_
     assert made.n_samples == 70
 
 
-def test_samples_end_at_the_token_limit_or_at_a_stop_string(engine: ActorGroup, tiny_base: Path) -> None:
+def test_samples_end_at_the_token_limit_or_at_a_stop_string(engine: WorkerGroup, tiny_base: Path) -> None:
     from transformers import AutoTokenizer
 
     load(engine, tiny_base)
@@ -186,13 +186,13 @@ def test_samples_end_at_the_token_limit_or_at_a_stop_string(engine: ActorGroup, 
     assert stopped.texts(tokenizer, [stop]) == [text.split(stop)[0]]
 
 
-def test_no_prompts_are_no_error(engine: ActorGroup, tiny_base: Path) -> None:
+def test_no_prompts_are_no_error(engine: WorkerGroup, tiny_base: Path) -> None:
     load(engine, tiny_base)
     assert generate(engine, GREEDY, []).n_samples == 0
 
 
 def test_prompts_that_fill_the_model_are_refused_with_the_first_of_them(
-    engine: ActorGroup, tiny_base: Path
+    engine: WorkerGroup, tiny_base: Path
 ) -> None:
     load(engine, tiny_base)
     with pytest.raises(
@@ -201,21 +201,21 @@ def test_prompts_that_fill_the_model_are_refused_with_the_first_of_them(
         generate(engine, GREEDY, [[5], [5] * 9000])
 
 
-def test_a_model_that_is_not_there_is_the_users_mistake(engine: ActorGroup) -> None:
+def test_a_model_that_is_not_there_is_the_users_mistake(engine: WorkerGroup) -> None:
     with pytest.raises(
         UserError, match="/no/such/model: the rollout engine can't read this model: no such directory"
     ):
         load(engine, "/no/such/model")
 
 
-def test_generating_without_a_model_says_so(engine: ActorGroup) -> None:
+def test_generating_without_a_model_says_so(engine: WorkerGroup) -> None:
     engine.call_rank(0, "unload")
     with pytest.raises(RunFailure, match="no model is loaded"):
         generate(engine, GREEDY)
 
 
 def test_an_engine_killed_while_generating_is_named_and_its_successor_draws_the_same(
-    engine: ActorGroup, tiny_base: Path
+    engine: WorkerGroup, tiny_base: Path
 ) -> None:
     load(engine, tiny_base)
     expected = tokens(generate(engine, WARM))

@@ -17,7 +17,7 @@ import pytest
 
 from actors.batches.generations import Generations, SamplingSpec, sample_seed
 from actors.cluster.spec import LimitsSpec, RoleSpec
-from actors.cluster.worker_group import ROLLOUT, ActorGroup, rollout_group
+from actors.cluster.worker_group import ROLLOUT, WorkerGroup, rollout_group
 from actors.errors import InvariantViolation, RunFailure
 from actors.rollout.pool import MIN_CHUNK, Chunk, Queue, Restart, RolloutPool
 from actors.rollout.spec import EngineSpec
@@ -71,23 +71,23 @@ Start = Callable[..., RolloutPool]
 
 @pytest.fixture
 def start(ray_cluster: None, tmp_path: Path) -> Iterator[Start]:
-    """Starts pools of fake engines at version 3, to which `revive` brings them unless a test has its own."""
+    """Starts pools of fake engines at version 3, to which `replace` brings them unless a test has its own."""
     groups = []
 
     def starting(
         workers: int = 2,
         seconds: float = 0.0,
         generate: float = 60,
-        revive: Any = None,
+        replace: Any = None,
         in_flight: bool = False,
     ) -> RolloutPool:
         limits = LimitsSpec(start=60, generate=generate, stop=1)
-        group = ActorGroup("rollout", RoleSpec(workers=workers), limits, tmp_path / "logs")
+        group = WorkerGroup("rollout", RoleSpec(workers=workers), limits, tmp_path / "logs")
         groups.append(group)
         group.start().ready().build("pool_engines:FakeEngine", str(tmp_path), seconds).result()
         group.call("load", 3)
-        revive = revive or (lambda rank: group.call_rank(rank, "load", 3))
-        return RolloutPool(group, revive, in_flight=in_flight)
+        replace = replace or (lambda rank: group.call_rank(rank, "load", 3))
+        return RolloutPool(group, replace, in_flight=in_flight)
 
     yield starting
     for group in groups:
@@ -138,13 +138,13 @@ def test_calls_side_by_side_share_the_engines_and_the_replacement_of_a_lost_one(
 def test_while_an_engine_is_revived_the_other_goes_on(start: Start, tmp_path: Path) -> None:
     times: list[float] = []
 
-    def revive(rank: int) -> None:
+    def replace(rank: int) -> None:
         times.append(time.time())
         time.sleep(2)
         pool.group.call_rank(rank, "load", 3)
         times.append(time.time())
 
-    pool = start(seconds=0.004, revive=revive)
+    pool = start(seconds=0.004, replace=replace)
     prompts = [[1002, 5], *PROMPTS[1:]]
     assert rows(pool.generate(prompts, SAMPLING, SEEDS)) == expected(prompts)
     assert [restart.reason for restart in pool.restarts] == [DIED]
@@ -181,12 +181,12 @@ def test_an_engine_that_was_seen_dead_by_another_call_is_replaced_first(start: S
 
 @pytest.mark.ray
 def test_an_engine_that_dies_while_it_is_revived_is_replaced_again(start: Start, tmp_path: Path) -> None:
-    def revive(rank: int) -> None:
+    def replace(rank: int) -> None:
         first = not (tmp_path / "again").exists()
         (tmp_path / "again").touch()
         pool.group.call_rank(rank, "die" if first else "load", *([] if first else [3]))
 
-    pool = start(workers=1, revive=revive)
+    pool = start(workers=1, replace=replace)
     prompts = [[1002, 5], *PROMPTS[1:]]
     assert rows(pool.generate(prompts, SAMPLING, SEEDS)) == expected(prompts)
     assert pool.restarts == [Restart(0, DIED)] * 2
@@ -212,10 +212,10 @@ def test_an_engine_that_fails_and_lives_is_not_restarted(start: Start) -> None:
 
 @pytest.mark.ray
 def test_a_revival_that_goes_wrong_by_itself_ends_the_call(start: Start) -> None:
-    def revive(rank: int) -> None:
+    def replace(rank: int) -> None:
         raise InvariantViolation("rollout-0", "sync", "digest differs")
 
-    pool = start(workers=1, revive=revive)
+    pool = start(workers=1, replace=replace)
     with pytest.raises(InvariantViolation, match="digest differs"):
         pool.generate([[1002], *PROMPTS[1:]], SAMPLING, SEEDS)
 
@@ -234,7 +234,7 @@ def test_engines_that_serve_different_versions_are_refused(start: Start) -> None
 @pytest.fixture(scope="module")
 def engines(
     ray_cluster: None, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ActorGroup]:
+) -> Iterator[WorkerGroup]:
     """Three vLLM engines with the same model."""
     log_dir = tmp_path_factory.mktemp("pool") / "logs"
     group = rollout_group(RoleSpec(workers=3), LimitsSpec(stop=5), log_dir)
@@ -248,7 +248,7 @@ def engines(
 @pytest.mark.ray
 @pytest.mark.vllm
 def test_three_engines_one_killed_while_generating_draw_what_one_engine_draws(
-    engines: ActorGroup, tiny_base: Path
+    engines: WorkerGroup, tiny_base: Path
 ) -> None:
     generator = np.random.default_rng(0)
     prompts = [generator.integers(5, 250, size=size).tolist() for size in generator.integers(3, 40, 36)]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from actors.cluster.worker_group import ROLLOUT, ActorGroup
+from actors.cluster.worker_group import ROLLOUT, WorkerGroup
 from actors.models.architectures.lookup import ARCHITECTURES
 from actors.models.architectures.vllm_table import engine_row
 from actors.models.twin import write_twin
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.a
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
-def test_a_twin_generates(process: ActorGroup, model_type: str, tmp_path: Path) -> None:
+def test_a_twin_generates(process: WorkerGroup, model_type: str, tmp_path: Path) -> None:
     sizes: dict[str, Any] = PUBLISHED.get(model_type, {})
     write_twin(AutoConfig.for_model(model_type, **sizes), tmp_path)
     dtype = engine_row(model_type).dtypes[0]

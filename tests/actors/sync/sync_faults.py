@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 
 from actors.cluster.spec import LimitsSpec, RoleSpec
-from actors.cluster.worker_group import ActorGroup, host_group, rollout_group
+from actors.cluster.worker_group import WorkerGroup, host_group, rollout_group
 from actors.models.lora.adapters import adapter_parameters
 from actors.models.lora.low_rank import Factors
 from actors.models.spec import LoraSpec, ModelSpec
@@ -33,7 +33,7 @@ PARTS, PART_BYTES = "parts", 2**20
 Tamper = Callable[[Payload], Payload]
 
 
-def started(base: Path, logs: Path, engines: int) -> tuple[ActorGroup, ActorGroup]:
+def started(base: Path, logs: Path, engines: int) -> tuple[WorkerGroup, WorkerGroup]:
     """A trainer with an adapter `policy`, and engines that are built and still empty."""
     limits = LimitsSpec(start=120, load=120, sync=30, stop=5)
     policy = host_group("policy", RoleSpec(), limits, logs).start()
@@ -50,7 +50,7 @@ def started(base: Path, logs: Path, engines: int) -> tuple[ActorGroup, ActorGrou
     return policy, rollout
 
 
-def connected(base: Path, policy: ActorGroup, rollout: ActorGroup, payload: str = "adapter") -> WeightSync:
+def connected(base: Path, policy: WorkerGroup, rollout: WorkerGroup, payload: str = "adapter") -> WeightSync:
     """A sync whose engines hold the base, after a first, faultless version 0. `PARTS`: `merged`, in parts."""
     size = PART_BYTES if payload == PARTS else SyncSpec().packed_buffer_size_bytes
     kind = "merged" if payload == PARTS else payload
@@ -231,9 +231,9 @@ class FaultyEngine(RolloutEngine):
                 return super().commit(version)
         return super().commit(version)
 
-    def knock(self, address: str, timeout_s: float) -> str:
+    def connect(self, address: str, timeout_s: float) -> str:
         self._die_if("dies on its way to the trainer")
-        return super().knock(address, timeout_s)
+        return super().connect(address, timeout_s)
 
     def _break(self, fault: str) -> None:
         self.fault = fault

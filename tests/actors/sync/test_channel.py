@@ -14,7 +14,7 @@ import torch
 
 from actors.errors import RunFailure
 from actors.sync import channel
-from actors.sync.channel import CHUNK_BYTES, Channel, Door, Listener
+from actors.sync.channel import CHUNK_BYTES, Channel, Connector, Listener
 from actors.sync.payload import Payload, pack_merged
 
 TIMEOUT_S = 5.0
@@ -28,7 +28,7 @@ def _loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 def connected(timeout_s: float = TIMEOUT_S) -> tuple[Channel, Channel]:
     listener = Listener("127.0.0.1", timeout_s)
     with ThreadPoolExecutor(1) as pool:
-        joining = pool.submit(lambda: Door(listener.address, timeout_s).enter())
+        joining = pool.submit(lambda: Connector(listener.address, timeout_s).join())
         trainer = listener.accept("engine 0")
         return trainer, joining.result()
 
@@ -73,7 +73,7 @@ def test_nobody_listening_is_said_within_the_deadline() -> None:
     del listener
     began = time.monotonic()
     with pytest.raises(RunFailure, match="nobody listens at 127"):
-        Door(address, 0.3)
+        Connector(address, 0.3)
     assert time.monotonic() - began < 10
 
 
@@ -89,7 +89,7 @@ def test_an_engine_that_dies_between_knocking_and_joining_costs_little_whatever_
 ) -> None:
     monkeypatch.setattr(channel, "JOIN_S", 0.3)
     listener = Listener("127.0.0.1", 600.0)
-    Door(listener.address, 600.0)
+    Connector(listener.address, 600.0)
     began = time.monotonic()
     with pytest.raises(RunFailure, match="connect failed"):
         listener.accept("engine 0")
@@ -132,7 +132,7 @@ def test_a_peer_that_is_killed_between_two_chunks_is_noticed_at_once() -> None:
 
 
 def take_the_header_and_die(address: str) -> None:
-    joined = Door(address, 60.0).enter()
+    joined = Connector(address, 60.0).join()
     threading.Timer(0.5, os._exit, (9,)).start()
     joined._move(torch.empty(2, dtype=torch.int64), "recv")
     time.sleep(60)

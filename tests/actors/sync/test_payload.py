@@ -9,8 +9,8 @@ from actors.models.lora.low_rank import Factors, low_rank_delta
 from actors.sync.payload import (
     ALIGNMENT,
     Manifest,
-    closure,
     digest_of,
+    fused_groups_of,
     group_of,
     pack_adapter,
     pack_merged,
@@ -41,14 +41,14 @@ def factors() -> dict[str, Factors]:
 
 
 def test_q_touched_takes_k_and_v_and_all_biases_along() -> None:
-    together = closure(["model.layers.0.self_attn.q_proj.weight"], QWEN)
+    together = fused_groups_of(["model.layers.0.self_attn.q_proj.weight"], QWEN)
     assert together == sorted(name for name in QWEN if name.split(".")[4] in ("q_proj", "k_proj", "v_proj"))
     assert len(together) == 6
 
 
 def test_one_expert_takes_all_experts_of_its_layer_along_and_no_other() -> None:
     other = [name.replace("layers.0", "layers.1") for name in QWEN]
-    together = closure(["model.layers.0.mlp.experts.1.up_proj.weight"], QWEN + other)
+    together = fused_groups_of(["model.layers.0.mlp.experts.1.up_proj.weight"], QWEN + other)
     assert together == sorted(name for name in QWEN if ".experts." in name)
 
 

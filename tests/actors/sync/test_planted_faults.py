@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.cluster.worker_group import ActorGroup
+from actors.cluster.worker_group import WorkerGroup
 from actors.errors import InvariantViolation
 from actors.sync.protocol import State
 from actors.sync.weight_sync import WeightSync
@@ -25,7 +25,7 @@ Syncs = Callable[[str], WeightSync]
 @pytest.fixture(scope="module")
 def groups(
     ray_cluster: None, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[ActorGroup, ActorGroup]]:
+) -> Iterator[tuple[WorkerGroup, WorkerGroup]]:
     """A trainer and one engine for all faults: none of them may outlive the next good push."""
     both = started(tiny_base, tmp_path_factory.mktemp("faults") / "logs", engines=1)
     yield both
@@ -34,7 +34,7 @@ def groups(
 
 
 @pytest.fixture(scope="module")
-def syncs(groups: tuple[ActorGroup, ActorGroup], tiny_base: Path) -> Syncs:
+def syncs(groups: tuple[WorkerGroup, WorkerGroup], tiny_base: Path) -> Syncs:
     """A sync per payload on the same processes."""
     made: dict[str, WeightSync] = {}
 

@@ -16,8 +16,8 @@ from actors.sync.protocol import (
     StageAck,
     State,
     decide,
-    objection_to_commit,
-    objection_to_version,
+    mismatch_in_commit,
+    mismatch_in_version,
 )
 
 OFFER = Offer(version=3, bytes=640, tensors=4, digest="d", manifest_digest="m")
@@ -64,17 +64,17 @@ def test_a_commit_has_to_bind_every_tensor_of_its_version() -> None:
     def report(**other: int) -> CommitReport:
         return CommitReport(**{"version": 3, "bound": 9, "expected": 9, **other}, seconds={})
 
-    assert objection_to_commit(3, report()) is None
-    assert objection_to_commit(3, report(bound=8)) == "bound 8 of 9 tensors"
-    assert objection_to_commit(3, report(bound=0, expected=0)) == "bound 0 of 0 tensors"
-    assert objection_to_commit(3, report(version=2)) == "committed version 2, not 3"
+    assert mismatch_in_commit(3, report()) is None
+    assert mismatch_in_commit(3, report(bound=8)) == "bound 8 of 9 tensors"
+    assert mismatch_in_commit(3, report(bound=0, expected=0)) == "bound 0 of 0 tensors"
+    assert mismatch_in_commit(3, report(version=2)) == "committed version 2, not 3"
 
 
 @pytest.mark.parametrize(
     ("current", "offered", "allowed"), [(-1, 0, True), (3, 4, True), (3, 3, False), (3, 2, False)]
 )
 def test_only_a_newer_version_is_taken(current: int, offered: int, allowed: bool) -> None:
-    assert (objection_to_version(current, offered) is None) == allowed
+    assert (mismatch_in_version(current, offered) is None) == allowed
 
 
 # --- States of one engine -------------------------------------------------------------------------

@@ -8,9 +8,9 @@ import pytest
 from actors.sync.protocol import Readback
 from actors.sync.verify import (
     compare_probes,
+    mismatch_in_probes,
+    mismatch_in_readback,
     nearness,
-    objection_to_probes,
-    objection_to_readback,
 )
 
 DRAW = np.random.default_rng(0)
@@ -26,18 +26,18 @@ def moved(values: list[np.ndarray], size: float, seed: int = 1) -> list[np.ndarr
 
 
 def test_a_readback_may_hold_more_than_expected_but_nothing_else() -> None:
-    assert objection_to_readback({"a": "1"}, Readback(4, {"a": "1", "b": "2"}), 4) is None
+    assert mismatch_in_readback({"a": "1"}, Readback(4, {"a": "1", "b": "2"}), 4) is None
     assert "1 of 2 tensors in the engine differ" in str(
-        objection_to_readback({"a": "1", "b": "2"}, Readback(4, {"a": "1", "b": "3"}), 4)
+        mismatch_in_readback({"a": "1", "b": "2"}, Readback(4, {"a": "1", "b": "3"}), 4)
     )
     assert "1 tensors are not bound in the engine, the first: b" in str(
-        objection_to_readback({"a": "1", "b": "2"}, Readback(4, {"a": "1"}), 4)
+        mismatch_in_readback({"a": "1", "b": "2"}, Readback(4, {"a": "1"}), 4)
     )
-    assert "version 3, not 4" in str(objection_to_readback({}, Readback(3, {}), 4))
+    assert "version 3, not 4" in str(mismatch_in_readback({}, Readback(3, {}), 4))
 
 
 def test_swapped_tensors_have_each_others_digest_and_are_seen() -> None:
-    wrong = objection_to_readback({"a": "1", "b": "2"}, Readback(4, {"a": "2", "b": "1"}), 4)
+    wrong = mismatch_in_readback({"a": "1", "b": "2"}, Readback(4, {"a": "2", "b": "1"}), 4)
     assert wrong is not None
     assert "2 of 2 tensors" in wrong
 
@@ -47,19 +47,19 @@ def test_swapped_tensors_have_each_others_digest_and_are_seen() -> None:
 
 def test_noise_of_the_dtype_is_within_tolerance() -> None:
     fine = compare_probes(moved(TRAINER, 5e-7), TRAINER)
-    assert objection_to_probes(fine, "float32") is None
+    assert mismatch_in_probes(fine, "float32") is None
     rough = compare_probes(moved(TRAINER, 5e-3), TRAINER)
-    assert objection_to_probes(rough, "bfloat16") is None
-    assert "probes beyond 0.0001" in str(objection_to_probes(rough, "float32"))
-    assert objection_to_probes(rough, "float32", tolerance=0.1) is None
+    assert mismatch_in_probes(rough, "bfloat16") is None
+    assert "probes beyond 0.0001" in str(mismatch_in_probes(rough, "float32"))
+    assert mismatch_in_probes(rough, "float32", tolerance=0.1) is None
 
 
 def test_rounding_errors_are_judged_relative_to_the_log_probability() -> None:
     unlikely = [v - 20 for v in TRAINER]
     noisy = moved(unlikely, 0.3)
-    assert objection_to_probes(compare_probes(noisy, unlikely), "bfloat16") is None
+    assert mismatch_in_probes(compare_probes(noisy, unlikely), "bfloat16") is None
     likely = [v / 1e3 for v in TRAINER]
-    assert objection_to_probes(compare_probes(moved(likely, 0.3), likely), "bfloat16") is not None
+    assert mismatch_in_probes(compare_probes(moved(likely, 0.3), likely), "bfloat16") is not None
 
 
 def test_a_flipped_route_of_a_single_token_is_no_fault() -> None:
@@ -68,13 +68,13 @@ def test_a_flipped_route_of_a_single_token_is_no_fault() -> None:
     report = compare_probes(engine, TRAINER)
     assert report.max == pytest.approx(1.9e-2, rel=1e-3)
     assert report.worst_probe == 2
-    assert objection_to_probes(report, "float32") is None
+    assert mismatch_in_probes(report, "float32") is None
 
 
 def test_experts_that_were_not_repacked_are_beyond_tolerance_in_both_dtypes() -> None:
     report = compare_probes(moved(TRAINER, 4), TRAINER)
-    assert objection_to_probes(report, "float32") is not None
-    assert objection_to_probes(report, "bfloat16") is not None
+    assert mismatch_in_probes(report, "float32") is not None
+    assert mismatch_in_probes(report, "bfloat16") is not None
 
 
 def test_an_old_version_is_seen_far_below_the_tolerance() -> None:
@@ -82,16 +82,16 @@ def test_an_old_version_is_seen_far_below_the_tolerance() -> None:
     report = compare_probes(moved(before, 5e-7), TRAINER, previous=before)
     assert report.relative_p90 < 1e-4
     assert report.arrived == pytest.approx(0, abs=0.1)
-    assert "nearer to the previous version" in str(objection_to_probes(report, "float32"))
+    assert "nearer to the previous version" in str(mismatch_in_probes(report, "float32"))
     arrived = compare_probes(moved(TRAINER, 5e-7), TRAINER, previous=before)
     assert arrived.arrived == pytest.approx(1, abs=0.1)
-    assert objection_to_probes(arrived, "float32") is None
+    assert mismatch_in_probes(arrived, "float32") is None
 
 
 def test_the_base_in_place_of_the_policy_is_seen() -> None:
     base = moved(TRAINER, 1e-5, seed=3)
     report = compare_probes(moved(base, 5e-7), TRAINER, base=base)
-    assert "nearer to the base" in str(objection_to_probes(report, "float32"))
+    assert "nearer to the base" in str(mismatch_in_probes(report, "float32"))
 
 
 def test_nearness_does_not_judge_what_noise_hides() -> None:
@@ -103,7 +103,7 @@ def test_nearness_does_not_judge_what_noise_hides() -> None:
 
 def test_a_value_that_is_no_number_is_beyond_every_tolerance() -> None:
     engine = [np.full_like(v, np.nan) for v in TRAINER]
-    assert objection_to_probes(compare_probes(engine, TRAINER), "bfloat16", tolerance=1e9) is not None
+    assert mismatch_in_probes(compare_probes(engine, TRAINER), "bfloat16", tolerance=1e9) is not None
 
 
 def test_probes_have_to_be_scored_token_by_token() -> None:
@@ -116,15 +116,15 @@ def test_a_policy_that_starts_as_the_base_is_not_held_against_it() -> None:
     engine = moved(TRAINER, 3e-7)
     report = compare_probes(engine, TRAINER, base=TRAINER)
     assert report.left_base is None
-    assert objection_to_probes(report, "float32") is None
+    assert mismatch_in_probes(report, "float32") is None
     unmoved = compare_probes(engine, moved(TRAINER, 5e-6, seed=2), base=TRAINER)
     assert unmoved.left_base == pytest.approx(0, abs=0.1)
-    assert "nearer to the base" in str(objection_to_probes(unmoved, "float32"))
+    assert "nearer to the base" in str(mismatch_in_probes(unmoved, "float32"))
 
 
 def test_updates_that_rounding_leaves_out_are_reported_and_not_judged() -> None:
     unmoved = compare_probes(TRAINER, moved(TRAINER, 1e-2, seed=2), base=TRAINER)
     assert unmoved.left_base == pytest.approx(0, abs=0.1)
-    assert "nearer to the base" in str(objection_to_probes(unmoved, "bfloat16", unchanged=0.1))
-    assert objection_to_probes(unmoved, "bfloat16", unchanged=0.95) is None
-    assert objection_to_probes(unmoved, "float32", tolerance=0.2, unchanged=0.95) is not None
+    assert "nearer to the base" in str(mismatch_in_probes(unmoved, "bfloat16", unchanged=0.1))
+    assert mismatch_in_probes(unmoved, "bfloat16", unchanged=0.95) is None
+    assert mismatch_in_probes(unmoved, "float32", tolerance=0.2, unchanged=0.95) is not None

@@ -13,7 +13,7 @@ import pytest
 
 from actors.batches.batch import Batch
 from actors.batches.generations import SamplingSpec
-from actors.cluster.worker_group import ActorGroup
+from actors.cluster.worker_group import WorkerGroup
 from actors.errors import RunFailure
 from actors.sync.protocol import State
 from actors.sync.spec import SyncSpec
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 @pytest.fixture(scope="module")
 def groups(
     ray_cluster: None, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[ActorGroup, ActorGroup]]:
+) -> Iterator[tuple[WorkerGroup, WorkerGroup]]:
     both = started(tiny_base, tmp_path_factory.mktemp("sync") / "logs", engines=2)
     yield both
     for group in both:
@@ -34,7 +34,7 @@ def groups(
 
 
 @pytest.fixture(scope="module")
-def sync(groups: tuple[ActorGroup, ActorGroup], tiny_base: Path) -> WeightSync:
+def sync(groups: tuple[WorkerGroup, WorkerGroup], tiny_base: Path) -> WeightSync:
     return connected(tiny_base, *groups)
 
 
@@ -70,7 +70,7 @@ def clean_log(sync: WeightSync) -> None:
 
 @pytest.mark.parametrize("payload", [PARTS, "merged", "adapter"])
 def test_every_push_brings_both_engines_to_the_trainers_weights(
-    groups: tuple[ActorGroup, ActorGroup], tiny_base: Path, payload: str
+    groups: tuple[WorkerGroup, WorkerGroup], tiny_base: Path, payload: str
 ) -> None:
     sync = connected(tiny_base, *groups, payload)
     for version in (1, 2, 5):
@@ -122,7 +122,7 @@ def test_an_engine_lost_inside_commit_is_replaced_and_verified_before_it_serves(
 
 @pytest.mark.slow
 def test_an_engine_that_dies_between_two_parts_is_lost_and_the_other_gets_them_all(
-    groups: tuple[ActorGroup, ActorGroup], tiny_base: Path
+    groups: tuple[WorkerGroup, WorkerGroup], tiny_base: Path
 ) -> None:
     sync = connected(tiny_base, *groups, PARTS)
     sync.rollout.call_rank(0, "plant", "dies between two parts")
@@ -140,7 +140,7 @@ def test_an_engine_that_dies_between_two_parts_is_lost_and_the_other_gets_them_a
 
 @pytest.mark.slow
 def test_an_engine_that_dies_on_its_way_to_the_trainer_keeps_nobody_waiting(
-    groups: tuple[ActorGroup, ActorGroup], tiny_base: Path
+    groups: tuple[WorkerGroup, WorkerGroup], tiny_base: Path
 ) -> None:
     sync = WeightSync(*groups, SyncSpec(), str(tiny_base), "policy", PROBES)
     sync.rollout.call_rank(0, "plant", "dies on its way to the trainer")

@@ -15,7 +15,7 @@ import pytest
 from actors.algorithms.sft import SftLoss
 from actors.batches.batch import Batch
 from actors.cluster.spec import LimitsSpec, RoleSpec
-from actors.cluster.worker_group import HOST, ActorGroup, host_group
+from actors.cluster.worker_group import HOST, WorkerGroup, host_group
 from actors.errors import RunFailure, UserError
 from actors.models.spec import LoraSpec, ModelSpec
 from actors.trainer.spec import HostSpec, OptimSpec
@@ -32,7 +32,7 @@ def rows(count: int, seed: int) -> Batch:
 
 
 @pytest.fixture
-def hosts(ray_cluster: None, tiny_base: Path, tmp_path: Path) -> Iterator[dict[int, ActorGroup]]:
+def hosts(ray_cluster: None, tiny_base: Path, tmp_path: Path) -> Iterator[dict[int, WorkerGroup]]:
     """A host of one rank and a host of two, started together."""
     spec = HostSpec(model=ModelSpec(base=str(tiny_base), lora=LoraSpec(r=4)))
     groups = {n: host_group(f"policy{n}", RoleSpec(workers=n), LimitsSpec(stop=2), tmp_path) for n in (1, 2)}
@@ -47,7 +47,7 @@ def hosts(ray_cluster: None, tiny_base: Path, tmp_path: Path) -> Iterator[dict[i
         group.shutdown()
 
 
-def test_two_ranks_in_actors_learn_what_one_learns(hosts: dict[int, ActorGroup], tmp_path: Path) -> None:
+def test_two_ranks_in_actors_learn_what_one_learns(hosts: dict[int, WorkerGroup], tmp_path: Path) -> None:
     loss = SftLoss()
     for step in range(3):
         one, two = (hosts[n].call("update", rows(8, step), loss, step, phase="update") for n in (1, 2))
@@ -63,7 +63,7 @@ def test_two_ranks_in_actors_learn_what_one_learns(hosts: dict[int, ActorGroup],
             assert "Warning" not in log, log
 
 
-def test_a_training_rank_killed_between_its_collectives_is_named(hosts: dict[int, ActorGroup]) -> None:
+def test_a_training_rank_killed_between_its_collectives_is_named(hosts: dict[int, WorkerGroup]) -> None:
     group, loss = hosts[2], SftLoss()
     pid = group.pids()[1]
     pending = [group.submit("update", rows(256, step), loss, step, phase="update") for step in range(3)]

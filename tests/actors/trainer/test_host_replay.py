@@ -78,7 +78,7 @@ def test_log_probabilities_are_those_of_the_given_experts_in_any_layout(
     np.testing.assert_allclose(host.token_logprobs(batch, "policy"), expected, atol=5e-6)
     agreement = host.route_agreement()
     assert agreement is not None
-    # Drawn at random, two of eight experts are among the router's two a quarter of the time.
+    # SampledBatch at random, two of eight experts are among the router's two a quarter of the time.
     assert agreement.shape == (LAYERS,)
     assert (abs(agreement - 0.25) < 0.1).all()
     assert abs(host.token_logprobs(batch.unrouted(), "policy") - expected).max() > 0.1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from actors.trainer import optimizer as optim
+from actors.trainer import parameter_buckets
 from actors.trainer.optimizer import GradientCheck, make_optimizer, make_scheduler, names_without_decay
 from actors.trainer.parameter_buckets import FlatParameters
 from actors.trainer.spec import OptimSpec
@@ -24,7 +24,7 @@ def two_layers() -> nn.Module:
 def test_flat_buffers_step_like_separate_tensors(
     name: str, bucket_elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optim, "BUCKET_ELEMENTS", bucket_elements)
+    monkeypatch.setattr(parameter_buckets, "BUCKET_ELEMENTS", bucket_elements)
     spec = SPEC.model_copy(update={"optim": name})
     ours, theirs = two_layers(), two_layers()
     exempt = names_without_decay(ours)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from actors.models.lora import experts as expert_lora
+from actors.models.moe import experts_forward
 from actors.models.moe.grouped_mlp import Routes
 from tests.actors.trainer.host_cases import policy_host, random_rows, sft_batch
 
@@ -26,7 +26,7 @@ def test_the_last_experts_compute_only_tokens_that_are_read(
             asked.append(wanted)
             return Routes.of(top_k_index, n_experts, wanted)
 
-    monkeypatch.setattr(expert_lora, "Routes", Recorded)
+    monkeypatch.setattr(experts_forward, "Routes", Recorded)
     sparing = host.token_logprobs(batch, "policy")
     _, micros = host.runner.shard(batch)
     assert len(micros) == 1
@@ -57,6 +57,6 @@ def test_experts_that_other_layers_read_are_never_spared() -> None:
             return self
 
     experts = Experts()
-    assert expert_lora.last_experts(Model(torch.nn.Identity(), experts)) is experts
-    assert expert_lora.last_experts(Model(experts, torch.nn.Linear(2, 2))) is None
-    assert expert_lora.last_experts(Model()) is None
+    assert experts_forward.last_experts(Model(torch.nn.Identity(), experts)) is experts
+    assert experts_forward.last_experts(Model(experts, torch.nn.Linear(2, 2))) is None
+    assert experts_forward.last_experts(Model()) is None

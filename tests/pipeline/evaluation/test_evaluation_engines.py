@@ -7,7 +7,7 @@ import pytest
 
 from actors.batches.generations import SamplingSpec, sample_seed
 from actors.cluster.spec import LimitsSpec, RoleSpec
-from actors.cluster.worker_group import ActorGroup
+from actors.cluster.worker_group import WorkerGroup
 from pipeline.artifacts.weights import Weights
 from pipeline.evaluation.held_out import generate
 
@@ -21,7 +21,7 @@ class Tokenizer:
 
 @pytest.mark.ray
 def test_an_engine_that_dies_in_an_evaluation_is_replaced(ray_cluster: None, tmp_path: Path) -> None:
-    group = ActorGroup("rollout", RoleSpec(workers=2), LimitsSpec(start=60, stop=1), tmp_path / "logs")
+    group = WorkerGroup("rollout", RoleSpec(workers=2), LimitsSpec(start=60, stop=1), tmp_path / "logs")
     try:
         group.start().ready().build("pool_engines:ServedEngine", str(tmp_path)).result()
         prompts = [[1002 if i == 30 else i, i] for i in range(40)]

@@ -37,7 +37,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 def warm(tmp_path: Path, **settings: Any) -> None:
     config = RunConfig(name="w", output_dir=tmp_path, stages={"sft": STAGE}, **settings)  # type: ignore[arg-type]
     with Fleet(config, RunDirectory(tmp_path, "w"), {}) as fleet:
-        fleet.warm_up()
+        fleet.preload_imports()
 
 
 def test_a_local_run_on_cpus_imports_once_with_its_roles_threads(

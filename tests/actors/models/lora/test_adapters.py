@@ -11,7 +11,7 @@ from actors.errors import UserError
 from actors.models.base.digests import base_fingerprint
 from actors.models.base.loading import load_base
 from actors.models.lora import adapters
-from actors.models.lora import experts as expert_lora
+from actors.models.moe import experts_forward
 from actors.models.spec import LoraSpec, ModelSpec
 from tests.actors.models.tiny_models import families
 from tests.architecture_results import record
@@ -88,7 +88,7 @@ def test_a_role_switches_the_adapter_and_comes_back_after_an_error(adapted, base
     policy, second, off = (logits_of(peft, ids, role) for role in ("policy", "second", None))
     assert not torch.equal(policy, second)
     base = load_base(ModelSpec(base=str(base_of("qwen3_moe"))))
-    expert_lora.use_fused(base.requires_grad_(False))
+    experts_forward.use_fused(base.requires_grad_(False))
     assert torch.equal(off, logits_of(base, ids))
     with pytest.raises(RuntimeError), adapters.role(peft, "second"):
         raise RuntimeError

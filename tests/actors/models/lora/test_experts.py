@@ -10,7 +10,7 @@ from actors.errors import UserError
 from actors.models.architectures.lookup import ARCHITECTURES
 from actors.models.base.loading import load_base
 from actors.models.lora import adapters
-from actors.models.lora import experts as expert_lora
+from actors.models.moe import experts_forward
 from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
 from tests.actors.models.tiny_models import families
 
@@ -95,7 +95,7 @@ def test_the_choice_is_by_dtype_and_can_be_forced(adapted):
     def runs(**lora):
         dtype = lora.pop("dtype", "float32")
         peft = adapted("qwen3_moe", LoraSpec(r=4, **lora), dtype=dtype)
-        return peft.get_base_model().config._experts_implementation == expert_lora.BESIDE
+        return peft.get_base_model().config._experts_implementation == experts_forward.BESIDE
 
     assert runs()
     assert not runs(dtype="bfloat16")

@@ -14,7 +14,7 @@ from actors.errors import UserError
 from actors.models.architectures.lookup import ARCHITECTURES
 from actors.models.lora.merge import adapter_factors, merged_state
 from actors.rollout.vllm.lora_merge import BaseCheckpoint, Merger
-from actors.sync.payload import closure, digest_of, pack_adapter
+from actors.sync.payload import digest_of, fused_groups_of, pack_adapter
 from actors.trainer.merged_weights import HostMerge, Tally
 from tests.actors.rollout.vllm.vllm_cases import ADAPTER, MERGED, Policy, write_base
 
@@ -69,7 +69,7 @@ def check_parts(policy: Policy, state: dict[str, torch.Tensor], dtype: torch.dty
         }
         assert not made.keys() & merged.keys()
         made |= merged
-    assert sorted(made) == closure(made, state), "whole groups as an engine loads them"
+    assert sorted(made) == fused_groups_of(made, state), "whole groups as an engine loads them"
     assert all(torch.equal(made[name], state[name]) for name in made)
     assert tally == merge.tally()
     assert tally.expected().digests == {name: digest_of(state[name]) for name in made}

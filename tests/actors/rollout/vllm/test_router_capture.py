@@ -14,7 +14,7 @@ from actors.algorithms.checks import divergence
 from actors.batches.batch import Batch
 from actors.batches.routed_experts import ExpertChoices
 from actors.batches.trajectories import trajectories
-from actors.cluster.worker_group import ROLLOUT, ActorGroup
+from actors.cluster.worker_group import ROLLOUT, WorkerGroup
 from actors.models.architectures.lookup import ARCHITECTURES, architecture_of, replay_objection
 from actors.models.lora.adapters import role
 from actors.models.moe.router_stats import routers_of
@@ -44,13 +44,13 @@ OTHERS = [
 ]
 
 
-def drawn(engine: ActorGroup, first_seed: int = 0) -> Batch:
+def drawn(engine: WorkerGroup, first_seed: int = 0) -> Batch:
     seeds = list(range(first_seed, first_seed + N * len(PROMPTS)))
     made = engine.call_rank(0, "generate", PROMPTS, SamplingSpec(max_tokens=24, n=N), seeds, phase="generate")
     return trajectories([p for p in PROMPTS for _ in range(N)], made)
 
 
-def engine_on(process: ActorGroup, base: Path, dtype: str, layers: int = 2) -> ActorGroup:
+def engine_on(process: WorkerGroup, base: Path, dtype: str, layers: int = 2) -> WorkerGroup:
     cache = SPEC.kv_cache_gib * layers / 2
     process.build(ROLLOUT, SPEC.model_copy(update={"dtype": dtype, "kv_cache_gib": cache})).result()
     process.call_rank(0, "load", str(base), updatable=True, phase="load")
@@ -93,7 +93,7 @@ def assert_chosen_by(policy: Policy, active: str | None, batch: Batch) -> None:
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", *OTHERS])
 def test_the_engines_experts_are_those_of_transformers_before_and_after_a_sync(
-    process: ActorGroup, base_of: Callable[..., Path], architecture: str
+    process: WorkerGroup, base_of: Callable[..., Path], architecture: str
 ) -> None:
     base = base_of(architecture, torch.float32)
     policy, engine = Policy(base, architecture), engine_on(process, base, "float32")
@@ -106,7 +106,7 @@ def test_the_engines_experts_are_those_of_transformers_before_and_after_a_sync(
 
 
 def test_samples_that_outlive_a_sync_come_with_the_experts_of_the_new_weights(
-    process: ActorGroup, base_of: Callable[..., Path]
+    process: WorkerGroup, base_of: Callable[..., Path]
 ) -> None:
     base = base_of("qwen3_moe", torch.float32)
     policy, engine = Policy(base, "qwen3_moe"), engine_on(process, base, "float32")
@@ -125,7 +125,7 @@ def test_samples_that_outlive_a_sync_come_with_the_experts_of_the_new_weights(
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", *OTHERS])
 def test_in_bfloat16_replay_takes_flipped_routes_out_of_the_mismatch(
-    process: ActorGroup, tmp_path: Path, architecture: str
+    process: WorkerGroup, tmp_path: Path, architecture: str
 ) -> None:
     deeper = DEEPER.get(architecture, {})
     base = write_base(tmp_path, architecture, torch.bfloat16, **deeper)
@@ -145,7 +145,7 @@ def test_in_bfloat16_replay_takes_flipped_routes_out_of_the_mismatch(
 
 
 def test_a_batch_with_the_experts_of_other_samples_is_further_off(
-    process: ActorGroup, base_of: Callable[..., Path]
+    process: WorkerGroup, base_of: Callable[..., Path]
 ) -> None:
     """That replay helps must come from these experts, not from any."""
     base = base_of("qwen3_moe", torch.float32)
@@ -157,7 +157,7 @@ def test_a_batch_with_the_experts_of_other_samples_is_further_off(
     assert divergence(engine_logps, trainer.token_logprobs(turned, None))["max"] > 1e-1
 
 
-def test_what_is_joined_is_what_the_engine_gave(process: ActorGroup, base_of: Callable[..., Path]) -> None:
+def test_what_is_joined_is_what_the_engine_gave(process: WorkerGroup, base_of: Callable[..., Path]) -> None:
     engine = engine_on(process, base_of("qwen3_moe", torch.float32), "float32")
     made = engine.call_rank(
         0, "generate", PROMPTS[2:4], SamplingSpec(max_tokens=5, n=1), [1, 2], phase="generate"

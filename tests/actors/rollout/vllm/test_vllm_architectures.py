@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from actors.cluster.worker_group import ActorGroup
+from actors.cluster.worker_group import WorkerGroup
 from actors.errors import RunFailure, UserError
 from actors.models.architectures.lookup import ARCHITECTURES
 from actors.models.architectures.vllm_table import ENGINE_ROWS
@@ -28,7 +28,7 @@ UNAIDED = "tests.actors.rollout.vllm.vllm_cases"
 
 @pytest.mark.parametrize("architecture", [name for name in FLOAT32 if name not in PROVED])
 def test_after_five_adapter_and_five_merged_syncs_the_engine_equals_transformers(
-    process: ActorGroup, base_of: Callable[..., Path], architecture: str
+    process: WorkerGroup, base_of: Callable[..., Path], architecture: str
 ) -> None:
     policy = Policy(base_of(architecture), architecture)
     cases.check_ten_syncs(cases.updatable(process, policy.base), policy)
@@ -37,7 +37,7 @@ def test_after_five_adapter_and_five_merged_syncs_the_engine_equals_transformers
 @pytest.mark.parametrize("kind", [ADAPTER, MERGED])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_in_bfloat16_an_updated_engine_is_exactly_a_fresh_one(
-    process: ActorGroup, base_of: Callable[..., Path], tmp_path: Path, architecture: str, kind: str
+    process: WorkerGroup, base_of: Callable[..., Path], tmp_path: Path, architecture: str, kind: str
 ) -> None:
     policy = Policy(base_of(architecture, torch.bfloat16), architecture)
     rollout = cases.updatable(process, policy.base, "bfloat16")
@@ -46,7 +46,7 @@ def test_in_bfloat16_an_updated_engine_is_exactly_a_fresh_one(
 
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in FLOAT32])
 def test_a_dtype_that_the_kernels_lack_is_refused_before_vllm_fails_on_it(
-    process: ActorGroup, base_of: Callable[..., Path], architecture: str
+    process: WorkerGroup, base_of: Callable[..., Path], architecture: str
 ) -> None:
     with pytest.raises(UserError, match=rf"float32: vLLM's CPU engine runs {architecture} in bfloat16 only"):
         cases.updatable(process, base_of(architecture))
@@ -74,7 +74,7 @@ YARN = {
     ],
 )
 def test_variants_of_released_checkpoints_are_right_after_syncs(
-    process: ActorGroup, tmp_path: Path, architecture: str, overrides: dict[str, Any]
+    process: WorkerGroup, tmp_path: Path, architecture: str, overrides: dict[str, Any]
 ) -> None:
     policy = Policy(cases.write_base(tmp_path / "base", architecture, **overrides), architecture)
     rollout = cases.updatable(process, policy.base)
@@ -85,7 +85,7 @@ def test_variants_of_released_checkpoints_are_right_after_syncs(
 
 
 def test_experts_that_the_kernel_pads_are_refused_before_the_first_sync(
-    process: ActorGroup, tmp_path: Path
+    process: WorkerGroup, tmp_path: Path
 ) -> None:
     base = cases.write_base(tmp_path / "base", "qwen3_moe", moe_intermediate_size=48)
     with pytest.raises(
@@ -118,7 +118,7 @@ def still_needed(name: str, reason: str) -> Iterator[None]:
     [("NoRotaryFix", "deepseek_v2"), ("NoRouterBias", "ernie4_5_moe"), ("NoHeadBias", "phimoe")],
 )
 def test_vllm_still_computes_wrongly_without(
-    process: ActorGroup, base_of: Callable[..., Path], engine: str, architecture: str
+    process: WorkerGroup, base_of: Callable[..., Path], engine: str, architecture: str
 ) -> None:
     policy = Policy(base_of(architecture), architecture)
     rollout = cases.updatable(process, policy.base, what=f"{UNAIDED}:{engine}")
@@ -135,7 +135,7 @@ def test_vllm_still_computes_wrongly_without(
     ],
 )
 def test_vllm_still_fails_without(
-    process: ActorGroup, base_of: Callable[..., Path], engine: str, architecture: str, reason: str
+    process: WorkerGroup, base_of: Callable[..., Path], engine: str, architecture: str, reason: str
 ) -> None:
     policy = Policy(base_of(architecture), architecture)
     (name,) = getattr(cases, engine).without
@@ -144,7 +144,7 @@ def test_vllm_still_fails_without(
 
 
 def test_vllm_still_drops_experts_of_a_reloaded_gpt_oss_without(
-    process: ActorGroup, base_of: Callable[..., Path]
+    process: WorkerGroup, base_of: Callable[..., Path]
 ) -> None:
     policy = Policy(base_of("gpt_oss"), "gpt_oss")
     policy.change(seed=1)

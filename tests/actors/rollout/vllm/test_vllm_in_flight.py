@@ -11,7 +11,7 @@ import pytest
 
 from actors.batches.generations import Generations
 from actors.cluster.spec import LimitsSpec, RoleSpec
-from actors.cluster.worker_group import ROLLOUT, ActorGroup, rollout_group
+from actors.cluster.worker_group import ROLLOUT, WorkerGroup, rollout_group
 from actors.errors import RunFailure
 from actors.rollout.engine import EngineSpec, SamplingSpec
 from tests.actors.rollout.vllm import vllm_cases as cases
@@ -26,7 +26,7 @@ STEP = 0.0
 
 
 @pytest.fixture(scope="module")
-def rollout(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActorGroup]:
+def rollout(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerGroup]:
     group = rollout_group(RoleSpec(), LimitsSpec(stop=5), tmp_path_factory.mktemp("in-flight") / "logs")
     group.start().ready().build(ROLLOUT, EngineSpec(max_num_seqs=16, max_model_len=512)).result()
     yield group
@@ -34,20 +34,20 @@ def rollout(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.fixture
-def policy(rollout: ActorGroup, tmp_path: Path) -> Policy:
+def policy(rollout: WorkerGroup, tmp_path: Path) -> Policy:
     """The engine's base, freshly loaded, and what trains on it."""
     made = Policy(cases.write_base(tmp_path, "qwen3_moe"), "qwen3_moe")
     rollout.call_rank(0, "load", str(made.base), updatable=True, phase="load")
     return made
 
 
-def begin(rollout: ActorGroup, key: int, prompts: list[list[int]], seed: int = 0) -> Generations | None:
+def begin(rollout: WorkerGroup, key: int, prompts: list[list[int]], seed: int = 0) -> Generations | None:
     seeds = [seed + i for i in range(len(prompts))]
     made: Generations | None = rollout.call_rank(0, "draw", key, STEP, prompts, SAMPLING, seeds)
     return made
 
 
-def finish(rollout: ActorGroup, key: int) -> tuple[Generations, int]:
+def finish(rollout: WorkerGroup, key: int) -> tuple[Generations, int]:
     """The samples, and how many slices they took."""
     for slices in range(1, 100):
         made = rollout.call_rank(0, "draw", key, STEP)
@@ -56,7 +56,7 @@ def finish(rollout: ActorGroup, key: int) -> tuple[Generations, int]:
     raise AssertionError("samples that never end")
 
 
-def test_slices_draw_what_one_call_draws(rollout: ActorGroup, policy: Policy) -> None:
+def test_slices_draw_what_one_call_draws(rollout: WorkerGroup, policy: Policy) -> None:
     whole = rollout.call_rank(0, "generate", PROMPTS, SAMPLING, [5, 6, 7])
     assert begin(rollout, 0, PROMPTS, seed=5) is None
     assert begin(rollout, 1, PROMPTS[:1], seed=90) is None
@@ -67,7 +67,7 @@ def test_slices_draw_what_one_call_draws(rollout: ActorGroup, policy: Policy) ->
     assert other.n_samples == 1
 
 
-def test_samples_go_on_with_new_weights_and_keys_of_these(rollout: ActorGroup, policy: Policy) -> None:
+def test_samples_go_on_with_new_weights_and_keys_of_these(rollout: WorkerGroup, policy: Policy) -> None:
     assert begin(rollout, 0, PROMPTS) is None
     for _ in range(3):
         assert rollout.call_rank(0, "draw", 0, STEP) is None
@@ -87,7 +87,7 @@ def test_samples_go_on_with_new_weights_and_keys_of_these(rollout: ActorGroup, p
         np.testing.assert_allclose(made.logprobs[part], np.where(now, after, before), atol=1e-5)
 
 
-def test_where_nothing_may_be_in_flight_a_commit_refuses(rollout: ActorGroup, policy: Policy) -> None:
+def test_where_nothing_may_be_in_flight_a_commit_refuses(rollout: WorkerGroup, policy: Policy) -> None:
     assert begin(rollout, 0, PROMPTS) is None
     policy.change(seed=3)
     with pytest.raises(RunFailure, match="samples are still being generated"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.cluster.worker_group import ROLLOUT, ActorGroup
+from actors.cluster.worker_group import ROLLOUT, WorkerGroup
 from actors.rollout.engine import EngineSpec
 from tests.actors.rollout.vllm.vllm_cases import ADAPTER, SEQUENCES, STARTS, Policy, push, scores
 
@@ -31,7 +31,7 @@ def apart(one: list[np.ndarray], other: list[np.ndarray]) -> float:
 
 
 def test_qwen3_next_is_no_further_off_in_an_engine_than_in_bfloat16_at_all(
-    process: ActorGroup, base_of: Callable[..., Path], tmp_path: Path
+    process: WorkerGroup, base_of: Callable[..., Path], tmp_path: Path
 ) -> None:
     """vLLM's kernels for its linear attention take nothing finer on the CPU. With a wrong kernel the engine
     would be further off; a state or a weight that an update missed would show in later versions."""

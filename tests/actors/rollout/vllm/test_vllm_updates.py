@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from actors.cluster.worker_group import ROLLOUT, ActorGroup
+from actors.cluster.worker_group import ROLLOUT, WorkerGroup
 from actors.errors import RunFailure
 from actors.models.spec import LoraSpec, ModelSpec
 from actors.rollout.engine import EngineSpec
@@ -42,7 +42,7 @@ engine = cases.updatable
 @pytest.mark.architectures
 @pytest.mark.parametrize("architecture", PROVED)
 def test_after_five_adapter_and_five_merged_syncs_the_engine_equals_transformers(
-    process: ActorGroup, base_of: Callable[..., Path], architecture: str
+    process: WorkerGroup, base_of: Callable[..., Path], architecture: str
 ) -> None:
     policy = Policy(base_of(architecture), architecture)
     cases.check_ten_syncs(engine(process, policy.base), policy)
@@ -59,7 +59,7 @@ def test_after_five_adapter_and_five_merged_syncs_the_engine_equals_transformers
     ],
 )
 def test_in_bfloat16_an_updated_engine_is_exactly_a_fresh_one(
-    process: ActorGroup, base_of: Callable[..., Path], tmp_path: Path, architecture: str, kind: str
+    process: WorkerGroup, base_of: Callable[..., Path], tmp_path: Path, architecture: str, kind: str
 ) -> None:
     # Routers that vLLM keeps in float32 would be finer than a written checkpoint's in a float32 base.
     policy = Policy(base_of(architecture, torch.bfloat16), architecture)
@@ -68,7 +68,7 @@ def test_in_bfloat16_an_updated_engine_is_exactly_a_fresh_one(
 
 
 def test_samples_name_their_version_and_use_no_keys_of_the_one_before(
-    process: ActorGroup, base_of: Callable[..., Path]
+    process: WorkerGroup, base_of: Callable[..., Path]
 ) -> None:
     policy = Policy(base_of("qwen3"), "qwen3")
     rollout = engine(process, policy.base)
@@ -83,7 +83,7 @@ def test_samples_name_their_version_and_use_no_keys_of_the_one_before(
 
 
 def test_the_engine_counts_tokens_per_expert_as_the_routers_of_transformers_choose(
-    process: ActorGroup, base_of: Callable[..., Path]
+    process: WorkerGroup, base_of: Callable[..., Path]
 ) -> None:
     policy = Policy(base_of("qwen3_moe"), "qwen3_moe")
     policy.change(seed=3)
@@ -97,7 +97,7 @@ def test_the_engine_counts_tokens_per_expert_as_the_routers_of_transformers_choo
 
 
 def test_every_tensor_of_a_base_is_bound_and_can_be_replaced(
-    process: ActorGroup, base_of: Callable[..., Path]
+    process: WorkerGroup, base_of: Callable[..., Path]
 ) -> None:
     policy = Policy(base_of("qwen3_moe"), "qwen3_moe")
     rollout = engine(process, policy.base)
@@ -117,10 +117,10 @@ def test_every_tensor_of_a_base_is_bound_and_can_be_replaced(
 
 
 @pytest.fixture(scope="module")
-def served(process: ActorGroup, base_of: Callable[..., Path]) -> Callable[[], tuple[ActorGroup, Policy]]:
+def served(process: WorkerGroup, base_of: Callable[..., Path]) -> Callable[[], tuple[WorkerGroup, Policy]]:
     """An engine of the file's process that serves version 4 of a policy."""
 
-    def make() -> tuple[ActorGroup, Policy]:
+    def make() -> tuple[WorkerGroup, Policy]:
         policy = Policy(base_of("qwen3_moe"), "qwen3_moe")
         policy.change(seed=4)
         rollout = engine(process, policy.base)
@@ -131,7 +131,7 @@ def served(process: ActorGroup, base_of: Callable[..., Path]) -> Callable[[], tu
 
 
 def test_what_can_not_be_loaded_is_refused_before_anything_is_touched(
-    served: Callable[[], tuple[ActorGroup, Policy]],
+    served: Callable[[], tuple[WorkerGroup, Policy]],
 ) -> None:
     rollout, policy = served()
     before = scores(rollout)
@@ -166,7 +166,7 @@ def test_what_can_not_be_loaded_is_refused_before_anything_is_touched(
     assert off(scores(rollout), policy.logps(SEQUENCES, STARTS)) < 1e-5
 
 
-def test_what_is_discarded_is_not_loaded(served: Callable[[], tuple[ActorGroup, Policy]]) -> None:
+def test_what_is_discarded_is_not_loaded(served: Callable[[], tuple[WorkerGroup, Policy]]) -> None:
     rollout, policy = served()
     before = scores(rollout)
     policy.change(seed=5)
@@ -188,7 +188,7 @@ def swap(one: str, other: str) -> Callable[[dict[str, torch.Tensor]], None]:
 
 
 def test_the_readback_names_exactly_the_tensors_that_are_not_the_policys(
-    served: Callable[[], tuple[ActorGroup, Policy]],
+    served: Callable[[], tuple[WorkerGroup, Policy]],
 ) -> None:
     rollout, policy = served()
     policy.change(seed=5)
@@ -208,7 +208,7 @@ def test_the_readback_names_exactly_the_tensors_that_are_not_the_policys(
 
 
 def test_the_readback_shows_a_base_that_was_sent_in_place_of_the_policy(
-    served: Callable[[], tuple[ActorGroup, Policy]],
+    served: Callable[[], tuple[WorkerGroup, Policy]],
 ) -> None:
     rollout, policy = served()
     policy.change(seed=5)
@@ -229,7 +229,7 @@ def test_the_readback_shows_a_base_that_was_sent_in_place_of_the_policy(
     [("BreakingEngine", "no space left on device"), ("DroppingEngine", "are not bound .*o_proj")],
 )
 def test_an_engine_that_fails_inside_a_commit_serves_nobody_until_it_is_loaded_again(
-    process: ActorGroup, base_of: Callable[..., Path], fault: str, reason: str
+    process: WorkerGroup, base_of: Callable[..., Path], fault: str, reason: str
 ) -> None:
     policy = Policy(base_of("qwen3_moe"), "qwen3_moe")
     policy.change(seed=1)
@@ -247,7 +247,7 @@ def test_an_engine_that_fails_inside_a_commit_serves_nobody_until_it_is_loaded_a
 
 
 def test_vllm_still_needs_experts_packed_after_a_reload(
-    process: ActorGroup, base_of: Callable[..., Path]
+    process: WorkerGroup, base_of: Callable[..., Path]
 ) -> None:
     policy = Policy(base_of("qwen3_moe"), "qwen3_moe")
     policy.change(seed=1)
@@ -261,7 +261,7 @@ def test_vllm_still_needs_experts_packed_after_a_reload(
 
 
 def test_an_engine_that_was_not_loaded_for_updates_says_so(
-    process: ActorGroup, base_of: Callable[..., Path]
+    process: WorkerGroup, base_of: Callable[..., Path]
 ) -> None:
     process.build(ROLLOUT, EngineSpec()).result()
     process.call_rank(0, "load", str(base_of("qwen3")), phase="load")
@@ -274,7 +274,7 @@ def test_an_engine_that_was_not_loaded_for_updates_says_so(
 
 
 def test_a_probe_finds_an_untested_architecture_right_before_and_after_an_update(
-    process: ActorGroup, tmp_path: Path
+    process: WorkerGroup, tmp_path: Path
 ) -> None:
     base = cases.write_untested_base(tmp_path / "granite")
     process.build(ROLLOUT, EngineSpec(max_model_len=256)).result()
@@ -286,7 +286,7 @@ def test_a_probe_finds_an_untested_architecture_right_before_and_after_an_update
     assert report.moved > 1e-3
 
 
-def test_a_probe_names_what_an_engine_gets_wrong(process: ActorGroup, base_of: Callable[..., Path]) -> None:
+def test_a_probe_names_what_an_engine_gets_wrong(process: WorkerGroup, base_of: Callable[..., Path]) -> None:
     process.build(f"{FAULTY}:UnpackedEngine", EngineSpec(max_model_len=256)).result()
     model = ModelSpec(base=str(base_of("qwen3_moe")), lora=LoraSpec(r=4))
     report = process.call_rank(0, "parity_probe", model, phase="load")

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.cluster.worker_group import ActorGroup
+from actors.cluster.worker_group import WorkerGroup
 from actors.models.base.loading import load_base
 from actors.models.lora.adapters import adapter_parameters, attach_lora, role
 from actors.models.lora.merge import adapter_factors, merged_state, write_model
 from actors.models.moe.router_stats import RouterStats
 from actors.models.spec import LoraSpec, ModelSpec
 from actors.rollout.engine import EngineSpec, RolloutEngine, SamplingSpec
-from actors.sync.payload import Payload, closure, digest_of, pack_adapter, pack_merged
+from actors.sync.payload import Payload, digest_of, fused_groups_of, pack_adapter, pack_merged
 from actors.trainer.merged_weights import HostMerge
 from tests.actors.models.tiny_models import GROUPS, tiny_model
 from tests.architecture_results import record
@@ -110,7 +110,9 @@ class Policy:
             return pack_adapter(version, "float32", adapter_factors(self.peft, "policy"))
         state, base = self.state(dtype), merged_state(self.peft)
         touched = [name for name in state if not torch.equal(state[name], base[name].to(dtype))]
-        return pack_merged(version, "float32", {name: state[name] for name in closure(touched, state)})
+        return pack_merged(
+            version, "float32", {name: state[name] for name in fused_groups_of(touched, state)}
+        )
 
     def digests(self, names: Any, dtype: torch.dtype = torch.float32) -> dict[str, str]:
         state = self.state(dtype)
@@ -129,13 +131,13 @@ def with_tensors(payload: Payload, change: Any) -> Payload:
     return pack_merged(payload.manifest.version, payload.manifest.base_dtype, tensors)
 
 
-def push(engine: ActorGroup, payload: Payload, keep: bool = False) -> Any:
+def push(engine: WorkerGroup, payload: Payload, keep: bool = False) -> Any:
     """Stage and commit on one engine, without a channel."""
     engine.call_rank(0, "weights.stage_payload", payload, phase="sync")
     return engine.call_rank(0, "commit", payload.manifest.version, keep, phase="sync")
 
 
-def push_parts(engine: ActorGroup, policy: Policy, version: int) -> Any:
+def push_parts(engine: WorkerGroup, policy: Policy, version: int) -> Any:
     """`push` of merged weights in parts of whole groups, of which the first is staged."""
     merge = HostMerge(policy.peft.get_base_model(), adapter_factors(policy.peft, "policy"), "float32")
     first, *later = merge.parts(limit_bytes=PART_BYTES)
@@ -147,7 +149,7 @@ def push_parts(engine: ActorGroup, policy: Policy, version: int) -> Any:
     return push(engine, payload)
 
 
-def scores(engine: ActorGroup) -> list[np.ndarray]:
+def scores(engine: WorkerGroup) -> list[np.ndarray]:
     found: list[np.ndarray] = engine.call_rank(0, "score_tokens", SEQUENCES, STARTS, phase="sync")
     return found
 
@@ -157,7 +159,7 @@ def off(one: list[np.ndarray], other: list[np.ndarray]) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(one, other, strict=True))
 
 
-def check_ten_syncs(rollout: ActorGroup, policy: Policy) -> None:
+def check_ten_syncs(rollout: WorkerGroup, policy: Policy) -> None:
     """Five adapter and five merged versions: after each the engine holds and computes the policy's."""
     before, worst = scores(rollout), {ADAPTER: 0.0, MERGED: 0.0}
     for version in range(10):
@@ -181,7 +183,7 @@ def check_ten_syncs(rollout: ActorGroup, policy: Policy) -> None:
     record(policy.architecture, **worst)
 
 
-def check_fresh_equal(rollout: ActorGroup, policy: Policy, kind: str, scratch: Path) -> None:
+def check_fresh_equal(rollout: WorkerGroup, policy: Policy, kind: str, scratch: Path) -> None:
     """In bfloat16, an engine after two versions is to the bit one that has loaded the merged checkpoint."""
     for version in range(2):
         policy.change(seed=version)
@@ -196,15 +198,15 @@ def check_fresh_equal(rollout: ActorGroup, policy: Policy, kind: str, scratch: P
     np.testing.assert_array_equal(updated[1].logprobs, fresh[1].logprobs)
 
 
-def samples(rollout: ActorGroup, prompts: list[list[int]]) -> Any:
+def samples(rollout: WorkerGroup, prompts: list[list[int]]) -> Any:
     """Two samples of eight tokens for each prompt."""
     sampling = SamplingSpec(max_tokens=8, n=2)
     return rollout.call_rank(0, "generate", prompts, sampling, list(range(2 * len(prompts))))
 
 
 def updatable(
-    process: ActorGroup, base: Path, dtype: str = "float32", what: str = f"{__name__}:QueueingEngine"
-) -> ActorGroup:
+    process: WorkerGroup, base: Path, dtype: str = "float32", what: str = f"{__name__}:QueueingEngine"
+) -> WorkerGroup:
     """An updatable engine on `base`."""
     process.build(what, EngineSpec(max_num_seqs=16, max_model_len=512, dtype=dtype)).result()  # type: ignore[arg-type]
     process.call_rank(0, "load", str(base), updatable=True, phase="load")

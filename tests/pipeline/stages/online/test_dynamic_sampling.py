@@ -10,9 +10,9 @@ from actors.batches.generations import Generations
 from pipeline.data.reading.bad_rows import Skipped
 from pipeline.data.tokens.order import BatchOrder
 from pipeline.data.tokens.prompts import PromptData
-from pipeline.stages.online.dynamic_sampling import substitutes
-from pipeline.stages.online.rewards import Judge
-from pipeline.stages.online.sampler import Drawer, Drawn
+from pipeline.stages.online.dynamic_sampling import sampler_of, substitutes
+from pipeline.stages.online.rewards import RewardComputer
+from pipeline.stages.online.sampler import SampledBatch
 from pipeline.stages.prepared import PreparedRl
 from pipeline.stages.specs.registry import GrpoStage
 
@@ -32,8 +32,8 @@ class Engines:
     def generate(self, prompts: list[list[int]], sampling: Any, seeds: list[int]) -> Generations:
         self.asked.append([ids[0] for ids in prompts])
         assert len(set(seeds)) == len(seeds)
-        drawn = [([self.token(row, i)], [-1.0], "stop") for row in self.asked[-1] for i in range(GROUP)]
-        return Generations.of(drawn, GROUP, "v", 0.0)
+        sampled = [([self.token(row, i)], [-1.0], "stop") for row in self.asked[-1] for i in range(GROUP)]
+        return Generations.of(sampled, GROUP, "v", 0.0)
 
     def token(self, row: int, i: int) -> int:
         if row in self.mixed:
@@ -46,7 +46,7 @@ class Tokenizer:
         return [str(one[0]) for one in ids]
 
 
-def drawn(mixed: set[int], rounds: int, step: int = 0) -> tuple[Drawn, Engines]:
+def sampled(mixed: set[int], rounds: int, step: int = 0) -> tuple[SampledBatch, Engines]:
     spec = GrpoStage(
         data=[{"source": "builtin:arithmetic", "split": "prompts"}], rewards=["exact_match"], batch_size=8,
         num_generations=GROUP, max_resampling_rounds=rounds,
@@ -58,20 +58,20 @@ def drawn(mixed: set[int], rounds: int, step: int = 0) -> tuple[Drawn, Engines]:
     )  # fmt: skip
     stage = PreparedRl("grpo", spec, 3, data, BatchOrder(N_ROWS, 4, 3, max_steps=3), spec.sampling())
     engines = Engines(mixed)
-    drawer = Drawer(stage, engines, Judge(spec, {}), Tokenizer())  # type: ignore[arg-type]
-    return drawer.draw(step), engines
+    sampler = sampler_of(stage, engines, RewardComputer(spec, {}), Tokenizer())  # type: ignore[arg-type]
+    return sampler.sample(step), engines
 
 
 def test_without_rounds_samples_stay_as_they_are() -> None:
-    found, engines = drawn(set(), rounds=0)
+    found, engines = sampled(set(), rounds=0)
     assert found.rewards is None
     assert len(engines.asked) == 1
 
 
 def test_prompts_without_spread_make_room_for_others() -> None:
-    first = set(drawn(set(), rounds=0)[0].rows.tolist())
+    first = set(sampled(set(), rounds=0)[0].rows.tolist())
     mixed = set(range(N_ROWS)) - first | {min(first)}  # one of the step's own, and all others
-    found, engines = drawn(mixed, rounds=2)
+    found, engines = sampled(mixed, rounds=2)
     assert [len(rows) for rows in engines.asked] == [4, 3]
     assert not set(engines.asked[1]) & first
     assert sorted(found.rows.tolist()) == sorted([min(first), *engines.asked[1]])
@@ -87,18 +87,18 @@ def test_prompts_without_spread_make_room_for_others() -> None:
 
 
 def test_rounds_end_and_what_has_no_spread_by_then_stays() -> None:
-    found, engines = drawn(set(), rounds=1)
+    found, engines = sampled(set(), rounds=1)
     assert [len(rows) for rows in engines.asked] == [4, 4]
     assert sorted(found.rows.tolist()) == sorted(engines.asked[0])
     assert found.metrics["dynamic_sampling/frac_zero_std_left"] == 1
-    found, engines = drawn(set(), rounds=9)
+    found, engines = sampled(set(), rounds=9)
     assert [len(rows) for rows in engines.asked] == [4, 4, 4]  # then every prompt was asked
 
 
 @pytest.mark.parametrize("step", [0, 1])
 def test_a_step_that_is_drawn_again_is_the_same(step: int) -> None:
     mixed = {0, 1, 2, 5, 7, 11}
-    (one, first), (other, second) = drawn(mixed, 3, step), drawn(mixed, 3, step)
+    (one, first), (other, second) = sampled(mixed, 3, step), sampled(mixed, 3, step)
     assert one.rows.tolist() == other.rows.tolist()
     assert first.asked == second.asked
 

@@ -14,7 +14,7 @@ from pipeline.data.reading.bad_rows import Skipped
 from pipeline.data.tokens.prompts import PromptData
 from pipeline.stages.online.loop import RlLoop
 from pipeline.stages.online.rewards import Rewards
-from pipeline.stages.online.sampler import Ahead, Drawn, load_drawn, save_drawn
+from pipeline.stages.online.sampler import Prefetcher, SampledBatch, load_sampled, save_sampled
 from tests.pipeline.stages.online.test_loop import loop  # noqa: F401  (a fixture)
 
 DATA = PromptData(["p", "q"], ["p", "q"], [[1], [2]], {"answer": ["7", "8"]}, Skipped(), "f")
@@ -24,20 +24,20 @@ class Engines:
     """Serve a version, and note which one drew which step."""
 
     def __init__(self) -> None:
-        self.version, self.drawn = 0, dict[int, int]()
+        self.version, self.sampled = 0, dict[int, int]()
 
-    def draw(self, step: int) -> Drawn:
-        self.drawn[step] = self.version
+    def sample(self, step: int) -> SampledBatch:
+        self.sampled[step] = self.version
         samples = Generations.of([([step], [-1.0], "stop")], 1, "m", 0.0, self.version)
-        return Drawn(np.array([step % 2]), DATA.select([step % 2]), samples)
+        return SampledBatch(np.array([step % 2]), DATA.select([step % 2]), samples)
 
 
-def train(engines: Engines, ahead: Ahead, steps: range) -> list[int]:
+def train(engines: Engines, prefetcher: Prefetcher, steps: range) -> list[int]:
     """The loop's order: take, train, settle, new weights. Versions of the samples of each step."""
     versions = []
     for step in steps:
-        versions.append(ahead.take(step).samples.version)
-        ahead.settle()
+        versions.append(prefetcher.take(step).samples.version)
+        prefetcher.settle()
         engines.version = step + 1
     return versions
 
@@ -49,86 +49,88 @@ def test_samples_of_step_k_come_from_version_k_minus_the_staleness(
     staleness: int, versions: list[int]
 ) -> None:
     engines = Engines()
-    assert train(engines, Ahead(engines.draw, staleness, 6), range(6)) == versions
-    assert sorted(engines.drawn) == list(range(6))
+    assert train(engines, Prefetcher(engines.sample, staleness, 6), range(6)) == versions
+    assert sorted(engines.sampled) == list(range(6))
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 2])
 def test_a_resumed_stage_uses_what_was_drawn_before_it_was_killed(staleness: int, tmp_path: Path) -> None:
     whole = Engines()
-    expected = train(whole, Ahead(whole.draw, staleness, 6), range(6))
+    expected = train(whole, Prefetcher(whole.sample, staleness, 6), range(6))
     first = Engines()
-    ahead = Ahead(first.draw, staleness, 6)
-    versions = train(first, ahead, range(3))
-    ahead.save(tmp_path)
+    prefetcher = Prefetcher(first.sample, staleness, 6)
+    versions = train(first, prefetcher, range(3))
+    prefetcher.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"drawn-{step}.safetensors" for step in range(3, 3 + staleness)
     ]
     resumed = Engines()
     resumed.version = 3
-    again = Ahead(resumed.draw, staleness, 6)
+    again = Prefetcher(resumed.sample, staleness, 6)
     again.load(tmp_path, DATA)
     assert versions + train(resumed, again, range(3, 6)) == expected
-    assert first.drawn | resumed.drawn == whole.drawn
-    assert not first.drawn.keys() & resumed.drawn.keys()
+    assert first.sampled | resumed.sampled == whole.sampled
+    assert not first.sampled.keys() & resumed.sampled.keys()
 
 
-@pytest.mark.parametrize("judged", [None, [0.1, float("nan")]])
-def test_a_batch_comes_back_from_its_file_as_it_was(judged: list[float] | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scored", [None, [0.1, float("nan")]])
+def test_a_batch_comes_back_from_its_file_as_it_was(scored: list[float] | None, tmp_path: Path) -> None:
     samples = Generations.of([([5, 6], [-0.5, -1.0], "stop"), ([7], [-2.0], "length")], 1, "m", 0.25, 4)
     load = np.arange(6).reshape(2, 3)
-    rewards = None if judged is None else Rewards(np.array(judged), {"r": 0.5}, ["stood in"])
-    drawn = Drawn(np.array([1, 0]), DATA.select([1, 0]), samples, load, rewards, {"a": 1.0}, ("said",))
-    save_drawn(tmp_path / "drawn-9.safetensors", drawn)
-    again = load_drawn(tmp_path / "drawn-9.safetensors", DATA)
+    rewards = None if scored is None else Rewards(np.array(scored), {"r": 0.5}, ["stood in"])
+    sampled = SampledBatch(
+        np.array([1, 0]), DATA.select([1, 0]), samples, load, rewards, {"a": 1.0}, ("said",)
+    )
+    save_sampled(tmp_path / "drawn-9.safetensors", sampled)
+    again = load_sampled(tmp_path / "drawn-9.safetensors", DATA)
     for name, value in samples.arrays().items():
         np.testing.assert_array_equal(again.samples.arrays()[name], value)
     assert (again.samples.n, again.samples.label, again.samples.seconds) == (1, "m", 0.25)
     np.testing.assert_array_equal(again.expert_load, load)
-    assert again.prompts == drawn.prompts
+    assert again.prompts == sampled.prompts
     assert (again.metrics, again.notes, again.rows.tolist()) == ({"a": 1.0}, ("said",), [1, 0])
-    assert (again.rewards is None) == (judged is None)
+    assert (again.rewards is None) == (scored is None)
     if again.rewards is not None:
-        np.testing.assert_array_equal(again.rewards.values, np.array(judged))
+        np.testing.assert_array_equal(again.rewards.values, np.array(scored))
         assert (again.rewards.metrics, again.rewards.notes) == ({"r": 0.5}, ["stood in"])
 
 
 def test_a_later_step_is_drawn_while_an_earlier_one_trains() -> None:
     training, drawing = threading.Event(), threading.Event()
 
-    def draw(step: int) -> Drawn:
+    def sample(step: int) -> SampledBatch:
         if step == 1:
             drawing.set()
             assert training.wait(5)
-        return Engines().draw(step)
+        return Engines().sample(step)
 
-    ahead = Ahead(draw, 1, 3)
-    ahead.take(0)
+    prefetcher = Prefetcher(sample, 1, 3)
+    prefetcher.take(0)
     assert drawing.wait(5)
     training.set()
-    ahead.settle()
+    prefetcher.settle()
 
 
 def test_batches_are_drawn_together_where_weights_may_change_meanwhile() -> None:
     both = threading.Barrier(2, timeout=5)
 
-    def draw(step: int) -> Drawn:
+    def sample(step: int) -> SampledBatch:
         both.wait()
-        return Engines().draw(step)
+        return Engines().sample(step)
 
-    assert Ahead(draw, 1, 2, together=True).take(0).samples.n_samples == 1
+    assert Prefetcher(sample, 1, 2, together=True).take(0).samples.n_samples == 1
 
 
 def test_what_fails_while_it_is_drawn_ahead_fails_the_step_that_waits_for_it() -> None:
-    def draw(step: int) -> Drawn:
+    def sample(step: int) -> SampledBatch:
         if step == 1:
             raise RunFailure("rollout-0", "generate", "gone")
-        return Engines().draw(step)
+        return Engines().sample(step)
 
-    ahead = Ahead(draw, 1, 3)
-    ahead.take(0)
+    prefetcher = Prefetcher(sample, 1, 3)
+    prefetcher.take(0)
     with pytest.raises(RunFailure, match="gone"):
-        ahead.settle()
+        prefetcher.settle()
 
 
 def test_steps_of_stale_samples_say_how_old_they_are(loop: RlLoop) -> None:  # noqa: F811
