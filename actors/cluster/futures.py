@@ -10,9 +10,11 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from actors.errors import InvariantViolation, RunFailure, UserError
+
+T = TypeVar("T")
 
 CULPRIT_GRACE_S = 3.0
 """After the first error of a group: how long to look for a dead rank. When one rank dies, the others fail
@@ -107,7 +109,7 @@ def _take(answers: Answers, rank: int, ref: Any) -> None:
         answers.faults.append(Fault(rank, error, died=False))
 
 
-class GroupFuture:
+class _Call:
     """A call that was sent. The deadline runs from the moment when someone waits for it: calls queue up
     behind each other on purpose, and a queued call has not overrun anything."""
 
@@ -117,13 +119,7 @@ class GroupFuture:
         self._refs, self._phase, self._finish = refs, phase, finish
         self._values: list[Any] | None = None
 
-    def result(self) -> Any:
-        """The value of each rank, in rank order.
-
-        Raises:
-            UserError, InvariantViolation: a rank raised it.
-            RunFailure: a rank died, failed, or overran the phase's deadline.
-        """
+    def _all(self) -> list[Any]:
         if self._values is None:
             self._values = self._finish(self._refs, self._phase)
         return self._values
@@ -139,8 +135,21 @@ class GroupFuture:
         return len(ready) == len(refs)
 
 
-class WorkerFuture(GroupFuture):
-    """A call that was sent to one rank."""
+class GroupFuture(_Call, Generic[T]):
+    """A call that was sent to every rank of a group; each answers with a T."""
+
+    def result(self) -> list[T]:
+        """The value of each rank, in rank order.
+
+        Raises:
+            UserError, InvariantViolation: a rank raised it.
+            RunFailure: a rank died, failed, or overran the phase's deadline.
+        """
+        return self._all()
+
+
+class WorkerFuture(_Call, Generic[T]):
+    """A call that was sent to one rank, which answers with a T."""
 
     @property
     def ref(self) -> Any:
@@ -148,9 +157,10 @@ class WorkerFuture(GroupFuture):
         (ref,) = self._refs.values()
         return ref
 
-    def result(self) -> Any:
+    def result(self) -> T:
         """That rank's value; raises as `GroupFuture.result`."""
-        return super().result()[0]
+        value: T = self._all()[0]
+        return value
 
 
 def first_done(calls: Mapping[int, WorkerFuture], limit_s: float) -> list[int]:
