@@ -29,7 +29,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "actors.models.spec": ("actors.spec",),
     "actors.models.attention": ("actors.errors", "actors.batches"),
     "actors.models.tiny": ("actors.errors",),
-    "actors.models.turn_ends": ("actors.errors", "actors.models.base"),
+    "actors.models.turn_ends": (
+        "actors.errors",
+        "actors.batches",
+        "actors.models.spec",
+        "actors.models.base",
+    ),
     "actors.models.parallel": ("actors.errors",),
     "actors.models.architectures": ("actors.errors", "actors.models.spec"),
     "actors.models.moe": (
@@ -273,7 +278,7 @@ def test_what_pipeline_takes_from_actors_does_not_grow(repository: Path) -> None
     taken = {
         target
         for module, target, _ in imports(repository)
-        if under(module, "pipeline") and under(target, "actors")
+        if under(module, "pipeline") and target.startswith("actors.")
     }
     assert len(taken) <= TAKEN_FROM_ACTORS, sorted(taken)
 
