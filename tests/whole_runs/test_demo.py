@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -52,6 +53,14 @@ def finished_run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     }
     complete(command_of(path, config(tiny_base, path / "run", eval=evaluation)), path)
     return path / "run"
+
+
+def test_files_of_a_run_name_no_module_of_the_code(finished_run: Path) -> None:
+    """So code may move, and a finished run stays finished."""
+    written = [p for suffix in ("json", "jsonl", "yaml") for p in finished_run.rglob(f"*.{suffix}")]
+    assert any(path.name == "manifest.json" for path in written)
+    modules = re.compile(r"\b(actors|pipeline)[./][a-z_]+")
+    assert {p.name: modules.findall(p.read_text()) for p in written if modules.search(p.read_text())} == {}
 
 
 def test_a_run_leaves_what_the_house_promises(finished_run: Path) -> None:
