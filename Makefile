@@ -9,10 +9,10 @@ export OMP_WAIT_POLICY ?= passive
 export KMP_BLOCKTIME ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo base lint format test test-fast test-slow test-architectures docs bench bench-online lock clean
+.PHONY: help install install-dev demo base lint format test test-fast test-slow test-architectures docs bench bench-online lock clean clean-runs affected
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
 $(VENV)/.installed: requirements/cpu.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
@@ -57,6 +57,9 @@ test: lint test-fast ## Lint, then every test but the slow ones
 test-fast: install-dev ## The tests that need no other process: no Ray, vLLM, TRL or second rank, in two processes
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu and not ray and not vllm and not trl and not ranks"
 
+affected: install-dev ## The tests that a change can reach, by imports; FAST=1: no Ray, no vLLM; SINCE=REVISION
+	$(BIN)/python -m tests.affected $(if $(SINCE),--since $(SINCE)) $(if $(FAST),--fast)
+
 test-slow: install-dev ## The longer checks
 	$(BIN)/python -m pytest -q -m "slow and not gpu" --timeout 1800
 
@@ -69,14 +72,18 @@ docs: install ## docs/architectures.md from the table and the last figures
 	$(BIN)/python -m pipeline.report.architecture_page
 
 bench: install-dev ## Side-by-side ratios against TRL + PEFT and a bare loop
-	$(BIN)/python benchmarks/offline.py
+	$(BIN)/python -m benchmarks.offline
 
 bench-online: install-dev ## GRPO against TRL, generation, sync, overlap, driver, a PPO step and start-up
 	@for name in grpo rollout sync overlap driver profile_ppo startup; do \
-	$(BIN)/python benchmarks/$$name.py || exit 1; done
+	$(BIN)/python -m benchmarks.$$name || exit 1; done
 
 lock: install ## Resolve the requirements anew into requirements/*.txt
 	$(BIN)/python requirements/refresh.py
 
-clean: ## Remove runs and caches (the .venv stays)
-	rm -rf runs .pytest_cache .mypy_cache .ruff_cache
+clean: ## Remove caches (runs and the .venv stay)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache build
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+clean-runs: ## Remove runs/: every run's adapters, checkpoints and reports
+	rm -rf runs

@@ -1,7 +1,7 @@
 """What the driver costs per online step, with 1 to 64 rollout actors and 64 to 4,096 samples.
 
-python benchmarks/driver.py            # all of it
-python benchmarks/driver.py --quick    # 1 and 2 actors: does it run?
+python -m benchmarks.driver            # all of it
+python -m benchmarks.driver --quick    # 1 and 2 actors: does it run?
 
 The loop, the pool, the groups and the weight sync are the product's own; engines and trainer are actors that
 answer at once (standins.py). So a step's time is the driver's work, Ray's, and copies of the samples.
@@ -10,14 +10,11 @@ answer at once (standins.py). So a step's time is the driver's work, Ray's, and 
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.figures import Execution, console, rows
 from benchmarks.workloads import TRAINED_TINY

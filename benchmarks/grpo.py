@@ -1,9 +1,9 @@
 """A GRPO step against TRL's GRPOTrainer, side by side, in turns. See docs/benchmarks.md.
 
-python benchmarks/grpo.py                # on a 59 M-parameter MoE and on the embedded base
-python benchmarks/grpo.py --quick        # the embedded base, one turn: does it run?
-python benchmarks/grpo.py --tune         # look for TRL's best settings, on answers of 64 tokens at most
-python benchmarks/grpo.py --try-vllm     # does TRL's own use of vLLM run here?
+python -m benchmarks.grpo                # on a 59 M-parameter MoE and on the embedded base
+python -m benchmarks.grpo --quick        # the embedded base, one turn: does it run?
+python -m benchmarks.grpo --tune         # look for TRL's best settings, on answers of 64 tokens at most
+python -m benchmarks.grpo --try-vllm     # does TRL's own use of vLLM run here?
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.figures import Execution, Ratio, console, rows
 from benchmarks.online_workloads import SAMPLES, WORKLOADS, OnlineWorkload, prepare, run_config
@@ -99,7 +96,7 @@ def start_ours(workload: OnlineWorkload, base: Path, prompts: Path, scratch: Pat
     """`raylign run`: all of a step is in it, also checks, metrics, sync and its proof."""
     config = scratch / "run.yaml"
     config.write_text(json.dumps(grpo_config(workload, base, prompts, scratch / "run")))
-    return Side("ours", ["benchmarks/online_run.py", str(config)], {}, scratch / "ours.log")
+    return Side("ours", ["-m", "benchmarks.online_run", str(config)], {}, scratch / "ours.log")
 
 
 def start_trl(
@@ -107,8 +104,9 @@ def start_trl(
 ) -> Side:
     """GRPOTrainer, with an allocator that keeps memory."""
     command = [
-        "benchmarks/grpo_trl.py", "--workload", workload.name, "--base", str(base), "--prompts", str(prompts),
-        "--scratch", str(scratch / "trl"), "--threads", str(threads), "--settings", json.dumps(settings),
+        "-m", "benchmarks.grpo_trl", "--workload", workload.name, "--base", str(base),
+        "--prompts", str(prompts), "--scratch", str(scratch / "trl"), "--threads", str(threads),
+        "--settings", json.dumps(settings),
     ]  # fmt: skip
     env = {**KEEP_MEMORY, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     return Side("trl", command, env, scratch / "trl.log")

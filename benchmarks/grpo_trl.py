@@ -9,8 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import benchmarks.one  # isort: skip  # noqa: F401  sets the environment before torch is imported
 import torch
 from datasets import Dataset

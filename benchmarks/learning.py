@@ -1,8 +1,8 @@
 """Does it learn? PPO, GRPO and RLOO from the SFT policy, three seeds each, all runs of `raylign run`.
 
-python benchmarks/learning.py                               # the nine runs
-python benchmarks/learning.py --more --seeds 0              # every other algorithm, once
-python benchmarks/learning.py --configs demo --seeds 0      # another config of configs/
+python -m benchmarks.learning                               # the nine runs
+python -m benchmarks.learning --more --seeds 0              # every other algorithm, once
+python -m benchmarks.learning --configs demo --seeds 0      # another config of configs/
 
 A run's seed decides everything: adapters, order, samples; SFT is trained anew with each. Exits with 1 where
 a run's last model is not clearly above the one before it.
@@ -19,8 +19,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.report import machine
 from benchmarks.workloads import ROOT

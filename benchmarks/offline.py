@@ -1,7 +1,7 @@
 """SFT and DPO against TRL and against a bare loop, side by side in one run. See docs/benchmarks.md.
 
-python benchmarks/offline.py            # all of it, three pairs each
-python benchmarks/offline.py --quick    # does everything still run? figures mean nothing
+python -m benchmarks.offline            # all of it, three pairs each
+python -m benchmarks.offline --quick    # does everything still run? figures mean nothing
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rich.console import Console
 

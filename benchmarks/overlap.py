@@ -1,7 +1,7 @@
 """Generation beside training: steps at staleness 1 against the longer of both, each alone on its own core.
 
-python benchmarks/overlap.py            # staleness 0 and 1 in turns, and samples in flight that are kept
-python benchmarks/overlap.py --quick    # one turn on the embedded base: does it run?
+python -m benchmarks.overlap            # staleness 0 and 1 in turns, and samples in flight that are kept
+python -m benchmarks.overlap --quick    # one turn on the embedded base: does it run?
 
 Policy and engine have one process of one thread each, pinned to a core of their own in every run, so that at
 staleness 0 each is measured alone there; its importance ratios are corrected as those at staleness 1 are, so
@@ -21,8 +21,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.figures import Execution, Ratio, console, rows
 from benchmarks.grpo import grpo_config
@@ -74,7 +72,7 @@ def measure(
             path = scratch / f"{name}.yaml"
             path.write_text(json.dumps(config))
             env = {CORES: "policy:0,rollout:1"}
-            side = Side(name, ["benchmarks/online_run.py", str(path)], env, scratch / f"{name}.log")
+            side = Side(name, ["-m", "benchmarks.online_run", str(path)], env, scratch / f"{name}.log")
             try:
                 alive[name] = stack.enter_context(side).ready()
                 for _ in range(WARM_UP):

@@ -1,7 +1,7 @@
 """Where the time of a PPO step goes: who works at each moment, and what the trainer's update is made of.
 
-python benchmarks/profile_ppo.py            # configs/ppo-tiny.yaml without its SFT, and a 17 M-parameter MoE
-python benchmarks/profile_ppo.py --quick    # three steps on the embedded base: does it run?
+python -m benchmarks.profile_ppo            # configs/ppo-tiny.yaml without its SFT, and a 17 M-parameter MoE
+python -m benchmarks.profile_ppo --quick    # three steps on the embedded base: does it run?
 
 First a run of `raylign run`: every moment of its steps belongs to the calls that were being answered then, by
 the traces of all processes; a moment without any is the driver's and Ray's. Then one update in this process
@@ -20,8 +20,6 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.figures import Execution, rows
 from benchmarks.online_workloads import WORKLOADS, OnlineWorkload, prepare, run_config

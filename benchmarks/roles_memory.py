@@ -1,7 +1,7 @@
 """Memory of policy, reference, critic and reward model: one process on one base, or a process each.
 
-python benchmarks/roles_memory.py            # on the 124 M base of the other benchmarks
-python benchmarks/roles_memory.py --quick    # on the tiny one: does it run?
+python -m benchmarks.roles_memory            # on the 124 M base of the other benchmarks
+python -m benchmarks.roles_memory --quick    # on the tiny one: does it run?
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.meter import peak_rss_bytes
 from benchmarks.workloads import ROOT, WORKLOADS, batches, make_rows, write_base
@@ -53,7 +51,8 @@ def main() -> None:
 
 def placements(args: argparse.Namespace, base: Path) -> list[tuple[str, list[list[str]]]]:
     """Command lines of the processes of each placement."""
-    start = [sys.executable, __file__, "--base", str(base), *(["--quick"] if args.quick else [])]
+    quick = ["--quick"] if args.quick else []
+    start = [sys.executable, "-m", "benchmarks.roles_memory", "--base", str(base), *quick]
     return [
         (name, [[*start, "--roles", ",".join(roles)] for roles in groups])
         for name, groups in PLACEMENTS.items()
@@ -68,7 +67,7 @@ def measure(commands: list[list[str]]) -> dict[str, int]:
     """
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     pipe = subprocess.PIPE
-    processes = [subprocess.Popen(c, env=env, stdin=pipe, stdout=pipe, text=True) for c in commands]
+    processes = [subprocess.Popen(c, cwd=ROOT, env=env, stdin=pipe, stdout=pipe, text=True) for c in commands]
     try:
         for process in processes:
             assert process.stdout is not None

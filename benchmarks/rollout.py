@@ -1,7 +1,7 @@
 """Generation through the rollout actor against vLLM alone in one process, in turns.
 
-python benchmarks/rollout.py            # on a 59 M-parameter MoE and on the embedded base
-python benchmarks/rollout.py --quick    # the embedded base, two turns: does it run?
+python -m benchmarks.rollout            # on a 59 M-parameter MoE and on the embedded base
+python -m benchmarks.rollout --quick    # the embedded base, two turns: does it run?
 
 Both draw the same samples from the same prompts and seeds: the same work, token by token.
 """
@@ -9,14 +9,11 @@ Both draw the same samples from the same prompts and seeds: the same work, token
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.figures import Execution, Ratio, console, rows
 from benchmarks.online_workloads import WORKLOADS, OnlineWorkload, prepare
@@ -49,7 +46,7 @@ def compare(workload: OnlineWorkload, turns: int, scratch: Path) -> list[dict[st
         sides = []
         for name in ("actor", "bare"):
             command = [
-                "benchmarks/rollout_side.py", "--side", name, "--workload", workload.name,
+                "-m", "benchmarks.rollout_side", "--side", name, "--workload", workload.name,
                 "--base", str(base), "--prompts", str(prompts), "--threads", str(workload.threads),
             ]  # fmt: skip
             sides.append(stack.enter_context(Side(name, command, {}, scratch / f"{name}.log")).ready())

@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from actors.rollout.vllm.settings import TOKENS_PER_STEP
 from benchmarks.online_workloads import SAMPLES, WORKLOADS, OnlineWorkload

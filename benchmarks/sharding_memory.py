@@ -1,7 +1,7 @@
 """Memory of each rank with and without sharding: at loading, and over a few steps; CPU time of the steps.
 
-python benchmarks/sharding_memory.py            # on the 124 M base of the other benchmarks
-python benchmarks/sharding_memory.py --quick    # on the tiny one: does it run?
+python -m benchmarks.sharding_memory            # on the 124 M base of the other benchmarks
+python -m benchmarks.sharding_memory --quick    # on the tiny one: does it run?
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.workloads import ROOT, WORKLOADS, batches, make_rows, write_base
 
@@ -72,8 +70,11 @@ def measure(lora: bool, sharding: str, workload: str, base: Path) -> list[dict[s
         s.bind(("127.0.0.1", 0))
         init = f"tcp://127.0.0.1:{s.getsockname()[1]}"
     case = {"lora": lora, "sharding": sharding, "workload": workload, "base": str(base), "init": init}
-    command = [sys.executable, __file__, "--case", json.dumps(case), "--rank"]
-    ranks = [subprocess.Popen([*command, str(r)], env=env, stdout=subprocess.PIPE, text=True) for r in (0, 1)]
+    command = [sys.executable, "-m", "benchmarks.sharding_memory", "--case", json.dumps(case), "--rank"]
+    ranks = [
+        subprocess.Popen([*command, str(r)], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+        for r in (0, 1)
+    ]
     try:
         outputs = [rank.communicate(timeout=TIMEOUT_S)[0] for rank in ranks]
     finally:

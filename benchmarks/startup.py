@@ -1,7 +1,7 @@
 """From the command to the end of the first training step, by cause; also beside another checkout.
 
-python benchmarks/startup.py                           # SFT, GRPO and the demo's stages, embedded base
-python benchmarks/startup.py --against ../old-checkout # the same there, in turns
+python -m benchmarks.startup                           # SFT, GRPO and the demo's stages, embedded base
+python -m benchmarks.startup --against ../old-checkout # the same there, in turns
 
 Every start is a fresh `raylign run` in a fresh run directory. What is read: run.json, the processes' logs
 and traces, and /proc at the moment when the first update is done.
@@ -19,8 +19,6 @@ import time
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.figures import Execution, Ratio, console, rows
 from benchmarks.processes import tree

@@ -1,8 +1,8 @@
 """A weight sync by its parts, adapter against merged weights, on bases of 1 M to 200 M parameters.
 
-python benchmarks/sync.py            # five bases, five syncs of each payload, in turns
-python benchmarks/sync.py --quick    # the smallest base, two syncs of each: does it run?
-python benchmarks/sync.py --bases 190m --payloads parts    # one payload alone: what memory it takes
+python -m benchmarks.sync            # five bases, five syncs of each payload, in turns
+python -m benchmarks.sync --quick    # the smallest base, two syncs of each: does it run?
+python -m benchmarks.sync --bases 190m --payloads parts    # one payload alone: what memory it takes
 
 Trainer and engine are the product's own, one process each; between two syncs the trainer takes an optimizer
 step. The proof of each sync (read-back digests, probes) is part of its time.
@@ -11,14 +11,11 @@ step. The proof of each sync (read-back digests, probes) is part of its time.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 

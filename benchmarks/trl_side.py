@@ -63,7 +63,7 @@ BEST: dict[tuple[str, Way], Settings] = {
     ("dpo-120m", "inline"): Settings(4),
     ("dpo-120m", "precomputed"): Settings(4),
 }
-"""Found with `python benchmarks/offline.py --tune`."""
+"""Found with `python -m benchmarks.offline --tune`."""
 
 
 class _Clock(TrainerCallback):

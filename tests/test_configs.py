@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples/README.m
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-INLINE = re.compile(r"`((?:PYTHONPATH=\. )?(?:raylign|make|pytest) [^`]+)`")
+INLINE = re.compile(r"`((?:PYTHONPATH=\. )?(?:raylign|make|pytest|python -m) [^`]+)`")
 HEREDOC = re.compile(r"^([^\n]*<<'(\w+)')\n.*?^\2\n", re.MULTILINE | re.DOTALL)
 HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
 OTHER_PROGRAMS = ("cat", "mkdir", "pip", "ray", "source")
@@ -125,8 +127,9 @@ def test_a_recipe_that_was_not_run_says_so() -> None:
 def test_every_command_in_the_documentation_parses(words: list[str], typed: bool) -> None:
     program, *arguments = words
     if program == "make":
-        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert set(arguments) <= set(targets)
+        makefile = (ROOT / "Makefile").read_text()
+        known = {*re.findall(r"^([a-z-]+):", makefile, re.MULTILINE), *re.findall(r"\$\((\w+)\)", makefile)}
+        assert {word.partition("=")[0] for word in arguments} <= known
     elif program == "raylign":
         parse_verb(arguments, typed=typed)
     elif program == "pytest":
@@ -135,7 +138,8 @@ def test_every_command_in_the_documentation_parses(words: list[str], typed: bool
             path = word.partition("::")[0]
             assert of_option or word.startswith("-") or (ROOT / path).exists(), path
     elif program == "python":
-        assert arguments[0] == "-m" or (ROOT / arguments[0]).is_file(), arguments[0]
+        program = arguments[1].replace(".", "/") + ".py" if arguments[0] == "-m" else arguments[0]
+        assert (ROOT / program).is_file(), program
     else:
         assert program in OTHER_PROGRAMS, f"nobody checks {program}"
 
@@ -221,6 +225,35 @@ def test_every_path_of_the_repository_named_in_the_documentation_exists(page: Pa
         re.findall(r"`((?:actors|pipeline|tests|requirements|configs|docs|benchmarks|\.ci)/[\w./-]*)`", text)
     )
     assert not [path for path in named if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize(
+    ("target", "gone"), [("clean", {".ruff_cache", "a/__pycache__"}), ("clean-runs", {"runs/demo"})]
+)
+def test_caches_and_runs_are_removed_by_different_targets(
+    target: str, gone: set[str], tmp_path: Path
+) -> None:
+    places = {"runs/demo", ".ruff_cache", "a/__pycache__", ".venv/lib/__pycache__", "dist"}
+    for place in places:
+        (tmp_path / place).mkdir(parents=True)
+    subprocess.run(["make", "-f", ROOT / "Makefile", target], cwd=tmp_path, capture_output=True, check=True)
+    assert {place for place in places if not (tmp_path / place).exists()} == gone
+
+
+def test_programs_that_benchmarks_start_by_m_exist_and_none_changes_the_path() -> None:
+    started = set()
+    for path in sorted(ROOT.glob("benchmarks/*.py")):
+        text = path.read_text()
+        assert "sys.path" not in text, relative(path)
+        started |= set(re.findall(r'"-m", "(benchmarks\.\w+)"', text))
+    assert {"benchmarks.one", "benchmarks.grpo_trl", "benchmarks.online_run"} <= started
+    assert not [name for name in started if not (ROOT / (name.replace(".", "/") + ".py")).is_file()]
+
+
+def test_a_benchmark_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "benchmarks.startup", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "--against" in done.stdout
 
 
 # --- The examples' own code ---------------------------------------------------------------------
