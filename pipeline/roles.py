@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import Field
 
 from actors.cluster.spec import RoleSpec
 from actors.rollout.spec import EngineOptions
 from actors.spec import Spec
-from pipeline.stages.specs.registry import (
-    PpoStage,
-    ReferencedStage,
-    RlStage,
-    StageSpec,
-)
-
-if TYPE_CHECKING:
-    pass
+from pipeline.stages.specs.registry import StageSpec
 
 
 class RolloutRoleSpec(RoleSpec):
@@ -44,10 +34,11 @@ class RolesSpec(Spec):
 
 def roles_of(stage: StageSpec) -> set[str]:
     """Roles that work while a stage runs."""
-    if isinstance(stage, ReferencedStage):
-        return {"policy", "reference"}
-    if not isinstance(stage, RlStage):
-        return {"policy"}
-    critic = {"critic"} if isinstance(stage, PpoStage) else set()
-    models = {"reward"} if any(one.kind == "model" for one in stage.rewards) else set()
-    return {"policy", "reference", "rollout"} | critic | models
+    works = {
+        "policy": True,
+        "reference": stage.has_reference,
+        "critic": stage.critic is not None,
+        "reward": bool(stage.reward_models),
+        "rollout": stage.online,
+    }
+    return {name for name, needed in works.items() if needed}

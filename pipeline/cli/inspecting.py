@@ -55,8 +55,6 @@ def inspect_stages(config: RunConfig, stage: str | None, rows: int) -> int:
     from actors.models.turn_ends import vocab_size
     from pipeline.data.inspect import inspect
     from pipeline.data.tokens.template_date import keep_date
-    from pipeline.stages.prepared import KINDS
-    from pipeline.stages.specs.registry import SftStage
 
     if stage is not None and stage not in config.stages:
         raise UserError(f"--stage {stage}: no such stage; the config has {', '.join(config.stages)}")
@@ -72,11 +70,11 @@ def inspect_stages(config: RunConfig, stage: str | None, rows: int) -> int:
             inspect(
                 sources,
                 tokenizer,
-                kind=KINDS[type(spec)],
+                kind=spec.records,
                 rows=rows if field == "data" else 0,
                 max_length=spec.max_length,
                 truncation=spec.truncation_mode,
-                train_on=spec.train_on if isinstance(spec, SftStage) else "answer",
+                train_on=spec.tokens_trained,
                 seed=config.seed_of(name),
                 vocab_size=vocab_size(config.model.base),
                 console=out,

@@ -62,7 +62,7 @@ def evaluate(
     config = target
     chosen = [f"eval.models=[{models}]"] if models else []
     loaded = load(config, [*(overrides or []), *chosen])
-    scores_pairs = any(stage.type == "reward" and stage.eval_data for stage in loaded.stages.values())
+    scores_pairs = any(stage.makes == "reward_model" and stage.eval_data for stage in loaded.stages.values())
     if loaded.eval is None and not scores_pairs:
         raise UserError(
             f"{config}: eval: missing; it names the held-out data (see `raylign init`). A reward stage is "

@@ -17,9 +17,8 @@ from pipeline.roles import RolesSpec
 from pipeline.stages.specs.registry import (
     STAGE_TYPES,
     DpoStage,
-    PpoStage,
-    ReferencedStage,
-    RlStage,
+    NamedStage,
+    OnlineStage,
     SftStage,
     Stage,
     StageSpec,
@@ -95,24 +94,28 @@ class RunConfig(Spec):
         policies = [name for name in earlier if self.stages[name].hands_on_policy]
         return self.stages[stage].init or (policies[-1] if policies else "base")
 
-    def reference_of(self, stage: str) -> str:
-        """`base` or the stage that is the reference policy of the stage `stage`, which has one."""
+    def stage(self, name: str) -> NamedStage:
+        """One stage, with what it has of the run."""
+        return NamedStage(name, self.stages[name], self.seed_of(name), self.model.base)
+
+    def online_stages(self) -> dict[str, OnlineStage]:
+        """Stages that sample, by name."""
+        return {name: stage for name, stage in self.stages.items() if stage.online}
+
+    def reference_of(self, stage: str) -> str | None:
+        """`base` or the stage that is the reference policy of a stage; None: it has none."""
         spec = self.stages[stage]
-        assert isinstance(spec, ReferencedStage | RlStage)
-        return spec.reference or self.init_of(stage)
+        return spec.reference or self.init_of(stage) if spec.has_reference else None
 
     def reward_models_of(self, stage: str) -> dict[str, str | None]:
-        """Reward models that the online stage `stage` asks: source -> its stage, or None for a directory."""
-        spec = self.stages[stage]
-        assert isinstance(spec, RlStage)
-        sources = [reward.source for reward in spec.rewards if reward.kind == "model"]
+        """Reward models that a stage asks: source -> its stage, or None for a directory."""
+        sources = self.stages[stage].reward_models
         return {source: source if source in self.stages else None for source in sources}
 
-    def critic_init_of(self, stage: str) -> str:
-        """`base` or the stage whose adapter the critic of the PPO stage `stage` starts from."""
-        spec = self.stages[stage]
-        assert isinstance(spec, PpoStage)
-        return spec.critic_init or self.init_of(stage)
+    def critic_init_of(self, stage: str) -> str | None:
+        """`base` or the stage whose adapter the critic of a stage starts from; None: it has no critic."""
+        critic = self.stages[stage].critic
+        return critic.critic_init or self.init_of(stage) if critic is not None else None
 
     def seed_of(self, stage: str) -> int:
         """Seed of one stage."""

@@ -1,4 +1,4 @@
-"""What each stage is given to work with: the views of its roles, its reference, its way to report."""
+"""Contexts of stages: the views of their roles, their reference, their way to report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pipeline.stages.offline.reference import ReferenceFeed
 from pipeline.stages.offline.train import TrainContext
 from pipeline.stages.online.loop import RlContext
 from pipeline.stages.prepared import PreparedRl
-from pipeline.stages.specs.registry import PpoStage, RewardStage, RlStage
 from pipeline.stages.views import View
 
 if TYPE_CHECKING:
@@ -44,21 +43,18 @@ class Contexts:
         """The policy with this stage's own adapter, started from its input, and the rest of the context."""
         return TrainContext(**self._common(node, events), reference=reference)
 
-    def rl_context(self, node: Node, events: Events, tokenizer: Any) -> RlContext:
+    def rl_context(self, node: Node, stage: PreparedRl, events: Events, tokenizer: Any) -> RlContext:
         """A view for every role of an online stage, the engines, and the sync between policy and engines."""
         from actors.rollout.pool import RolloutPool
         from actors.sync.engines import load_base
         from actors.sync.weight_sync import WeightSync
 
-        assert isinstance(node.spec, RlStage)
-        assert isinstance(node.prepared, PreparedRl)
-        assert node.reference is not None
         # The engines read the base while the ranks do.
-        rollout, wanted = self.fleet.rollout(), node.spec.sync
+        rollout, wanted = self.fleet.rollout(), stage.spec.sync
         loading = load_base(rollout, node.start.base)
         common = self._common(node, events)
         # A probe's first token has nothing before it to be predicted from.
-        usable = [ids for ids in node.prepared.data.token_ids if len(ids) > 1]
+        usable = [ids for ids in stage.data.token_ids if len(ids) > 1]
         probes = [ids[: wanted.probe_tokens + 1] for ids in usable[: wanted.probes]]
         on_gpus = self.config.roles.policy.gpus > 0 and self.config.roles.rollout.gpus > 0
         backend: Backend = "nccl" if on_gpus else "gloo"
@@ -70,8 +66,8 @@ class Contexts:
         return RlContext(
             **common,
             policy=View(common["host"], common["role"]),
-            reference=self._view("reference", node, node.reference, self.config.reference_of(node.name)),
-            critic=self._critic(node) if isinstance(node.spec, PpoStage) else None,
+            reference=self._reference(node),
+            critic=self._critic(node, node.critic) if node.critic is not None else None,
             reward_models={
                 source: self._view("reward", node, model, source) for source, model in node.rewards.items()
             },
@@ -103,10 +99,16 @@ class Contexts:
         host = self.fleet.ready_host(getattr(self.config.roles, role).share or role, node, weights)
         return View(host.group, host.view(weights, adapter_name(model)))
 
-    def _critic(self, node: Node) -> View:
+    def _reference(self, node: Node) -> View:
+        """The reference of a stage that has one."""
+        source = self.config.reference_of(node.name)
+        assert node.reference is not None
+        assert source is not None
+        return self._view("reference", node, node.reference, source)
+
+    def _critic(self, node: Node, start: Weights) -> View:
         """An adapter of its own with a value head, from the weights that `critic_init` names."""
-        assert node.critic is not None
-        source = self._view("critic", node, node.critic, self.config.critic_init_of(node.name))
+        source = self._view("critic", node, start, self.config.critic_init_of(node.name) or node.init)
         name = critic_name(node.name)
         _start_adapter(source.group, source.role, name)
         source.group.call("add_head", name, phase="load")
@@ -119,7 +121,7 @@ class Contexts:
             return None
         name = adapter_name(node.name)
         _start_adapter(host.group, host.view(node.start, adapter_name(node.init)), name)
-        if isinstance(node.spec, RewardStage):
+        if node.spec.makes == "reward_model":
             host.group.call("add_head", name, "normal", phase="load")
         host.adapters[name] = node.identity.fingerprint
         return name
@@ -131,11 +133,10 @@ class Contexts:
         return lambda batch: host.group.call("scores", batch, role, phase="evaluate")[0]
 
     def reference_feed(self, node: Node) -> ReferenceFeed | None:
-        """Reference log-probabilities of a DPO stage, already being computed; None for other stages."""
+        """Reference log-probabilities of an offline stage, already being computed; None: it needs none."""
         feed = self.fleet.feeds.get(node.name)
         if feed is not None and not feed.cached:
-            assert node.reference is not None
-            view = self._view("reference", node, node.reference, self.config.reference_of(node.name))
+            view = self._reference(node)
             feed.start(view.group, view.role)
         return feed
 

@@ -21,13 +21,12 @@ from pipeline.artifacts.run_directory import RunDirectory
 from pipeline.artifacts.weights import Weights
 from pipeline.execution.hosts import Host, fits, host_spec
 from pipeline.execution.reference_feeds import make_feed
+from pipeline.roles import roles_of
 from pipeline.stages.offline.reference import ReferenceFeed
-from pipeline.stages.specs.registry import ReferencedStage, RlStage
 
 if TYPE_CHECKING:
     from pipeline.config.run_config import RunConfig
     from pipeline.planning.nodes import Graph, Node
-from pipeline.roles import roles_of
 
 
 class Fleet:
@@ -132,7 +131,7 @@ class Fleet:
             first = graph.pending[0]
             for name in sorted(set(self._first(roles)) & {"policy", "reference"}, reverse=True):
                 self._host(name, first, first.start)
-            if isinstance(first.spec, RlStage):
+            if first.spec.online:
                 self._build_rollout()
 
     def start_others(self) -> None:
@@ -179,12 +178,12 @@ class Fleet:
     def _needed(self, graph: Graph) -> list[str]:
         cache = self.directory.path.parent / ".cache" / "reference"
         self.feeds = {
-            node.name: make_feed(node, cache, self.fresh)
+            node.name: make_feed(node.prepared, node.reference, cache, self.fresh)
             for node in graph.pending
-            if isinstance(node.spec, ReferencedStage)
+            if not node.prepared.online and node.reference is not None
         }
         wanted = {role for node in graph.pending for role in roles_of(node.spec) - {"reference"}}
-        online = any(isinstance(node.spec, RlStage) for node in graph.pending)
+        online = any(node.spec.online for node in graph.pending)
         if online or not all(feed.cached for feed in self.feeds.values()):
             wanted.add("reference")
         if graph.evaluations_pending or (graph.untested and graph.pending):

@@ -179,14 +179,14 @@ class Run:
         from pipeline.execution.contexts import Contexts, Events
         from pipeline.stages.offline.train import train
         from pipeline.stages.online.train import train_rl
-        from pipeline.stages.prepared import PreparedRl
 
         events = Events(self._on_step(fleet), self._on_log(node), self.stop.asked, self.progress.note)
         contexts = Contexts(fleet)
-        if isinstance(node.prepared, PreparedRl):
-            return train_rl(node.prepared, contexts.rl_context(node, events, tokenizer), node.decision)
+        stage = node.prepared
+        if stage.online:
+            return train_rl(stage, contexts.rl_context(node, stage, events, tokenizer), node.decision)
         reference = contexts.reference_feed(node)
-        manifest = train(node.prepared, contexts.train_context(node, reference, events), node.decision)
+        manifest = train(stage, contexts.train_context(node, reference, events), node.decision)
         if reference is not None:
             reference.finish()
         return manifest

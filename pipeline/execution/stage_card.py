@@ -25,7 +25,7 @@ def write_stage_card(config: RunConfig, node: Node, directory: Path, metrics: di
             stage_type=node.kind,
             base_model=config.model.base,
             is_adapter=config.model.lora is not None,
-            is_reward_model=node.kind == "reward",
+            is_reward_model=node.spec.makes == "reward_model",
             loads_elsewhere=not (directory / HEAD_FILE).is_file(),
             started_from="" if node.init == "base" else node.init,
             datasets=[source.source for source in node.spec.data],

@@ -1,4 +1,4 @@
-"""What the table of architectures means for one run: what it forbids, and what its user should know."""
+"""Rules of the table of architectures for one run: what they forbid, and what its user should know."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def architecture_problems(
 
 def _stage_problems(config: RunConfig, row: Architecture | None, model_type: str, name: str) -> list[str]:
     stage, problems = config.stages[name], []
-    kind = getattr(stage, "type", "")
+    kind = stage.type
     if row is not None and row.stages is not None and kind not in row.stages:
         problems.append(
             f"stages.{name}.type: '{kind}' can't train a {model_type} model, only {', '.join(row.stages)}: "
@@ -141,9 +141,7 @@ def _why_not_by_experts(config: RunConfig, row: Architecture | None, model_type:
 
 
 def _engine_problems(config: RunConfig, model_type: str, names: list[str]) -> list[str]:
-    from pipeline.stages.specs.registry import RlStage
-
-    generates = config.eval is not None or any(isinstance(config.stages[n], RlStage) for n in names)
+    generates = config.eval is not None or any(config.stages[name].online for name in names)
     engine, dtype = engine_row(model_type), config.model.dtype
     if not generates or config.roles.rollout.gpus > 0 or dtype in engine.dtypes:
         return []

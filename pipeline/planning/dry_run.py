@@ -84,7 +84,6 @@ def shrink(config: RunConfig, dtype: str = "float32") -> tuple[RunConfig, list[l
     model's directory is replaced by a twin as the base is.
     """
     from pipeline.config.run_config import RunConfig
-    from pipeline.stages.specs.registry import RlStage
 
     data = config.model_dump(mode="json")
     output = Path(str(config.output_dir) + "-dry-run")
@@ -93,7 +92,7 @@ def shrink(config: RunConfig, dtype: str = "float32") -> tuple[RunConfig, list[l
     data["model"] |= {"base": str(output.absolute() / "twin"), "random_init": False}
     for name, stage in data["stages"].items():
         _shrink_stage(stage)
-        if isinstance(config.stages[name], RlStage):
+        if config.stages[name].online:
             _shrink_rl(stage)
             for source, twin in reward_twins(config, output).items():
                 _rename_reward(stage, source, twin)
@@ -140,12 +139,9 @@ def _shrink_rl(stage: dict[str, Any]) -> None:
 
 def reward_twins(config: RunConfig, output: Path) -> dict[str, str]:
     """Directory of each reward model that a stage names -> where its twin is in the dry run."""
-    from pipeline.stages.specs.registry import RlStage
-
     directories = dict.fromkeys(
         source
-        for name, stage in config.stages.items()
-        if isinstance(stage, RlStage)
+        for name in config.stages
         for source, made_by in config.reward_models_of(name).items()
         if made_by is None
     )

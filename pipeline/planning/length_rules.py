@@ -1,11 +1,11 @@
-"""Whether prompts and samples fit into the engines, found before anything is trained."""
+"""Rules of length: prompts and samples have to fit into the engines. Checked before anything is trained."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from actors.rollout.spec import positions_of
-from pipeline.stages.prepared import Prepared, PreparedRl
+from pipeline.stages.prepared import Prepared
 
 if TYPE_CHECKING:
     from pipeline.config.run_config import RunConfig
@@ -22,7 +22,7 @@ def engine_positions(config: RunConfig, base_positions: int | None) -> int:
 
 def sample_problems(prepared: Prepared, positions: int) -> list[str]:
     """What of an online stage's samples has no room in `positions`."""
-    if not isinstance(prepared, PreparedRl):
+    if not prepared.online:
         return []
     longest, limit = prepared.data.stats.longest, prepared.spec.max_completion_length
     if longest + limit <= positions:

@@ -13,8 +13,8 @@ from pipeline.artifacts.manifest import model_fingerprint
 from pipeline.artifacts.run_directory import RunDirectory
 from pipeline.artifacts.weights import Weights
 from pipeline.evaluation.held_out import EvalSet
-from pipeline.stages.prepared import Prepared, PreparedRl
-from pipeline.stages.specs.registry import PpoStage, ReferencedStage, RlStage, StageSpec
+from pipeline.stages.prepared import Prepared
+from pipeline.stages.specs.registry import AnyStage
 
 if TYPE_CHECKING:
     from pipeline.config.run_config import RunConfig
@@ -25,7 +25,7 @@ class Node:
     """One stage: what it starts from, what it needs, and whether it has to run."""
 
     name: str
-    spec: StageSpec
+    spec: AnyStage
     prepared: Prepared
     init: str
     start: Weights
@@ -41,7 +41,7 @@ class Node:
     @property
     def kind(self) -> str:
         """Type of the stage: sft, reward, dpo, ppo, ..."""
-        return str(getattr(self.spec, "type", ""))
+        return self.spec.type
 
     @property
     def data_notes(self) -> list[str]:
@@ -133,11 +133,10 @@ def make_node(
 ) -> Node:
     """Identity and decision of one stage."""
     name, spec = prepared.name, prepared.spec
-    init = config.init_of(name)
-    has_reference = isinstance(spec, ReferencedStage | RlStage)
-    reference = weights[config.reference_of(name)] if has_reference else None
-    rewards = reward_models(config, name, weights) if isinstance(spec, RlStage) else {}
-    critic = weights[config.critic_init_of(name)] if isinstance(spec, PpoStage) else None
+    init, compared, critic_init = config.init_of(name), config.reference_of(name), config.critic_init_of(name)
+    reference = None if compared is None else weights[compared]
+    rewards = reward_models(config, name, weights)
+    critic = None if critic_init is None else weights[critic_init]
     inputs = {init: weights[init].fingerprint}
     if reference is not None:
         inputs["reference"] = reference.fingerprint
@@ -151,7 +150,7 @@ def make_node(
         prepared.seed,
         frozenset(flat(_settings(config, spec, exclude_defaults=True))),
     )
-    if isinstance(prepared, PreparedRl) and prepared.added_ends:
+    if prepared.online and prepared.added_ends:
         # Where the base alone says what ends a turn, stages were made before this was asked.
         identity.config["turn_ends"] = list(prepared.added_ends)
         identity = replace(identity, chosen=identity.chosen | {"turn_ends"})
@@ -172,7 +171,7 @@ def make_node(
     )
 
 
-def _settings(config: RunConfig, spec: StageSpec, exclude_defaults: bool = False) -> dict[str, Any]:
+def _settings(config: RunConfig, spec: AnyStage, exclude_defaults: bool = False) -> dict[str, Any]:
     """What a stage's identity has of its settings and the model's."""
     model = config.model.model_dump(
         mode="json",
@@ -183,7 +182,7 @@ def _settings(config: RunConfig, spec: StageSpec, exclude_defaults: bool = False
 
 
 def reward_models(config: RunConfig, name: str, weights: dict[str, Weights]) -> dict[str, Weights]:
-    """Reward models of an online stage: results of earlier stages, or directories on the run's base."""
+    """Reward models that a stage asks: results of earlier stages, or directories on the run's base."""
     base = weights["base"].base
     return {
         source: weights[stage] if stage is not None else Weights(base, source, model_fingerprint(source))

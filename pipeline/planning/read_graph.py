@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from actors.errors import UserError
 from actors.models.architectures.lookup import ARCHITECTURES
-from actors.models.turn_ends import vocab_size
+from actors.models.turn_ends import turn_ends, vocab_size
 from pipeline.artifacts.manifest import model_fingerprint
 from pipeline.artifacts.run_directory import RunDirectory
 from pipeline.artifacts.weights import Weights
@@ -30,8 +30,7 @@ from pipeline.planning.reward_rules import (
     reward_column_problems,
     reward_source_problems,
 )
-from pipeline.stages.prepared import Reader, StageRecords, ends_of, prepare, read_records
-from pipeline.stages.specs.registry import RewardStage
+from pipeline.stages.prepared import Reader, StageRecords, prepare, read_records
 
 if TYPE_CHECKING:
     from actors.models.facts import BaseFacts
@@ -60,7 +59,7 @@ def read_rows(config: RunConfig, until: str | None = None) -> RunRecords:
     held_out = None
     for name in up_to(config, until):
         try:
-            stages[name] = read_records(config, name, reader)
+            stages[name] = read_records(config.stage(name), reader)
             train = stages[name].train
             problems += reward_column_problems(name, config.stages[name], train.columns, len(train))
         except UserError as error:
@@ -150,7 +149,7 @@ def tokenised(
     graph = Graph(nodes, weights, tokenizer)
     graph.pair_evaluations = pair_evaluations(graph, directory.path / "eval")
     if config.eval is not None:
-        ends, known = ends_of(config, tokenizer), vocab_size(config.model.base)
+        ends, known = turn_ends(tokenizer, config.model.base), vocab_size(config.model.base)
         graph.held_out = read_eval_set(config.eval, tokenizer, config.seed, records.held_out, ends, known)
         for name in config.eval_models():
             if name in weights:
@@ -164,7 +163,7 @@ def pair_evaluations(graph: Graph, directory: Path) -> list[PairEvaluation]:
     """Reward stages with held-out pairs, and whether these were scored already."""
     found = []
     for node in graph.nodes:
-        if isinstance(node.spec, RewardStage) and node.prepared.eval_data is not None:
+        if node.spec.makes == "reward_model" and node.prepared.eval_data is not None:
             key = pair_key(graph.weights[node.name], node.prepared.eval_data)
             found.append(PairEvaluation(node, key, finished(directory, node.name, key) is not None))
     return found
@@ -182,7 +181,7 @@ def read_nodes(
     problems: list[str] = []
     for name, rows in records.stages.items():
         try:
-            prepared = prepare(config, name, tokenizer, rows, records.reader)
+            prepared = prepare(config.stage(name), tokenizer, rows, records.reader)
         except UserError as error:
             problems += [
                 problem if name in problem else f"stages.{name}: {problem}" for problem in error.problems

@@ -9,23 +9,17 @@ from actors.cluster.spec import RoleSpec
 if TYPE_CHECKING:
     from actors.models.lora.targets import Targets
     from pipeline.config.run_config import RunConfig
-    from pipeline.stages.specs.registry import StageSpec
+    from pipeline.stages.specs.registry import AnyStage
 
 
 def working_roles(config: RunConfig) -> list[str]:
     """Roles that some stage or the evaluation uses, in the order of the configuration."""
-    from pipeline.stages.specs.registry import PpoStage, ReferencedStage, RlStage
+    from pipeline.roles import roles_of
 
-    stages = config.stages
-    online = {name: stage for name, stage in stages.items() if isinstance(stage, RlStage)}
-    works = {
-        "policy": True,
-        "reference": any(isinstance(stage, ReferencedStage | RlStage) for stage in stages.values()),
-        "critic": any(isinstance(stage, PpoStage) for stage in stages.values()),
-        "reward": any(config.reward_models_of(name) for name in online),
-        "rollout": bool(online) or config.eval is not None,
-    }
-    return [name for name in type(config.roles).model_fields if works[name]]
+    works = {role for stage in config.stages.values() for role in roles_of(stage)}
+    if config.eval is not None:
+        works.add("rollout")
+    return [name for name in type(config.roles).model_fields if name in works]
 
 
 def describe(config: RunConfig) -> list[list[str]]:
@@ -79,10 +73,8 @@ def cluster_plan(config: RunConfig) -> str:
     return "\n".join(lines)
 
 
-def _step(stage: StageSpec) -> str:
-    from pipeline.stages.specs.registry import RlStage
-
-    if not isinstance(stage, RlStage):
+def _step(stage: AnyStage) -> str:
+    if not stage.online:
         return (
             f"{stage.batch_size} rows a step, up to {stage.max_length or 'the model limit of'} tokens a row"
         )
@@ -106,11 +98,8 @@ def sync_bytes(config: RunConfig, targets: Targets) -> dict[str, int]:
 
     `adapter`: A and B in float32. `merged`: every weight of the touched groups in the base's dtype.
     """
-    from pipeline.stages.specs.registry import RlStage
-
     size = 4 if config.model.dtype == "float32" else 2
     return {
         name: targets.bytes if stage.sync.payload == "adapter" else targets.adapted * size
-        for name, stage in config.stages.items()
-        if isinstance(stage, RlStage)
+        for name, stage in config.online_stages().items()
     }

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from actors.errors import UserError
 from pipeline.rewards.functions import ARGUMENTS, RewardSpec, find_function, missing_arguments
-from pipeline.stages.specs.registry import RlStage, StageSpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from actors.models.base.loading import ResolvedBase
     from pipeline.config.run_config import RunConfig
+    from pipeline.stages.specs.registry import AnyStage
 
 
 def reward_source_problems(config: RunConfig, names: Iterable[str]) -> list[str]:
@@ -22,7 +22,7 @@ def reward_source_problems(config: RunConfig, names: Iterable[str]) -> list[str]
     problems = []
     for name in names:
         stage = config.stages[name]
-        if isinstance(stage, RlStage):
+        if stage.online:
             for position, reward in enumerate(stage.rewards):
                 found = _problems(reward, config)
                 problems += [f"stages.{name}.rewards.{position}: {problem}" for problem in found]
@@ -30,14 +30,14 @@ def reward_source_problems(config: RunConfig, names: Iterable[str]) -> list[str]
 
 
 def reward_column_problems(
-    name: str, stage: StageSpec, columns: Mapping[str, Sequence[Any]], rows: int
+    name: str, stage: AnyStage, columns: Mapping[str, Sequence[Any]], rows: int
 ) -> list[str]:
     """What the rewards of a stage ask of its data and do not find there.
 
     Args:
         columns: of the data, beside the prompt; one value a row, None where a row lacks it.
     """
-    if not isinstance(stage, RlStage):
+    if not stage.online:
         return []
     problems = []
     for position, reward in enumerate(stage.rewards):
@@ -73,7 +73,7 @@ def reward_base_problems(
 ) -> list[str]:
     """What keeps the named stages' directories of reward models from running on the run's base, which is
     looked at here where it wasn't before and there are any."""
-    if not any(config.reward_models_of(n) for n in names if isinstance(config.stages[n], RlStage)):
+    if not any(config.reward_models_of(name) for name in names):
         return []
     from actors.models.base.loading import resolve_base
     from actors.models.lora.adapters import check_adapter_matches_base
@@ -85,7 +85,7 @@ def reward_base_problems(
     problems = []
     for name in names:
         stage = config.stages[name]
-        for position, reward in enumerate(stage.rewards if isinstance(stage, RlStage) else []):
+        for position, reward in enumerate(stage.rewards if stage.online else []):
             directory = reward.kind == "model" and reward.source not in config.stages
             if directory and not _problems(reward, config):
                 found = check_adapter_matches_base(reward.source, base.config, local)

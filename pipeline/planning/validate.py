@@ -102,10 +102,10 @@ def _look_at_model(config: RunConfig, findings: Findings) -> Any:
     from actors.models.base.loading import load_tokenizer, resolve_base
     from actors.models.facts import n_experts
     from actors.models.lora.targets import resolve_targets
+    from actors.models.turn_ends import turn_ends
     from pipeline.data.tokens.template_date import keep_date, said
     from pipeline.planning.architecture_rules import architecture_problems, describe_architecture
     from pipeline.planning.reward_rules import reward_base_problems
-    from pipeline.stages.prepared import ends_of
 
     findings.base = base = resolve_base(config.model)
     findings.problems += base.problems
@@ -124,7 +124,8 @@ def _look_at_model(config: RunConfig, findings: Findings) -> Any:
     tokenizer = None if base.problems else findings.attempt(lambda: load_tokenizer(config.model))
     if tokenizer is not None:
         date = keep_date(tokenizer, Path(config.output_dir), write=False)
-        findings.template = [ends_of(config, tokenizer).describe(tokenizer), *([said(date)] if date else [])]
+        ends = turn_ends(tokenizer, config.model.base)
+        findings.template = [ends.describe(tokenizer), *([said(date)] if date else [])]
     return tokenizer
 
 
@@ -137,10 +138,9 @@ def _look_at_stage(
     from pipeline.planning.nodes import remarks_on_data
     from pipeline.planning.reward_rules import reward_column_problems
     from pipeline.stages.prepared import prepare, read_records
-    from pipeline.stages.specs.registry import ReferencedStage, RlStage
 
-    spec, where = config.stages[name], f"stages.{name}"
-    records = findings.attempt(lambda: read_records(config, name), where)
+    stage, where = config.stage(name), f"stages.{name}"
+    records = findings.attempt(lambda: read_records(stage), where)
     if records is None:
         return
     trained[name] = trained_prompts(records.train)
@@ -148,24 +148,23 @@ def _look_at_stage(
     if records.held_out is not None:
         findings.note_sources(f"{where}.eval_data", records.held_out)
         findings.note_shared(f"{where}.eval_data", records.held_out, {name: trained[name]})
-    findings.problems += reward_column_problems(name, spec, records.train.columns, len(records.train))
+    findings.problems += reward_column_problems(name, stage.spec, records.train.columns, len(records.train))
     if tokenizer is None:
         return
-    prepared = findings.attempt(lambda: prepare(config, name, tokenizer, records), where)
+    prepared = findings.attempt(lambda: prepare(stage, tokenizer, records), where)
     if prepared is None:
         return
     findings.problems += sample_problems(prepared, findings.positions(config))
     findings.remarks += remarks_on_data(prepared)
     stats = prepared.data.stats
-    rows = spec.samples_per_step if isinstance(spec, RlStage) else spec.batch_size
     findings.stages.append(
         [
             name,
             config.init_of(name),
-            config.reference_of(name) if isinstance(spec, ReferencedStage | RlStage) else "",
+            config.reference_of(name) or "",
             f"{prepared.data.n_rows:,}",
             f"{stats.median} / {stats.longest}",
-            f"{prepared.total_steps:,} x {rows}",
+            f"{prepared.total_steps:,} x {stage.spec.rows_per_step}",
         ]
     )
 
@@ -173,11 +172,10 @@ def _look_at_stage(
 def _look_at_eval(
     config: RunConfig, tokenizer: Any, findings: Findings, trained: dict[str, dict[int, Place]]
 ) -> None:
-    from actors.models.turn_ends import vocab_size
+    from actors.models.turn_ends import turn_ends, vocab_size
     from pipeline.data.reading.records import load_records
     from pipeline.evaluation.held_out import find_scorer, read_eval_set
     from pipeline.planning.length_rules import held_out_problems
-    from pipeline.stages.prepared import ends_of
 
     spec = config.eval
     if spec is None:
@@ -192,7 +190,7 @@ def _look_at_eval(
     findings.note_shared("eval.data", records, trained)
     if scorer is None or tokenizer is None:
         return
-    ends = ends_of(config, tokenizer)
+    ends = turn_ends(tokenizer, config.model.base)
     held_out = findings.attempt(
         lambda: read_eval_set(spec, tokenizer, config.seed, records, ends, vocab_size(config.model.base)),
         "eval.data",

@@ -1,4 +1,4 @@
-"""What every stage is given, and how it ends."""
+"""The context of a stage: what it is given to work with, and how it ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from actors.errors import UserError
 from pipeline.artifacts.identity import Identity
 from pipeline.artifacts.manifest import MANIFEST, Manifest, new_directory, verify, versions, write_json
 from pipeline.stages.prepared import Prepared
-from pipeline.stages.specs.registry import RewardStage
 
 if TYPE_CHECKING:
     from actors.cluster.worker_group import WorkerGroup
@@ -77,7 +76,7 @@ def sound_checkpoint(path: Path, manifest: Manifest) -> Path:
 def finish(stage: Prepared, ctx: StageContext, last: dict[str, Any], seconds: float) -> Manifest:
     """Write the artifact, then the stage's manifest: only then is the stage done."""
     place = "model" if ctx.role is None else "adapter"
-    kind = "reward_model" if isinstance(stage.spec, RewardStage) else place
+    kind = place if stage.spec.makes == "policy" else stage.spec.makes
     metrics = {name: value for name, value in last.items() if isinstance(value, int | float)}
     with new_directory(ctx.directory / place, ctx.manifest(kind, stage, metrics=metrics)) as aside:
         if ctx.role is None:

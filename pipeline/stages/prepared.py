@@ -6,12 +6,12 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
 from actors.errors import UserError
-from actors.models.turn_ends import TurnEnds, turn_ends, vocab_size
+from actors.models.turn_ends import turn_ends, vocab_size
 from pipeline.data.reading.layouts import Kind
 from pipeline.data.reading.records import Records, load_records
 from pipeline.data.spec import DataSpec
@@ -20,16 +20,9 @@ from pipeline.data.tokens.order import BatchOrder
 from pipeline.data.tokens.prompts import PromptData, read_prompts
 from pipeline.data.tokens.tokens import EncodedRows, TokenizedData, encode_rows, tokenize
 from pipeline.stages.specs.registry import (
-    DpoStage,
-    GrpoStage,
-    KtoStage,
-    OnlineDpoStage,
-    PpoStage,
-    ReinforcePpStage,
-    RewardStage,
-    RlooStage,
-    RlStage,
-    SftStage,
+    NamedStage,
+    OfflineStage,
+    OnlineStage,
     StageSpec,
 )
 
@@ -37,28 +30,16 @@ if TYPE_CHECKING:
     from actors.algorithms.loss import Loss
     from actors.batches.batch import Batch
     from actors.batches.generations import SamplingSpec
-    from pipeline.config.run_config import RunConfig
-
-KINDS: dict[type[StageSpec], Kind] = {
-    SftStage: "sft",
-    RewardStage: "preference",
-    DpoStage: "preference",
-    KtoStage: "unpaired",
-    PpoStage: "prompt",
-    GrpoStage: "prompt",
-    RlooStage: "prompt",
-    ReinforcePpStage: "prompt",
-    OnlineDpoStage: "prompt",
-}
-"""Which records each stage type reads."""
 
 
 @dataclass
 class PreparedStage:
-    """Data + loss: everything that distinguishes one training stage from another."""
+    """An offline stage made ready: data + loss, which are all that distinguishes one from another."""
+
+    online: ClassVar[Literal[False]] = False
 
     name: str
-    spec: StageSpec
+    spec: OfflineStage
     seed: int
     data: TokenizedData
     eval_data: TokenizedData | None
@@ -91,8 +72,10 @@ class PreparedStage:
 class PreparedRl:
     """An online stage made ready: its prompts, and which of them each step samples from."""
 
+    online: ClassVar[Literal[True]] = True
+
     name: str
-    spec: RlStage
+    spec: OnlineStage
     seed: int
     data: PromptData
     order: BatchOrder
@@ -115,7 +98,8 @@ class PreparedRl:
     @property
     def critic_warmup_steps(self) -> int:
         """Steps at the start in which only a critic learns."""
-        return min(getattr(self.spec, "critic_warmup_steps", 0), self.total_steps)
+        critic = self.spec.critic
+        return 0 if critic is None else min(critic.critic_warmup_steps, self.total_steps)
 
     def updates_before(self, step: int) -> int:
         """Optimizer steps over the samples of all steps before `step`; the last step of an epoch may have
@@ -135,22 +119,6 @@ class PreparedRl:
 
 
 Prepared = PreparedStage | PreparedRl
-
-
-def make_loss(spec: StageSpec) -> Loss:
-    """The loss of an offline stage, from its own settings."""
-    from actors.algorithms.dpo import DpoLoss
-    from actors.algorithms.kto import KtoLoss
-    from actors.algorithms.reward import RewardLoss
-    from actors.algorithms.sft import SftLoss
-
-    if isinstance(spec, DpoStage):
-        return DpoLoss(**{name: getattr(spec, name) for name in DpoLoss.model_fields})
-    if isinstance(spec, KtoStage):
-        return KtoLoss(**{name: getattr(spec, name) for name in KtoLoss.model_fields})
-    if isinstance(spec, RewardStage):
-        return RewardLoss(center_rewards_coefficient=spec.center_rewards_coefficient)
-    return SftLoss()
 
 
 @dataclass(frozen=True)
@@ -185,14 +153,14 @@ class Reader:
         return found
 
     def tokens(
-        self, records: Records, spec: StageSpec, tokenizer: Any, vocab_size: int | None
+        self, records: Records, spec: OfflineStage, tokenizer: Any, vocab_size: int | None
     ) -> TokenizedData:
         """Rows as the stage's kind of tokens. `vocab_size`: rows of the base's embedding.
 
         Raises:
             UserError: every row that the template or `max_length` refuses.
         """
-        train_on = spec.train_on if isinstance(spec, SftStage) else "answer"
+        train_on = spec.tokens_trained
         key = id(records), train_on
         encoded = self._encoded.pop(key, None) or encode_rows(records, tokenizer, train_on)
         self._asked[id(records)] -= 1
@@ -201,55 +169,53 @@ class Reader:
         return tokenize(
             records,
             tokenizer,
-            kind=KINDS[type(spec)],
+            kind=spec.records,
             max_length=spec.max_length,
             truncation=spec.truncation_mode,
             train_on=train_on,
-            scored=isinstance(spec, RewardStage),
+            scored=spec.scores_pairs,
             encoded=encoded,
             vocab_size=vocab_size,
         )
 
 
-def read_records(config: RunConfig, name: str, reader: Reader | None = None) -> StageRecords:
+def read_records(stage: NamedStage, reader: Reader | None = None) -> StageRecords:
     """Read a stage's rows.
 
     Raises:
         UserError: every row and source that can't be used.
     """
     reader = reader or Reader()
-    spec, seed = config.stages[name], config.seed_of(name)
-    kind = KINDS[type(spec)]
-    held_out = reader.records(spec.eval_data, kind, seed) if spec.eval_data else None
-    return StageRecords(reader.records(spec.data, kind, seed), held_out)
+    spec, seed = stage.spec, stage.seed
+    held_out = reader.records(spec.eval_data, spec.records, seed) if spec.eval_data else None
+    return StageRecords(reader.records(spec.data, spec.records, seed), held_out)
 
 
 def prepare(
-    config: RunConfig,
-    name: str,
+    stage: NamedStage,
     tokenizer: Any,
     records: StageRecords | None = None,
     reader: Reader | None = None,
 ) -> Prepared:
     """Tokenise a stage's rows (read here unless given) and lay out its steps. `reader`: has read them."""
     reader = reader or Reader()
-    spec, seed = config.stages[name], config.seed_of(name)
-    records = records or read_records(config, name, reader)
-    if isinstance(spec, RlStage):
-        return _prepare_rl(config, name, tokenizer, records)
-    known = vocab_size(config.model.base)
+    spec = stage.spec
+    records = records or read_records(stage, reader)
+    if spec.online:
+        return _prepare_rl(stage, spec, tokenizer, records)
+    known = vocab_size(stage.base)
     data = reader.tokens(records.train, spec, tokenizer, known)
     held_out = None
     if records.held_out is not None:
         held_out = reader.tokens(records.held_out, spec, tokenizer, known)
-    order = _order(spec, data.n_rows, spec.batch_size, seed)
-    if isinstance(spec, KtoStage) and spec.loss_type == "kto":
+    order = _order(spec, data.n_rows, spec.batch_size, stage.seed)
+    if spec.needs_mismatched:
         data, held_out = _mismatched(spec, data, held_out, order)
-    return PreparedStage(name, spec, seed, data, held_out, order, make_loss(spec))
+    return PreparedStage(stage.name, spec, stage.seed, data, held_out, order, spec.loss())
 
 
 def _mismatched(
-    spec: KtoStage, data: TokenizedData, held_out: TokenizedData | None, order: BatchOrder
+    spec: OfflineStage, data: TokenizedData, held_out: TokenizedData | None, order: BatchOrder
 ) -> tuple[TokenizedData, TokenizedData | None]:
     """Rows with their mismatched answers, paired along the batches of the first epoch."""
     if data.n_rows < 2:
@@ -263,21 +229,15 @@ def _mismatched(
     return data, with_mismatched(held_out, chunks, spec.max_length)
 
 
-def ends_of(config: RunConfig, tokenizer: Any) -> TurnEnds:
-    """What ends a turn in a run."""
-    return turn_ends(tokenizer, config.model.base)
-
-
-def _prepare_rl(config: RunConfig, name: str, tokenizer: Any, records: StageRecords) -> PreparedRl:
-    spec, seed, ends = config.stages[name], config.seed_of(name), ends_of(config, tokenizer)
-    assert isinstance(spec, RlStage)
+def _prepare_rl(named: NamedStage, spec: OnlineStage, tokenizer: Any, records: StageRecords) -> PreparedRl:
+    name, seed, ends = named.name, named.seed, turn_ends(tokenizer, named.base)
     sampling = ends.sampling(spec.sampling(), tokenizer, f"stages.{name}")
     room = None if spec.max_length is None else spec.max_length - spec.max_completion_length
-    known = vocab_size(config.model.base)
+    known = vocab_size(named.base)
     data = read_prompts(records.train, tokenizer, max_prompt_tokens=room, vocab_size=known)
     order = _order(spec, data.n_rows, spec.prompts_per_step, seed)
     stage = PreparedRl(name, spec, seed, data, order, sampling, ends.added)
-    warm = getattr(spec, "critic_warmup_steps", 0)
+    warm = 0 if spec.critic is None else spec.critic.critic_warmup_steps
     if warm >= stage.total_steps:
         raise UserError(
             f"stages.{name}.critic_warmup_steps: only the critic learns in the first {warm} steps, and there "

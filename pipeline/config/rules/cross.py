@@ -15,7 +15,7 @@ from pipeline.config.problem import Problem
 from pipeline.config.rules.stage import stage_problems
 from pipeline.config.run_config import RunConfig
 from pipeline.rewards.functions import EXACT_MATCH, FUNCTION
-from pipeline.stages.specs.registry import PpoStage, RewardStage, RlStage
+from pipeline.stages.specs.registry import OnlineStage
 
 
 def cross_problems(config: RunConfig) -> list[Problem]:
@@ -180,22 +180,22 @@ def _online_problems(config: RunConfig) -> Iterator[Problem]:
     names = list(config.stages)
     for position, (name, stage) in enumerate(config.stages.items()):
         path = f"stages.{name}"
-        models = [other for other in names[:position] if isinstance(config.stages[other], RewardStage)]
-        if isinstance(stage, RlStage):
+        models = [other for other in names[:position] if config.stages[other].makes == "reward_model"]
+        if stage.online:
             yield from _reward_source_problems(path, name, stage, models, config)
             yield from _engine_room_problems(path, stage, config)
-        if isinstance(stage, PpoStage):
-            problem = _source_problem(stage.critic_init, name, models, names, config)
+        if stage.critic is not None:
+            problem = _source_problem(stage.critic.critic_init, name, models, names, config)
             if problem:
                 yield Problem(f"{path}.critic_init", problem + " (null: what the policy starts from)")
-        if isinstance(stage, RlStage | RewardStage) and config.model.lora is None:
+        if (stage.online or stage.makes == "reward_model") and config.model.lora is None:
             yield Problem(
                 f"{path}.type",
                 f"{stage.type} needs LoRA: its roles are adapters on one base; set model.lora",
             )
 
 
-def _engine_room_problems(path: str, stage: RlStage, config: RunConfig) -> Iterator[Problem]:
+def _engine_room_problems(path: str, stage: OnlineStage, config: RunConfig) -> Iterator[Problem]:
     asked = config.roles.rollout.engine.max_model_len
     positions = DEFAULT_POSITIONS if asked is None else asked
     longest = stage.max_completion_length + 1 if stage.max_length is None else stage.max_length
@@ -208,7 +208,7 @@ def _engine_room_problems(path: str, stage: RlStage, config: RunConfig) -> Itera
 
 
 def _reward_source_problems(
-    path: str, name: str, stage: RlStage, models: list[str], config: RunConfig
+    path: str, name: str, stage: OnlineStage, models: list[str], config: RunConfig
 ) -> Iterator[Problem]:
     sources = [reward.source for reward in stage.rewards]
     for position, reward in enumerate(stage.rewards):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipeline.config.problem import Problem
-from pipeline.stages.specs.registry import PolicyGradientStage, PpoStage, RlStage
+from pipeline.stages.specs.registry import OnlineStage, PolicyGradientStage
 
 
-def online_problems(stage: RlStage) -> Iterator[Problem]:
+def online_problems(stage: OnlineStage) -> Iterator[Problem]:
     """Every rule of online stages that `stage` breaks."""
     offline = {"eval_data": None, "eval_steps": None, "truncation_mode": "keep_start"}
     for key, unset in offline.items():
@@ -20,12 +20,12 @@ def online_problems(stage: RlStage) -> Iterator[Problem]:
             )
     yield from _sampling_problems(stage)
     yield from staleness_problems(stage)
-    if isinstance(stage, PolicyGradientStage):
+    if stage.learns_from == "advantages":
         yield from _policy_gradient_problems(stage)
-    if isinstance(stage, PpoStage) and stage.critic_warmup_steps >= stage.max_steps > 0:
+    if stage.critic is not None and stage.critic.critic_warmup_steps >= stage.max_steps > 0:
         yield Problem(
             "critic_warmup_steps",
-            f"{stage.critic_warmup_steps} leaves the policy no step to learn in (max_steps: "
+            f"{stage.critic.critic_warmup_steps} leaves the policy no step to learn in (max_steps: "
             f"{stage.max_steps})",
         )
 
@@ -53,7 +53,7 @@ def _cispo_problems(stage: PolicyGradientStage) -> Iterator[Problem]:
         yield Problem("delta", "bounds a clipped surrogate, which cispo has not; leave it out")
 
 
-def _sampling_problems(stage: RlStage) -> Iterator[Problem]:
+def _sampling_problems(stage: OnlineStage) -> Iterator[Problem]:
     samples, group = stage.samples_per_step, stage.num_generations
     if samples % group:
         yield Problem(
@@ -98,7 +98,7 @@ LOOSEST_CLIP = 5.0
 """Largest epsilon that still counts as clipping: CISPO's usual bound."""
 
 
-def staleness_problems(stage: RlStage) -> Iterator[Problem]:
+def staleness_problems(stage: OnlineStage) -> Iterator[Problem]:
     """Every violation, by the keys of the stage."""
     if stage.sync.in_flight == "keep" and not stage.staleness:
         yield Problem(
@@ -106,7 +106,7 @@ def staleness_problems(stage: RlStage) -> Iterator[Problem]:
             "keep: with staleness 0 nothing is being drawn when new weights come; set staleness to 1 or "
             "more, or leave in_flight out",
         )
-    if isinstance(stage, PolicyGradientStage):
+    if stage.learns_from == "advantages":
         yield from _correction_problems(stage)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pipeline.config.problem import Problem
 from pipeline.config.rules.online import online_problems
-from pipeline.stages.specs.registry import DpoOptions, RlStage, StageSpec
+from pipeline.stages.specs.registry import AnyStage, DpoOptions, StageSpec
 
 SMOOTHED_LOSSES = frozenset({"cdpo", "robust", "exo_pair", "aot", "aot_unpaired"})
 """Losses that read label_smoothing (TRL's, and cdpo)."""
@@ -31,13 +31,13 @@ SCHEDULE_ARGUMENTS: dict[str, frozenset[str]] = {
 """What transformers' schedules take in lr_scheduler_kwargs (held against the installed ones by a test)."""
 
 
-def stage_problems(stage: StageSpec) -> Iterator[Problem]:
+def stage_problems(stage: AnyStage) -> Iterator[Problem]:
     """Every rule between its own fields that `stage` breaks."""
     if stage.max_steps == 0:
         yield Problem("max_steps", "0 steps train nothing; -1 goes by num_train_epochs")
     if stage.warmup_steps >= 1 and stage.warmup_steps != int(stage.warmup_steps):
         yield Problem("warmup_steps", f"{stage.warmup_steps:g}: a whole number of steps, or a share below 1")
-    updates = stage.max_steps * (stage.updates_per_step if isinstance(stage, RlStage) else 1)
+    updates = stage.max_steps * stage.updates_per_step
     if 0 < updates < stage.warmup_steps:
         yield Problem(
             "warmup_steps",
@@ -49,7 +49,7 @@ def stage_problems(stage: StageSpec) -> Iterator[Problem]:
     yield from _schedule_problems(stage)
     if isinstance(stage, DpoOptions):
         yield from _dpo_problems(stage)
-    if isinstance(stage, RlStage):
+    if stage.online:
         yield from online_problems(stage)
 
 

@@ -67,7 +67,7 @@ SMALL_TALK = (
 
 
 @dataclass(frozen=True)
-class Problem:
+class Exercise:
     """A sum or a difference of two numbers from 10 to 99; differences are never negative."""
 
     a: int
@@ -108,15 +108,15 @@ def reply(text: object) -> Message:
 
 
 @cache
-def problems(split: str) -> tuple[Problem, ...]:
+def problems(split: str) -> tuple[Exercise, ...]:
     """All problems of a split, both orders of a sum included."""
     found = []
     for a in OPERANDS:
         for b in OPERANDS:
             if _split_of(a, b) == split:
-                found.append(Problem(a, b, "+"))
+                found.append(Exercise(a, b, "+"))
                 if a >= b:
-                    found.append(Problem(a, b, "-"))
+                    found.append(Exercise(a, b, "-"))
     return tuple(found)
 
 
@@ -131,7 +131,7 @@ def _split_of(a: int, b: int) -> str:
     raise AssertionError("the shares of all splits add up to 100")
 
 
-def _draw(rng: random.Random, split: str) -> Problem:
+def _draw(rng: random.Random, split: str) -> Exercise:
     """A problem of the split; sums and differences equally often."""
     operator = rng.choice("+-")
     while True:
@@ -140,11 +140,11 @@ def _draw(rng: random.Random, split: str) -> Problem:
             return problem
 
 
-def _hurried(rng: random.Random, problem: Problem) -> int:
+def _hurried(rng: random.Random, problem: Exercise) -> int:
     return problem.slip if rng.random() < DEMONSTRATED_SLIPS else problem.answer
 
 
-def _mistake(rng: random.Random, problem: Problem) -> int:
+def _mistake(rng: random.Random, problem: Exercise) -> int:
     """A plausible wrong answer: the slip where there is one (3 of 4), else a digit or the operation off."""
     if problem.is_hard and rng.random() < 0.75:
         return problem.slip

@@ -31,7 +31,6 @@ from pipeline.stages.online.rewards import RewardComputer, Rewards
 from pipeline.stages.online.routing import Routing
 from pipeline.stages.online.sampler import Prefetcher, SampledBatch
 from pipeline.stages.prepared import PreparedRl
-from pipeline.stages.specs.registry import PpoStage
 from pipeline.stages.views import View, put
 
 if TYPE_CHECKING:
@@ -246,8 +245,9 @@ class RlLoop:
             self.prefetcher.settle()
 
     def value_loss(self) -> ValueLoss:
-        assert isinstance(self.spec, PpoStage)
-        return ValueLoss(vf_coef=self.spec.vf_coef, cliprange_value=self.spec.cliprange_value)
+        critic = self.spec.critic
+        assert critic is not None
+        return ValueLoss(vf_coef=critic.vf_coef, cliprange_value=critic.cliprange_value)
 
     # --- What a checkpoint holds beside policy and critic -------------------------------------------
 

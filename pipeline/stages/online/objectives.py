@@ -15,7 +15,7 @@ from actors.algorithms.policy import PolicyLoss
 from pipeline.stages.checks import check_first_step
 from pipeline.stages.online.estimates import Estimates, TokenScores, estimate
 from pipeline.stages.online.preference_pairs import pairs_of
-from pipeline.stages.specs.registry import OnlineDpoStage, PolicyGradientStage, RlStage
+from pipeline.stages.specs.registry import OnlineDpoStage, OnlineStage, PolicyGradientStage, RlStage
 
 if TYPE_CHECKING:
     from actors.algorithms.loss import Loss
@@ -138,12 +138,9 @@ class PreferencePairs(Objective):
             check_first_step(self.spec.type, self.loss(self.spec.beta), metrics, dtype)
 
 
-def objective_of(spec: RlStage) -> Objective:
+def objective_of(spec: OnlineStage) -> Objective:
     """The objective of a stage's type."""
-    if isinstance(spec, OnlineDpoStage):
-        return PreferencePairs(spec)
-    assert isinstance(spec, PolicyGradientStage)
-    return PolicyGradient(spec)
+    return PreferencePairs(spec) if spec.learns_from == "pairs" else PolicyGradient(spec)
 
 
 def _shared(loss: type[Loss], spec: RlStage) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from pipeline.stages.metrics import MetricsLog
 from pipeline.stages.online.loop import RlContext, RlLoop, StepResult
 from pipeline.stages.online.routing import Routing
 from pipeline.stages.prepared import PreparedRl
-from pipeline.stages.specs.registry import PpoStage
 from pipeline.stages.views import frozen_digests
 
 KEPT_SAMPLES = 4
@@ -80,10 +79,11 @@ def prepare(stage: PreparedRl, ctx: RlContext) -> None:
     """Optimizers of policy and critic, over as many steps as each will take."""
     warm = stage.updates_before(stage.critic_warmup_steps)
     ctx.policy.prepare(stage.spec.optim_spec(), stage.total_updates - warm)
-    if ctx.critic is not None:
-        assert isinstance(stage.spec, PpoStage)
+    settings = stage.spec.critic
+    if ctx.critic is not None and settings is not None:
         shared = ctx.critic.group is ctx.policy.group
-        ctx.critic.prepare(stage.spec.critic_optim_spec(), stage.total_updates, keep=shared)
+        optim = settings.critic_optim_spec(stage.spec.optim_spec())
+        ctx.critic.prepare(optim, stage.total_updates, keep=shared)
 
 
 def restore(loop: RlLoop, decision: Decision) -> int:

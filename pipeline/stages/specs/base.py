@@ -1,21 +1,37 @@
-"""What every training stage can be told: data, length, optimizer. Field names of TRL where it has one."""
+"""Settings of every training stage: data, length, optimizer. Field names of TRL where it has one.
+
+What the rest of the pipeline has to know of a kind of stage, its spec says: properties and class variables
+here, overridden by the kinds that differ. Nobody asks for the class of a spec.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from actors.trainer.spec import OptimSpec
+from pipeline.data.reading.layouts import Kind
 from pipeline.data.spec import DataSources
+
+if TYPE_CHECKING:
+    from pipeline.stages.specs.online import CriticSettings
 
 
 class StageSpec(OptimSpec):
-    """What every training stage has in common."""
+    """Settings and facts that every training stage has."""
 
-    hands_on_policy: ClassVar[bool] = True
-    """Whether later stages start from its result by default. A reward model is no policy."""
+    online: ClassVar[bool]
+    """It samples from the engines; else its answers are in the data."""
+    records: ClassVar[Kind]
+    """Records that its data are read as."""
+    has_reference: ClassVar[bool] = False
+    """It compares with a reference policy, which its `reference` names."""
+    makes: ClassVar[Literal["policy", "reward_model"]] = "policy"
+    """Its result: later stages start from a policy, and score with a reward model."""
 
+    type: str
+    """Kind of stage; may be left out where the stage's name says it."""
     init: str | None = None
     """Where the weights start: `base` or the name of an earlier stage. Null: the last policy, or base."""
     data: DataSources
@@ -48,6 +64,36 @@ class StageSpec(OptimSpec):
     """Keep the policy's actors for the next stage that can use them."""
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     """Seed of order, initialisation and dropout; null: the run's."""
+
+    @property
+    def hands_on_policy(self) -> bool:
+        """Later stages start from its result by default. A reward model is no policy."""
+        return self.makes == "policy"
+
+    @property
+    def tokens_trained(self) -> Literal["answer", "all"]:
+        """Tokens of its rows that count in the loss."""
+        return "answer"
+
+    @property
+    def critic(self) -> CriticSettings | None:
+        """Settings of the critic that it trains beside the policy; None: it has none."""
+        return None
+
+    @property
+    def reward_models(self) -> list[str]:
+        """Sources of the reward models that it asks: names of stages, or directories."""
+        return []
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows, pairs or samples of one step."""
+        return self.batch_size
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of one step."""
+        return 1
 
     def optim_spec(self) -> OptimSpec:
         """The optimizer's share of this stage."""

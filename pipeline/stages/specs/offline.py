@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from actors.spec import Spec
+from pipeline.data.reading.layouts import Kind
 from pipeline.stages.specs.base import StageSpec
+
+if TYPE_CHECKING:
+    from actors.algorithms.loss import Loss
 
 DpoLossType = Literal[
     "sigmoid",
@@ -41,8 +46,42 @@ DpoLosses = Annotated[
 ]
 
 
-class SftStage(StageSpec):
+class OfflineStage(StageSpec, ABC):
+    """Settings and facts of stages whose answers are in their data."""
+
+    online: ClassVar[Literal[False]] = False
+
+    @property
+    def reference_columns(self) -> tuple[str, ...]:
+        """Columns under which its loss reads the reference's log-probabilities, one for each sequence of a
+        row; none without a reference."""
+        return ()
+
+    @property
+    def reference_ld_alpha(self) -> float | None:
+        """Weight, in those log-probabilities, of tokens beyond the shorter answer's length; None: 1."""
+        return None
+
+    @property
+    def needs_mismatched(self) -> bool:
+        """Its loss also reads each prompt with the answer of another one."""
+        return False
+
+    @property
+    def scores_pairs(self) -> bool:
+        """Its rows are pairs with a score at the end of each answer."""
+        return False
+
+    @abstractmethod
+    def loss(self) -> Loss:
+        """The loss of its rows, by its own settings."""
+
+
+class SftStage(OfflineStage):
     """Supervised fine-tuning: token-mean negative log-likelihood."""
+
+    records: ClassVar[Kind] = "sft"
+    has_reference: ClassVar[Literal[False]] = False
 
     type: Literal["sft"] = "sft"
     """Kind of stage; may be left out where the stage's name says it."""
@@ -50,6 +89,15 @@ class SftStage(StageSpec):
     """Peak learning rate; LoRA usually wants about ten times the default."""
     train_on: Literal["answer", "all"] = "answer"
     """Tokens that count in the loss: the assistant's (end-of-turn token included), or all."""
+
+    @property
+    def tokens_trained(self) -> Literal["answer", "all"]:
+        return self.train_on
+
+    def loss(self) -> Loss:
+        from actors.algorithms.sft import SftLoss
+
+        return SftLoss()
 
 
 class DpoOptions(Spec):
@@ -75,8 +123,10 @@ class DpoOptions(Spec):
     """Weight of the tokens beyond the shorter answer's length (LD-DPO); null: 1."""
 
 
-class ReferencedStage(StageSpec):
-    """A stage whose loss compares with a reference policy."""
+class ReferencedStage(OfflineStage):
+    """An offline stage whose loss compares with a reference policy."""
+
+    has_reference: ClassVar[Literal[True]] = True
 
     reference: str | None = None
     """Reference policy: `base` or an earlier stage. Null: the weights that this stage starts from."""
@@ -85,14 +135,31 @@ class ReferencedStage(StageSpec):
 class DpoStage(DpoOptions, ReferencedStage):
     """Direct preference optimization and its relatives, on pairs of answers."""
 
+    records: ClassVar[Kind] = "preference"
+
     type: Literal["dpo"] = "dpo"
     """Kind of stage; may be left out where the stage's name says it."""
     learning_rate: float = Field(default=1e-6, gt=0, allow_inf_nan=False)
     """Peak learning rate; LoRA usually wants about ten times the default."""
 
+    @property
+    def reference_columns(self) -> tuple[str, ...]:
+        return ("ref_chosen_logps", "ref_rejected_logps")
+
+    @property
+    def reference_ld_alpha(self) -> float | None:
+        return self.ld_alpha
+
+    def loss(self) -> Loss:
+        from actors.algorithms.dpo import DpoLoss
+
+        return DpoLoss(**{name: getattr(self, name) for name in DpoLoss.model_fields})
+
 
 class KtoStage(ReferencedStage):
     """Kahneman-Tversky optimization: answers that are desirable or not, without pairs (or from pairs)."""
+
+    records: ClassVar[Kind] = "unpaired"
 
     type: Literal["kto"] = "kto"
     """Kind of stage; may be left out where the stage's name says it."""
@@ -111,11 +178,26 @@ class KtoStage(ReferencedStage):
     undesirable_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Weight of undesirable rows."""
 
+    @property
+    def reference_columns(self) -> tuple[str, ...]:
+        return ("ref_logps", "ref_kl_logps") if self.needs_mismatched else ("ref_logps",)
 
-class RewardStage(StageSpec):
+    @property
+    def needs_mismatched(self) -> bool:
+        return self.loss_type == "kto"
+
+    def loss(self) -> Loss:
+        from actors.algorithms.kto import KtoLoss
+
+        return KtoLoss(**{name: getattr(self, name) for name in KtoLoss.model_fields})
+
+
+class RewardStage(OfflineStage):
     """A reward model: a scalar head on an adapter of its own, from pairs of answers (Bradley-Terry)."""
 
-    hands_on_policy: ClassVar[bool] = False
+    records: ClassVar[Kind] = "preference"
+    has_reference: ClassVar[Literal[False]] = False
+    makes: ClassVar[Literal["policy", "reward_model"]] = "reward_model"
 
     type: Literal["reward"] = "reward"
     """Kind of stage; may be left out where the stage's name says it."""
@@ -123,3 +205,12 @@ class RewardStage(StageSpec):
     """Peak learning rate."""
     center_rewards_coefficient: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Weight of (reward of chosen + reward of rejected)^2, which keeps rewards around 0; null: none."""
+
+    @property
+    def scores_pairs(self) -> bool:
+        return True
+
+    def loss(self) -> Loss:
+        from actors.algorithms.reward import RewardLoss
+
+        return RewardLoss(center_rewards_coefficient=self.center_rewards_coefficient)

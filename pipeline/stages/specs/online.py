@@ -8,8 +8,10 @@ from pydantic import BeforeValidator, Field
 
 from actors.algorithms.importance_sampling import Correction, CorrectionMode
 from actors.batches.generations import SamplingSpec
+from actors.spec import Spec
 from actors.sync.spec import SyncSpec
 from actors.trainer.spec import OptimSpec
+from pipeline.data.reading.layouts import Kind
 from pipeline.data.spec import as_sources
 from pipeline.rewards.functions import RewardSpec
 from pipeline.stages.specs.base import StageSpec
@@ -35,8 +37,12 @@ class RlStage(StageSpec):
     `steps_per_generation * num_iterations` optimizer steps with them.
     """
 
-    type: str
-    """Kind of stage; may be left out where the stage's name says it."""
+    online: ClassVar[Literal[True]] = True
+    records: ClassVar[Kind] = "prompt"
+    has_reference: ClassVar[Literal[True]] = True
+    learns_from: ClassVar[Literal["advantages", "pairs"]]
+    """Its loss reads an advantage of every token, or compares the samples of a prompt as pairs."""
+
     learning_rate: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
     """Peak learning rate."""
     rewards: Rewards
@@ -83,9 +89,17 @@ class RlStage(StageSpec):
         return True
 
     @property
+    def reward_models(self) -> list[str]:
+        return [reward.source for reward in self.rewards if reward.kind == "model"]
+
+    @property
     def samples_per_step(self) -> int:
         """Samples of one generation."""
         return self.batch_size * self.steps_per_generation
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.samples_per_step
 
     @property
     def prompts_per_step(self) -> int:
@@ -111,6 +125,7 @@ class RlStage(StageSpec):
 class PolicyGradientStage(RlStage):
     """What the stages with a policy gradient have in common: ratio, clipping, divergence, averaging."""
 
+    learns_from: ClassVar[Literal["advantages"]] = "advantages"
     advantage: ClassVar[Literal["gae", "group", "rloo", "reinforce"]]
     """Name in `actors.algorithms.advantages.ADVANTAGES`."""
 
@@ -180,7 +195,27 @@ class PolicyGradientStage(RlStage):
         )
 
 
-class PpoStage(PolicyGradientStage):
+class CriticSettings(Spec):
+    """The critic's own settings: where it starts, how fast it learns."""
+
+    vf_coef: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    """Weight of the value loss."""
+    cliprange_value: float | None = Field(default=0.2, gt=0, allow_inf_nan=False)
+    """New values are clipped to this distance from the old ones; null: not clipped."""
+    critic_init: str | None = None
+    """Where the critic starts: null: the weights that the policy starts from, with a head of zeros; or a
+    reward stage, with its head."""
+    critic_learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Peak learning rate of the critic; null: the policy's."""
+    critic_warmup_steps: int = Field(default=0, ge=0)
+    """Steps at the start in which only the critic learns."""
+
+    def critic_optim_spec(self, policy: OptimSpec) -> OptimSpec:
+        """The critic's optimizer: the policy's settings with its own learning rate."""
+        return policy.model_copy(update={"learning_rate": self.critic_learning_rate or policy.learning_rate})
+
+
+class PpoStage(CriticSettings, PolicyGradientStage):
     """Proximal policy optimization with a critic and generalized advantage estimation."""
 
     advantage: ClassVar[Literal["gae"]] = "gae"
@@ -206,26 +241,14 @@ class PpoStage(PolicyGradientStage):
     """Discount per token."""
     lam: float = Field(default=0.95, ge=0, le=1)
     """Lambda of generalized advantage estimation."""
-    vf_coef: float = Field(default=0.1, gt=0, allow_inf_nan=False)
-    """Weight of the value loss."""
-    cliprange_value: float | None = Field(default=0.2, gt=0, allow_inf_nan=False)
-    """New values are clipped to this distance from the old ones; null: not clipped."""
-    critic_init: str | None = None
-    """Where the critic starts: null: the weights that the policy starts from, with a head of zeros; or a
-    reward stage, with its head."""
-    critic_learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Peak learning rate of the critic; null: the policy's."""
-    critic_warmup_steps: int = Field(default=0, ge=0)
-    """Steps at the start in which only the critic learns."""
+
+    @property
+    def critic(self) -> CriticSettings:
+        return self
 
     @property
     def compares_samples(self) -> bool:
         return False
-
-    def critic_optim_spec(self) -> OptimSpec:
-        """The critic's optimizer: the policy's settings with its own learning rate."""
-        rate = self.critic_learning_rate or self.learning_rate
-        return self.optim_spec().model_copy(update={"learning_rate": rate})
 
 
 class GrpoStage(PolicyGradientStage):
@@ -294,6 +317,8 @@ class OnlineDpoStage(DpoOptions, RlStage):
 
     A prompt whose samples all have the same reward gives no pair.
     """
+
+    learns_from: ClassVar[Literal["pairs"]] = "pairs"
 
     type: Literal["online_dpo"] = "online_dpo"
     """Kind of stage; may be left out where the stage's name says it."""

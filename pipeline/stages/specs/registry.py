@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
@@ -11,11 +12,13 @@ from pipeline.stages.specs.offline import (
     DpoOptions,
     DpoStage,
     KtoStage,
+    OfflineStage,
     ReferencedStage,
     RewardStage,
     SftStage,
 )
 from pipeline.stages.specs.online import (
+    CriticSettings,
     GrpoStage,
     OnlineDpoStage,
     PolicyGradientStage,
@@ -27,11 +30,16 @@ from pipeline.stages.specs.online import (
 
 __all__ = [
     "STAGE_TYPES",
+    "AnyStage",
+    "CriticSettings",
     "DpoOptions",
     "DpoStage",
     "GrpoStage",
     "KtoStage",
+    "NamedStage",
+    "OfflineStage",
     "OnlineDpoStage",
+    "OnlineStage",
     "PolicyGradientStage",
     "PpoStage",
     "ReferencedStage",
@@ -56,6 +64,24 @@ Stage = Annotated[
     | OnlineDpoStage,
     Field(discriminator="type"),
 ]
+OnlineStage = PolicyGradientStage | OnlineDpoStage
+"""An online stage, told apart by `learns_from`."""
+AnyStage = OfflineStage | OnlineStage
+"""A stage, told apart by `online`."""
+
+
+@dataclass(frozen=True)
+class NamedStage:
+    """A stage as it stands in a run."""
+
+    name: str
+    spec: AnyStage
+    seed: int
+    """Of order, initialisation and dropout: its own, or the run's."""
+    base: str
+    """Directory or hub id of the run's base, whose vocabulary and end of turn its tokens follow."""
+
+
 STAGE_TYPES: dict[str, type[StageSpec]] = {
     "sft": SftStage,
     "reward": RewardStage,

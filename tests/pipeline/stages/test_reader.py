@@ -39,13 +39,13 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_two_stages_on_the_same_pairs_share_what_is_equal_and_keep_what_is_theirs(encoded: list[int]) -> None:
     config = config_of(reward={**PAIRS, "max_length": 64}, dpo={**PAIRS, "max_length": 18})
     tokenizer, reader = load_tokenizer(ModelSpec(base=str(BASE))), Reader()
-    records = {name: read_records(config, name, reader) for name in config.stages}
+    records = {name: read_records(config.stage(name), reader) for name in config.stages}
     assert records["reward"].train is records["dpo"].train
-    shared = {name: prepare(config, name, tokenizer, records[name], reader) for name in config.stages}
+    shared = {name: prepare(config.stage(name), tokenizer, records[name], reader) for name in config.stages}
     assert len(encoded) == 1
     assert reader._encoded == {}  # nobody will ask again: they take no more memory
     for name, stage in shared.items():
-        alone = prepare(config, name, tokenizer)
+        alone = prepare(config.stage(name), tokenizer)
         assert stage.data.fingerprint == alone.data.fingerprint
         assert stage.data.stats == alone.data.stats
     assert shared["dpo"].data.stats.truncated
@@ -58,7 +58,7 @@ def test_stages_of_other_seeds_or_kinds_read_for_themselves() -> None:
     stages["b"]["seed"] = 7
     stages["d"] = {**PAIRS, "type": "reward"}
     config, reader = config_of(**stages), Reader()
-    first, other, same, pairs = (read_records(config, name, reader).train for name in config.stages)
+    first, other, same, pairs = (read_records(config.stage(name), reader).train for name in config.stages)
     assert first is same
     assert first is not other
     assert pairs.kind == "preference"
@@ -69,7 +69,7 @@ def test_a_row_that_the_template_refuses_is_told_for_each_of_its_stages(tmp_path
     stage = {"data": {"source": str(tmp_path / "rows.jsonl"), "on_bad_row": "skip"}, "batch_size": 2}
     config = config_of(reward={**stage, "max_length": 3}, dpo={**stage, "max_length": 64})
     tokenizer, reader = load_tokenizer(ModelSpec(base=str(BASE))), Reader()
-    records = {name: read_records(config, name, reader) for name in config.stages}
+    records = {name: read_records(config.stage(name), reader) for name in config.stages}
     with pytest.raises(UserError, match="no rows left to train on"):
-        prepare(config, "reward", tokenizer, records["reward"], reader)
-    assert prepare(config, "dpo", tokenizer, records["dpo"], reader).data.skipped.total == 0
+        prepare(config.stage("reward"), tokenizer, records["reward"], reader)
+    assert prepare(config.stage("dpo"), tokenizer, records["dpo"], reader).data.skipped.total == 0

@@ -13,7 +13,6 @@ from actors.errors import UserError
 from actors.models.base.loading import load_tokenizer
 from actors.models.spec import ModelSpec
 from pipeline.config.run_config import RunConfig
-from pipeline.execution.reference_feeds import columns_of
 from pipeline.stages.prepared import PreparedStage, prepare
 from pipeline.stages.specs.registry import KtoStage
 
@@ -24,7 +23,7 @@ DATA = {"source": "builtin:arithmetic", "split": "preference"}
 def ready(rows: int = 5, **settings: Any) -> PreparedStage:
     stage = {"data": {**DATA, "max_rows": rows}, "batch_size": 4, "max_length": 64, **settings}
     config = RunConfig(name="k", model={"base": str(BASE)}, stages={"kto": stage})  # type: ignore[arg-type]
-    found = prepare(config, "kto", load_tokenizer(ModelSpec(base=str(BASE))))
+    found = prepare(config.stage("kto"), load_tokenizer(ModelSpec(base=str(BASE))))
     assert isinstance(found, PreparedStage)
     return found
 
@@ -44,14 +43,14 @@ def test_a_batch_estimates_its_reference_point_from_its_own_answers() -> None:
     assert sorted(stage.data.sequences.columns["label"].tolist()) == [False] * 5 + [True] * 5
     assert stage.loss == KtoLoss()
     assert isinstance(stage.spec, KtoStage)
-    assert columns_of(stage.spec) == ("ref_logps", "ref_kl_logps")
+    assert stage.spec.reference_columns == ("ref_logps", "ref_kl_logps")
 
 
 def test_without_a_reference_point_a_row_is_one_sequence() -> None:
     stage = ready(loss_type="apo_zero_unpaired")
     assert stage.batch(0).sequences_per_row == 1
     assert isinstance(stage.spec, KtoStage)
-    assert columns_of(stage.spec) == ("ref_logps",)
+    assert stage.spec.reference_columns == ("ref_logps",)
 
 
 def test_a_single_row_is_refused(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_a_warm_up_longer_than_the_stage_is_refused(repository: Path) -> None:
     made = {"name": "a", "model": {"base": base}, "stages": {"ppo": stage | {"critic_warmup_steps": 2}}}
     config = RunConfig.model_validate(made)
     with pytest.raises(UserError, match="only the critic learns in the first 2 steps, and there are 2"):
-        prepare(config, "ppo", load_tokenizer(config.model))
+        prepare(config.stage("ppo"), load_tokenizer(config.model))
     made["stages"] = {"ppo": stage | {"critic_warmup_steps": 1}}
     config = RunConfig.model_validate(made)
-    assert prepare(config, "ppo", load_tokenizer(config.model)).total_steps == 2
+    assert prepare(config.stage("ppo"), load_tokenizer(config.model)).total_steps == 2
