@@ -7,15 +7,15 @@ import re
 import pytest
 
 from actors.errors import UserError
-from pipeline.data.reading.builtin import DEFAULT_ROWS, SPLIT_SHARES, Problem, load_builtin, problems
+from pipeline.data.reading.builtin import DEFAULT_ROWS, SPLIT_SHARES, Exercise, load_builtin, problems
 from pipeline.rewards.exact_match import exact_match
 
 QUESTION = re.compile(r"(\d+)([+-])(\d+)=\?")
 
 
-def problem_of(row: dict) -> Problem:
+def problem_of(row: dict) -> Exercise:
     a, operator, b = QUESTION.fullmatch(row["prompt"][0]["content"]).groups()
-    return Problem(int(a), int(b), operator)
+    return Exercise(int(a), int(b), operator)
 
 
 def pairs_in(rows: list[dict]) -> set[frozenset[int]]:
@@ -29,13 +29,13 @@ def pairs_in(rows: list[dict]) -> set[frozenset[int]]:
     [(37, "+", 45, 82, 72), (52, "-", 37, 15, 25), (91, "+", 19, 110, 100), (60, "-", 28, 32, 48)],
 )
 def test_the_slip_forgets_carry_and_borrow(a, operator, b, answer, slip):
-    problem = Problem(a, b, operator)
+    problem = Exercise(a, b, operator)
     assert (problem.answer, problem.slip, problem.is_hard) == (answer, slip, True)
 
 
 def test_without_a_carry_hurrying_does_no_harm():
-    assert not Problem(31, 45, "+").is_hard
-    assert not Problem(58, 37, "-").is_hard
+    assert not Exercise(31, 45, "+").is_hard
+    assert not Exercise(58, 37, "-").is_hard
 
 
 def test_every_operand_pair_belongs_to_exactly_one_split():
