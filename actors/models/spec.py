@@ -1,14 +1,17 @@
-"""What a host can be told about its model: base, LoRA and mixture-of-experts settings."""
+"""Settings of a model worker: base, LoRA and mixture of experts."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from actors.spec import Spec
+from actors.spec import NewNames, Spec
 
 TargetGroup = Literal["attention", "experts", "shared_experts", "router", "mlp"]
+
+EXPERT_IMPL = NewNames("model.lora.expert_impl", {"beside": "unmerged"})
+"""Values of `expert_impl` that earlier versions called otherwise."""
 
 
 class LoraSpec(Spec):
@@ -24,8 +27,9 @@ class LoraSpec(Spec):
     """Groups of modules that get an adapter; resolved per architecture to explicit names."""
     expert_rank: Literal["r", "r/top_k"] = "r"
     """Rank of each expert's adapter: the full `r`, or `r` divided by the experts per token."""
-    expert_impl: Literal["auto", "beside", "peft"] = "auto"
-    """How expert LoRA is computed: `beside` the grouped product (x A^T B^T), or PEFT's W + BA."""
+    expert_impl: Annotated[Literal["auto", "unmerged", "peft"], BeforeValidator(EXPERT_IMPL)] = "auto"
+    """How expert LoRA is computed: `unmerged`, as low-rank products x A^T B^T added to the grouped product,
+    or PEFT's merged W + BA."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r."""
 
@@ -57,7 +61,7 @@ class ModelSpec(Spec):
     allow_untested: bool = False
     """Try an architecture that the table lacks, after a probe that compares the engine with the trainer."""
     random_init: bool = False
-    """Take only config and tokenizer from `base` and draw fresh weights from the seed."""
+    """Take only config and tokenizer from `base` and initialise the weights at random, from the seed."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """transformers' attention implementation."""
     gradient_checkpointing: bool = False

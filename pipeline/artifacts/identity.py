@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from actors.models.spec import EXPERT_IMPL
 from pipeline.artifacts.manifest import MANIFEST, Manifest, fingerprint, read_manifest, recover, verify
 
 NOT_IN_IDENTITY = frozenset(
@@ -18,6 +19,8 @@ NOT_IN_IDENTITY = frozenset(
     | {"sync", "mismatch_tolerance"}
 )
 """Stage keys that change when or how often something is done, but not the weights that come out."""
+NEW_NAMES = {EXPERT_IMPL.key: EXPERT_IMPL}
+"""Keys of an identity some of whose values earlier versions called otherwise: it is the same work."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +42,20 @@ class Identity:
         return fingerprint([self.config, self.inputs, self.data, self.seed])
 
     def as_of(self, manifest: Manifest) -> Identity:
-        """The same work in the words of a manifest that was written before some keys existed.
+        """This identity in the keys and values of a manifest of an earlier version, where the work is the same.
 
-        Such keys have to be at their defaults, which do what was done without them. Where anything else
-        differs, the work is another: then this identity as it stands.
+        The manifest may lack keys that are newer: these have to be at their defaults, which do what was done
+        without them. It may have values under old names (`NEW_NAMES`). Where anything else differs, the work
+        is another: then this identity as it stands.
         """
-        added = flat(self.config).keys() - flat(manifest.config).keys()
-        same = bool(added) and not self.differences(manifest)
+        old = flat(manifest.config)
+        written_otherwise = bool(flat(self.config).keys() - old.keys()) or old != _renamed(old)
+        same = written_otherwise and not self.differences(manifest)
         return replace(self, config=manifest.config) if same else self
 
     def differences(self, manifest: Manifest) -> list[str]:
         """Keys in which a manifest's work differs from this one."""
-        old, new = flat(manifest.config), flat(self.config)
+        old, new = _renamed(flat(manifest.config)), flat(self.config)
         changed = [
             key
             for key in sorted(old.keys() | new.keys())
@@ -129,6 +134,11 @@ def checkpoints(directory: Path) -> list[Path]:
     """Complete checkpoints of a stage, newest first. One without a manifest was cut while being written."""
     found = [p for p in directory.glob("checkpoint-*") if (p / MANIFEST).is_file()]
     return sorted(found, key=lambda p: -int(p.name.rsplit("-", 1)[1]))
+
+
+def _renamed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Flat settings with values under their present names."""
+    return {k: NEW_NAMES[k].current(v) if k in NEW_NAMES else v for k, v in settings.items()}
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

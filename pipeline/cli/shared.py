@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,13 +37,25 @@ def example(*lines: str) -> str:
 
 
 def load(path: Path, overrides: list[str] | None) -> RunConfig:
-    """The run that a file and settings over it describe; a mistake ends the command with code 2."""
+    """The run that a file and settings over it describe; a mistake ends the command with code 2.
+
+    Values under the names of an earlier version are said, a line each.
+    """
+    from actors.spec import OldValue
     from pipeline.config.load import load_config
 
-    try:
-        return load_config(path, overrides or [])
-    except UserError as error:
-        raise typer.Exit(console.user_error(error, str(path))) from None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", OldValue)
+        try:
+            config = load_config(path, overrides or [])
+        except UserError as error:
+            raise typer.Exit(console.user_error(error, str(path))) from None
+    for warning in caught:
+        if issubclass(warning.category, OldValue):
+            console.say(f"warning: {path}: {warning.message}")
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return config
 
 
 def check_until(config: RunConfig, until: str | None) -> None:

@@ -107,7 +107,7 @@ def _tensor_parallel_problems(
             continue
         if lora.expert_impl == "peft" or moe.experts_implementation != "grouped_mm":
             yield (
-                f"{key}LoRA on experts is then computed beside the grouped product only; set "
+                f"{key}LoRA on experts then runs unmerged only, in the grouped product; set "
                 "model.lora.expert_impl: auto and model.moe.experts_implementation: grouped_mm"
             )
 

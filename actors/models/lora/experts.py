@@ -1,8 +1,8 @@
-"""LoRA on experts beside the grouped product: y = x W^T + s (x A^T) B^T, per expert.
+"""Unmerged LoRA on experts: y = x W^T + s (x A^T) B^T, per expert, with the grouped product.
 
 PEFT adapts a stack of experts by materialising W + s B A for all of them in every forward, and by
-back-propagating a gradient of the stack's full size. Here the low-rank term is computed next to
-transformers' grouped expert product instead. Parameters, names and files stay PEFT's, so adapters go
+back-propagating a gradient of the stack's full size. Here the low-rank term is a product of its own,
+added to transformers' grouped expert product. Parameters, names and files stay PEFT's, so adapters go
 both ways, and with the adapter off the outputs are those of the base's own code.
 """
 
@@ -13,24 +13,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch.nn.functional import pad
-from transformers.integrations.moe import (
-    ALL_EXPERTS_FUNCTIONS,
-)
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from actors.errors import UserError
 from actors.models.lora.linear import wrap_linears
+from actors.models.moe.experts_forward import _FACTORS, UNMERGED, _experts_forward
 from actors.models.parallel.fsdp import is_managed, is_sharded, own_part, split_dims
 
 if TYPE_CHECKING:
     from peft import PeftModel
-from actors.models.moe.experts_forward import _FACTORS, BESIDE, _experts_forward
 
 
 def select(peft: PeftModel, impl: str) -> str:
-    """Make expert LoRA run `beside` or in `peft`'s way; `auto` decides. Returns the choice.
+    """Make expert LoRA run `unmerged` or in `peft`'s way; `auto` decides. Returns the choice.
 
     Raises:
-        UserError: `beside` was asked for with another experts implementation than grouped_mm, or `peft` for
+        UserError: `unmerged` was asked for with another experts implementation than grouped_mm, or `peft` for
             experts that are split among ranks.
     """
     wrap_linears(peft)
@@ -41,29 +39,30 @@ def select(peft: PeftModel, impl: str) -> str:
         return "peft"
     # What fully_shard splits is whole again in every pass.
     split = not is_managed(base) and any(is_sharded(m.get_param()) for m in stacks)
-    if split and (impl == "peft" or now not in ("grouped_mm", BESIDE)):
+    if split and (impl == "peft" or now not in ("grouped_mm", UNMERGED)):
         raise UserError(
-            "model.lora: experts that ranks share out have LoRA beside the product only, where each computes "
-            "with its own; set model.lora.expert_impl: auto and model.moe.experts_implementation: grouped_mm"
+            "model.lora: experts that ranks share out have unmerged LoRA only, with which each rank computes "
+            "its own; set model.lora.expert_impl: auto and model.moe.experts_implementation: grouped_mm"
         )
     if impl == "peft":
-        if now == BESIDE:
+        if now == UNMERGED:
             base.set_experts_implementation("grouped_mm")
         return "peft"
-    if now not in ("grouped_mm", BESIDE):
-        if impl == "beside":
+    if now not in ("grouped_mm", UNMERGED):
+        if impl == "unmerged":
             raise UserError(
-                f"model.lora.expert_impl: 'beside' needs moe.experts_implementation: grouped_mm, not '{now}'"
+                "model.lora.expert_impl: 'unmerged' needs moe.experts_implementation: grouped_mm, "
+                f"not '{now}'"
             )
         return "peft"
-    if impl == "auto" and not split and not beside_is_faster(stacks[0].get_param()):
+    if impl == "auto" and not split and not unmerged_is_faster(stacks[0].get_param()):
         return select(peft, "peft")
-    base.set_experts_implementation(BESIDE)
+    base.set_experts_implementation(UNMERGED)
     wrap_experts(peft)
-    return "beside"
+    return "unmerged"
 
 
-def beside_is_faster(experts: torch.Tensor) -> bool:
+def unmerged_is_faster(experts: torch.Tensor) -> bool:
     """The `auto` rule, for a stack of experts (experts, ., .).
 
     CPU time of PEFT's way over this one, forward and backward, one thread: float32 1.02 (8 experts,
@@ -75,24 +74,24 @@ def beside_is_faster(experts: torch.Tensor) -> bool:
 
 
 def wrap_experts(peft: PeftModel) -> None:
-    """Let every expert stack run beside, if that was selected; needed again after adding adapters. Linear
+    """Let every expert stack run unmerged, if that was selected; needed again after adding adapters. Linear
     layers run fused in any case."""
     wrap_linears(peft)
-    if getattr(peft.get_base_model().config, "_experts_implementation", None) != BESIDE:
+    if getattr(peft.get_base_model().config, "_experts_implementation", None) != UNMERGED:
         return
     for module in peft.modules():
         if type(module) is ParamWrapper and module.num_experts > 1:
-            module.__class__ = _BesideParamWrapper
+            module.__class__ = _UnmergedParamWrapper
 
 
-class _BesideParamWrapper(ParamWrapper):
+class _UnmergedParamWrapper(ParamWrapper):
     """PEFT's wrapper of one stacked parameter, which hands A and B down instead of W + s B A."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         experts = self.get_base_layer()
         active = [a for a in self.active_adapters if a in self.lora_A]
-        beside = experts.config._experts_implementation == BESIDE
-        if self.disable_adapters or self.merged or not active or not beside:
+        unmerged = experts.config._experts_implementation == UNMERGED
+        if self.disable_adapters or self.merged or not active or not unmerged:
             return super().forward(x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
         factors = experts.__dict__.setdefault(_FACTORS, {})
@@ -125,7 +124,7 @@ def own_factors(stack: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[
 
 
 # PEFT recognises its wrappers by class name when it adds or loads a further adapter.
-_BesideParamWrapper.__name__ = "ParamWrapper"
+_UnmergedParamWrapper.__name__ = "ParamWrapper"
 
 
-ALL_EXPERTS_FUNCTIONS.register(BESIDE, _experts_forward)
+ALL_EXPERTS_FUNCTIONS.register(UNMERGED, _experts_forward)

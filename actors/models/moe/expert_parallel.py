@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from actors.errors import UserError
-from actors.models.moe.experts_forward import BESIDE
+from actors.models.moe.experts_forward import UNMERGED
 from actors.models.parallel.partial_loading import load_divided
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def load_split_experts(
         UserError: as `split_experts`.
     """
     model = load_divided(model_class, base_path, lambda model: _slice_experts(model, device), device, how)
-    model.set_experts_implementation(BESIDE)
+    model.set_experts_implementation(UNMERGED)
     return model
 
 
@@ -46,7 +46,7 @@ def split_experts(model: PreTrainedModel, device: str | torch.device) -> PreTrai
         UserError: it has no stacks of experts, or none that the ranks can share evenly.
     """
     _slice_experts(model, device)
-    model.set_experts_implementation(BESIDE)
+    model.set_experts_implementation(UNMERGED)
     return model.to(device)
 
 

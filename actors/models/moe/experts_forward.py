@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-BESIDE = "grouped_mm_lora_beside"
+UNMERGED = "grouped_mm_lora_unmerged"
 """Name of the experts implementation registered with transformers."""
 
 
@@ -44,13 +44,13 @@ def use_fused(model: PreTrainedModel) -> None:
     if not grouped or not model._can_set_experts_implementation():
         return
     if model.device.type == "cpu" and model.dtype == torch.float32:
-        model.set_experts_implementation(BESIDE)
+        model.set_experts_implementation(UNMERGED)
 
 
 def _experts_forward(
     self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """transformers' grouped expert product with low-rank terms beside it.
+    """transformers' grouped expert product plus the low-rank terms of LoRA, unmerged.
 
     Shapes: hidden_states (tokens, hidden), top_k_index and top_k_weights (tokens, k) -> (tokens, hidden).
     On the CPU by a function of our own (actors/models/moe/grouped_mlp.py). Elsewhere in the order of
@@ -106,7 +106,7 @@ def _grouped_forward(
     if not factors:
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     if self._is_expert_parallel:
-        raise NotImplementedError("expert LoRA beside the product does not run by transformers' expert plan")
+        raise NotImplementedError("unmerged expert LoRA does not run by transformers' expert plan")
     n_tokens, k = top_k_index.shape
     experts, order = torch.sort(top_k_index.reshape(-1))
     counted = experts.float() if experts.device.type in ("cpu", "mps") else experts.int()
@@ -154,8 +154,8 @@ def _fused_forward(
     factors: dict[str, Factors],
 ) -> torch.Tensor:
     """The same without LoRA too: a reference whose adapter is off then equals its policy to the bit."""
-    beside = [LowRank(*factors[n][0]) if n in factors else None for n in ("gate_up_proj", "down_proj")]
-    return expert_mlp(hidden_states, top_k_weights, self.gate_up_proj, self.down_proj, routes, *beside)
+    lora = [LowRank(*factors[n][0]) if n in factors else None for n in ("gate_up_proj", "down_proj")]
+    return expert_mlp(hidden_states, top_k_weights, self.gate_up_proj, self.down_proj, routes, *lora)
 
 
 def last_experts(model: PreTrainedModel) -> nn.Module | None:

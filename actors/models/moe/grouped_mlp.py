@@ -114,8 +114,8 @@ def expert_mlp(
         gate_up: (E, 2 I, H), frozen; the gate's rows first.
         down: (E, H, I), frozen.
         routes: of those choices.
-        of_gate_up: beside `gate_up`.
-        of_down: beside `down`.
+        of_gate_up: LoRA added to `gate_up`.
+        of_down: LoRA added to `down`.
 
     Returns:
         (N, H); zero for tokens that `routes` leaves out.

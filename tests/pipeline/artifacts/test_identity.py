@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from actors.models.spec import LoraSpec, MoeSpec
 from pipeline.artifacts.identity import Identity, checkpoints, decide, identity_config
 from pipeline.artifacts.manifest import Manifest, new_directory, write_json
 
@@ -124,3 +125,70 @@ def test_the_seed_belongs_to_the_identity(tmp_path: Path, seed: int) -> None:
     finished(tmp_path, identity())
     who = identity()
     assert decide(tmp_path, Identity(who.config, who.inputs, who.data, seed)).changed == ["seed"]
+
+
+BEFORE_UNMERGED = """{
+  "type": "checkpoint",
+  "stage": "sft",
+  "fingerprint": "fb909dbe1646ab9f0cd3fc4fe7fbbd051d64e29a7f135fc0371781f3120a9659",
+  "inputs": {"base": "274512b6d5e2b3427239fdeaac9f1770e45aa3571b35b0e5f002ca080aace4d5"},
+  "config": {
+    "stage": {
+      "learning_rate": 0.001, "lr_scheduler_type": "linear", "lr_scheduler_kwargs": {}, "warmup_steps": 0.0,
+      "optim": "adamw_torch_fused", "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999,
+      "adam_epsilon": 1e-08, "max_grad_norm": 1.0, "init": null, "batch_size": 32, "num_train_epochs": 3.0,
+      "max_steps": 4, "shuffle": true, "max_length": 64, "truncation_mode": "keep_start", "packing": "auto",
+      "type": "sft", "train_on": "answer"
+    },
+    "model": {
+      "dtype": "float32", "trust_remote_code": false, "random_init": false,
+      "lora": {
+        "r": 8, "lora_alpha": 32.0, "lora_dropout": 0.0, "targets": ["attention", "experts"],
+        "expert_rank": "r", "expert_impl": "beside", "use_rslora": false
+      },
+      "moe": {
+        "router_aux_loss_coef": null, "experts_implementation": "grouped_mm", "router_replay": "none",
+        "router_replay_compare_steps": 10
+      }
+    }
+  },
+  "data": {"fingerprint": "1a5fc6d593a58012514ffe7bc89aa898ee998d8cbbddb81ff71bd4e9151e54a2", "rows": 256},
+  "seed": 0,
+  "step": 2,
+  "metrics": {},
+  "versions": {"raylign": "0.1.0"},
+  "seconds": 0.0,
+  "created": "2026-11-30T07:55:28Z",
+  "files": {}
+}"""
+"""As the version that called `unmerged` `beside` wrote it, but for the list of files."""
+
+
+def now_called_unmerged(**lora: object) -> Identity:
+    """The same stage as this version asks for it."""
+    old = Manifest.model_validate_json(BEFORE_UNMERGED)
+    spec = LoraSpec.model_validate({"r": 8, "expert_impl": "unmerged", **lora})
+    model = {
+        **old.config["model"],
+        "lora": spec.model_dump(mode="json"),
+        "moe": MoeSpec().model_dump(mode="json"),
+    }
+    return Identity({"stage": old.config["stage"], "model": model}, old.inputs, old.data["fingerprint"], 0)
+
+
+@pytest.mark.parametrize(("where", "state"), [(".", "fresh"), ("checkpoint-2", "partial")])
+def test_work_of_before_a_value_was_renamed_is_the_same_work(tmp_path: Path, where: str, state: str) -> None:
+    (tmp_path / where).mkdir(exist_ok=True)
+    (tmp_path / where / "manifest.json").write_text(BEFORE_UNMERGED)
+    decision = decide(tmp_path, now_called_unmerged())
+    assert decision.state == state
+    # Later stages of that run name it as an input by the fingerprint that it had.
+    assert decision.identity is not None
+    assert decision.identity.fingerprint.startswith("fb909dbe1646ab9f")
+    assert now_called_unmerged().fingerprint != decision.identity.fingerprint
+
+
+def test_a_change_is_named_alone_where_a_value_was_renamed_too(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(BEFORE_UNMERGED)
+    assert decide(tmp_path, now_called_unmerged(r=4)).changed == ["model.lora.r"]
+    assert decide(tmp_path, now_called_unmerged(expert_impl="peft")).changed == ["model.lora.expert_impl"]

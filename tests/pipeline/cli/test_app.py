@@ -46,6 +46,20 @@ def test_importing_the_command_line_loads_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_a_value_under_its_old_name_is_said_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.yaml"
+    assert main(["init", str(path), "--stages", "sft"]) == 0
+    assert "beside" not in path.read_text()
+    capsys.readouterr()
+    assert main(["validate", str(path), "model.lora.expert_impl=beside"]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "beside" in line]
+    assert said == [
+        f"warning: {path}: model.lora.expert_impl: 'beside' is now called 'unmerged'; the old name still works"
+    ]
+
+
 def test_init_writes_a_config_and_replaces_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

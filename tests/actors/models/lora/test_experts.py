@@ -25,11 +25,13 @@ def loss_and_gradients(peft, ids):
 
 
 def both_ways(adapted, model_type, lora):
-    return [adapted(model_type, lora.model_copy(update={"expert_impl": impl})) for impl in ("beside", "peft")]
+    return [
+        adapted(model_type, lora.model_copy(update={"expert_impl": impl})) for impl in ("unmerged", "peft")
+    ]
 
 
 @pytest.mark.parametrize("model_type", families(MOES))
-def test_beside_equals_peft_in_loss_and_gradient(model_type, adapted, groups_of, ids):
+def test_unmerged_equals_peft_in_loss_and_gradient(model_type, adapted, groups_of, ids):
     expert_rank = "r/top_k" if model_type in ("qwen3_moe", "mixtral") else "r"
     lora = LoraSpec(r=6, targets=groups_of(model_type), expert_rank=expert_rank)
     ours, theirs = both_ways(adapted, model_type, lora)
@@ -42,7 +44,7 @@ def test_beside_equals_peft_in_loss_and_gradient(model_type, adapted, groups_of,
         assert torch.allclose(gradient, expected[name], rtol=1e-5, atol=1e-6), name
 
 
-def test_it_really_runs_beside_and_materialises_nothing(adapted, ids, monkeypatch):
+def test_it_really_runs_unmerged_and_materialises_nothing(adapted, ids, monkeypatch):
     ours, theirs = both_ways(adapted, "qwen3_moe", LoraSpec(r=4))
 
     def planted(self, adapter):
@@ -62,7 +64,7 @@ def test_rslora_scaling_is_pefts(adapted, ids):
 
 def test_with_the_adapter_off_it_is_the_base_and_a_fresh_adapter_to_the_bit(adapted, base_of, ids):
     spec = ModelSpec(base=str(base_of("qwen3_moe")))
-    peft = adapters.attach_lora(load_base(spec), LoraSpec(r=4, expert_impl="beside"))
+    peft = adapters.attach_lora(load_base(spec), LoraSpec(r=4, expert_impl="unmerged"))
     base = load_base(spec)
     with torch.no_grad():
         fresh = peft(input_ids=ids).logits
@@ -84,7 +86,7 @@ def test_two_active_adapters_add_up_as_in_peft(adapted, ids, randomise_b):
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(adapted, ids):
-    peft = adapted("qwen3_moe", LoraSpec(r=4, expert_impl="beside")).train()
+    peft = adapted("qwen3_moe", LoraSpec(r=4, expert_impl="unmerged")).train()
     _, plain = loss_and_gradients(peft, ids)
     adapters.enable_gradient_checkpointing(peft)
     _, recomputed = loss_and_gradients(peft, ids)
@@ -95,26 +97,26 @@ def test_the_choice_is_by_dtype_and_can_be_forced(adapted):
     def runs(**lora):
         dtype = lora.pop("dtype", "float32")
         peft = adapted("qwen3_moe", LoraSpec(r=4, **lora), dtype=dtype)
-        return peft.get_base_model().config._experts_implementation == experts_forward.BESIDE
+        return peft.get_base_model().config._experts_implementation == experts_forward.UNMERGED
 
     assert runs()
     assert not runs(dtype="bfloat16")
-    assert runs(dtype="bfloat16", expert_impl="beside")
+    assert runs(dtype="bfloat16", expert_impl="unmerged")
     assert not runs(expert_impl="peft")
     assert not runs(targets=["attention"])
 
 
-def test_beside_needs_the_grouped_product(base_of):
+def test_unmerged_needs_the_grouped_product(base_of):
     spec = ModelSpec(base=str(base_of("qwen3_moe")), moe=MoeSpec(experts_implementation="eager"))
     with pytest.raises(UserError, match=r"needs moe.experts_implementation: grouped_mm, not 'eager'"):
-        adapters.attach_lora(load_base(spec), LoraSpec(r=4, expert_impl="beside"))
+        adapters.attach_lora(load_base(spec), LoraSpec(r=4, expert_impl="unmerged"))
     peft = adapters.attach_lora(load_base(spec), LoraSpec(r=4))
     assert peft.get_base_model().config._experts_implementation == "eager"
 
 
 def test_a_deep_copy_computes_the_same(base_of, ids, randomise_b):
     spec = ModelSpec(base=str(base_of("qwen3_moe")))
-    peft = adapters.attach_lora(load_base(spec), LoraSpec(r=4, expert_impl="beside"))
+    peft = adapters.attach_lora(load_base(spec), LoraSpec(r=4, expert_impl="unmerged"))
     randomise_b(peft, "policy")
     before = peft(input_ids=ids).logits
     again = copy.deepcopy(peft)
