@@ -16,7 +16,7 @@ class Spec(BaseModel):
 
 
 class OldValue(FutureWarning):
-    """A config has a value under the name of an earlier version; it is read, and the message has the new name."""
+    """A config has a value under the name of an earlier version, which is read; the message has the new one."""
 
 
 class NewNames:

@@ -42,7 +42,7 @@ class Identity:
         return fingerprint([self.config, self.inputs, self.data, self.seed])
 
     def as_of(self, manifest: Manifest) -> Identity:
-        """This identity in the keys and values of a manifest of an earlier version, where the work is the same.
+        """This identity in the keys and values of an earlier version's manifest, where the work is the same.
 
         The manifest may lack keys that are newer: these have to be at their defaults, which do what was done
         without them. It may have values under old names (`NEW_NAMES`). Where anything else differs, the work

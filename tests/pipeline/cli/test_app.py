@@ -51,13 +51,12 @@ def test_a_value_under_its_old_name_is_said_in_one_line(
 ) -> None:
     path = tmp_path / "mine.yaml"
     assert main(["init", str(path), "--stages", "sft"]) == 0
-    assert "beside" not in path.read_text()
+    assert "`beside`" not in path.read_text()
     capsys.readouterr()
     assert main(["validate", str(path), "model.lora.expert_impl=beside"]) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "beside" in line]
-    assert said == [
-        f"warning: {path}: model.lora.expert_impl: 'beside' is now called 'unmerged'; the old name still works"
-    ]
+    new = "model.lora.expert_impl: 'beside' is now called 'unmerged'; the old name still works"
+    assert said == [f"warning: {path}: {new}"]
 
 
 def test_init_writes_a_config_and_replaces_nothing(
