@@ -16,7 +16,7 @@ class Spec(BaseModel):
 
 
 class OldValue(FutureWarning):
-    """A config has a value under the name of an earlier version, which is read; the message has the new one."""
+    """Warning of a value under the name that an earlier version had for it; the message has the new name."""
 
 
 class NewNames:
