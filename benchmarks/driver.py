@@ -113,7 +113,7 @@ def prepared(samples: int) -> Any:
     import numpy as np
 
     from pipeline.data.reading.bad_rows import Skipped
-    from pipeline.data.tokens.order import BatchOrder
+    from pipeline.data.tokens.batch_order import BatchOrder
     from pipeline.data.tokens.prompts import PromptData
     from pipeline.stages.prepared import PreparedRl
     from pipeline.stages.specs.registry import GrpoStage

@@ -118,7 +118,7 @@ def _task_rows(workload: Workload, n: int, base: Path) -> list[Row]:
     from actors.models.spec import ModelSpec
     from pipeline.data.reading.records import load_records
     from pipeline.data.spec import DataSpec
-    from pipeline.data.tokens.tokens import tokenize
+    from pipeline.data.tokens.tokenize import tokenize
 
     kind: Literal["sft", "preference"] = "preference" if workload.objective == "dpo" else "sft"
     split = "preference" if workload.objective == "dpo" else "train"

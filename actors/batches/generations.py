@@ -178,10 +178,6 @@ class Generations:
         return int(self.token_versions.min()) if len(self.token_versions) else 0
 
     @property
-    def n_samples(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
     def finish_reasons(self) -> list[str]:
         return [FINISH_REASONS[i] for i in self.finish]
 

@@ -21,7 +21,7 @@ def trajectories(prompts: Sequence[Sequence[int]], samples: Generations) -> Batc
     """Prompt + completion of every sample, as the engine saw and drew them (never re-tokenised).
 
     Args:
-        prompts: token ids of each sample's prompt: N, `samples.n_samples`.
+        prompts: token ids of each sample's prompt: as many as there are samples, N.
 
     Returns:
         N rows; columns `finished` (bool: it ended by itself, not at the limit) and, per counted token,

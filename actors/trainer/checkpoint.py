@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from actors.errors import UserError
 from actors.models.parallel.fsdp import own_part, put_, whole, whole_of
 from actors.trainer.parameter_buckets import Bucket
-from actors.trainer.streamed_safetensors import Entry, write_tensors
+from actors.trainer.streamed_safetensors import DeferredTensor, write_tensors
 
 PARAMETERS, OPTIMIZER, STATE = "parameters.safetensors", "optimizer.safetensors", "state.json"
 FILES = (PARAMETERS, OPTIMIZER, STATE)
@@ -131,8 +131,8 @@ def _set_moments(trained: Trained, file: Any, keys: tuple[str, ...], steps: int)
         optimizer.state[bucket.flat] = {"step": torch.tensor(float(steps), device=device), **state}
 
 
-def _entry(name: str, like: nn.Parameter, make: Any) -> Entry:
-    return Entry(name, like.shape, like.dtype, make)
+def _entry(name: str, like: nn.Parameter, make: Any) -> DeferredTensor:
+    return DeferredTensor(name, like.shape, like.dtype, make)
 
 
 def _unusable(directory: Path, why: str) -> str:

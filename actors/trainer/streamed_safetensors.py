@@ -25,17 +25,17 @@ _NAMES = {
 """safetensors' names of dtypes."""
 
 
-class Entry(NamedTuple):
-    """One tensor to be written."""
+class DeferredTensor(NamedTuple):
+    """A tensor to be written: name, shape and dtype now, values when its turn has come."""
 
     name: str
     shape: torch.Size
     dtype: torch.dtype
     make: Callable[[], Tensor]
-    """The tensor, when its turn has come; on all ranks, as it may be collective."""
+    """Makes the values; called on all ranks, as it may be collective."""
 
 
-def write_tensors(file: Path, entries: Iterable[Entry], write: bool = True) -> None:
+def write_tensors(file: Path, entries: Iterable[DeferredTensor], write: bool = True) -> None:
     """Make every tensor, in order, and write those of one file; peak memory is one tensor.
 
     The layout is that of `safetensors.torch.save_file`, which readers get the file by.

@@ -111,7 +111,7 @@ def question(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
         UserError: the chat template refuses it, or there is none for it.
     """
     from pipeline.data.reading.bad_rows import RowProblem
-    from pipeline.data.tokens.chat import chat_format
+    from pipeline.data.tokens.chat_format import chat_format
     from pipeline.data.tokens.encode import token_ids_of
 
     try:

@@ -37,11 +37,11 @@ def submit(
     """Ship the working directory to a running cluster and run there, as a Ray job."""
     loaded = load(config, overrides)
     check_until(loaded, until)
-    from pipeline.jobs import jobs
+    from pipeline.jobs import commands
 
     flags = [*(["--dry-run"] if dry_run else []), *(["--until", until] if until else [])]
     flags += ["--fresh"] if fresh else []
-    return jobs.submit(
+    return commands.submit(
         loaded, config, overrides or [], address=address, flags=flags, follow=follow, say=console.say
     )
 
@@ -54,9 +54,9 @@ def status(
     address: Address = None,
 ) -> int:
     """Show submitted runs: state, times, exit code."""
-    from pipeline.jobs import jobs
+    from pipeline.jobs import commands
 
-    rows = jobs.status_rows(jobs.status(name, address=address))
+    rows = commands.status_rows(commands.status(name, address=address))
     if not rows:
         console.say("no runs on this cluster")
     console.table("Runs", ["run", "job", "state", "started", "took", "exit", "results in"], rows)
@@ -72,9 +72,9 @@ def logs(
     ] = False,
 ) -> int:
     """Print a submitted run's log."""
-    from pipeline.jobs import jobs
+    from pipeline.jobs import commands
 
-    return jobs.logs(name, address=address, follow=follow, say=console.say)
+    return commands.logs(name, address=address, follow=follow, say=console.say)
 
 
 @verbs.command(epilog=example("raylign stop my-run"))
@@ -85,6 +85,6 @@ def stop(
     now: Annotated[bool, typer.Option("--now", help="End it at once, without saving.")] = False,
 ) -> int:
     """Let a submitted run save, then stop it."""
-    from pipeline.jobs import jobs
+    from pipeline.jobs import commands
 
-    return jobs.stop(name, address=address, seconds=timeout, now=now, say=console.say)
+    return commands.stop(name, address=address, seconds=timeout, now=now, say=console.say)

@@ -24,7 +24,7 @@ def eval_pairs(
     from actors.trainer.spec import HostSpec
     from pipeline.data.reading.records import load_records
     from pipeline.data.spec import DataSpec
-    from pipeline.data.tokens.tokens import tokenize
+    from pipeline.data.tokens.tokenize import tokenize
     from pipeline.evaluation.pairs import pair_figures, score_pairs, write_scores
 
     if not is_adapter_dir(model):

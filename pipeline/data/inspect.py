@@ -12,13 +12,13 @@ from rich.text import Text
 
 from actors.errors import UserError
 from pipeline.data.reading.bad_rows import LISTED, Skipped
+from pipeline.data.reading.layout_detection import resolve_layout
 from pipeline.data.reading.layouts import Kind
-from pipeline.data.reading.raw import describe_files
+from pipeline.data.reading.raw_rows import describe_files
 from pipeline.data.reading.records import Record, Records, load_records
-from pipeline.data.reading.resolve import resolve_layout
 from pipeline.data.reading.sources import read_rows
 from pipeline.data.spec import DataSpec
-from pipeline.data.tokens.tokens import TokenizedData, Truncation, prompt_rows, tokenize
+from pipeline.data.tokens.tokenize import TokenizedData, Truncation, prompt_rows, tokenize
 
 _CONTEXT, _ANSWER = 600, 1200
 """Characters shown of a stretch that doesn't count and of one that does; the middle is left out."""

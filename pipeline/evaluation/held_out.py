@@ -18,7 +18,7 @@ from actors.models.turn_ends import TurnEnds, turn_ends
 from pipeline.artifacts.manifest import fingerprint, write_json
 from pipeline.data.reading.bad_rows import Skipped
 from pipeline.data.reading.records import Records, load_records
-from pipeline.data.tokens.tokens import prompt_rows
+from pipeline.data.tokens.tokenize import prompt_rows
 from pipeline.rewards.functions import import_function, missing_arguments, named_by
 
 if TYPE_CHECKING:

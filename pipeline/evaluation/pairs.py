@@ -12,7 +12,7 @@ import numpy as np
 from actors.batches.batch import Batch
 from pipeline.artifacts.manifest import fingerprint, write_json
 from pipeline.artifacts.weights import Weights
-from pipeline.data.tokens.tokens import TokenizedData
+from pipeline.data.tokens.tokenize import TokenizedData
 from pipeline.evaluation.held_out import wilson
 
 PAIR_ACCURACY = "pair_accuracy"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
     from rich.text import Text
-from pipeline.monitoring.words import MARKS, duration
+from pipeline.monitoring.formatting import MARKS, duration
 
 PLAIN_SECONDS = 5.0
 """Without a terminal, the least time between two lines of one stage: readable in a job's log."""

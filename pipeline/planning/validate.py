@@ -51,7 +51,7 @@ class Findings:
 
     def note_sources(self, key: str, records: Records) -> None:
         """Which files each source of `records` is."""
-        from pipeline.data.reading.raw import describe_files
+        from pipeline.data.reading.raw_rows import describe_files
 
         for use in records.sources:
             read = describe_files(use.spec.source, use.spec.split, use.files)

@@ -8,19 +8,19 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.monitoring.words import MARKS, duration
+from pipeline.monitoring.formatting import MARKS, duration
 from pipeline.report.evals import eval_tables, headline
 from pipeline.report.figure import Drawing, file_name
 from pipeline.report.heatmaps import draw_heatmaps
 from pipeline.report.panels import charts, format_value
 from pipeline.report.plots import draw_chart
-from pipeline.report.reading import read_run
+from pipeline.report.read_run import read_run
+from pipeline.report.run_view import RunView, StageView
 from pipeline.report.samples import Side, StepSamples, samples_by_step, side_by_side, stage_samples
 from pipeline.report.series import Series
 from pipeline.report.stage_graph import artifact_text, stage_graph
 from pipeline.report.timeline import chrome_trace
 from pipeline.report.times import memory_bars, time_bars, timeline
-from pipeline.report.view import RunView, StageView
 
 HERE = Path(__file__).parent
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from pipeline.report.evals import interval_text, score_text
-from pipeline.report.view import EvalRow
+from pipeline.report.run_view import EvalRow
 
 HUB_NAME_PARTS = 2
 """A hub id is `org/name`; data sets named otherwise (files, builtin:) stay out of the metadata."""

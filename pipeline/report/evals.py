@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.report.view import EvalRow
+from pipeline.report.run_view import EvalRow
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from pipeline.report.view import StageView
+    from pipeline.report.run_view import StageView
 
 CELL_TEXT_EXPERTS, CELL_TEXT_LAYERS = 8, 12
 """Up to so many a heatmap's cells carry their value: more would be too small to read."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.report.series import fair_share
-from pipeline.report.values import as_number
+from pipeline.report.tolerant_reading import as_number
 
 
 @dataclass

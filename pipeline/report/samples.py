@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline.report.values import as_number
+from pipeline.report.tolerant_reading import as_number
 
 SHOWN_PER_CHANGE = {"better": 4, "worse": 2, "same": 4}
 """Prompts shown per kind of change from the first model to the last. Losses are always among them."""

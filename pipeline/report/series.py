@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.report.values import as_number
+from pipeline.report.tolerant_reading import as_number
 
 
 @dataclass

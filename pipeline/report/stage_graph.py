@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.monitoring.words import MARKS, duration
+from pipeline.monitoring.formatting import MARKS, duration
 from pipeline.report.evals import score_text
-from pipeline.report.view import BASE, REWARD, RunView, StageView
+from pipeline.report.run_view import BASE, REWARD, RunView, StageView
 
 BOX_WIDTH = 178
 BOX_HEIGHT, SCORE_HEIGHT = 76, 16

@@ -13,7 +13,7 @@ from itertools import pairwise
 from statistics import median_low
 from typing import Any
 
-from pipeline.report.values import as_number
+from pipeline.report.tolerant_reading import as_number
 
 KINDS = {
     "generate": "generate",

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.monitoring.words import duration
+from pipeline.monitoring.formatting import duration
 from pipeline.report.figure import Drawing
+from pipeline.report.run_view import RunView
 from pipeline.report.stage_graph import byte_text
 from pipeline.report.timeline import (
     LANES,
@@ -20,7 +21,6 @@ from pipeline.report.timeline import (
     waiting,
 )
 from pipeline.report.timeline_plot import draw_timeline
-from pipeline.report.view import RunView
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from actors.models.turn_ends import turn_ends, vocab_size
 from pipeline.data.reading.layouts import Kind
 from pipeline.data.reading.records import Records, load_records
 from pipeline.data.spec import DataSpec
+from pipeline.data.tokens.batch_order import BatchOrder
 from pipeline.data.tokens.kto_pairs import with_mismatched
-from pipeline.data.tokens.order import BatchOrder
 from pipeline.data.tokens.prompts import PromptData, read_prompts
-from pipeline.data.tokens.tokens import EncodedRows, TokenizedData, encode_rows, tokenize
+from pipeline.data.tokens.tokenize import EncodedRows, TokenizedData, encode_rows, tokenize
 from pipeline.stages.specs.registry import (
     NamedStage,
     OfflineStage,

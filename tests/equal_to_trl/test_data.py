@@ -12,7 +12,7 @@ import pytest
 from actors.models.tiny import byte_tokenizer
 from pipeline.data.reading.records import load_records
 from pipeline.data.spec import DataSpec
-from pipeline.data.tokens.tokens import TokenizedData, tokenize
+from pipeline.data.tokens.tokenize import TokenizedData, tokenize
 from tests.pipeline.data.tokens.one_row import CHATML
 
 pytestmark = pytest.mark.trl

@@ -22,7 +22,7 @@ from actors.trainer.model_host import ModelHost
 from actors.trainer.spec import OptimSpec
 from pipeline.data.reading.bad_rows import Skipped
 from pipeline.data.tokens.kto_pairs import with_mismatched
-from pipeline.data.tokens.tokens import TokenizedData, TokenStats
+from pipeline.data.tokens.tokenize import TokenizedData, TokenStats
 from tests.actors.trainer.host_cases import (
     LORA,
     host_spec,

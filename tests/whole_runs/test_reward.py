@@ -14,7 +14,7 @@ from actors.models.spec import ModelSpec
 from actors.trainer.model_host import ModelHost
 from pipeline.data.reading.records import load_records
 from pipeline.data.spec import DataSpec
-from pipeline.data.tokens.tokens import tokenize
+from pipeline.data.tokens.tokenize import tokenize
 from tests.actors.trainer.host_cases import host_spec
 from tests.whole_runs.runs import command_of, complete, lines_of, raylign
 

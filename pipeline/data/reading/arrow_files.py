@@ -9,7 +9,7 @@ from typing import Any
 
 from actors.errors import UserError
 from pipeline.data.reading.bad_rows import NOT_JSON, NOT_UTF8, TOO_DEEP, WRONG_TYPE
-from pipeline.data.reading.raw import MAX_DEPTH, Row, bad_row, problem_of
+from pipeline.data.reading.raw_rows import MAX_DEPTH, Row, bad_row, problem_of
 
 _JSON_TYPE = "extension<arrow.json>"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from actors.errors import UserError
 from pipeline.data.reading.bad_rows import HEADER_AGAIN, NOT_UTF8, WRONG_TYPE
-from pipeline.data.reading.raw import Row, bad_row, read_bytes
+from pipeline.data.reading.raw_rows import Row, bad_row, read_bytes
 
 _OTHER_SEPARATORS = {"\t": "tabs", ";": "semicolons", "|": "bars"}
 

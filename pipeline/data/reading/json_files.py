@@ -11,7 +11,15 @@ from typing import Any
 
 from actors.errors import UserError
 from pipeline.data.reading.bad_rows import NOT_JSON, NOT_UTF8, TOO_DEEP, WRONG_TYPE
-from pipeline.data.reading.raw import MAX_DEPTH, Row, bad_row, is_too_deep, problem_of, read_bytes, suffix_of
+from pipeline.data.reading.raw_rows import (
+    MAX_DEPTH,
+    Row,
+    bad_row,
+    is_too_deep,
+    problem_of,
+    read_bytes,
+    suffix_of,
+)
 from pipeline.data.spec import slice_bounds
 
 _LIST_KEYS = ("data", "rows", "examples", "instances")

@@ -6,9 +6,9 @@ import json
 from typing import Any
 
 from pipeline.data.reading.bad_rows import EMPTY_ANSWER, EMPTY_PROMPT, UNKNOWN_ROLE, WRONG_TYPE, RowProblem
-from pipeline.data.reading.flags import NAMES, Flag
-from pipeline.data.reading.roles import CALL, DEVELOPER, calls_in, role_of
-from pipeline.data.reading.values import check_encodable, from_json, type_name, without_nulls
+from pipeline.data.reading.field_values import check_encodable, from_json, type_name, without_nulls
+from pipeline.data.reading.message_roles import CALL, DEVELOPER, calls_in, role_of
+from pipeline.data.reading.training_flags import NAMES, Flag
 
 Message = dict[str, Any]
 
@@ -58,8 +58,9 @@ def _is_message(item: dict[str, Any]) -> bool:
 def messages_of(value: Any, where: str, flags: list[Flag], arrow: bool) -> list[Message]:
     """`value` as turns in (role, content) form.
 
-    Roles are those of `pipeline.data.reading.roles`; what messages say of their training goes to `flags`. A
-    blank system prompt is none. With `arrow`, nulls inside messages are keys that the row never had.
+    Roles are those of `pipeline.data.reading.message_roles`; what messages say of their training goes to
+    `flags`. A blank system prompt is none. With `arrow`, nulls inside messages are keys that the row never
+    had.
     """
     if isinstance(value, str):
         if not value.lstrip().startswith(("[", "{")):

@@ -6,7 +6,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from actors.errors import UserError
-from pipeline.data.reading.raw import SUFFIXES, suffix_of
+from pipeline.data.reading.raw_rows import SUFFIXES, suffix_of
 from pipeline.data.reading.split_files import NAMED, names_of, one_form, one_split, resolve, splits_of
 
 _NOT_ABOUT_READING = {

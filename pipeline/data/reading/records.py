@@ -14,14 +14,8 @@ from actors.algorithms.kto import LABEL
 from actors.algorithms.reward import MARGIN
 from actors.errors import UserError
 from pipeline.data.reading.bad_rows import WRONG_TYPE, BadRow, RowGate, RowProblem, Skipped
-from pipeline.data.reading.convert import convert
-from pipeline.data.reading.converters import Converted
-from pipeline.data.reading.layouts import Kind, Resolved
-from pipeline.data.reading.messages import Message
-from pipeline.data.reading.raw import Row
-from pipeline.data.reading.resolve import resolve_layout
-from pipeline.data.reading.sources import read_rows
-from pipeline.data.reading.values import (
+from pipeline.data.reading.convert_row import convert
+from pipeline.data.reading.field_values import (
     check_encodable,
     from_json,
     is_blank,
@@ -29,6 +23,12 @@ from pipeline.data.reading.values import (
     type_name,
     without_nulls,
 )
+from pipeline.data.reading.layout_converters import Converted
+from pipeline.data.reading.layout_detection import resolve_layout
+from pipeline.data.reading.layouts import Kind, Resolved
+from pipeline.data.reading.messages import Message
+from pipeline.data.reading.raw_rows import Row
+from pipeline.data.reading.sources import read_rows
 from pipeline.data.spec import DataSpec
 
 
@@ -81,14 +81,13 @@ class Record:
 
 @dataclass(frozen=True)
 class SourceUse:
-    """What became of one source."""
+    """One source of a mixture, with how many of its rows were read and used."""
 
     spec: DataSpec
     layout: str
     rows_read: int
-    rows_usable: int
     rows_used: int
-    """Less than usable where the mixture's weights leave rows out."""
+    """Rows in the mixture: without bad ones, and without those that its weights leave out."""
     files: tuple[str, ...] = ()
     """Files that the rows were read from, in their order."""
 
@@ -168,7 +167,6 @@ def load_records(specs: Sequence[DataSpec], kind: Kind, *, seed: int, max_rows: 
                 spec,
                 resolved.layout.name if resolved else "unknown",
                 len(rows),
-                len(records),
                 len(records),
                 tuple(dict.fromkeys(row.file for row in rows)),
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.data.reading.bad_rows import EMPTY_ANSWER, MISSING_COLUMN, WRONG_TYPE, RowProblem
-from pipeline.data.reading.flags import Flag
+from pipeline.data.reading.field_values import type_name
 from pipeline.data.reading.messages import (
     Message,
     assistant,
@@ -14,7 +14,7 @@ from pipeline.data.reading.messages import (
     messages_of,
     text_of,
 )
-from pipeline.data.reading.values import type_name
+from pipeline.data.reading.training_flags import Flag
 
 
 class RowView:

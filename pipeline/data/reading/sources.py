@@ -1,7 +1,8 @@
 """Sources -> raw rows: the files, directory, hub data set or generator that a source names, and its split.
 
-Files are read by `pipeline.data.reading.files`; hub data sets and `save_to_disk` directories go through
-`datasets`.
+json, jsonl and csv are read by modules of this room rather than through `datasets`, which stops at the first
+row that it can't parse and names neither the row nor all of them; parquet is read by pyarrow, as `datasets`
+does, without a second copy in a cache. Hub data sets and `save_to_disk` directories go through `datasets`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import UserError
-from pipeline.data.reading.arrow_files import arrow_rows
-from pipeline.data.reading.files import read_file
+from pipeline.data.reading.arrow_files import arrow_rows, parquet_rows
+from pipeline.data.reading.csv_files import csv_rows
 from pipeline.data.reading.json_files import json_rows
-from pipeline.data.reading.raw import Row, suffix_of
+from pipeline.data.reading.raw_rows import SUFFIXES, Row, suffix_of
 from pipeline.data.reading.readme_configs import files_of_folder
 from pipeline.data.reading.split_files import files_of_pattern
 from pipeline.data.spec import DataSpec, parse_split, slice_bounds
@@ -87,11 +88,27 @@ def _read_files(spec: DataSpec, files: list[Path], cap: int | None) -> list[Row]
     rows: list[Row] = []
     whole = start is None and stop is None
     for file in files:
-        rows.extend(read_file(file))
+        rows.extend(_read_file(file))
         if whole and cap is not None and len(rows) >= cap:
             break
     first, end = slice_bounds(spec.split, len(rows))
     return rows[first:end][:cap]
+
+
+def _read_file(file: Path) -> Iterator[Row]:
+    """Rows of a file, by its suffix.
+
+    Raises:
+        UserError: it can't be read as a whole. A row that can't be read is a `Row` with its problem.
+    """
+    suffix = suffix_of(file)
+    if suffix == ".csv":
+        return csv_rows(file)
+    if suffix == ".parquet":
+        return parquet_rows(file)
+    if suffix in (".json", ".jsonl"):
+        return json_rows(file, "train", None)
+    raise UserError(f"data source '{file}': not a {', '.join(SUFFIXES)} file")
 
 
 def _read_builtin(spec: DataSpec, seed: int, cap: int | None) -> list[Row]:

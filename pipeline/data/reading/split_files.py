@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from actors.errors import UserError
-from pipeline.data.reading.raw import SUFFIXES, stem_of, suffix_of
+from pipeline.data.reading.raw_rows import SUFFIXES, stem_of, suffix_of
 
 NAMED = 8
 """Files named in a message; of more their number is told."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from pipeline.data.reading.bad_rows import EMPTY_ANSWER, EMPTY_PROMPT, NO_ANSWER, WRONG_TYPE, RowProblem
+from pipeline.data.reading.message_roles import calls_in
 from pipeline.data.reading.messages import Message, assistant, text_of, user
-from pipeline.data.reading.roles import calls_in
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _GLAIVE_TURN = re.compile(r"(?:^|\n)[ \t]*(USER|ASSISTANT|FUNCTION RESPONSE):")

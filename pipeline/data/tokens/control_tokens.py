@@ -14,7 +14,7 @@ from typing import Any
 from actors.models.turn_ends import special_tokens
 from pipeline.data.reading.bad_rows import CONTROL_TOKEN, RENDERED_ALREADY, RowProblem
 from pipeline.data.reading.messages import Message
-from pipeline.data.tokens.chat import ChatFormat
+from pipeline.data.tokens.chat_format import ChatFormat
 
 _MARKER = re.compile(r"<[|\uff5c][^<>\n]{1,60}>|</?[a-z]+_[a-z_]+>|\[/?[A-Z][A-Z_]+\]")
 """What turns are marked with where the tokenizer does not know it as special: `<|user|>`, `<end_of_turn>`,

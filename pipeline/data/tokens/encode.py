@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from actors.errors import UserError
-from pipeline.data.tokens.texts import RowText
+from pipeline.data.tokens.row_texts import RowText
 
 _CHUNK = 4096
 """Rows tokenised in one call: the tokenizer works on all of them in parallel, and their texts, ids and

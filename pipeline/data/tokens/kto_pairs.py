@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from actors.batches.batch import Batch
-from pipeline.data.tokens.tokens import TokenizedData
+from pipeline.data.tokens.tokenize import TokenizedData
 
 
 def with_mismatched(

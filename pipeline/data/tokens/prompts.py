@@ -12,7 +12,7 @@ from actors.errors import UserError
 from pipeline.data.reading.bad_rows import TOO_LONG, RowGate, RowProblem, Skipped
 from pipeline.data.reading.messages import Message
 from pipeline.data.reading.records import Records
-from pipeline.data.tokens.tokens import TokenStats, prompt_rows
+from pipeline.data.tokens.tokenize import TokenStats, prompt_rows
 
 Prompt = str | list[Message]
 """A prompt as its row has it: plain text, or messages. Reward functions get it in this form (TRL's rule)."""

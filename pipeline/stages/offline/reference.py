@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.artifacts.manifest import Manifest, fingerprint, new_directory, read_manifest, verify, versions
-from pipeline.data.tokens.order import BatchOrder
-from pipeline.data.tokens.tokens import TokenizedData
+from pipeline.data.tokens.batch_order import BatchOrder
+from pipeline.data.tokens.tokenize import TokenizedData
 
 if TYPE_CHECKING:
     from actors.cluster.worker_group import GroupFuture, WorkerGroup

@@ -49,7 +49,7 @@ def test_generations_keep_samples_apart() -> None:
     )
     assert [ids.tolist() for ids in made.sequences()] == [[5, 6], [], [7]]
     assert made.finish_reasons == ["stop", "abort", "length"]
-    assert made.n_samples == 3
+    assert len(made.finish) == 3
     np.testing.assert_allclose(made.logprobs, [-0.5, -1.0, -2.0])
 
 

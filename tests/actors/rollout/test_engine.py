@@ -160,7 +160,7 @@ def test_a_seed_draws_the_same_sample_in_any_company(engine: WorkerGroup, tiny_b
 def test_samples_of_one_prompt_differ_and_come_prompt_by_prompt(engine: WorkerGroup, tiny_base: Path) -> None:
     load(engine, tiny_base)
     made = generate(engine, SamplingSpec(temperature=1, max_tokens=8, n=3), PROMPTS[:2])
-    assert made.n_samples == 6
+    assert len(made.finish) == 6
     assert len({tuple(ids) for ids in tokens(made)[:3]}) == 3
 
 
@@ -169,7 +169,7 @@ def test_more_seeded_prompts_than_one_step_can_prefill(engine: WorkerGroup, tiny
     generator = np.random.default_rng(0)
     prompts = [generator.integers(5, 250, size=300).tolist() for _ in range(70)]
     made = generate(engine, SamplingSpec(temperature=1, max_tokens=2), prompts)
-    assert made.n_samples == 70
+    assert len(made.finish) == 70
 
 
 def test_samples_end_at_the_token_limit_or_at_a_stop_string(engine: WorkerGroup, tiny_base: Path) -> None:
@@ -188,7 +188,7 @@ def test_samples_end_at_the_token_limit_or_at_a_stop_string(engine: WorkerGroup,
 
 def test_no_prompts_are_no_error(engine: WorkerGroup, tiny_base: Path) -> None:
     load(engine, tiny_base)
-    assert generate(engine, GREEDY, []).n_samples == 0
+    assert len(generate(engine, GREEDY, []).finish) == 0
 
 
 def test_prompts_that_fill_the_model_are_refused_with_the_first_of_them(

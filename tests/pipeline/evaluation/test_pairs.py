@@ -15,7 +15,7 @@ from actors.trainer.model_host import ModelHost
 from pipeline.cli.app import main
 from pipeline.data.reading.records import load_records
 from pipeline.data.spec import DataSpec
-from pipeline.data.tokens.tokens import TokenizedData, tokenize
+from pipeline.data.tokens.tokenize import TokenizedData, tokenize
 from pipeline.evaluation import pairs
 from pipeline.evaluation.held_out import wilson
 from pipeline.evaluation.pairs import evaluate_pairs, pair_figures, score_pairs

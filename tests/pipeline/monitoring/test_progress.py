@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
+from pipeline.monitoring.formatting import duration
 from pipeline.monitoring.progress import Progress
-from pipeline.monitoring.words import duration
 
 
 class Clock:

@@ -8,7 +8,7 @@ from actors.batches.generations import SamplingSpec
 from pipeline.config.load import validate
 from pipeline.config.run_config import RunConfig
 from pipeline.data.reading.bad_rows import Skipped
-from pipeline.data.tokens.order import BatchOrder
+from pipeline.data.tokens.batch_order import BatchOrder
 from pipeline.data.tokens.prompts import PromptData
 from pipeline.evaluation.held_out import EvalSet
 from pipeline.planning.length_rules import engine_positions, held_out_problems, sample_problems

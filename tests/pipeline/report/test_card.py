@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from pipeline.report import CardFacts, adapter_card, write_card
-from pipeline.report.view import EvalRow
+from pipeline.report.run_view import EvalRow
 
 FACTS = CardFacts(
     name="demo: dpo",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.report.reading import read_run
+from pipeline.report.read_run import read_run
 from pipeline.report.stage_graph import byte_text, stage_graph
 
 

@@ -64,7 +64,7 @@ def test_slices_draw_what_one_call_draws(rollout: WorkerGroup, policy: Policy) -
     assert slices > 5
     np.testing.assert_array_equal(sliced.token_ids, whole.token_ids)
     other, _ = finish(rollout, 1)
-    assert other.n_samples == 1
+    assert len(other.finish) == 1
 
 
 def test_samples_go_on_with_new_weights_and_keys_of_these(rollout: WorkerGroup, policy: Policy) -> None:

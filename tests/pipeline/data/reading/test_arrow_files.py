@@ -11,7 +11,7 @@ import pytest
 
 from actors.errors import UserError
 from pipeline.data.reading.arrow_files import arrow_rows
-from pipeline.data.reading.raw import Row
+from pipeline.data.reading.raw_rows import Row
 from pipeline.data.reading.sources import read_rows
 from pipeline.data.spec import DataSpec
 

@@ -13,7 +13,7 @@ from actors.models.tiny import byte_tokenizer
 from pipeline.data.reading.bad_rows import LISTED
 from pipeline.data.reading.records import load_records
 from pipeline.data.spec import DataSpec
-from pipeline.data.tokens.tokens import tokenize
+from pipeline.data.tokens.tokenize import tokenize
 
 GOOD = {"prompt": "2+2?", "chosen": "4", "rejected": "5"}
 USER, ANSWER = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}

@@ -14,7 +14,7 @@ from actors.errors import UserError
 from actors.models.tiny import byte_tokenizer
 from pipeline.data.reading.layouts import LAYOUTS
 from pipeline.data.spec import ColumnName, LayoutName
-from pipeline.data.tokens.tokens import tokenize
+from pipeline.data.tokens.tokenize import tokenize
 from pipeline.evaluation.held_out import EvalSet, find_scorer, score
 from tests.pipeline.data.reading.rows import BAD, GOOD, USER, load
 

@@ -9,7 +9,7 @@ import pytest
 
 from actors.errors import UserError
 from pipeline.data.reading.json_files import json_rows
-from pipeline.data.reading.raw import MAX_DEPTH
+from pipeline.data.reading.raw_rows import MAX_DEPTH
 
 GOOD = '{"text": "a"}'
 

@@ -9,7 +9,7 @@ from actors.models.tiny import byte_tokenizer
 from pipeline.data.reading.messages import Message
 from pipeline.data.reading.records import Record, Records, SourceUse
 from pipeline.data.spec import DataSpec
-from pipeline.data.tokens.tokens import TokenizedData
+from pipeline.data.tokens.tokenize import TokenizedData, prompt_rows
 
 CHAT: list[Message] = [
     {"role": "user", "content": "Q1"},
@@ -41,7 +41,14 @@ def records(prompt: list[Message], *answers: list[Message], **record: Any) -> Re
     given = {"plain": None, "columns": {}, "template_kwargs": {}, "file": "rows.jsonl", "row": 1} | record
     row = Record(prompt, answers, source=0, **given)
     kind = {0: "prompt", 1: "sft", 2: "preference"}[len(answers)]
-    return Records(kind, [row], [SourceUse(spec, "messages", 1, 1, 1)])  # type: ignore[arg-type]
+    return Records(kind, [row], [SourceUse(spec, "messages", 1, 1)])  # type: ignore[arg-type]
+
+
+def prompt_tokens(records: Records, tokenizer: Any) -> tuple[list[str], list[list[int]]]:
+    """Texts and token ids of prompts that can all be used."""
+    kept, texts, token_ids = prompt_rows(records, tokenizer)
+    assert len(kept) == len(records)
+    return texts, token_ids
 
 
 def counted(data: TokenizedData, tokenizer: Any) -> list[str]:

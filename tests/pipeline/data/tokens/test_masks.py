@@ -6,8 +6,16 @@ import pytest
 
 from actors.errors import UserError
 from actors.models.tiny import byte_tokenizer
-from pipeline.data.tokens.tokens import prompt_tokens, tokenize
-from tests.pipeline.data.tokens.one_row import CHAT, CHATML, counted, records, tokenizer_with, trl_template
+from pipeline.data.tokens.tokenize import tokenize
+from tests.pipeline.data.tokens.one_row import (
+    CHAT,
+    CHATML,
+    counted,
+    prompt_tokens,
+    records,
+    tokenizer_with,
+    trl_template,
+)
 
 
 def test_every_answer_of_a_conversation_counts_with_its_end_of_turn() -> None:

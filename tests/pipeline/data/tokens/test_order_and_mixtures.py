@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.data.reading.records import Records, load_records
 from pipeline.data.spec import DataSources, slice_bounds
-from pipeline.data.tokens.order import BatchOrder
+from pipeline.data.tokens.batch_order import BatchOrder
 
 
 def test_an_epoch_visits_every_row_once_in_another_order_than_the_next() -> None:

@@ -13,7 +13,7 @@ from actors.errors import UserError
 from actors.models.tiny import byte_tokenizer
 from pipeline.data.reading.records import load_records
 from pipeline.data.spec import DataSpec
-from pipeline.data.tokens.tokens import TokenizedData, tokenize
+from pipeline.data.tokens.tokenize import TokenizedData, tokenize
 from tests.equal_to_trl.test_data import CHATML_TEMPLATE
 
 PAIR = {

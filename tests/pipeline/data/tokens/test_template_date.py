@@ -11,7 +11,7 @@ import pytest
 
 from actors.models.tiny import CHAT_TEMPLATE, byte_tokenizer
 from pipeline.artifacts.manifest import Manifest, new_directory
-from pipeline.data.tokens.chat import chat_format
+from pipeline.data.tokens.chat_format import chat_format
 from pipeline.data.tokens.template_date import FILE, date_of_run, fix_date, keep_date, writes_date
 
 DATED = "{{ '<|im_start|>system\nToday is ' + strftime_now('%d %b %Y %H:%M:%S') + '<|im_end|>\n' }}"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from actors.errors import UserError
-from pipeline.data.tokens.tokens import tokenize
+from pipeline.data.tokens.tokenize import tokenize
 from tests.pipeline.data.tokens.one_row import (
     CHATML,
     assistant,

@@ -15,7 +15,7 @@ from pipeline.data.reading.bad_rows import Skipped
 from pipeline.data.reading.records import Records, load_records
 from pipeline.data.spec import DataSpec
 from pipeline.data.tokens.kto_pairs import with_mismatched
-from pipeline.data.tokens.tokens import TokenizedData, TokenStats
+from pipeline.data.tokens.tokenize import TokenizedData, TokenStats
 
 
 def records(tmp_path: Path, rows: list[dict[str, Any]], **spec: Any) -> Records:

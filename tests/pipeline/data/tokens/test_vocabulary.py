@@ -11,7 +11,7 @@ from actors.errors import UserError
 from actors.models.tiny import byte_tokenizer
 from pipeline.data.reading.records import Records
 from pipeline.data.tokens.prompts import read_prompts
-from pipeline.data.tokens.tokens import tokenize
+from pipeline.data.tokens.tokenize import tokenize
 from tests.pipeline.data.reading.rows import load
 
 ROWS = [

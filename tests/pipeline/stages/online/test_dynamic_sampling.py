@@ -8,7 +8,7 @@ import pytest
 
 from actors.batches.generations import Generations
 from pipeline.data.reading.bad_rows import Skipped
-from pipeline.data.tokens.order import BatchOrder
+from pipeline.data.tokens.batch_order import BatchOrder
 from pipeline.data.tokens.prompts import PromptData
 from pipeline.stages.online.dynamic_sampling import sampler_of, substitutes
 from pipeline.stages.online.rewards import RewardComputer

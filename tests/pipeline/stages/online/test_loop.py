@@ -18,7 +18,7 @@ from actors.sync.spec import SyncSpec
 from actors.sync.weight_sync import WeightSync
 from pipeline.artifacts.identity import Decision, Identity
 from pipeline.data.reading.bad_rows import Skipped
-from pipeline.data.tokens.order import BatchOrder
+from pipeline.data.tokens.batch_order import BatchOrder
 from pipeline.data.tokens.prompts import PromptData
 from pipeline.stages.online import loop as rl
 from pipeline.stages.online.loop import RlContext, RlLoop

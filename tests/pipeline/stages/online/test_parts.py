@@ -11,7 +11,7 @@ from actors.batches.trajectories import trajectories
 from actors.errors import UserError
 from pipeline.config.run_config import RunConfig
 from pipeline.data.reading.bad_rows import Skipped
-from pipeline.data.tokens.order import BatchOrder
+from pipeline.data.tokens.batch_order import BatchOrder
 from pipeline.data.tokens.prompts import PromptData
 from pipeline.stages.online.estimates import TokenScores, estimate
 from pipeline.stages.online.loop import joined, lengths

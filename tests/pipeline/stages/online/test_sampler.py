@@ -118,7 +118,7 @@ def test_batches_are_drawn_together_where_weights_may_change_meanwhile() -> None
         both.wait()
         return Engines().sample(step)
 
-    assert Prefetcher(sample, 1, 2, together=True).take(0).samples.n_samples == 1
+    assert len(Prefetcher(sample, 1, 2, together=True).take(0).samples.finish) == 1
 
 
 def test_what_fails_while_it_is_drawn_ahead_fails_the_step_that_waits_for_it() -> None:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from actors.errors import UserError
-from pipeline.data.reading.hints import STAGES_OF, no_layout, suggestion, written
+from pipeline.data.reading.field_values import is_blank
+from pipeline.data.reading.layout_hints import STAGES_OF, no_layout, suggestion, written
 from pipeline.data.reading.layouts import (
     ALIASES,
     Kind,
@@ -17,7 +18,6 @@ from pipeline.data.reading.layouts import (
     on_columns,
     rows_with,
 )
-from pipeline.data.reading.values import is_blank
 from pipeline.data.spec import DataSpec
 
 LOOKED_AT = 200

@@ -8,7 +8,7 @@ import pytest
 
 from actors.errors import UserError
 from actors.models.tiny import byte_tokenizer
-from pipeline.data.tokens.tokens import tokenize
+from pipeline.data.tokens.tokenize import tokenize
 from tests.pipeline.data.tokens.one_row import assistant, records, user
 
 TALE = "a king who went out to look for gold and " * 3

@@ -14,11 +14,11 @@ from pipeline.data.reading.bad_rows import (
     WRONG_TYPE,
     RowProblem,
 )
+from pipeline.data.reading.field_values import check_encodable
+from pipeline.data.reading.message_roles import calls_in
 from pipeline.data.reading.messages import Message, assistant, is_json_messages, text_of, user
-from pipeline.data.reading.roles import calls_in
 from pipeline.data.reading.row_view import RowView, check_text_or_messages
 from pipeline.data.reading.transcripts import glaive_turns, hh_answer, hh_prompt, is_hh_prompt
-from pipeline.data.reading.values import check_encodable
 
 
 class Converted(NamedTuple):

@@ -7,9 +7,9 @@ from functools import cached_property
 from typing import Any
 
 from actors.models.turn_ends import training_template
-from pipeline.data.tokens.chat import ChatFormat, chat_format, named_template
+from pipeline.data.tokens.chat_format import ChatFormat, chat_format, named_template
+from pipeline.data.tokens.completeness import Completeness
 from pipeline.data.tokens.control_tokens import ControlTokens
-from pipeline.data.tokens.rendered import Completeness
 
 
 class RowFormat:

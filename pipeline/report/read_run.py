@@ -15,10 +15,10 @@ import yaml
 
 from actors.errors import UserError
 from pipeline.report.routing import to_routing
+from pipeline.report.run_view import BASE, REWARD, EvalRow, RunView, StageView
 from pipeline.report.series import fair_share, to_series
 from pipeline.report.timeline import Call, last_execution, to_calls
-from pipeline.report.values import as_mapping, as_number, as_numbers, read_json, read_jsonl
-from pipeline.report.view import BASE, REWARD, EvalRow, RunView, StageView
+from pipeline.report.tolerant_reading import as_mapping, as_number, as_numbers, read_json, read_jsonl
 
 FIRST_STEP = "first training step"
 """The entry of `startup` that is a moment, not a cause."""

@@ -12,10 +12,10 @@ import pytest
 from actors.errors import UserError
 from actors.models.tiny import byte_tokenizer
 from pipeline.data.reading.bad_rows import RowProblem
+from pipeline.data.reading.field_values import finite_number, true_or_false, without_nulls
 from pipeline.data.reading.records import load_records
-from pipeline.data.reading.values import finite_number, true_or_false, without_nulls
 from pipeline.data.spec import DataSpec
-from pipeline.data.tokens.tokens import tokenize
+from pipeline.data.tokens.tokenize import tokenize
 from tests.pipeline.data.reading.rows import GOOD, USER, load, load_parquet
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.report.panels import charts, format_value
-from pipeline.report.reading import read_run
+from pipeline.report.read_run import read_run
 from pipeline.report.series import Series, fair_share, to_series
 
 

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pipeline.data.reading.bad_rows import RowProblem
-from pipeline.data.reading.convert import convert
+from pipeline.data.reading.convert_row import convert
+from pipeline.data.reading.field_values import true_or_false
 from pipeline.data.reading.layouts import ALIASES, Kind, Layout, column_of, layouts_for, on_columns, rows_with
-from pipeline.data.reading.raw import Row
-from pipeline.data.reading.values import true_or_false
+from pipeline.data.reading.raw_rows import Row
 from pipeline.data.spec import DataSpec
 
 STAGES_OF: dict[Kind, str] = {

@@ -11,11 +11,12 @@ from actors.errors import UserError
 from actors.models.tiny import byte_tokenizer
 from pipeline.data.reading.messages import Message
 from pipeline.data.reading.records import Records
-from pipeline.data.tokens.tokens import prompt_tokens, tokenize
+from pipeline.data.tokens.tokenize import tokenize
 from tests.pipeline.data.tokens.one_row import (
     CHATML,
     assistant,
     counted,
+    prompt_tokens,
     records,
     tokenizer_with,
     trl_template,

@@ -12,10 +12,10 @@ from actors.errors import UserError
 from pipeline.data.reading.bad_rows import LEFT_OUT, NOT_TRAINED, PROMPT_CHANGES, BadRow, RowGate, RowProblem
 from pipeline.data.reading.messages import Message
 from pipeline.data.reading.records import Record, Records
-from pipeline.data.tokens.chat import WHAT_TO_DO, ChatFormat, Span, Unmaskable
+from pipeline.data.tokens.chat_format import WHAT_TO_DO, ChatFormat, Span, Unmaskable
+from pipeline.data.tokens.chat_templates import RowFormat, Templates
+from pipeline.data.tokens.completeness import Rendering, last_end
 from pipeline.data.tokens.control_tokens import ControlTokens
-from pipeline.data.tokens.rendered import Rendering, last_end
-from pipeline.data.tokens.templates import RowFormat, Templates
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from pipeline.data.reading.bad_rows import NOT_TRAINED, WRONG_TYPE, RowProblem
-from pipeline.data.reading.values import true_or_false
+from pipeline.data.reading.field_values import true_or_false
 
 FLAGS = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_scale", "loss_mask")
 """Fields of a message: 1 or true trains it, 0 or false does not."""

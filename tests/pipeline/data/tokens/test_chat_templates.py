@@ -8,8 +8,16 @@ import pytest
 
 from actors.errors import UserError
 from pipeline.cli.chat_loop import question
-from pipeline.data.tokens.tokens import prompt_tokens, tokenize
-from tests.pipeline.data.tokens.one_row import CHATML, assistant, records, tokenizer_with, trl_template, user
+from pipeline.data.tokens.tokenize import tokenize
+from tests.pipeline.data.tokens.one_row import (
+    CHATML,
+    assistant,
+    prompt_tokens,
+    records,
+    tokenizer_with,
+    trl_template,
+    user,
+)
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Says the weather"}}]
 TOOL_USE = "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}" + CHATML

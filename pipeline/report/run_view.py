@@ -1,4 +1,4 @@
-"""A run as the report sees it: plain values. What fills them is `pipeline.report.reading`."""
+"""A run as the report sees it: plain values. What fills them is `pipeline.report.read_run`."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from pipeline.data.reading.bad_rows import LEFT_OUT, RowProblem
 from pipeline.data.reading.messages import Message
-from pipeline.data.tokens.chat import ChatFormat, Span, Unmaskable
-from pipeline.data.tokens.parts import Parts, StandIns, parts_of, parts_of_tools
+from pipeline.data.tokens.chat_format import ChatFormat, Span, Unmaskable
+from pipeline.data.tokens.message_parts import Parts, StandIns, parts_of, parts_of_tools
 from pipeline.data.tokens.tool_calls import leaves
 
 _SPACE = re.compile(r"\s+")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.data.reading.bad_rows import MISSING_COLUMN, TOO_DEEP, WRONG_TYPE, RowProblem
-from pipeline.data.reading.raw import MAX_DEPTH, is_too_deep, problem_of
+from pipeline.data.reading.raw_rows import MAX_DEPTH, is_too_deep, problem_of
 
 _TRUE = frozenset({"true", "yes", "1", "1.0", "desirable", "good", "chosen", "positive"})
 _FALSE = frozenset({"false", "no", "0", "0.0", "undesirable", "bad", "rejected", "negative"})

@@ -13,13 +13,13 @@ from pipeline.data.reading.bad_rows import (
     WRONG_TYPE,
     RowProblem,
 )
-from pipeline.data.reading.converters import BY_LAYOUT, Converted
-from pipeline.data.reading.flags import check_whole, untrained_turns
+from pipeline.data.reading.field_values import from_json, is_blank
+from pipeline.data.reading.layout_converters import BY_LAYOUT, Converted
 from pipeline.data.reading.layouts import Kind, Resolved
 from pipeline.data.reading.messages import Message, assistant, text_of, user
-from pipeline.data.reading.raw import Row
+from pipeline.data.reading.raw_rows import Row
 from pipeline.data.reading.row_view import RowView
-from pipeline.data.reading.values import from_json, is_blank
+from pipeline.data.reading.training_flags import check_whole, untrained_turns
 
 
 def convert(raw: Row, resolved: Resolved, kind: Kind) -> Converted:

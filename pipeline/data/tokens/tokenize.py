@@ -26,12 +26,12 @@ from pipeline.data.reading.bad_rows import (
     RowProblem,
     Skipped,
 )
+from pipeline.data.reading.field_values import finite_number
 from pipeline.data.reading.layouts import Kind
 from pipeline.data.reading.records import Record, Records
-from pipeline.data.reading.values import finite_number
-from pipeline.data.tokens.cut import Cut, Truncation
 from pipeline.data.tokens.encode import TokenRow, encode, token_ids_of
-from pipeline.data.tokens.texts import TextMaker
+from pipeline.data.tokens.row_texts import TextMaker
+from pipeline.data.tokens.truncation import Cut, Truncation
 from pipeline.data.tokens.vocabulary import Vocabulary
 
 
@@ -229,11 +229,6 @@ def prompt_rows(
         rows = [records[index] for index, _ in kept]
         records = replace(records, rows=rows, skipped=Skipped.merged([records.skipped, skipped]))
     return records, [text for _, text in kept], [ids[index] for index, _ in kept]
-
-
-def prompt_tokens(records: Records, tokenizer: Any) -> tuple[list[str], list[list[int]]]:
-    """Texts and token ids of `prompt_rows`."""
-    return prompt_rows(records, tokenizer)[1:]
 
 
 class _Tails:
