@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import os
 import socket
 import sys
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.cluster.environment import ray_environment
-from actors.cluster.fast_start.lean_ray import lean_cluster
+from actors.cluster.environment import import_root, ray_environment
+from actors.cluster.fast_start import ForkServer, lean_cluster
+from actors.cluster.ray_private import head_address, mute_raylet, unmute_raylet, use_token
 from actors.cluster.spec import RoleSpec, bundle
 from actors.errors import RunFailure, UserError
 
@@ -24,6 +25,7 @@ NOT_STARTED = (
 OBJECT_STORE_BYTES = 512 * 2**20
 """Object store of a local cluster. Batches are small and what doesn't fit is spilled to disk; Ray's own
 choice, 30 % of the memory, makes it warn wherever /dev/shm is smaller (64 MiB in a plain container)."""
+PLAIN_START = "plain start (ray.fast_start: false)"
 
 
 REACH_S = 5.0
@@ -41,6 +43,8 @@ class Cluster:
     """Totals over all nodes: CPU, GPU, custom."""
     seconds: float
     """Time to start or to connect."""
+    how: str
+    """One line for the log: connected, started fast or plain, and why not faster."""
 
 
 def start_ray(
@@ -48,13 +52,15 @@ def start_ray(
     *,
     num_cpus: float | None = None,
     object_store_memory: int | None = None,
-    fork_server: str | None = None,
+    fast_start: bool = True,
+    fork_server: ForkServer | None = None,
 ) -> Cluster:
     """Connect to the cluster at `address` (or of this Ray job), or start one that ends with this process.
 
     Takes about a second, most of it waiting: call it from a thread and read data meanwhile. When the process
     is killed with -9, the kernel takes the local cluster down with it: head and node at once, actors within
-    4 s. `fork_server`: address of the one that a local cluster's workers come from.
+    4 s. `fast_start` and `fork_server` are for a local cluster: start only the processes of Ray's that a run
+    needs (`actors.cluster.fast_start`); where its workers come from.
 
     Raises:
         UserError: there is no cluster at `address`, or its Ray or Python version differs.
@@ -67,25 +73,22 @@ def start_ray(
     import ray
 
     began = time.monotonic()
+    how = "was connected already"
     if not ray.is_initialized():
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
         if local:
-            settings = {
+            settings = quiet | {
                 "num_cpus": num_cpus if num_cpus is not None else local_resources()["CPU"],
                 "include_dashboard": False,
                 "object_store_memory": object_store_memory or OBJECT_STORE_BYTES,
             }
-            try:
-                with lean_cluster(fork_server):
-                    ray.init(address="local", **settings, **quiet)
-            except Exception as error:  # a bare one where Ray's processes don't come up in time
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                raise RunFailure("ray", "start", reason, NOT_STARTED) from error
+            how = _start_local(settings, fast_start, fork_server)
         else:
             _connect(str(address), quiet)
-    _mute_raylet()
-    seconds = time.monotonic() - began
-    return Cluster(local, ray.get_runtime_context().gcs_address, _totals(ray.cluster_resources()), seconds)
+            how = f"connected to the cluster at {address}"
+    mute_raylet()
+    seconds, gcs_address = time.monotonic() - began, ray.get_runtime_context().gcs_address
+    return Cluster(local, gcs_address, _totals(ray.cluster_resources()), seconds, f"ray: {how}")
 
 
 def is_local(address: str | None) -> bool:
@@ -101,6 +104,7 @@ def stop_ray() -> None:
         import ray
 
         ray.shutdown()
+        unmute_raylet()
 
 
 def check_cluster(roles: Mapping[str, RoleSpec], *, num_cpus: float | None = None) -> None:
@@ -160,6 +164,19 @@ def local_resources() -> dict[str, float]:
     return {"CPU": cpus, "GPU": float(gpus)}
 
 
+def _start_local(settings: Mapping[str, Any], fast: bool, fork_server: ForkServer | None) -> str:
+    """Start a local cluster; how that was done."""
+    import ray
+
+    try:
+        with lean_cluster(fork_server) if fast else contextlib.nullcontext(PLAIN_START) as how:
+            ray.init(address="local", **settings)
+    except Exception as error:  # a bare one where Ray's processes don't come up in time
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise RunFailure("ray", "start", reason, NOT_STARTED) from error
+    return how
+
+
 def _connect(address: str, quiet: Mapping[str, Any]) -> None:
     import ray
 
@@ -180,15 +197,13 @@ def _head_of(address: str) -> str:
     Raises:
         UserError: nothing is there. Ray itself would try for ten minutes.
     """
-    from ray._private.services import canonicalize_bootstrap_address
-
     if "://" in address:
         raise UserError(
             f"ray.address: {address} is a Ray Client address; give host:port of the cluster's head and run "
             "on one of its machines, or send the run there with `raylign submit`"
         )
     try:
-        head = canonicalize_bootstrap_address(address)
+        head = head_address(address)
         if head is None:
             raise UserError(f"ray.address: {address}, but no cluster was started here with `ray start`")
         host, _, port = head.rpartition(":")
@@ -211,12 +226,7 @@ def _match_tokens(head: str) -> None:
     """
     if "RAY_AUTH_MODE" in os.environ or not _asks_for_token(head):
         return
-    from ray._private.authentication.authentication_token_setup import (
-        maybe_enable_token_auth_if_token_available,
-    )
-
-    logging.getLogger("ray").setLevel(logging.ERROR)  # it would announce the token
-    if not maybe_enable_token_auth_if_token_available(warn_if_disabled=False):
+    if not use_token(head):
         raise UserError(
             f"ray.address: the cluster at {head} asks for a token and there is none here: copy the head's "
             "~/.ray/auth_token, or name the file in RAY_AUTH_TOKEN_PATH"
@@ -235,20 +245,9 @@ def _asks_for_token(head: str) -> bool:
     return False
 
 
-def _mute_raylet() -> None:
-    """Keep Ray's half page per dead worker off the terminal: whoever waits for the worker reports its death.
-
-    Ray prints it from a thread of the driver whatever `log_to_driver` says, and has no setting for that.
-    """
-    from ray._private import worker
-
-    if hasattr(worker, "print_to_stdstream"):
-        worker.print_to_stdstream = lambda *args, **kwargs: None
-
-
 def _make_importable() -> None:
     """Let the workers of a local cluster import what this process runs, installed or from a checkout."""
-    root = str(Path(__file__).resolve().parents[2])
+    root = import_root()
     known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if root not in known:
         os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, known)])

@@ -3,6 +3,15 @@ telemetry, no noise."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+
+def import_root() -> str:
+    """The directory that `actors` is imported from: on the path of every process that a run starts."""
+    package = sys.modules[__name__.partition(".")[0]]
+    return str(Path(str(package.__file__)).resolve().parents[1])
+
 
 def ray_environment() -> dict[str, str]:
     """For the process that calls `ray.init`; a local cluster's processes inherit it."""

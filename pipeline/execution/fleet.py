@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from actors.cluster.connection import check_cluster, is_local, start_ray, stop_ray
 from actors.cluster.environment import actor_environment
-from actors.cluster.fast_start.fork_server import ForkServer
+from actors.cluster.fast_start import ForkServer
 from actors.cluster.futures import GroupFuture, WorkerFuture
 from actors.cluster.spec import RoleSpec
 from actors.cluster.worker_group import HOST, HOST_MODULES, ROLLOUT, WorkerGroup, host_group, rollout_group
@@ -48,6 +48,10 @@ class Fleet:
         self._facts: Future[WorkerFuture] | None = None
         self._later: list[str] = []
         self._fork_server: ForkServer | None = None
+        self.ray_line: str | None = None
+        """How Ray was started or connected to, one line; None before it was."""
+        self._imports_apart: str | None = None
+        """Why each process makes its own imports; None: the fork server makes them for all."""
         # Lives as long as the fleet: Linux ties a local cluster's end to the thread that started it.
         self._thread = ThreadPoolExecutor(1, "start-ray")
 
@@ -71,16 +75,27 @@ class Fleet:
     # --- Start ----------------------------------------------------------------------------------
 
     def preload_imports(self) -> None:
-        """Where all processes of the run are to be on this machine and its CPUs: let one of them make the
-        imports for all (`actors.cluster.fast_start`). Elsewhere, and on GPUs, each process makes its own."""
-        roles = self._likely()
-        specs = self._specs(roles).values()
-        threads = {spec.threads for spec in specs}  # Read when torch is loaded, so the same in all.
-        if not is_local(self.config.ray.address) or "policy" not in roles or len(threads) > 1:
-            return
-        if not any(spec.gpus for spec in specs):
-            env = actor_environment(threads.pop(), one_node=True)
+        """Let one process make the imports for all (`actors.cluster.fast_start`), where all processes of the
+        run are to be on this machine and its CPUs. Elsewhere each process makes its own."""
+        specs = self._specs(self._likely())
+        self._imports_apart = self._why_apart(specs)
+        if self._imports_apart is None:
+            env = actor_environment(specs["policy"].threads, one_node=True)
             self._fork_server = ForkServer(HOST_MODULES, env, self.directory.logs / "fork-server.log")
+
+    def _why_apart(self, specs: Mapping[str, RoleSpec]) -> str | None:
+        """Why each process has to make its own imports; None: one can make them for all."""
+        if not is_local(self.config.ray.address):
+            return "they run on a cluster"
+        if not self.config.ray.fast_start:
+            return "ray.fast_start is false"
+        if "policy" not in specs:
+            return "none of them trains"
+        if (
+            len({spec.threads for spec in specs.values()}) > 1
+        ):  # Read when torch is loaded, so the same in all.
+            return "roles have different threads"
+        return "a role has GPUs" if any(spec.gpus for spec in specs.values()) else None
 
     def prestart(self) -> None:
         """On a local cluster: let Ray and the first processes' imports begin while the driver reads on.
@@ -152,12 +167,16 @@ class Fleet:
         if not self._ray:
             spec = self.config.ray
             self._ray = True
-            start_ray(
+            cluster = start_ray(
                 spec.address,
                 num_cpus=spec.num_cpus,
                 object_store_memory=spec.object_store_memory,
-                fork_server=self._fork_server.address if self._fork_server is not None else None,
+                fast_start=spec.fast_start,
+                fork_server=self._fork_server,
             )
+            self.ray_line = cluster.how
+            if spec.fast_start and self._imports_apart is not None:
+                self.ray_line += f"; processes make their own imports: {self._imports_apart}"
         # An engine has most to import: its process comes first.
         for name in sorted(roles, key=lambda name: name != "rollout"):
             self._group(name)

@@ -101,6 +101,8 @@ class Run:
             if graph.pending:
                 self.directory.record(began=self.began)
             fleet.start(graph)
+            if fleet.ray_line is not None:
+                self.progress.note(fleet.ray_line)
             if graph.untested and graph.pending:
                 check_parity(self.config.model, fleet.rollout(), self.progress.note)
             self.stop.arm()

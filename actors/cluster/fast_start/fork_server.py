@@ -1,4 +1,4 @@
-"""Imports once for all processes of a run on one machine.
+"""A process that makes the imports of all processes of a run on one machine, once.
 
 torch, transformers and peft take 4 seconds of CPU time to import, in every rank anew; on a laptop with two
 cores that was half of a start. One process here imports them while Ray starts, and every worker of the local
@@ -28,11 +28,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from actors.cluster.environment import import_root
+
 STOP_S = 2.0
 """How long the server has to end when it is told to; it has nothing to save."""
 
 LONGEST_DIRECTORY = 70
-"""Characters; what is put behind it to make the socket's path has less than 30."""
+"""Characters of a directory for the socket; the rest of the socket's path has less than 30."""
 
 
 class ForkServer:
@@ -48,9 +50,9 @@ class ForkServer:
             prefix="raylign-fork-", dir=where, ignore_cleanup_errors=True
         )
         self.address = str(Path(self._directory.name) / "socket")
+        self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        root = str(Path(__file__).resolve().parents[3])
-        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        path = os.pathsep.join([import_root(), *filter(None, [os.environ.get("PYTHONPATH")])])
         # Made here, so that a worker finds it however late the server itself is.
         with socket.socket(socket.AF_UNIX) as listener, log.open("a") as output:
             listener.bind(self.address)
@@ -81,8 +83,11 @@ class ForkServer:
 
 
 def serve(listener: socket.socket, driver: int, modules: Sequence[str]) -> list[str] | None:
-    """Import, then fork at every request. Returns twice over: in the server None, at its end; in each forked
-    process the command line that it is to run."""
+    """Import, then fork at every request.
+
+    Returns in more than one process, as `os.fork` does: in the server None, when it ends; in each forked
+    process the command line that this one has to run.
+    """
     end_with(driver)
     print(f"--- fork-server pid {os.getpid()} {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
     # As Ray's own processes: an interrupt at the terminal is for the driver, which saves and then ends them.
@@ -123,7 +128,8 @@ def import_all(modules: Sequence[str]) -> bool:
 
 
 def fork(connection: socket.socket) -> list[str] | None:
-    """Make the process that one request asks for; there, what it is to run. None in the server."""
+    """Fork the process that one request asks for. Returns in both: None in the server, in the forked process
+    the command line that it has to run."""
     word, streams, _, _ = socket.recv_fds(connection, 1, 3)
     try:
         order = json.loads(b"".join(iter(lambda: connection.recv(65_536), b"")))
@@ -141,7 +147,8 @@ def fork(connection: socket.socket) -> list[str] | None:
 
 
 def become(order: Mapping[str, Any], streams: Sequence[int]) -> list[str]:
-    """In a forked process: take the place of the one that asked; what to run."""
+    """In a forked process: take over streams, environment and directory of the process that asked; returns
+    the command line to run."""
     try:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)

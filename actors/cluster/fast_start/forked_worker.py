@@ -1,8 +1,8 @@
-"""Command that a local cluster runs as a worker: hands the start over to the fork server (`fork_server.py`).
+"""Command that a local cluster runs as a worker: asks the fork server (`fork_server.py`) to start it.
 
 Ray starts it as it would start its own worker, with the same arguments. It sends them to the server, together
-with its environment and its standard streams, and is gone as soon as a process there has taken its place.
-Where there is no server (any more), it becomes Ray's own worker by itself: a start is then slow, not wrong.
+with its environment and its standard streams, and ends as soon as a process there has taken its place.
+Where no server answers, this process becomes Ray's own worker by itself: the start is then slower, not wrong.
 """
 
 from __future__ import annotations

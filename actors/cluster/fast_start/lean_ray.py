@@ -1,27 +1,34 @@
-"""A local Ray cluster without the processes that only serve people who look at clusters.
+"""A local Ray cluster without the processes that serve only its dashboard.
 
-`ray.init` of a local cluster also starts an autoscaler, a server for Ray's web pages (even with
-`include_dashboard=False`), a reader of log files, and on its node two agents, for statistics and for runtime
+`ray.init` of a local cluster also starts an autoscaler, the dashboard's server (even with
+`include_dashboard=False`), a log monitor, and on its node two agents, for statistics and for runtime
 environments. A run on one machine needs none of them, and waits for some: without them a local cluster is up
 in a third of the time (benchmarks/startup.py). Its workers can come from a fork server.
-Ray has no setting for it. The names below are Ray's own; one that a release renames is left alone, and a test
-says so. The command line of a node's process is touched for the releases that it was tried with.
+Ray has no setting for it. The names below are Ray's own; one that a release renames is left alone, the log
+of the run says so, and a test fails. The command line of a node's process is changed only for the releases
+that this was tried with.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from actors.cluster.ray_private import private
+
+if TYPE_CHECKING:
+    from actors.cluster.fast_start.fork_server import ForkServer
 
 NOT_NEEDED = ("start_monitor", "start_api_server", "start_log_monitor")
 """Methods of `ray._private.node.Node`, each of which starts one such process."""
 EXTRAS = "get_dashboard_dependency_error"
-"""Function of `ray._private.utils` that imports what Ray's web pages need, in the driver too; where it finds
+"""Function of `ray._private.utils` that imports what Ray's dashboard needs, in the driver too; where it finds
 something missing (as in an installation without `ray[default]`), Ray's agent starts with less."""
 STARTER = "start_ray_process"
 """Function of `ray._private.services` that starts a node's processes, from their command lines."""
@@ -47,40 +54,63 @@ PRESTARTED = "--num_prestart_python_workers"
 
 
 @contextlib.contextmanager
-def lean_cluster(fork_server: str | None = None) -> Iterator[None]:
+def lean_cluster(fork_server: ForkServer | None = None) -> Iterator[str]:
     """While it lasts, `ray.init` starts a local cluster's head with what actors need.
 
-    `fork_server`: address of the `ForkServer` that its workers come from.
+    Gives one line that says what is left out and, where this Ray isn't as expected, what is not and why.
+    `fork_server`: where its workers come from.
     """
     import ray
-    import ray._private.services as services
-    import ray._private.utils as utils
-    from ray._private.node import Node
 
     changed: list[tuple[Any, str, Any]] = []
+    missing: list[str] = []
 
-    def put(owner: Any, name: str, value: Any) -> None:
-        if hasattr(owner, name):
-            changed.append((owner, name, getattr(owner, name)))
+    def put(owner: Any, name: str, value: Any) -> Any:
+        found = getattr(owner, name, None)
+        if found is None:
+            missing.append(name)
+        else:
+            changed.append((owner, name, found))
             setattr(owner, name, value)
+        return found
 
+    node = private("ray._private.node", "Node")
     for name in NOT_NEEDED:
-        put(Node, name, lambda self, *args, **kwargs: None)
-    put(utils, EXTRAS, lambda: "not asked for")
-    start = getattr(services, STARTER, None)
+        put(node, name, lambda self, *args, **kwargs: None)
+    put(_module("ray._private.utils"), EXTRAS, lambda: "not asked for")
+    tried = ray.__version__.startswith(TRIED)
+    address = fork_server.address if fork_server is not None else None
 
     def start_leaner(command: list[str], process_type: str, *args: Any, **kwargs: Any) -> Any:
-        assert start is not None
-        if process_type == "raylet" and ray.__version__.startswith(TRIED):
-            command = lean_node(command, fork_server)
+        if process_type == "raylet" and tried:
+            command = lean_node(command, address)
         return start(command, process_type, *args, **kwargs)
 
-    put(services, STARTER, start_leaner)
+    start = put(_module("ray._private.services"), STARTER, start_leaner)
     try:
-        yield
+        yield _said(ray.__version__, missing, tried and start is not None, fork_server)
     finally:
         for owner, name, value in changed:
             setattr(owner, name, value)
+
+
+def _module(name: str) -> Any:
+    """A module of Ray's; None where this Ray has none of that name."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def _said(version: str, missing: Sequence[str], node: bool, fork_server: ForkServer | None) -> str:
+    """One line for the log, from the names that this Ray lacks and whether its node is started leaner."""
+    why = [f"it has no {', '.join(missing)}"] if missing else []
+    if not node:
+        why.append(f"agents and workers start in Ray's own way, other ones were tried with Ray {TRIED}x only")
+    line = "fast start" if not why else f"fast start in part, as this is Ray {version}: {'; '.join(why)}"
+    if fork_server is not None and node:
+        line += f"; workers are forked from process {fork_server.pid}, see {fork_server.log}"
+    return line
 
 
 def lean_node(command: Sequence[str], fork_server: str | None) -> list[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 
 from actors.cluster.connection import check_cluster, local_resources, shortages, start_ray
+from actors.cluster.environment import import_root
 from actors.cluster.spec import RoleSpec, bundle
 from actors.errors import RunFailure, UserError
 
@@ -71,6 +73,10 @@ def test_an_address_without_a_cluster_is_refused_at_once(address: str, says: str
     with pytest.raises(UserError, match=says):
         start_ray(address)
     assert time.monotonic() - began < 10
+
+
+def test_what_a_run_starts_imports_from_where_this_process_does(repository: Path) -> None:
+    assert Path(import_root()) == repository
 
 
 def test_a_local_cluster_that_does_not_come_up_is_a_failure_with_what_to_do(

@@ -17,14 +17,14 @@ DRIVER = """
 import sys
 from pathlib import Path
 from actors.cluster.connection import start_ray
-from actors.cluster.fast_start.fork_server import ForkServer
+from actors.cluster.fast_start import ForkServer
 from actors.cluster.worker_group import WorkerGroup
 from actors.cluster.spec import LimitsSpec, RoleSpec
 
 def main():
     logs = Path(sys.argv[1])
     server = ForkServer(["numpy"], {}, logs / "fork-server.log") if sys.argv[2] == "forked" else None
-    start_ray(num_cpus=2, fork_server=server.address if server else None)
+    start_ray(num_cpus=2, fork_server=server)
     group = WorkerGroup("policy", RoleSpec(workers=2), LimitsSpec(), logs).start().ready()
     pids = group.pids()
     group.build("duties:Duty", distributed=True).result()

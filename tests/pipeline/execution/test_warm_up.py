@@ -55,13 +55,14 @@ def test_a_local_run_on_cpus_imports_once_with_its_roles_threads(
     "settings",
     [
         {"ray": {"address": "head:6379"}},
+        {"ray": {"fast_start": False}},
         {"roles": {"policy": {"gpus": 1}}},
         {
             "roles": {"policy": {"threads": 2}, "rollout": {"workers": 1}},
             "eval": {"data": {"source": "builtin:arithmetic", "split": "test"}},
         },
     ],
-    ids=["cluster", "gpus", "threads differ"],
+    ids=["cluster", "switched off", "gpus", "threads differ"],
 )
 def test_elsewhere_each_process_imports_for_itself(
     settings: dict[str, Any], tmp_path: Path, started: list[tuple[Any, ...]]

@@ -1,9 +1,13 @@
-"""A local cluster without the processes that only serve people who look at clusters."""
+"""A local cluster without the processes that serve only its dashboard."""
 
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
+import pytest
+
+from actors.cluster.fast_start import ForkServer
 from actors.cluster.fast_start.lean_ray import (
     AGENT_PORTS,
     AGENTS,
@@ -58,6 +62,60 @@ def test_what_was_changed_is_put_back() -> None:
         during = names()
     assert not set(during) & set(before)
     assert names() == before
+
+
+def test_the_line_for_the_log_says_where_workers_come_from(tmp_path: Path) -> None:
+    with lean_cluster() as line:
+        assert line == "fast start"
+    server = ForkServer([], {}, tmp_path / "server.log")
+    with lean_cluster(server) as line:
+        assert line == f"fast start; workers are forked from process {server.pid}, see {server.log}"
+    server.stop()
+
+
+def test_a_name_that_ray_lacks_is_left_alone_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import utils
+    from ray._private.node import Node
+
+    monkeypatch.delattr(Node, "start_log_monitor")
+    monkeypatch.delattr(utils, EXTRAS)
+    before = Node.start_monitor
+    with lean_cluster() as line:
+        assert Node.start_monitor is not before
+        assert not hasattr(Node, "start_log_monitor")
+    assert "it has no start_log_monitor, get_dashboard_dependency_error" in line
+    assert Node.start_monitor is before
+    assert not hasattr(Node, "start_log_monitor")
+
+
+def test_a_module_that_ray_lacks_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    for name in ("node", "utils", "services"):
+        monkeypatch.setitem(sys.modules, f"ray._private.{name}", None)
+    with lean_cluster() as line:
+        assert "it has no start_monitor, start_api_server, start_log_monitor" in line
+        assert "agents and workers start in Ray's own way" in line
+
+
+@pytest.mark.parametrize("version", ["2.60.1", "2.61.0"])
+def test_only_a_release_that_was_tried_has_its_nodes_command_line_changed(
+    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+    from ray._private import services
+
+    started: list[list[str]] = []
+    monkeypatch.setattr(ray, "__version__", version)
+    monkeypatch.setattr(services, STARTER, lambda command, *args, **kwargs: started.append(command))
+    server = ForkServer([], {}, tmp_path / "server.log")
+    with lean_cluster(server) as line:
+        services.start_ray_process(NODE, "raylet")
+    server.stop()
+    tried = version.startswith(TRIED)
+    assert (started == [NODE]) == (not tried)
+    assert ("workers are forked" in line) == tried
+    assert ("this is Ray 2.61.0: agents and workers start in Ray's own way" in line) == (not tried)
 
 
 def test_a_nodes_agents_do_nothing_and_its_other_options_stay() -> None:

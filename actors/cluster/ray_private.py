@@ -1,0 +1,107 @@
+"""Private parts of Ray that a connection uses, each with what is done on a Ray that lacks it.
+
+`ray._private` changes without notice. Everything here was tried with `TRIED`; what only makes a start faster
+is in `actors.cluster.fast_start`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import Any
+
+from actors.errors import UserError
+
+TRIED = "2.60"
+"""Release of Ray that has all names of this module."""
+_WORKER, _PRINT = "ray._private.worker", "print_to_stdstream"
+_SERVICES, _FIND = "ray._private.services", "canonicalize_bootstrap_address"
+_TOKENS = "ray._private.authentication.authentication_token_setup"
+_USE_TOKEN = "maybe_enable_token_auth_if_token_available"
+
+_printed_before: Any = None
+"""Ray's own function while `mute_raylet` stands in for it."""
+
+
+def private(module: str, name: str) -> Any:
+    """`module.name` of the installed Ray; None where it has no such module or name."""
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+
+
+def head_address(address: str) -> str | None:
+    """host:port of a cluster's head, from `auto` or host:port; None for `auto` where no cluster was started.
+
+    Raises:
+        UserError: `auto`, and this Ray has no function that looks the address up.
+        ValueError: neither `auto` nor host:port.
+    """
+    find = private(_SERVICES, _FIND)
+    if find is not None:
+        found: str | None = find(address)
+        return found
+    if address == "auto":
+        raise UserError(
+            f"ray.address: auto can't be looked up: Ray {_version()} has no {_SERVICES}.{_FIND}, which Ray "
+            f"{TRIED} has; give host:port of the cluster's head, or install ray=={TRIED}.*"
+        )
+    host, _, port = address.rpartition(":")
+    if not host:
+        raise ValueError(f"no host in {address!r}")
+    return f"{host}:{int(port)}"
+
+
+def use_token(head: str) -> bool:
+    """Let this process show its token to the cluster at `head`; False when it has none.
+
+    Raises:
+        UserError: this Ray has no function that does it.
+    """
+    use = private(_TOKENS, _USE_TOKEN)
+    if use is None:
+        raise UserError(
+            f"ray.address: the cluster at {head} asks for a token, and Ray {_version()} has no "
+            f"{_TOKENS}.{_USE_TOKEN}, which Ray {TRIED} has; set the variable RAY_AUTH_MODE=token, or "
+            f"install ray=={TRIED}.*"
+        )
+    log = logging.getLogger("ray")
+    before = log.level
+    log.setLevel(logging.ERROR)  # it would announce the token
+    try:
+        return bool(use(warn_if_disabled=False))
+    finally:
+        log.setLevel(before)
+
+
+def mute_raylet() -> None:
+    """Keep Ray's half page per dead worker off the terminal until `unmute_raylet`: whoever waits for the
+    worker reports its death.
+
+    Ray prints it from a thread of the driver whatever `log_to_driver` says, and has no setting for that. With
+    a Ray that lacks the function, the half page is printed.
+    """
+    global _printed_before
+    found = private(_WORKER, _PRINT)
+    if _printed_before is None and found is not None:
+        _printed_before = found
+        setattr(importlib.import_module(_WORKER), _PRINT, _print_nothing)
+
+
+def unmute_raylet() -> None:
+    """Put Ray's own function back."""
+    global _printed_before
+    if _printed_before is not None:
+        setattr(importlib.import_module(_WORKER), _PRINT, _printed_before)
+        _printed_before = None
+
+
+def _print_nothing(*args: Any, **kwargs: Any) -> None:
+    """In place of Ray's `print_to_stdstream`."""
+
+
+def _version() -> str:
+    import ray
+
+    return str(ray.__version__)
