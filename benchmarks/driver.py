@@ -73,15 +73,16 @@ def steps(policy: Any, rollout: Any, samples: int, scratch: Path) -> list[dict[s
     from actors.rollout.pool import RolloutPool
     from actors.sync.spec import SyncSpec
     from actors.sync.weight_sync import WeightSync
+    from actors.trainer.remote import ModelWorkers
     from pipeline.stages.online.loop import RlContext, RlLoop
     from pipeline.stages.views import View
 
     stage = prepared(samples)
     probes = [ids[:33] for ids in stage.data.token_ids[:4]]
     sync = WeightSync(policy, rollout, SyncSpec(), "base", "policy", probes)
-    view = View(policy, "policy")
+    view = View(ModelWorkers(policy), "policy")
     ctx = RlContext(
-        host=policy, role="policy", directory=scratch, identity=None, dtype="float32", logging_steps=1,
+        directory=scratch, identity=None, dtype="float32", logging_steps=1,
         starts_as_reference=True, stop_asked=lambda: False, on_step=_nothing, on_log=_nothing,
         policy=view, reference=view, critic=None, reward_models={}, sync=sync,
         rollout=RolloutPool(rollout, sync.restore),

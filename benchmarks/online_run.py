@@ -47,7 +47,7 @@ def _pin(loop: Any) -> None:
 
     for wanted in filter(None, os.environ.get(CORES, "").split(",")):
         role, _, core = wanted.partition(":")
-        group = loop.ctx.rollout.group if role == "rollout" else getattr(loop.ctx, role).group
+        group = loop.ctx.rollout.group if role == "rollout" else getattr(loop.ctx, role).workers.group
         for pid in group.pids():
             pin(pid, {int(core)})
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from actors.algorithms.loss import Loss
 from actors.algorithms.sft import SftLoss
 from actors.batches.batch import Batch
 from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
+from actors.trainer.remote import ModelWorkers, host_group
 from actors.trainer.spec import HostSpec, OptimSpec
 from benchmarks.meter import Effort, Meter, Reading, peak_rss_bytes
 from benchmarks.workloads import BETA, LEARNING_RATE, LORA_ALPHA, LORA_R, Workload, batches, make_rows
@@ -22,22 +24,19 @@ AHEAD = 2
 """Steps in flight, as in the product's training loop."""
 ROLE = "policy"
 
-Call = Callable[..., Any]
-"""(method, *args, phase) -> something with `result()`, which is the first rank's answer."""
-
 
 def through_actor(workload: Workload, base: Path, effort: Effort, threads: int) -> dict[str, Any]:
     """As `raylign run` does it: Ray, one rank in an actor of its own, steps submitted ahead."""
     from actors.cluster.connection import start_ray, stop_ray
     from actors.cluster.spec import LimitsSpec, RoleSpec
-    from actors.cluster.worker_group import HOST, host_group
 
     start_ray()
     with tempfile.TemporaryDirectory(prefix="raylign-bench-") as logs:
         group = host_group(ROLE, RoleSpec(threads=threads, cpus=1), LimitsSpec(), logs).start()
         try:
-            group.build(HOST, _host_spec(base)).result()
-            return measure(workload, base, effort, group.submit, group.pids())
+            workers = ModelWorkers(group)
+            workers.build(_host_spec(base)).result()
+            return measure(workload, base, effort, workers, group.pids())
         finally:
             group.shutdown()
             stop_ray()
@@ -58,33 +57,41 @@ def without_ray(workload: Workload, base: Path, effort: Effort, threads: int) ->
         def result(self) -> list[Any]:
             return [self._value]
 
-    def call(method: str, *args: Any, phase: str = "call", **kwargs: Any) -> Done:
-        return Done(getattr(host, method)(*args, **kwargs))
+    class Here:
+        """A group of one rank that works at once, in this process."""
 
-    return measure(workload, base, effort, call, [os.getpid()])
+        def submit(self, method: str, *args: Any, phase: str = "call") -> Done:
+            return Done(operator.attrgetter(method)(host)(*args))
+
+        def call(self, method: str, *args: Any, phase: str = "call") -> list[Any]:
+            return self.submit(method, *args).result()
+
+    return measure(workload, base, effort, ModelWorkers(Here()), [os.getpid()])  # type: ignore[arg-type]
 
 
-def measure(workload: Workload, base: Path, effort: Effort, call: Call, pids: list[int]) -> dict[str, Any]:
+def measure(
+    workload: Workload, base: Path, effort: Effort, workers: ModelWorkers, pids: list[int]
+) -> dict[str, Any]:
     """Train; in DPO first with the reference computed on the way, then with its log-probabilities at hand."""
     supply = batches(workload, make_rows(workload, effort.batches * workload.batch_rows, base))
     loss: Loss = SftLoss() if workload.objective == "sft" else DpoLoss(beta=BETA)
-    call("add_adapter", ROLE, phase="load").result()
-    call("prepare_training", ROLE, _optimizer(), 1_000_000, phase="load").result()
+    workers.add_adapter(ROLE)
+    workers.prepare_training(ROLE, _optimizer(), 1_000_000)
     meter = Meter(effort, pids)
     if workload.objective == "sft":
-        readings = {"train": _train(call, supply, loss, meter)}
+        readings = {"train": _train(workers, supply, loss, meter)}
     else:
-        cold = _train(call, _with_reference(call, supply), loss, meter)
-        cached = list(islice(_with_reference(call, supply), effort.batches))
-        warm = _train(call, _again(cached), loss, meter)
+        cold = _train(workers, _with_reference(workers, supply), loss, meter)
+        cached = list(islice(_with_reference(workers, supply), effort.batches))
+        warm = _train(workers, _again(cached), loss, meter)
         readings = {"cold": cold, "warm": warm}
     return {"readings": readings, "peak_rss_bytes": peak_rss_bytes(pids)}
 
 
-def _train(call: Call, supply: Iterator[Batch], loss: Loss, meter: Meter) -> Reading:
+def _train(workers: ModelWorkers, supply: Iterator[Batch], loss: Loss, meter: Meter) -> Reading:
     step = 0
     for batch in islice(supply, meter.effort.warm_up_steps):
-        call("update", batch, loss, step, phase="update").result()
+        workers.update(batch, loss, step).result()
         step += 1
     flying: deque[tuple[int, Any]] = deque()
     meter.start()
@@ -92,7 +99,7 @@ def _train(call: Call, supply: Iterator[Batch], loss: Loss, meter: Meter) -> Rea
     while flying or not enough:
         if not enough:
             batch = next(supply)
-            flying.append((batch.n_tokens, call("update", batch, loss, step, phase="update")))
+            flying.append((batch.n_tokens, workers.update(batch, loss, step)))
             step += 1
         while len(flying) > (0 if enough else AHEAD):
             tokens, pending = flying.popleft()
@@ -101,7 +108,7 @@ def _train(call: Call, supply: Iterator[Batch], loss: Loss, meter: Meter) -> Rea
     return meter.reading
 
 
-def _with_reference(call: Call, supply: Iterator[Batch]) -> Iterator[Batch]:
+def _with_reference(workers: ModelWorkers, supply: Iterator[Batch]) -> Iterator[Batch]:
     """Each batch with the bare base's log-probabilities (reference: {share: policy}).
 
     One batch is asked for ahead. That of the first measured step is therefore done before the clock
@@ -111,7 +118,7 @@ def _with_reference(call: Call, supply: Iterator[Batch]) -> Iterator[Batch]:
     while True:
         while len(asked) <= 1:
             batch = next(supply)
-            asked.append((batch, call("logprobs", batch, None, phase="logprobs")))
+            asked.append((batch, workers.logprobs(batch, None)))
         batch, pending = asked.popleft()
         logps = pending.result()[0]
         yield batch.with_columns(ref_chosen_logps=logps[0::2], ref_rejected_logps=logps[1::2])

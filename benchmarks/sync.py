@@ -65,9 +65,10 @@ def measure(bases: list[str], payloads: list[str], turns: int) -> list[dict[str,
     """Syncs of all payloads on each base, one after the other in the same two processes."""
     from actors.cluster.connection import start_ray, stop_ray
     from actors.cluster.spec import LimitsSpec, RoleSpec
-    from actors.cluster.worker_group import ROLLOUT, host_group, rollout_group
     from actors.models.tiny import write_tiny_base
+    from actors.rollout.group import ROLLOUT, rollout_group
     from actors.rollout.spec import EngineSpec
+    from actors.trainer.remote import host_group
 
     found: list[dict[str, Any]] = []
     start_ray()
@@ -90,18 +91,19 @@ def _syncs(
 ) -> list[dict[str, Any]]:
     from actors.algorithms.sft import SftLoss
     from actors.batches.batch import Batch
-    from actors.cluster.worker_group import HOST
     from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
     from actors.sync.spec import SyncSpec
     from actors.sync.weight_sync import WeightSync
+    from actors.trainer.remote import ModelWorkers
     from actors.trainer.spec import HostSpec, OptimSpec
 
     lora = LoraSpec(r=LORA_R, lora_alpha=LORA_ALPHA, targets=["attention", "experts"])
     model = ModelSpec(base=str(base), lora=lora, moe=MoeSpec(router_aux_loss_coef=0.0))
-    policy.build(HOST, HostSpec(model=model)).result()
-    policy.call("add_adapter", ROLE, phase="load")
+    workers = ModelWorkers(policy)
+    workers.build(HostSpec(model=model)).result()
+    workers.add_adapter(ROLE)
     optim = OptimSpec(learning_rate=LEARNING_RATE, lr_scheduler_type="constant")
-    policy.call("prepare_training", ROLE, optim, 1_000, phase="load")
+    workers.prepare_training(ROLE, optim, 1_000)
     generator = np.random.default_rng(0)
     probes = generator.integers(3, 256, size=(PROBES, PROBE_TOKENS)).tolist()
     batch = Batch.from_sequences(probes, [np.arange(PROBE_TOKENS) > 0] * PROBES)
@@ -112,7 +114,7 @@ def _syncs(
     pids = {"trainer": policy.pids(), "engine": rollout.pids()}
     for turn in range(-WARM_UP, turns):
         for payload in payloads if turn % 2 else reversed(payloads):
-            policy.call("update", batch, SftLoss(), version, phase="update")
+            workers.update(batch, SftLoss(), version).result()
             sync.spec = SyncSpec(**PAYLOADS[payload])
             version += 1
             before = {side: cpu_seconds(pids[side]) for side in pids}

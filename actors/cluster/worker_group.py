@@ -14,25 +14,12 @@ import numpy as np
 
 from actors.batches.batch import Batch
 from actors.cluster import futures as waiting
-from actors.cluster.environment import actor_environment, engine_environment
+from actors.cluster.environment import actor_environment
 from actors.cluster.futures import GroupFuture, WorkerFuture
 from actors.cluster.health import Event, Members, State
 from actors.cluster.spec import LimitsSpec, Phase, RoleSpec, bundle
 from actors.cluster.worker import Worker
 from actors.errors import RunFailure
-
-HOST = "actors.trainer.model_host:ModelHost"
-HOST_MODULES = (
-    "torch",
-    "transformers",
-    "transformers.models.auto.modeling_auto",
-    "peft",
-    "actors.trainer.model_host",
-)
-"""What a training rank needs before it can load a base, imported while the driver reads its data."""
-ROLLOUT = "actors.rollout.engine:RolloutEngine"
-ROLLOUT_MODULES = ("torch", "vllm", "vllm.entrypoints.llm")
-"""What an engine needs before it can load a model."""
 
 AGAIN = "run the same command again: it goes on from the last checkpoint"
 
@@ -330,20 +317,6 @@ class WorkerGroup:
 
     def _log(self, rank: int) -> Path:
         return self.log_dir / f"{self.who(rank)}.log"
-
-
-def host_group(name: str, role: RoleSpec, limits: LimitsSpec, log_dir: str | Path) -> WorkerGroup:
-    """A group for `HOST`: training ranks, reference ranks. Not started yet."""
-    return WorkerGroup(name, role, limits, log_dir, preload=HOST_MODULES)
-
-
-def rollout_group(
-    role: RoleSpec, limits: LimitsSpec, log_dir: str | Path, name: str = "rollout"
-) -> WorkerGroup:
-    """A group for `ROLLOUT`: independent vLLM engines. Not started yet."""
-    return WorkerGroup(
-        name, role, limits, log_dir, preload=ROLLOUT_MODULES, env=engine_environment(role.gpus > 0)
-    )
 
 
 def _once(value: Any) -> Any:

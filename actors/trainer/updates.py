@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from actors.algorithms.loss import Loss
 from actors.batches.batch import Batch
@@ -27,7 +26,7 @@ class HostTraining(HostScoring):
 
     def prepare_training(
         self, role: str | None, spec: OptimSpec, total_steps: int, keep: bool = False
-    ) -> dict[str, Any]:
+    ) -> dict[str, int]:
         """Let exactly this adapter and its head train (None: every parameter of the base), with a fresh
         optimizer.
 

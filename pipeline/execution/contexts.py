@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts.weights import Weights
 from pipeline.evaluation.pairs import Scorer
-from pipeline.execution.hosts import Host, adapter_name, critic_name
+from pipeline.execution.hosts import adapter_name, critic_name
 from pipeline.execution.stage_card import write_stage_card
 from pipeline.stages.offline.reference import ReferenceFeed
 from pipeline.stages.offline.train import TrainContext
@@ -17,7 +17,6 @@ from pipeline.stages.prepared import PreparedRl
 from pipeline.stages.views import View
 
 if TYPE_CHECKING:
-    from actors.cluster.worker_group import WorkerGroup
     from actors.sync.channel import Backend
     from pipeline.execution.fleet import Fleet
     from pipeline.planning.nodes import Node
@@ -41,7 +40,7 @@ class Contexts:
 
     def train_context(self, node: Node, reference: ReferenceFeed | None, events: Events) -> TrainContext:
         """The policy with this stage's own adapter, started from its input, and the rest of the context."""
-        return TrainContext(**self._common(node, events), reference=reference)
+        return TrainContext(**self._common(node, events, self._policy(node)), reference=reference)
 
     def rl_context(self, node: Node, stage: PreparedRl, events: Events, tokenizer: Any) -> RlContext:
         """A view for every role of an online stage, the engines, and the sync between policy and engines."""
@@ -52,20 +51,19 @@ class Contexts:
         # The engines read the base while the ranks do.
         rollout, wanted = self.fleet.rollout(), stage.spec.sync
         loading = load_base(rollout, node.start.base)
-        common = self._common(node, events)
+        policy = self._policy(node)
         # A probe's first token has nothing before it to be predicted from.
         usable = [ids for ids in stage.data.token_ids if len(ids) > 1]
         probes = [ids[: wanted.probe_tokens + 1] for ids in usable[: wanted.probes]]
         on_gpus = self.config.roles.policy.gpus > 0 and self.config.roles.rollout.gpus > 0
         backend: Backend = "nccl" if on_gpus else "gloo"
         sync = WeightSync(
-            common["host"], rollout, wanted, node.start.base, common["role"], probes, backend, loading
+            policy.workers.group, rollout, wanted, node.start.base, policy.role, probes, backend, loading
         )
         pool = RolloutPool(rollout, sync.restore, in_flight=wanted.in_flight == "keep")
         sync.bring_back = pool.bring_back
         return RlContext(
-            **common,
-            policy=View(common["host"], common["role"]),
+            **self._common(node, events, policy),
             reference=self._reference(node),
             critic=self._critic(node, node.critic) if node.critic is not None else None,
             reward_models={
@@ -78,11 +76,9 @@ class Contexts:
             replay_compare_steps=self.config.model.moe.router_replay_compare_steps,
         )
 
-    def _common(self, node: Node, events: Events) -> dict[str, Any]:
-        host = self.fleet.ready_host("policy", node, node.start)
+    def _common(self, node: Node, events: Events, policy: View) -> dict[str, Any]:
         return {
-            "host": host.group,
-            "role": self._trainable(host, node),
+            "policy": policy,
             "directory": node.directory,
             "identity": node.identity,
             "dtype": self.config.model.dtype,
@@ -97,7 +93,7 @@ class Contexts:
     def _view(self, role: str, node: Node, weights: Weights, model: str) -> View:
         """A role that doesn't train: the weights of `model`, on the role's own host or on the policy's."""
         host = self.fleet.ready_host(getattr(self.config.roles, role).share or role, node, weights)
-        return View(host.group, host.view(weights, adapter_name(model)))
+        return host.view(weights, adapter_name(model))
 
     def _reference(self, node: Node) -> View:
         """The reference of a stage that has one."""
@@ -110,40 +106,41 @@ class Contexts:
         """An adapter of its own with a value head, from the weights that `critic_init` names."""
         source = self._view("critic", node, start, self.config.critic_init_of(node.name) or node.init)
         name = critic_name(node.name)
-        _start_adapter(source.group, source.role, name)
-        source.group.call("add_head", name, phase="load")
-        return View(source.group, name)
+        critic = _start_adapter(source, name)
+        critic.workers.add_head(name)
+        return critic
 
-    def _trainable(self, host: Host, node: Node) -> str | None:
-        """A new adapter of this stage, equal to the weights that it starts from."""
+    def _policy(self, node: Node) -> View:
+        """A new adapter of this stage, equal to the weights that it starts from; without LoRA the base."""
+        host = self.fleet.ready_host("policy", node, node.start)
         if self.config.model.lora is None:
             host.holds = node.identity.fingerprint
-            return None
+            return View(host.workers, None)
         name = adapter_name(node.name)
-        _start_adapter(host.group, host.view(node.start, adapter_name(node.init)), name)
+        policy = _start_adapter(host.view(node.start, adapter_name(node.init)), name)
         if node.spec.makes == "reward_model":
-            host.group.call("add_head", name, "normal", phase="load")
+            host.workers.add_head(name, "normal")
         host.adapters[name] = node.identity.fingerprint
-        return name
+        return policy
 
     def pair_scorer(self, node: Node, made: Weights) -> Scorer:
         """Scores of pairs by the reward model that a stage has made, on the policy's ranks."""
         host = self.fleet.ready_host("policy", node, made)
-        role = host.view(made, adapter_name(node.name))
-        return lambda batch: host.group.call("scores", batch, role, phase="evaluate")[0]
+        view = host.view(made, adapter_name(node.name))
+        return lambda batch: view.scores(batch, phase="evaluate").result()[0]
 
     def reference_feed(self, node: Node) -> ReferenceFeed | None:
         """Reference log-probabilities of an offline stage, already being computed; None: it needs none."""
         feed = self.fleet.feeds.get(node.name)
         if feed is not None and not feed.cached:
-            view = self._reference(node)
-            feed.start(view.group, view.role)
+            feed.start(self._reference(node))
         return feed
 
 
-def _start_adapter(group: WorkerGroup, source: str | None, name: str) -> None:
+def _start_adapter(source: View, name: str) -> View:
     """A trainable adapter `name`, equal to `source`, or fresh on the bare base."""
-    if source is None:
-        group.call("add_adapter", name, None, True, phase="load")
+    if source.role is None:
+        source.workers.add_adapter(name)
     else:
-        group.call("copy_adapter", source, name, True, phase="load")
+        source.workers.copy_adapter(source.role, name, trainable=True)
+    return View(source.workers, name)

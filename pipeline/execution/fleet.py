@@ -13,9 +13,11 @@ from actors.cluster.environment import actor_environment
 from actors.cluster.fast_start import ForkServer
 from actors.cluster.futures import GroupFuture, WorkerFuture
 from actors.cluster.spec import RoleSpec
-from actors.cluster.worker_group import HOST, HOST_MODULES, ROLLOUT, WorkerGroup, host_group, rollout_group
+from actors.cluster.worker_group import WorkerGroup
 from actors.models.facts import BaseFacts, base_facts
 from actors.rollout.engine import EngineSpec
+from actors.rollout.group import ROLLOUT, rollout_group
+from actors.trainer.remote import HOST_MODULES, ModelWorkers, host_group
 from pipeline.artifacts.manifest import MANIFEST
 from pipeline.artifacts.run_directory import RunDirectory
 from pipeline.artifacts.weights import Weights
@@ -42,10 +44,10 @@ class Fleet:
         self.feeds: dict[str, ReferenceFeed] = {}
         """Of DPO stages, by name."""
         self._rollout_asked = False
-        self._rollout: GroupFuture | None = None
+        self._rollout: GroupFuture[float] | None = None
         self._ray = False
         self._starting: Future[None] | None = None
-        self._facts: Future[WorkerFuture] | None = None
+        self._facts: Future[WorkerFuture[BaseFacts]] | None = None
         self._later: list[str] = []
         self._fork_server: ForkServer | None = None
         self.ray_line: str | None = None
@@ -118,7 +120,7 @@ class Fleet:
         asked = self._facts
         return (lambda: base_facts(self.config.model)) if asked is None else (lambda: asked.result().result())
 
-    def _ask_facts(self, starting: Future[None]) -> WorkerFuture:
+    def _ask_facts(self, starting: Future[None]) -> WorkerFuture[BaseFacts]:
         starting.result()  # What kept Ray from starting is the failure to tell.
         target = f"{base_facts.__module__}:{base_facts.__name__}"
         return self._group("policy").submit_work(0, target, self.config.model, phase="start")
@@ -230,12 +232,10 @@ class Fleet:
         host = self._hosts.get(name)
         if host is not None and fits(host, spec, weights):
             return host
-        group = self._group(name)
+        workers = ModelWorkers(self._group(name))
         gpu = getattr(self.config.roles, name).gpus > 0
-        building = group.build(
-            HOST, spec.model_copy(update={"device": "cuda" if gpu else "cpu"}), distributed=True
-        )
-        host = self._hosts[name] = Host(group, spec, weights, building)
+        building = workers.build(spec.model_copy(update={"device": "cuda" if gpu else "cpu"}))
+        host = self._hosts[name] = Host(workers, spec, weights, building)
         return host
 
     def release(self) -> None:
@@ -251,7 +251,7 @@ class Fleet:
         host.ready()
         self.startup.setdefault(f"wait for {name}", round(time.monotonic() - began, 2))
         spec = node.spec
-        host.group.call("set_batching", spec.packing, spec.max_tokens_per_micro_batch)
+        host.workers.set_batching(spec.packing, spec.max_tokens_per_micro_batch)
         return host
 
     def rollout(self) -> WorkerGroup:
@@ -264,7 +264,7 @@ class Fleet:
             self._rollout = None
         return self._group("rollout")
 
-    def _build_rollout(self) -> GroupFuture | None:
+    def _build_rollout(self) -> GroupFuture[float] | None:
         """Let the engines' actors be made, unless they were; None when that is done."""
         if not self._rollout_asked:
             engine = EngineSpec(

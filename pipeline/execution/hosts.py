@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from actors.cluster.worker_group import GroupFuture, WorkerGroup
+from actors.cluster.futures import GroupFuture
+from actors.trainer.remote import ModelWorkers
 from actors.trainer.spec import HostSpec
 from pipeline.artifacts.weights import Weights
+from pipeline.stages.views import View
 
 if TYPE_CHECKING:
     from actors.cluster.spec import RoleSpec
@@ -30,9 +32,11 @@ def critic_name(stage: str) -> str:
 class Host:
     """A group of ranks with one base, and which artifacts' adapters it holds by now."""
 
-    def __init__(self, group: WorkerGroup, spec: HostSpec, weights: Weights, building: GroupFuture) -> None:
-        self.group, self.spec, self.base = group, spec, weights.base
-        self._building: GroupFuture | None = building
+    def __init__(
+        self, workers: ModelWorkers, spec: HostSpec, weights: Weights, building: GroupFuture[float]
+    ) -> None:
+        self.workers, self.spec, self.base = workers, spec, weights.base
+        self._building: GroupFuture[float] | None = building
         self.holds = weights.fingerprint
         """Fingerprint of the weights that the base's own parameters are (full fine-tuning moves them)."""
         self.adapters: dict[str, str] = {}
@@ -42,14 +46,14 @@ class Host:
         building, self._building = self._building, None
         return max(building.result()) if building else 0.0
 
-    def view(self, weights: Weights, name: str) -> str | None:
-        """Role name under which this host computes with the given weights; loads their adapter if needed."""
+    def view(self, weights: Weights, name: str) -> View:
+        """The given weights as adapter `name` of these ranks; loads it if needed."""
         if weights.adapter is None:
-            return None
+            return View(self.workers, None)
         if self.adapters.get(name) != weights.fingerprint:
-            self.group.call("add_adapter", name, weights.adapter, False, phase="load")
+            self.workers.add_adapter(name, weights.adapter, trainable=False)
             self.adapters[name] = weights.fingerprint
-        return name
+        return View(self.workers, name)
 
 
 def fits(host: Host, spec: HostSpec, weights: Weights) -> bool:

@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from actors.errors import UserError
 from pipeline.artifacts.identity import Identity
 from pipeline.artifacts.manifest import MANIFEST, Manifest, new_directory, verify, versions, write_json
 from pipeline.stages.prepared import Prepared
 
 if TYPE_CHECKING:
-    from actors.cluster.worker_group import WorkerGroup
+    from pipeline.stages.views import View
 
 
 class Stopped(Exception):
@@ -26,9 +24,8 @@ class Stopped(Exception):
 class StageContext:
     """What every stage is given to work with, beside its data and loss."""
 
-    host: WorkerGroup
-    role: str | None
-    """Adapter that trains; None trains every parameter."""
+    policy: View
+    """The role that trains; without an adapter every parameter does."""
     directory: Path
     identity: Identity
     dtype: str
@@ -75,18 +72,15 @@ def sound_checkpoint(path: Path, manifest: Manifest) -> Path:
 
 def finish(stage: Prepared, ctx: StageContext, last: dict[str, Any], seconds: float) -> Manifest:
     """Write the artifact, then the stage's manifest: only then is the stage done."""
-    place = "model" if ctx.role is None else "adapter"
+    place = "model" if ctx.policy.role is None else "adapter"
     kind = place if stage.spec.makes == "policy" else stage.spec.makes
     metrics = {name: value for name, value in last.items() if isinstance(value, int | float)}
     with new_directory(ctx.directory / place, ctx.manifest(kind, stage, metrics=metrics)) as aside:
-        if ctx.role is None:
-            ctx.host.call("save_model", str(aside), phase="save")
-        else:
-            ctx.host.call("save_adapter", ctx.role, str(aside), phase="save")
+        ctx.policy.save(str(aside))
         ctx.card(aside, metrics)
-    load = ctx.host.call_rank(0, "router_load", ctx.role, phase="call")
+    load = ctx.policy.router_load()
     if load is not None:
-        write_json(ctx.directory / "router_load.json", {"load": np.asarray(load).tolist()})
+        write_json(ctx.directory / "router_load.json", {"load": load.tolist()})
     manifest = ctx.manifest(kind, stage, metrics=metrics, step=stage.total_steps, seconds=round(seconds, 3))
     made = ctx.directory / place
     inner = Manifest.model_validate_json((made / MANIFEST).read_text())

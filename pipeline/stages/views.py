@@ -1,19 +1,23 @@
-"""Roles as an online stage calls them: an adapter on the ranks of some group."""
+"""Roles as a stage calls them: an adapter on the ranks of some model workers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from actors.algorithms.loss import Loss
     from actors.batches.batch import Batch
-    from actors.cluster.worker_group import GroupFuture, WorkerGroup
+    from actors.cluster.futures import GroupFuture
+    from actors.trainer.remote import ModelWorkers, SharedBatch
     from actors.trainer.spec import OptimSpec
 
 
-def put(batch: Batch) -> Any:
+def put(batch: Batch) -> SharedBatch:
     """A batch in the object store: written there once, however many roles and ranks read it."""
     import ray
 
@@ -22,57 +26,90 @@ def put(batch: Batch) -> Any:
 
 @dataclass(frozen=True)
 class View:
-    """What one role computes with. Batches may be references into the object store."""
+    """One role: an adapter, with or without a head, on the model workers that compute it."""
 
-    group: WorkerGroup
+    workers: ModelWorkers
     role: str | None
     """Adapter; None is the bare base."""
 
     @property
     def host(self) -> str:
         """Name of the processes that this role runs on."""
-        return self.group.name
+        return self.workers.group.name
 
-    def token_logprobs(self, batch: Any, temperature: float) -> GroupFuture:
+    def shares_ranks_with(self, other: View) -> bool:
+        """True where one call waits for the other's: the same processes do both."""
+        return self.workers.group is other.workers.group
+
+    # --- Numbers --------------------------------------------------------------------------------
+
+    def token_logprobs(self, batch: SharedBatch, temperature: float) -> GroupFuture[np.ndarray]:
         """float64 (counted tokens,), from every rank."""
-        return self.group.submit("token_logprobs", batch, self.role, temperature, phase="logprobs")
+        return self.workers.token_logprobs(batch, self.role, temperature)
 
-    def values(self, batch: Any) -> GroupFuture:
+    def logprobs(self, batch: SharedBatch, ld_alpha: float | None = None) -> GroupFuture[np.ndarray]:
+        """float64 (sequences,), from every rank: summed as a DPO loss with this `ld_alpha` sums them."""
+        return self.workers.logprobs(batch, self.role, ld_alpha)
+
+    def values(self, batch: SharedBatch) -> GroupFuture[np.ndarray]:
         """float64 (counted tokens,): the value head at the state before each, from every rank."""
-        return self.group.submit("values", batch, self.role, phase="logprobs")
+        return self.workers.values(batch, self._adapter)
 
-    def scores(self, batch: Any) -> GroupFuture:
+    def scores(
+        self, batch: SharedBatch, *, phase: Literal["logprobs", "evaluate"] = "logprobs"
+    ) -> GroupFuture[np.ndarray]:
         """float64 (samples,): the score head at each sample's last token, from every rank."""
-        return self.group.submit("scores", batch, self.role, phase="logprobs")
+        return self.workers.scores(batch, self._adapter, phase=phase)
 
-    def update(self, batch: Any, loss: Loss, number: int) -> GroupFuture:
-        """Optimizer step `number` of this role; metrics from every rank."""
-        return self.group.submit("update", batch, loss, number, self.role, phase="update")
+    def evaluate(self, batch: SharedBatch, loss: Loss) -> dict[str, float]:
+        """The loss and its metrics over a batch, without dropout or gradient."""
+        return self.workers.evaluate(batch, loss, self.role)
 
-    def prepare(self, optim: OptimSpec, total: int, *, keep: bool = False) -> None:
-        """Let this role train; `keep`: roles prepared before it on the same ranks train on."""
-        self.group.call("prepare_training", self.role, optim, total, keep=keep, phase="load")
-
-    def save_checkpoint(self, directory: str) -> None:
-        self.group.call("save_checkpoint", directory, self.role, phase="save")
-
-    def load_checkpoint(self, directory: str) -> None:
-        self.group.call("load_checkpoint", directory, self.role, phase="restore")
-
-    def router_load(self) -> Any:
+    def router_load(self) -> np.ndarray | None:
         """int64 (layers, experts): tokens per expert in this role's last update; None if there is none."""
-        return self.group.call_rank(0, "router_load", self.role, phase="call")
+        return self.workers.router_load(self.role)
 
-    def route_agreement(self) -> Any:
-        """float64 (layers,): share of given experts that the routers of the group's ranks would have chosen
-        too, in the last log-probabilities of a batch with experts."""
-        return self.group.call_rank(0, "route_agreement", phase="call")
+    def route_agreement(self) -> np.ndarray | None:
+        """float64 (layers,): share of given experts that the routers of these ranks would have chosen too, in
+        the last log-probabilities of a batch with experts."""
+        return self.workers.route_agreement()
 
     def frozen_digest(self) -> str:
         """Of all that must not move on the ranks of this role; every rank takes part, if it has slices."""
-        return str(self.group.call("frozen_digest", phase="call")[0])
+        return self.workers.frozen_digest()
+
+    # --- Training -------------------------------------------------------------------------------
+
+    def prepare(self, optim: OptimSpec, total: int, *, keep: bool = False) -> None:
+        """Let this role train; `keep`: roles prepared before it on the same ranks train on."""
+        self.workers.prepare_training(self.role, optim, total, keep)
+
+    def update(self, batch: SharedBatch, loss: Loss, number: int) -> GroupFuture[dict[str, float]]:
+        """Optimizer step `number` of this role; metrics from every rank."""
+        return self.workers.update(batch, loss, number, self.role)
+
+    def save_checkpoint(self, directory: str | Path) -> None:
+        """Write all that training needs to go on bit for bit."""
+        self.workers.save_checkpoint(directory, self.role)
+
+    def load_checkpoint(self, directory: str | Path) -> None:
+        """Go on from a checkpoint, after `prepare` with the same settings."""
+        self.workers.load_checkpoint(directory, self.role)
+
+    def save(self, directory: str | Path) -> None:
+        """Write what was trained: the adapter with its head, or the whole model of a role without one."""
+        if self.role is None:
+            self.workers.save_model(directory)
+        else:
+            self.workers.save_adapter(self.role, directory)
+
+    @property
+    def _adapter(self) -> str:
+        """The adapter of a role that has a head."""
+        assert self.role is not None, "the bare base has no head"
+        return self.role
 
 
 def frozen_digests(views: Iterable[View]) -> dict[str, str]:
-    """Of all that must not move on each host that serves some of these roles, by the host's name."""
+    """Of all that must not move on each group of ranks that serves some of these roles, by its name."""
     return {name: view.frozen_digest() for name, view in {view.host: view for view in views}.items()}

@@ -14,7 +14,8 @@ from pipeline.data.tokens.batch_order import BatchOrder
 from pipeline.data.tokens.tokenize import TokenizedData
 
 if TYPE_CHECKING:
-    from actors.cluster.worker_group import GroupFuture, WorkerGroup
+    from actors.cluster.futures import GroupFuture
+    from pipeline.stages.views import View
 
 FILE = "logps.arrow"
 
@@ -56,9 +57,9 @@ class ReferenceLogps:
         self._chunk_of = np.full(data.n_rows, -1, dtype=np.int64)
         for number, rows in enumerate(self._chunks):
             self._chunk_of[rows] = number
-        self._waiting: deque[tuple[np.ndarray, GroupFuture]] = deque()
+        self._waiting: deque[tuple[np.ndarray, GroupFuture[np.ndarray]]] = deque()
         self._submitted = self._done = 0
-        self._ask: Callable[[int], GroupFuture] | None = None
+        self._ask: Callable[[int], GroupFuture[np.ndarray]] | None = None
         self.cached = not self._chunks
 
     def _unknown(self) -> np.ndarray:
@@ -75,14 +76,13 @@ class ReferenceLogps:
             table = pa.ipc.open_file(source).read_all()
         return np.stack([table[name].to_numpy() for name in self._columns], axis=1)
 
-    def start(self, group: WorkerGroup, role: str | None) -> None:
+    def start(self, view: View) -> None:
         """Begin on the first chunks, without waiting for them."""
         if self.cached:
             return
 
-        def ask(number: int) -> GroupFuture:
-            batch = self.data.batch(self._chunks[number])
-            return group.submit("logprobs", batch, role, self.ld_alpha, phase="logprobs")
+        def ask(number: int) -> GroupFuture[np.ndarray]:
+            return view.logprobs(self.data.batch(self._chunks[number]), self.ld_alpha)
 
         self._ask = ask
         self._fill(0)
@@ -104,7 +104,7 @@ class ReferenceLogps:
         self._fill(number + 1)
         while self._done <= number:
             rows, pending = self._waiting.popleft()
-            self.logps[rows] = np.asarray(pending.result()[0]).reshape(-1, len(self._columns))
+            self.logps[rows] = pending.result()[0].reshape(-1, len(self._columns))
             self._done += 1
         if self._done == len(self._chunks):
             self._keep()
@@ -156,9 +156,9 @@ class ReferenceFeed:
         assert self.held_out is not None
         return self.held_out.columns(rows)
 
-    def start(self, group: WorkerGroup, role: str | None) -> None:
+    def start(self, view: View) -> None:
         for part in self.parts():
-            part.start(group, role)
+            part.start(view)
 
     def finish(self) -> None:
         for part in self.parts():

@@ -17,7 +17,7 @@ from pipeline.stages.metrics import MetricsLog
 from pipeline.stages.prepared import PreparedStage
 
 if TYPE_CHECKING:
-    from actors.cluster.worker_group import GroupFuture
+    from actors.cluster.futures import GroupFuture
     from pipeline.stages.offline.reference import ReferenceFeed
 from pipeline.stages.context import StageContext, Stopped, finish, sound_checkpoint
 
@@ -41,16 +41,16 @@ def train(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> Manife
         RunFailure: a rank failed, overran a deadline, or an invariant did not hold.
     """
     began = time.monotonic()
-    ctx.host.call("prepare_training", ctx.role, stage.spec.optim_spec(), stage.total_steps, phase="load")
+    ctx.policy.prepare(stage.spec.optim_spec(), stage.total_steps)
     step = restore(ctx, decision)
-    frozen = ctx.host.call("frozen_digest", phase="call")[0]
+    frozen = ctx.policy.frozen_digest()
     log = MetricsLog(
         ctx.directory / "metrics.jsonl",
         resume_at=step,
         every=ctx.logging_steps,
         checkpoint=decision.checkpoint,
     )
-    in_flight: deque[tuple[int, GroupFuture]] = deque()
+    in_flight: deque[tuple[int, GroupFuture[dict[str, float]]]] = deque()
 
     def collect() -> None:
         number, pending = in_flight.popleft()
@@ -66,7 +66,7 @@ def train(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> Manife
     try:
         while step < stage.total_steps:
             batch = with_reference(stage, ctx.reference, step)
-            in_flight.append((step, ctx.host.submit("update", batch, stage.loss, step, phase="update")))
+            in_flight.append((step, ctx.policy.update(batch, stage.loss, step)))
             step += 1
             stopping = ctx.stop_asked()
             saving = stopping or (step % stage.spec.save_steps == 0 and step < stage.total_steps)
@@ -81,7 +81,7 @@ def train(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> Manife
                 raise Stopped(f"{stage.name} at step {step} of {stage.total_steps}")
         if stage.eval_data is not None:
             ctx.on_log(log.write({"step": step, **evaluate_loss(stage, ctx)}))
-        check_unmoved(stage.name, frozen, ctx.host.call("frozen_digest", phase="call")[0])
+        check_unmoved(stage.name, frozen, ctx.policy.frozen_digest())
         return finish(stage, ctx, log.last, time.monotonic() - began)
     finally:
         log.close()
@@ -101,7 +101,7 @@ def evaluate_loss(stage: PreparedStage, ctx: TrainContext) -> dict[str, float]:
         batch = held_out
         if ctx.reference is not None:
             batch = held_out.with_columns(**ctx.reference.eval_columns(chunk))
-        metrics = ctx.host.call("evaluate", batch, stage.loss, ctx.role, phase="evaluate")[0]
+        metrics = ctx.policy.evaluate(batch, stage.loss)
         rows += len(chunk)
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + value * len(chunk)
@@ -113,7 +113,7 @@ def restore(ctx: TrainContext, decision: Decision) -> int:
     if decision.state != "partial" or decision.checkpoint is None or decision.manifest is None:
         return 0
     path = sound_checkpoint(decision.checkpoint, decision.manifest)
-    ctx.host.call("load_checkpoint", str(path), phase="restore")
+    ctx.policy.load_checkpoint(str(path))
     return int(decision.manifest.step or 0)
 
 
@@ -121,7 +121,7 @@ def save_checkpoint(stage: PreparedStage, ctx: TrainContext, step: int, log: Met
     """Write a checkpoint whole, then remove those beyond `save_total_limit`."""
     path = ctx.directory / f"checkpoint-{step}"
     with new_directory(path, ctx.manifest("checkpoint", stage, step=step)) as aside:
-        ctx.host.call("save_checkpoint", str(aside), phase="save")
+        ctx.policy.save_checkpoint(str(aside))
         log.save(aside)
     for old in checkpoints(ctx.directory)[stage.spec.save_total_limit :]:
         shutil.rmtree(old)

@@ -35,7 +35,7 @@ from pipeline.stages.views import View, put
 
 if TYPE_CHECKING:
     from actors.algorithms.loss import Loss
-    from actors.cluster.worker_group import GroupFuture
+    from actors.cluster.futures import GroupFuture
     from actors.rollout.pool import RolloutPool
     from actors.sync.report import SyncReport
     from actors.sync.weight_sync import WeightSync
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 class RlContext(StageContext):
     """What an online stage is given to work with: a view for each role, the engines, and their sync."""
 
-    policy: View
     reference: View
     critic: View | None
     reward_models: dict[str, View]
@@ -121,7 +120,7 @@ class RlLoop:
             texts = self.sampler.texts(sampled.samples)
             rewards = scoring(texts)
         with clock("logprobs"):
-            scores = TokenScores(**{name: np.asarray(one.result()[0]) for name, one in asked.items()})
+            scores = TokenScores(**{name: one.result()[0] for name, one in asked.items()})
         estimates = self.objective.estimate(batch, rewards.values, scores, self.kl.beta)
         checked = self.check(step, sampled, batch, scores, estimates)
         with clock("update"):
@@ -143,7 +142,7 @@ class RlLoop:
 
     def submit_scores(
         self, batch: Batch, step: int, sampled: SampledBatch
-    ) -> tuple[dict[str, GroupFuture], Callable[[list[str]], Rewards]]:
+    ) -> tuple[dict[str, GroupFuture[np.ndarray]], Callable[[list[str]], Rewards]]:
         """Ask all models about the samples, without waiting: token scores by field, and what turns the
         samples' texts into rewards.
 
@@ -152,7 +151,7 @@ class RlLoop:
         """
         shared, ctx, temperature = put(batch), self.ctx, self.spec.temperature
         unrouted = shared if batch.experts is None else put(batch.unrouted())
-        asked: dict[str, GroupFuture] = {}
+        asked: dict[str, GroupFuture[np.ndarray]] = {}
         if not self.objective.on_policy or not self.compared or batch.experts is not None:
             asked["old_logps"] = ctx.policy.token_logprobs(shared, temperature)
         if batch.experts is not None and ctx.replay_compare_steps and step % ctx.replay_compare_steps == 0:
@@ -209,7 +208,7 @@ class RlLoop:
         """Optimizer steps of policy and critic over the samples; means of their metrics."""
         first = self.stage.updates_before(step)
         learns = step >= self.stage.critic_warmup_steps
-        asked: list[tuple[str, GroupFuture]] = []
+        asked: list[tuple[str, GroupFuture[dict[str, float]]]] = []
         parts = self.objective.minibatches(estimates.batch.n_rows, samples, self.stage.seed, step)
         for number, rows in enumerate(parts, start=first):
             part = put(estimates.batch.select(rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,7 +29,8 @@ from pipeline.rewards.functions import (
 from pipeline.stages.views import View
 
 if TYPE_CHECKING:
-    from actors.cluster.worker_group import GroupFuture
+    from actors.cluster.futures import GroupFuture
+    from actors.trainer.remote import SharedBatch
     from pipeline.stages.specs.registry import RlStage
 
 
@@ -57,13 +58,13 @@ class RewardComputer:
         self.names = reward_names(spec.rewards)
         self._functions = {one.source: function_of(one) for one in spec.rewards if one.kind != "model"}
 
-    def submit(self, batch: Any) -> dict[str, GroupFuture]:
+    def submit(self, batch: SharedBatch) -> dict[str, GroupFuture[np.ndarray]]:
         """Let the reward models begin."""
         return {source: view.scores(batch) for source, view in self.models.items()}
 
     def result(
         self,
-        pending: Mapping[str, GroupFuture],
+        pending: Mapping[str, GroupFuture[np.ndarray]],
         prompts: PromptData,
         texts: Sequence[str],
         samples: Generations,
@@ -83,7 +84,7 @@ class RewardComputer:
         rows, notes = [], []
         for one in self.spec.rewards:
             if one.kind == "model":
-                scores = np.asarray(pending[one.source].result()[0], dtype=np.float64)
+                scores = pending[one.source].result()[0]
                 # Unlike a function's None, a model's NaN is no way of passing a sample over.
                 check_finite(**{f"reward '{one.name}'": scores})
                 rows.append(scores)

@@ -81,7 +81,7 @@ def prepare(stage: PreparedRl, ctx: RlContext) -> None:
     ctx.policy.prepare(stage.spec.optim_spec(), stage.total_updates - warm)
     settings = stage.spec.critic
     if ctx.critic is not None and settings is not None:
-        shared = ctx.critic.group is ctx.policy.group
+        shared = ctx.critic.shares_ranks_with(ctx.policy)
         optim = settings.critic_optim_spec(stage.spec.optim_spec())
         ctx.critic.prepare(optim, stage.total_updates, keep=shared)
 

@@ -17,8 +17,9 @@ import pytest
 
 from actors.batches.generations import Generations, SamplingSpec, sample_seed
 from actors.cluster.spec import LimitsSpec, RoleSpec
-from actors.cluster.worker_group import ROLLOUT, WorkerGroup, rollout_group
+from actors.cluster.worker_group import WorkerGroup
 from actors.errors import InvariantViolation, RunFailure
+from actors.rollout.group import ROLLOUT, rollout_group
 from actors.rollout.pool import MIN_CHUNK, Chunk, Queue, Restart, RolloutPool
 from actors.rollout.spec import EngineSpec
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from actors.cluster.worker_group import ROLLOUT, WorkerGroup
+from actors.cluster.worker_group import WorkerGroup
 from actors.models.architectures.lookup import ARCHITECTURES
 from actors.models.architectures.vllm_table import engine_row
 from actors.models.twin import write_twin
 from actors.rollout.engine import EngineSpec, SamplingSpec
+from actors.rollout.group import ROLLOUT
 from tests.actors.models.test_twin import PUBLISHED
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.architectures]

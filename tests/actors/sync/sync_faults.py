@@ -12,16 +12,18 @@ from unittest import mock
 import torch
 
 from actors.cluster.spec import LimitsSpec, RoleSpec
-from actors.cluster.worker_group import WorkerGroup, host_group, rollout_group
+from actors.cluster.worker_group import WorkerGroup
 from actors.models.lora.adapters import adapter_parameters
 from actors.models.lora.low_rank import Factors
 from actors.models.spec import LoraSpec, ModelSpec
 from actors.rollout.engine import EngineSpec, RolloutEngine
+from actors.rollout.group import rollout_group
 from actors.sync.payload import Entry, Payload, pack_adapter, pack_merged
 from actors.sync.protocol import CommitReport, Prepared, StageAck
 from actors.sync.spec import SyncSpec
 from actors.sync.weight_sync import WeightSync
 from actors.trainer.model_host import ModelHost
+from actors.trainer.remote import host_group
 from actors.trainer.spec import HostSpec
 from actors.trainer.weight_source import WeightSource
 

@@ -15,9 +15,9 @@ import pytest
 from actors.algorithms.sft import SftLoss
 from actors.batches.batch import Batch
 from actors.cluster.spec import LimitsSpec, RoleSpec
-from actors.cluster.worker_group import HOST, WorkerGroup, host_group
 from actors.errors import RunFailure, UserError
 from actors.models.spec import LoraSpec, ModelSpec
+from actors.trainer.remote import ModelWorkers, host_group
 from actors.trainer.spec import HostSpec, OptimSpec
 
 pytestmark = pytest.mark.ray
@@ -32,30 +32,31 @@ def rows(count: int, seed: int) -> Batch:
 
 
 @pytest.fixture
-def hosts(ray_cluster: None, tiny_base: Path, tmp_path: Path) -> Iterator[dict[int, WorkerGroup]]:
+def hosts(ray_cluster: None, tiny_base: Path, tmp_path: Path) -> Iterator[dict[int, ModelWorkers]]:
     """A host of one rank and a host of two, started together."""
     spec = HostSpec(model=ModelSpec(base=str(tiny_base), lora=LoraSpec(r=4)))
     groups = {n: host_group(f"policy{n}", RoleSpec(workers=n), LimitsSpec(stop=2), tmp_path) for n in (1, 2)}
-    building = [group.start().build(HOST, spec, distributed=True) for group in groups.values()]
+    made = {n: ModelWorkers(group.start()) for n, group in groups.items()}
+    building = [workers.build(spec) for workers in made.values()]
     for each in building:
         each.result()
-    for group in groups.values():
-        group.call("add_adapter", "policy", phase="load")
-        group.call("prepare_training", "policy", OptimSpec(learning_rate=1e-2), 3, phase="load")
-    yield groups
+    for workers in made.values():
+        workers.add_adapter("policy")
+        workers.prepare_training("policy", OptimSpec(learning_rate=1e-2), 3)
+    yield made
     for group in groups.values():
         group.shutdown()
 
 
-def test_two_ranks_in_actors_learn_what_one_learns(hosts: dict[int, WorkerGroup], tmp_path: Path) -> None:
+def test_two_ranks_in_actors_learn_what_one_learns(hosts: dict[int, ModelWorkers], tmp_path: Path) -> None:
     loss = SftLoss()
     for step in range(3):
-        one, two = (hosts[n].call("update", rows(8, step), loss, step, phase="update") for n in (1, 2))
+        one, two = (hosts[n].update(rows(8, step), loss, step).result() for n in (1, 2))
         assert two[0]["loss"] == two[1]["loss"]
         assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5)
         assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-4)
     probe = rows(4, 9)
-    one, two = (hosts[n].call("logprobs", probe, "policy", phase="logprobs") for n in (1, 2))
+    one, two = (hosts[n].logprobs(probe, "policy").result() for n in (1, 2))
     np.testing.assert_allclose(one[0], two[0], rtol=1e-5)
     for n in hosts:
         for rank in range(n):
@@ -63,10 +64,10 @@ def test_two_ranks_in_actors_learn_what_one_learns(hosts: dict[int, WorkerGroup]
             assert "Warning" not in log, log
 
 
-def test_a_training_rank_killed_between_its_collectives_is_named(hosts: dict[int, WorkerGroup]) -> None:
-    group, loss = hosts[2], SftLoss()
-    pid = group.pids()[1]
-    pending = [group.submit("update", rows(256, step), loss, step, phase="update") for step in range(3)]
+def test_a_training_rank_killed_between_its_collectives_is_named(hosts: dict[int, ModelWorkers]) -> None:
+    workers, loss = hosts[2], SftLoss()
+    pid = workers.group.pids()[1]
+    pending = [workers.update(rows(256, step), loss, step) for step in range(3)]
     threading.Timer(0.2, os.kill, (pid, signal.SIGKILL)).start()
     began = time.monotonic()
     with pytest.raises(RunFailure) as caught:
@@ -82,6 +83,6 @@ def test_a_base_that_is_not_there_is_the_users_mistake_of_every_rank(
     group = host_group("policy", RoleSpec(workers=2), LimitsSpec(stop=2), tmp_path).start()
     try:
         with pytest.raises(UserError, match="/no/such/base"):
-            group.build(HOST, HostSpec(model=ModelSpec(base="/no/such/base")), distributed=True).result()
+            ModelWorkers(group).build(HostSpec(model=ModelSpec(base="/no/such/base"))).result()
     finally:
         group.shutdown()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from actors.cluster.connection import is_local
-from actors.cluster.worker_group import HOST_MODULES
+from actors.trainer.remote import HOST_MODULES
 from pipeline.artifacts.run_directory import RunDirectory
 from pipeline.config.run_config import RunConfig
 from pipeline.execution import fleet as module

@@ -14,11 +14,12 @@ from actors.algorithms.checks import divergence
 from actors.batches.batch import Batch
 from actors.batches.routed_experts import ExpertChoices
 from actors.batches.trajectories import trajectories
-from actors.cluster.worker_group import ROLLOUT, WorkerGroup
+from actors.cluster.worker_group import WorkerGroup
 from actors.models.architectures.lookup import ARCHITECTURES, architecture_of, replay_objection
 from actors.models.lora.adapters import role
 from actors.models.moe.router_stats import routers_of
 from actors.rollout.engine import EngineSpec, SamplingSpec
+from actors.rollout.group import ROLLOUT
 from actors.trainer.model_host import ModelHost
 from tests.actors.rollout.vllm.vllm_cases import ADAPTER, LONG, SEQUENCES, Policy, push, write_base
 from tests.actors.trainer.host_cases import LORA, host_spec

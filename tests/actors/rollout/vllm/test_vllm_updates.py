@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from actors.cluster.worker_group import ROLLOUT, WorkerGroup
+from actors.cluster.worker_group import WorkerGroup
 from actors.errors import RunFailure
 from actors.models.spec import LoraSpec, ModelSpec
 from actors.rollout.engine import EngineSpec
+from actors.rollout.group import ROLLOUT
 from actors.sync.payload import pack_adapter, pack_merged
 from tests.actors.rollout.vllm import vllm_cases as cases
 from tests.actors.rollout.vllm.vllm_cases import (

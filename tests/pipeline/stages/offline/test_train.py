@@ -19,7 +19,7 @@ def test_a_corrupt_checkpoint_is_named_and_not_resumed_from(tmp_path: Path) -> N
         (aside / "optimizer.safetensors").write_bytes(b"moments")
     (tmp_path / "checkpoint-4" / "optimizer.safetensors").write_bytes(b"Moments")
     decision = Decision("partial", checkpoint=tmp_path / "checkpoint-4", manifest=manifest)
-    nobody = SimpleNamespace(host=None)  # Must not be asked: the files are looked at first.
+    nobody = SimpleNamespace(policy=None)  # Must not be asked: the files are looked at first.
     with pytest.raises(UserError, match=r"checkpoint-4: corrupt checkpoint.*optimizer.*--fresh"):
         restore(nobody, decision)
 

@@ -58,6 +58,9 @@ class Role:
     def host(self) -> str:
         return self.name
 
+    def shares_ranks_with(self, other: Role) -> bool:
+        return self.group is other.group
+
     def token_logprobs(self, batch: Any, temperature: float) -> Answer:
         self.asked += 1
         return Answer(np.full(int(batch.loss_mask.sum()), self.logps))
@@ -147,7 +150,7 @@ def loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RlLoop:
     stage = PreparedRl("ppo", spec, 3, data, BatchOrder(4, 2, 3, max_steps=3), spec.sampling())
     ranks, engines = object(), Engines()
     context = RlContext(
-        host=None, role="ppo", directory=tmp_path, identity=Identity({}, {}, "", 3), dtype="float32",
+        directory=tmp_path, identity=Identity({}, {}, "", 3), dtype="float32",
         logging_steps=1, starts_as_reference=True, stop_asked=lambda: False, on_step=lambda *_: None,
         on_log=lambda line: None, policy=Role(log, "policy", group=ranks), reference=Role(log, "reference"),
         critic=Role(log, "critic", group=ranks), reward_models={"judge": Role(log, "judge")},

@@ -1,0 +1,136 @@
+"""Model workers as the driver sees them: their processes, and every call into them with its types.
+
+Loads no torch. `tests/actors/trainer/test_remote.py` holds each signature against the method that it names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from actors.cluster.futures import GroupFuture
+from actors.cluster.spec import LimitsSpec, RoleSpec
+from actors.cluster.worker_group import WorkerGroup
+
+if TYPE_CHECKING:
+    import numpy as np
+    from ray import ObjectRef
+
+    from actors.algorithms.loss import Loss
+    from actors.batches.batch import Batch
+    from actors.models.lora.heads import HeadInit
+    from actors.trainer.spec import HostSpec, OptimSpec
+
+    SharedBatch: TypeAlias = Batch | ObjectRef
+    """A batch, or a reference to one in the object store."""
+
+HOST = "actors.trainer.model_host:ModelHost"
+HOST_MODULES = (
+    "torch",
+    "transformers",
+    "transformers.models.auto.modeling_auto",
+    "peft",
+    "actors.trainer.model_host",
+)
+"""Modules that a rank needs before it can load a base, imported while the driver reads its data."""
+
+
+def host_group(name: str, role: RoleSpec, limits: LimitsSpec, log_dir: str | Path) -> WorkerGroup:
+    """A group for `HOST`: training ranks, reference ranks. Not started yet."""
+    return WorkerGroup(name, role, limits, log_dir, preload=HOST_MODULES)
+
+
+@dataclass(frozen=True)
+class ModelWorkers:
+    """The `ModelHost`s of a group of ranks, called all together; what each call does is told there.
+
+    Calls that take long return a future with every rank's value; the others wait, and return what the ranks
+    say alike. Each raises as `GroupFuture.result` and `WorkerGroup.submit` do.
+    """
+
+    group: WorkerGroup
+
+    def build(self, spec: HostSpec) -> GroupFuture[float]:
+        """Load the base on every rank, in place of an earlier one; returns at once. Seconds of each rank."""
+        return self.group.build(HOST, spec, distributed=True)
+
+    def set_batching(self, packing: bool | str, max_tokens_per_micro_batch: int) -> None:
+        self.group.call("set_batching", packing, max_tokens_per_micro_batch)
+
+    def frozen_digest(self) -> str:
+        digest: str = self.group.call("frozen_digest")[0]
+        return digest
+
+    # --- Adapters -------------------------------------------------------------------------------
+
+    def add_adapter(self, name: str, path: str | Path | None = None, trainable: bool = True) -> None:
+        self.group.call("add_adapter", name, path, trainable, phase="load")
+
+    def copy_adapter(self, source: str, target: str, trainable: bool = False) -> None:
+        self.group.call("copy_adapter", source, target, trainable, phase="load")
+
+    def add_head(self, role: str, init: HeadInit = "zero") -> None:
+        self.group.call("add_head", role, init, phase="load")
+
+    # --- Updates --------------------------------------------------------------------------------
+
+    def prepare_training(
+        self, role: str | None, spec: OptimSpec, total_steps: int, keep: bool = False
+    ) -> dict[str, int]:
+        sizes: dict[str, int] = self.group.call(
+            "prepare_training", role, spec, total_steps, keep, phase="load"
+        )[0]
+        return sizes
+
+    def update(
+        self, batch: SharedBatch, loss: Loss, step: int, role: str | None = None
+    ) -> GroupFuture[dict[str, float]]:
+        return self.group.submit("update", batch, loss, step, role, phase="update")
+
+    def evaluate(self, batch: SharedBatch, loss: Loss, role: str | None) -> dict[str, float]:
+        metrics: dict[str, float] = self.group.call("evaluate", batch, loss, role, phase="evaluate")[0]
+        return metrics
+
+    def router_load(self, role: str | None = None) -> np.ndarray | None:
+        load: np.ndarray | None = self.group.call_rank(0, "router_load", role)
+        return load
+
+    # --- Scores ---------------------------------------------------------------------------------
+
+    def token_logprobs(
+        self, batch: SharedBatch, role: str | None, temperature: float = 1.0
+    ) -> GroupFuture[np.ndarray]:
+        return self.group.submit("token_logprobs", batch, role, temperature, phase="logprobs")
+
+    def logprobs(
+        self, batch: SharedBatch, role: str | None, ld_alpha: float | None = None
+    ) -> GroupFuture[np.ndarray]:
+        return self.group.submit("logprobs", batch, role, ld_alpha, phase="logprobs")
+
+    def values(self, batch: SharedBatch, role: str) -> GroupFuture[np.ndarray]:
+        return self.group.submit("values", batch, role, phase="logprobs")
+
+    def scores(
+        self, batch: SharedBatch, role: str, *, phase: Literal["logprobs", "evaluate"] = "logprobs"
+    ) -> GroupFuture[np.ndarray]:
+        return self.group.submit("scores", batch, role, phase=phase)
+
+    def route_agreement(self) -> np.ndarray | None:
+        agreement: np.ndarray | None = self.group.call_rank(0, "route_agreement")
+        return agreement
+
+    # --- Saving ---------------------------------------------------------------------------------
+
+    def save_adapter(self, role: str, directory: str | Path) -> None:
+        self.group.call("save_adapter", role, directory, phase="save")
+
+    def save_model(self, directory: str | Path) -> None:
+        self.group.call("save_model", directory, phase="save")
+
+    def save_checkpoint(self, directory: str | Path, role: str | None = None) -> None:
+        self.group.call("save_checkpoint", directory, role, phase="save")
+
+    def load_checkpoint(self, directory: str | Path, role: str | None = None) -> int:
+        steps: int = self.group.call("load_checkpoint", directory, role, phase="restore")[0]
+        return steps
