@@ -17,7 +17,7 @@ from pipeline.stages.prepared import PreparedRl
 from pipeline.stages.views import View
 
 if TYPE_CHECKING:
-    from actors.sync.channel import Backend
+    from actors.sync.spec import Backend
     from pipeline.execution.fleet import Fleet
     from pipeline.planning.nodes import Node
 
