@@ -1,4 +1,4 @@
-"""The two ways in which Raylign gives up, and the exit code that each one carries."""
+"""Errors that end a command (a user's mistake, a failure at run time), and the exit codes of the program."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EXIT_STOPPED = 75
 
 
 class UserError(Exception):
-    """The user's mistake. Carries every violation found, never only the first.
+    """A mistake of the user's, with every violation found, never only the first.
 
     Each problem names the key, file or row, the value, and what would be right. The command line
     prints them without a traceback and exits with `EXIT_USER`; nothing has been started.
@@ -27,7 +27,7 @@ class UserError(Exception):
 
 
 class RunFailure(Exception):
-    """A failure at run time: who, in which phase, what happened, and what to do next."""
+    """A failure at run time: who failed, in which phase, for what reason, and what to do next."""
 
     def __init__(self, who: str, phase: str, reason: str, next_step: str = "") -> None:
         self.who, self.phase, self.reason, self.next_step = who, phase, reason, next_step

@@ -1,7 +1,7 @@
-"""A batch as it travels between processes: columns of numpy, offsets between sequences.
+"""Batches, in the form in which processes exchange them: numpy columns, offsets between sequences.
 
 Ray's object store hands numpy arrays to every actor on a node without a copy, so a batch is put
-there once and passed by reference. Torch tensors are made inside the host.
+there once and passed by reference. Torch tensors are made inside the model worker.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Batch:
         return replace(self, token_columns={**self.token_columns, **columns})
 
     def unrouted(self) -> Batch:
-        """The same rows, whose experts the model's own routers choose."""
+        """The same rows without given experts: the model's own routers choose them."""
         return self if self.experts is None else replace(self, experts=None)
 
     def groups(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What is asked of a rollout engine and what comes back: sampling settings, seeds, generations."""
+"""Requests to a rollout engine and its answers: sampling settings, seeds, generations."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from actors.batches.routed_experts import ExpertChoices
 from actors.spec import Spec
 
 FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
-"""What `Generations.finish` indexes, vLLM's names: stop is an end-of-turn token or a stop string, length the
-token limit."""
+"""Values that `Generations.finish` indexes, by vLLM's names. stop: an end-of-turn token or a stop string;
+length: the token limit."""
 
 
 class SamplingSpec(Spec):
-    """How tokens are drawn, under vLLM's field names."""
+    """Settings of sampling, under vLLM's field names."""
 
     temperature: float = Field(default=1.0, ge=0)
     """Divides the logits; 0 is greedy."""
@@ -33,20 +33,21 @@ class SamplingSpec(Spec):
     repetition_penalty: float = Field(default=1.0, gt=0)
     """Divides the logits of tokens already seen; 1 is none."""
     stop: list[str] = Field(default_factory=list)
-    """Strings that end a sample, beside the end-of-turn token of the template and the base's EOS. A special
-    token may be among them."""
+    """Strings that end a sample, in addition to the end-of-turn token of the template and the base's EOS. A
+    special token may be among them."""
     stop_token_ids: list[int] = Field(default_factory=list)
-    """Token ids that end a sample, beside those."""
+    """Token ids that end a sample, in addition to those."""
     n: int = Field(default=1, ge=1)
     """Samples per prompt, each with a seed of its own."""
     seed: int = Field(default=0, ge=0)
-    """Where the samples' seeds come from when the caller gives none."""
+    """Seed from which the samples' own seeds follow when the caller gives none."""
 
 
 def sample_seed(run_seed: int, step: int, prompt: int, sample: int, stage: str = "", attempt: int = 0) -> int:
     """63-bit seed of one sample: a hash, because `seed + i` makes neighbouring samples collide.
 
-    `stage`: two stages of one run draw differently; `attempt`: so does a group that is drawn again.
+    With `stage`, two stages of one run have different samples; with `attempt`, so has a group of samples that
+    is generated again.
     """
     place = f"{run_seed}/{step}/{prompt}/{sample}" + (f"/{stage}/{attempt}" if stage or attempt else "")
     return int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest(), "big") >> 1
@@ -57,7 +58,7 @@ class Generations:
     """Samples as columns: `n` of each prompt, prompt by prompt, in the order in which prompts were given."""
 
     token_ids: np.ndarray
-    """int32 (tokens,): new tokens of all samples, the end-of-turn token included where one was drawn."""
+    """int32 (tokens,): new tokens of all samples, the end-of-turn token included where one was sampled."""
     logprobs: np.ndarray
     """float32 (tokens,): behaviour log-probabilities, after temperature and filters (`processed`)."""
     offsets: np.ndarray
@@ -71,8 +72,8 @@ class Generations:
     seconds: float
     """Time in the engine."""
     token_versions: np.ndarray
-    """int32 (tokens,): version of the weights that drew each token, where a trainer keeps the engine up to
-    date; 0 where none does. A sample can have several: weights may change while it is drawn."""
+    """int32 (tokens,): version of the weights that each token was sampled by, where a trainer updates the
+    engine; 0 where none does. A sample can have several: weights may change while it is generated."""
     experts: np.ndarray | None = None
     """Of `ExpertChoices`, as is `expert_offsets`; None where the engine was not asked for them."""
     expert_offsets: np.ndarray | None = None
@@ -85,7 +86,7 @@ class Generations:
         seconds: float,
         version: int = 0,
     ) -> Generations:
-        """Join (token ids, log-probabilities, finish reason) of each sample, all drawn by one version."""
+        """Join (token ids, log-probabilities, finish reason) of each sample, all of one version."""
         lengths = [len(ids) for ids, _, _ in samples]
         return Generations(
             token_ids=np.fromiter((t for ids, _, _ in samples for t in ids), np.int32, sum(lengths)),
@@ -132,7 +133,7 @@ class Generations:
 
     @staticmethod
     def from_arrays(arrays: Mapping[str, np.ndarray], n: int, label: str, seconds: float) -> Generations:
-        """What `arrays` of some generations gave."""
+        """Generations from what `arrays` returned for them."""
         return Generations(**arrays, n=n, label=label, seconds=seconds)
 
     def select(self, samples: Sequence[int] | np.ndarray) -> Generations:
@@ -174,7 +175,7 @@ class Generations:
 
     @property
     def version(self) -> int:
-        """The oldest version that drew one of the tokens; 0 for no tokens."""
+        """The oldest version that one of the tokens was sampled by; 0 for no tokens."""
         return int(self.token_versions.min()) if len(self.token_versions) else 0
 
     @property

@@ -57,7 +57,7 @@ class Gathering:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """How the positions of a flat row fall into sequences, see `actors.models.attention.Sequences`."""
+    """The sequences in a padding-free row, see `actors.models.attention.Sequences`."""
 
     shapes: tuple[tuple[int, int], ...]
     places: Gathering | None

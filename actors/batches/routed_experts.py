@@ -1,8 +1,8 @@
-"""Which experts a rollout engine sent its tokens to, as it travels from the engine to the trainer.
+"""Experts that a rollout engine routed its tokens to, in the form in which the trainer gets them.
 
-An engine computes every token of a sample but the last one that it draws: of a prompt of P tokens and a
-completion of C, the positions 0 to P + C - 2. The last position has no choice in the engine, and nothing that
-is trained depends on it: no token is predicted from there.
+An engine computes every token of a sample but the last one that it samples: of a prompt of P tokens and a
+completion of C, the positions 0 to P + C - 2. For the last position the engine chooses no experts, and
+nothing that is trained depends on it: no token is predicted from there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ def choice_dtype(n_experts: int) -> np.dtype:
 
 
 def free(dtype: np.dtype) -> int:
-    """Stands for an expert where the engine chose none: there the trainer's own router decides."""
+    """The number in place of an expert's where the engine chose none: there the trainer's own router
+    decides."""
     return int(np.iinfo(dtype).max)
 
 

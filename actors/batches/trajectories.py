@@ -1,7 +1,7 @@
-"""Samples as a batch: prompt and completion of each, with what the engine said of every token.
+"""Samples as a batch: prompt and completion of each, with the engine's log-probability of every token.
 
-A sample is a row of one sequence; its completion's tokens are the counted ones. All that later steps find
-out (log-probabilities, values, advantages) is added as a column per sample or per counted token.
+A sample is a row of one sequence; its completion's tokens are the counted ones. All that later steps compute
+(log-probabilities, values, advantages) is added as a column per sample or per counted token.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ STOPPED = FINISH_REASONS.index("stop")
 
 
 def trajectories(prompts: Sequence[Sequence[int]], samples: Generations) -> Batch:
-    """Prompt + completion of every sample, as the engine saw and drew them (never re-tokenised).
+    """Prompt + completion of every sample, in the engine's own tokens (never re-tokenised).
 
     Args:
         prompts: token ids of each sample's prompt: as many as there are samples, N.
 
     Returns:
-        N rows; columns `finished` (bool: it ended by itself, not at the limit) and, per counted token,
+        N rows; columns `finished` (bool: it ended by a stop token, not at the limit) and, per counted token,
         `engine_logps` (float64). With the engine's experts, where the samples have them: their last position
         is free.
     """

@@ -43,7 +43,7 @@ class Gather(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """How the T positions of a flat row fall into sequences. Groups of them attend in one call each."""
+    """The sequences in the T positions of a padding-free row. Groups of them attend in one call each."""
 
     shapes: tuple[tuple[int, int], ...]
     """Per group: sequences N, and the length L to which they are padded at their ends."""
@@ -69,7 +69,7 @@ def use_by_sequence(model: PreTrainedModel) -> bool:
 
 
 def has_sinks(model: PreTrainedModel) -> bool:
-    """Whether its attention hands over sinks, as gpt_oss's; transformers computes those eagerly."""
+    """True where its attention has sinks, as gpt_oss's; transformers computes those eagerly."""
     return any(name.endswith(".sinks") for name, _ in model.named_parameters())
 
 

@@ -1,7 +1,7 @@
-"""What a run has to know of its base before it decides anything, as plain data.
+"""Facts of a base that a run needs before it decides anything, as plain data.
 
-Finding it out takes torch and transformers, but not the weights: so whichever process has imported these can
-do it for another (`Worker.work`), and a driver needs neither.
+They take torch and transformers to find, but not the weights. So a worker that has imported these finds them
+for the driver (`Worker.work`), which then needs neither.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """A base that may be used, and what LoRA would train of it."""
+    """Sizes of a base, what LoRA would train of it, and the reasons why it can't be used."""
 
     max_positions: int | None
-    """Positions that the base was made for; None where its config doesn't say."""
+    """Longest sequence that the base was made for, in tokens; None where its config doesn't say."""
     lora_targets: str | None
     """Table of the weights that get an adapter; None where everything trains."""
     problems: list[str] = field(default_factory=list)
-    """What forbids it: everything that is wrong with the base, its adapter and the LoRA targets."""
+    """Everything that is wrong with the base, its adapter and the LoRA targets."""
     model_type: str | None = None
     """Its architecture, where the config could be read."""
     n_experts: int | None = None
     """Experts of each layer; None for a dense model, and for an architecture that is not in the table."""
     split_sizes: dict[str, int] | None = None
-    """What tensor-parallel ranks share evenly (`tensor_parallel_sizes.py`); None: not known."""
+    """Sizes that tensor-parallel ranks share evenly (`tensor_parallel_sizes.py`); None: not known."""
 
 
 def max_positions(config: PretrainedConfig) -> int | None:

@@ -1,6 +1,6 @@
-"""The tiny MoE that Raylign carries with it: a byte tokenizer, a chat template and a Qwen3-MoE config.
+"""The tiny MoE that comes with Raylign: a byte tokenizer, a chat template and a Qwen3-MoE config.
 
-One definition serves the embedded base (assets/tiny-moe, trained), the tests (random weights) and the
+One definition is used for the embedded base (assets/tiny-moe, trained), the tests (random weights) and the
 dry run's fallback tokenizer. Nothing here needs a network.
 """
 
@@ -103,7 +103,7 @@ def tiny_config(**overrides: Any) -> Qwen3MoeConfig:
 
 
 def write_tiny_base(path: str | Path, seed: int = 0, **overrides: Any) -> Path:
-    """Write config, tokenizer and random float32 weights (drawn from `seed`) as a loadable base.
+    """Write config, tokenizer and random float32 weights (from `seed`) as a loadable base.
 
     `overrides` go to `tiny_config`, e.g. `num_hidden_layers=2`. The global random state is left alone.
     """
@@ -127,7 +127,7 @@ BASE_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-"""What the embedded base consists of; whatever else a run wrote beside them stays there."""
+"""Files of the embedded base; others in a run's directory are not copied."""
 
 
 def install_base(source: str | Path, target: str | Path) -> None:

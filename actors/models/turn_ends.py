@@ -1,4 +1,4 @@
-"""What ends a turn: where samples stop, where a scored answer is read, what a merged model says of itself.
+"""Tokens that end a turn: where samples stop, where scored answers are read, in a merged model's config.
 
 The end-of-turn token that the chat template writes need not be the end-of-text token (EOS) of the base.
 Qwen's base models have a ChatML template, whose turns end with `<|im_end|>`, and `<|endoftext|>` as EOS; in
@@ -36,7 +36,7 @@ class TurnEnds:
     """End-of-text tokens of the tokenizer, then of the base's generation_config.json (config.json where it
     has none). vLLM and transformers stop there by themselves."""
     texts: tuple[str, ...] = ()
-    """What the template writes after an answer where that holds no special token."""
+    """Text that the template writes after an answer, where that holds no special token."""
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -59,7 +59,7 @@ class TurnEnds:
         """
         special = special_tokens(tokenizer)
         problems = [
-            f"{where}.stop: {text!r} holds the special token {found!r} beside other text, and what is "
+            f"{where}.stop: {text!r} holds the special token {found!r} and other text, and what is "
             f"searched has no special tokens; write the token alone: {found!r}"
             for text in asked.stop
             if text not in special and (found := next((t for t in special if t in text), None)) is not None
@@ -87,22 +87,22 @@ class TurnEnds:
 
 
 def turn_ends(tokenizer: Any, base: str | Path | None = None) -> TurnEnds:
-    """What ends a turn of this tokenizer's template and of `base`, as a config names it (None: of the
+    """Tokens that end a turn by this tokenizer's template and by `base`, as a config names it (None: by the
     tokenizer alone)."""
     own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     given = [] if base is None else _eos_of(base)
     written = [_first_special(tokenizer, text) for text in after_answers(tokenizer) if text]
     turn = [found for found in written if isinstance(found, int)]
-    # What has no row in the embedding is never drawn, and vLLM refuses it as a stop token.
+    # A token without a row in the embedding is never sampled, and vLLM refuses it as a stop token.
     rows = (None if base is None else vocab_size(base)) or len(tokenizer)
     turn, eos = ([token for token in dict.fromkeys(ids) if token < rows] for ids in (turn, [*own, *given]))
     return TurnEnds(tuple(turn), tuple(eos), tuple(found for found in written if isinstance(found, str)))
 
 
 def write_turn_ends(directory: str | Path) -> None:
-    """Let the generation_config.json of a model's directory stop at all that ends a turn.
+    """Write every token that ends a turn into the generation_config.json of a model's directory, as EOS.
 
-    So whoever serves the model stops there without being told. A file that says so already stays as it is.
+    A server of the model then stops there by itself. A file that has them already is left alone.
     """
     from actors.models.base.loading import load_tokenizer
     from actors.models.spec import ModelSpec
@@ -130,8 +130,8 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
 
 
 def after_answers(tokenizer: Any) -> list[str]:
-    """What each of the tokenizer's chat templates writes after an answer, up to its last visible character;
-    nothing of a template that doesn't take a plain question and answer."""
+    """Texts that the tokenizer's chat templates write after an answer, up to the last visible character; none
+    of a template that doesn't take a plain question and answer."""
     templates = tokenizer.chat_template
     if not templates:
         return []
@@ -145,14 +145,14 @@ def after_answers(tokenizer: Any) -> list[str]:
 
 
 def after_probe(text: str) -> str | None:
-    """What stands after the probe's answer in a rendered conversation; None where it isn't in there."""
+    """Text behind the probe's answer in a rendered conversation; None where that answer isn't in it."""
     place = text.rfind(PROBE_ANSWER)
     return None if place < 0 else text[place + len(PROBE_ANSWER) :].rstrip()
 
 
 def training_template(tokenizer: Any, template: str) -> str | None:
-    """TRL's template with `{% generation %}` marks for a tokenizer with this template, one of those that it
-    has; None when TRL has none."""
+    """TRL's template with `{% generation %}` marks in place of this one, which is one of the tokenizer's;
+    None when TRL has none."""
     from trl.chat_template_utils import get_training_chat_template
 
     tokenizer = copy.copy(tokenizer)
@@ -172,8 +172,8 @@ def _after_answer(tokenizer: Any, template: str) -> str | None:
 
 
 def _first_special(tokenizer: Any, text: str) -> int | str:
-    """The first special token of `text`: what a sample draws at the end of its answer. `text` itself where it
-    holds none. Phi-3 writes `<|end|>`, a line break and `<|endoftext|>`."""
+    """The first special token of `text`, which a sample ends with. `text` itself where it holds none. Phi-3
+    writes `<|end|>`, a line break and `<|endoftext|>`."""
     special = set(special_tokens(tokenizer).values())
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return next((int(token) for token in ids if token in special), text)
@@ -187,7 +187,7 @@ def vocab_size(base: str | Path) -> int | None:
 
 
 def _eos_of(base: str | Path) -> list[int]:
-    """EOS ids that a base names, from one file: what transformers' and vLLM's generation read."""
+    """EOS ids that a base names, from the one file that generation in transformers and vLLM reads."""
     for name in ("generation_config.json", "config.json"):
         held = _held(base, name)
         value = held.get("eos_token_id", held.get("text_config", {}).get("eos_token_id"))
@@ -197,7 +197,7 @@ def _eos_of(base: str | Path) -> list[int]:
 
 
 def _held(base: str | Path, name: str) -> dict[str, Any]:
-    """What a JSON file of a base holds; nothing where it can't be read, which others tell the user."""
+    """Content of a JSON file of a base; empty where it can't be read, which others tell the user."""
     place = follow_adapter(str(base))[0]
     try:
         file = Path(place) / name if Path(place).is_dir() else _from_hub(place, name)

@@ -1,8 +1,8 @@
-"""The stage graph, decided without running anything: identities, and what each stage still needs.
+"""Identities of stages, and the decision from them which stages have to run; nothing is started here.
 
 A stage's fingerprint covers its own settings, the model's, its data and its inputs' fingerprints, so
-a change early in the graph reaches every later stage. What does not change the result (deadlines,
-resources, logging, checkpoint intervals) is left out.
+a change early in the graph changes every later stage. Settings that don't change the result (deadlines,
+resources, logging, checkpoint intervals) are left out.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ NEW_NAMES = {EXPERT_IMPL.key: EXPERT_IMPL}
 
 @dataclass(frozen=True)
 class Identity:
-    """What a stage's result depends on."""
+    """Everything that a stage's result depends on."""
 
     config: dict[str, Any]
     """Its settings and the model's, flat enough for a difference to be named."""
     inputs: dict[str, str]
-    """Name -> fingerprint of the artifacts that it reads."""
+    """Name -> fingerprint of each artifact that it reads."""
     data: str
     """Fingerprint of the tokenised data."""
     seed: int
@@ -73,14 +73,14 @@ class Identity:
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do with a stage, and why."""
+    """State of a stage on disk, which says what to do with it, and the reasons."""
 
     state: Literal["fresh", "partial", "changed", "new"]
     changed: list[str] = field(default_factory=list)
     checkpoint: Path | None = None
     manifest: Manifest | None = None
     identity: Identity | None = None
-    """What is wanted, in the words of what was found."""
+    """The wanted identity, in the keys and values of the manifest that was found."""
 
     @property
     def says(self) -> str:
@@ -97,14 +97,14 @@ class Decision:
 def identity_config(stage: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
     """The keys of a stage and of the model that its result depends on."""
     kept = {key: value for key, value in stage.items() if key not in NOT_IN_IDENTITY | {"data", "seed"}}
-    # How weights travel doesn't matter, but that samples go on with new ones does.
+    # The way in which weights are synced doesn't matter, but that samples go on with new ones does.
     if (stage.get("sync") or {}).get("in_flight") == "keep":
         kept["in_flight"] = "keep"
     return {"stage": kept, "model": model}
 
 
 def decide(directory: Path, identity: Identity) -> Decision:
-    """Fresh, partial, changed or new: from what is on disk and what is wanted.
+    """Compare the wanted identity with what is on disk: fresh, partial, changed or new.
 
     Raises:
         UserError: a manifest cannot be read.
@@ -131,7 +131,7 @@ def decide(directory: Path, identity: Identity) -> Decision:
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """Complete checkpoints of a stage, newest first. One without a manifest was cut while being written."""
+    """Complete checkpoints of a stage, newest first. One without a manifest is incomplete."""
     found = [p for p in directory.glob("checkpoint-*") if (p / MANIFEST).is_file()]
     return sorted(found, key=lambda p: -int(p.name.rsplit("-", 1)[1]))
 

@@ -1,8 +1,7 @@
-"""Typed artifacts: directories in the ecosystem's own format plus a manifest, written atomically.
+"""Artifacts: directories in the ecosystem's own formats with a manifest, written atomically.
 
-A directory counts only once its `manifest.json` is there; the manifest is written last, after every
-other file was synced to disk. So a kill -9 at any point leaves either the whole artifact or nothing
-that anybody would read.
+A directory without `manifest.json` is ignored; the manifest is written last, after every other file was
+synced to disk. So a kill -9 at any point leaves either the whole artifact or nothing that is read.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What an artifact is and where it came from."""
+    """Type, origin and files of an artifact."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -121,7 +120,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path, phase: str) -> Iterator[None]:
-    """Turn a full or read-only disk into a failure that says so; what was complete stays complete."""
+    """Raise RunFailure for a full or read-only disk; what was written before is intact."""
     try:
         yield
     except OSError as error:
@@ -188,7 +187,7 @@ def recover(path: Path) -> None:
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest of an artifact, or None where there is none. A broken one is the user's to look at."""
+    """The manifest of an artifact, or None where there is none. UserError for a broken one."""
     path = directory / MANIFEST
     if not path.is_file():
         return None
@@ -202,7 +201,7 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 
 def verify(directory: Path, manifest: Manifest) -> list[str]:
-    """What is wrong with an artifact's files: missing, of another size or with another digest."""
+    """Problems of an artifact's files: missing, of another size or with another digest."""
     problems = []
     for name, entry in manifest.files.items():
         path = directory / name
@@ -216,7 +215,7 @@ def verify(directory: Path, manifest: Manifest) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide what a run computes."""
+    """Installed versions of the packages that a run's results depend on."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}

@@ -1,4 +1,4 @@
-"""One run's directory: who may write in it, what state its stages are in, what came out."""
+"""A run's directory: its lock, and run.json with the states and results of its stages."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RunDirectory:
 
     @property
     def logs(self) -> Path:
-        """Where the actors' output goes, a file per role and rank."""
+        """Directory of the actors' output, a file per role and rank."""
         return self.path / "logs"
 
     @property
@@ -117,7 +117,7 @@ class RunDirectory:
             self.state = {"stages": {}, "eval": {}, **self._load(record)}
 
     def _clear(self) -> None:
-        """Start anew: everything but the lock goes (`--fresh`)."""
+        """Remove everything but the lock (`--fresh`)."""
         for entry in self.path.iterdir():
             if entry.name == ".lock":
                 continue

@@ -1,17 +1,13 @@
-"""Weights that a stage hands on: a base, and what is on it."""
+"""Weights that a stage starts from or hands on."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a model is made of: a base directory and, for LoRA, an adapter on it."""
+    """A model on disk: the base's directory and, for LoRA, an adapter's."""
 
     base: str
     adapter: str | None

@@ -1,4 +1,4 @@
-"""`raylign inspect`: rows as they are understood, their tokens, and which of them count in the loss."""
+"""Prints rows as they were read, their tokens, and which of these are trained (`raylign inspect`)."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def inspect(
 
 
 def kind_of(spec: DataSpec, seed: int = 0) -> Kind:
-    """What the rows of a source are for: preferences, answers with a label, sft, or prompts only."""
+    """Kind of a source's rows: preferences, answers with a label, sft, or prompts only."""
     read = read_rows(spec, seed=seed, max_rows=100)
     rows = [row.values for row in read if row.problem is None]
     if not rows:
@@ -170,7 +170,7 @@ def _token_lines(data: TokenizedData, max_length: int | None) -> list[tuple[str,
     if stats.masking:
         lines.append(("answers found by", stats.masking))
     if stats.rendered:
-        said = f"{stats.rendered:,} of the texts hold turns of the chat template; they stay as they are"
+        said = f"{stats.rendered:,} of the texts hold turns of the chat template; they are trained unchanged"
         lines.append(("rendered already", said))
     if stats.merged_boundaries:
         said = (

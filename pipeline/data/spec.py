@@ -1,4 +1,4 @@
-"""What a stage can be told about its data: one source, or a mixture of them."""
+"""Settings of a stage's data: one source, or a mixture of several."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ class DataSpec(Spec):
     max_rows: int | None = Field(default=None, ge=1)
     """Take at most this many rows, the first ones."""
     columns: dict[ColumnName, str] = Field(default_factory=dict)
-    """Which column holds what, where the names differ: `{prompt: query, completion: reply}`. Only layouts
-    that read all of these are looked for; what nothing reads is refused."""
+    """Names of columns that are called otherwise in this source: `{prompt: query, completion: reply}`. Only
+    layouts that read all of these are considered; a name that no layout reads is refused."""
     layout: LayoutName | None = None
     """Layout of the rows; None recognises it from the columns."""
     format: Literal["auto", "chat", "text"] = "auto"
-    """How rows of plain strings become tokens: through the base's chat template as a user's turn and an
+    """Form of plain strings as tokens: through the base's chat template as a user's turn and an
     assistant's answer (`chat`), or joined as they stand with the end-of-text token (`text`, as TRL does).
     `auto` takes the template where the base has one. Rows of messages always need the template."""
     on_bad_row: Literal["error", "skip"] = "error"

@@ -1,4 +1,4 @@
-"""Held-out prompts, answered by vLLM and scored: accuracy with its interval, per model of the graph."""
+"""Evaluates models on held-out prompts: vLLM answers, a scorer scores, with a 95 % interval."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ from pipeline.artifacts.weights import Weights
 Scorer = Callable[..., Sequence[float | None]]
 """TRL's signature of a reward function: prompts, completions, columns -> a score (or None) each."""
 GIVEN = ("prompts", "completions")
-"""What a scorer is given beside the columns. No `completion_ids`: completions are scored as text."""
+"""Arguments of a scorer other than the columns. No `completion_ids`: completions are scored as text."""
 
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Prompts as tokens, with what their scorer needs."""
+    """Held-out prompts as tokens, with the columns that their scorer needs."""
 
     prompts: list[str]
     token_ids: list[list[int]]
     columns: dict[str, list[Any]]
     fingerprint: str
     sampling: SamplingSpec
-    """How answers are drawn, with all that ends a turn."""
+    """Settings of sampling, with every token that ends a turn."""
     skipped: Skipped = field(default_factory=Skipped)
     """Rows left out, as their source's `on_bad_row` says."""
 
     def remarks(self) -> list[str]:
-        """Which rows were left out, for the user."""
+        """Lines about the rows that were left out, for the user."""
         if not self.skipped.counts:
             return []
         return [f"eval: left out {self.skipped.summary()}", *(f"  {row}" for row in self.skipped.listing)]

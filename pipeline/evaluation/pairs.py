@@ -1,4 +1,4 @@
-"""Held-out pairs, scored by a reward model: how often the chosen answer gets the higher score."""
+"""Evaluates reward models on held-out pairs: the share whose chosen answer scores higher."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def evaluate_pairs(
 
 
 def _texts(pair: Batch, tokenizer: Any) -> dict[str, str]:
-    """What the model read: the prompt as both answers have it, then each answer."""
+    """Texts that the model read: the prompt as both answers have it, then each answer."""
     texts: dict[str, str] = {}
     for name, start, end in zip(("chosen", "rejected"), pair.offsets[:-1], pair.offsets[1:], strict=True):
         ids, counted = pair.token_ids[start:end], pair.loss_mask[start:end]

@@ -26,6 +26,6 @@ class EvalSpec(Spec):
     max_rows: int = Field(default=500, ge=1)
     """Prompts per model."""
     sampling: EvalSamplingSpec = Field(default_factory=EvalSamplingSpec)
-    """How answers are drawn."""
+    """Settings of sampling; by default greedy."""
     metric: str = "exact_match"
     """`exact_match`, or `module:function` called as f(prompts, completions, **columns) -> list of scores."""

@@ -1,4 +1,4 @@
-"""Runs on a cluster as Ray jobs: submit, follow, find again, stop after saving."""
+"""Commands for runs as Ray jobs: submit, logs, status, stop (after saving)."""
 
 from __future__ import annotations
 

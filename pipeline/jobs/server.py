@@ -1,4 +1,4 @@
-"""A cluster's job server: reached, its errors explained, its jobs listed and waited for."""
+"""Client of a cluster's job server: connects, explains errors, lists jobs, waits for them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ POLL = 1.0
 """Seconds between two looks at a job."""
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
-"""Ray's loggers that tell every packaging step and closed socket."""
+"""Ray's loggers that report every packaging step and closed socket."""
 
 TOKEN_HELP = (
     "the cluster asks for a token. Client and cluster must share one: `ray get-auth-token --generate` makes "
@@ -48,7 +48,7 @@ def connect(address: str | None) -> JobSubmissionClient:
 
 @contextlib.contextmanager
 def explained(address: str | None) -> Iterator[None]:
-    """Ray's errors about reaching a cluster as the user's, with what to do."""
+    """Turn Ray's errors about reaching a cluster into UserError with a next step."""
     where = (
         address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "this machine"
     )
@@ -93,12 +93,12 @@ def details(client: JobSubmissionClient, job_id: str) -> JobDetails:
 
 
 def ended(job: JobDetails) -> bool:
-    """Whether nothing of it runs any more."""
+    """True for a job that has ended, in whatever way."""
     return str(job.status) in ("SUCCEEDED", "FAILED", "STOPPED")
 
 
 def first_line(error: object) -> str:
-    """What an error of Ray says, without the rest of its page."""
+    """The first line of an error of Ray, which may have a hundred."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return text if len(text) <= 200 else text[:200].rsplit(". ", 1)[0] + " ..."
@@ -141,5 +141,5 @@ def remember(job_id: str, name: str, address: str) -> None:
 
 
 def remembered_address(run: str | None) -> str | None:
-    """Where a job or run was last submitted from here."""
+    """Address of the cluster that a job or run was last submitted to from here."""
     return _remembered().get(run) if run else None

@@ -1,4 +1,4 @@
-"""What `raylign submit` sends to a cluster, without one: the job's command, environment, package."""
+"""The job that `raylign submit` sends to a cluster: command, environment, package. Needs no cluster."""
 
 from __future__ import annotations
 

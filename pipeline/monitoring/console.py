@@ -1,4 +1,4 @@
-"""What the commands print: problems without tracebacks, and small tables."""
+"""Output of the commands: problems without tracebacks, and small tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WIDTH = 120
 
 
 def console_for(stderr: bool) -> Console:
-    """As wide as the terminal; `WIDTH` where there is none."""
+    """A console as wide as the terminal; `WIDTH` where there is none."""
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
     return Console(stderr=stderr, highlight=False, soft_wrap=not terminal, width=None if terminal else WIDTH)
 
@@ -30,7 +30,7 @@ def say(text: str) -> None:
 
 
 def user_error(error: UserError, subject: str = "") -> int:
-    """Every problem on a line of its own; exit code 2."""
+    """Print every problem on a line of its own; exit code 2."""
     count = len(error.problems)
     if count == 1 and (not subject or error.problems[0].startswith(subject)):
         err.print(f"[bold red]error[/]: {escape(error.problems[0])}")
@@ -46,13 +46,13 @@ def user_error(error: UserError, subject: str = "") -> int:
 
 
 def run_failure(error: RunFailure) -> int:
-    """Who, phase, reason and what to do next; exit code 1."""
+    """Print who failed, phase, reason and next step; exit code 1."""
     err.print(f"[bold red]failed[/]: {escape(str(error))}")
     return EXIT_FAILED
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A small table; nothing when it has no rows."""
+    """Print a small table; nothing when it has no rows."""
     filled = [[str(cell) for cell in row] for row in rows]
     if not filled:
         return

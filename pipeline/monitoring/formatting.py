@@ -1,12 +1,6 @@
-"""Marks and durations as people read them."""
+"""Marks of states, and durations as text."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 MARKS = {"done": "✓", "skipped": "↷", "failed": "✗", "stopped": "■", "running": "▶"}
 

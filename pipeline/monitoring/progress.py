@@ -1,4 +1,4 @@
-"""What the user sees while a run works: one live line on a terminal, plain lines anywhere else."""
+"""Progress of a run: one live line on a terminal, plain lines anywhere else."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHOWN = (
     ("rewards/accuracies", "reward acc {:.0%}"),
     ("tokens_per_second", "{:,.0f} tokens/s"),
 )
-"""Metrics shown beside the step: key, format. The others are in metrics.jsonl."""
+"""Metrics shown after the step: key, format. The others are in metrics.jsonl."""
 
 SHOWN_ONLINE = (
     ("reward", "reward {:.3f}"),
@@ -39,7 +39,7 @@ COLOURS = {"done": "green", "skipped": "cyan", "failed": "red", "stopped": "yell
 
 @dataclass
 class StageClock:
-    """Where one stage stands. Times in seconds of the clock that the progress was given."""
+    """Progress of one stage. Times in seconds of the clock that `Progress` was given."""
 
     name: str
     total: int | None
@@ -148,7 +148,7 @@ class Progress:
         current = self._require_stage()
         self._current = None
         if self._display is not None:
-            # Otherwise the stage's last frame stays on the screen, below its own end, until the next one.
+            # Otherwise the stage's last live line is left on the screen, below its end, until the next one.
             self._display.refresh()
         parts = current.parts(self._clock(), finished=True)
         if state == "skipped":

@@ -1,4 +1,4 @@
-"""Settings of what a run logs, and where to."""
+"""Settings of metrics and trackers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from actors.spec import Spec
 
 
 class LoggingSpec(Spec):
-    """What is recorded while a stage trains."""
+    """Interval of metrics, and trackers that get them."""
 
     logging_steps: int = Field(default=1, ge=1)
     """A line of metrics every so many steps, as `max_steps` counts them."""

@@ -1,4 +1,4 @@
-"""What a run says at its end: the table of models and where the start-up time went."""
+"""Summary at the end of a run: tables of its models, and the start-up time by cause."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def results_table(progress: Progress, state: Mapping[str, Any], names: Sequence[
 
 
 def pairs_table(progress: Progress, state: Mapping[str, Any], names: Sequence[str]) -> None:
-    """How often each reward model scores the chosen answer of a held-out pair higher."""
+    """Share of held-out pairs of which each reward model scores the chosen answer higher."""
     rows = []
     for name in names:
         result = state["eval"].get(name)
@@ -40,7 +40,7 @@ def pairs_table(progress: Progress, state: Mapping[str, Any], names: Sequence[st
 
 
 def say_startup(progress: Progress, startup: Mapping[str, float], total: float) -> None:
-    """One line: how long until the first step, and for what."""
+    """Print one line: the time until the first step, by cause."""
     first = startup.get("first training step")
     causes = ", ".join(
         f"{name} {value:.1f} s" for name, value in startup.items() if name != "first training step"

@@ -224,7 +224,7 @@ class Trackers:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite number (a bool is not)."""
+    """True for a finite number (a bool is none)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

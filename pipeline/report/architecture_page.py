@@ -1,4 +1,4 @@
-"""docs/architectures.md from the table of architectures and the last results of its tests: `make docs`."""
+"""Writes docs/architectures.md from the table of architectures and its tests' last results (`make docs`)."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _figures(row: Architecture, measured: Mapping[str, float]) -> list[str]:
 
 
 def read_results(root: Path) -> Results:
-    """What is beside the page; nothing where nothing was measured."""
+    """The last results, kept next to the page; empty where nothing was measured."""
     file = root / RESULTS
     found: Results = json.loads(file.read_text()) if file.is_file() else {}
     return found

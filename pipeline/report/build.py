@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class StageSection:
-    """What the report shows of one stage."""
+    """One stage in the report: charts, tables and samples."""
 
     stage: StageView
     anchor: str
@@ -95,7 +95,7 @@ def render(run: RunView, plots_dir: Path) -> str:
 
 
 def has_content(stage: StageView) -> bool:
-    """Whether there is anything to show of a stage beyond its box in the graph."""
+    """True where there is more to show of a stage than its box in the graph."""
     drawn = stage.series or stage.router_load or stage.routing
     return bool(drawn or stage.samples or stage.metrics or stage.error)
 
@@ -122,7 +122,7 @@ def stage_section(stage: StageView, plots_dir: Path) -> StageSection:
             continue
         extremes = f"{format_value(min(series.values), unit)} to {format_value(max(series.values), unit)}"
         rows.append((key, format_value(series.values[0], unit), last, extremes))
-    # A stage of few metrics has no page of mechanics to fold away.
+    # A stage of few metrics has no second section of charts to fold away.
     fold = len(drawings) > 4 and any(drawing.first for drawing in drawings)
     rewards = stage.series.get("reward", Series([], []))
     by_step = samples_by_step(stage.samples, dict(zip(rewards.steps, rewards.values)))

@@ -18,7 +18,7 @@ HUB_NAME_PARTS = 2
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says. Everything but the first four may be left out."""
+    """Facts for a model card. Everything but the first four may be left out."""
 
     name: str
     """Name of the adapter: the run's and the stage's."""
@@ -31,7 +31,7 @@ class CardFacts:
     is_reward_model: bool = False
     """An adapter with a score head, instead of a policy."""
     loads_elsewhere: bool = True
-    """Whether transformers has a sequence classifier of this architecture, which a reward model needs."""
+    """True where transformers has a sequence classifier of this architecture, which a reward model needs."""
     started_from: str = ""
     """Stage whose weights this one continued, empty for the base."""
     datasets: Sequence[str] = ()
@@ -88,14 +88,14 @@ def metadata(facts: CardFacts) -> dict[str, Any]:
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a data source reads like `org/name` and is no file here."""
+    """True for a data source that reads like `org/name` and is no file here."""
     parts = source.split("/")
     well_formed = len(parts) == HUB_NAME_PARTS and all(part.strip(".") for part in parts)
     return well_formed and ":" not in source and not source.startswith("~") and not Path(source).exists()
 
 
 def summary(facts: CardFacts) -> str:
-    """What this is, in two sentences."""
+    """The model in two sentences."""
     kind = "LoRA adapter for" if facts.is_adapter else "model trained from"
     if facts.is_reward_model:
         kind = "reward model: a LoRA adapter and a score head for"
@@ -126,7 +126,7 @@ def usage(facts: CardFacts) -> str:
 
 
 def reward_model_usage(facts: CardFacts) -> str:
-    """How to score a text: with transformers and PEFT, or, where these lack the class, with Raylign alone."""
+    """Code that scores a text: by transformers and PEFT, or, where these lack the class, by Raylign alone."""
     if not facts.loads_elsewhere:
         return (
             "transformers has no sequence classifier of this architecture, so the score head "

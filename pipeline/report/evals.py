@@ -1,4 +1,4 @@
-"""Evaluations as the report shows them: texts, the table, and what is better than the line above. Pure."""
+"""Evaluations in the report: texts, tables, and comparison of each model with the one above. Pure."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def interval_text(row: EvalRow) -> str:
 
 
 def is_share(row: EvalRow) -> bool:
-    """Whether a figure is a share of prompts (between 0 and 1, by its value and interval)."""
+    """True for a share of prompts (value and interval between 0 and 1)."""
     low, high = row.ci95 or (row.value, row.value)
     return min(low, row.value) >= 0 and max(high, row.value) <= 1
 

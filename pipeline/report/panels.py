@@ -1,4 +1,4 @@
-"""Which metrics share a chart, under which title, and which charts come first. Pure."""
+"""Groups metrics into charts: which share one, under which title, in which order. Pure."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Unit = Literal["number", "percent", "scientific", "count"]
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart: metrics that share an axis. A metric's `eval_` twin joins it."""
+    """One chart: metrics that share an axis. A metric's held-out counterpart (`eval_...`) joins it."""
 
     title: str
     keys: tuple[str, ...]
     """Names of metrics; `*` stands for any name (of a reward function)."""
     unit: Unit = "number"
     names: tuple[str, ...] = ()
-    """What each key is called in the chart; without names, the part that differs."""
+    """Label of each key in the chart; without names, the part of the key that differs."""
     first: bool | Literal["online", "offline"] = False
     """Among the charts that answer "did it learn?", perhaps only in stages that generate, or only in the
     others; the rest are mechanics."""
@@ -29,7 +29,7 @@ class Panel:
 
 
 HELD_OUT = "held out"
-"""Ends the label of a curve that is of held-out rows."""
+"""End of the label of a curve of held-out rows."""
 
 PANELS = (
     Panel("Reward", ("reward",), first=True),
@@ -122,7 +122,7 @@ PANELS = (
         "Groups of equal rewards",
         ("frac_reward_zero_std", "dynamic_sampling/frac_zero_std_left"),
         "percent",
-        names=("drawn", "left after other prompts were drawn"),
+        names=("sampled", "left after sampling other prompts"),
     ),
     Panel("Prompts that gave a pair", ("frac_pairs",), "percent"),
     Panel("Cut-off responses", ("completions/clipped_ratio",), "percent"),
@@ -246,7 +246,7 @@ def _take(panel: Panel, left: dict[str, Series], online: bool) -> Chart | None:
 
 
 def _is_mark(key: str, left: dict[str, Series]) -> bool:
-    """Whether a metric is one figure of held-out rows, to be seen as a point beside the curve of its twin."""
+    """True for a single figure of held-out rows: a point next to the curve of its training counterpart."""
     twin = left.get(key.removeprefix("eval_"))
     return key.startswith("eval_") and len(left[key].values) == 1 and twin is not None and not twin.constant
 
@@ -258,7 +258,7 @@ def _matches(pattern: str, left: dict[str, Series]) -> list[str]:
 
 
 def _drop_twin_of_reward(left: dict[str, Series]) -> None:
-    """With one reward function of weight 1, its mean and spread are the reward's: no second chart of them."""
+    """Drop mean and spread of the only reward function of weight 1: they are those of the reward."""
     for total, pattern in (("reward", "rewards/*/mean"), ("reward_std", "rewards/*/std")):
         parts = _matches(pattern, left)
         if len(parts) == 1 and total in left and left.get(parts[0]) == left[total]:

@@ -1,4 +1,4 @@
-"""The report's charts: curves over steps. SampledBatch once, used as SVG and PNG."""
+"""The report's charts: curves over steps. Drawn once, used as SVG and PNG."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def compact(value: float) -> str:
 
 
 def is_twin(label: str) -> bool:
-    """Whether a curve is the held-out figure of another one in a chart of several metrics."""
+    """True for the held-out counterpart of another curve in a chart of several metrics."""
     return label.endswith(f" {HELD_OUT}")
 
 
@@ -181,7 +181,7 @@ def heading(figure: Figure, chart: Chart) -> float:
 
 
 def fitting(labels: list[tuple[str, str]], room: float, muted: str) -> list[tuple[str, str]]:
-    """As many labels as fit `room` inches, and how many there are beside."""
+    """As many labels as fit `room` inches, and the number of the others."""
     for kept in range(len(labels), 0, -1):
         more = [(f"+{len(labels) - kept}", muted)] if kept < len(labels) else []
         if labels_width(labels[:kept] + more) <= room:

@@ -1,7 +1,7 @@
-"""A run directory read for the report, from files alone.
+"""Reads a run directory for the report, from files alone.
 
 A report is wanted most when something went wrong. So nothing here raises for a file that is missing, cut off
-or of an unknown shape: what can be read is taken, and the rest becomes a line in `RunView.notes`.
+or of an unknown shape: it takes what can be read, and notes the rest in `RunView.notes`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipeline.report.timeline import Call, last_execution, to_calls
 from pipeline.report.tolerant_reading import as_mapping, as_number, as_numbers, read_json, read_jsonl
 
 FIRST_STEP = "first training step"
-"""The entry of `startup` that is a moment, not a cause."""
+"""The entry of `startup` that is a point in time, not a cause."""
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
@@ -228,7 +228,7 @@ def _error_text(error: Any) -> str:
 
 
 def _date(value: Any) -> str:
-    """Seconds since the epoch as local date and time; a text stays as it is."""
+    """Seconds since the epoch as local date and time; a text is returned unchanged."""
     seconds = as_number(value)
     if seconds is None:
         return str(value or "")

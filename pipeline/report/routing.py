@@ -1,4 +1,4 @@
-"""What an online stage left behind about its routers, as tables for the report's heatmaps. Pure."""
+"""Router statistics that an online stage wrote, as tables for the report's heatmaps. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.report.tolerant_reading import as_number
 
 @dataclass
 class RoutingView:
-    """Of one stage; empty where it wrote nothing."""
+    """Router statistics of one stage; empty where it wrote none."""
 
     engine_load: list[list[float]] = field(default_factory=list)
     """[layer][expert] in fair shares: the engines' last samples."""
@@ -29,7 +29,7 @@ class RoutingView:
 
 
 def to_routing(rows: Sequence[dict[str, Any]], engine_load: Any) -> RoutingView:
-    """From the lines of routing.jsonl and the loads of engine_load.json."""
+    """Tables from the lines of routing.jsonl and the loads of engine_load.json."""
     steps, busiest = _by_layer(rows, "trainer")
     agreement_steps, agreement = _by_layer(rows, "agreement")
     return RoutingView(fair_share(engine_load), steps, busiest, agreement_steps, agreement)

@@ -1,4 +1,4 @@
-"""A run as the report sees it: plain values. What fills them is `pipeline.report.read_run`."""
+"""Data of a run for the report, as plain values; `pipeline.report.read_run` fills them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAIR_ACCURACY = "pair_accuracy"
 
 @dataclass
 class StageView:
-    """One stage: what the config asked for, where it stands, what it left behind."""
+    """One stage: its settings, state, metrics and files."""
 
     name: str
     type: str
@@ -30,13 +30,13 @@ class StageView:
     """done, skipped, running, failed, stopped, or pending (in the config, not reached)."""
     init: str = BASE
     reads: dict[str, str] = field(default_factory=dict)
-    """Other stages than the one that it started from, and what it uses each as: reference, reward model."""
+    """Other stages that it reads -> what it uses each as: reference, reward model."""
     seconds: float | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     error: str = ""
     series: dict[str, Series] = field(default_factory=dict)
     router_load: list[list[float]] = field(default_factory=list)
-    """[layer][expert]: share of the tokens that a fair router would send there, so 1 is balanced."""
+    """[layer][expert]: tokens as a multiple of an expert's fair share, so 1 is balanced."""
     routing: RoutingView = field(default_factory=RoutingView)
     samples: list[dict[str, Any]] = field(default_factory=list)
     artifact: str = ""
@@ -58,7 +58,7 @@ class EvalRow:
 
     @property
     def of_pairs(self) -> bool:
-        """Whether a reward model was scored, on pairs, instead of a policy on prompts."""
+        """True for a reward model, scored on pairs, instead of a policy on prompts."""
         return self.metric == PAIR_ACCURACY
 
 
@@ -74,7 +74,7 @@ class RunView:
     completions: dict[str, list[dict[str, Any]]]
     """Per evaluated model, the rows {prompt, completion, answer, score} of eval/MODEL.jsonl."""
     calls: list[Call]
-    """What the actors were asked for in the last execution, from logs/trace."""
+    """Calls of the actors in the last execution, from logs/trace."""
     base: str
     config_text: str
     versions: dict[str, str]

@@ -1,4 +1,4 @@
-"""Which generations a reader sees side by side: the same prompt, answered by each model. Pure."""
+"""Chooses generations to show side by side: the same prompt, answered by each model. Pure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEXT_LIMIT = 1200
 
 
 SHORT_PROMPT = 40
-"""Characters up to which a prompt stands beside its answers instead of above them."""
+"""Characters up to which a prompt is shown left of its answers instead of above them."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Sample:
 
     @property
     def short(self) -> bool:
-        """Whether prompt and expected answer fit beside the answers."""
+        """True where prompt and expected answer fit left of the answers."""
         return len(self.prompt) <= SHORT_PROMPT and len(self.expected) <= SHORT_PROMPT
 
     @property
@@ -100,7 +100,7 @@ class StepSamples:
 
     @property
     def singles(self) -> bool:
-        """Whether each prompt has one answer: these fit a line each."""
+        """True where each prompt has one answer: these fit a line each."""
         return all(len(sample.answers) == 1 for sample in self.samples)
 
 
@@ -194,7 +194,7 @@ def _shared_start(texts: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Frame:
-    """What a chat template puts around every prompt."""
+    """Text that a chat template puts before and after every prompt."""
 
     head: str = ""
     tail: str = ""
@@ -207,7 +207,7 @@ class Frame:
 def frame(prompts: Iterable[str]) -> Frame:
     """The markers (`<|im_start|>user` and their like) that all of several prompts begin and end with.
 
-    What is shared but is no marker stays: it is part of what was asked.
+    Text that they share but that is no marker is kept: it is part of the question.
     """
     texts = list(prompts)
     if len(texts) < 2:

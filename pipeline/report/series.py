@@ -1,4 +1,4 @@
-"""What a stage logged, as curves and as a table of expert loads. Pure."""
+"""A stage's logged metrics as curves, and expert loads as a table. Pure."""
 
 from __future__ import annotations
 

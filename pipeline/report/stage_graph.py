@@ -34,14 +34,14 @@ class Box:
 
 @dataclass(frozen=True)
 class Arrow:
-    """What one stage hands to another: an SVG path, its label, and where the label is centred."""
+    """Arrow between two stages: an SVG path, the label (what is handed on), and the label's centre."""
 
     path: str
     label: str
     x: float
     y: float
     read: bool
-    """SampledBatch dashed: used as it is (reference, reward model), not trained further."""
+    """Drawn dashed: used as it is (reference, reward model), not trained further."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _facts(stage: StageView) -> str:
 
 
 def _arrow(start: Box, end: Box, label: str) -> Arrow:
-    """From a box's right side to another's left."""
+    """Arrow from a box's right side to another's left."""
     x0, y0 = start.x + start.width, start.y + start.height / 2
     x1, y1 = end.x - 3, end.y + end.height / 2
     middle = (x0 + x1) / 2
@@ -132,7 +132,7 @@ def _read_arrow(start: Box, end: Box, label: str) -> Arrow:
 
 
 def artifact_text(stage: StageView) -> str:
-    """What a stage passes on, with its size: `adapter, 1.3 MB`."""
+    """Kind and size of what a stage passes on: `adapter, 1.3 MB`."""
     if not stage.artifact:
         return ""
     size = f", {byte_text(stage.artifact_bytes)}" if stage.artifact_bytes else ""

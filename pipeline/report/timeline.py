@@ -1,7 +1,7 @@
-"""Which process worked when, and for whom the others waited: from the traces of the actors' calls. Pure.
+"""Work and waiting of each process over time, from the traces of the actors' calls. Pure.
 
-A lane is one process, e.g. `policy-0`. Between its calls it waits, for the roles that work meanwhile; inside
-a call it is at work, also where the call itself waits for another rank.
+A lane is one process, e.g. `policy-0`. Between its calls it counts as waiting for the roles that work
+meanwhile; inside a call as working, even while the call waits for another rank.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ KINDS = {
     "logprobs": "log-probabilities, values, scores",
     "sync": "sync",
 }
-"""Phases that have a colour of their own, and what the legend calls them."""
+"""Phases with a colour of their own -> their names in the legend."""
 
 OTHER = "other"
 """Loading, saving, small calls."""
 
 DRIVER = "driver"
-"""Works, or waits for something that is no call, while no process of a role has anything to do."""
+"""Waited for while no process of a role works: the driver itself, or something that is no call."""
 
 LANES = 12
 """Lanes drawn; of a larger run the first of each role."""
@@ -50,13 +50,13 @@ class Call:
     end: float
     step: int | None = None
     role: str = ""
-    """The role that a shared host worked for, where the call named one."""
+    """The role that a shared worker worked for, where the call named one."""
     peak_rss: int | None = None
     """Bytes: the most memory that the process had had by the call's end."""
 
     @property
     def kind(self) -> str:
-        """What it counts as in the drawing: a value of KINDS, or OTHER."""
+        """Kind of work in the drawing: a value of KINDS, or OTHER."""
         return KINDS.get(self.phase, OTHER)
 
 
@@ -71,7 +71,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Waiting:
-    """How one process spent a window: shares of it at work, and idle while each role worked."""
+    """One process's time in a window: the share at work, and the shares idle while each role worked."""
 
     lane: str
     busy: float
@@ -159,7 +159,7 @@ def syncs(calls: Sequence[Call]) -> list[tuple[float, float]]:
 
 
 def online_window(calls: Sequence[Call]) -> tuple[float, float] | None:
-    """From the first weight sync's end to the last one's: whole steps of the online stages."""
+    """Window from the first weight sync's end to the last one's: whole steps of the online stages."""
     found = syncs(calls)
     return (found[0][1], found[-1][1]) if len(found) > 1 else None
 

@@ -1,4 +1,4 @@
-"""Where the time of a run went: who worked when, who waited for whom, which cause took how long."""
+"""Time and memory in the report: timeline, waiting, time by cause, memory by process."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from pipeline.report.timeline_plot import draw_timeline
 
 @dataclass(frozen=True)
 class Timeline:
-    """What the processes did, drawn whole and in detail, and for whom each waited."""
+    """Work of the processes, drawn whole and in detail, and a table of whom each waited for."""
 
     drawings: list[Drawing]
     waits: list[tuple[str, str, str]]
     """Process, share of its time at work, and for whom it waited in the rest, as texts."""
     window: str
-    """Which time the shares are of."""
+    """Name of the time that the shares are of."""
 
 
 @dataclass(frozen=True)

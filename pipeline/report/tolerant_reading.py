@@ -1,4 +1,4 @@
-"""Files and values of which nothing is sure: what can be read is given back, the rest is noted or None."""
+"""Reads files and values that may be damaged: returns what can be read, and None or a note for the rest."""
 
 from __future__ import annotations
 

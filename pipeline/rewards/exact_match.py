@@ -1,4 +1,4 @@
-"""Reward and metric of the builtin arithmetic data: whether the answer is the one in the row."""
+"""Reward and metric of the builtin arithmetic data: 1 where the completion is the row's answer."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Rewards of samples: functions behind one call with a deadline. Their sums: `reward_sums.py`.
+"""Calls reward functions, with a deadline. Sums of rewards are in `actors/algorithms/reward_shaping.py`.
 
 - A reward function is called as TRL 1.16 calls it: f(prompts=, completions=, completion_ids=, **columns),
-  and returns one float or None a sample. None is "not for me": it counts neither in the sum nor in means.
-- Nothing that a function does goes unseen: a raise, a wrong number of values, NaN, or no answer in time
-  ends in one message with the sample, or in the default that the configuration names.
+  and returns one float or None per sample. None means "not for me": it counts in no sum and no mean.
+- Every fault of a function is seen: an exception, a wrong number of values, NaN, or no answer in time ends
+  in one message with the sample, or in the default that the configuration names.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 
 RewardFunction = Callable[..., Any]
 ARGUMENTS = ("prompts", "completions", "completion_ids")
-"""What every reward function is given, beside the columns of the data."""
+"""Arguments that every reward function gets, in addition to the columns of the data."""
 SHOWN = 400
 """Characters of a prompt or completion in a message."""
 
@@ -47,7 +47,8 @@ class RewardSpec(Spec):
     timeout_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
     """Seconds that a function may take for one call with all samples of a step."""
     on_error: Literal["stop"] | float = "stop"
-    """What a function's failure does: `stop` ends the run; a number is what the samples concerned get."""
+    """Effect of a function's failure: `stop` ends the run; a number is the reward of the samples
+    concerned."""
 
     @model_validator(mode="before")
     @classmethod
@@ -62,7 +63,7 @@ class RewardSpec(Spec):
 
     @property
     def kind(self) -> Literal["exact_match", "function", "model"]:
-        """What `source` names; a `model` is a reward stage or a directory."""
+        """Kind of thing that `source` names; a `model` is a reward stage or a directory."""
         if self.source == EXACT_MATCH:
             return "exact_match"
         return "function" if FUNCTION.match(self.source) else "model"
@@ -121,12 +122,12 @@ def import_function(source: str, key: str, choices: str) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Samples:
-    """What a reward function is given; every list has one entry a sample."""
+    """Samples for a reward function; every list has one entry per sample."""
 
     prompts: Sequence[Any]
     """Strings, or message lists where the data is conversational."""
     completions: Sequence[Any]
-    """Strings, or `[{"role": "assistant", "content": ...}]` beside conversational prompts."""
+    """Strings, or `[{"role": "assistant", "content": ...}]` where prompts are conversational."""
     completion_ids: Sequence[Sequence[int]]
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """Further columns of the data, repeated for every sample of a prompt."""
@@ -149,7 +150,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Called:
-    """What a call of a reward function came to."""
+    """Result of a call of a reward function: values, or a problem and its samples."""
 
     values: list[float | None]
     """One a sample; where `problem` is set, those of `bad` hold nothing of use."""
@@ -159,7 +160,7 @@ class Called:
 
 
 def call_reward_function(function: RewardFunction, samples: Samples, timeout_s: float) -> Called:
-    """Call a function once with all samples, in a thread of its own, and look at what comes back.
+    """Call a function once with all samples, in a thread of its own, and check its values.
 
     A function that does not answer in time is left running: Python can't end a thread.
     """
@@ -179,7 +180,7 @@ def call_reward_function(function: RewardFunction, samples: Samples, timeout_s: 
 
 
 def _answer(function: RewardFunction, samples: Samples, timeout_s: float, outcome: dict[str, Any]) -> None:
-    """In the thread: the function's values, or its exception with the sample that provokes it."""
+    """Runs in the thread: the function's values, or its exception with the sample that provokes it."""
     deadline = time.monotonic() + timeout_s
     try:
         outcome["values"] = _call(function, samples)
@@ -219,7 +220,7 @@ def _call(function: RewardFunction, samples: Samples) -> Any:
 
 
 def named_by(function: RewardFunction, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the arguments that there are, those that a function takes: all with **kwargs, else what it names."""
+    """The given arguments that a function takes: all with **kwargs, else those that it names."""
     parameters = inspect.signature(function).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return dict(given)
@@ -264,7 +265,8 @@ def _number(value: Any) -> float:
 
 
 def function_rewards(spec: RewardSpec, function: RewardFunction, samples: Samples) -> tuple[np.ndarray, str]:
-    """Rewards of one function, float64 (N,), NaN where it passes a sample over; and what was replaced.
+    """Rewards of one function, float64 (N,), NaN where it passes a sample over; and a text about replaced
+    ones.
 
     Returns:
         The rewards, and an empty text, or why `on_error` stands in for some of them.

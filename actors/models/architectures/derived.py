@@ -25,7 +25,7 @@ _KINDS: tuple[tuple[TargetGroup, re.Pattern[str]], ...] = (
     ("shared_experts", re.compile(r"shared_(expert|mlp)")),
     ("mlp", re.compile(r"^(mlp|ffn|feed_forward|feedforward)$")),
 )
-"""What a part of a Linear layer's name says of its group; the first that fits counts."""
+"""Target group -> pattern of a part of a Linear layer's name; the first that fits counts."""
 _EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 
@@ -88,7 +88,8 @@ def _linear_layers(net: nn.Module, is_moe: bool) -> dict[TargetGroup, tuple[str,
 
 
 def _router(net: Any, config: PretrainedConfig, stack: str) -> tuple[Router, str]:
-    """The module beside the experts whose weight has a row for each of them, and that weight's suffix."""
+    """The router: the module next to the experts whose weight has a row for each of them; and that weight's
+    suffix."""
     experts = stack.rpartition(".")[0]
     block_name = experts.rpartition(".")[0]
     n_experts = net.get_parameter(stack).shape[0]

@@ -1,10 +1,9 @@
-"""What Raylign knows about an architecture: names of LoRA targets, the router, what may be packed, limits.
+"""Finds the row of an architecture: names of LoRA targets, the router, packing, limits.
 
-One row per transformers `model_type`, in `actors.models.architectures.table`. Every row is covered by tests
-that train it, save it, merge it and compare packed with padded batches; what vLLM needs to run it is in
-`actors.models.architectures.vllm_table`. An architecture without a row is refused with the reason; with
-`model.allow_untested` it gets a row derived from its modules (`actors.models.architectures.derived`).
-"""
+There is one row per transformers `model_type`, in `actors.models.architectures.table`. Every row is covered
+by tests that train it, save it, merge it and compare packed with padded batches; what vLLM needs to run it is
+in `actors.models.architectures.vllm_table`. An architecture without a row is refused with the reason; with
+`model.allow_untested` it gets a row derived from its modules (`actors.models.architectures.derived`)."""
 
 from __future__ import annotations
 
@@ -35,7 +34,8 @@ _UNTESTED: dict[str, Architecture] = {}
 
 
 def allow_untested(row: Architecture) -> None:
-    """Let `architecture_of` find a derived row; tested and refused architectures stay as they are."""
+    """Let `architecture_of` find a derived row; those of tested and refused architectures are not
+    replaced."""
     if row.model_type not in ARCHITECTURES and row.model_type not in REFUSED:
         _UNTESTED[row.model_type] = row
 
@@ -53,7 +53,7 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
 
 
 def unsupported(model_type: str) -> str | None:
-    """Why this architecture can't be used, or None when it can."""
+    """The reason why an architecture can't be used; None when it can."""
     if model_type in ARCHITECTURES or model_type in _UNTESTED:
         return None
     known = ", ".join(sorted(ARCHITECTURES))
@@ -67,7 +67,7 @@ def unsupported(model_type: str) -> str | None:
 
 
 def replay_objection(model_type: str) -> str | None:
-    """Why the routes of this architecture can't be replayed (`model.moe.router_replay`), or None."""
+    """The reason why routes of an architecture can't be replayed (`model.moe.router_replay`), or None."""
     row = ARCHITECTURES.get(model_type)
     if row is not None and row.router is None:
         return f"a {model_type} model has no router"

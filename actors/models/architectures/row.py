@@ -29,7 +29,7 @@ GateKind = Literal[
 
 @dataclass(frozen=True)
 class Router:
-    """Where a mixture-of-experts block decides, and how to read its decision."""
+    """The router of a mixture-of-experts block: its module, and where its output holds logits and experts."""
 
     module: str
     """Suffix of the router module's name, e.g. `mlp.gate`."""
@@ -42,7 +42,7 @@ class Router:
     has_aux_loss: bool = True
     """transformers defines the Switch load-balancing loss for it (others balance by a bias)."""
     samples_in_training: bool = False
-    """In training mode transformers draws experts at random; such routers are kept in evaluation mode."""
+    """In training mode transformers samples experts at random; such routers are kept in evaluation mode."""
     gates: GateKind | None = None
     """How the gates of the chosen experts follow from the logits, where the module returns logits, gates and
     experts and engines were seen to tell theirs: then routes can be replayed
@@ -78,7 +78,7 @@ class Architecture:
     """How sequences may share a row: in `bins`, where position ids that restart keep them apart; `flat`, only
     by attention that is told where each begins (`actors.models.attention`, on CPUs); or `no` way is known."""
     attention: Attention = "sdpa"
-    """What `attn_implementation: sdpa` loads; transformers has no sdpa for those with attention sinks."""
+    """Implementation that `attn_implementation: sdpa` loads; transformers has no sdpa for attention sinks."""
     grouped_experts: bool = True
     """transformers runs its experts by `moe.experts_implementation`; False: by a loop of its own."""
     shards_by_layer: bool = True
@@ -90,11 +90,13 @@ class Architecture:
     refused: Mapping[TargetGroup, str] = field(default_factory=dict)
     """Target group that it has but that can't be adapted -> the reason."""
     untrained: tuple[str, ...] = ()
-    """Suffixes of parameters that no loss has a gradient by; they stay when every parameter trains."""
+    """Suffixes of parameters that no loss has a gradient for; they don't change when every parameter
+    trains."""
     limits: tuple[str, ...] = ()
-    """What a user should know, a sentence each."""
+    """Limits that users should know, a sentence each."""
     twin: Mapping[str, Any] = field(default_factory=dict)
-    """Config keys, with dots into nested configs, that a tiny twin sets beside the usual sizes."""
+    """Config keys, with dots into nested configs, that the tiny copy of a dry run sets in addition to the
+    usual sizes."""
     tested: bool = True
     """False for a row derived from the modules of an unknown architecture."""
 

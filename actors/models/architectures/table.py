@@ -1,6 +1,6 @@
-"""The rows of the table of architectures, and those that were tried and are refused.
+"""The table of architectures: a row for each that works, and the reason for each that is refused.
 
-What was measured for each, in both halves of the loop, is on the page docs/architectures.md.
+Measurements of each, in trainer and engine, are in docs/architectures.md.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _dense(model_type: str) -> Architecture:
 
 
 def _weights(prefix: str) -> tuple[str, ...]:
-    """Linear layers of an MoE family, named as parameters.
+    """Linear layers of an MoE architecture, named as parameters.
 
     As modules PEFT would take `...gate_proj` for the experts' old name and silently adapt the fused
     experts instead (peft.utils.transformers_weight_conversion). The files have the same tensor names.
@@ -168,7 +168,7 @@ ROWS = (
             )
         },
         limits=(
-            "Its routers choose the best experts while training too; transformers would draw them at random.",
+            "Its routers choose the best experts while training too; transformers would sample at random.",
         ),
     ),
     Architecture(
@@ -220,7 +220,7 @@ ROWS = (
         limits=("Its linear attention carries state along a row, so rows are padded, not packed.",),
     ),
 )
-"""All of the table."""
+"""The whole table; `actors.models.architectures.lookup` finds a row by `model_type`."""
 
 REFUSED: dict[str, str] = {
     "jamba": (

@@ -1,4 +1,4 @@
-"""What tensor-parallel ranks have to share evenly of a base, read off its config."""
+"""Sizes of a base that tensor-parallel ranks have to share evenly, from its config."""
 
 from __future__ import annotations
 

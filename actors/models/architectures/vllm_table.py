@@ -1,6 +1,6 @@
-"""What vLLM needs to run an architecture rightly: one row per transformers `model_type`, importable without
-vLLM.
+"""Settings by which vLLM runs an architecture correctly: one row per transformers `model_type`.
 
+Importable without vLLM.
 Every row is covered by tests that bring ten versions of LoRA weights into a running engine and compare its
 log-probabilities with transformers, in float32 where vLLM computes in it. Causes and versions of the
 workarounds that rows name are in `actors.rollout.vllm.workarounds.registry`.
@@ -34,11 +34,11 @@ class EngineRow:
     workarounds: tuple[str, ...] = ()
     """Names in `actors.rollout.vllm.workarounds.registry.WORKAROUNDS`, applied before the engine is built."""
     dtypes: tuple[EngineDtype, ...] = ("float32", "bfloat16")
-    """What the engine's kernels compute in on the CPU."""
+    """Dtypes that the engine's kernels compute in on the CPU."""
     transformers_backend: bool = False
     """vLLM has no class of its own for it and runs transformers' modules."""
     note: str = ""
-    """What else users should know."""
+    """A limit that users should know, in one sentence."""
 
     def overrides_for(self, config: Any) -> dict[str, Any]:
         """vLLM's `hf_overrides` for a checkpoint with this transformers config."""

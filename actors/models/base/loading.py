@@ -1,4 +1,4 @@
-"""A base model and its tokenizer, loaded; `actors.models.base.resolving` says from where."""
+"""Loads a base model and its tokenizer from where `actors.models.base.resolving` finds them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """The base's tokenizer (an adapter's own, where it has one), with a pad token.
 
     Raises:
-        UserError: there is no tokenizer beside the base.
+        UserError: there is no tokenizer in the base's directory.
     """
     place, adapter, problems = follow_adapter(spec.base)
     if problems:
@@ -102,7 +102,7 @@ def load_base(
 ) -> PreTrainedModel:
     """The base model in evaluation mode, without cache and without router logits in its outputs.
 
-    With `spec.random_init` its weights are drawn from `seed`. An adapter named by `spec.base` is not
+    With `spec.random_init` its weights are random, from `seed`. An adapter named by `spec.base` is not
     applied: see `resolve_base(...).adapter_path` and `actors.models.lora.adapters`. With `shards` above 1,
     the ranks of the process group, each reads and holds only its slices: of all weights, gathered by layers
     (`actors.models.parallel.fsdp`), or of stacks of experts alone (`actors.models.moe.expert_parallel`).
@@ -149,7 +149,8 @@ def load_base(
 
 
 def _arguments(spec: ModelSpec, config: Any) -> dict[str, Any]:
-    """Of transformers' `from_pretrained` and `from_config`: by the spec, and by the architecture's row."""
+    """Arguments of transformers' `from_pretrained` and `from_config`, from the spec and the architecture's
+    row."""
     import torch
 
     how: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""What `model.base` names: found, and checked without its weights."""
+"""Finds the base and the adapter that `model.base` names, and checks them without their weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 @dataclass(frozen=True)
 class ResolvedBase:
-    """What `model.base` turned out to be."""
+    """Base, adapter and config that `model.base` stands for, or the reasons why they can't be used."""
 
     base_path: str
     """Directory or hub id of the base model."""
@@ -151,7 +151,7 @@ def _check_config(config: PretrainedConfig, base: str, may_be_untested: bool) ->
 
 
 def _row_problems(config: PretrainedConfig, may_be_untested: bool) -> list[str]:
-    """Why this architecture can't be used; one without a row gets one where that is allowed."""
+    """Reasons why this architecture can't be used; one without a row gets one where that is allowed."""
     if may_be_untested and config.model_type not in {**ARCHITECTURES, **REFUSED}:
         from actors.models.architectures.derived import derived_row
 

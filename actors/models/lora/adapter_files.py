@@ -39,7 +39,7 @@ def save_adapter(
 
     The fingerprint of the base's files goes into the metadata, for `check_adapter_matches_base`. With a
     `head` (1, hidden) it is the adapter of a sequence classifier, as PEFT writes one; for architectures
-    of which transformers has no such class, the head is a file of its own beside a plain adapter.
+    of which transformers has no such class, the head is a file of its own next to a plain adapter.
 
     Collective where the adapter is sharded; `write` is False on ranks that only hand over their slices.
     """
@@ -200,7 +200,8 @@ def _all_tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def _sort_metadata(file: Path) -> None:
-    """safetensors writes metadata in the order of a hash map, another one in every process."""
+    """Sort the metadata of a file: safetensors writes it in the order of a hash map, which differs by
+    process."""
     with open(file, "r+b") as f:
         size = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(size))

@@ -89,7 +89,7 @@ def lora_config(model: PreTrainedModel | PretrainedConfig, lora: LoraSpec) -> Lo
 def attach_lora(
     model: PreTrainedModel, lora: LoraSpec, adapter_name: str = "policy", seed: int = 0
 ) -> PeftModel:
-    """Freeze the base and give it a first, trainable adapter (A drawn from `seed`, B zero)."""
+    """Freeze the base and give it a first, trainable adapter (A random from `seed`, B zero)."""
     return attach_config(model, lora_config(model, lora), adapter_name, seed, lora.expert_impl)
 
 
@@ -254,13 +254,13 @@ def _refuse_other_parameters(peft: PeftModel, config: LoraConfig, adapter_name: 
             raise UserError(
                 f"adapter '{adapter_name}' targets {sorted(wanted)}, adapter '{name}' on the same base "
                 f"{sorted(there)}: PEFT needs the same experts and router targets in all; "
-                "use the same model.lora.targets, or a host of its own for that role"
+                "use the same model.lora.targets, or a worker of its own for that role"
             )
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """PEFT draws A on the CPU from the global generator; leave that as it was."""
+    """Seed PEFT's A, which comes from the global generator of the CPU; its state is restored at the end."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

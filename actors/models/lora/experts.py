@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def select(peft: PeftModel, impl: str) -> str:
-    """Make expert LoRA run `unmerged` or in `peft`'s way; `auto` decides. Returns the choice.
+    """Let expert LoRA run `unmerged` or as in `peft`; `auto` decides. Returns the choice.
 
     Raises:
         UserError: `unmerged` was asked for with another experts implementation than grouped_mm, or `peft` for
@@ -116,8 +116,8 @@ class _UnmergedParamWrapper(ParamWrapper):
 
 
 def own_factors(stack: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of A (experts, r, in) and B (experts, out, r) what belongs to this rank's part of a stack of experts
-    (experts, out, in): some experts, rows or columns of it; all of both where it is whole."""
+    """The parts of A (experts, r, in) and B (experts, out, r) that belong to this rank's part of a stack of
+    experts (experts, out, in): some experts, rows or columns of it; all of both where it is whole."""
     dims = split_dims(stack)
     by_a, by_b = dims <= {0, 2}, dims <= {0, 1}
     return own_part(a, stack) if by_a else a, own_part(b, stack) if by_b else b

@@ -1,8 +1,8 @@
 """Scalar heads of roles: a reward model's score, a critic's value.
 
-A head is a row of weights (hidden -> 1, no bias, float32) beside an adapter. It reads the trunk's last
-hidden states, so passes of such a role make no logits. Heads live beside the model, not in it: saving
-or switching one role's adapter can't touch another role's head.
+A head is a row of weights (hidden -> 1, no bias, float32) that belongs to an adapter. It reads the trunk's
+last hidden states, so forward passes of such a role compute no logits. Heads are kept outside of the model:
+saving or switching one role's adapter can't touch another role's head.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def make_head(config: PretrainedConfig, init: HeadInit, seed: int, device: str |
     """A fresh head.
 
     Args:
-        init: `zero` scores everything 0 at the start; `normal` draws from N(0, initializer_range), as
+        init: `zero` scores everything 0 at the start; `normal` samples N(0, initializer_range), as
             transformers initialises the head of a sequence classifier.
     """
     import torch
@@ -46,7 +46,7 @@ def make_head(config: PretrainedConfig, init: HeadInit, seed: int, device: str |
 
 
 def has_sequence_classifier(model_type: str) -> bool:
-    """Whether plain transformers can load a saved head: it has a sequence classifier of this type."""
+    """True where plain transformers can load a saved head: it has a sequence classifier of this type."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
     return model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES

@@ -113,8 +113,8 @@ def _product(layer: Any, x: Tensor, weight: Tensor, columns: slice, rows: slice)
 
 
 class _LatentLinear(_FusedLinear):
-    """Of a projection that is whole on every rank, and whose output's last part goes straight to the heads of
-    each: gradients of that part are shares, for A and B as for the base."""
+    """PEFT's wrapper of a projection that is whole on every rank, but whose output's last part goes straight
+    to the heads of each: gradients of that part are shares, for A and B as for the base."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return latent_entered(self.base_layer, super().forward(x, *args, **kwargs))

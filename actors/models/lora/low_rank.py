@@ -21,8 +21,8 @@ class Factors:
 
 
 def low_rank_delta(factors: Factors) -> torch.Tensor:
-    """s B A in float32, of the weight's shape. One place for this product: trainer, engine and written
-    checkpoint have the same bits because all of them come here."""
+    """s B A in float32, of the weight's shape. Trainer, engine and written checkpoint have the same bits
+    because all of them compute the product here."""
     # In place: a product of this size costs less than the memory for a second one.
     delta = (factors.b @ factors.a).mul_(factors.scaling)
     return delta.transpose(1, 2) if factors.transposed else delta

@@ -1,4 +1,4 @@
-"""Adapter + base -> a full model, out of place, in float32, from the untouched base.
+"""Merges an adapter into its base: a full model, out of place, in float32, from the untouched base.
 
 Merging in place drifts (after 1,000 rounds 64 % of a bf16 base's weights had changed), and adding in
 bf16 loses small updates, so neither is done. How much the output's dtype itself loses is measured.
@@ -43,7 +43,7 @@ any probability moves more by rounding alone (the embedded one by .1-.2): then t
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did."""
+    """Result of a merge: sizes, and differences from the unmerged model."""
 
     out_dir: str
     dtype: str
@@ -162,14 +162,14 @@ def adapter_factors(model: nn.Module, adapter_name: str) -> dict[str, Factors]:
 def write_model(
     model: nn.Module, state: Mapping[str, torch.Tensor], out_dir: str | Path, base_dir: str | Path
 ) -> None:
-    """Write weights (checkpoint names) beside the base's own config, tokenizer and chat template."""
+    """Write weights (checkpoint names) together with the base's own config, tokenizer and chat template."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
     out_dir, base_dir = Path(out_dir), Path(base_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    beside = [f for f in sorted(base_dir.iterdir()) if f.suffix in (".json", ".jinja", ".txt", ".model")]
-    for file in beside:
+    others = [f for f in sorted(base_dir.iterdir()) if f.suffix in (".json", ".jinja", ".txt", ".model")]
+    for file in others:
         if base_dir != out_dir and "safetensors.index" not in file.name:
             shutil.copyfile(file, out_dir / file.name)
     config = json.loads((base_dir / "config.json").read_text())
@@ -228,7 +228,8 @@ def _distance(
 
 
 def _loaded(directory: Path, dtype: Any) -> PreTrainedModel:
-    """Of an architecture without a row too: the run that made the adapter has probed its base."""
+    """A base or merged model; also without a row of its architecture, as the adapter's run has probed
+    that."""
     return load_base(ModelSpec(base=str(directory), dtype=dtype, allow_untested=True))
 
 

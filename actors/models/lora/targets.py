@@ -1,4 +1,4 @@
-"""Target groups (`attention`, `experts`, ...) resolved to the explicit names that PEFT wants."""
+"""Resolves target groups (`attention`, `experts`, ...) to the explicit names that PEFT wants."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BYTES_PER_PARAMETER = 4
 
 @dataclass(frozen=True)
 class GroupTargets:
-    """What one target group resolved to."""
+    """Names, counts and sizes of one target group on a base."""
 
     group: TargetGroup
     names: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Rows of Arrow tables: parquet files, `save_to_disk` directories and the hub."""
+"""Reads rows of Arrow tables: parquet files, `save_to_disk` directories and the hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows that can't be used: why, where, and how they are told to the user."""
+"""Rows that can't be used: reasons, places, and their messages to the user."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class BadRow:
 
 @dataclass
 class Skipped:
-    """What was left out: exact counts by reason, and the first `LISTED` rows."""
+    """Rows that were left out: exact counts by reason, and the first `LISTED` of them."""
 
     counts: Counter[str] = field(default_factory=Counter)
     listing: list[BadRow] = field(default_factory=list)
@@ -83,7 +83,7 @@ class Skipped:
 
     @staticmethod
     def merged(parts: Iterable[Skipped]) -> Skipped:
-        """One account of several."""
+        """The sum of several."""
         result = Skipped()
         for part in parts:
             result.counts.update(part.counts)
@@ -116,7 +116,7 @@ class RowGate:
         return lines
 
     def close(self) -> Skipped:
-        """What was skipped. Raises UserError when rows were refused."""
+        """The rows that were skipped. Raises UserError when rows were refused."""
         if problems := self.problems():
             raise UserError(problems)
         return self.skipped

@@ -1,4 +1,4 @@
-"""Data sets made on the spot, so that a run needs no download: `builtin:arithmetic`.
+"""Generated data sets, so that a run needs no download: `builtin:arithmetic`.
 
 Two-digit sums and differences, asked in a chat ("37+45=?") and checked exactly. The point of the
 task is that each stage has something of its own to learn:
@@ -16,7 +16,7 @@ task is that each stage has something of its own to learn:
 So imitation (SFT) gets the easy half right, and preferences are what teaches the carry: greedy, the
 embedded base has 33 % of the test split right, SFT 61-66 %, 20 steps of DPO 87-88 % and 80 of them 96-98 %
 (3 seeds each, by configs/demo.yaml).
-SampledBatch at temperature 1, the SFT model has 70 % right: what online RL can build on.
+Sampled at temperature 1, 70 % of the SFT model's answers are right, which gives online RL a start.
 
 Splits are disjoint for every seed: an unordered pair of operands belongs to one split by its hash. Only
 `prompts` and `test_preference` have no operands of their own: they ask what `train` demonstrates, and what
@@ -91,7 +91,7 @@ class Exercise:
 
     @property
     def is_hard(self) -> bool:
-        """Whether hurrying gives a wrong answer."""
+        """True where a hurried answer is wrong: there is a carry or a borrow."""
         return self.slip != self.answer
 
     @property

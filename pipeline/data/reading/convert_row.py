@@ -1,4 +1,4 @@
-"""One raw row -> messages, by the converter of its layout; what no layout allows is refused here."""
+"""Converts one raw row to messages, by its layout's converter, and refuses what no layout allows."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def convert(raw: Row, resolved: Resolved, kind: Kind) -> Converted:
 
 
 def _is_question(converted: Converted) -> bool:
-    """Whether a conversation waits for its answer: then all of it is the prompt."""
+    """True for a conversation that ends with a question: all of it is the prompt."""
     return (
         not converted.prompt and bool(converted.answers) and converted.answers[0][-1]["role"] != "assistant"
     )
@@ -64,7 +64,7 @@ def _same(chosen: list[Message], rejected: list[Message]) -> bool:
 
 
 def _with_system(converted: Converted, row: RowView) -> Converted:
-    """With the turn that the system column holds; messages that begin with the same one have it already."""
+    """The row with the system column's turn in front, unless its messages begin with the same one."""
     system = row.get("system")
     if is_blank(system):
         return converted
@@ -90,7 +90,7 @@ def _short(text: str) -> str:
 
 
 def _with_history(converted: Converted, row: RowView) -> Converted:
-    """With the turns before a question, as Alpaca's `history` holds them; they are prompt."""
+    """The row with earlier turns in front, as Alpaca's `history` holds them; they belong to the prompt."""
     where = row.name("history")
     history = from_json(row.get("history"), where)
     if not history:

@@ -1,4 +1,4 @@
-"""Rows of csv."""
+"""Reads rows of csv files."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ def _is_utf8(text: str) -> bool:
 
 
 def _never_closed(text: str, began: int, end: int) -> bool:
-    """Whether the last row, lines `began` to `end`, is in quotes to the end; only strict reading tells."""
+    """True where a quote of the last row (lines `began` to `end`) never closes; only strict reading shows
+    it."""
     try:
         list(csv.reader(islice(io.StringIO(text, newline=""), began, end), strict=True))
     except csv.Error as error:

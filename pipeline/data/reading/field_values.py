@@ -1,4 +1,4 @@
-"""Single values of raw rows: true or false, numbers, JSON in text, nulls that Arrow adds, text to encode."""
+"""Reads single values of raw rows: booleans, numbers, JSON in text, nulls of Arrow, text to be encoded."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def finite_number(value: Any, where: str) -> float:
 
 
 def is_blank(value: Any) -> bool:
-    """Whether a field is not there: null, or an empty one of a csv file."""
+    """True for a missing field: null, or empty text of a csv file."""
     return value is None or (isinstance(value, str) and not value.strip())
 
 
@@ -83,7 +83,7 @@ def check_encodable(value: Any, where: str) -> None:
 
 
 def type_name(value: Any) -> str:
-    """What a value is, in the words of a message."""
+    """Name of a value's type in messages."""
     names = {
         dict: "an object",
         list: "a list",

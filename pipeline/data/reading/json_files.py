@@ -1,4 +1,4 @@
-"""Rows of json and json lines."""
+"""Reads rows of json and json lines files."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _one_value(file: Path, data: bytes) -> list[Any] | None:
 
 
 def _are_lines(data: bytes) -> bool:
-    """Whether the first line is JSON by itself, or another of the first ones an object."""
+    """True where the first line is JSON by itself, or another of the first ones is an object."""
     lines = (line for line in data[: 1 << 24].split(b"\n") if line.strip())
     for number, line in enumerate(islice(lines, 10)):
         try:
@@ -120,7 +120,7 @@ def _checked(file: str, number: int, item: Any, doubtful: bool) -> Row:
 
 
 def _has_half_pairs(data: bytes) -> bool:
-    """Whether half a surrogate pair is possible at all; to look at all values is slow."""
+    """True where half a surrogate pair is possible: a quick test, as checking all values is slow."""
     return b"\\u" in data and (b"\\ud" in data or b"\\uD" in data)
 
 

@@ -1,4 +1,4 @@
-"""A converter for each layout of rows: a row in, its messages out."""
+"""Converters of the layouts: from a row to its messages, one function each."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _problem_solution(row: RowView) -> Converted:
 
 
 def _query_calls(row: RowView) -> Converted:
-    """xLAM's form: what is asked, and the calls that answer it."""
+    """xLAM's form: a question, and the tool calls that answer it."""
     query, where = row.text("query", EMPTY_PROMPT), row.name("answers")
     calls = calls_in(row.need("answers"), where)
     check_encodable(calls, where)
@@ -138,7 +138,7 @@ def plain_of(prompt: str | None, row: RowView, *answers: str) -> tuple[str, ...]
 
 
 def last_turn(row: RowView) -> tuple[list[Message], list[Message]]:
-    """The column `messages` as what comes before the assistant's last turn, and that turn."""
+    """The column `messages`, split before the assistant's last turn."""
     messages = row.messages("messages")
     if messages[-1]["role"] != "assistant":
         raise RowProblem(NO_ANSWER, f"{row.name('messages')} does not end with the assistant's turn")

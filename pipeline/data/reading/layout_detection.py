@@ -1,4 +1,4 @@
-"""Which layout the rows of a source have: what `layout:` and `columns:` say, else what the columns show."""
+"""Finds the layout of a source's rows: as `layout:` and `columns:` say, else by the columns' names."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from pipeline.data.reading.layouts import (
 from pipeline.data.spec import DataSpec
 
 LOOKED_AT = 200
-"""Rows, spread over all of them, that layouts are weighed by: enough to see past damaged ones."""
+"""Rows, spread over all of them, that layouts are tried on: enough to see past damaged ones."""
 
 
 def resolve_layout(rows: Sequence[dict[str, Any]], spec: DataSpec, kind: Kind) -> Resolved:
     """The layout of a source's rows: the explicit one, or the first that most of the rows have.
 
-    A column that any row has is seen. UserError names the columns found, what would be needed, and a
+    A column counts if any row has it. UserError names the columns found, what would be needed, and a
     `columns:` that was tried on these rows.
     """
     rows = [row for row in rows if row]
@@ -57,7 +57,7 @@ def resolve_layout(rows: Sequence[dict[str, Any]], spec: DataSpec, kind: Kind) -
 def _with_values(
     chosen: Resolved, spec: DataSpec, found: list[str], rows: Sequence[dict[str, Any]]
 ) -> Resolved:
-    """An optional column without any value gives way to one of an alias: `system` beside `system_prompt`."""
+    """Replace an optional column without any value by its alias: `system` by `system_prompt`."""
     columns = dict(chosen.columns)
     for name in chosen.layout.takes:
         others = [c for c in ALIASES.get(name, ()) if c in found and c not in columns.values()]

@@ -1,4 +1,4 @@
-"""What the user of rows without a layout is told: a `columns:` that was tried on them, or what to write."""
+"""Messages for rows without a layout: a `columns:` that was tried on them, or other advice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STAGES_OF: dict[Kind, str] = {
     "unpaired": "a kto stage",
     "prompt": "prompts",
 }
-"""Who takes rows of a kind."""
+"""Kind of rows -> stages that take them, in messages."""
 
 _QUESTIONS = (
     "question",
@@ -84,7 +84,7 @@ _TRIED = 20
 
 
 def no_layout(spec: DataSpec, kind: Kind, found: list[str], rows: Sequence[dict[str, Any]]) -> str:
-    """Why these columns are no layout for a stage of this kind, and what would do."""
+    """The reason why these columns are no layout for a stage of this kind, with a remedy."""
     start = f"data source {spec.source!r}: the columns {', '.join(found)} are no layout for {STAGES_OF[kind]}"
     proposal = suggestion(spec, kind, found, rows)
     if kind == "sft" and _fits("preference", spec, found, rows):
@@ -146,7 +146,7 @@ def suggestion(
 
 
 def written(proposal: str) -> str:
-    """The end of a message."""
+    """A proposal as the end of a message; empty without one."""
     return f", for example `columns: {proposal}`" if proposal else ""
 
 
@@ -185,7 +185,7 @@ def _fits(kind: Kind, spec: DataSpec, found: Sequence[str], rows: Sequence[dict[
 
 
 def _several_answers(found: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
-    """Where a row has several answers that are compared elsewhere in it; empty where it has not.
+    """Names of the columns that hold several answers of one prompt; empty where there are none.
 
     One column of ranked or scored answers (Nectar, UltraFeedback), or numbered columns (PKU-SafeRLHF, SHP).
     """

@@ -1,4 +1,4 @@
-"""Which layouts rows can have: the table, and how the names in it are found among a source's columns."""
+"""Table of the layouts that rows can have, and the search for their names among a source's columns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Kind = Literal["sft", "preference", "unpaired", "prompt"]
 
 @dataclass(frozen=True)
 class Layout:
-    """Canonical column names that a layout needs and those it takes when they are there."""
+    """One layout: canonical names of the columns that it needs, and of those that it takes if present."""
 
     name: str
     preference: bool
@@ -23,13 +23,13 @@ class Layout:
     value_type: type | None = None
     """Type of the first needed column, where two layouts have the same columns."""
     labelled: bool = False
-    """Whether each row says of its one answer if it is desirable."""
+    """True: each row has one answer and says whether it is desirable."""
     exact: frozenset[str] = frozenset()
-    """Names that no alias stands for in this layout."""
+    """Canonical names for which no alias is accepted in this layout."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Everything that `columns:` can say for this layout."""
+        """Every canonical name that `columns:` can give for this layout."""
         return (*self.needs, *self.takes)
 
 
@@ -110,7 +110,7 @@ def layouts_for(kind: Kind) -> list[Layout]:
 
 
 def _as_prompts(layout: Layout) -> Layout:
-    """With the column `answer`, which goes before the answer that the layout itself has."""
+    """The layout with the column `answer`, which has precedence over the layout's own answer."""
     if layout.name in _PROMPTS_ONLY:
         return layout
     return replace(layout, takes=(*layout.takes, "answer"), exact=layout.exact | {"answer", "completion"})
@@ -141,7 +141,7 @@ def on_columns(layout: Layout, spec: DataSpec, found: Sequence[str]) -> Resolved
 
 
 def rows_with(resolved: Resolved, rows: Sequence[dict[str, Any]], *, nulls: bool = False) -> int:
-    """How many rows have a value (with `nulls`: at least the column) for all that the layout needs."""
+    """Number of rows with a value (with `nulls`: at least the column) for all that the layout needs."""
     needed = [resolved.columns[c] for c in resolved.layout.needs]
     if nulls:
         return sum(all(c in row for c in needed) for row in rows)
@@ -154,5 +154,5 @@ def rows_with(resolved: Resolved, rows: Sequence[dict[str, Any]], *, nulls: bool
 
 
 def _as_list(value: Any) -> Any:
-    """A list for a message list that a csv file holds as JSON text."""
+    """The value, or an empty list for a message list that a csv file holds as JSON text."""
     return [] if isinstance(value, str) and is_json_messages(value) else value

@@ -1,4 +1,4 @@
-"""Who speaks in a turn: the names that data sets use, and calls of tools in the forms they have there."""
+"""Roles of messages under the names that data sets use, and tool calls in the forms they have there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.data.reading.bad_rows import UNKNOWN_ROLE, WRONG_TYPE, RowProblem
 
 CALL = "call"
-"""A turn that is a call of a tool: the assistant's, with its content as `tool_calls`."""
+"""Role of a turn that is a tool call: it becomes the assistant's, with its content as `tool_calls`."""
 DEVELOPER = "developer"
 
 ROLES: dict[str, str] = {
@@ -34,7 +34,7 @@ ROLES: dict[str, str] = {
     ),
     **dict.fromkeys(("function_call", "tool_call", "tool_calls"), CALL),
 }
-"""Name in a data set -> role in the product."""
+"""Name in a data set -> role of a message here."""
 
 _TAGGED = re.compile(r"<(tool_call|functioncall)>(.*?)(?:</\1>|(?=<\1>)|$)", re.DOTALL)
 _ARGUMENTS_IN_QUOTES = re.compile(r"""^(\{.*"arguments":\s*)'(.*)'(\s*\})$""", re.DOTALL)
@@ -77,7 +77,7 @@ def _json_of(text: str, where: str) -> Any:
 
 
 def _call(value: Any, where: str) -> dict[str, Any]:
-    """In OpenAI's form: {"type": "function", "function": {"name", "arguments"}}."""
+    """A call in OpenAI's form: {"type": "function", "function": {"name", "arguments"}}."""
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         rest = {k: v for k, v in value.items() if k not in ("type", "function")}
         return {"type": "function", **rest, "function": _named(value["function"], where)}

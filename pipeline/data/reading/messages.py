@@ -1,4 +1,4 @@
-"""Message lists as data sets write them -> turns of role and content, or why they can't be used."""
+"""Converts message lists, as data sets write them, to turns of role and content, or refuses them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def text_of(value: Any, where: str, empty: str) -> str:
 
 
 def is_json_messages(value: str) -> bool:
-    """Whether a string is a message list that was written out as JSON, as csv files hold it.
+    """True for a string that is a message list as JSON, as csv files hold it.
 
     Any other JSON, a list of calls for one, is text.
     """
@@ -89,7 +89,7 @@ def messages_of(value: Any, where: str, flags: list[Flag], arrow: bool) -> list[
 
 
 def in_turns(value: Any) -> Any:
-    """LIMA's form, the texts of a conversation alone, with its roles: the user speaks first."""
+    """Messages of LIMA's form, which is the texts of a conversation alone: the user speaks first."""
     if not isinstance(value, list) or len(value) < 2 or not all(isinstance(item, str) for item in value):
         return value
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(value)]
@@ -136,7 +136,7 @@ def _message(item: Any, where: str, flags: list[Flag], arrow: bool) -> Message:
 
 
 def _fields(fields: dict[str, Any], role: str, where: str, arrow: bool) -> dict[str, Any]:
-    """What a message has beside role and content, for the template."""
+    """Fields of a message other than role and content, which the template gets."""
     if arrow:
         fields = without_nulls(fields)
     if role == "assistant" and "function_call" in fields:

@@ -1,4 +1,4 @@
-"""Raw rows, and the bytes that they come from."""
+"""Raw rows, as they were read, and the bytes of the files that they come from."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pipeline.data.reading.bad_rows import NOT_UTF8, TOO_DEEP, BadRow
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 MAX_DEPTH = 100
-"""Levels of a row, lists and objects counted alike. Python's own JSON ends in a traceback at about 1,000;
-what is deeper than this is no training data."""
+"""Most levels of lists and objects in a row. Python's own JSON ends in a traceback at about 1,000, and no
+training data are deeper than this."""
 
 _UTF16, _UTF32 = (b"\xff\xfe", b"\xfe\xff"), (b"\xff\xfe\0\0", b"\0\0\xfe\xff")
 """Marks at the beginning of a file, little and big endian."""
@@ -30,8 +30,8 @@ class Row(NamedTuple):
     values: dict[str, Any]
     problem: BadRow | None = None
     arrow: bool = False
-    """Whether the row came from Arrow (parquet, `save_to_disk`, the hub), which gives all structs of a column
-    the same keys: a null in one may be a key that the row never had."""
+    """True for a row from Arrow (parquet, `save_to_disk`, the hub), which gives all structs of a column the
+    same keys: a null in one may be a key that the row never had."""
 
 
 def bad_row(file: str, number: int, reason: str, detail: str = "") -> Row:
@@ -40,7 +40,7 @@ def bad_row(file: str, number: int, reason: str, detail: str = "") -> Row:
 
 
 def suffix_of(path: Path) -> str:
-    """Which of `SUFFIXES` a file has, compressed or not; empty: none."""
+    """The one of `SUFFIXES` that a file has, compressed or not; empty: none."""
     name = path.name.lower().removesuffix(".gz")
     return next((s for s in SUFFIXES if name.endswith(s)), "")
 
@@ -115,7 +115,7 @@ def problem_of(values: Any) -> tuple[str, str] | None:
 
 
 def is_too_deep(values: Any) -> bool:
-    """Whether `values` has more than `MAX_DEPTH` levels."""
+    """True for `values` of more than `MAX_DEPTH` levels."""
     level = [values]
     for _ in range(MAX_DEPTH):
         inside = (v.values() if isinstance(v, dict) else v for v in level)

@@ -1,4 +1,4 @@
-"""Which files a folder's split and configuration are: the `configs:` of its README, or folders in it."""
+"""Finds the files of a split and configuration of a folder: by `configs:` of its README, or by folders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NOT_ABOUT_READING = {
     "features",
     "drop_labels",
 }
-"""Keys of a configuration in a README that don't say how its files are to be read."""
+"""Keys of a configuration in a README that don't change how its files are read."""
 
 
 def files_of_folder(folder: Path, name: str | None, split: str, source: str) -> list[Path]:

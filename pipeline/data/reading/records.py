@@ -1,4 +1,4 @@
-"""Sources -> records: the one canonical form of rows inside the product."""
+"""Reads sources as records, the one canonical form of rows in this program."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Record:
     plain: tuple[str, ...] | None
     """(prompt, *answers) as strings, for rows that came as strings; None for rows of messages."""
     columns: dict[str, Any]
-    """The row's other columns; for prompts also `answer`, what a good completion would say, where known; for
+    """The row's other columns; for prompts also `answer`, the right completion, where known; for
     unpaired rows also `label`, whether the answer is desirable."""
     template_kwargs: dict[str, Any]
     """Passed to the chat template: `tools`, and the row's `chat_template_kwargs`."""
@@ -70,11 +70,11 @@ class Record:
 
     @property
     def is_text(self) -> bool:
-        """Whether the row is plain text without prompt, trained as it stands."""
+        """True for plain text without a prompt, which is trained unchanged."""
         return self.plain is not None and len(self.plain) > 1 and not self.prompt
 
     def content(self) -> list[Any]:
-        """What the fingerprint covers."""
+        """Everything that the fingerprint covers."""
         content = [self.prompt, self.answers, self.plain, self.columns, self.template_kwargs]
         return [*content, sorted(self.untrained)] if self.untrained else content
 
@@ -134,7 +134,7 @@ class Records:
 
 
 def load_records(specs: Sequence[DataSpec], kind: Kind, *, seed: int, max_rows: int | None = None) -> Records:
-    """Read, recognise, check and mix.
+    """Read all sources, find their layouts, check their rows and mix them.
 
     `max_rows` caps the mixture (a dry run): every source gives its part. UserError lists all problems of
     all sources: unreadable sources, layouts that don't fit `kind`, and every bad row of a source with
@@ -181,9 +181,9 @@ def load_records(specs: Sequence[DataSpec], kind: Kind, *, seed: int, max_rows: 
 
 
 def mix(parts: Sequence[list[Record]], weights: Sequence[float | None], seed: int) -> list[Record]:
-    """One list of all parts: joined without weights; with them, in proportion and spread evenly.
+    """Mix all parts into one list: joined without weights; with them, in proportion and spread evenly.
 
-    The part that runs out first sets the size; of the others a choice is taken, drawn from the seed.
+    The part that runs out first sets the size; of the others a random choice is taken, by the seed.
     """
     if any(weight is None for weight in weights) or len(parts) == 1:
         return [record for part in parts for record in part]
@@ -220,7 +220,7 @@ def _records(
 
 
 def _records_of(row: Row, resolved: Resolved, kind: Kind, index: int) -> list[Record]:
-    """A row is one record; a pair that is taken apart is two."""
+    """Records of one row: one, or two for a pair that KTO takes apart."""
     record = _record(row, resolved, kind, index)
     if kind != "unpaired":
         return [record]
@@ -264,7 +264,7 @@ def _record(row: Row, resolved: Resolved, kind: Kind, index: int) -> Record:
 
 
 def _prompt_of(converted: Converted) -> tuple[Converted, str | None]:
-    """Only what comes before the (chosen) answer, and that answer's text; None for a call of tools."""
+    """The messages before the (chosen) answer, and that answer's text; None for a tool call."""
     if not converted.answers:
         return converted, None
     messages = [*converted.prompt, *converted.answers[0]]
@@ -276,7 +276,8 @@ def _prompt_of(converted: Converted) -> tuple[Converted, str | None]:
 
 
 def _template_kwargs(row: Row, resolved: Resolved) -> dict[str, Any]:
-    """What goes to the chat template beside the messages; csv and parquet files may hold it as JSON text."""
+    """Variables of the chat template other than the messages; csv and parquet files may hold them as JSON
+    text."""
     values: dict[str, Any] = {}
     for name, kind, said in _FOR_TEMPLATE:
         column = resolved.columns.get(name)

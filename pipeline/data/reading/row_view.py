@@ -1,4 +1,4 @@
-"""A raw row read by its columns: strings and message lists, or the reason why it can't be used."""
+"""Access to a raw row's columns by canonical name, as strings and message lists."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RowView:
     def __init__(self, values: dict[str, Any], columns: dict[str, str], arrow: bool = False) -> None:
         self._values, self._columns, self.arrow = values, columns, arrow
         self.flags: list[Flag] = []
-        """What the messages that were read say of their own training."""
+        """Training flags of the messages read so far."""
 
     def name(self, canonical: str) -> str:
         """The column that holds `canonical`, for messages."""

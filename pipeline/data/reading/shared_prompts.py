@@ -1,4 +1,4 @@
-"""Prompts that training and held-out data share: an evaluation on them measures memory."""
+"""Finds prompts that training and held-out data share: an evaluation on them measures memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.data.reading.row_view import Message
 
 
 class Place(NamedTuple):
-    """Where a row is."""
+    """File and number of a row."""
 
     file: str
     row: int
@@ -20,7 +20,7 @@ class Place(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """How many held-out rows there are with a prompt that training has too, of how many, and one of them."""
+    """Number of held-out rows whose prompt is trained too, of how many, and the first of them."""
 
     rows: int
     of: int

@@ -1,4 +1,4 @@
-"""Sources -> raw rows: the files, directory, hub data set or generator that a source names, and its split.
+"""Reads a source's raw rows: from the files, directory, hub data set or generator that it names.
 
 json, jsonl and csv are read by modules of this room rather than through `datasets`, which stops at the first
 row that it can't parse and names neither the row nor all of them; parquet is read by pyarrow, as `datasets`

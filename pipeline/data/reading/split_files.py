@@ -1,11 +1,10 @@
-"""Which files are which split of a folder or a pattern, by the rules of `datasets`.
+"""Finds the files of a split in a folder or by a pattern, by the rules of `datasets`.
 
 `datasets` finds splits in this order: the `configs:` of the folder's README, shards in `data/`
-(`data/train_sft-00000-of-00002.parquet`), names of folders, names of files. Its own functions are called
-here; see https://huggingface.co/docs/datasets/repository_structure. Where they would put files together that
-most likely are not one split (train_sft and train_gen, a test file in a folder called train), the source is
-refused instead. READMEs are in `pipeline.data.reading.readme_configs`.
-"""
+(`data/train_sft-00000-of-00002.parquet`), names of folders, names of files. Its own functions do this here;
+see https://huggingface.co/docs/datasets/repository_structure. Where they would put files together that most
+likely are not one split (train_sft and train_gen, a test file in a folder called train), the source is
+refused instead. READMEs are in `pipeline.data.reading.readme_configs`."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from actors.errors import UserError
 from pipeline.data.reading.raw_rows import SUFFIXES, stem_of, suffix_of
 
 NAMED = 8
-"""Files named in a message; of more their number is told."""
+"""Files that a message names; of more it gives the number."""
 
 _SHARD = re.compile(r"([-._ ]\d+)?([-._ ]of[-._ ]\d+)?([-._ ][0-9a-f]{16})?$")
 """End of a shard's name: `-00000-of-00002`, and the fingerprint that older versions of the hub added."""
@@ -39,7 +38,7 @@ class Splits:
     """All of them, in the order of `datasets`: sorted by path."""
     by_split: dict[str, list[Path]] = field(default_factory=dict)
     by_names: bool = False
-    """Whether words in names of files and folders tell the splits, rather than a README or shards."""
+    """True: the splits were found by words in names of files and folders, not by a README or shards."""
 
 
 def files_of_pattern(source: str, split: str) -> list[Path]:
@@ -183,13 +182,13 @@ def _parts(relative: Path) -> list[str]:
 
 
 def _said(relative: Path) -> set[str]:
-    """Splits that the words in a path speak of."""
+    """Splits that words in a path name."""
     names = ("train", "validation", "test")
     return {s for s in names if any(re.search(_words(s), part) for part in _parts(relative))}
 
 
 def _labels(relative: Path, split: str) -> frozenset[str]:
-    """What follows the split's word in a path, without numbers: `sft` of `train_sft-00000-of-00001`."""
+    """Words behind the split's word in a path, without numbers: `sft` of `train_sft-00000-of-00001`."""
     if split not in ("train", "validation", "test"):
         return frozenset()
     found = [(part, re.search(_words(split), part)) for part in _parts(relative)]

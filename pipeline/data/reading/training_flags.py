@@ -1,4 +1,5 @@
-"""What single messages say of their training: `weight` (OpenAI), `train` (axolotl), `loss` (ms-swift)."""
+"""Flags of single messages that say whether they are trained: `weight` (OpenAI), `train` (axolotl), `loss`
+(ms-swift)."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ from pipeline.data.reading.field_values import true_or_false
 FLAGS = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_scale", "loss_mask")
 """Fields of a message: 1 or true trains it, 0 or false does not."""
 _PARTS = ("train_detail", "training_detail")
-"""axolotl's lists of the parts of a turn that are trained, which is not done here."""
+"""axolotl's lists of the parts of a turn that are trained; these are refused."""
 NAMES = frozenset(FLAGS + _PARTS)
 
 
 class Flag(NamedTuple):
-    """What one message says, as it was read: it is judged only where the message may be trained."""
+    """One message's flag, unchecked: its value matters only where the message may be trained."""
 
     message: dict[str, Any]
     where: str
@@ -25,7 +26,7 @@ class Flag(NamedTuple):
     value: Any
 
     def trains(self) -> bool:
-        """Whether the message is to be trained."""
+        """True where the message is to be trained. RowProblem for a value that is neither."""
         if self.name in _PARTS:
             raise RowProblem(WRONG_TYPE, f"{self.where}: a part of a turn can't be left out")
         try:

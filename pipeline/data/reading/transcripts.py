@@ -1,4 +1,4 @@
-"""Conversations written out as one text: HH-RLHF's `Human: ... Assistant: ...` and glaive's `USER: ...`."""
+"""Reads conversations written as one text: HH-RLHF's `Human: ... Assistant: ...` and glaive's `USER: ...`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _GLAIVE_END, _GLAIVE_CALL = "<|endoftext|>", "<functioncall>"
 
 
 def is_hh_prompt(text: str) -> bool:
-    """Whether a prompt is a transcript that waits for the assistant."""
+    """True for a prompt that is a transcript up to the assistant's turn."""
     return text.startswith("\n\nHuman:") and text.rstrip().endswith("\n\nAssistant:")
 
 

@@ -1,4 +1,4 @@
-"""The order in which a stage sees its rows: a pure function, so that a resumed run goes on mid-way."""
+"""Order of a stage's rows: a pure function of seed and step, so that a resumed run goes on mid-way."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 class BatchOrder(Sequence[np.ndarray]):
     """Batch `k` of a stage, for any `k`, without going through those before it.
 
-    Every epoch is a permutation of all rows drawn from (seed, epoch), cut into batches; the last batch of
+    Every epoch is a random permutation of all rows, by (seed, epoch), cut into batches; the last batch of
     an epoch holds what is left. Length: `max_steps` when positive (-1 is TRL's "not
     given"), else `ceil(epochs * batches an epoch)`.
     """

@@ -1,4 +1,4 @@
-"""Conversations -> text with the spans that the assistant said, through a tokenizer's chat template.
+"""Renders conversations by a tokenizer's chat template, with the spans of the assistant's turns.
 
 Spans come from the template's own `{% generation %}` marks. A template without them is masked by
 prefixes: a turn is what its rendering adds to the rendering of the messages before it with the
@@ -36,7 +36,7 @@ WHAT_TO_DO = (
 
 
 class Unmaskable(Exception):
-    """The template can't tell where the assistant's turns begin and end; it is the `ChatFormat` given."""
+    """Raised with the `ChatFormat` whose template doesn't show where the assistant's turns begin and end."""
 
 
 class ChatFormat:
@@ -48,7 +48,7 @@ class ChatFormat:
         self._variables = tokenizer.special_tokens_map | {"strftime_now": strftime_of(tokenizer)}
         self.marked = bool(_MARKS.search(self._template))
         self.end_of_turn = self._find_end_of_turn()
-        """What the template writes after an answer, up to its last visible character."""
+        """Text that the template writes after an answer, up to its last visible character."""
 
     @cached_property
     def calls(self) -> CallForm:
@@ -62,7 +62,7 @@ class ChatFormat:
 
     @property
     def masking(self) -> str:
-        """How answers are found: `template marks` or `prefixes`."""
+        """Method by which answers are found: `template marks` or `prefixes`."""
         return "template marks" if self.marked else "prefixes"
 
     def render(
@@ -118,7 +118,7 @@ class ChatFormat:
         return text, [self._with_end(text, span) for span in spans if span[1] > span[0]]
 
     def _place(self, messages: Sequence[Message], turn: int, text: str, kwargs: dict[str, Any]) -> Span:
-        """Where a turn lies in the text of the whole conversation."""
+        """Span of a turn in the text of the whole conversation."""
         before = self.render(messages[:turn], kwargs).rstrip() if turn else ""
         whole = text if turn == len(messages) - 1 else self.render(messages[: turn + 1], kwargs).rstrip()
         if not (text.startswith(before) and text.startswith(whole)):
@@ -146,7 +146,7 @@ class ChatFormat:
         return text, spans
 
     def _find_end_of_turn(self) -> str | None:
-        """From a probe conversation; None where the template doesn't take one."""
+        """End of turn, from a probe conversation; None where the template doesn't take one."""
         self._unmarked_end = ""
         try:
             text, spans = self._render(PROBE, {}, False, spans=self.marked)

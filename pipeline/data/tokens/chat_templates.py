@@ -1,4 +1,4 @@
-"""The chat templates of a tokenizer: which one a row goes through, and TRL's in the place of one."""
+"""Chooses the chat template of a row among a tokenizer's, or TRL's training template in place of one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RowFormat:
 
     @cached_property
     def masking(self) -> str:
-        """How the assistant's turns are found, for the user."""
+        """Method by which the assistant's turns are found, for the user."""
         return self.chat.masking + (" of TRL's training template" if self._replaced else "")
 
 

@@ -1,9 +1,9 @@
-"""Whether what a row says is in the text that the chat template made of it.
+"""Checks that a chat template leaves nothing out of a row.
 
-Templates leave things out: tool calls and tools that they don't know, turns of roles that they don't know,
-reasoning (DeepSeek-R1's cuts it from every answer, Qwen3's from earlier ones). Then something else is
-trained than the row says, so such a row is a bad one. Text is compared without white space at its ends,
-and where it isn't there as it stands: as JSON writes it, or without any white space.
+Templates leave out tool calls and tools that they don't know, turns of roles that they don't know, and
+reasoning (DeepSeek-R1's cuts it from every answer, Qwen3's from earlier ones). Such a row would train
+something other than it says, so it is a bad row. Texts are searched for without white space at their ends,
+then in JSON's spelling, then without any white space.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ _SHOWN = 40
 
 @dataclass(frozen=True)
 class Rendering:
-    """One conversation as text. What counts: `spans`, or without them everything after the prompt."""
+    """One conversation as text. Trained are the `spans`; without them, everything after the prompt."""
 
     text: str
     spans: list[Span] | None
     spoken: frozenset[int]
     """Turns that the spans belong to."""
     history: int
-    """So many turns at the beginning are what the model reads, of which reasoning may be left out."""
+    """Number of turns at the beginning that the model reads: their reasoning may be left out."""
 
 
 class _Reader:
-    """Finds texts one behind the other."""
+    """Finds the parts of a conversation in its text, each behind the one before."""
 
     def __init__(self, text: str) -> None:
         self.text, self.place = text, 0
 
     def find(self, part: str, start: int) -> int:
-        """Where `part` ends, at or behind `start`; -1 where it isn't there."""
+        """End of `part` in the text, searched from `start` on; -1 where it isn't there."""
         for form in _forms(part):
             if (found := self.text.find(form, start)) >= 0:
                 return found + len(form)
         return start if _SPACE.sub("", part) in _SPACE.sub("", self.text[start:]) else -1
 
     def holds_turn(self, role: str, parts: Parts) -> tuple[str, str] | None:
-        """Read on to the end of a turn; the first of its parts that isn't there."""
+        """Move to the end of a turn; returns the first of its parts that isn't there."""
         start = behind = self.place
         for field, part in parts:
             call = field.startswith("tool_calls")
@@ -79,7 +79,7 @@ class _Reader:
 
 
 def last_end(text: str, part: str) -> int | None:
-    """Where the last place ends at which `part` stands in a rendered text; None where there is none."""
+    """End of the last place of `part` in a rendered text; None where there is none."""
     ends = [place + len(form) for form in _forms(part) if (place := text.rfind(form)) >= 0]
     return max(ends) if part and ends else None
 
@@ -94,12 +94,12 @@ def _forms(part: str) -> Iterator[str]:
 
 
 class Completeness:
-    """Checks renderings by one chat template against what they were made of."""
+    """Checks renderings by one chat template against the rows that they were made of."""
 
     def __init__(self, chat: ChatFormat) -> None:
         self._chat = chat
         self._shapes: dict[str, set[tuple[int, str]]] = {}
-        """What the template leaves out of conversations of a shape, whatever they say."""
+        """Shape of a conversation -> (turn, kind of field) that the template leaves out of all such."""
 
     def check(self, messages: Sequence[Message], kwargs: dict[str, Any], made: Rendering) -> None:
         """RowProblem that names the first thing left out."""
@@ -161,7 +161,7 @@ class Completeness:
 
 
 def _all_parts(messages: Sequence[Message], tools: Sequence[Any], history: int) -> list[Parts]:
-    """Of every turn, and of the tools behind them."""
+    """Parts of every turn, and of the tools behind them."""
     turns = [
         parts_of(message, turn, reasoning=turn >= history or message["role"] != "assistant")
         for turn, message in enumerate(messages)
@@ -190,7 +190,7 @@ def _left_out(
 
 
 def _spoken(text: str, spans: list[Span]) -> str:
-    """What is trained of a text; what stands apart in it is not joined."""
+    """The trained spans of a text, kept apart."""
     pieces, before = [], 0
     for first, end in spans:
         pieces.append(text[first:end] if first == before else f"\n\0\n{text[first:end]}")

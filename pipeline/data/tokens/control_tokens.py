@@ -1,8 +1,8 @@
-"""What a chat template writes around turns, and rows that hold it themselves.
+"""Finds a chat template's control tokens, and refuses rows that hold them.
 
-The tokenizer reads `<|im_start|>` in a row's text as the token that begins a turn. So strings that went
-through a template already would be wrapped in turns again, and a message that quotes such a token would
-end its turn in the middle: both are bad rows.
+The tokenizer reads `<|im_start|>` in a row's text as the token that begins a turn. So text that a
+template has rendered already would get turns a second time, and a message that quotes such a token would end
+its turn in the middle: both are bad rows.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from pipeline.data.reading.messages import Message
 from pipeline.data.tokens.chat_format import ChatFormat
 
 _MARKER = re.compile(r"<[|\uff5c][^<>\n]{1,60}>|</?[a-z]+_[a-z_]+>|\[/?[A-Z][A-Z_]+\]")
-"""What turns are marked with where the tokenizer does not know it as special: `<|user|>`, `<end_of_turn>`,
+"""Markers of turns that a tokenizer does not know as special tokens: `<|user|>`, `<end_of_turn>`,
 `[/INST]`. (U+FF5C is DeepSeek's bar.)"""
 _BEGINS = re.compile(
     r"\s*(?:<s>|<bos>|<\|begin_of_text\|>)?\s*(<\|im_start\|>|<\|start_header_id\|>|\[INST\]|<start_of_turn>|"
     r"<\|(?:user|system|human|start_of_role|START_OF_TURN_TOKEN)\|>|<\uff5cUser\uff5c>|<\|start\|>(?:system|user))"
 )
-"""What rendered conversations of the usual templates begin with, whichever the base's own is."""
+"""Beginnings of rendered conversations, by the usual templates, whichever the base's own is."""
 _THOUGHT = ("<think>", "</think>")
-"""Belong to what an answer says, though templates may write them too."""
+"""Tokens of an answer's content, though templates may write them too."""
 _LEAST = 3
-"""Characters that a text has by chance."""
+"""A text of no more characters may be in another by chance."""
 _FIRST, _ANSWER, _SECOND = (f"raylign probe {which}" for which in ("question", "answer", "next"))
 
 
 class ControlTokens:
-    """What one chat template writes around turns."""
+    """Control tokens of one chat template: what it writes around turns."""
 
     def __init__(self, chat: ChatFormat, tokenizer: Any) -> None:
         frames = _frames(chat)
@@ -42,18 +42,19 @@ class ControlTokens:
         found = {token for token in found if token.strip()}  # RWKV's EOS is an empty line
         self.tokens = tuple(sorted(found.difference(_THOUGHT)))
         self._head = frames[-1].strip() if frames else ""
-        """What an answer begins behind; words such as `Assistant:` where there are no such tokens."""
+        """Text right before an answer; words such as `Assistant:` where there are no such tokens."""
 
     def found(self, text: str) -> str | None:
         """The first of them that a text holds."""
         return next((token for token in self.tokens if token in text), None)
 
     def begins_turn(self, text: str) -> bool:
-        """Whether a text begins as a rendered conversation does, or holds what an answer begins behind."""
+        """True for a text that begins as a rendered conversation does, or holds the text before an answer."""
         return bool(_BEGINS.match(text)) or (len(self._head) > _LEAST and self._head in text)
 
     def check(self, messages: Sequence[Message], plain: tuple[str, ...] | None) -> None:
-        """RowProblem for a row that holds them. `plain`: the row as strings, where it came as strings."""
+        """Raise RowProblem for a row that holds them. `plain`: the row as strings, where it came as
+        strings."""
         for turn, message in enumerate(messages, 1):
             texts = [value for value in message.values() if isinstance(value, str)]
             token = next((token for text in texts if (token := self.found(text))), None)
@@ -75,7 +76,7 @@ _FORMAT_TEXT = "`format: text` on its source takes it as it stands"
 
 
 def _frames(chat: ChatFormat) -> list[str]:
-    """What stands between contents: after a question, after an answer, before the next answer."""
+    """The template's text between contents: after a question, after an answer, before the next answer."""
     turns = [("user", _FIRST), ("assistant", _ANSWER), ("user", _SECOND)]
     try:
         text = chat.render([{"role": role, "content": said} for role, said in turns], {}, for_generation=True)

@@ -1,4 +1,4 @@
-"""Texts -> token ids and masks, row by row."""
+"""Tokenizes texts: token ids and loss masks, row by row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.data.tokens.row_texts import RowText
 
 _CHUNK = 4096
 """Rows tokenised in one call: the tokenizer works on all of them in parallel, and their texts, ids and
-offsets stay small beside the result."""
+offsets take little memory next to the result."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class TokenRow:
     ids: list[np.ndarray]
     """int32 (tokens,), of each sequence."""
     masks: list[np.ndarray]
-    """bool (tokens,), of each sequence: what counts."""
+    """bool (tokens,), of each sequence: True where a token is trained."""
     prompt_length: int
     merged: bool = False
-    """The prompt on its own is no prefix of prompt + answer."""
+    """True: tokens of the prompt alone are no prefix of those of prompt + answer."""
 
 
 def encode(rows: list[RowText], tokenizer: Any, train_on: str) -> Iterator[TokenRow]:

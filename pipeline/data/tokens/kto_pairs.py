@@ -1,4 +1,4 @@
-"""Each row's prompt with the answer of another row: what KTO estimates its reference point from."""
+"""Pairs each prompt with another row's answer, from which KTO estimates its reference point."""
 
 from __future__ import annotations
 

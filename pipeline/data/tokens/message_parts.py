@@ -1,4 +1,4 @@
-"""What a row says, in pieces: contents, reasoning, calls of tools, and the tools themselves."""
+"""Takes a row apart: contents, reasoning, tool calls, and the tools themselves."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pipeline.data.reading.messages import Message
 from pipeline.data.tokens.tool_calls import calls_of, parts_of_call
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Fields in which sets of conversations hold what the assistant thought before it answered."""
+"""Fields in which data sets hold the assistant's reasoning before its answer."""
 _TAGS = re.compile(r"</?think>")
 
 Parts = list[tuple[str, str]]
-"""(field, text) of what a turn says, in the order in which templates write it."""
+"""(field, text) of a turn, in the order in which templates write them."""
 
 
 def parts_of(message: Message, turn: int, *, reasoning: bool = True) -> Parts:
-    """Everything that a turn says."""
+    """All parts of a turn; without `reasoning`, those but its reasoning."""
     thoughts = dict.fromkeys(message[f].strip() for f in REASONING if isinstance(message.get(f), str))
     parts = [("reasoning", thought) for thought in thoughts if thought and reasoning]
     content = message["content"] or ""
@@ -54,7 +54,7 @@ def parts_of_tools(tools: Sequence[Any]) -> Iterator[tuple[str, str]]:
 
 
 class StandIns:
-    """Words that no text has by chance, each once."""
+    """Makes messages of made-up words, each of which occurs once and in no real text."""
 
     def __init__(self) -> None:
         self._made = 0
@@ -67,7 +67,7 @@ class StandIns:
         return self.word().replace(" ", "_")
 
     def message(self, message: Message) -> Message:
-        """The same turn with other words: as many calls, reasoning where it has some."""
+        """A turn like this one in made-up words: as many calls, reasoning where it has some."""
         made = dict(message)
         made.update(
             {f: self.word() for f in REASONING if isinstance(message.get(f), str) and message[f].strip()}

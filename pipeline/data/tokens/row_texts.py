@@ -1,4 +1,4 @@
-"""Records -> the texts that are tokenised, with what counts in each."""
+"""Renders records as the texts that are tokenized, with the part of each that is trained."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.data.tokens.control_tokens import ControlTokens
 
 @dataclass(frozen=True)
 class RowText:
-    """One row as text. What counts: the answer after `prompt`, or the `spans`, or everything."""
+    """One row as text. Trained are the answer after `prompt`, or the `spans`, or everything."""
 
     record: int
     chat: bool
@@ -30,20 +30,20 @@ class RowText:
     prompt: str | None = None
     """The part before the answers, tokenised on its own as well."""
     spans: list[list[Span]] | None = None
-    """For each sequence, the characters that count."""
+    """For each sequence, the characters that are trained."""
 
 
 @dataclass
 class RowTexts:
-    """All rows as texts, and how they were made."""
+    """All rows as texts, with counts of how they were made."""
 
     rows: list[RowText]
     formats: Counter[str] = field(default_factory=Counter)
     masking: str = ""
     rendered: int = 0
-    """Rows of plain text that hold turns of the template already: legitimate, and worth saying."""
+    """Rows of plain text that hold turns of the template already; they are trained, and the user is told."""
     incomplete: set[ChatFormat] = field(default_factory=set)
-    """Templates that left out something of a row."""
+    """Formats whose templates left out something of a row."""
 
 
 class TextMaker:
@@ -83,7 +83,7 @@ class TextMaker:
         return result
 
     def _masked_rows(self, train_on: str) -> tuple[RowTexts, list[tuple[BadRow, str]]]:
-        """As `_training_rows`, with TRL's training template where the tokenizer's own can't be masked."""
+        """Call `_training_rows`, with TRL's training template where the tokenizer's own can't be masked."""
         while True:
             try:
                 return self._training_rows(train_on)
@@ -149,7 +149,7 @@ class TextMaker:
 
     @cached_property
     def _control(self) -> ControlTokens | None:
-        """Of the template that plain text does not go through, where there is one that can be read."""
+        """Control tokens of the template, which plain text does not go through; None without a usable one."""
         try:
             return self._templates.of({}).control if self._tokenizer.chat_template else None
         except UserError:
@@ -180,7 +180,7 @@ class TextMaker:
 
 
 def _render(chat: ChatFormat, record: Record, whole: list[Message], train_on: str) -> Rendering:
-    """A conversation as text with what counts in it. RowProblem when nothing does."""
+    """A conversation as text with its trained spans. RowProblem when there are none."""
     first, kwargs = len(record.prompt), record.template_kwargs
     speaks = [i for i, message in enumerate(whole) if message["role"] == "assistant" and i >= first]
     trained = [i for i in speaks if i not in record.untrained]
@@ -197,8 +197,8 @@ def _render(chat: ChatFormat, record: Record, whole: list[Message], train_on: st
 
 
 def _check_prompt_stays(head: str, sequences: list[str], prompt: list[Message]) -> None:
-    """RowProblem where a prompt parts from prompt + answer before its last turn ends: the rest of it would be
-    trained as if it were the answer."""
+    """Raise RowProblem where the texts of prompt and of prompt + answer differ before the prompt's last turn
+    ends: the rest of the prompt would be trained as if it were the answer."""
     for text in sequences:
         if text.startswith(head):
             continue

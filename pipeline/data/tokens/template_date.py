@@ -1,8 +1,8 @@
-"""The date that chat templates see: one for all of a run, so that a run of several days has one text.
+"""Fixes the date that chat templates see, so that a run of several days renders one text.
 
 Some templates write the date into the conversation (gpt-oss's, Granite's and Llama 3.2's, by transformers'
-`strftime_now`). With the clock's date the rows of a stage would be others each day: finished stages would run
-again, and checkpoints would be given up.
+`strftime_now`). With the clock's date a stage's rows would differ from day to day: finished stages would run
+again, and checkpoints would not be resumed from.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pipeline.artifacts.manifest import read_manifest, write_json
 
 FILE = "template_date.json"
 _FIXED = "raylign_template_date"
-"""Attribute of a tokenizer: it goes wherever the template goes."""
+"""Attribute of a tokenizer that holds the date, so that it goes wherever the template goes."""
 
 
 def writes_date(tokenizer: Any) -> bool:
-    """Whether a chat template of this tokenizer asks for the date."""
+    """True where a chat template of this tokenizer asks for the date."""
     templates = tokenizer.chat_template or ""
     each = templates.values() if isinstance(templates, dict) else [templates]
     return any("strftime_now" in template for template in each)
@@ -33,7 +33,7 @@ def fix_date(tokenizer: Any, date: datetime) -> None:
 
 
 def strftime_of(tokenizer: Any) -> Callable[[str], str]:
-    """What a template calls as `strftime_now`: the fixed date, else the time of this call."""
+    """The function that templates call as `strftime_now`: of the fixed date, else of the present."""
     date = getattr(tokenizer, _FIXED, None) or datetime.now()
     return date.strftime
 
@@ -65,5 +65,5 @@ def keep_date(tokenizer: Any, directory: Path, write: bool = True) -> datetime |
 
 
 def said(date: datetime) -> str:
-    """What the user is told of it."""
+    """One line about it for the user."""
     return f"the chat template writes the date: all of this run sees {date:%Y-%m-%d %H:%M:%S}"

@@ -1,8 +1,8 @@
-"""Records -> token ids and loss masks, in columns.
+"""Tokenizes records: token ids and loss masks, in columns.
 
-Rows with a prompt and one answer are tokenised as TRL 1.16's SFTTrainer and DPOTrainer do it: prompt and
-prompt + answer each on their own, the answer beginning where the two part. Whole conversations are
-tokenised once, and count where the assistant speaks (TRL's `assistant_only_loss`).
+Rows with a prompt and one answer are tokenized as TRL 1.16's SFTTrainer and DPOTrainer do it: prompt and
+prompt + answer each on their own; the answer begins where the two differ. Whole conversations are tokenized
+once, and the assistant's turns are trained (TRL's `assistant_only_loss`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pipeline.data.tokens.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class TokenStats:
-    """What tokenising did, for `inspect` and the run's log."""
+    """Counts of a tokenized data set, for `inspect` and the run's log."""
 
     rows: int
     tokens: int
@@ -51,11 +51,11 @@ class TokenStats:
     formats: dict[str, int] = field(default_factory=dict)
     """Rows by form: `chat` (through the template) or `text` (as they stand)."""
     masking: str = ""
-    """How the assistant's turns were found in whole conversations; empty where there are none."""
+    """Method by which the assistant's turns were found in whole conversations; empty without these."""
     rendered: int = 0
-    """Rows of plain text that hold turns of the chat template: trained as they stand."""
+    """Rows of plain text that hold turns of the chat template; they are trained unchanged."""
     merged_boundaries: int = 0
-    """Rows whose prompt on its own is no prefix of prompt + answer: the answer begins where they part."""
+    """Rows whose prompt's tokens are no prefix of prompt + answer: the answer begins where they differ."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class TokenizedData:
     record_index: np.ndarray
     """int64 (rows,): index of each row's record in the `Records` it was made from."""
     skipped: Skipped
-    """Left out here and while reading."""
+    """Rows left out, here and while reading."""
     stats: TokenStats
 
     @property
@@ -83,12 +83,12 @@ class TokenizedData:
         return self.sequences.lengths
 
     def batch(self, rows: np.ndarray | Sequence[int]) -> Batch:
-        """The given rows, ready for a host."""
+        """The given rows as a batch for a model worker."""
         return self.sequences.select(rows)
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over token ids, masks and offsets: what training depends on, wherever it came from."""
+        """sha256 over token ids, masks, offsets and columns: the same data from elsewhere have the same."""
         data = self.sequences
         digest = hashlib.sha256(str(data.sequences_per_row).encode())
         for column in (data.token_ids, data.loss_mask, data.offsets, *data.columns.values()):
@@ -98,11 +98,11 @@ class TokenizedData:
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """Rows of a mixture as the template and the tokenizer make them, before a stage's own limits."""
+    """Rows of a mixture after template and tokenizer, before a stage's own limits."""
 
     rows: list[TokenRow]
     gate: RowGate
-    """Knows the rows that the template refused."""
+    """Holds the rows that the template refused."""
     formats: dict[str, int]
     masking: str
     rendered: int
@@ -111,7 +111,7 @@ class EncodedRows:
 def encode_rows(
     records: Records, tokenizer: Any, train_on: Literal["answer", "all"] = "answer"
 ) -> EncodedRows:
-    """The part of `tokenize` that takes the time, and is the same for all stages that train on these rows.
+    """The slow part of `tokenize`, which is the same for all stages that train on these rows.
 
     UserError: the tokenizer can't serve them.
     """
@@ -147,7 +147,7 @@ def tokenize(
     if (kind or records.kind) != records.kind or records.kind == "prompt":
         raise ValueError(f"records are {records.kind!r} rows, not {kind or 'rows to train on'!r}")
     encoded = encoded or encode_rows(records, tokenizer, train_on)
-    gate = copy.deepcopy(encoded.gate)  # its rows are this stage's to tell, and the next one's
+    gate = copy.deepcopy(encoded.gate)  # this stage reports its rows, and so does the next one
     cut, tails = Cut(max_length, truncation, records.kind), _Tails(tokenizer)
     vocabulary = Vocabulary(tokenizer, vocab_size)
     with_margins = scored and any(record.columns.get(MARGIN) is not None for record in records.rows)
@@ -192,7 +192,7 @@ def _stats(data: Batch, rows: list[TokenRow], encoded: EncodedRows, cut: Cut) ->
 
 
 def _columns(records: Records, rows: list[TokenRow], margins: list[float] | None) -> dict[str, np.ndarray]:
-    """What rows say beside their tokens: margins of scored pairs, labels of unpaired answers."""
+    """Columns of the rows: margins of scored pairs, labels of unpaired answers."""
     columns = {} if margins is None else {MARGIN: np.asarray(margins)}
     if records.kind == "unpaired":
         columns[LABEL] = np.array([records[row.record].columns[LABEL] for row in rows], dtype=bool)
@@ -232,8 +232,8 @@ def prompt_rows(
 
 
 class _Tails:
-    """Cuts sequences where a sample would end: after the token that ends the answer's turn, where only white
-    space and other such tokens follow it.
+    """Cuts sequences where a generated sample would end: after the token that ends the answer's turn, where
+    only white space and other such tokens follow it.
 
     Qwen's template, for one, writes a line break there, and Phi-3's the end of the text as well: no sample
     ever has them.
@@ -268,7 +268,7 @@ class _Tails:
 
 
 def _margin(record: Record) -> float:
-    """How much better the chosen answer must score, as the row says."""
+    """The row's margin: how much higher the chosen answer must score."""
     value = record.columns.get(MARGIN)
     if value is None:
         raise RowProblem(MISSING_COLUMN, f"{MARGIN}, which other rows have")

@@ -1,8 +1,8 @@
-"""Tool calls in the form that a chat template renders, and what a call holds.
+"""Brings tool calls into the form that a chat template renders, and takes calls apart.
 
 OpenAI writes a call's `arguments` as JSON text. Most templates want an object, which they write as JSON
-themselves (text would be encoded twice), others want the text. Which one a template takes is found by
-rendering a probe, once a template.
+themselves (text would be encoded twice), others want the text. Rendering a probe, once per template, shows
+which one it takes.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _RESULT: Message = {"role": "tool", "name": _NAME, "tool_call_id": "raylign01", 
 
 @dataclass(frozen=True)
 class CallForm:
-    """What one template takes. Which arguments: an object, text, or (both) each as it comes."""
+    """Form of tool calls that one template takes: arguments as an object, as text, or (both) unchanged."""
 
     objects: bool
     text: bool
     empty: str | None
-    """Content of a turn that is a call and nothing else: DeepSeek's templates want none, not an empty one."""
+    """Content of a turn that is only a call: DeepSeek's templates want None, not empty text."""
 
     def fitted(self, messages: Sequence[Message]) -> Sequence[Message]:
         """The messages with every call in this form. RowProblem where a call can't be brought into it."""
@@ -107,7 +107,7 @@ def find_form(render: Callable[[list[Message]], str]) -> CallForm:
 
 
 def _writes(render: Callable[[list[Message]], str], arguments: Any, empty: str | None) -> bool:
-    """Whether such a call comes out whole, and not as JSON inside JSON or as a Python dict."""
+    """True where such a call is rendered whole, not as JSON inside JSON or as a Python dict."""
     call = {"id": "raylign01", "type": "function", "function": {"name": _NAME, "arguments": arguments}}
     turn: Message = {"role": "assistant", "content": empty, "tool_calls": [call]}
     for messages in ([_QUESTION, turn, _RESULT], [_QUESTION, turn]):
@@ -121,7 +121,7 @@ def _writes(render: Callable[[list[Message]], str], arguments: Any, empty: str |
 
 
 def parts_of_call(call: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(field, text) of what a call says: its name, and the keys and values of its arguments."""
+    """(field, text) of a call's parts: its name, and the keys and values of its arguments."""
     function: dict[str, Any] = call["function"] if isinstance(call.get("function"), dict) else call
     if isinstance(function.get("name"), str):
         yield "name", function["name"]

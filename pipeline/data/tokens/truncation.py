@@ -1,4 +1,4 @@
-"""Rows cut at a stage's `max_length`, and rows of which nothing is left to train on."""
+"""Cuts rows at a stage's `max_length`, and refuses those of which nothing is left to train on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a base has a row of its embedding for every token of the data."""
+"""Refuses rows with tokens that the base's embedding has no row for."""
 
 from __future__ import annotations
 
