@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 
-class State(StrEnum):
+class ProcessState(StrEnum):
     """What is known about one process."""
 
     STARTING = "starting"
@@ -26,7 +26,7 @@ class State(StrEnum):
     """Its process is gone."""
 
 
-class Event(StrEnum):
+class ProcessEvent(StrEnum):
     """What was observed about one process."""
 
     ANSWERED = "answered"
@@ -35,21 +35,21 @@ class Event(StrEnum):
     RESTARTED = "restarted"
 
 
-_NEXT: dict[tuple[State, Event], State] = {
-    (State.STARTING, Event.ANSWERED): State.HEALTHY,
-    (State.STARTING, Event.OVERDUE): State.SUSPECT,
-    (State.STARTING, Event.DIED): State.DEAD,
-    (State.HEALTHY, Event.ANSWERED): State.HEALTHY,
-    (State.HEALTHY, Event.OVERDUE): State.SUSPECT,
-    (State.HEALTHY, Event.DIED): State.DEAD,
-    (State.SUSPECT, Event.ANSWERED): State.HEALTHY,
-    (State.SUSPECT, Event.OVERDUE): State.SUSPECT,
-    (State.SUSPECT, Event.DIED): State.DEAD,
-    (State.SUSPECT, Event.RESTARTED): State.STARTING,
-    (State.DEAD, Event.ANSWERED): State.DEAD,
-    (State.DEAD, Event.OVERDUE): State.DEAD,
-    (State.DEAD, Event.DIED): State.DEAD,
-    (State.DEAD, Event.RESTARTED): State.STARTING,
+_NEXT: dict[tuple[ProcessState, ProcessEvent], ProcessState] = {
+    (ProcessState.STARTING, ProcessEvent.ANSWERED): ProcessState.HEALTHY,
+    (ProcessState.STARTING, ProcessEvent.OVERDUE): ProcessState.SUSPECT,
+    (ProcessState.STARTING, ProcessEvent.DIED): ProcessState.DEAD,
+    (ProcessState.HEALTHY, ProcessEvent.ANSWERED): ProcessState.HEALTHY,
+    (ProcessState.HEALTHY, ProcessEvent.OVERDUE): ProcessState.SUSPECT,
+    (ProcessState.HEALTHY, ProcessEvent.DIED): ProcessState.DEAD,
+    (ProcessState.SUSPECT, ProcessEvent.ANSWERED): ProcessState.HEALTHY,
+    (ProcessState.SUSPECT, ProcessEvent.OVERDUE): ProcessState.SUSPECT,
+    (ProcessState.SUSPECT, ProcessEvent.DIED): ProcessState.DEAD,
+    (ProcessState.SUSPECT, ProcessEvent.RESTARTED): ProcessState.STARTING,
+    (ProcessState.DEAD, ProcessEvent.ANSWERED): ProcessState.DEAD,
+    (ProcessState.DEAD, ProcessEvent.OVERDUE): ProcessState.DEAD,
+    (ProcessState.DEAD, ProcessEvent.DIED): ProcessState.DEAD,
+    (ProcessState.DEAD, ProcessEvent.RESTARTED): ProcessState.STARTING,
 }
 """Every allowed transition. Restarting a process that serves is a mistake of the caller, so it is absent."""
 
@@ -58,13 +58,13 @@ _NEXT: dict[tuple[State, Event], State] = {
 class Member:
     """One process of a fleet."""
 
-    state: State = State.STARTING
+    state: ProcessState = ProcessState.STARTING
     generation: int = 0
     """Restarts so far. An observation made of an earlier generation is ignored."""
     reason: str = ""
     """Why it is suspect or dead."""
 
-    def after(self, event: Event, reason: str = "", generation: int | None = None) -> Member:
+    def after(self, event: ProcessEvent, reason: str = "", generation: int | None = None) -> Member:
         """The member once `event` was seen.
 
         Raises:
@@ -75,11 +75,13 @@ class Member:
         state = _NEXT.get((self.state, event))
         if state is None:
             raise ValueError(f"a {self.state} process can't be {event}: stop it first")
-        if event is Event.RESTARTED:
+        if event is ProcessEvent.RESTARTED:
             return Member(state, self.generation + 1)
-        if state is self.state and state is State.DEAD:
+        if state is self.state and state is ProcessState.DEAD:
             return self
-        return replace(self, state=state, reason=reason if state in (State.SUSPECT, State.DEAD) else "")
+        return replace(
+            self, state=state, reason=reason if state in (ProcessState.SUSPECT, ProcessState.DEAD) else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Members:
         return Members(tuple(Member() for _ in range(size)))
 
     def after(
-        self, ranks: Iterable[int], event: Event, reason: str = "", generation: int | None = None
+        self, ranks: Iterable[int], event: ProcessEvent, reason: str = "", generation: int | None = None
     ) -> Members:
         """The fleet once `event` was seen on `ranks`."""
         after = {rank: self.members[rank].after(event, reason, generation) for rank in ranks}
@@ -102,11 +104,11 @@ class Members:
             return self  # What every answer of a healthy process comes to, however many there are.
         return Members(tuple(after.get(rank, member) for rank, member in enumerate(self.members)))
 
-    def ranks(self, *states: State) -> list[int]:
+    def ranks(self, *states: ProcessState) -> list[int]:
         """Ranks that are in one of `states`."""
         return [rank for rank, member in enumerate(self.members) if member.state in states]
 
     @property
     def serving(self) -> list[int]:
         """Ranks that may be asked for work."""
-        return self.ranks(State.STARTING, State.HEALTHY)
+        return self.ranks(ProcessState.STARTING, ProcessState.HEALTHY)

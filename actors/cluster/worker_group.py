@@ -16,7 +16,7 @@ from actors.batches.batch import Batch
 from actors.cluster import futures as waiting
 from actors.cluster.environment import actor_environment
 from actors.cluster.futures import GroupFuture, WorkerFuture
-from actors.cluster.health import Event, Members, State
+from actors.cluster.health import Members, ProcessEvent, ProcessState
 from actors.cluster.spec import LimitsSpec, Phase, RoleSpec, bundle
 from actors.cluster.worker import Worker
 from actors.errors import RunFailure
@@ -131,7 +131,9 @@ class WorkerGroup:
         if not self._actors or not ray.is_initialized():
             return
         alive = [
-            r for r in range(self.size) if self.fleet.members[r].state in (State.STARTING, State.HEALTHY)
+            r
+            for r in range(self.size)
+            if self.fleet.members[r].state in (ProcessState.STARTING, ProcessState.HEALTHY)
         ]
         try:
             waiting.wait({r: self._actors[r].stop.remote() for r in alive}, self.limits.of("stop"))
@@ -150,7 +152,7 @@ class WorkerGroup:
         """
         import ray
 
-        self._saw([rank], Event.RESTARTED)
+        self._saw([rank], ProcessEvent.RESTARTED)
         ray.kill(self._actors[rank])
         self._actors[rank] = self._start_rank(rank)
 
@@ -244,7 +246,7 @@ class WorkerGroup:
             raise RunFailure(self.name, phase, "its processes were not started, or are shut down")
         for rank in ranks:
             member = self.fleet.members[rank]
-            if member.state in (State.SUSPECT, State.DEAD):
+            if member.state in (ProcessState.SUSPECT, ProcessState.DEAD):
                 raise RunFailure(self.who(rank), phase, member.reason, self.next_step)
         return [self._actors[rank] for rank in ranks]
 
@@ -262,7 +264,7 @@ class WorkerGroup:
         limit = self.limits.of(phase)  # type: ignore[arg-type]
         began = time.monotonic()
         answers = waiting.wait(refs, limit)
-        self._saw(answers.values, Event.ANSWERED, lives=lives)
+        self._saw(answers.values, ProcessEvent.ANSWERED, lives=lives)
         culprit = answers.culprit
         if culprit is not None:
             raise self._blame(culprit, phase, lives)
@@ -272,7 +274,11 @@ class WorkerGroup:
         return [answers.values[rank] for rank in refs]
 
     def _saw(
-        self, ranks: Iterable[int], event: Event, reason: str = "", lives: Mapping[int, int] | None = None
+        self,
+        ranks: Iterable[int],
+        event: ProcessEvent,
+        reason: str = "",
+        lives: Mapping[int, int] | None = None,
     ) -> None:
         with self._fleet_lock:
             for rank in ranks:
@@ -285,7 +291,7 @@ class WorkerGroup:
         if not fault.died:
             return waiting.as_failure(fault.error, self.who(rank), phase, self.next_of(rank))
         reason = waiting.explain_death(fault.error)
-        self._saw([rank], Event.DIED, reason, lives)
+        self._saw([rank], ProcessEvent.DIED, reason, lives)
         return RunFailure(self.who(rank), phase, reason, self.next_of(rank))
 
     def _blame_late(
@@ -294,7 +300,7 @@ class WorkerGroup:
         reason = f"no answer within {seconds:.0f} s (limits.{phase})"
         if phase == "start" and not self._placed():
             reason = f"not placed by Ray within {seconds:.0f} s (limits.start): {self._asks()} are not free"
-        self._saw(late, Event.OVERDUE, reason, lives)
+        self._saw(late, ProcessEvent.OVERDUE, reason, lives)
         who = self.who(late[0]) if len(late) == 1 else f"{self.name} ranks {', '.join(map(str, late))}"
         return RunFailure(who, phase, reason, self.next_of(late[0]))
 

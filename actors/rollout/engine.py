@@ -43,8 +43,6 @@ from actors.rollout.vllm.settings import (
 if TYPE_CHECKING:
     from vllm import LLM
 
-    from actors.models.spec import ModelSpec
-    from actors.rollout.parity import ParityReport
     from actors.rollout.weight_updater import WeightUpdater
     from actors.sync.channel import Backend
     from actors.sync.protocol import CommitReport, Readback, StageAck
@@ -64,7 +62,7 @@ class RolloutEngine:
         self._llm: LLM | None = None
         self._updater: WeightUpdater | None = None
         self._stepper: Stepper
-        self._drawing: dict[int, tuple[list[str], int, float]] = {}
+        self._started: dict[int, tuple[list[str], int, float]] = {}
         """By key: requests, samples per prompt, when they came (time.monotonic())."""
         self._in_use = ArchitectureInUse()
 
@@ -106,32 +104,33 @@ class RolloutEngine:
         assert outputs is not None
         return self._made(outputs, sampling.n, time.monotonic() - began)
 
-    def draw(
+    def start_requests(
         self,
         key: int,
         seconds: float,
-        prompts: Sequence[Sequence[int]] | None = None,
-        sampling: SamplingSpec | None = None,
-        seeds: Sequence[int] | None = None,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingSpec,
+        seeds: Sequence[int],
     ) -> Generations | None:
-        """`generate` in slices of `seconds`, between which other calls come in, also with new weights.
+        """`generate` in slices of `seconds`, between which other calls come in, also with new weights: the
+        first slice. `key` names these samples in later calls; samples of several keys run together.
 
-        The first call of a `key` says what is asked for, the later ones bring the key alone; None until all
-        samples are there. Samples of several keys are drawn together.
+        Returns None until all samples are there; then `poll` continues.
 
-        Raises:
-            as `generate`.
+        Raises: as `generate`.
         """
+        names = self._ask(prompts, sampling, seeds)
+        self._started[key] = names, sampling.n, time.monotonic()
+        return self.poll(key, seconds)
+
+    def poll(self, key: int, seconds: float) -> Generations | None:
+        """Run for at most `seconds`; the samples of `key` once all of them are there, else None."""
         self._running("generate")
-        if prompts is not None:
-            assert sampling is not None
-            names = self._ask(prompts, sampling, seeds)
-            self._drawing[key] = names, sampling.n, time.monotonic()
-        names, n, began = self._drawing[key]
+        names, n, began = self._started[key]
         outputs = self._stepper.run(names, seconds)
         if outputs is None:
             return None
-        del self._drawing[key]
+        del self._started[key]
         return self._made(outputs, n, time.monotonic() - began)
 
     def score_tokens(self, token_ids: Sequence[Sequence[int]], starts: Sequence[int]) -> list[np.ndarray]:
@@ -153,12 +152,6 @@ class RolloutEngine:
             scores_of(output.prompt_logprobs, ids, start)
             for output, ids, start in zip(outputs, token_ids, starts, strict=True)
         ]
-
-    def parity_probe(self, model: ModelSpec) -> ParityReport:
-        """How far this process's vLLM is from transformers on a base (`actors.rollout.parity.probe`)."""
-        from actors.rollout.parity import probe
-
-        return probe(self, model)
 
     # --- Weights that a trainer keeps up to date --------------------------------------------------
 
@@ -312,7 +305,7 @@ class RolloutEngine:
         with no_collections(), without_remains():
             self._in_use.enter(config)
             self._llm = LLM(model=model, **settings)
-        self._stepper, self._drawing = Stepper(self._llm), {}
+        self._stepper, self._started = Stepper(self._llm), {}
         self.label, self.max_model_len = label or model, settings["max_model_len"]
         return time.monotonic() - began
 

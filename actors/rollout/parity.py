@@ -1,5 +1,5 @@
-"""Do an engine and transformers compute the same log-probabilities of this base, as loaded and after weights
-were brought in? Asked before a run trains an architecture that the table lacks.
+"""Parity probe: compares an engine's log-probabilities of a base with those of transformers, as loaded and
+after an update of its weights. Run before a run trains an architecture that the table lacks.
 
 Most faults of engines with new architectures are silent (a bias left out, a rotation of other halves, an
 update that reached half a layer), and training on such samples goes wrong slowly.
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.models.spec import ModelSpec
+from actors.rollout.engine import RolloutEngine
+from actors.rollout.spec import EngineSpec
 from actors.sync.verify import TOLERANCE, ProbeReport, compare_probes, mismatch_in_probes
 
 if TYPE_CHECKING:
     import torch
-
-    from actors.rollout.engine import RolloutEngine
 
 LENGTHS = (17, 33, 48, 96)
 """Tokens of the probes: more than one block of a key-value cache, none a multiple of another."""
@@ -32,7 +32,7 @@ CLEAR = 20.0
 
 @dataclass(frozen=True)
 class ParityReport:
-    """What a probe found. Differences are of log-probabilities, engine against transformers."""
+    """Findings of a probe. Differences are of log-probabilities, engine against transformers."""
 
     dtype: str
     loaded: ProbeReport | None
@@ -53,10 +53,16 @@ class ParityReport:
         return f"|log-probability difference| in {self.dtype}: {'; '.join(found)} (update: {self.moved:.1e})"
 
 
-def probe(engine: RolloutEngine, model: ModelSpec) -> ParityReport:
-    """Compare an engine (whose process needs room for the base twice) with transformers on fixed tokens.
+def probe(spec: EngineSpec, model: ModelSpec) -> ParityReport:
+    """Compare an engine of this process, which needs room for the base twice, with transformers.
 
-    The engine is empty afterwards.
+    Raises: as `probe_engine`.
+    """
+    return probe_engine(RolloutEngine(spec), model)
+
+
+def probe_engine(engine: RolloutEngine, model: ModelSpec) -> ParityReport:
+    """Compare an engine with transformers on fixed tokens. The engine is empty afterwards.
 
     Raises:
         UserError: transformers can't load the base, or LoRA has no targets in it.
@@ -106,9 +112,11 @@ class _Policy:
         self.directory = str(local_base_dir(resolve_base(spec).checked().base_path))
         self._base: Any = load_base(spec).eval()
         config = self._base.config.get_text_config()
-        draw = np.random.default_rng(0)
-        room = getattr(config, "max_position_embeddings", None) or max(LENGTHS) + 1
-        self.tokens = [draw.integers(0, config.vocab_size, min(n, room - 1)).tolist() for n in LENGTHS]
+        generator = np.random.default_rng(0)
+        positions = getattr(config, "max_position_embeddings", None) or max(LENGTHS) + 1
+        self.tokens = [
+            generator.integers(0, config.vocab_size, min(n, positions - 1)).tolist() for n in LENGTHS
+        ]
         self.starts = [1] * len(LENGTHS)
         self.base = self._logps(self._base)
         self._net: Any = (
@@ -131,7 +139,7 @@ class _Policy:
     def _change(self) -> None:
         std = FIRST_STD
         while True:
-            self._draw(std)
+            self._add_noise(std)
             self.changed = self._logps(self._net)
             self.moved = float(
                 np.concatenate([np.abs(a - b) for a, b in zip(self.changed, self.base, strict=True)]).mean()
@@ -140,7 +148,7 @@ class _Policy:
                 return
             std *= 4
 
-    def _draw(self, std: float) -> None:
+    def _add_noise(self, std: float) -> None:
         import torch
 
         from actors.models.lora.adapters import adapter_parameters

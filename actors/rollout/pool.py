@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 
 from actors.batches.generations import Generations, SamplingSpec
 from actors.cluster.futures import POLL_S, WorkerFuture, first_done
-from actors.cluster.health import State
+from actors.cluster.health import ProcessState
 from actors.cluster.worker_group import WorkerGroup
 from actors.errors import InvariantViolation, RunFailure
 
@@ -83,7 +83,7 @@ class Restart:
 
 
 @dataclass(frozen=True)
-class Sent:
+class Assigned:
     """A chunk that an engine is working on."""
 
     chunk: Chunk
@@ -114,7 +114,7 @@ class Call:
     sampling: SamplingSpec
     seeds: Sequence[int]
     queue: Queue
-    sent: dict[int, Sent] = field(default_factory=dict)
+    sent: dict[int, Assigned] = field(default_factory=dict)
     """By rank, as are the next two."""
     replacing: dict[int, Replacement] = field(default_factory=dict)
     """Engines that this call waits for."""
@@ -163,7 +163,7 @@ class RolloutPool:
             raise ValueError(f"{len(seeds)} seeds for {len(requests)} samples")
         one_each = sampling.model_copy(update={"n": 1})
         call = Call(requests, one_each, seeds, Queue(len(requests), self.group.size))
-        for rank in self.group.fleet.ranks(State.SUSPECT, State.DEAD):
+        for rank in self.group.fleet.ranks(ProcessState.SUSPECT, ProcessState.DEAD):
             self._replace(call, rank, self._life(rank), self.group.fleet.members[rank].reason)
         while call.open:
             self._hand_out(call)
@@ -199,14 +199,16 @@ class RolloutPool:
         asked = call.requests[part], call.sampling, call.seeds[part]
         try:
             if self.in_flight:
-                answer = self.group.submit_rank(rank, "draw", key, SLICE_S, *asked, phase="generate")
+                answer = self.group.submit_rank(
+                    rank, "start_requests", key, SLICE_S, *asked, phase="generate"
+                )
             else:
                 answer = self.group.submit_rank(rank, "generate", *asked, phase="generate")
         except RunFailure as failure:  # Another thread has just seen it die.
             call.queue.give_back(chunk)
             self._replace(call, rank, life, failure.reason)
             return
-        call.sent[rank] = Sent(chunk, answer, time.monotonic(), life, key)
+        call.sent[rank] = Assigned(chunk, answer, time.monotonic(), life, key)
 
     def _life(self, rank: int) -> int:
         return self.group.fleet.members[rank].generation
@@ -224,11 +226,11 @@ class RolloutPool:
             elif waited > limit:
                 self._lost(call, rank, self.group.overrun(rank, "generate", waited))
 
-    def _take(self, call: Call, rank: int, sent: Sent) -> None:
+    def _take(self, call: Call, rank: int, sent: Assigned) -> None:
         try:
             made = sent.answer.result()
             if made is None:
-                again = self.group.submit_rank(rank, "draw", sent.key, SLICE_S, phase="generate")
+                again = self.group.submit_rank(rank, "poll", sent.key, SLICE_S, phase="generate")
                 call.sent[rank] = replace(sent, answer=again)
                 return
         except RunFailure as failure:

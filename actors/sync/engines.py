@@ -11,7 +11,7 @@ from typing import Any
 from actors.cluster.futures import WorkerFuture
 from actors.cluster.worker_group import WorkerGroup
 from actors.errors import InvariantViolation, RunFailure, UserError
-from actors.sync.protocol import NO_VERSION, Engine, Event, Failure, Offer
+from actors.sync.protocol import NO_VERSION, Engine, Failure, Offer, WeightsEvent
 from actors.sync.spec import Backend
 
 CHANNEL_SHARE = 0.8
@@ -41,14 +41,14 @@ class Engines:
 
     def _replace(self, rank: int) -> None:
         """A fresh engine in place of a lost one, with the base, connected."""
-        self._mark(rank, Event.FAILED, self.engines[rank].reason)
+        self._mark(rank, WeightsEvent.FAILED, self.engines[rank].reason)
         if rank not in self.rollout.fleet.serving:
             self.rollout.restart(rank)
         self.rollout.rebuild(rank)
         self._load_again(rank)
 
     def _load_again(self, rank: int) -> None:
-        self._mark(rank, Event.RESTARTED)
+        self._mark(rank, WeightsEvent.RESTARTED)
         _load(self.rollout, self.base_dir, rank).result()
         self._open_channel(rank)
 
@@ -88,12 +88,12 @@ class Engines:
                 answers[rank] = Failure(reason, died=self._is_gone(rank))
         return answers
 
-    def _mark(self, rank: int, event: Event, reason: str = "", version: int = NO_VERSION) -> None:
+    def _mark(self, rank: int, event: WeightsEvent, reason: str = "", version: int = NO_VERSION) -> None:
         self.engines[rank] = self.engines[rank].after(event, version, reason)
 
     def _lose(self, rank: int, version: int, reason: str, offer: Offer | None = None) -> InvariantViolation:
         """An engine that is not what it should be serves nobody any more."""
-        self._mark(rank, Event.FAILED, reason)
+        self._mark(rank, WeightsEvent.FAILED, reason)
         return self._violation(self.rollout.who(rank), version, reason, offer)
 
     def _violation(

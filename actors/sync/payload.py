@@ -41,7 +41,7 @@ experts of a layer input_linear and output_linear."""
 
 
 @dataclass(frozen=True)
-class Entry:
+class PayloadEntry:
     """One tensor in the buffer."""
 
     name: str
@@ -66,12 +66,12 @@ class Manifest:
     base_dtype: str
     """Dtype of the base in the trainer. An engine that merges rounds its own base to it first, so that both
     add to the same weights."""
-    entries: tuple[Entry, ...]
+    entries: tuple[PayloadEntry, ...]
     scalings: dict[str, float]
     """Adapted weight -> s of W0 + s B A."""
     transposed: tuple[str, ...]
     """Adapted weights that are stored as (..., in, out)."""
-    later: tuple[tuple[Entry, ...], ...] = ()
+    later: tuple[tuple[PayloadEntry, ...], ...] = ()
     """Of the first part of merged weights that travel in several: the tensors of every other part, each in a
     buffer of its own."""
 
@@ -211,7 +211,7 @@ def _pack(
     tensors: Mapping[tuple[str, str], torch.Tensor],
     scalings: dict[str, float],
     transposed: Sequence[str],
-    later: tuple[tuple[Entry, ...], ...] = (),
+    later: tuple[tuple[PayloadEntry, ...], ...] = (),
 ) -> Payload:
     entries = _layout(tensors)
     manifest = Manifest(version, payload, base_dtype, entries, scalings, tuple(transposed), later)
@@ -226,24 +226,26 @@ def _whole(tensors: Mapping[str, torch.Tensor]) -> dict[tuple[str, str], torch.T
     return {(name, "W"): tensor for name, tensor in tensors.items()}
 
 
-def _layout(tensors: Mapping[tuple[str, str], torch.Tensor]) -> tuple[Entry, ...]:
+def _layout(tensors: Mapping[tuple[str, str], torch.Tensor]) -> tuple[PayloadEntry, ...]:
     entries, offset = [], 0
     for (name, part), tensor in sorted(tensors.items()):
-        entry = Entry(name, part, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), offset)
+        entry = PayloadEntry(
+            name, part, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), offset
+        )
         entries.append(entry)
         offset = _aligned(offset + entry.nbytes)
     return tuple(entries)
 
 
-def _entries(found: list[dict[str, Any]]) -> tuple[Entry, ...]:
-    return tuple(Entry(**{**entry, "shape": tuple(entry["shape"])}) for entry in found)
+def _entries(found: list[dict[str, Any]]) -> tuple[PayloadEntry, ...]:
+    return tuple(PayloadEntry(**{**entry, "shape": tuple(entry["shape"])}) for entry in found)
 
 
-def _size(entries: Sequence[Entry]) -> int:
+def _size(entries: Sequence[PayloadEntry]) -> int:
     return max((_aligned(entry.offset + entry.nbytes) for entry in entries), default=0)
 
 
-def _view(buffer: torch.Tensor, entry: Entry) -> torch.Tensor:
+def _view(buffer: torch.Tensor, entry: PayloadEntry) -> torch.Tensor:
     raw = buffer[entry.offset : entry.offset + entry.nbytes]
     return raw.view(_dtype(entry.dtype)).view(entry.shape)
 

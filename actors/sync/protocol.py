@@ -91,7 +91,7 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Sent:
+class SentParts:
     """What was sent inside a commit."""
 
     part_digests: tuple[str, ...]
@@ -111,7 +111,7 @@ class Failure:
     """Its process is gone or does not answer; else it refused, and can be asked again."""
 
 
-class State(StrEnum):
+class WeightsState(StrEnum):
     """What is known about the weights of one engine."""
 
     FRESH = "fresh"
@@ -126,7 +126,7 @@ class State(StrEnum):
     """Has to be replaced."""
 
 
-class Event(StrEnum):
+class WeightsEvent(StrEnum):
     """What was observed about one engine."""
 
     ACKNOWLEDGED = "acknowledged"
@@ -138,11 +138,11 @@ class Event(StrEnum):
     RESTARTED = "restarted"
 
 
-_NEXT: dict[tuple[State, Event], State] = {
-    (State.FRESH, Event.ACKNOWLEDGED): State.STAGED,
-    (State.SERVING, Event.ACKNOWLEDGED): State.STAGED,
-    (State.STAGED, Event.COMMITTED): State.COMMITTED,
-    (State.COMMITTED, Event.VERIFIED): State.SERVING,
+_NEXT: dict[tuple[WeightsState, WeightsEvent], WeightsState] = {
+    (WeightsState.FRESH, WeightsEvent.ACKNOWLEDGED): WeightsState.STAGED,
+    (WeightsState.SERVING, WeightsEvent.ACKNOWLEDGED): WeightsState.STAGED,
+    (WeightsState.STAGED, WeightsEvent.COMMITTED): WeightsState.COMMITTED,
+    (WeightsState.COMMITTED, WeightsEvent.VERIFIED): WeightsState.SERVING,
 }
 """Every way forward. Besides, any engine can fail, and only a lost one is restarted."""
 
@@ -151,7 +151,7 @@ _NEXT: dict[tuple[State, Event], State] = {
 class Engine:
     """The weights of one engine."""
 
-    state: State = State.FRESH
+    state: WeightsState = WeightsState.FRESH
     version: int = NO_VERSION
     """The version that it serves, or would go on serving."""
     generation: int = 0
@@ -162,29 +162,29 @@ class Engine:
     @property
     def whole(self) -> bool:
         """It holds one version, or the base, and nothing is going on."""
-        return self.state in (State.FRESH, State.SERVING)
+        return self.state in (WeightsState.FRESH, WeightsState.SERVING)
 
-    def after(self, event: Event, version: int = NO_VERSION, reason: str = "") -> Engine:
+    def after(self, event: WeightsEvent, version: int = NO_VERSION, reason: str = "") -> Engine:
         """The engine once `event` was seen.
 
         Raises:
             ValueError: the event can't happen in this state.
         """
-        if event is Event.FAILED:
-            return replace(self, state=State.LOST, version=NO_VERSION, reason=reason)
-        if event is Event.RESTARTED and self.state is State.LOST:
+        if event is WeightsEvent.FAILED:
+            return replace(self, state=WeightsState.LOST, version=NO_VERSION, reason=reason)
+        if event is WeightsEvent.RESTARTED and self.state is WeightsState.LOST:
             return Engine(generation=self.generation + 1)
-        if event is Event.DISCARDED and self.state is not State.COMMITTED:
+        if event is WeightsEvent.DISCARDED and self.state is not WeightsState.COMMITTED:
             return replace(self, state=self._before_staging())
         state = _NEXT.get((self.state, event))
         if state is None:
             raise ValueError(f"a {self.state} engine can't be {event}")
-        return replace(self, state=state, version=version if event is Event.VERIFIED else self.version)
+        return replace(self, state=state, version=version if event is WeightsEvent.VERIFIED else self.version)
 
-    def _before_staging(self) -> State:
-        if self.state is not State.STAGED:
+    def _before_staging(self) -> WeightsState:
+        if self.state is not WeightsState.STAGED:
             return self.state
-        return State.FRESH if self.version == NO_VERSION else State.SERVING
+        return WeightsState.FRESH if self.version == NO_VERSION else WeightsState.SERVING
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def mismatch_in_commit(version: int, report: CommitReport) -> str | None:
     return None
 
 
-def mismatch_in_parts(sent: Sent, report: CommitReport) -> str | None:
+def mismatch_in_parts(sent: SentParts, report: CommitReport) -> str | None:
     """What is wrong with what arrived inside a commit, or None."""
     if len(report.part_digests) != len(sent.part_digests):
         return f"loaded {len(report.part_digests)} later parts, the trainer sent {len(sent.part_digests)}"

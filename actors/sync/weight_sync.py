@@ -24,7 +24,16 @@ from actors.cluster.worker_group import WorkerGroup
 from actors.errors import RunFailure
 from actors.sync import protocol, verify
 from actors.sync.engines import Engines, load_base
-from actors.sync.protocol import NO_VERSION, Event, Expected, Failure, Offer, Prepared, Sent, State
+from actors.sync.protocol import (
+    NO_VERSION,
+    Expected,
+    Failure,
+    Offer,
+    Prepared,
+    SentParts,
+    WeightsEvent,
+    WeightsState,
+)
 from actors.sync.report import Stopwatch, SyncReport
 from actors.sync.spec import Backend, SyncSpec
 from actors.sync.verify import ProbeReport
@@ -76,7 +85,7 @@ class Phases(Engines):
         decision = protocol.decide(offer, answers)
         for rank in ranks:
             if decision.commit:
-                self._mark(rank, Event.ACKNOWLEDGED)
+                self._mark(rank, WeightsEvent.ACKNOWLEDGED)
         self._answers({rank: self._ask(rank, "discard", offer.version) for rank in decision.discard})
         return decision
 
@@ -90,7 +99,7 @@ class Phases(Engines):
             later = self.policy.submit("weight_source.send_later", ranks, phase="sync")
         return Loading(offer.version, asked, later)
 
-    def _end_commit(self, loading: Loading) -> tuple[list[int], Sent | None]:
+    def _end_commit(self, loading: Loading) -> tuple[list[int], SentParts | None]:
         """The engines that did, and what they were sent meanwhile. The others are lost.
 
         Raises:
@@ -98,22 +107,22 @@ class Phases(Engines):
         """
         version = loading.version
         answers = self._answers(loading.asked)
-        sent: Sent | None = None if loading.later is None else loading.later.result()[0]
+        sent: SentParts | None = None if loading.later is None else loading.later.result()[0]
         for rank, answer in answers.items():
             if isinstance(answer, Failure):
-                self._mark(rank, Event.FAILED, answer.reason)
+                self._mark(rank, WeightsEvent.FAILED, answer.reason)
                 if self._keeps and not answer.died:
                     raise RunFailure(
                         self.rollout.who(rank), "sync", answer.reason, self.rollout.next_of(rank)
                     )
                 continue
-            self._mark(rank, Event.COMMITTED)
+            self._mark(rank, WeightsEvent.COMMITTED)
             wrong = protocol.mismatch_in_commit(version, answer)
             if wrong is None and sent is not None:
                 wrong = protocol.mismatch_in_parts(sent, answer)
             if wrong is not None:
                 raise self._lose(rank, version, wrong)
-        return [rank for rank in answers if self.engines[rank].state is State.COMMITTED], sent
+        return [rank for rank in answers if self.engines[rank].state is WeightsState.COMMITTED], sent
 
 
 class WeightSync(Phases):
@@ -164,7 +173,7 @@ class WeightSync(Phases):
             except RunFailure as failure:
                 if rank in self.rollout.fleet.serving:
                     raise
-                self._mark(rank, Event.FAILED, failure.reason)
+                self._mark(rank, WeightsEvent.FAILED, failure.reason)
                 self._replace(rank)
         # An engine's first pass over tokens is slow; this one delays no step.
         warming = {rank: self._ask(rank, "score_tokens", self._probes, self._starts) for rank in self.engines}
@@ -234,7 +243,7 @@ class WeightSync(Phases):
             time.sleep(POLL_S)
         free.result()
         with self._one_at_a_time:
-            self._mark(rank, Event.FAILED, "its process was replaced")
+            self._mark(rank, WeightsEvent.FAILED, "its process was replaced")
             self._load_again(rank)
             if self._truth is not None:
                 self._bring_up(rank, self._truth)
@@ -257,12 +266,12 @@ class WeightSync(Phases):
             if decision.refusals:
                 raise self._violation("rollout", offer.version, "; ".join(decision.refusals), offer)
             for rank in decision.dead:
-                self._mark(rank, Event.FAILED, "it died while it staged")
+                self._mark(rank, WeightsEvent.FAILED, "it died while it staged")
             replaced += self._replace_lost()
         reason = f"engines {replaced} died while they staged version {offer.version}, replaced each time"
         raise RunFailure("rollout", "sync", reason, self.rollout.next_step)
 
-    def _ask_truth(self, prepared: Prepared) -> Callable[[Sent | None], Reference]:
+    def _ask_truth(self, prepared: Prepared) -> Callable[[SentParts | None], Reference]:
         """What the trainer says that this version is; what it did not find out while it merged and sent is
         computed while the engines load."""
         asked = None
@@ -271,7 +280,7 @@ class WeightSync(Phases):
         logps = self._trainer_logps(self.role)
         previous = None if self._truth is None else self._truth.logps
 
-        def truth(sent: Sent | None) -> Reference:
+        def truth(sent: SentParts | None) -> Reference:
             known = prepared.expected if sent is None else sent.expected
             expected: Expected = known if asked is None else asked.result()[0]  # type: ignore[assignment]
             return Reference(prepared.offer, expected, logps(), previous)
@@ -299,9 +308,9 @@ class WeightSync(Phases):
             failure = next((a for a in (read[rank], scored[rank]) if isinstance(a, Failure)), None)
             if failure is None:
                 self._probed[rank] = self._judge(rank, truth, read[rank], scored[rank])
-                self._mark(rank, Event.VERIFIED, version=version)
+                self._mark(rank, WeightsEvent.VERIFIED, version=version)
             elif failure.died:
-                self._mark(rank, Event.FAILED, failure.reason)
+                self._mark(rank, WeightsEvent.FAILED, failure.reason)
             else:
                 raise self._lose(rank, version, failure.reason)
 
@@ -322,14 +331,18 @@ class WeightSync(Phases):
 
     def _taking_part(self) -> list[int]:
         """All engines; where the pool replaces lost ones, those that are whole."""
-        return [rank for rank, one in self.engines.items() if one.state is not State.LOST or not self._keeps]
+        return [
+            rank
+            for rank, one in self.engines.items()
+            if one.state is not WeightsState.LOST or not self._keeps
+        ]
 
     def _replace_lost(self) -> list[int]:
         """Fresh engines in place of those that are lost, also where another call has seen them die."""
         lost = [rank for rank, one in self.engines.items() if not one.whole or self._is_gone(rank)]
         for rank in lost:
             if self._keeps:
-                self._mark(rank, Event.FAILED, "its process was lost")
+                self._mark(rank, WeightsEvent.FAILED, "its process was lost")
             else:
                 self._replace(rank)
         return lost

@@ -17,7 +17,7 @@ from actors.models.lora.low_rank import Factors
 from actors.models.lora.merge import adapter_factors
 from actors.sync.channel import Channel, Listener, own_address
 from actors.sync.payload import Kind, Payload, pack_adapter, pack_merged
-from actors.sync.protocol import Expected, Offer, Prepared, Sent
+from actors.sync.protocol import Expected, Offer, Prepared, SentParts
 from actors.sync.spec import Backend
 from actors.trainer.merged_weights import HostMerge, Tally
 
@@ -131,7 +131,7 @@ class WeightSource:
             raise RunFailure("weight source", "sync", "nothing was prepared")
         return self._send_each(self._payload, engines)
 
-    def send_later(self, engines: Sequence[int]) -> Sent | None:
+    def send_later(self, engines: Sequence[int]) -> SentParts | None:
         """Merge, pack and send the parts that were not staged, one after the other, to engines that are
         committing the prepared version. Collective where weights are sharded.
 
@@ -170,7 +170,7 @@ class WeightSource:
             )
         expected = None if later.tally is None else later.tally.expected()
         later.tally, later.digests = None, tuple(digests)
-        return Sent(tuple(digests), unreached, expected)
+        return SentParts(tuple(digests), unreached, expected)
 
     def expected(self, role: str | None, dtype: str) -> Expected | None:
         """What an engine with the current weights of `role` merged in `dtype` holds, by checkpoint name."""

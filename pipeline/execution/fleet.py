@@ -267,12 +267,15 @@ class Fleet:
     def _build_rollout(self) -> GroupFuture[float] | None:
         """Let the engines' actors be made, unless they were; None when that is done."""
         if not self._rollout_asked:
-            engine = EngineSpec(
-                dtype=self.config.model.dtype,
-                trust_remote_code=self.config.model.trust_remote_code,
-                enable_return_routed_experts=self.config.model.moe.router_replay == "rollout",
-                **self.config.roles.rollout.engine.model_dump(),
-            )
             self._rollout_asked = True
-            self._rollout = self._group("rollout").build(ROLLOUT, engine)
+            self._rollout = self._group("rollout").build(ROLLOUT, self.engine_spec())
         return self._rollout
+
+    def engine_spec(self) -> EngineSpec:
+        """Settings of every rollout engine."""
+        return EngineSpec(
+            dtype=self.config.model.dtype,
+            trust_remote_code=self.config.model.trust_remote_code,
+            enable_return_routed_experts=self.config.model.moe.router_replay == "rollout",
+            **self.config.roles.rollout.engine.model_dump(),
+        )

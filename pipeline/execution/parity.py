@@ -11,15 +11,22 @@ if TYPE_CHECKING:
 
     from actors.cluster.worker_group import WorkerGroup
     from actors.models.spec import ModelSpec
+    from actors.rollout.spec import EngineSpec
 
 
-def check_parity(model: ModelSpec, engines: WorkerGroup, say: Callable[[str], None]) -> None:
-    """Let an engine and transformers compute the same tokens, as loaded and after weights were brought in.
+PROBE = "actors.rollout.parity:probe"
+
+
+def check_parity(
+    model: ModelSpec, engines: WorkerGroup, spec: EngineSpec, say: Callable[[str], None]
+) -> None:
+    """Let an engine (as in `spec`, in the process of the first of `engines`) and transformers compute the
+    same tokens, as loaded and after weights were brought in.
 
     Raises:
         UserError: they differ by more than rounding; nothing has been trained.
     """
-    report = engines.call_rank(0, "parity_probe", model, phase="load")
+    report = engines.submit_work(0, PROBE, spec, model, phase="load").result()
     if report.problems:
         raise UserError(
             [

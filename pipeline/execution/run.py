@@ -104,7 +104,7 @@ class Run:
             if fleet.ray_line is not None:
                 self.progress.note(fleet.ray_line)
             if graph.untested and graph.pending:
-                check_parity(self.config.model, fleet.rollout(), self.progress.note)
+                check_parity(self.config.model, fleet.rollout(), fleet.engine_spec(), self.progress.note)
             self.stop.arm()
             if graph.template_date is not None:
                 self.progress.note(said(graph.template_date))

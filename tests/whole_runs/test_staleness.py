@@ -158,7 +158,7 @@ def test_samples_in_flight_outlive_a_sync_and_a_lost_engine(tmp_path: Path) -> N
     stage = {"sync": {"in_flight": "keep"}, "staleness": 1, "max_completion_length": 48, "max_length": 96}
     command, run = command_for(tmp_path, engines=2, **stage), tmp_path / "run"
     process = start(command, tmp_path)
-    when(process, lambda: calls(run, "rollout-1", "commit") >= 3 and calls(run, "rollout-1", "draw") >= 4)
+    when(process, lambda: calls(run, "rollout-1", "commit") >= 3 and calls(run, "rollout-1", "poll") >= 4)
     os.kill(pid_of(run, "rollout-1"), signal.SIGKILL)
     said, _ = process.communicate(timeout=400)
     assert process.returncode == 0, said[-3000:]

@@ -15,7 +15,7 @@ import torch
 
 from actors.errors import UserError
 from actors.models.lora.merge import low_rank_delta
-from actors.sync.payload import Entry, Payload
+from actors.sync.payload import Payload, PayloadEntry
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """safetensors' names of what can be added to; quantised bases are refused."""
@@ -63,7 +63,7 @@ class Merger:
         self._dtype = dtype
         # Names and shapes alone: transformers' conversions need the model, not its weights.
         self._model = meta_model(config)
-        self._last: tuple[tuple[Entry, ...], Targets] = ((), {})
+        self._last: tuple[tuple[PayloadEntry, ...], Targets] = ((), {})
 
     def targets(self, payload: Payload) -> Targets:
         """Which checkpoint tensors a payload changes, and the shape that it gives them."""

@@ -35,7 +35,7 @@ from actors.rollout.vllm.readback import Reader
 from actors.rollout.vllm.repack import refuse_padded_experts, repack_experts
 from actors.rollout.vllm.router_capture import RouteCounter, moe_layers
 from actors.rollout.vllm.workarounds import worker as worker
-from actors.sync.payload import Entry, Payload
+from actors.sync.payload import Payload, PayloadEntry
 
 BACKEND = "raylign"
 EXTENSION = f"{__name__}.SyncWorkerExtension"
@@ -83,7 +83,7 @@ class Staged:
 
     version: int
     parts: list[Part]
-    entries: tuple[tuple[Entry, ...], ...]
+    entries: tuple[tuple[PayloadEntry, ...], ...]
     """Of each part, as announced."""
     payload: Payload | None
     """None once it is loaded."""
@@ -233,7 +233,7 @@ class SyncTransferEngine(WeightTransferEngine):
                 if tuple(there.shape) != shape:
                     raise refusal(f"{source} makes {name} {shape}, the base has {tuple(there.shape)}")
 
-    def _refuse_other_dtype(self, entries: tuple[Entry, ...]) -> None:
+    def _refuse_other_dtype(self, entries: tuple[PayloadEntry, ...]) -> None:
         own = str(self.model_config.dtype).removeprefix("torch.")
         other = {entry.name: entry.dtype for entry in entries if entry.dtype != own}
         for name, dtype in other.items():

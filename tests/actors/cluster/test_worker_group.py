@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from actors.batches.batch import Batch
-from actors.cluster.health import State
+from actors.cluster.health import ProcessState
 from actors.cluster.spec import LimitsSpec, RoleSpec
 from actors.cluster.worker_group import WorkerGroup
 from actors.errors import InvariantViolation, RunFailure, UserError
@@ -172,7 +172,7 @@ def test_a_rank_killed_during_a_call_is_named_well_before_the_deadline(start: St
     assert (caught.value.who, caught.value.phase) == ("policy-1", "update")
     assert "its process died" in caught.value.reason
     assert "run the same command again" in caught.value.next_step
-    assert group.fleet.members[1].state is State.DEAD
+    assert group.fleet.members[1].state is ProcessState.DEAD
 
 
 def group_pid(group: WorkerGroup, rank: int) -> int:
@@ -210,7 +210,7 @@ def test_an_overrun_names_the_late_rank_the_limit_and_leaves_its_stacks_in_the_l
     assert (caught.value.who, caught.value.phase) == ("policy-1", "update")
     assert "no answer within 2 s (limits.update)" in caught.value.reason
     assert "in sleep" in (group.log_dir / "policy-1.log").read_text()
-    assert group.fleet.members[1].state is State.SUSPECT
+    assert group.fleet.members[1].state is ProcessState.SUSPECT
 
 
 def test_calls_that_queue_up_have_not_overrun_anything(start: Start) -> None:

@@ -22,8 +22,8 @@ class FakeEngine:
 
     def __init__(self, directory: str, seconds: float = 0.0) -> None:
         self.directory, self.version = Path(directory), 0
-        self.drawing: dict[int, list[tuple[Any, SamplingSpec, Any]]] = {}
-        self.drawn: dict[int, list[Generations]] = {}
+        self.waiting: dict[int, list[tuple[Any, SamplingSpec, Any]]] = {}
+        self.made: dict[int, list[Generations]] = {}
         self.seconds = seconds * 10 if self._first("slow") else seconds
 
     def load(self, version: int) -> None:
@@ -45,24 +45,24 @@ class FakeEngine:
             log.write(json.dumps(row) + "\n")
         return Generations.of(samples, sampling.n, "fake", time.time() - began, self.version)
 
-    def draw(
+    def start_requests(
         self,
         key: int,
         seconds: float,
-        prompts: Sequence[Sequence[int]] | None = None,
-        sampling: SamplingSpec | None = None,
-        seeds: Sequence[int] | None = None,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingSpec,
+        seeds: Sequence[int],
     ) -> Generations | None:
         """Eight samples a slice."""
-        if prompts is not None:
-            assert sampling is not None
-            assert seeds is not None
-            self.drawing[key] = [
-                (prompts[i : i + 8], sampling, seeds[i : i + 8]) for i in range(0, len(prompts), 8)
-            ]
-            self.drawn[key] = []
-        self.drawn[key].append(self.generate(*self.drawing[key].pop(0)))
-        return None if self.drawing[key] else Generations.join(self.drawn[key], 1, mixed=True)
+        self.waiting[key] = [
+            (prompts[i : i + 8], sampling, seeds[i : i + 8]) for i in range(0, len(prompts), 8)
+        ]
+        self.made[key] = []
+        return self.poll(key, seconds)
+
+    def poll(self, key: int, seconds: float) -> Generations | None:
+        self.made[key].append(self.generate(*self.waiting[key].pop(0)))
+        return None if self.waiting[key] else Generations.join(self.made[key], 1, mixed=True)
 
     def _fault(self, token: int) -> None:
         if token == HANG and self._first("hang"):

@@ -85,7 +85,9 @@ def start(ray_cluster: None, tmp_path: Path) -> Iterator[Start]:
         limits = LimitsSpec(start=60, generate=generate, stop=1)
         group = WorkerGroup("rollout", RoleSpec(workers=workers), limits, tmp_path / "logs")
         groups.append(group)
-        group.start().ready().build("pool_engines:FakeEngine", str(tmp_path), seconds).result()
+        group.start().ready().build(
+            "tests.actors.rollout.pool_engines:FakeEngine", str(tmp_path), seconds
+        ).result()
         group.call("load", 3)
         replace = replace or (lambda rank: group.call_rank(rank, "load", 3))
         return RolloutPool(group, replace, in_flight=in_flight)

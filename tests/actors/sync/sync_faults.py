@@ -18,7 +18,7 @@ from actors.models.lora.low_rank import Factors
 from actors.models.spec import LoraSpec, ModelSpec
 from actors.rollout.engine import EngineSpec, RolloutEngine
 from actors.rollout.group import rollout_group
-from actors.sync.payload import Entry, Payload, pack_adapter, pack_merged
+from actors.sync.payload import Payload, PayloadEntry, pack_adapter, pack_merged
 from actors.sync.protocol import CommitReport, Prepared, StageAck
 from actors.sync.spec import SyncSpec
 from actors.sync.weight_sync import WeightSync
@@ -145,7 +145,7 @@ def _swapped(payload: Payload) -> Payload:
 
 
 def _flipped(payload: Payload) -> Payload:
-    entry: Entry = payload.manifest.entries[0]
+    entry: PayloadEntry = payload.manifest.entries[0]
     buffer = payload.buffer.clone()
     buffer[entry.offset] ^= 1
     return Payload(payload.manifest, buffer)

@@ -13,7 +13,7 @@ import pytest
 
 from actors.cluster.worker_group import WorkerGroup
 from actors.errors import InvariantViolation
-from actors.sync.protocol import State
+from actors.sync.protocol import WeightsState
 from actors.sync.weight_sync import WeightSync
 from tests.actors.sync.sync_faults import PARTS, connected, started
 
@@ -92,7 +92,7 @@ def test_what_can_be_told_from_the_payload_is_refused_while_staging(
     sync = syncs(payload)
     sync.policy.call("weight_source.plant", fault, where)
     assert says in caught(sync)
-    assert sync.engines[0].state is State.SERVING, "the engine goes on with what it had"
+    assert sync.engines[0].state is WeightsState.SERVING, "the engine goes on with what it had"
     assert not sync.push(sync.version + 1).replaced
 
 
@@ -104,9 +104,9 @@ def test_what_the_payload_hides_is_read_back_from_the_engine(
     sync.policy.call("weight_source.plant", fault, where)
     sync.policy.call("nudge", sync.version)
     assert says in caught(sync)
-    assert sync.engines[0].state is State.LOST, "an engine that holds something else serves nobody"
+    assert sync.engines[0].state is WeightsState.LOST, "an engine that holds something else serves nobody"
     sync.push(sync.version + 1)
-    assert sync.engines[0].state is State.SERVING
+    assert sync.engines[0].state is WeightsState.SERVING
 
 
 @pytest.mark.slow
@@ -117,9 +117,9 @@ def test_a_byte_flipped_in_a_part_that_was_not_staged_is_seen_before_anything_is
     sync.policy.call("weight_source.plant", "byte flipped", "later")
     sync.policy.call("nudge", sync.version)
     assert " as part 2, the trainer sent " in caught(sync)
-    assert sync.engines[0].state is State.LOST
+    assert sync.engines[0].state is WeightsState.LOST
     sync.push(sync.version + 1)
-    assert sync.engines[0].state is State.SERVING
+    assert sync.engines[0].state is WeightsState.SERVING
 
 
 def test_experts_that_were_not_repacked_are_seen_by_the_probes(syncs: Syncs) -> None:

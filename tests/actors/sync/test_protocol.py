@@ -10,11 +10,11 @@ from actors.sync.protocol import (
     NO_VERSION,
     CommitReport,
     Engine,
-    Event,
     Failure,
     Offer,
     StageAck,
-    State,
+    WeightsEvent,
+    WeightsState,
     decide,
     mismatch_in_commit,
     mismatch_in_version,
@@ -80,46 +80,46 @@ def test_only_a_newer_version_is_taken(current: int, offered: int, allowed: bool
 # --- States of one engine -------------------------------------------------------------------------
 
 
-def after(*events: Event, version: int = 3) -> Engine:
+def after(*events: WeightsEvent, version: int = 3) -> Engine:
     engine = Engine()
     for event in events:
         engine = engine.after(event, version)
     return engine
 
 
-UP = (Event.ACKNOWLEDGED, Event.COMMITTED, Event.VERIFIED)
+UP = (WeightsEvent.ACKNOWLEDGED, WeightsEvent.COMMITTED, WeightsEvent.VERIFIED)
 
 
 def test_an_engine_serves_a_version_only_once_it_is_verified() -> None:
-    assert after().state is State.FRESH
-    assert after(*UP[:2]) == Engine(State.COMMITTED, NO_VERSION)
-    assert after(*UP) == Engine(State.SERVING, 3)
+    assert after().state is WeightsState.FRESH
+    assert after(*UP[:2]) == Engine(WeightsState.COMMITTED, NO_VERSION)
+    assert after(*UP) == Engine(WeightsState.SERVING, 3)
 
 
 def test_a_staged_version_that_is_discarded_leaves_what_was_served() -> None:
-    assert after(*UP, Event.ACKNOWLEDGED, Event.DISCARDED) == Engine(State.SERVING, 3)
-    assert after(Event.ACKNOWLEDGED, Event.DISCARDED) == Engine(State.FRESH)
+    assert after(*UP, WeightsEvent.ACKNOWLEDGED, WeightsEvent.DISCARDED) == Engine(WeightsState.SERVING, 3)
+    assert after(WeightsEvent.ACKNOWLEDGED, WeightsEvent.DISCARDED) == Engine(WeightsState.FRESH)
 
 
 def test_a_lost_engine_comes_back_with_the_base_and_under_a_new_number() -> None:
-    lost = after(*UP, Event.ACKNOWLEDGED).after(Event.FAILED, reason="killed")
-    assert lost == Engine(State.LOST, NO_VERSION, reason="killed")
-    assert lost.after(Event.RESTARTED) == Engine(State.FRESH, NO_VERSION, generation=1)
+    lost = after(*UP, WeightsEvent.ACKNOWLEDGED).after(WeightsEvent.FAILED, reason="killed")
+    assert lost == Engine(WeightsState.LOST, NO_VERSION, reason="killed")
+    assert lost.after(WeightsEvent.RESTARTED) == Engine(WeightsState.FRESH, NO_VERSION, generation=1)
 
 
 @pytest.mark.parametrize(
     "events",
     [
-        (Event.COMMITTED,),
-        (Event.VERIFIED,),
-        (Event.ACKNOWLEDGED, Event.VERIFIED),
-        (*UP[:2], Event.DISCARDED),
-        (*UP[:2], Event.ACKNOWLEDGED),
-        (*UP, Event.RESTARTED),
-        (Event.FAILED, Event.ACKNOWLEDGED),
-        (Event.FAILED, Event.COMMITTED),
+        (WeightsEvent.COMMITTED,),
+        (WeightsEvent.VERIFIED,),
+        (WeightsEvent.ACKNOWLEDGED, WeightsEvent.VERIFIED),
+        (*UP[:2], WeightsEvent.DISCARDED),
+        (*UP[:2], WeightsEvent.ACKNOWLEDGED),
+        (*UP, WeightsEvent.RESTARTED),
+        (WeightsEvent.FAILED, WeightsEvent.ACKNOWLEDGED),
+        (WeightsEvent.FAILED, WeightsEvent.COMMITTED),
     ],
 )
-def test_no_step_of_the_protocol_can_be_left_out(events: tuple[Event, ...]) -> None:
+def test_no_step_of_the_protocol_can_be_left_out(events: tuple[WeightsEvent, ...]) -> None:
     with pytest.raises(ValueError, match="engine can't be"):
         after(*events)

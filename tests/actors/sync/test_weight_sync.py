@@ -15,7 +15,7 @@ from actors.batches.batch import Batch
 from actors.batches.generations import SamplingSpec
 from actors.cluster.worker_group import WorkerGroup
 from actors.errors import RunFailure
-from actors.sync.protocol import State
+from actors.sync.protocol import WeightsState
 from actors.sync.spec import SyncSpec
 from actors.sync.weight_sync import WeightSync
 from tests.actors.sync.sync_faults import PARTS, PROBES, connected, started
@@ -115,7 +115,7 @@ def test_an_engine_lost_inside_commit_is_replaced_and_verified_before_it_serves(
     report = sync.push(version)
     assert report.replaced == (1,)
     assert sync.rollout.call("log") == [[f"stage {version}", f"commit {version}"]] * 2
-    assert [engine.state for engine in sync.engines.values()] == [State.SERVING] * 2
+    assert [engine.state for engine in sync.engines.values()] == [WeightsState.SERVING] * 2
     assert served(sync) == [version, version]
     assert max(apart(sync, rank) for rank in (0, 1)) < 1e-4
 
@@ -170,4 +170,4 @@ def test_an_engine_that_was_killed_comes_back_with_the_served_version_though_the
     after = sync.rollout.call_rank(1, "score_tokens", PROBES, [1] * 4)
     assert max(np.abs(a - b).max() for a, b in zip(before, after)) < 1e-6
     assert served(sync) == [sync.version] * 2
-    assert sync.engines[1].state is State.SERVING
+    assert sync.engines[1].state is WeightsState.SERVING

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from actors.errors import RunFailure
-from actors.sync.protocol import Sent
+from actors.sync.protocol import SentParts
 from actors.trainer.weight_source import WeightSource
 from tests.actors.rollout.vllm.vllm_cases import Policy, write_base
 
@@ -28,7 +28,7 @@ def source(policy: Policy) -> WeightSource:
     return WeightSource(host)
 
 
-def later(source: WeightSource) -> Sent:
+def later(source: WeightSource) -> SentParts:
     sent = source.send_later([])
     assert sent is not None
     return sent

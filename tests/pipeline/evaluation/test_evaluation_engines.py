@@ -23,7 +23,7 @@ class Tokenizer:
 def test_an_engine_that_dies_in_an_evaluation_is_replaced(ray_cluster: None, tmp_path: Path) -> None:
     group = WorkerGroup("rollout", RoleSpec(workers=2), LimitsSpec(start=60, stop=1), tmp_path / "logs")
     try:
-        group.start().ready().build("pool_engines:ServedEngine", str(tmp_path)).result()
+        group.start().ready().build("tests.actors.rollout.pool_engines:ServedEngine", str(tmp_path)).result()
         prompts = [[1002 if i == 30 else i, i] for i in range(40)]
         weights = Weights("base", "adapter", "fingerprint")
         texts = generate(group, weights, "grpo", prompts, SamplingSpec(), Tokenizer(), seed=3)

@@ -112,13 +112,13 @@ def test_samples_that_outlive_a_sync_come_with_the_experts_of_the_new_weights(
     base = base_of("qwen3_moe", torch.float32)
     policy, engine = Policy(base, "qwen3_moe"), engine_on(process, base, "float32")
     sampling, made = SamplingSpec(max_tokens=24), None
-    assert engine.call_rank(0, "draw", 0, 0.0, PROMPTS, sampling, list(range(len(PROMPTS)))) is None
+    assert engine.call_rank(0, "start_requests", 0, 0.0, PROMPTS, sampling, list(range(len(PROMPTS)))) is None
     for _ in range(3):
-        assert engine.call_rank(0, "draw", 0, 0.0) is None
+        assert engine.call_rank(0, "poll", 0, 0.0) is None
     policy.change(seed=3)
     push(engine, policy.payload(ADAPTER, 7), keep=True)
     while made is None:
-        made = engine.call_rank(0, "draw", 0, 0.0)
+        made = engine.call_rank(0, "poll", 0, 0.0)
     batch = trajectories(PROMPTS, made)
     assert set(made.token_versions.tolist()) == {-1, 7}
     assert_chosen_by(policy, "policy", batch)

@@ -44,14 +44,14 @@ def policy(rollout: WorkerGroup, tmp_path: Path) -> Policy:
 
 def begin(rollout: WorkerGroup, key: int, prompts: list[list[int]], seed: int = 0) -> Generations | None:
     seeds = [seed + i for i in range(len(prompts))]
-    made: Generations | None = rollout.call_rank(0, "draw", key, STEP, prompts, SAMPLING, seeds)
+    made: Generations | None = rollout.call_rank(0, "start_requests", key, STEP, prompts, SAMPLING, seeds)
     return made
 
 
 def finish(rollout: WorkerGroup, key: int) -> tuple[Generations, int]:
     """The samples, and how many slices they took."""
     for slices in range(1, 100):
-        made = rollout.call_rank(0, "draw", key, STEP)
+        made = rollout.call_rank(0, "poll", key, STEP)
         if made is not None:
             return made, slices
     raise AssertionError("samples that never end")
@@ -71,7 +71,7 @@ def test_slices_draw_what_one_call_draws(rollout: WorkerGroup, policy: Policy) -
 def test_samples_go_on_with_new_weights_and_keys_of_these(rollout: WorkerGroup, policy: Policy) -> None:
     assert begin(rollout, 0, PROMPTS) is None
     for _ in range(3):
-        assert rollout.call_rank(0, "draw", 0, STEP) is None
+        assert rollout.call_rank(0, "poll", 0, STEP) is None
     old = Policy(policy.base, "qwen3_moe")
     policy.change(seed=3)
     push(rollout, policy.payload(ADAPTER, 7), keep=True)

@@ -15,6 +15,7 @@ from actors.models.spec import LoraSpec, ModelSpec
 from actors.rollout.engine import EngineSpec
 from actors.rollout.group import ROLLOUT
 from actors.sync.payload import pack_adapter, pack_merged
+from pipeline.execution.parity import PROBE
 from tests.actors.rollout.vllm import vllm_cases as cases
 from tests.actors.rollout.vllm.vllm_cases import (
     ADAPTER,
@@ -278,9 +279,9 @@ def test_a_probe_finds_an_untested_architecture_right_before_and_after_an_update
     process: WorkerGroup, tmp_path: Path
 ) -> None:
     base = cases.write_untested_base(tmp_path / "granite")
-    process.build(ROLLOUT, EngineSpec(max_model_len=256)).result()
+    process.build(ROLLOUT, EngineSpec()).result()
     model = ModelSpec(base=str(base), allow_untested=True, lora=LoraSpec(r=4, targets=["attention", "mlp"]))
-    report = process.call_rank(0, "parity_probe", model, phase="load")
+    report = process.submit_work(0, PROBE, EngineSpec(max_model_len=256), model, phase="load").result()
     assert report.problems == ()
     assert max(report.loaded.max, report.updated.max) < 1e-5
     # The update is real: had the engine ignored it, the second comparison would have shown it.
@@ -288,9 +289,10 @@ def test_a_probe_finds_an_untested_architecture_right_before_and_after_an_update
 
 
 def test_a_probe_names_what_an_engine_gets_wrong(process: WorkerGroup, base_of: Callable[..., Path]) -> None:
-    process.build(f"{FAULTY}:UnpackedEngine", EngineSpec(max_model_len=256)).result()
+    process.build(ROLLOUT, EngineSpec()).result()
     model = ModelSpec(base=str(base_of("qwen3_moe")), lora=LoraSpec(r=4))
-    report = process.call_rank(0, "parity_probe", model, phase="load")
+    asked = f"{FAULTY}:probe_unpacked", EngineSpec(max_model_len=256), model
+    report = process.submit_work(0, *asked, phase="load").result()
     (problem,) = report.problems
     assert problem.startswith("vLLM is wrong after an update in place: probes beyond 0.0001")
     assert report.loaded.max < 1e-5

@@ -16,6 +16,7 @@ from actors.models.lora.merge import adapter_factors, merged_state, write_model
 from actors.models.moe.router_stats import RouterStats
 from actors.models.spec import LoraSpec, ModelSpec
 from actors.rollout.engine import EngineSpec, RolloutEngine, SamplingSpec
+from actors.rollout.parity import ParityReport, probe_engine
 from actors.sync.payload import Payload, digest_of, fused_groups_of, pack_adapter, pack_merged
 from actors.trainer.merged_weights import HostMerge
 from tests.actors.models.tiny_models import GROUPS, tiny_model
@@ -232,6 +233,11 @@ class UnpackedEngine(RolloutEngine):
             return super().commit(version)
         finally:
             vllm_side.repack_experts = real
+
+
+def probe_unpacked(spec: EngineSpec, model: ModelSpec) -> ParityReport:
+    """A parity probe of an `UnpackedEngine`."""
+    return probe_engine(UnpackedEngine(spec), model)
 
 
 class BreakingEngine(RolloutEngine):
