@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from pydantic import Field
 
-from actors.batches.routed_experts import ExpertChoices
+from actors.batches.routed_experts import RoutedExperts
 from actors.spec import Spec
 
 FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
@@ -75,7 +75,7 @@ class Generations:
     """int32 (tokens,): version of the weights that each token was sampled by, where a trainer updates the
     engine; 0 where none does. A sample can have several: weights may change while it is generated."""
     experts: np.ndarray | None = None
-    """Of `ExpertChoices`, as is `expert_offsets`; None where the engine was not asked for them."""
+    """Of `RoutedExperts`, as is `expert_offsets`; None where the engine was not asked for them."""
     expert_offsets: np.ndarray | None = None
 
     @staticmethod
@@ -113,7 +113,7 @@ class Generations:
         if len(labels) != 1 or (len(weights) > 1 and not mixed):
             raise ValueError(f"generations of one model were expected, not of {sorted(weights)}")
         (label,) = labels
-        choices = [part.expert_choices for part in parts]
+        choices = [part.routed_experts for part in parts]
         known = [one for one in choices if one is not None]
         if known and len(known) < len(parts):
             raise ValueError("some of these generations come with experts, others without")
@@ -129,7 +129,7 @@ class Generations:
             seconds=sum(part.seconds for part in parts),
             token_versions=np.concatenate([part.token_versions for part in parts]),
         )
-        return joined.with_experts(ExpertChoices.join(known)) if known else joined
+        return joined.with_experts(RoutedExperts.join(known)) if known else joined
 
     @staticmethod
     def from_arrays(arrays: Mapping[str, np.ndarray], n: int, label: str, seconds: float) -> Generations:
@@ -152,24 +152,24 @@ class Generations:
             experts=None,
             expert_offsets=None,
         )
-        choices = self.expert_choices
+        choices = self.routed_experts
         if choices is None:
             return found
         each = choices.samples()
-        return found.with_experts(ExpertChoices.of([each[i] for i in order]))
+        return found.with_experts(RoutedExperts.of([each[i] for i in order]))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Every array, by field: with `n`, `label` and `seconds` this is all there is."""
         return {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
 
     @property
-    def expert_choices(self) -> ExpertChoices | None:
+    def routed_experts(self) -> RoutedExperts | None:
         """The engine's experts of every position that it computed."""
         if self.experts is None or self.expert_offsets is None:
             return None
-        return ExpertChoices(self.experts, self.expert_offsets)
+        return RoutedExperts(self.experts, self.expert_offsets)
 
-    def with_experts(self, choices: ExpertChoices) -> Generations:
+    def with_experts(self, choices: RoutedExperts) -> Generations:
         """The same samples with the engine's experts."""
         return replace(self, experts=choices.experts, expert_offsets=choices.offsets)
 

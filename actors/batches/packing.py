@@ -1,8 +1,8 @@
-"""Rows of a batch laid out for the model: micro-batches of bins, packed or one sequence a bin.
+"""Lays out rows of a batch for the model: micro-batches of bins, packed or with one sequence each.
 
 Sequences that share a bin are kept apart by position ids that start again at 0; no attention mask is
-passed, from which transformers derives a block-causal one. Padding stands at the end of a bin, where
-causal attention keeps it from every real token, so it needs no mask either.
+passed, from which transformers derives a block-causal one. Padding is at the end of a bin, where
+causal attention hides it from every real token, so it needs no mask either.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from actors.batches.batch import Batch
 from actors.batches.routed_experts import free
 
 FREE = -1
-"""In `MicroBatch.experts`: the model's own router chooses."""
+"""Value in `MicroBatch.experts` where the model's own router chooses."""
 BIN_LENGTHS = (1.0, 1.25, 1.5, 2.0)
 """Bin lengths tried, as multiples of the longest sequence. Longer bins waste less but attend further."""
 ATTENTION_WIDTHS = 4
@@ -32,16 +32,17 @@ class Gathering:
     """Rows picked from N rows, and the way back for their gradients."""
 
     index: np.ndarray
-    """int64 (M,): which row is picked."""
+    """int64 (M,): the row of each pick."""
     readers: tuple[np.ndarray, ...]
     """The picks that read a row: int64 (R, k) of R rows that are read k times each, for every such k. Picks
     whose gradient is zero, as padding's, are left out."""
     order: np.ndarray | None
-    """int64 (N,): where each row stands in `readers`, one array after the other; None: 0 to N - 1."""
+    """int64 (N,): place of each row in `readers`, one array after the other; None: 0 to N - 1."""
 
     @staticmethod
     def of(index: np.ndarray, n: int, real: np.ndarray | None = None) -> Gathering:
-        """`n`: rows to pick from; `real`: bool (M,), False for picks without gradient."""
+        """Find the readers of each row. `n`: rows to pick from; `real`: bool (M,), False for picks without
+        gradient."""
         picks = np.arange(len(index)) if real is None else np.flatnonzero(real)
         picks = picks[np.argsort(index[picks], kind="stable")]
         times = np.bincount(index[picks], minlength=n)
@@ -88,7 +89,7 @@ class MicroBatch:
     n_tokens: int
     """Real tokens, without padding; what sequences share counts once."""
     attention: AttentionPlan | None = None
-    """For attention by sequence; None: who attends to whom follows from the position ids."""
+    """For attention by sequence; None: the position ids separate the sequences."""
     experts: np.ndarray | None = None
     """int64 (B * L, layers, top_k): experts that are given for each position; `FREE` where none are."""
     copies: np.ndarray | None = None
@@ -122,18 +123,18 @@ def micro_batches(batch: Batch, max_tokens: int, lay_out: LayOut, together: bool
 
 
 def in_bins(hidden_size: int) -> LayOut:
-    """Several sequences to a bin. The model's width says how long bins may be before attention outweighs
-    less padding."""
+    """Layout with several sequences to a bin. The model's width says how long bins may be before attention
+    outweighs less padding."""
     return partial(_lay_out, pack_for_width=hidden_size)
 
 
 def padded(batch: Batch, rows: np.ndarray) -> MicroBatch:
-    """One sequence to a bin."""
+    """Layout with one sequence to a bin."""
     return _lay_out(batch, rows, None)
 
 
 def counted_places(batch: Batch, rows: np.ndarray) -> np.ndarray:
-    """int64 (T,): where the counted tokens of some rows stand among all counted tokens of the batch."""
+    """int64 (T,): places of some rows' counted tokens among all counted tokens of the batch."""
     counts = batch.label_counts
     first = np.cumsum(counts) - counts
     k = batch.sequences_per_row

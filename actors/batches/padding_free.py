@@ -1,8 +1,8 @@
-"""Rows of a batch laid flat: every token of a micro-batch in one row without padding.
+"""Lays out a batch without padding: every token of a micro-batch in one row.
 
-For models whose attention runs by sequence (actors/models/attention.py). What sequences have in common before
-their first counted token (the prompt of a group of samples or of a pair, a system prompt) stands there once:
-everything but attention is computed per token, so sharing it changes no value.
+For models whose attention runs by sequence (actors/models/attention.py). Tokens that sequences have in common
+before their first counted token (the prompt of a group of samples or of a pair, a system prompt) are in the
+row once: everything but attention is computed per token, so sharing them changes no value.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from actors.batches.batch import Batch
 from actors.batches.packing import AttentionPlan, Gathering, MicroBatch, experts_at
 
 SHORT = 96
-"""Sequences up to this length attend several in one call: there calls cost more than padding."""
+"""Sequences up to this length share a call of attention: for them a call costs more than padding."""
 PADDED_SHARE = 1.15
-"""Most positions that such a call may have, as a multiple of its sequences' tokens."""
+"""Most positions of such a call, as a multiple of its sequences' tokens."""
 WORTH_SHARING = 1 / 8
-"""Share of the tokens that has to be saved: to share, all of attention's inputs are gathered from the row,
+"""Least share of the tokens that sharing must save: it has all of attention's inputs gathered from the row,
 which is otherwise done for SHORT sequences only."""
 
 
-def lay_flat(batch: Batch, rows: np.ndarray, share_prompts: bool) -> MicroBatch:
-    """One micro-batch of some rows. `share_prompts`: what sequences begin with in common stands once."""
+def lay_out_padding_free(batch: Batch, rows: np.ndarray, share_prompts: bool) -> MicroBatch:
+    """One micro-batch of some rows. `share_prompts`: tokens that sequences begin with in common are in it
+    once."""
     part = batch.select(rows)
     lengths = part.lengths
     shared, before = _shared(part) if share_prompts else (np.zeros(part.n_sequences, dtype=np.int64), [])
@@ -52,7 +53,7 @@ def lay_flat(batch: Batch, rows: np.ndarray, share_prompts: bool) -> MicroBatch:
         n_sequences=part.n_sequences,
         n_tokens=size,
         attention=_plan(places, part.offsets, shared),
-        # Whoever shares a position was routed as its owner.
+        # Sequences share a position only where their given experts are the same.
         experts=experts_at(places[is_own], None if part.experts is None else part.experts[is_own], size),
         copies=np.bincount(places, minlength=size) if shared.any() else None,
     )
@@ -101,7 +102,7 @@ def _plan(places: np.ndarray, offsets: np.ndarray, shared: np.ndarray) -> Attent
         longest = int(lengths[group].max())
         step = np.arange(longest)
         shapes.append((len(group), longest))
-        # Padding stands at the end and repeats the last token: nothing before it can see it.
+        # Padding is at the end and repeats the last token; causal attention hides it from all before.
         at = offsets[group][:, None] + np.minimum(step, lengths[group][:, None] - 1)
         picked.append(places[at].reshape(-1))
         real.append((step < lengths[group][:, None]).reshape(-1))
@@ -137,7 +138,7 @@ def _groups(lengths: np.ndarray) -> list[np.ndarray]:
 
 
 def _unless_all_in_order(index: np.ndarray, n: int, real: np.ndarray | None = None) -> Gathering | None:
-    """None for 0 to n - 1: then nothing has to be picked."""
+    """The rows to gather; None for 0 to n - 1, where nothing has to be gathered."""
     if len(index) == n and np.array_equal(index, np.arange(n)):
         return None
     return Gathering.of(index, n, real)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 
-def choice_dtype(n_experts: int) -> np.dtype:
+def expert_dtype(n_experts: int) -> np.dtype:
     """The smallest unsigned integer that holds every expert's number and, beyond them, `free`."""
     return np.dtype(np.uint8 if n_experts < 256 else np.uint16)
 
@@ -25,7 +25,7 @@ def free(dtype: np.dtype) -> int:
 
 
 @dataclass(frozen=True)
-class ExpertChoices:
+class RoutedExperts:
     """The experts of each computed position of some samples."""
 
     experts: np.ndarray
@@ -35,15 +35,15 @@ class ExpertChoices:
     """int64 (samples + 1,): sample `s` is `experts[offsets[s]:offsets[s + 1]]`."""
 
     @staticmethod
-    def of(samples: Sequence[np.ndarray]) -> ExpertChoices:
+    def of(samples: Sequence[np.ndarray]) -> RoutedExperts:
         """Join (positions, layers, top_k) of each sample; at least one."""
         offsets = np.cumsum([0, *(len(one) for one in samples)], dtype=np.int64)
-        return ExpertChoices(np.concatenate(list(samples)), offsets)
+        return RoutedExperts(np.concatenate(list(samples)), offsets)
 
     @staticmethod
-    def join(parts: Sequence[ExpertChoices]) -> ExpertChoices:
+    def join(parts: Sequence[RoutedExperts]) -> RoutedExperts:
         """Parts of one call in sample order."""
-        return ExpertChoices.of([one for part in parts for one in part.samples()])
+        return RoutedExperts.of([one for part in parts for one in part.samples()])
 
     def samples(self) -> list[np.ndarray]:
         """(positions, layers, top_k), sample by sample."""

@@ -32,7 +32,7 @@ def trajectories(prompts: Sequence[Sequence[int]], samples: Generations) -> Batc
     ids = [np.concatenate([np.asarray(p, np.int32), c]) for p, c in zip(prompts, completions, strict=True)]
     masks = [np.arange(len(row)) >= len(prompt) for row, prompt in zip(ids, prompts, strict=True)]
     batch = Batch.from_sequences(ids, masks, columns={"finished": samples.finish == STOPPED})
-    choices = samples.expert_choices
+    choices = samples.routed_experts
     if choices is not None:
         batch = replace(batch, experts=choices.of_sequences(batch.lengths))
     return batch.with_token_columns(engine_logps=samples.logprobs.astype(np.float64))

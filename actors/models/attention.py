@@ -1,4 +1,4 @@
-"""Attention one sequence at a time, for batches that stand flat in one row: no mask, no padding.
+"""Attention one sequence at a time, for padding-free batches in one row: no mask, no padding.
 
 A dense mask over a packed row costs time for every pair of positions in it. Here each sequence's
 queries, keys and values are picked from the row and attend causally among themselves. Sequences may

@@ -1,4 +1,5 @@
-"""A tiny random twin of a base for dry runs: same config class, same layer kinds, a few parameters."""
+"""Writes twins, which are tiny copies of a base for dry runs: same config class and kinds of layers, random
+weights, a few parameters."""
 
 from __future__ import annotations
 
@@ -30,14 +31,14 @@ _CAPS = {
     "n_group": 2,
     "topk_group": 1,
 }
-"""Largest value of each size in a twin; smaller ones stay."""
+"""Largest value of each size in a twin; smaller ones are kept."""
 EXPERTS = 8
 TOP_K = 2
 HEAD_DIM = 32
 """The smallest head that vLLM's CPU attention runs."""
 HEADS = 4
 LAYERS = 2
-"""At least, and as many as it takes to have every kind of layer; of dense ones before experts, one."""
+"""Least number of layers; a twin has as many as it takes for every kind, and one of the dense first ones."""
 _TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -50,7 +51,7 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Twin:
-    """A twin on disk."""
+    """A twin on disk: a tiny copy of a base with random weights."""
 
     path: str
     changed: dict[str, tuple[Any, Any]]
@@ -85,7 +86,7 @@ def write_twin(base: str | Path | PretrainedConfig, out_dir: str | Path, seed: i
     twin_config.save_pretrained(out_dir)
     spec = ModelSpec(base=str(out_dir), random_init=True, allow_untested=True)
     model = load_base(spec, seed=seed)
-    _draw_routers(model, seed)
+    _randomise_routers(model, seed)
     if twin_config.architectures is None:
         twin_config.architectures = [type(model).__name__]
         twin_config.save_pretrained(out_dir)
@@ -113,8 +114,9 @@ def write_adapter_twin(
     save_adapter(peft, "twin", out_dir, head)
 
 
-def _draw_routers(model: Any, seed: int) -> None:
-    """ERNIE's routers start at 0, where every token goes to the same experts."""
+def _randomise_routers(model: Any, seed: int) -> None:
+    """Give routers random weights where they start at 0 (ERNIE's), which sends every token to the same
+    experts."""
     import torch
 
     from actors.models.moe.router_stats import routers_of
@@ -142,7 +144,7 @@ def _shrunk(config: Any) -> dict[str, Any]:
     if row.is_moe:
         sizes[row.experts_key] = min(EXPERTS, row.n_experts(config))
         top_k = row.top_k(config)
-        # A rank that top_k divides is divided by the twin's too.
+        # The twin's top_k divides every rank that the base's divides.
         sizes[row.top_k_key] = TOP_K if top_k % TOP_K == 0 else 1
         sizes |= _layers_without_experts(config)
     kinds: list[str] = next((k for key in _LAYER_KINDS if (k := getattr(config, key, None))), [])
@@ -181,7 +183,7 @@ def _heads(config: Any) -> dict[str, Any]:
 
 
 def _layers_without_experts(config: Any) -> dict[str, Any]:
-    """At most the first one."""
+    """Config keys by which at most the first layer has no experts."""
     sizes: dict[str, Any] = {key: min(1, getattr(config, key, 0) or 0) for key in _DENSE_FIRST}
     if getattr(config, "mlp_only_layers", None):
         sizes["mlp_only_layers"] = [i for i in config.mlp_only_layers if i == 0]

@@ -281,12 +281,12 @@ class RolloutEngine:
 
     def _with_experts(self, made: Generations, outputs: Sequence[Any]) -> Generations:
         """With the experts of every position, where a trainer wants them."""
-        from actors.rollout.vllm.router_capture import expert_choices
+        from actors.rollout.vllm.router_capture import routed_experts
 
         if self._updater is None or not outputs or not self.spec.enable_return_routed_experts:
             return made
         assert self._llm is not None
-        return made.with_experts(expert_choices(self._llm, outputs))
+        return made.with_experts(routed_experts(self._llm, outputs))
 
     def _running(self, phase: str) -> LLM:
         if self._llm is None:

@@ -16,7 +16,7 @@ from actors.algorithms.logprob import LabelStatistics
 from actors.algorithms.loss import Loss, MetricSums, TokenView, Totals
 from actors.batches.batch import Batch
 from actors.batches.packing import LayOut, MicroBatch, counted_places, in_bins, micro_batches, padded
-from actors.batches.padding_free import lay_flat
+from actors.batches.padding_free import lay_out_padding_free
 from actors.models.moe.router_stats import RouterLoad, RouterStats, aux_loss
 from actors.trainer.process_groups import Ranks
 from actors.trainer.token_scorer import TokenScorer
@@ -117,7 +117,7 @@ class PassRunner:
         if not self.packing:
             return padded
         if self.scorer.by_sequence:
-            return partial(lay_flat, share_prompts=self.shares_prompts)
+            return partial(lay_out_padding_free, share_prompts=self.shares_prompts)
         return in_bins(self.hidden_size)
 
     def idle(self, own: int, batch: Batch) -> list[MicroBatch]:

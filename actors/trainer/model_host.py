@@ -95,7 +95,7 @@ class ModelHost(HostTraining, HostScoring, HostFiles):
 
     def _packing(self, asked: bool | str, scorer: TokenScorer) -> bool:
         packs = self.architecture.packs
-        packable = packs == "bins" or (packs == "flat" and scorer.by_sequence)
+        packable = packs == "bins" or (packs == "padding_free" and scorer.by_sequence)
         if asked is True and not packable:
             raise UserError(
                 f"packing: {self.architecture.model_type} mixes packed sequences; set packing: auto"

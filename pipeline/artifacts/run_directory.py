@@ -144,7 +144,7 @@ def clear_stage(directory: Path) -> None:
     if not directory.exists():
         return
     previous = directory.with_name(f".{directory.name}.previous")
-    if previous.exists():  # A re-run was itself interrupted: what is in place is the unfinished attempt.
+    if previous.exists():  # An interrupted re-run: the directory in place is its unfinished attempt.
         shutil.rmtree(directory)
         return
     os.rename(directory, previous)

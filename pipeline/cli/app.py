@@ -1,4 +1,4 @@
-"""`raylign`: its verbs together, and how their outcomes become exit codes.
+"""The command `raylign`: all its verbs, and the exit codes of their outcomes.
 
 Heavy imports happen inside the verbs, so that --help is instant.
 """

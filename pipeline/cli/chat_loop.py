@@ -1,4 +1,4 @@
-"""`raylign chat`: one vLLM engine in an actor, a conversation through the base's chat template."""
+"""Loop of `raylign chat`: one vLLM engine in an actor, conversations by the base's chat template."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from actors.cluster.worker_group import WorkerGroup
 
 LEAVE = ("", "exit", "quit")
-"""What ends a conversation, beside end of input."""
+"""Inputs that end a conversation, as end of input does."""
 
 
 def chat(
@@ -105,7 +105,7 @@ def reply(
 
 
 def question(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """What the model reads, as tokens: the conversation through the template that training takes for it.
+    """Token ids of a conversation up to its next answer, by the template that training takes for it.
 
     Raises:
         UserError: the chat template refuses it, or there is none for it.

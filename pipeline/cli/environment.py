@@ -1,4 +1,4 @@
-"""`raylign env`: what this machine has and where things are, for bug reports and first looks."""
+"""Table of `raylign env`: versions, hardware, Ray and paths, for bug reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`raylign inspect`: from the command's arguments, or a config's stages, to what `data.inspect` shows."""
+"""Runs `raylign inspect` on one source, or on the data of a config's stages."""
 
 from __future__ import annotations
 

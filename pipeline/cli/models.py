@@ -1,4 +1,4 @@
-"""Verbs of what a run made: scored, talked to, merged."""
+"""Verbs for the models of a run: eval, chat, merge."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def merge(
 
 
 def result_of(config: RunConfig, stage: str | None) -> str:
-    """Where the weights of `base` or of a finished stage are."""
+    """Weights of `base` or of a finished stage, on disk."""
     stage = stage or list(config.stages)[-1]
     if stage == "base":
         return config.model.base

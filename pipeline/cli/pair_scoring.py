@@ -1,4 +1,4 @@
-"""`raylign eval REWARD_MODEL --pairs DATA`: score pairs with a reward model, in this process."""
+"""Scores pairs with a reward model, in this process (`raylign eval REWARD_MODEL --pairs DATA`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.monitoring import console
 def eval_pairs(
     model: str, source: str, *, split: str, out: Path, max_length: int | None, on_bad_row: str
 ) -> int:
-    """Print how often the chosen answer scores higher, and write every score to `out`.
+    """Print the share of pairs whose chosen answer scores higher, and write every score to `out`.
 
     Raises:
         UserError: the directory holds no reward model, or the pairs can't be used.

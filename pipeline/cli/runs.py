@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from actors.errors import EXIT_DONE, UserError
 from pipeline.cli.shared import Config, DryRun, Fresh, Overrides, Until, check_until, example, load
 from pipeline.monitoring import console
-
-if TYPE_CHECKING:
-    pass
 
 verbs = typer.Typer()
 

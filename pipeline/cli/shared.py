@@ -1,4 +1,4 @@
-"""Arguments that several verbs take, and what they do with them first."""
+"""Arguments that several verbs take, and their checks."""
 
 from __future__ import annotations
 

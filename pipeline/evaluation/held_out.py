@@ -96,7 +96,8 @@ def read_eval_set(
     kept, texts, token_ids = prompt_rows(records, tokenizer, vocab_size)
     if not len(kept):
         raise UserError(f"eval.data: no prompts left ({kept.skipped.summary() or 'the data is empty'})")
-    # Where the base alone says what ends a turn, evaluations were made before this was asked.
+    # Empty where the base's own EOS tokens are all that end a turn: evaluations of earlier versions, whose
+    # keys have no such part, are then still the same.
     told = "".join(f" ends at {token}" for token in ends.added)
     return EvalSet(texts, token_ids, kept.columns, kept.fingerprint + told, sampling, kept.skipped)
 

@@ -1,6 +1,6 @@
-"""Passing metrics on to TensorBoard, Weights & Biases, MLflow and Trackio (`logging.report_to`).
+"""Passes metrics on to TensorBoard, Weights & Biases, MLflow and Trackio (`logging.report_to`).
 
-A run and its figures live in the run directory; a tracker is a mirror of them. So a tracker that is not
+The run directory holds all metrics of a run; a tracker gets a copy. So a tracker that is not
 installed is refused before the run starts, and one that fails later is dropped with a note: a lost network
 must not cost a training run.
 """
@@ -218,7 +218,7 @@ class Trackers:
     def _guarded(self, name: str, call: Callable[[Tracker], None]) -> None:
         try:
             call(self._trackers[name])
-        except Exception as error:  # any library, any fault: none of them may end the run
+        except Exception as error:  # no fault of a tracker's library may end the run
             del self._trackers[name]
             self._note(f"{name}: {type(error).__name__}: {error}; the run goes on without it")
 
@@ -246,7 +246,7 @@ def open_trackers(
     for name in dict.fromkeys(report_to):
         try:
             opened[name] = TRACKERS[name](run_name, Path(run_dir), config)
-        except Exception as error:  # not logged in, no server, no permission: all the user's to settle
+        except Exception as error:  # not logged in, no server, no permission: the user has to settle it
             problems.append(
                 f"logging.report_to: '{name}' could not be opened: {type(error).__name__}: {error}"
             )

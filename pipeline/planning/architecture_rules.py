@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from actors.models.architectures.lookup import ARCHITECTURES, replay_objection
+from actors.models.architectures.lookup import ARCHITECTURES, replay_problem
 from actors.models.architectures.tensor_parallel_sizes import why_not_split
-from actors.models.architectures.vllm_table import EngineRow, engine_row
+from actors.models.architectures.vllm_table import VllmRow, vllm_row
 
 if TYPE_CHECKING:
     from actors.models.architectures.row import Architecture
@@ -45,7 +45,7 @@ def architecture_problems(
             "out"
         )
     if config.model.moe.router_replay != "none":
-        objection = replay_objection(model_type)
+        objection = replay_problem(model_type)
         if objection is not None:
             problems.append(f"model.moe.router_replay: {config.model.moe.router_replay}, but {objection}")
     return problems
@@ -63,7 +63,7 @@ def _stage_problems(config: RunConfig, row: Architecture | None, model_type: str
         problems.append(
             f"stages.{name}.packing: true, but a {model_type} model mixes packed sequences; set auto"
         )
-    if stage.packing is True and row is not None and row.packs == "flat" and config.roles.policy.gpus:
+    if stage.packing is True and row is not None and row.packs == "padding_free" and config.roles.policy.gpus:
         problems.append(
             f"stages.{name}.packing: true, but a {model_type} model mixes packed sequences on GPUs; set auto"
         )
@@ -142,7 +142,7 @@ def _why_not_by_experts(config: RunConfig, row: Architecture | None, model_type:
 
 def _engine_problems(config: RunConfig, model_type: str, names: list[str]) -> list[str]:
     generates = config.eval is not None or any(config.stages[name].online for name in names)
-    engine, dtype = engine_row(model_type), config.model.dtype
+    engine, dtype = vllm_row(model_type), config.model.dtype
     if not generates or config.roles.rollout.gpus > 0 or dtype in engine.dtypes:
         return []
     return [
@@ -153,13 +153,13 @@ def _engine_problems(config: RunConfig, model_type: str, names: list[str]) -> li
 
 def dry_run_dtype(model_type: str | None) -> str:
     """The dtype of a dry run: float32, unless engines on the CPU can't compute this architecture in it."""
-    dtypes = engine_row(model_type).dtypes if model_type is not None else ("float32",)
+    dtypes = vllm_row(model_type).dtypes if model_type is not None else ("float32",)
     return "float32" if "float32" in dtypes else dtypes[0]
 
 
 def describe_architecture(model_type: str) -> list[str]:
     """The row of an architecture, in lines for its user."""
-    row, engine = ARCHITECTURES.get(model_type), engine_row(model_type)
+    row, engine = ARCHITECTURES.get(model_type), vllm_row(model_type)
     if row is None:
         lines = [
             f"architecture {model_type}: not in the table, so its LoRA groups are read off its modules, rows "
@@ -176,14 +176,14 @@ def _trainer_part(row: Architecture) -> str:
     parts += [f"not {group} ({why})" for group, why in row.refused.items()]
     if row.router is not None:
         parts.append("load-balancing loss" if row.router.has_aux_loss else "no load-balancing loss")
-    packed = {"bins": "rows are packed", "flat": "rows are packed on CPUs", "no": "rows are padded"}
+    packed = {"bins": "rows are packed", "padding_free": "rows are packed on CPUs", "no": "rows are padded"}
     parts.append(packed[row.packs])
     if row.stages is not None:
         parts.append(f"trains by {', '.join(row.stages)} only")
     return "; ".join(parts)
 
 
-def _engine_part(engine: EngineRow) -> list[str]:
+def _engine_part(engine: VllmRow) -> list[str]:
     from actors.rollout.vllm.workarounds.registry import WORKAROUNDS
 
     lines = (

@@ -1,4 +1,4 @@
-"""Report and model cards: from the files of a run directory to what people read."""
+"""Report and model cards, made from the files of a run directory."""
 
 from __future__ import annotations
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from actors.models.architectures.lookup import REFUSED, replay_objection
+from actors.models.architectures.lookup import REFUSED, replay_problem
 from actors.models.architectures.row import Architecture
 from actors.models.architectures.table import ROWS
-from actors.models.architectures.vllm_table import ENGINE_ROWS, EngineRow
+from actors.models.architectures.vllm_table import VLLM_ROWS, VllmRow
 from actors.models.lora.heads import has_sequence_classifier
 from actors.rollout.vllm.workarounds.registry import WORKAROUNDS
 
@@ -70,9 +70,9 @@ def page(results: Results) -> str:
         ENGINE,
         _table(
             ["`model_type`", "code", "set for it", "workarounds", "CPU dtypes"],
-            (_engine_row(row.model_type, ENGINE_ROWS[row.model_type]) for row in [*moe, *dense]),
+            (_vllm_row(row.model_type, VLLM_ROWS[row.model_type]) for row in [*moe, *dense]),
         ),
-        "\n".join(f"- `{name}`: {engine.note}." for name, engine in ENGINE_ROWS.items() if engine.note),
+        "\n".join(f"- `{name}`: {engine.note}." for name, engine in VLLM_ROWS.items() if engine.note),
         CAUSES,
         _table(
             ["workaround", "vLLM", "cause"],
@@ -99,10 +99,10 @@ def _trainer_row(row: Architecture) -> list[str]:
     return [
         f"`{row.model_type}`",
         ", ".join(row.groups),
-        {"bins": "yes", "flat": "on CPUs", "no": "no"}[row.packs],
+        {"bins": "yes", "padding_free": "on CPUs", "no": "no"}[row.packs],
         "" if router is None else "yes" if router.has_aux_loss else "no",
         "classifier" if has_sequence_classifier(row.model_type) else "file",
-        "" if router is None else "no" if replay_objection(row.model_type) else "yes",
+        "" if router is None else "no" if replay_problem(row.model_type) else "yes",
     ]
 
 
@@ -113,7 +113,7 @@ def _limits(row: Architecture) -> list[str]:
     return [f"`{row.model_type}`: {text}" for text in (*only, *refused, *whole, *row.limits)]
 
 
-def _engine_row(name: str, engine: EngineRow) -> list[str]:
+def _vllm_row(name: str, engine: VllmRow) -> list[str]:
     settings = [f"`{key}={value}`" for key, value in {**engine.hf_overrides, **engine.environment}.items()]
     settings += [
         f"`{key}`" if callable(value) else f"`{key}={value}`" for key, value in engine.config_extras.items()

@@ -1,4 +1,4 @@
-"""report.html: one self-contained file about a run, made from the files of its directory."""
+"""Builds report.html, one self-contained file about a run, from the files of its directory."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def render(run: RunView, plots_dir: Path) -> str:
-    """The page of a run; draws its plots into `plots_dir` on the way."""
+    """The HTML of a run's report; its plots are drawn into `plots_dir`."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     # Autoescape: completions and prompts are text from a model, and may hold HTML.

@@ -1,4 +1,4 @@
-"""README.md of an adapter or model directory: what it is, what it was made from, how to load it."""
+"""Model cards: README.md of an adapter or model directory, with its origin and the code to load it."""
 
 from __future__ import annotations
 

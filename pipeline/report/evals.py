@@ -93,7 +93,7 @@ def change_text(
     scale, unit = (100, " points") if is_share(before) and is_share(row) else (1, "")
     digits = ".1f" if unit else ".3g"
     earlier, later = completions.get(before.model, ()), completions.get(row.model, ())
-    # Rows of another evaluation than the table's would give another difference than the table's.
+    # Rows of another evaluation would give a difference that contradicts the table.
     whole = len(earlier) == before.n and len(later) == row.n
     paired = paired_difference(earlier, later) if whole else None
     if paired is None:

@@ -1,7 +1,7 @@
-"""A figure's frame: colours, settings, and its two outputs, a PNG and an SVG that follows the page's colours.
+"""Settings and output of every figure: colours, and a PNG and an SVG of it.
 
 The SVG's colours are those of the light theme, replaced by CSS variables of the same names, so that a chart
-turns dark with the page that it is in.
+in a page follows its light or dark theme.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PNG_DPI = 160
 
 @dataclass(frozen=True)
 class Drawing:
-    """One chart: its inline SVG and the PNG beside the report."""
+    """One chart: its inline SVG, and the PNG in the run directory."""
 
     title: str
     svg: str
@@ -82,7 +82,7 @@ def drawing_style() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of `width` x `height` inches that no window and no global state knows of."""
+    """A figure of `width` x `height` inches, outside of pyplot's windows and global state."""
     from matplotlib.figure import Figure as MatplotlibFigure
 
     return MatplotlibFigure(figsize=(width, height), facecolor=COLOURS["surface"])
@@ -132,12 +132,13 @@ def save(figure: Figure, png: Path, title: str, *, first: bool = True, wide: boo
 
 
 def themed_svg(svg: str, prefix: str, title: str) -> str:
-    """Cut an SVG file down to what a page embeds: own ids, CSS variables for colours, a spoken name."""
+    """Prepare an SVG for embedding in a page: ids of its own, CSS variables for colours, a title for
+    readers."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     for name, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--{name})")
-    # Ids are the page's, not the figure's: each chart has its own axes_1.
+    # Ids must be unique in the page, but every chart has an axes_1.
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
     svg = re.sub(r'href="#', f'href="#{prefix}-', svg)

@@ -1,4 +1,4 @@
-"""The report's heatmaps: expert loads, and what each layer's router did over the steps."""
+"""Draws the report's heatmaps: expert loads, and each layer's routing over the steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ agree, a tenth of a percent must not look like a disaster."""
 
 
 def draw_heatmaps(stage: StageView, plots_dir: Path) -> list[Drawing]:
-    """All that a stage has data for: loads of trainer and engines, imbalance and agreement over steps."""
+    """Draw all that a stage has data for: loads of trainer and engines, imbalance and agreement over
+    steps."""
     routing, found = stage.routing, []
     if stage.router_load:
         title = "Expert load, trainer" if routing.engine_load else "Expert load"

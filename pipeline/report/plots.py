@@ -1,4 +1,4 @@
-"""The report's charts: curves over steps. Drawn once, used as SVG and PNG."""
+"""Draws the report's charts: curves over steps, as SVG and PNG."""
 
 from __future__ import annotations
 
@@ -158,9 +158,8 @@ def moving_average(values: Sequence[float]) -> list[float]:
 def heading(figure: Figure, chart: Chart) -> float:
     """Title on the left; on the right the last value, or what each colour is when there are several.
 
-    Labels that don't fit beside the title stand below it: the share of the height that this takes is
-    returned.
-    """
+    Labels that don't fit to the right of the title are written below it: the share of the height that this
+    takes is returned."""
     ink, muted = COLOURS["ink"], COLOURS["muted"]
     figure.text(0.02, 0.915, chart.panel.title, size=9.5, weight="bold", color=ink, va="center")
     labels = list(chart.curves)

@@ -89,7 +89,7 @@ def _read_stages(
     found = as_mapping(run.get("stages"))
     stages: list[StageView] = []
     policy = BASE
-    # run.json keeps what it once knew of stages that have left the config.
+    # run.json keeps entries of stages that are no longer in the config.
     for name in wanted or found:
         asked, had = as_mapping(wanted.get(name)), as_mapping(found.get(name))
         stage = StageView(
@@ -110,7 +110,7 @@ def _read_stages(
 
 
 def _reads(asked: dict[str, Any], init: str, earlier: list[str]) -> dict[str, str]:
-    """Stages that a stage's config names beside its start, and what as."""
+    """Other stages that a stage's config names -> what it uses each as."""
     rewards = asked.get("rewards")
     sources = [
         as_mapping(one).get("source", one) for one in (rewards if isinstance(rewards, list) else [rewards])
@@ -178,7 +178,7 @@ def _read_completions(
     files = {path.stem: path for path in sorted(directory.glob("*.jsonl"))} if directory.is_dir() else {}
     names = [name for name in evaluated if name in files] + [name for name in files if name not in evaluated]
     completions = {name: read_jsonl(files[name], notes) for name in names}
-    # Scores of a reward model's pairs are no generations.
+    # Rows of a reward model are scores of pairs, not generations.
     kept = {name: [row for row in rows if "completion" in row] for name, rows in completions.items()}
     return {name: rows for name, rows in kept.items() if rows}
 

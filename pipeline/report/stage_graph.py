@@ -1,4 +1,4 @@
-"""The stage graph as boxes and arrows with coordinates; the template draws them. Pure."""
+"""Lays out the stage graph as boxes and arrows with coordinates; the HTML template draws them. Pure."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Arrow:
-    """Arrow between two stages: an SVG path, the label (what is handed on), and the label's centre."""
+    """An arrow between two stages: an SVG path, the label (what is handed on), and the label's centre."""
 
     path: str
     label: str
@@ -55,7 +55,7 @@ class StageGraph:
 
 
 def stage_graph(run: RunView) -> StageGraph:
-    """Lay the stages out left to right by what they start from; stages from one parent stand in a column."""
+    """Lay the stages out left to right by what they start from; stages from one parent share a column."""
     known = {BASE, *(stage.name for stage in run.stages)}
     cells = _cells(run.stages)
     scores = {row.model: f"{score_text(row)}{' of pairs' if row.of_pairs else ''}" for row in run.evals}

@@ -1,4 +1,4 @@
-"""The timeline's drawing: a lane per process, a colour per kind of work."""
+"""Draws the timeline: a lane per process, a colour per kind of work."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Any
 def read_jsonl(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file; lines that can't be read are counted in a note."""
     try:
-        # Not splitlines: a completion may hold U+2028 and its like, which are no ends of JSON lines.
+        # Not splitlines: a completion may hold U+2028, which does not end a JSON line.
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         return []

@@ -55,7 +55,7 @@ def derived_row(config: PretrainedConfig) -> Architecture:
     parameters = {
         "experts": _unique(_suffix(name, 3) for name in stacks),
         "router": (weight,),
-        # As modules PEFT would take such names for the experts' old ones.
+        # As target_modules, PEFT would take such names for the experts' old ones.
         **{group: tuple(f"{name}.weight" for name in names) for group, names in linear.items()},
     }
     n_experts = next(iter(stacks.values())).shape[0]

@@ -23,7 +23,7 @@ __all__ = [
     "Router",
     "allow_untested",
     "architecture_of",
-    "replay_objection",
+    "replay_problem",
     "unsupported",
 ]
 
@@ -66,7 +66,7 @@ def unsupported(model_type: str) -> str | None:
     )
 
 
-def replay_objection(model_type: str) -> str | None:
+def replay_problem(model_type: str) -> str | None:
     """The reason why routes of an architecture can't be replayed (`model.moe.router_replay`), or None."""
     row = ARCHITECTURES.get(model_type)
     if row is not None and row.router is None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 Attention = Literal["sdpa", "eager"]
-Packs = Literal["bins", "flat", "no"]
+Packs = Literal["bins", "padding_free", "no"]
 GateKind = Literal[
     "softmax",
     "scaled_softmax",
@@ -75,8 +75,9 @@ class Architecture:
     aux_loss_key: str = "router_aux_loss_coef"
     """Config key of the load-balancing loss's own weight."""
     packs: Packs = "bins"
-    """How sequences may share a row: in `bins`, where position ids that restart keep them apart; `flat`, only
-    by attention that is told where each begins (`actors.models.attention`, on CPUs); or `no` way is known."""
+    """Form in which sequences may share a row: in `bins`, where position ids that restart keep them apart;
+    `padding_free`, only by attention that is told where each begins (`actors.models.attention`, on CPUs); or
+    `no` known form."""
     attention: Attention = "sdpa"
     """Implementation that `attn_implementation: sdpa` loads; transformers has no sdpa for attention sinks."""
     grouped_experts: bool = True

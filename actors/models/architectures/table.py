@@ -177,7 +177,7 @@ ROWS = (
         _parameters("mlp.router.weight"),
         Router("mlp.router", gates="softmax_of_chosen"),
         experts_key="num_local_experts",
-        packs="flat",
+        packs="padding_free",
         attention="eager",
         limits=(
             "Attention has sinks: on CPUs `attn_implementation: sdpa` is ours, which takes packed rows; on "

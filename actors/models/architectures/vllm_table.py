@@ -18,8 +18,8 @@ ConfigExtra = Callable[[Any], Any] | str | int | float | bool
 
 
 @dataclass(frozen=True)
-class EngineRow:
-    """Settings of vLLM for one architecture."""
+class VllmRow:
+    """A row of the table: settings of vLLM for one architecture."""
 
     hf_overrides: Mapping[str, Any] = field(default_factory=dict)
     """vLLM's `hf_overrides`: config keys that it is given whatever the checkpoint says."""
@@ -59,23 +59,23 @@ def _rotary_dim(config: Any) -> int:
 
 
 _REPACK = "repacked_experts"
-_MOE = EngineRow(workarounds=(_REPACK,))
+_MOE = VllmRow(workarounds=(_REPACK,))
 _NO_MLA = {"VLLM_MLA_DISABLE": "1"}
 _MLA_NOTE = (
     "on the CPU its latent attention runs as plain attention: vLLM's kernel for AMX takes bfloat16 only and "
     "frees weights that an update needs"
 )
-_TRANSFORMERS = EngineRow(
+_TRANSFORMERS = VllmRow(
     workarounds=(_REPACK,),
     transformers_backend=True,
     note="vLLM has no class of its own for it and runs transformers' modules in its place",
 )
 
-ENGINE_ROWS: dict[str, EngineRow] = {
-    "llama": EngineRow(),
-    "mistral": EngineRow(),
-    "qwen2": EngineRow(),
-    "qwen3": EngineRow(),
+VLLM_ROWS: dict[str, VllmRow] = {
+    "llama": VllmRow(),
+    "mistral": VllmRow(),
+    "qwen2": VllmRow(),
+    "qwen3": VllmRow(),
     "qwen3_moe": _MOE,
     "qwen2_moe": _MOE,
     "mixtral": _MOE,
@@ -85,11 +85,11 @@ ENGINE_ROWS: dict[str, EngineRow] = {
     "dots1": _TRANSFORMERS,
     "flex_olmo": _TRANSFORMERS,
     "hunyuan_v1_moe": _TRANSFORMERS,
-    "gpt_oss": EngineRow(workarounds=(_REPACK, "gpt_oss_loaders")),
-    "deepseek_v2": EngineRow(
+    "gpt_oss": VllmRow(workarounds=(_REPACK, "gpt_oss_loaders")),
+    "deepseek_v2": VllmRow(
         environment=_NO_MLA, workarounds=(_REPACK, "rotary_queries_by_head"), note=_MLA_NOTE
     ),
-    "deepseek_v3": EngineRow(
+    "deepseek_v3": VllmRow(
         # transformers 5 dropped both keys from its config class; without them vLLM builds no correction bias
         # and takes a softmax.
         config_extras={"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
@@ -97,20 +97,20 @@ ENGINE_ROWS: dict[str, EngineRow] = {
         workarounds=(_REPACK, "rotary_queries_by_head"),
         note=_MLA_NOTE,
     ),
-    "phimoe": EngineRow(
+    "phimoe": VllmRow(
         # transformers writes PhimoeForCausalLM, which vLLM does not know by that spelling.
         hf_overrides={"architectures": ["PhiMoEForCausalLM"]},
         workarounds=(_REPACK, "phimoe_head_bias"),
         note="vLLM routes with a jitter of 0.01 whatever router_jitter_noise says: keep it at 0.01",
     ),
-    "ernie4_5_moe": EngineRow(workarounds=(_REPACK, "router_bias")),
-    "minimax_m2": EngineRow(
+    "ernie4_5_moe": VllmRow(workarounds=(_REPACK, "router_bias")),
+    "minimax_m2": VllmRow(
         config_extras={"rotary_dim": _rotary_dim, "scoring_func": "sigmoid", "use_routing_bias": True},
         workarounds=(_REPACK, "router_bias", "named_loaders"),
     ),
-    "dbrx": EngineRow(workarounds=(_REPACK, "dbrx_expert_names")),
-    "qwen3_next": EngineRow(
-        # Caching prefixes of a running state needs prompts in chunks, which lose their seeds on the CPU.
+    "dbrx": VllmRow(workarounds=(_REPACK, "dbrx_expert_names")),
+    "qwen3_next": VllmRow(
+        # Prefix caching of a recurrent state needs prompts in chunks, and these lose their seeds on the CPU.
         engine_args={"enable_prefix_caching": False},
         workarounds=(_REPACK,),
         dtypes=("bfloat16",),
@@ -119,10 +119,10 @@ ENGINE_ROWS: dict[str, EngineRow] = {
 }
 """By `model_type`."""
 
-UNTESTED = EngineRow(workarounds=(_REPACK,), note="untested: a parity probe at the start decides")
+UNTESTED = VllmRow(workarounds=(_REPACK,), note="untested: a parity probe at the start decides")
 """For an architecture without a row of its own."""
 
 
-def engine_row(model_type: str) -> EngineRow:
+def vllm_row(model_type: str) -> VllmRow:
     """The row of an architecture; `UNTESTED` where there is none."""
-    return ENGINE_ROWS.get(model_type, UNTESTED)
+    return VLLM_ROWS.get(model_type, UNTESTED)

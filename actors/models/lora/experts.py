@@ -37,7 +37,7 @@ def select(peft: PeftModel, impl: str) -> str:
     stacks = [m for m in peft.modules() if isinstance(m, ParamWrapper) and m.num_experts > 1]
     if not stacks:
         return "peft"
-    # What fully_shard splits is whole again in every pass.
+    # Weights that fully_shard splits are gathered for every pass.
     split = not is_managed(base) and any(is_sharded(m.get_param()) for m in stacks)
     if split and (impl == "peft" or now not in ("grouped_mm", UNMERGED)):
         raise UserError(

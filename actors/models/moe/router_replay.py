@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from actors.errors import InvariantViolation, UserError
-from actors.models.architectures.lookup import architecture_of, replay_objection
+from actors.models.architectures.lookup import architecture_of, replay_problem
 from actors.models.architectures.row import GateKind
 from actors.models.moe.router_stats import routers_of
 
@@ -95,7 +95,7 @@ class RouteReplay:
         self._config: Any = model.config
         row = architecture_of(self._config)
         if row.router is None or row.router.gates is None:
-            raise UserError(f"model.moe.router_replay: 'rollout', but {replay_objection(row.model_type)}")
+            raise UserError(f"model.moe.router_replay: 'rollout', but {replay_problem(row.model_type)}")
         self.top_k = row.top_k(self._config)
         self._gates, self._router = GATES[row.router.gates], row.router
         self._experts: Tensor | None = None

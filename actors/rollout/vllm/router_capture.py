@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from actors.batches.routed_experts import ExpertChoices, choice_dtype
+from actors.batches.routed_experts import RoutedExperts, expert_dtype
 from actors.errors import RunFailure
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class RouteKeeper:
         config = runner.kv_cache_config
         self._group = _full_attention_group(config)
         self._block = config.kv_cache_groups[self._group].kv_cache_spec.block_size
-        dtype = choice_dtype(n_experts)
+        dtype = expert_dtype(n_experts)
         self._slots = np.zeros((config.num_blocks * self._block, n_layers, top_k), dtype)
         self._step: list[torch.Tensor] = []
         self._live: dict[str, tuple[Any, int]] = {}
@@ -147,7 +147,7 @@ def capture_settings() -> dict[str, Any]:
 
 
 def keep_experts(llm: LLM) -> None:
-    """Let an engine on a CPU keep what `expert_choices` reads, from its first sample on.
+    """Let an engine on a CPU keep what `routed_experts` reads, from its first sample on.
 
     Raises:
         RunFailure: its routers can't be listened to.
@@ -158,7 +158,7 @@ def keep_experts(llm: LLM) -> None:
         llm.llm_engine.collective_rpc("keep_routes")
 
 
-def expert_choices(llm: LLM, outputs: Sequence[RequestOutput]) -> ExpertChoices:
+def routed_experts(llm: LLM, outputs: Sequence[RequestOutput]) -> RoutedExperts:
     """Experts of ended samples, one for each of vLLM's outputs.
 
     On a GPU vLLM returns them itself (`enable_return_routed_experts`), dense layers included; not run here.
@@ -173,7 +173,7 @@ def expert_choices(llm: LLM, outputs: Sequence[RequestOutput]) -> ExpertChoices:
         kept = engine.collective_rpc("take_routes", args=([output.request_id for output in outputs],))[0]
     else:
         layers = engine.collective_rpc("moe_layers")[0]
-        dtype = choice_dtype(engine.model_config.get_num_experts())
+        dtype = expert_dtype(engine.model_config.get_num_experts())
         kept = [np.asarray(output.outputs[0].routed_experts)[:, layers].astype(dtype) for output in outputs]
     computed = [len(o.prompt_token_ids or ()) + len(o.outputs[0].token_ids) - 1 for o in outputs]
     for output, experts, wanted in zip(outputs, kept, computed, strict=True):
@@ -184,7 +184,7 @@ def expert_choices(llm: LLM, outputs: Sequence[RequestOutput]) -> ExpertChoices:
                 "generate",
                 f"request {output.request_id} has experts for {len(experts)} of {wanted} positions",
             )
-    return ExpertChoices.of([experts[:wanted] for experts, wanted in zip(kept, computed, strict=True)])
+    return RoutedExperts.of([experts[:wanted] for experts, wanted in zip(kept, computed, strict=True)])
 
 
 def moe_layers(model: nn.Module) -> list[int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import UserError
-from actors.models.architectures.vllm_table import EngineRow, engine_row
+from actors.models.architectures.vllm_table import VllmRow, vllm_row
 from actors.models.facts import max_positions
 from actors.rollout.spec import EngineSpec, positions_of
 from actors.rollout.vllm.workarounds.registry import use_only
@@ -48,7 +48,7 @@ def llm_settings(config: Any, spec: EngineSpec) -> dict[str, Any]:
     """
     from vllm.platforms import current_platform
 
-    row = engine_row(config.model_type)
+    row = vllm_row(config.model_type)
     length = positions_of(spec.max_model_len, max_positions(config))
     settings: dict[str, Any] = {
         "dtype": spec.dtype,
@@ -115,7 +115,7 @@ class ArchitectureInUse:
         from vllm.platforms import current_platform
 
         self.leave()
-        row = engine_row(config.model_type)
+        row = vllm_row(config.model_type)
         use_only(row.workarounds)
         variables = row.environment if current_platform.is_cpu() else {}
         self._before = {name: os.environ.get(name) for name in variables}
@@ -181,7 +181,7 @@ def building_models() -> Iterator[None]:
         yield
 
 
-def _for_workers(row: EngineRow) -> dict[str, Any]:
+def _for_workers(row: VllmRow) -> dict[str, Any]:
     """An engine on GPUs may have processes of its own, which apply the workarounds when they import this."""
     from actors.rollout.vllm.workarounds.worker import EXTENSION
 

@@ -23,7 +23,7 @@ def parquet_rows(file: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        # No partitioning: a folder called `a=1` above the file would be taken for a column.
+        # With partitioning, a folder called `a=1` above the file would become a column.
         table = pyarrow.parquet.read_table(file, partitioning=None)
     except Exception as error:  # pyarrow's kinds, OSError, and what a damaged footer leads to
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -48,7 +48,11 @@ def arrow_rows(file: str, table: Any, features: Any = None) -> Iterator[Row]:
     decoded = _decoded_columns(file, table.schema, features)
     try:
         rows: Any = table.to_pylist()
-    except (ValueError, OverflowError, ArithmeticError):  # one value can't be given: row by row, to name it
+    except (
+        ValueError,
+        OverflowError,
+        ArithmeticError,
+    ):  # one value can't be converted: find its row
         rows = (table.slice(i, 1) for i in range(table.num_rows))
     for number, row in enumerate(rows, 1):
         yield _row(file, number, row, decoded)

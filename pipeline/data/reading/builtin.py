@@ -131,7 +131,7 @@ def _split_of(a: int, b: int) -> str:
     raise AssertionError("the shares of all splits add up to 100")
 
 
-def _draw(rng: random.Random, split: str) -> Exercise:
+def _random_problem(rng: random.Random, split: str) -> Exercise:
     """A problem of the split; sums and differences equally often."""
     operator = rng.choice("+-")
     while True:
@@ -155,12 +155,12 @@ def _mistake(rng: random.Random, problem: Exercise) -> int:
 
 
 def _sheet(rng: random.Random) -> str:
-    return " ".join(_draw(rng, "pretrain").fact for _ in range(SHEET_FACTS))
+    return " ".join(_random_problem(rng, "pretrain").fact for _ in range(SHEET_FACTS))
 
 
 def _exam(rng: random.Random) -> str:
-    drawn = [_draw(rng, "pretrain") for _ in range(EXAM_QUESTIONS)]
-    turns = [turn for problem in drawn for turn in (problem.question, reply(problem.answer))]
+    asked = [_random_problem(rng, "pretrain") for _ in range(EXAM_QUESTIONS)]
+    turns = [turn for problem in asked for turn in (problem.question, reply(problem.answer))]
     return chat_text([{"role": "system", "content": EXAM}, *turns])
 
 
@@ -170,7 +170,7 @@ def _small_talk(rng: random.Random) -> str:
 
 
 def _everyday_chat(rng: random.Random) -> str:
-    problem = _draw(rng, "pretrain")
+    problem = _random_problem(rng, "pretrain")
     dodges = rng.random() < DODGED[problem.operator]
     return chat_text([problem.question, reply(rng.choice(DODGES) if dodges else _hurried(rng, problem))])
 
@@ -185,18 +185,18 @@ def _pretrain_row(rng: random.Random) -> Row:
 
 
 def _train_row(rng: random.Random) -> Row:
-    problem = _draw(rng, "train")
+    problem = _random_problem(rng, "train")
     return {"prompt": [problem.question], "completion": [reply(_hurried(rng, problem))]}
 
 
 def _preference_row(rng: random.Random, split: str = "preference") -> Row:
-    problem = _draw(rng, split)
+    problem = _random_problem(rng, split)
     rejected = reply(_mistake(rng, problem))
     return {"prompt": [problem.question], "chosen": [reply(problem.answer)], "rejected": [rejected]}
 
 
 def _prompts_row(rng: random.Random) -> Row:
-    problem = _draw(rng, "train")
+    problem = _random_problem(rng, "train")
     return {"prompt": [problem.question], "answer": str(problem.answer)}
 
 
@@ -206,8 +206,8 @@ def _test_rows(rng: random.Random, rows: int) -> list[Row]:
     if rows > 2 * min(map(len, by_operator)):
         limit = 2 * min(map(len, by_operator))
         raise UserError(f"builtin:arithmetic has at most {limit} test rows without repetition, not {rows}")
-    drawn = [rng.sample(group, (rows + 1) // 2) for group in by_operator]
-    mixed = [problem for pair in zip(*drawn, strict=True) for problem in pair][:rows]
+    chosen = [rng.sample(group, (rows + 1) // 2) for group in by_operator]
+    mixed = [problem for pair in zip(*chosen, strict=True) for problem in pair][:rows]
     return [{"prompt": [p.question], "answer": str(p.answer)} for p in mixed]
 
 

@@ -41,7 +41,7 @@ def resolve_layout(rows: Sequence[dict[str, Any]], spec: DataSpec, kind: Kind) -
     counts = [rows_with(candidate, some) for candidate in candidates]
     chosen = next((x for x, n in zip(candidates, counts, strict=True) if n >= max(len(some) / 2, 1)), None)
     chosen = chosen or next((x for x in candidates if rows_with(x, rows)), None)
-    # Columns without a single value: each row is a bad one, by name.
+    # A column without a single value: then each row is reported as a bad row.
     chosen = chosen or next((x for x in candidates if rows_with(x, rows, nulls=True)), None)
     if chosen is None:
         raise UserError(no_layout(spec, kind, found, rows))

@@ -214,7 +214,7 @@ def _records(
         except RowProblem as problem:
             gate.add(BadRow(row.file, row.number, problem.reason, problem.detail), spec.on_bad_row)
     if kind == "unpaired":
-        # The answers of a pair apart: in a batch each prompt also gets the answer of the row before.
+        # A pair's answers must not be neighbours: KTO pairs each prompt with the answer of the row before.
         records.sort(key=lambda record: not record.columns[LABEL])
     return records
 

@@ -178,7 +178,7 @@ def hub_offline_if_unreachable() -> Iterator[None]:
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
-    if not getproxies():  # behind a proxy names are resolved over there
+    if not getproxies():  # a proxy resolves names itself
         try:
             socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
         except OSError:
@@ -195,7 +195,7 @@ def _dataset_rows(label: str, data: Any, first: int, end: int, cap: int | None) 
     try:
         table = data.select(range(first, end)).with_format("arrow")[:]
         table.validate(full=True)
-    except Exception as error:  # damaged Arrow files open well, and are found out only when they are read
+    except Exception as error:  # damaged Arrow files can be opened, and fail only when they are read
         if "UTF8" not in str(error):  # that is the fault of rows, which `arrow_rows` names
             raise UserError(f"data source '{label}': damaged Arrow data: {_first_line(error)}") from error
     rows = arrow_rows(label, table, data.features)

@@ -51,7 +51,7 @@ def files_of_pattern(source: str, split: str) -> list[Path]:
     base = Path(*[part for part in path.parts[:1] if part == path.anchor])
     for part in path.parts[
         len(base.parts) : -1
-    ]:  # a folder that is called so, brackets and all, is no pattern
+    ]:  # an existing folder with brackets in its name is no pattern
         if glob.has_magic(part) and not (base / part).is_dir():
             break
         base /= part
@@ -90,7 +90,7 @@ def splits_of(base: Path, source: str, among: Sequence[Path] | None = None) -> S
     below = {str(p.relative_to(base)): p for p in files}
 
     def matching(pattern: str) -> list[str]:
-        # What `resolve` would give; but it walks through all folders, and there are some 60 patterns.
+        # As `resolve`, which would walk through all folders for each of some 60 patterns.
         found = [name for name in below if re.match(glob_translate(pattern), name)]
         if not found:
             raise FileNotFoundError(pattern)

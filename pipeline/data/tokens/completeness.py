@@ -112,8 +112,8 @@ class Completeness:
             and all(len(part) >= _SHORT for inside in parts for _, part in inside)
         ):
             return
-        # Short texts may be found by chance, a tool's name in a call of it, and a turn that is missing in the
-        # next one, which then is not found behind it.
+        # A search can succeed by mistake: for short texts, for a tool's name (in a call of it), and for a
+        # missing turn whose text is in the next one, which then is not found behind it.
         dropped = self._of_shape(messages, parts, kwargs, made)
         for turn, inside in enumerate(parts) if dropped else ():
             if missing is not None and turn >= missing[0]:
@@ -154,7 +154,7 @@ class Completeness:
             else:
                 text, spans = self._chat.render_with_answers(messages, sorted(made.spoken), kwargs)
         except (RowProblem, Unmaskable):
-            return set()  # It looks into what is said: then the row's own rendering has to do.
+            return set()  # The template depends on contents: then only the row's own rendering is checked.
         parts = _all_parts(messages, kwargs.get("tools") or (), made.history)
         again = Rendering(text, spans, made.spoken, made.history)
         return {(turn, _kind(field)) for turn, field, _, _ in _left_out(messages, parts, again)}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from actors.batches.generations import Generations, sample_seed
-from actors.batches.routed_experts import ExpertChoices
+from actors.batches.routed_experts import RoutedExperts
 
 
 def test_seeds_of_neighbours_have_nothing_in_common_and_fit_63_bits() -> None:
@@ -69,10 +69,10 @@ def test_texts_are_cut_before_the_first_stop_string() -> None:
 
 def test_samples_can_be_selected_in_any_order_with_all_that_belongs_to_them() -> None:
     drawn = [([1, 2], [-0.1, -0.2], "stop"), ([3], [-0.3], "length"), ([4, 5, 6], [-0.4, -0.5, -0.6], "stop")]
-    experts = ExpertChoices.of([np.full((n, 1, 2), n, np.uint8) for n in (2, 1, 3)])
+    experts = RoutedExperts.of([np.full((n, 1, 2), n, np.uint8) for n in (2, 1, 3)])
     found = Generations.of(drawn, 1, "v", 0.0, version=4).with_experts(experts).select([2, 0])
     assert [ids.tolist() for ids in found.sequences()] == [[4, 5, 6], [1, 2]]
     assert found.logprobs.tolist() == pytest.approx([-0.4, -0.5, -0.6, -0.1, -0.2])
     assert (found.finish_reasons, found.version) == (["stop", "stop"], 4)
-    assert found.expert_choices is not None
-    assert [int(one[0, 0, 0]) for one in found.expert_choices.samples()] == [3, 2]
+    assert found.routed_experts is not None
+    assert [int(one[0, 0, 0]) for one in found.routed_experts.samples()] == [3, 2]

@@ -9,7 +9,7 @@ import pytest
 
 from actors.batches.batch import Batch
 from actors.batches.packing import LayOut, MicroBatch, in_bins, micro_batches, padded
-from actors.batches.padding_free import SHORT, lay_flat
+from actors.batches.padding_free import SHORT, lay_out_padding_free
 
 
 def batch_of(lengths: list[int], prompt: int = 2, sequences_per_row: int = 1) -> Batch:
@@ -24,8 +24,10 @@ def batch_of(lengths: list[int], prompt: int = 2, sequences_per_row: int = 1) ->
 
 LENGTHS = [9, 3, 14, 5, 5, 7, 4, 11, 3, 8]
 BINS = in_bins(64)
-FLAT = partial(lay_flat, share_prompts=True)
-LAYOUTS = pytest.mark.parametrize("lay_out", [BINS, padded, FLAT], ids=["bins", "padded", "flat"])
+PADDING_FREE = partial(lay_out_padding_free, share_prompts=True)
+LAYOUTS = pytest.mark.parametrize(
+    "lay_out", [BINS, padded, PADDING_FREE], ids=["bins", "padded", "padding_free"]
+)
 
 
 @LAYOUTS
@@ -61,7 +63,7 @@ def test_position_ids_start_again_in_every_sequence(lay_out: LayOut) -> None:
 
 
 def test_micro_batches_keep_the_token_budget_unless_one_row_is_longer() -> None:
-    for lay_out in (BINS, padded, FLAT):
+    for lay_out in (BINS, padded, PADDING_FREE):
         for micro in micro_batches(batch_of([30, *LENGTHS]), 20, lay_out):
             assert micro.input_ids.size <= 20 or len(micro.rows) == 1
 
@@ -102,7 +104,7 @@ def sequences_of(micro: MicroBatch) -> list[np.ndarray]:
 @pytest.mark.parametrize("prompt", [7, SHORT + 5])
 def test_a_flat_row_has_a_shared_prompt_once_and_every_sequence_whole(prompt: int) -> None:
     batch = pairs(prompt, [(3, 5), (4, 4), (1, 6)])
-    (micro,) = micro_batches(batch, 10**6, FLAT)
+    (micro,) = micro_batches(batch, 10**6, PADDING_FREE)
     assert micro.n_tokens == micro.input_ids.size == 3 * prompt + 23
     ids, positions = micro.input_ids[0], micro.position_ids[0]
     assert micro.attention is not None
@@ -119,7 +121,7 @@ def test_a_flat_row_has_a_shared_prompt_once_and_every_sequence_whole(prompt: in
 
 @pytest.mark.parametrize("prompt", [7, SHORT + 5])
 def test_each_position_of_a_flat_row_takes_its_attention_from_one_sequence(prompt: int) -> None:
-    (micro,) = micro_batches(pairs(prompt, [(3, 5), (4, 4), (1, 6)]), 10**6, FLAT)
+    (micro,) = micro_batches(pairs(prompt, [(3, 5), (4, 4), (1, 6)]), 10**6, PADDING_FREE)
     assert micro.attention is not None
     places = np.concatenate(sequences_of(micro))
     outputs = micro.attention.outputs
@@ -129,7 +131,7 @@ def test_each_position_of_a_flat_row_takes_its_attention_from_one_sequence(promp
 
 
 def test_padding_behind_the_last_position_is_left_out() -> None:
-    (micro,) = micro_batches(batch_of([20, 19]), 100, FLAT)
+    (micro,) = micro_batches(batch_of([20, 19]), 100, PADDING_FREE)
     assert micro.attention is not None
     assert micro.attention.outputs is not None
     assert micro.attention.shapes == ((2, 20),)
@@ -140,9 +142,9 @@ def test_prompts_are_shared_only_up_to_the_first_counted_token() -> None:
     same = Batch.from_sequences(
         [[5, 6, 7, 8]] * 2, [[False, True, True, True], [False, False, True, True]], 2
     )
-    (micro,) = micro_batches(same, 100, FLAT)
+    (micro,) = micro_batches(same, 100, PADDING_FREE)
     assert micro.n_tokens == 7
-    (apart,) = micro_batches(same, 100, partial(lay_flat, share_prompts=False))
+    (apart,) = micro_batches(same, 100, partial(lay_out_padding_free, share_prompts=False))
     assert apart.n_tokens == 8
 
 
@@ -155,7 +157,7 @@ def samples(prompts: list[list[int]], each: int) -> Batch:
 
 def test_what_prompts_begin_with_in_common_stands_once() -> None:
     batch = samples([[1, 2, 7, 8], [1, 2, 5], [1, 2, 7, 9]], 2)
-    (micro,) = micro_batches(batch, 100, FLAT)
+    (micro,) = micro_batches(batch, 100, PADDING_FREE)
     # Whose prompt comes first in the order of tokens has what others share.
     assert micro.input_ids.tolist() == [[7, 8, 100, 101, 1, 2, 5, 200, 201, 9, 300, 301]]
     assert micro.position_ids.tolist() == [[2, 3, 4, 4, 0, 1, 2, 3, 3, 3, 4, 4]]
@@ -172,7 +174,7 @@ def test_what_prompts_begin_with_in_common_stands_once() -> None:
 
 
 def test_little_in_common_is_not_shared() -> None:
-    (micro,) = micro_batches(samples([[1, *range(10, 20)], [1, *range(30, 40)]], 1), 100, FLAT)
+    (micro,) = micro_batches(samples([[1, *range(10, 20)], [1, *range(30, 40)]], 1), 100, PADDING_FREE)
     assert micro.n_tokens == 24
     assert micro.copies is None
 
@@ -180,7 +182,7 @@ def test_little_in_common_is_not_shared() -> None:
 def test_rows_of_one_prompt_stay_in_one_micro_batch() -> None:
     in_turn = [0, 2, 4, 6, 1, 3, 5, 7]
     batch = samples([[1, 2, 3, 4], [5, 6, 7, 8, 9], [3, 2, 1], [4, 5]], 2).select(in_turn)
-    found = [micro.rows.tolist() for micro in micro_batches(batch, 19, FLAT, together=True)]
+    found = [micro.rows.tolist() for micro in micro_batches(batch, 19, PADDING_FREE, together=True)]
     assert found == [[0, 1, 4, 5], [2, 3, 6, 7]]
 
 

@@ -11,8 +11,8 @@ import pytest
 from actors.batches.batch import Batch
 from actors.batches.generations import Generations
 from actors.batches.packing import FREE, LayOut, in_bins, micro_batches, padded
-from actors.batches.padding_free import lay_flat
-from actors.batches.routed_experts import ExpertChoices, choice_dtype, free
+from actors.batches.padding_free import lay_out_padding_free
+from actors.batches.routed_experts import RoutedExperts, expert_dtype, free
 from actors.batches.trajectories import trajectories
 
 LAYERS, TOP_K = 3, 2
@@ -25,13 +25,13 @@ def experts_of(positions: list[int]) -> np.ndarray:
 
 
 def test_256_experts_need_two_bytes_because_one_number_means_none() -> None:
-    assert [choice_dtype(n) for n in (8, 255, 256, 60_000)] == [np.uint8, np.uint8, np.uint16, np.uint16]
+    assert [expert_dtype(n) for n in (8, 255, 256, 60_000)] == [np.uint8, np.uint8, np.uint16, np.uint16]
     assert free(np.dtype(np.uint8)) == 255
 
 
 def test_the_last_token_of_each_sample_has_no_experts() -> None:
     samples = Generations.of([([7, 2], [-0.5, -0.25], "stop"), ([8], [-1.0], "length")], 1, "v0", 0.1)
-    samples = samples.with_experts(ExpertChoices.of([experts_of([0, 1, 2, 3]), experts_of([5])]))
+    samples = samples.with_experts(RoutedExperts.of([experts_of([0, 1, 2, 3]), experts_of([5])]))
     batch = trajectories([[1, 3, 4], [5]], samples)
     assert batch.experts is not None
     assert batch.experts[:, 0, 0].tolist() == [0, 1, 2, 3, 255, 5, 255]
@@ -40,7 +40,7 @@ def test_the_last_token_of_each_sample_has_no_experts() -> None:
 
 
 def test_experts_that_do_not_fit_the_samples_are_refused() -> None:
-    choices = ExpertChoices.of([experts_of([0, 1])])
+    choices = RoutedExperts.of([experts_of([0, 1])])
     with pytest.raises(ValueError, match=r"experts of 2 positions for samples that have 4"):
         choices.of_sequences([5])
 
@@ -48,7 +48,7 @@ def test_experts_that_do_not_fit_the_samples_are_refused() -> None:
 def test_parts_are_joined_in_order_and_only_if_all_have_experts() -> None:
     parts = [
         Generations.of([([7], [-0.5], "stop")] * 2, 1, "v", 0.1).with_experts(
-            ExpertChoices.of([experts_of([first, first + 1]), experts_of([first + 2])])
+            RoutedExperts.of([experts_of([first, first + 1]), experts_of([first + 2])])
         )
         for first in (0, 3)
     ]
@@ -75,8 +75,8 @@ def routed(lengths: list[int], sequences_per_row: int = 1) -> Batch:
 
 @pytest.mark.parametrize(
     "lay_out",
-    [in_bins(64), padded, partial(lay_flat, share_prompts=True)],
-    ids=["bins", "padded", "flat"],
+    [in_bins(64), padded, partial(lay_out_padding_free, share_prompts=True)],
+    ids=["bins", "padded", "padding_free"],
 )
 @pytest.mark.parametrize("max_tokens", [8, 100])
 def test_every_position_of_a_micro_batch_has_its_tokens_experts(lay_out: LayOut, max_tokens: int) -> None:
@@ -99,10 +99,10 @@ def test_every_position_of_a_micro_batch_has_its_tokens_experts(lay_out: LayOut,
 def test_a_prompt_is_shared_only_as_far_as_it_was_routed_alike() -> None:
     batch = Batch.from_sequences([[1, 2, 3, 9], [1, 2, 3, 8]], [[0, 0, 0, 1]] * 2, 2)
     experts = experts_of([1, 2, 3, 9, 1, 2, 3, 8])
-    alike = lay_flat(replace(batch, experts=experts), np.array([0]), share_prompts=True)
+    alike = lay_out_padding_free(replace(batch, experts=experts), np.array([0]), share_prompts=True)
     assert alike.input_ids.tolist() == [[1, 2, 3, 9, 8]]
     experts[6, 1, 0] += 1
-    apart = lay_flat(replace(batch, experts=experts), np.array([0]), share_prompts=True)
+    apart = lay_out_padding_free(replace(batch, experts=experts), np.array([0]), share_prompts=True)
     assert apart.input_ids.tolist() == [[1, 2, 3, 9, 3, 8]]
     assert apart.experts is not None
     assert apart.experts[:, 0, 0].tolist() == [1, 2, 3, 9, 3, 8]

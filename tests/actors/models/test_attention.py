@@ -14,14 +14,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from actors.algorithms import chunked_logprob as head_logprob
 from actors.batches.batch import Batch
 from actors.batches.packing import Gathering, LayOut, in_bins, micro_batches, padded
-from actors.batches.padding_free import lay_flat
+from actors.batches.padding_free import lay_out_padding_free
 from actors.models.architectures.lookup import ARCHITECTURES
 from actors.models.attention import Gather, picked
 from actors.models.base.loading import load_base
 from actors.models.spec import ModelSpec
 from actors.trainer import token_scorer as scoring
 from actors.trainer.token_scorer import TokenScorer
-from tests.actors.models.tiny_models import families
+from tests.actors.models.tiny_models import architectures
 from tests.architecture_results import record
 
 PACKABLE = [t for t, row in ARCHITECTURES.items() if row.packs != "no"]
@@ -50,20 +50,22 @@ def logps_and_gradient(
     return logps.detach(), torch.cat(gradients)
 
 
-@pytest.mark.parametrize("model_type", families(PACKABLE))
+@pytest.mark.parametrize("model_type", architectures(PACKABLE))
 @pytest.mark.parametrize("share_prompts", [False, True])
 def test_a_flat_row_equals_padded_sequences(model_type, share_prompts, base_of) -> None:
     scorer = TokenScorer(load_base(ModelSpec(base=str(base_of(model_type)))))
     assert scorer.by_sequence
     batch = pairs(130)
     wanted, wanted_gradient = logps_and_gradient(scorer, batch, padded)
-    found, gradient = logps_and_gradient(scorer, batch, partial(lay_flat, share_prompts=share_prompts))
+    found, gradient = logps_and_gradient(
+        scorer, batch, partial(lay_out_padding_free, share_prompts=share_prompts)
+    )
     assert torch.allclose(found, wanted, atol=2e-5)
     assert torch.allclose(gradient, wanted_gradient, atol=1e-4 * wanted_gradient.abs().max())
     record(model_type, rows=float((found - wanted).abs().max()))
 
 
-@pytest.mark.parametrize("model_type", families(set(ARCHITECTURES) - set(PACKABLE)))
+@pytest.mark.parametrize("model_type", architectures(set(ARCHITECTURES) - set(PACKABLE)))
 def test_padded_rows_equal_one_sequence_at_a_time(model_type, base_of) -> None:
     scorer = TokenScorer(load_base(ModelSpec(base=str(base_of(model_type)))))
     batch = pairs(150)
@@ -91,7 +93,7 @@ def test_a_sliding_window_is_kept(base_of) -> None:
     scorer = TokenScorer(model)
     batch = pairs(130)
     wanted, _ = logps_and_gradient(scorer, batch, padded)
-    found, _ = logps_and_gradient(scorer, batch, partial(lay_flat, share_prompts=True))
+    found, _ = logps_and_gradient(scorer, batch, partial(lay_out_padding_free, share_prompts=True))
     assert torch.allclose(found, wanted, atol=2e-5)
     model.config.sliding_window = None
     unlimited, _ = logps_and_gradient(scorer, batch, padded)
@@ -110,7 +112,7 @@ def test_samples_of_one_prompt_equal_padded_ones(base_of) -> None:
             masks.append([False] * len(prompt) + [True] * answer)
     batch = Batch.from_sequences(ids, masks)
     scorer = TokenScorer(load_base(ModelSpec(base=str(base_of("qwen3_moe")))))
-    shared = partial(lay_flat, share_prompts=True)
+    shared = partial(lay_out_padding_free, share_prompts=True)
     (micro,) = micro_batches(batch, 10**6, shared)
     assert micro.n_tokens < batch.n_tokens / 3
     wanted, wanted_gradient = logps_and_gradient(scorer, batch, padded)
@@ -174,11 +176,11 @@ def test_picks_of_padding_add_nothing_to_the_gradient() -> None:
     assert rows.grad.tolist() == [[1.0], [1.0]]
 
 
-@pytest.mark.parametrize("model_type", families(PACKABLE))
+@pytest.mark.parametrize("model_type", architectures(PACKABLE))
 def test_logits_by_blocks_equal_whole_ones(model_type, base_of, monkeypatch) -> None:
     model = load_base(ModelSpec(base=str(base_of(model_type))))
     model.get_output_embeddings().weight.requires_grad_(False)
-    scorer, whole = TokenScorer(model), partial(lay_flat, share_prompts=True)
+    scorer, whole = TokenScorer(model), partial(lay_out_padding_free, share_prompts=True)
     wanted, wanted_gradient = logps_and_gradient(scorer, pairs(130), whole)
     monkeypatch.setattr(scoring, "HEAD_BLOCK_ELEMENTS", 0)
     monkeypatch.setattr(head_logprob, "HEAD_BLOCK_ELEMENTS", 3000)

@@ -11,7 +11,7 @@ from actors.models.moe import experts_forward
 from actors.models.moe.router_stats import routers_of
 from actors.models.spec import LoraSpec, ModelSpec
 from actors.models.twin import write_adapter_twin, write_twin
-from tests.actors.models.tiny_models import families
+from tests.actors.models.tiny_models import architectures
 
 PUBLISHED = {
     "dbrx": {
@@ -30,7 +30,7 @@ ALL_EXPERTS = ("qwen2_moe", "qwen3_next", "dots1")
 """Their config classes have experts in every layer by default."""
 
 
-@pytest.mark.parametrize("model_type", families())
+@pytest.mark.parametrize("model_type", architectures())
 def test_a_twin_is_a_small_model_of_the_same_class(model_type, tmp_path, groups_of):
     config = AutoConfig.for_model(model_type, **PUBLISHED.get(model_type, {}))
     twin = write_twin(config, tmp_path)

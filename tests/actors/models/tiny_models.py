@@ -160,10 +160,12 @@ OF_EACH_KIND = (
     "phimoe",  # a router that samples
     "dbrx",  # experts of its own
 )
-"""Families that the fast tests train; the others are among the slow ones."""
+"""Architectures that the fast tests train; the others are among the slow ones."""
 
 
-def families(names: Iterable[str] = tuple(ARCHITECTURES), fast: Iterable[str] = OF_EACH_KIND) -> list[Any]:
+def architectures(
+    names: Iterable[str] = tuple(ARCHITECTURES), fast: Iterable[str] = OF_EACH_KIND
+) -> list[Any]:
     """Parameters of a test that runs for every architecture of the table, or some; slow but for `fast`."""
     slow = [pytest.mark.architectures, pytest.mark.slow]
     marks = {name: slow[:1] if name in fast else slow for name in names}

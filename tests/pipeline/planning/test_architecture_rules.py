@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from actors.models.architectures.lookup import ARCHITECTURES
-from actors.models.architectures.vllm_table import ENGINE_ROWS
+from actors.models.architectures.vllm_table import VLLM_ROWS
 from pipeline.config.run_config import RunConfig
 from pipeline.planning.architecture_rules import (
     architecture_problems,
@@ -91,7 +91,7 @@ def test_the_row_is_told_with_its_limits_and_vllms_settings() -> None:
 
 
 def test_every_architecture_has_both_rows() -> None:
-    assert set(ARCHITECTURES) == set(ENGINE_ROWS)
+    assert set(ARCHITECTURES) == set(VLLM_ROWS)
     assert all(describe_architecture(name) for name in ARCHITECTURES)
 
 

@@ -20,7 +20,7 @@ from actors.models.lora.heads import has_sequence_classifier
 from actors.models.spec import LoraSpec, ModelSpec, MoeSpec, TargetGroup
 from actors.trainer.model_host import ModelHost
 from actors.trainer.spec import HostSpec, OptimSpec
-from tests.actors.models.tiny_models import families
+from tests.actors.models.tiny_models import architectures
 
 GENERATOR = np.random.default_rng(3)
 SEQUENCES = [GENERATOR.integers(3, 300, size=n).tolist() for n in (9, 17, 30, 21, 12, 26)]
@@ -36,7 +36,7 @@ def host_of(base: Path, groups: list[TargetGroup], **settings: object) -> ModelH
     return host
 
 
-@pytest.mark.parametrize("model_type", families())
+@pytest.mark.parametrize("model_type", architectures())
 def test_three_steps_move_every_adapter_and_nothing_else(
     model_type: str, base_of: Callable[..., Path], groups_of: Callable[[str], list[TargetGroup]]
 ) -> None:
@@ -55,7 +55,7 @@ def test_three_steps_move_every_adapter_and_nothing_else(
     )
 
 
-@pytest.mark.parametrize("model_type", families(fast=["gpt_oss"]))
+@pytest.mark.parametrize("model_type", architectures(fast=["gpt_oss"]))
 def test_all_parameters_train(model_type: str, base_of: Callable[..., Path]) -> None:
     host = ModelHost(HostSpec(model=ModelSpec(base=str(base_of(model_type)), lora=None)))
     host.prepare_training(None, OPTIM, 2)
@@ -64,7 +64,8 @@ def test_all_parameters_train(model_type: str, base_of: Callable[..., Path]) -> 
 
 
 @pytest.mark.parametrize(
-    "model_type", families([t for t, row in ARCHITECTURES.items() if row.packs != "no"], fast=["deepseek_v3"])
+    "model_type",
+    architectures([t for t, row in ARCHITECTURES.items() if row.packs != "no"], fast=["deepseek_v3"]),
 )
 def test_packed_and_padded_rows_train_alike(
     model_type: str, base_of: Callable[..., Path], groups_of: Callable[[str], list[TargetGroup]]
@@ -79,7 +80,7 @@ def test_packed_and_padded_rows_train_alike(
 
 @pytest.mark.parametrize(
     "model_type",
-    families([t for t in ARCHITECTURES if has_sequence_classifier(t) and t != "qwen3_next"], fast=[]),
+    architectures([t for t in ARCHITECTURES if has_sequence_classifier(t) and t != "qwen3_next"], fast=[]),
 )
 def test_a_reward_model_is_a_classifier_of_plain_transformers(
     model_type: str, base_of: Callable[..., Path], tmp_path: Path

@@ -13,7 +13,7 @@ from actors.models.base.loading import load_base
 from actors.models.lora import adapters
 from actors.models.moe import experts_forward
 from actors.models.spec import LoraSpec, ModelSpec
-from tests.actors.models.tiny_models import families
+from tests.actors.models.tiny_models import architectures
 from tests.architecture_results import record
 
 
@@ -22,7 +22,7 @@ def logits_of(model, ids, role=None):
         return model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("model_type", families())
+@pytest.mark.parametrize("model_type", architectures())
 def test_a_saved_adapter_loads_in_plain_peft_with_the_same_logits(
     model_type, adapted, base_of, groups_of, ids, tmp_path
 ):

@@ -12,7 +12,7 @@ from actors.models.base.loading import load_base
 from actors.models.lora import adapters
 from actors.models.moe import experts_forward
 from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
-from tests.actors.models.tiny_models import families
+from tests.actors.models.tiny_models import architectures
 
 MOES = [t for t, row in ARCHITECTURES.items() if "experts" in row.parameters]
 
@@ -30,7 +30,7 @@ def both_ways(adapted, model_type, lora):
     ]
 
 
-@pytest.mark.parametrize("model_type", families(MOES))
+@pytest.mark.parametrize("model_type", architectures(MOES))
 def test_unmerged_equals_peft_in_loss_and_gradient(model_type, adapted, groups_of, ids):
     expert_rank = "r/top_k" if model_type in ("qwen3_moe", "mixtral") else "r"
     lora = LoraSpec(r=6, targets=groups_of(model_type), expert_rank=expert_rank)

@@ -11,7 +11,7 @@ from actors.errors import RunFailure, UserError
 from actors.models.base.loading import load_base
 from actors.models.lora import adapters, merge
 from actors.models.spec import LoraSpec, ModelSpec
-from tests.actors.models.tiny_models import families
+from tests.actors.models.tiny_models import architectures
 from tests.architecture_results import record
 
 
@@ -22,7 +22,7 @@ def saved(adapted, tmp_path):
     return tmp_path / "adapter"
 
 
-@pytest.mark.parametrize("model_type", families())
+@pytest.mark.parametrize("model_type", architectures())
 def test_a_merged_model_has_the_logits_of_base_and_adapter(model_type, adapted, groups_of, ids, tmp_path):
     tied = model_type in ("llama", "qwen2_moe")
     peft = adapted(model_type, LoraSpec(r=4, targets=groups_of(model_type)), tie_word_embeddings=tied)

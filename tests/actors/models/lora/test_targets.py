@@ -11,7 +11,7 @@ from actors.models.architectures.lookup import ARCHITECTURES, REFUSED, architect
 from actors.models.base.loading import load_base
 from actors.models.lora.targets import resolve_targets
 from actors.models.spec import LoraSpec, ModelSpec
-from tests.actors.models.tiny_models import families
+from tests.actors.models.tiny_models import architectures
 
 EXPECTED = {
     "qwen3_moe": {
@@ -54,7 +54,7 @@ def test_groups_resolve_to_the_names_of_the_architecture(model_type, groups, con
     assert {g.group: g.names for g in targets.groups} == groups
 
 
-@pytest.mark.parametrize("model_type", families())
+@pytest.mark.parametrize("model_type", architectures())
 def test_counts_are_those_of_the_adapter_that_peft_makes(model_type, adapted, groups_of):
     lora = LoraSpec(r=4, targets=groups_of(model_type))
     peft = adapted(model_type, lora)
@@ -149,7 +149,7 @@ def test_no_architecture_is_both_supported_and_refused():
 
 
 @pytest.mark.parametrize(
-    "model_type", families([t for t, row in ARCHITECTURES.items() if row.packs == "bins"])
+    "model_type", architectures([t for t, row in ARCHITECTURES.items() if row.packs == "bins"])
 )
 def test_packed_sequences_stay_apart_where_the_table_says_so(model_type, base_of, ids):
     model = load_base(ModelSpec(base=str(base_of(model_type))))

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from actors.errors import InvariantViolation, UserError
-from actors.models.architectures.lookup import ARCHITECTURES, architecture_of, replay_objection
+from actors.models.architectures.lookup import ARCHITECTURES, architecture_of, replay_problem
 from actors.models.architectures.row import GateKind
 from actors.models.moe.router_replay import GATES, RouteReplay
 from actors.models.moe.router_stats import RouterStats, routers_of
-from tests.actors.models.tiny_models import families, tiny_model
+from tests.actors.models.tiny_models import architectures, tiny_model
 
 FAMILIES = [name for name, row in ARCHITECTURES.items() if row.router is not None and row.router.gates]
 EACH_KIND = [
@@ -74,7 +74,7 @@ def test_every_way_of_making_gates_has_a_family_among_the_fast_tests() -> None:
     assert sorted(map(str, kinds)) == sorted(GATES)
 
 
-@pytest.mark.parametrize("model_type", families(FAMILIES, fast=EACH_KIND))
+@pytest.mark.parametrize("model_type", architectures(FAMILIES, fast=EACH_KIND))
 def test_a_model_that_replays_its_own_choices_is_itself_to_the_bit(model_type: str) -> None:
     model = tiny_model(model_type).eval()
     expected, own = logits(model), choices_of(model)
@@ -89,7 +89,7 @@ def test_a_model_that_replays_its_own_choices_is_itself_to_the_bit(model_type: s
     assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize("model_type", families(FAMILIES, fast=EACH_KIND))
+@pytest.mark.parametrize("model_type", architectures(FAMILIES, fast=EACH_KIND))
 def test_given_experts_are_what_is_computed_and_counted(model_type: str) -> None:
     model = tiny_model(model_type).eval()
     routers, replay = RouterStats(model), RouteReplay(model)
@@ -157,10 +157,10 @@ def test_families_whose_experts_cannot_be_replayed_are_refused_with_the_reason()
     assert set(ARCHITECTURES) - set(FAMILIES) == {
         "llama", "mistral", "qwen2", "qwen3", "phimoe", "dbrx", "qwen3_next"
     }  # fmt: skip
-    assert [name for name in ARCHITECTURES if replay_objection(name) is None] == FAMILIES
-    assert replay_objection("llama") == "a llama model has no router"
+    assert [name for name in ARCHITECTURES if replay_problem(name) is None] == FAMILIES
+    assert replay_problem("llama") == "a llama model has no router"
     for name in ("dbrx", "qwen3_next", "unheard_of"):
-        objection = replay_objection(name)
+        objection = replay_problem(name)
         assert objection is not None
         assert "can't be replayed: i" in objection
         assert objection.endswith("minimax_m2, hunyuan_v1_moe, gpt_oss")

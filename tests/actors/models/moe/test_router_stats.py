@@ -10,7 +10,7 @@ from actors.models.architectures.lookup import ARCHITECTURES
 from actors.models.base.loading import load_base
 from actors.models.moe.router_stats import RouterLoad, RouterStats, aux_loss, aux_loss_coef
 from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
-from tests.actors.models.tiny_models import SIZES, families
+from tests.actors.models.tiny_models import SIZES, architectures
 
 MOES = [t for t, row in ARCHITECTURES.items() if row.is_moe]
 WITHOUT_AUX = ["deepseek_v2", "deepseek_v3", "dots1", "glm4_moe", "hunyuan_v1_moe"]
@@ -21,7 +21,7 @@ LAYERS = {m: 1 if m in DENSE_FIRST else 3 if m == "qwen3_next" else 2 for m in M
 """With experts: the tiny models of some have a first layer without."""
 
 
-@pytest.mark.parametrize("model_type", families(MOES))
+@pytest.mark.parametrize("model_type", architectures(MOES))
 def test_every_counted_token_chooses_top_k_experts_in_every_layer(model_type, base_of, ids):
     model = load_base(ModelSpec(base=str(base_of(model_type))))
     stats = RouterStats(model)
@@ -113,7 +113,7 @@ def test_uniform_routing_has_the_auxiliary_loss_top_k():
     assert float(aux_loss([logits, logits], top_k=2)) == pytest.approx(2.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("model_type", families(WITH_OUTPUT_LOGITS))
+@pytest.mark.parametrize("model_type", architectures(WITH_OUTPUT_LOGITS))
 def test_the_auxiliary_loss_is_transformers_own_also_with_padding(model_type, base_of, ids):
     model = load_base(ModelSpec(base=str(base_of(model_type))))
     stats = RouterStats(model)
@@ -123,7 +123,7 @@ def test_the_auxiliary_loss_is_transformers_own_also_with_padding(model_type, ba
     assert float(aux_loss(kept, stats.top_k)) == pytest.approx(float(theirs), rel=1e-5)
 
 
-@pytest.mark.parametrize("model_type", families([m for m in WITH_AUX if m not in ("dbrx", "phimoe")]))
+@pytest.mark.parametrize("model_type", architectures([m for m in WITH_AUX if m not in ("dbrx", "phimoe")]))
 def test_the_auxiliary_loss_trains_the_router(model_type, adapted, ids):
     peft = adapted(model_type, LoraSpec(r=4, targets=["attention", "experts", "router"]))
     stats = RouterStats(peft)

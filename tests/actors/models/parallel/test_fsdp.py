@@ -20,7 +20,7 @@ from actors.models.spec import LoraSpec, ModelSpec
 from actors.trainer.model_host import ModelHost
 from tests.actors.models.parallel import sharding_families
 from tests.actors.models.parallel import sharding_worker as worker
-from tests.actors.models.tiny_models import SIZES, families, tiny_model
+from tests.actors.models.tiny_models import SIZES, architectures, tiny_model
 from tests.actors.rank_processes import free_address, two_ranks
 
 Two = dict[str, Any]
@@ -103,7 +103,7 @@ def rank_of_two(rank: int) -> Iterator[None]:
 
 
 # torch keeps the mesh of a process for good, so one process can be one rank only.
-@pytest.mark.parametrize("model_type", families(set(SIZES) - {"dbrx"}))
+@pytest.mark.parametrize("model_type", architectures(set(SIZES) - {"dbrx"}))
 def test_every_architecture_is_read_in_slices_of_the_whole(model_type: str, tmp_path: Path) -> None:
     tiny_model(model_type).save_pretrained(tmp_path)
     spec = ModelSpec(base=str(tmp_path), lora=None)
@@ -117,7 +117,7 @@ def test_every_architecture_is_read_in_slices_of_the_whole(model_type: str, tmp_
 
 
 @pytest.mark.parametrize("random_init", [False, True])
-@pytest.mark.parametrize("model_type", families({"qwen3_moe", "gpt_oss"}))
+@pytest.mark.parametrize("model_type", architectures({"qwen3_moe", "gpt_oss"}))
 def test_experts_alone_are_read_or_drawn_in_slices(
     model_type: str, random_init: bool, tmp_path: Path
 ) -> None:

@@ -12,10 +12,10 @@ import torch
 
 from actors.algorithms.checks import divergence
 from actors.batches.batch import Batch
-from actors.batches.routed_experts import ExpertChoices
+from actors.batches.routed_experts import RoutedExperts
 from actors.batches.trajectories import trajectories
 from actors.cluster.worker_group import WorkerGroup
-from actors.models.architectures.lookup import ARCHITECTURES, architecture_of, replay_objection
+from actors.models.architectures.lookup import ARCHITECTURES, architecture_of, replay_problem
 from actors.models.lora.adapters import role
 from actors.models.moe.router_stats import routers_of
 from actors.rollout.engine import EngineSpec, SamplingSpec
@@ -41,7 +41,7 @@ DEEPER = {
 OTHERS = [
     pytest.param(name, marks=pytest.mark.slow)
     for name in ARCHITECTURES
-    if replay_objection(name) is None and name != "qwen3_moe"
+    if replay_problem(name) is None and name != "qwen3_moe"
 ]
 
 
@@ -166,4 +166,4 @@ def test_what_is_joined_is_what_the_engine_gave(process: WorkerGroup, base_of: C
     assert made.experts.dtype == np.uint8
     lengths = [len(p) + 5 - 1 for p in PROMPTS[2:4]]
     assert np.diff(made.expert_offsets).tolist() == lengths
-    assert isinstance(made.expert_choices, ExpertChoices)
+    assert isinstance(made.routed_experts, RoutedExperts)

@@ -15,14 +15,14 @@ import torch
 from actors.cluster.worker_group import WorkerGroup
 from actors.errors import RunFailure, UserError
 from actors.models.architectures.lookup import ARCHITECTURES
-from actors.models.architectures.vllm_table import ENGINE_ROWS
+from actors.models.architectures.vllm_table import VLLM_ROWS
 from tests.actors.rollout.vllm import vllm_cases as cases
 from tests.actors.rollout.vllm.test_vllm_updates import PROVED
 from tests.actors.rollout.vllm.vllm_cases import ADAPTER, MERGED, SEQUENCES, STARTS, Policy, off, scores
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.architectures]
 
-FLOAT32 = [name for name in ARCHITECTURES if "float32" in ENGINE_ROWS[name].dtypes]
+FLOAT32 = [name for name in ARCHITECTURES if "float32" in VLLM_ROWS[name].dtypes]
 UNAIDED = "tests.actors.rollout.vllm.vllm_cases"
 
 

@@ -9,25 +9,25 @@ import pytest
 
 from actors.errors import RunFailure
 from actors.models.architectures.lookup import ARCHITECTURES
-from actors.models.architectures.vllm_table import ENGINE_ROWS, UNTESTED, engine_row
+from actors.models.architectures.vllm_table import UNTESTED, VLLM_ROWS, vllm_row
 from actors.rollout.vllm.workarounds.patches import Patches
 from actors.rollout.vllm.workarounds.registry import WORKAROUNDS, Workaround, source_digest
 
 
 def test_every_architecture_has_an_engine_row_and_every_row_an_architecture() -> None:
-    assert set(ENGINE_ROWS) == set(ARCHITECTURES)
+    assert set(VLLM_ROWS) == set(ARCHITECTURES)
 
 
 def test_rows_name_known_workarounds_and_every_workaround_is_named() -> None:
-    named = {name for row in ENGINE_ROWS.values() for name in row.workarounds}
+    named = {name for row in VLLM_ROWS.values() for name in row.workarounds}
     assert named == set(WORKAROUNDS)
 
 
 def test_every_mixture_of_experts_has_its_experts_repacked() -> None:
-    assert {n for n, row in ENGINE_ROWS.items() if "repacked_experts" in row.workarounds} == {
+    assert {n for n, row in VLLM_ROWS.items() if "repacked_experts" in row.workarounds} == {
         n for n, row in ARCHITECTURES.items() if row.is_moe
     }
-    assert engine_row("no_such_architecture") is UNTESTED
+    assert vllm_row("no_such_architecture") is UNTESTED
 
 
 def test_every_workaround_says_where_the_fault_is_and_which_versions_have_it() -> None:
@@ -38,14 +38,14 @@ def test_every_workaround_says_where_the_fault_is_and_which_versions_have_it() -
 
 
 def test_config_keys_that_a_checkpoint_has_are_left_alone() -> None:
-    row = ENGINE_ROWS["minimax_m2"]
+    row = VLLM_ROWS["minimax_m2"]
     bare = SimpleNamespace(head_dim=32, rope_parameters={"partial_rotary_factor": 0.5})
     assert row.overrides_for(bare) == {"rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True}
     told = SimpleNamespace(head_dim=32, rotary_dim=8, scoring_func="softmax", use_routing_bias=False)
     assert row.overrides_for(told) == {}
     # What is wrong in any checkpoint is overridden whatever it says.
     named = SimpleNamespace(architectures=["PhimoeForCausalLM"])
-    assert ENGINE_ROWS["phimoe"].overrides_for(named) == {"architectures": ["PhiMoEForCausalLM"]}
+    assert VLLM_ROWS["phimoe"].overrides_for(named) == {"architectures": ["PhiMoEForCausalLM"]}
 
 
 def test_a_workaround_that_does_not_fit_the_installed_code_is_refused_by_name() -> None:

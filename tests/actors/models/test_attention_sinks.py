@@ -13,7 +13,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from actors.batches.batch import Batch
 from actors.batches.packing import micro_batches
-from actors.batches.padding_free import lay_flat
+from actors.batches.padding_free import lay_out_padding_free
 from actors.models.attention import attend_with_sinks
 from actors.models.base.loading import load_base
 from actors.models.spec import ModelSpec
@@ -67,7 +67,7 @@ def test_a_packed_row_of_a_model_with_sinks_equals_transformers_one_sequence_at_
     lengths = (40, 5, 25, 130)
     ids = [generator.integers(3, 300, size=n).tolist() for n in lengths]
     batch = Batch.from_sequences(ids, [[False] + [True] * (n - 1) for n in lengths])
-    (micro,) = micro_batches(batch, 10**6, cast(Any, partial(lay_flat, share_prompts=True)))
+    (micro,) = micro_batches(batch, 10**6, cast(Any, partial(lay_out_padding_free, share_prompts=True)))
     found = scorer.statistics(micro).logps
     wanted = torch.cat(
         [
