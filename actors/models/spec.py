@@ -28,7 +28,7 @@ class LoraSpec(Spec):
     expert_rank: Literal["r", "r/top_k"] = "r"
     """Rank of each expert's adapter: the full `r`, or `r` divided by the experts per token."""
     expert_impl: Annotated[Literal["auto", "unmerged", "peft"], BeforeValidator(EXPERT_IMPL)] = "auto"
-    """How expert LoRA is computed: `unmerged`, as low-rank products x A^T B^T added to the grouped product,
+    """Computation of expert LoRA: `unmerged`, as low-rank products x A^T B^T added to the grouped product,
     or PEFT's merged W + BA."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r."""

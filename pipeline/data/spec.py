@@ -67,7 +67,7 @@ class DataSpec(Spec):
     """One source of rows."""
 
     source: str = Field(min_length=1)
-    """Where the rows are: a hub id (`org/name`), a json, jsonl, csv or parquet file (also .gz, and patterns
+    """Place of the rows: a hub id (`org/name`), a json, jsonl, csv or parquet file (also .gz, and patterns
     such as `data/*.jsonl`), a directory of such files or of `save_to_disk`, or `builtin:NAME`."""
     name: str | None = None
     """Configuration of a data set that has several, such as `main`: of the hub, or of a directory, where it

@@ -81,7 +81,7 @@ class Run:
 
     def execute(self, until: str | None, *, train: bool = True) -> int:
         """The whole graph: read, decide, start, train, evaluate, report."""
-        from pipeline.data.tokens.template_date import said
+        from pipeline.data.tokens.template_date import date_notice
         from pipeline.execution.fleet import Fleet
         from pipeline.monitoring.trackers import open_trackers
         from pipeline.planning.read_graph import read_graph, read_rows
@@ -107,7 +107,7 @@ class Run:
                 check_parity(self.config.model, fleet.rollout(), fleet.engine_spec(), self.progress.note)
             self.stop.arm()
             if graph.template_date is not None:
-                self.progress.note(said(graph.template_date))
+                self.progress.note(date_notice(graph.template_date))
             if graph.pending and graph.lora_targets is not None:
                 self.progress.note(f"LoRA trains\n{graph.lora_targets}")
             self.trackers = open_trackers(

@@ -103,7 +103,7 @@ def _look_at_model(config: RunConfig, findings: Findings) -> Any:
     from actors.models.facts import n_experts
     from actors.models.lora.targets import resolve_targets
     from actors.models.turn_ends import turn_ends
-    from pipeline.data.tokens.template_date import keep_date, said
+    from pipeline.data.tokens.template_date import date_notice, keep_date
     from pipeline.planning.architecture_rules import architecture_problems, describe_architecture
     from pipeline.planning.reward_rules import reward_base_problems
 
@@ -125,7 +125,7 @@ def _look_at_model(config: RunConfig, findings: Findings) -> Any:
     if tokenizer is not None:
         date = keep_date(tokenizer, Path(config.output_dir), write=False)
         ends = turn_ends(tokenizer, config.model.base)
-        findings.template = [ends.describe(tokenizer), *([said(date)] if date else [])]
+        findings.template = [ends.describe(tokenizer), *([date_notice(date)] if date else [])]
     return tokenizer
 
 

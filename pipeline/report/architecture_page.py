@@ -16,7 +16,7 @@ from actors.rollout.vllm.workarounds.registry import WORKAROUNDS
 
 PAGE = Path("docs/architectures.md")
 RESULTS = Path("docs/architectures.json")
-"""What `make test-architectures` measured last."""
+"""The last measurements of `make test-architectures`."""
 
 Results = Mapping[str, Any]
 

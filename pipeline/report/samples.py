@@ -65,7 +65,7 @@ class Side:
     samples: list[Sample]
     total: int
     counts: dict[str, int]
-    """How many of `total` got better, worse, or stayed the same."""
+    """Number of the `total` that got better, got worse, or are the same."""
 
 
 def side_by_side(completions: Mapping[str, Sequence[Mapping[str, Any]]]) -> Side:

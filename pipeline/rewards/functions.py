@@ -149,7 +149,7 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Called:
+class RewardCall:
     """Result of a call of a reward function: values, or a problem and its samples."""
 
     values: list[float | None]
@@ -159,7 +159,7 @@ class Called:
     """Samples without a value that can be used; the first is the one to show."""
 
 
-def call_reward_function(function: RewardFunction, samples: Samples, timeout_s: float) -> Called:
+def call_reward_function(function: RewardFunction, samples: Samples, timeout_s: float) -> RewardCall:
     """Call a function once with all samples, in a thread of its own, and check its values.
 
     A function that does not answer in time is left running: Python can't end a thread.
@@ -172,10 +172,10 @@ def call_reward_function(function: RewardFunction, samples: Samples, timeout_s: 
     if "error" in outcome:
         index, error = outcome["error"]
         text = f"it raised {type(error).__name__}: {error}"
-        return Called([None] * n, text, (index, *(i for i in range(n) if i != index)))
+        return RewardCall([None] * n, text, (index, *(i for i in range(n) if i != index)))
     if "values" not in outcome:
         text = f"no answer within {timeout_s:g} s for {n} samples; the first of them is shown"
-        return Called([None] * n, text, tuple(range(n)))
+        return RewardCall([None] * n, text, tuple(range(n)))
     return _examined(outcome["values"], n)
 
 
@@ -242,18 +242,18 @@ async def _awaited(values: Any) -> Any:
     return await values
 
 
-def _examined(values: Any, n: int) -> Called:
+def _examined(values: Any, n: int) -> RewardCall:
     """Numbers, None or bool as floats; anything else is a problem with its sample."""
     try:
         found = list(values)
     except TypeError:
-        return Called([None] * n, f"it returned {type(values).__name__}, not a list", tuple(range(n)))
+        return RewardCall([None] * n, f"it returned {type(values).__name__}, not a list", tuple(range(n)))
     if len(found) != n:
-        return Called([None] * n, f"it returned {len(found)} values for {n} samples", tuple(range(n)))
+        return RewardCall([None] * n, f"it returned {len(found)} values for {n} samples", tuple(range(n)))
     read = [None if value is None else _number(value) for value in found]
     bad = tuple(i for i, value in enumerate(read) if value is not None and not math.isfinite(value))
     problem = f"it returned {_cut(repr(found[bad[0]]))} for sample {bad[0]} of {n}" if bad else ""
-    return Called(read, problem, bad)
+    return RewardCall(read, problem, bad)
 
 
 def _number(value: Any) -> float:

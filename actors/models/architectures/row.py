@@ -38,17 +38,17 @@ class Router:
     experts_at: int | None = 2
     """Index of the chosen experts (tokens, top_k) in that tuple; None: those with the largest logits."""
     score: Literal["softmax", "sigmoid"] = "softmax"
-    """How logits become routing probabilities."""
+    """Function from logits to routing probabilities."""
     has_aux_loss: bool = True
     """transformers defines the Switch load-balancing loss for it (others balance by a bias)."""
     samples_in_training: bool = False
     """In training mode transformers samples experts at random; such routers are kept in evaluation mode."""
     gates: GateKind | None = None
-    """How the gates of the chosen experts follow from the logits, where the module returns logits, gates and
-    experts and engines were seen to tell theirs: then routes can be replayed
-    (`actors.models.moe.router_replay`)."""
+    """Function from logits to the gates of the chosen experts, by which routes are replayed
+    (`actors.models.moe.router_replay`): for modules that return logits, gates and experts, where engines were
+    seen to report their experts. None: no replay."""
     why_no_replay: str = ""
-    """The reason where they can't be."""
+    """The reason where routes can't be replayed."""
 
     def read(self, output: Any, top_k: int) -> tuple[Tensor, Tensor]:
         """(logits, chosen experts) in what the router module returned, shapes as it has them."""

@@ -46,7 +46,7 @@ def save_adapter(
     from peft import TaskType, get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    known(peft, adapter_name)
+    require_adapter(peft, adapter_name)
     state = get_peft_model_state_dict(peft, adapter_name=adapter_name, save_embedding_layers=False)
     tensors = {k: whole(v).cpu().contiguous().clone() for k, v in sorted(state.items())}
     if not write:
@@ -104,7 +104,7 @@ def load_adapter_weights(peft: PeftModel, adapter_name: str, directory: str | Pa
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    known(peft, adapter_name)
+    require_adapter(peft, adapter_name)
     saved = _read_tensors(Path(directory))
     expected = get_peft_model_state_dict(peft, adapter_name=adapter_name, save_embedding_layers=False)
     problems = _compare_shapes(saved, {k: v.shape for k, v in expected.items()}, directory)
@@ -176,7 +176,7 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(getattr(model, "peft_config", {}))
 
 
-def known(model: nn.Module, name: str) -> None:
+def require_adapter(model: nn.Module, name: str) -> None:
     """Raise a KeyError unless the model has this adapter."""
     if name not in adapter_names(model):
         raise KeyError(f"no adapter '{name}' (there are: {', '.join(adapter_names(model)) or 'none'})")

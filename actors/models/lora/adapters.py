@@ -22,10 +22,10 @@ from actors.models.lora import experts as expert_lora
 from actors.models.lora.adapter_files import (
     adapter_names,
     check_adapter_matches_base,
-    known,
     load_adapter_weights,
     quiet,
     read_head,
+    require_adapter,
     save_adapter,
     saved_config,
 )
@@ -157,14 +157,14 @@ def add_adapter(
 
 def adapter_parameters(peft: PeftModel, adapter_name: str) -> dict[str, nn.Parameter]:
     """The A and B of one adapter, by their full names."""
-    known(peft, adapter_name)
+    require_adapter(peft, adapter_name)
     return {n: p for n, p in peft.named_parameters() if f".{adapter_name}." in n and "lora_" in n}
 
 
 def set_trainable(peft: PeftModel, names: Collection[str]) -> None:
     """Let exactly these adapters train; base and all other adapters are frozen."""
     for name in names:
-        known(peft, name)
+        require_adapter(peft, name)
     for full, parameter in peft.named_parameters():
         parameter.requires_grad_("lora_" in full and any(f".{name}." in full for name in names))
 
@@ -191,7 +191,7 @@ def role(model: nn.Module, name: str | None) -> Iterator[None]:
         KeyError: there is no such adapter (a role is never silently the bare base).
     """
     if name is not None:
-        known(model, name)
+        require_adapter(model, name)
     with _state(_tuner_layers(model), [(None if name is None else [name], name is None)]):
         yield
 

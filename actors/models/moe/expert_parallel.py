@@ -1,7 +1,7 @@
-"""Each rank's own experts: stacks of experts in slices over the ranks, everything else whole on each.
+"""Expert parallelism: stacks of experts sliced over the ranks, everything else whole on each.
 
 A stack is a DTensor of which each rank holds the rows of its experts, as `actors.models.parallel.fsdp` has
-sliced weights, but it is never gathered for a pass: tokens travel instead
+sliced weights, but it is never gathered for a pass: tokens are sent to the experts
 (`actors.models.moe.token_dispatch`).
 """
 
@@ -51,7 +51,7 @@ def split_experts(model: PreTrainedModel, device: str | torch.device) -> PreTrai
 
 
 def _slice_experts(model: PreTrainedModel, device: str | torch.device) -> None:
-    """In place of each stack its slice; of those on the meta device only the shape is known."""
+    """Replace each stack by its slice; of stacks on the meta device only the shape is known."""
     from torch.distributed.device_mesh import init_device_mesh
 
     stacks = [m for m in model.modules() if "_is_expert_parallel" in m.__dict__]
@@ -73,7 +73,7 @@ def _own(parameter: nn.Parameter, mesh: Any, device: str | torch.device) -> nn.P
 
     each = len(parameter) // mesh.size()
     own = parameter.detach()[mesh.get_local_rank() * each :][:each]
-    # A copy, or the whole stack would be kept with it.
+    # A copy: a view would keep the whole stack in memory.
     own = own.clone() if own.is_meta else own.clone().to(device)
     shape, stride = parameter.shape, parameter.stride()
     sliced = DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)

@@ -159,8 +159,8 @@ def _fused_forward(
 
 
 def last_experts(model: PreTrainedModel) -> nn.Module | None:
-    """The experts of a model's last layer, behind which tokens have nothing to do with each other; None where
-    that layer has none."""
+    """The experts of a model's last layer, behind which no token depends on another; None where that layer
+    has none."""
     layers = getattr(model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         return None

@@ -1,10 +1,9 @@
-"""A gated expert MLP over rows grouped by expert, with gradients for LoRA factors, inputs and route weights.
+"""Gated expert MLP over rows grouped by expert, with gradients for LoRA factors, inputs and route weights.
 
-For the CPU. The experts' own weights are frozen, so no gradient of theirs is made. Each expert's rows go
-through the whole MLP on one thread (`actors.models.moe.threads`), gathered, multiplied and gated while they
-are in its cache; between experts nothing is shared, so any number of threads gives the same bits. What is
-kept for the backward pass is each row's gate and up values and its low-rank products, nothing of the hidden
-size.
+For the CPU. The experts' own weights are frozen and get no gradient. Each expert's rows go through the whole
+MLP on one thread (`actors.models.moe.threads`), gathered, multiplied and gated while they are in its cache;
+experts share nothing, so any number of threads gives the same bits. Each row's gate and up values and its
+low-rank products are kept for the backward pass, nothing of the hidden size.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class LowRank(NamedTuple):
 
 @dataclass(frozen=True)
 class Routes:
-    """Which expert each of M tokens' k choices goes to; S rows, one for each choice, stand sorted by expert.
+    """Routes of M tokens to k experts each, as S rows, one for each choice, sorted by expert.
 
     S is M * k, or less where some choices are of experts that other ranks hold.
     """
@@ -42,13 +41,13 @@ class Routes:
     order: Tensor
     """int64 (S,): the choice (token * k + place, of the M) that a sorted row is."""
     back: Tensor
-    """int64 (M, k): where each choice stands among the sorted rows; 0 for those of other ranks."""
+    """int64 (M, k): place of each choice among the sorted rows; 0 for those of other ranks."""
     spans: list[tuple[int, int]]
-    """First row and end of each expert's."""
+    """First row and end (exclusive) of each expert's rows."""
     wanted: Tensor | None
     """int64 (M,): tokens that are computed; None: all N."""
     here: Tensor | None = None
-    """float32 (M, k): 0 for choices of other ranks, 1 for the others; None: there are no others' ones."""
+    """float32 (M, k): 0 for choices of other ranks' experts, 1 for own ones; None: all are own."""
 
     @staticmethod
     def of(top_k_index: Tensor, n_experts: int, wanted: Tensor | None = None) -> Routes:
@@ -81,7 +80,7 @@ class Routes:
         return Routes(order // k, order, back.view(-1, k), list(zip([0, *ends], ends)), None, here)
 
     def by_size(self) -> list[int]:
-        """Experts that have rows, the largest first: threads then end at nearly the same time."""
+        """Experts that have rows, most rows first: threads then end at nearly the same time."""
         sizes = [end - first for first, end in self.spans]
         return sorted((e for e, size in enumerate(sizes) if size), key=lambda e: -sizes[e])
 

@@ -1,10 +1,10 @@
-"""Rollout routing replay: a trainer computes samples with the experts that the rollout engine chose for them.
+"""Rollout routing replay: the trainer computes samples with the experts that the engine chose for them.
 
 Engine and trainer hold the same weights but round differently, and where two experts are nearly as good for a
-token, rounding decides: then both compute with different experts, and their log-probabilities are far apart.
-With the engine's choice forced on the trainer only rounding remains (arXiv 2510.11370). What is replayed is
-the choice alone: the gates that weigh the chosen experts are computed from the trainer's own logits, in the
-way of the model's family, and gradients flow through them into the router.
+token, rounding decides: then they compute with different experts, and their log-probabilities differ much.
+With the engine's choice forced on the trainer, only differences of rounding remain (arXiv 2510.11370). Only
+the choice is replayed: the gates that weigh the chosen experts are computed from the trainer's own logits, by
+the architecture's own function, and gradients flow through them into the router.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _softmax_of_chosen(logits: Tensor, chosen: Tensor, config: PretrainedConfig)
 
 
 def _scaled_sigmoid(logits: Tensor, chosen: Tensor, config: PretrainedConfig) -> Tensor:
-    """DeepSeek-V3's: the correction bias has a say in the choice, not in gates (arXiv 2412.19437, eq. 16)."""
+    """DeepSeek-V3's: the correction bias changes the choice, but not the gates (arXiv 2412.19437, eq. 16)."""
     gates = logits.sigmoid().gather(1, chosen)
     if config.norm_topk_prob:
         gates = gates / (gates.sum(dim=-1, keepdim=True) + 1e-20)
@@ -80,7 +80,7 @@ GATES: Mapping[GateKind, Gates] = {
     "scaled_sigmoid": _scaled_sigmoid,
     "normalised_sigmoid": _normalised_sigmoid,
 }
-"""By `Router.gates`."""
+"""Value of `Router.gates` -> function."""
 
 
 class RouteReplay:
@@ -103,12 +103,12 @@ class RouteReplay:
         routers = routers_of(model, row.router.module)
         self.n_layers = len(routers)
         for layer, module in enumerate(routers.values()):
-            # Before all other hooks: what counts routes has to see those that are computed.
+            # Before all other hooks: those that count routes must see the replayed ones.
             module.register_forward_hook(self._hook(layer), prepend=True)
         self.reset()
 
     def force(self, experts: np.ndarray | None) -> None:
-        """What the next forward pass computes with, and a backward pass after it that recomputes layers.
+        """Set the experts of the next forward pass, and of a backward pass after it that recomputes layers.
 
         Args:
             experts: int64 (tokens, layers, top_k), in the order of the model's input; negative where the
@@ -120,7 +120,7 @@ class RouteReplay:
         self._experts = None if experts is None else self._checked(experts)
 
     def reset(self) -> None:
-        """Forget what `agreement` has counted: forward passes without gradient."""
+        """Set the counts of `agreement` to 0; forward passes without gradient are counted."""
         self._agreed, self._given = [0.0] * self.n_layers, 0
 
     def totals(self) -> Tensor:

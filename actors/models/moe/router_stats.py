@@ -1,4 +1,4 @@
-"""What the routers do: load per layer and expert, entropy, and the auxiliary loss where they train."""
+"""Statistics of the routers: load per layer and expert, entropy; and the auxiliary loss where they train."""
 
 from __future__ import annotations
 

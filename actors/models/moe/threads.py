@@ -1,8 +1,8 @@
 """Python threads that each compute with one thread of torch: for many products too small to be split.
 
-A product of 256 rows by 512 columns is done in a millisecond; cut into two, its halves wait for each other
-every time. Whole products dealt out to threads wait once, at the end. torch gives the interpreter's lock
-back while it computes.
+A product of 256 rows by 512 columns takes a millisecond; split in two, its halves wait for each other every
+time. With whole products shared out to threads, the threads wait once, at the end. torch releases the
+interpreter's lock while it computes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Tokens on their way to the experts of other ranks, and what those make of them on its way back.
+"""Dispatch of tokens to the experts of other ranks, and return of the experts' outputs (all-to-all).
 
 Each rank holds some experts of every layer and has tokens of its own. A token is sent once to every rank that
 holds an expert of its choice, with the weights of its choices there, and comes back as one row: the mixture
-of these experts. Gradients go the same ways backwards. All of it is collective: every rank has to come here
-equally often, with any number of tokens, for gradients too where any rank wants them.
+of these experts. Gradients go the same ways backwards. Every call is collective: all ranks have to make it,
+with any number of tokens, and the backward pass too where any rank wants gradients.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from actors.models.parallel.fsdp import is_sharded, own_slice
 
 @dataclass(frozen=True)
 class TokenDispatch:
-    """Which tokens of this rank go where, S in all, and which M come here; k choices each."""
+    """The exchange of one layer: S tokens that this rank sends, M that it receives, with k choices each."""
 
     experts: Tensor
-    """int64 (M, k): choices of the tokens that come here, counted from this rank's first expert; -1: one
-    of another rank."""
+    """int64 (M, k): choices of the received tokens, counted from this rank's first expert; -1: one of another
+    rank."""
     token: Tensor
-    """int64 (S,): which of this rank's tokens is sent, one rank's after the other's."""
+    """int64 (S,): index of each sent token among this rank's, ordered by receiving rank."""
     there: Tensor
-    """bool (S, k): choices that are the receiving rank's."""
+    """bool (S, k): choices whose expert the receiving rank holds."""
     sent: list[int]
     """Tokens sent to each rank."""
     received: list[int]
-    """Tokens that come from each rank."""
+    """Tokens received from each rank."""
     n_tokens: int
-    """Of this rank, sent or not."""
+    """Tokens of this rank, sent or not."""
     group: dist.ProcessGroup
 
     @staticmethod
     def of(
         top_k_index: Tensor, n_experts: int, group: dist.ProcessGroup, wanted: Tensor | None = None
     ) -> TokenDispatch:
-        """From int64 (N, k) experts of this rank's tokens; `wanted`, int64: only these tokens travel."""
+        """From int64 (N, k) experts of this rank's tokens; `wanted`, int64: only these tokens are sent."""
         index = top_k_index if wanted is None else top_k_index.index_select(0, wanted)
         ranks = dist.get_world_size(group)
         each = n_experts // ranks
@@ -67,12 +67,13 @@ class TokenDispatch:
         )
 
     def out(self, hidden: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Send (N, H) tokens and the (N, k) weights of their choices; (M, H) and (M, k) of those that come,
-        with a weight of zero where `experts` is -1."""
+        """Send (N, H) tokens and the (N, k) weights of their choices; returns (M, H) and (M, k) of the
+        received ones, with a weight of zero where `experts` is -1."""
         return _Out.apply(hidden, weights, self)
 
     def back(self, mixed: Tensor) -> Tensor:
-        """Send (M, H) back; (N, H): what came back of each own token, added up, zero for one not sent."""
+        """Send (M, H) outputs back; returns (N, H): the sum over ranks for each own token, zero for
+        one not sent."""
         return _Back.apply(mixed, self)
 
     def leave(self, rows: Tensor) -> Tensor:
@@ -87,7 +88,7 @@ class TokenDispatch:
             dtype=torch.promote_types(rows.dtype, torch.float32),
             device=rows.device,
         )
-        # One rank's rows are of different tokens, so that no order of adding is left open.
+        # Rows from one rank are of different tokens, so that the order of additions is fixed.
         for at, part in zip(self.token.split(self.sent), rows.split(self.sent), strict=True):
             total.index_add_(0, at, part.to(total.dtype))
         return total.to(rows.dtype)
@@ -99,7 +100,7 @@ def _exchanged(rows: Tensor, sent: list[int], received: list[int], group: dist.P
     return found
 
 
-# Two functions of one node each: on no rank can autograd leave out one of two messages, or turn them round.
+# One autograd node per direction: no rank can leave out one of its two messages, or swap them.
 class _Out(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weights: Tensor, dispatch: TokenDispatch) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from pipeline.data.reading.raw_rows import MAX_DEPTH, is_too_deep, problem_of
 
 _TRUE = frozenset({"true", "yes", "1", "1.0", "desirable", "good", "chosen", "positive"})
 _FALSE = frozenset({"false", "no", "0", "0.0", "undesirable", "bad", "rejected", "negative"})
-"""What csv files and the class names of `datasets` write for true and false, in small letters."""
+"""Words for true and false in csv files and in class names of `datasets`, in small letters."""
 
 
 def true_or_false(value: Any, where: str) -> bool:

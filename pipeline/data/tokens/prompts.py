@@ -24,7 +24,7 @@ class PromptData:
 
     prompts: list[Prompt]
     texts: list[str]
-    """What the model reads: the prompt through the chat template."""
+    """Texts that the model reads: prompts after the chat template."""
     token_ids: list[list[int]]
     columns: dict[str, list[Any]]
     """The rows' other columns, e.g. `answer`; None where a row lacks it."""

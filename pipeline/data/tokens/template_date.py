@@ -64,6 +64,6 @@ def keep_date(tokenizer: Any, directory: Path, write: bool = True) -> datetime |
     return date
 
 
-def said(date: datetime) -> str:
+def date_notice(date: datetime) -> str:
     """One line about it for the user."""
     return f"the chat template writes the date: all of this run sees {date:%Y-%m-%d %H:%M:%S}"

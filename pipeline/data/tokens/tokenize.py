@@ -31,7 +31,7 @@ from pipeline.data.reading.layouts import Kind
 from pipeline.data.reading.records import Record, Records
 from pipeline.data.tokens.encode import TokenRow, encode, token_ids_of
 from pipeline.data.tokens.row_texts import TextMaker
-from pipeline.data.tokens.truncation import Cut, Truncation
+from pipeline.data.tokens.truncation import Truncation, Truncator
 from pipeline.data.tokens.vocabulary import Vocabulary
 
 
@@ -148,7 +148,7 @@ def tokenize(
         raise ValueError(f"records are {records.kind!r} rows, not {kind or 'rows to train on'!r}")
     encoded = encoded or encode_rows(records, tokenizer, train_on)
     gate = copy.deepcopy(encoded.gate)  # this stage reports its rows, and so does the next one
-    cut, tails = Cut(max_length, truncation, records.kind), _Tails(tokenizer)
+    cut, tails = Truncator(max_length, truncation, records.kind), _Tails(tokenizer)
     vocabulary = Vocabulary(tokenizer, vocab_size)
     with_margins = scored and any(record.columns.get(MARGIN) is not None for record in records.rows)
     rows: list[TokenRow] = []
@@ -175,7 +175,7 @@ def tokenize(
     return TokenizedData(data, places, skipped, _stats(data, rows, encoded, cut))
 
 
-def _stats(data: Batch, rows: list[TokenRow], encoded: EncodedRows, cut: Cut) -> TokenStats:
+def _stats(data: Batch, rows: list[TokenRow], encoded: EncodedRows, cut: Truncator) -> TokenStats:
     return TokenStats(
         rows=len(rows),
         tokens=data.n_tokens,

@@ -13,7 +13,7 @@ from pipeline.data.tokens.encode import TokenRow
 Truncation = Literal["keep_start", "keep_end", "error"]
 
 
-class Cut:
+class Truncator:
     """Cuts rows at the limit and counts what it cut."""
 
     def __init__(self, max_length: int | None, truncation: Truncation, kind: Kind) -> None:
