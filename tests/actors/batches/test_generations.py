@@ -23,7 +23,7 @@ def test_a_seed_depends_on_run_step_prompt_and_sample_only() -> None:
     )
 
 
-def test_stages_and_attempts_draw_with_other_seeds() -> None:
+def test_stages_and_attempts_sample_with_other_seeds() -> None:
     """The first of them is the seed of evaluations: it has neither."""
     places = [("", 0), ("grpo", 0), ("ppo", 0), ("grpo", 1)]
     seeds = [sample_seed(1, 2, 3, 4, stage, attempt) for stage, attempt in places]

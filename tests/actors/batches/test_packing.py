@@ -102,7 +102,7 @@ def sequences_of(micro: MicroBatch) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("prompt", [7, SHORT + 5])
-def test_a_flat_row_has_a_shared_prompt_once_and_every_sequence_whole(prompt: int) -> None:
+def test_a_padding_free_row_has_a_shared_prompt_once_and_every_sequence_whole(prompt: int) -> None:
     batch = pairs(prompt, [(3, 5), (4, 4), (1, 6)])
     (micro,) = micro_batches(batch, 10**6, PADDING_FREE)
     assert micro.n_tokens == micro.input_ids.size == 3 * prompt + 23
@@ -120,7 +120,7 @@ def test_a_flat_row_has_a_shared_prompt_once_and_every_sequence_whole(prompt: in
 
 
 @pytest.mark.parametrize("prompt", [7, SHORT + 5])
-def test_each_position_of_a_flat_row_takes_its_attention_from_one_sequence(prompt: int) -> None:
+def test_each_position_of_a_padding_free_row_takes_its_attention_from_one_sequence(prompt: int) -> None:
     (micro,) = micro_batches(pairs(prompt, [(3, 5), (4, 4), (1, 6)]), 10**6, PADDING_FREE)
     assert micro.attention is not None
     places = np.concatenate(sequences_of(micro))

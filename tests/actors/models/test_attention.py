@@ -52,7 +52,7 @@ def logps_and_gradient(
 
 @pytest.mark.parametrize("model_type", architectures(PACKABLE))
 @pytest.mark.parametrize("share_prompts", [False, True])
-def test_a_flat_row_equals_padded_sequences(model_type, share_prompts, base_of) -> None:
+def test_a_padding_free_row_equals_padded_sequences(model_type, share_prompts, base_of) -> None:
     scorer = TokenScorer(load_base(ModelSpec(base=str(base_of(model_type)))))
     assert scorer.by_sequence
     batch = pairs(130)

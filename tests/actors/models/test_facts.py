@@ -1,4 +1,4 @@
-"""What a run has to know of its base, found out by whoever has torch."""
+"""Facts of a base: found by a process that has torch, for a driver without it."""
 
 from __future__ import annotations
 

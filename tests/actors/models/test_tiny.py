@@ -78,7 +78,7 @@ def test_the_same_seed_writes_the_same_base_and_disturbs_no_random_state(tmp_pat
     assert reloaded.apply_chat_template(CHAT, tokenize=False) == chat_text(CHAT)
 
 
-def test_installing_takes_the_base_and_leaves_what_lies_beside_it(tmp_path):
+def test_installing_takes_the_base_and_leaves_other_files_alone(tmp_path):
     source = write_tiny_base(tmp_path / "run", num_hidden_layers=1)
     (source / "manifest.json").write_text("{}")
     install_base(source, tmp_path / "assets")

@@ -1,4 +1,4 @@
-"""What ends a turn, by the template and by the base, and who is told."""
+"""Tokens that end a turn, by the template and by the base, reach engines, scores and merged models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each stage still needs, decided from the disk alone."""
+"""Decisions on what each stage still needs, from the disk alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `raylign inspect` shows of a source."""
+"""`raylign inspect` shows rows, tokens and loss mask of a source."""
 
 from __future__ import annotations
 

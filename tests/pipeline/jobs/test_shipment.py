@@ -1,4 +1,4 @@
-"""What a submitted job gets, and what is refused before a cluster is asked."""
+"""Contents of a submitted job, and refusals before a cluster is asked."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_results_and_environments_stay_here(project: Path) -> None:
     assert {"/runs/", "/.venv/", ".git/"} <= set(excludes)
 
 
-def test_this_package_travels_along_where_the_directory_lacks_it(project: Path, repository: Path) -> None:
+def test_this_package_is_shipped_where_the_directory_lacks_it(project: Path, repository: Path) -> None:
     assert [Path(p).name for p in plan(project).runtime_env["py_modules"]] == ["pipeline", "actors"]
     (project / "pipeline").mkdir()
     (project / "actors").mkdir()

@@ -1,4 +1,4 @@
-"""What a chart's heading and colours say."""
+"""Headings and colours of charts."""
 
 from __future__ import annotations
 

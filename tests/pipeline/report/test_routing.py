@@ -1,4 +1,4 @@
-"""What is read of an online stage's routers and of its processes' memory, and how it is coloured."""
+"""Router statistics and memory of an online stage: what is read of them, and its colours."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.report.timeline import Call, to_calls
 from pipeline.report.times import memory_bars
 
 
-def test_layers_stand_under_each_other_and_steps_beside_each_other() -> None:
+def test_layers_are_rows_and_steps_are_columns() -> None:
     rows: list[dict[str, Any]] = [
         {"step": 5, "trainer": [1.5, 2.5], "agreement": [1.0, 0.98]},
         {"step": 10, "trainer": [1.6, 2.6]},

@@ -38,7 +38,7 @@ def test_expert_loads_become_fair_shares(load: object, shares: list[list[float]]
     assert fair_share(load) == shares
 
 
-def test_metrics_group_into_charts_with_their_held_out_twins() -> None:
+def test_metrics_group_into_charts_with_their_held_out_counterparts() -> None:
     up, flat = Series([1, 2], [1.0, 2.0]), Series([1, 2], [0.0, 0.0])
     found, constants = charts(
         {"loss": up, "eval_loss": up, "moe/dead_experts": flat, "epoch": up, "odd/thing": up}
@@ -50,7 +50,7 @@ def test_metrics_group_into_charts_with_their_held_out_twins() -> None:
     assert constants == {"moe/dead_experts": 0.0}
 
 
-def test_a_figure_logged_once_is_a_point_beside_its_twin_and_no_chart_of_its_own() -> None:
+def test_a_figure_logged_once_is_a_point_next_to_its_counterpart_and_no_chart_of_its_own() -> None:
     found, constants = charts(
         {"loss": Series([1, 2], [2.0, 1.0]), "eval_loss": Series([2], [1.5]), "kl": Series([1], [0.0])}
     )

@@ -1,4 +1,4 @@
-"""Who worked when, and who waited for whom. Times are small numbers instead of seconds since the epoch."""
+"""Work and waiting of each process over time. Times are small numbers instead of seconds since the epoch."""
 
 from __future__ import annotations
 

@@ -62,14 +62,14 @@ def logits(model: Any) -> torch.Tensor:
         ("normalised_sigmoid", {}, [0.4342, 0.5658]),
     ],
 )
-def test_gates_of_given_experts_are_made_as_the_family_does(
+def test_gates_of_given_experts_are_made_as_the_architecture_does(
     kind: GateKind, config: dict[str, Any], expected: list[float]
 ) -> None:
     gates = GATES[kind](LOGITS, torch.tensor([[0, 2]]), cast(Any, SimpleNamespace(**config)))
     np.testing.assert_allclose(gates[0].numpy(), expected, atol=5e-5)
 
 
-def test_every_way_of_making_gates_has_a_family_among_the_fast_tests() -> None:
+def test_every_way_of_making_gates_has_an_architecture_among_the_fast_tests() -> None:
     kinds = [row.router.gates for name in EACH_KIND if (row := ARCHITECTURES[name]).router is not None]
     assert sorted(map(str, kinds)) == sorted(GATES)
 
@@ -153,7 +153,7 @@ def test_experts_of_another_model_are_refused() -> None:
         replay.force(np.zeros((18, 3, 2), np.int64))
 
 
-def test_families_whose_experts_cannot_be_replayed_are_refused_with_the_reason() -> None:
+def test_architectures_whose_experts_cannot_be_replayed_are_refused_with_the_reason() -> None:
     assert set(ARCHITECTURES) - set(FAMILIES) == {
         "llama", "mistral", "qwen2", "qwen3", "phimoe", "dbrx", "qwen3_next"
     }  # fmt: skip

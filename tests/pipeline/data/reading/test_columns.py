@@ -1,4 +1,4 @@
-"""Which columns hold what: `columns:` goes first, every row is looked at, and hints come true."""
+"""Columns of a layout: `columns:` goes first, every row is looked at, and proposals in messages work."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def test_an_sft_layout_is_recognised_and_asks_two_plus_two(tmp_path: Path, layou
 
 
 @pytest.mark.parametrize("layout", SFT)
-def test_any_sft_layout_serves_as_prompts_with_the_answer_beside(tmp_path: Path, layout: str) -> None:
+def test_any_sft_layout_serves_as_prompts_with_the_answer_as_a_column(tmp_path: Path, layout: str) -> None:
     record = load(tmp_path, [SFT[layout]], "prompt")[0]
     assert (record.prompt, record.answers, record.columns["answer"]) == ([USER], (), "4")
 

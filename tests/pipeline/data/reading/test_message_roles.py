@@ -1,4 +1,4 @@
-"""Who speaks: the names of roles that data sets use are mapped, or the row is named with its role."""
+"""Roles of messages: names that data sets use are mapped, or the row is named with its role."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which files a split of a folder or pattern is: what `datasets` says, or a refusal."""
+"""Files of a split of a folder or pattern: those that `datasets` would take, or a refusal."""
 
 from __future__ import annotations
 

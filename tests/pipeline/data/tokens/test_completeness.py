@@ -1,4 +1,4 @@
-"""What a row says is in the text that the chat template makes of it, or the row is named."""
+"""A chat template renders a row whole, or the row is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What counts in the loss: the assistant's words and its end-of-turn token, nothing else."""
+"""Loss masks: the assistant's words and its end-of-turn token are trained, nothing else."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def test_weights_are_shares_and_no_row_is_repeated(tmp_path: Path) -> None:
     assert [use.rows_used for use in mixture(tmp_path, [300, 100], [0.9, 0.1]).sources] == [300, 33]
 
 
-def test_a_weighted_mixture_is_spread_evenly_and_drawn_from_the_seed(tmp_path: Path) -> None:
+def test_a_weighted_mixture_is_spread_evenly_and_chosen_by_the_seed(tmp_path: Path) -> None:
     records = mixture(tmp_path, [90, 30], [2, 1])
     assert sum(r.source for r in records.rows[:30]) == 10
     again, other = mixture(tmp_path, [90, 30], [2, 1]), mixture(tmp_path, [90, 30], [2, 1], seed=1)
