@@ -1,4 +1,4 @@
-"""Tokenizes texts: token ids and loss masks, row by row."""
+"""Tokenises texts: token ids and loss masks, row by row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Renders records as the texts that are tokenized, with the part of each that is trained."""
+"""Renders records as the texts that are tokenised, with the part of each that is trained."""
 
 from __future__ import annotations
 

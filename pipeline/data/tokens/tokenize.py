@@ -1,7 +1,7 @@
-"""Tokenizes records: token ids and loss masks, in columns.
+"""Tokenises records: token ids and loss masks, in columns.
 
-Rows with a prompt and one answer are tokenized as TRL 1.16's SFTTrainer and DPOTrainer do it: prompt and
-prompt + answer each on their own; the answer begins where the two differ. Whole conversations are tokenized
+Rows with a prompt and one answer are tokenised as TRL 1.16's SFTTrainer and DPOTrainer do it: prompt and
+prompt + answer each on their own; the answer begins where the two differ. Whole conversations are tokenised
 once, and the assistant's turns are trained (TRL's `assistant_only_loss`).
 """
 
@@ -37,7 +37,7 @@ from pipeline.data.tokens.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class TokenStats:
-    """Counts of a tokenized data set, for `inspect` and the run's log."""
+    """Counts of a tokenised data set, for `inspect` and the run's log."""
 
     rows: int
     tokens: int
