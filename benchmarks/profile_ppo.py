@@ -122,7 +122,7 @@ def update_by_kind(workload: OnlineWorkload, base: Path) -> tuple[dict[str, floa
     lora = LoraSpec(r=LORA_R, lora_alpha=LORA_ALPHA, targets=["attention", "experts"])
     host = ModelHost(HostSpec(model=ModelSpec(base=str(base), lora=lora), threads=1))
     host.add_adapter("policy")
-    host.prepare_training("policy", OptimSpec(learning_rate=1e-5), 100)
+    host.updates.prepare_training("policy", OptimSpec(learning_rate=1e-5), 100)
     generator = np.random.default_rng(0)
     samples = SAMPLES[workload.name] // 2
     answers = np.clip(generator.geometric(1 / max(workload.mean, 4.0), samples), 1, workload.limit)
@@ -131,16 +131,16 @@ def update_by_kind(workload: OnlineWorkload, base: Path) -> tuple[dict[str, floa
     ids = [generator.integers(3, 256, p + a) for p, a in zip(prompts, answers)]
     masks = [np.arange(p + a) >= p for p, a in zip(prompts, answers)]
     batch = Batch.from_sequences(ids, masks)
-    logps = host.token_logprobs(batch, "policy")
+    logps = host.scores.token_logprobs(batch, "policy")
     batch = batch.with_token_columns(
         old_logps=logps, ref_logps=logps, advantages=generator.normal(size=len(logps)),
         mask=np.ones(len(logps), bool), engine_logps=logps,
     )  # fmt: skip
     batch = batch.with_columns(tokens_per_step=np.full(samples, float(len(logps))))
     loss = PolicyLoss()
-    host.update(batch, loss, 0, "policy")
+    host.updates.update(batch, loss, 0, "policy")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        host.update(batch, loss, 1, "policy")
+        host.updates.update(batch, loss, 1, "policy")
     found: dict[str, float] = defaultdict(float)
     for event in profiler.key_averages():
         kind = next((kind for kind, parts in KINDS if any(part in event.key for part in parts)), "the rest")

@@ -105,7 +105,7 @@ def work(roles: tuple[str, ...], workload: str, base: Path) -> None:
         if role in ("critic", "reward"):
             host.add_head(role, "normal")
         if trains:
-            host.prepare_training(role, OptimSpec(), STEPS, keep=True)
+            host.updates.prepare_training(role, OptimSpec(), STEPS, keep=True)
     todo = WORKLOADS[workload]
     source = batches(todo, make_rows(todo, STEPS * todo.batch_rows, base))
     for step in range(STEPS):
@@ -113,15 +113,15 @@ def work(roles: tuple[str, ...], workload: str, base: Path) -> None:
         returns = np.zeros(int(batch.loss_mask.sum()))
         for role in ("policy", "reference"):
             if role in roles:
-                host.token_logprobs(batch, role)
+                host.scores.token_logprobs(batch, role)
         if "reward" in roles:
-            host.scores(batch, "reward")
+            host.scores.scores(batch, "reward")
         if "policy" in roles:
-            host.update(batch, SftLoss(), step, "policy")
+            host.updates.update(batch, SftLoss(), step, "policy")
         if "critic" in roles:
-            host.values(batch, "critic")
+            host.scores.values(batch, "critic")
             valued = batch.with_token_columns(returns=returns, old_values=returns)
-            host.update(valued, ValueLoss(), step, "critic")
+            host.updates.update(valued, ValueLoss(), step, "critic")
     print("done", flush=True)
     time.sleep(TIMEOUT_S)
 

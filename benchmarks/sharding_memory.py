@@ -124,14 +124,14 @@ def work(rank: int, lora: bool, sharding: Any, workload: str, base: str, init: s
     role = "policy" if lora else None
     if role:
         host.add_adapter(role)
-    host.prepare_training(role, OptimSpec(), STEPS)
+    host.updates.prepare_training(role, OptimSpec(), STEPS)
     todo = WORKLOADS[workload]
     source = batches(todo, make_rows(todo, STEPS * todo.batch_rows, Path(base)))
     began = 0.0
     for step in range(STEPS):
         if step == 1:
             began = time.process_time()
-        host.update(next(source), SftLoss(), step)
+        host.updates.update(next(source), SftLoss(), step)
     cpu_seconds = time.process_time() - began
     held, steps_peak = memory.since_start()
     host.close()

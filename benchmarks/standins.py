@@ -99,6 +99,7 @@ class Trainer:
 
     def __init__(self) -> None:
         self.weight_source = _Source()
+        self.scores = self.updates = self
 
     def token_logprobs(self, batch: Any, role: str | None, temperature: float = 1.0) -> np.ndarray:
         return np.full(int(batch.loss_mask.sum()), LOGP)

@@ -163,7 +163,7 @@ def _account(run_dir: Path, began: float, seen: dict[str, float], cpu: dict[str,
         trace.stem: [json.loads(line) for line in trace.read_text().splitlines()]
         for trace in sorted((run_dir / "logs" / "trace").glob("*.jsonl"))
     }
-    until = next(line["end"] for line in lines["policy-0"] if line["method"] == "update")
+    until = next(line["end"] for line in lines["policy-0"] if line["phase"] == "update")
     calls = {
         who: [
             [line["method"], round(line["start"] - began, 2), round(line["end"] - began, 2)]

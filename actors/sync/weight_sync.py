@@ -290,7 +290,7 @@ class WeightSync(Phases):
     def _trainer_logps(self, role: str | None) -> Callable[[], list[np.ndarray]]:
         """The trainer's log-probabilities of each probe's tokens; asked for at once."""
         batch = _probe_batch(self._probes, self._starts)
-        logps = self.policy.submit("token_logprobs", batch, role, phase="sync")
+        logps = self.policy.submit("scores.token_logprobs", batch, role, phase="sync")
         cuts = np.cumsum(batch.label_counts)[:-1]
         return lambda: np.split(logps.result()[0], cuts)
 

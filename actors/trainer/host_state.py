@@ -1,84 +1,133 @@
-"""What the parts of a `ModelHost` share; `actors.trainer.model_host` puts them together."""
+"""Shared state of a `ModelHost`: the model with its adapters and heads, and the ranks that it is on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import replace
+from typing import Literal
 
-import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from actors.errors import InvariantViolation
-from actors.models.architectures.lookup import Architecture
+from actors.errors import InvariantViolation, UserError
+from actors.models.architectures.lookup import architecture_of
+from actors.models.base.loading import load_base
+from actors.models.base.resolving import ResolvedBase
 from actors.models.lora import adapters
+from actors.models.moe.router_replay import RouteReplay
+from actors.models.moe.router_stats import RouterStats, aux_loss_coef
 from actors.models.parallel.fsdp import is_sharded, reshard
 from actors.trainer.forward_backward import PassRunner
 from actors.trainer.process_groups import Ranks
 from actors.trainer.spec import HostSpec
-from actors.trainer.train_state import Training
+from actors.trainer.token_scorer import TokenScorer
 
 START_ADAPTER = "start"
 """Adapter that holds what `model.base` names, when that is an adapter directory."""
 
 
-class HostParts:
-    """One rank of a host, as each of its parts sees it."""
+class HostState:
+    """One rank's model. `ModelHost` owns it and changes what it holds; the parts compute with it."""
 
-    spec: HostSpec
-    architecture: Architecture
-    base: Any
-    """The transformers model, its layers wrapped by PEFT once there is an adapter."""
-    model: Any
-    """The PeftModel around `base`, or `base` itself without adapters."""
-    config: Any
-    ranks: Ranks
-    runner: PassRunner
-    heads: dict[str, nn.Linear]
-    """Scalar heads by role."""
-    _trainings: dict[str | None, Training]
-    """By role; the last prepared one is last."""
-    _loads: dict[str | None, np.ndarray]
-    """Tokens per expert by role; of the last one that was updated last."""
-    _agreement: np.ndarray | None
-    """Of `HostScoring.route_agreement`."""
-    _dropouts: list[nn.Dropout]
+    def __init__(self, spec: HostSpec, resolved: ResolvedBase, ranks: Ranks) -> None:
+        """Load the base, frozen and in evaluation mode."""
+        assert resolved.config is not None
+        self.spec, self.ranks = spec, ranks
+        self.architecture = architecture_of(resolved.config)
+        holds_slices = spec.sharding != "none" and ranks.world_size > 1
+        split: Literal["layers", "experts"] = "experts" if spec.sharding == "experts" else "layers"
+        self.base: PreTrainedModel = load_base(
+            spec.model, spec.device, spec.seed, ranks.world_size if holds_slices else 1, split, ranks.mesh
+        )
+        """The transformers model, its layers wrapped by PEFT once there is an adapter."""
+        self.base.requires_grad_(False)
+        self.model: PreTrainedModel | PeftModel = self.base
+        """The PeftModel around `base`, or `base` itself without adapters."""
+        self.config = self.base.config
+        self.heads: dict[str, nn.Linear] = {}
+        """Scalar heads by role."""
+        self.runner = self._runner(lockstep=holds_slices)
+        self.find_dropouts()
+        self.base.eval()
+
+    def _runner(self, lockstep: bool) -> PassRunner:
+        spec, scorer = self.spec, TokenScorer(self.base)
+        runner = PassRunner(
+            scorer,
+            RouterStats(self.base),
+            self.ranks,
+            aux_loss_coef(spec.model, self.config),
+            self._packs(spec.packing, scorer),
+            spec.max_tokens_per_micro_batch,
+            self.config.hidden_size,
+            spec.seed,
+            torch.device(spec.device),
+            lockstep=lockstep,
+        )
+        if spec.model.moe.router_replay == "rollout":
+            scorer.replay = RouteReplay(self.base)
+        return runner
+
+    def _packs(self, asked: bool | str, scorer: TokenScorer) -> bool:
+        packs = self.architecture.packs
+        packable = packs == "bins" or (packs == "padding_free" and scorer.by_sequence)
+        if asked is True and not packable:
+            raise UserError(
+                f"packing: {self.architecture.model_type} mixes packed sequences; set packing: auto"
+            )
+        return packable if asked == "auto" else bool(asked)
+
+    def set_batching(self, packing: bool | str, max_tokens_per_micro_batch: int) -> None:
+        """As `ModelHost.set_batching`."""
+        packs = self._packs(packing, self.runner.scorer)
+        self.runner = replace(self.runner, packing=packs, max_tokens=max_tokens_per_micro_batch)
 
     @property
-    def _who(self) -> str:
+    def who(self) -> str:
+        """Name of this rank in errors."""
         return f"host rank {self.ranks.rank}"
 
     @property
     def sharded(self) -> bool:
-        """Whether ranks hold slices of the base; every pass and every look at weights is then collective."""
+        """Ranks hold slices of the base: every pass and every look at weights is then collective."""
         return self.runner.lockstep or self.ranks.tensor_parallel_size > 1
 
-    def _as(self, role: str | None) -> AbstractContextManager[None]:
-        """Run as an adapter; None is the model as it was given, with its adapter if it had one."""
+    def as_role(self, role: str | None) -> AbstractContextManager[None]:
+        """Compute as an adapter; None is the model as it was given, with its adapter if it had one."""
         if role is None and START_ADAPTER in adapters.adapter_names(self.model):
             role = START_ADAPTER
         return adapters.role(self.model, role)
 
-    def _set_mode(self, train: bool, dropout: bool = False) -> None:
+    def find_dropouts(self) -> None:
+        """Note where dropout happens; a new adapter brings its own."""
+        self._dropouts = [module for module in self.base.modules() if isinstance(module, nn.Dropout)]
+
+    def set_mode(self, train: bool, dropout: bool = False) -> None:
         """Walk the modules only when the mode changes: it costs a millisecond."""
         if self.model.training != train:
             self.model.train(train)
         for module in self._dropouts:
             module.training = train and dropout
 
-    def _settle(self) -> None:
+    def free_gathered(self) -> None:
         """Give back what a pass over a sharded base left gathered."""
         if self.sharded:
             reshard(self.base)
 
-    def _check_replicas(self, parameters: Iterable[Tensor]) -> None:
+    def check_replicas(self, parameters: Iterable[Tensor]) -> None:
         """Ranks hold replicas of what is not sharded; a drift would otherwise show in nothing but worse
-        results."""
+        results.
+
+        Raises:
+            InvariantViolation: they differ.
+        """
         replicas = [p for p in parameters if not is_sharded(p)]
         if self.ranks.world_size == 1 or not replicas:
             return
         with torch.no_grad():
             sums = torch.stack([p.double().sum() for p in replicas])
         if not self.ranks.agree(sums):
-            raise InvariantViolation(self._who, "save", "the ranks hold different weights", "report this")
+            raise InvariantViolation(self.who, "save", "the ranks hold different weights", "report this")

@@ -1,6 +1,6 @@
 """ModelHost: one base model with named adapters on one rank, and all that is done with it.
 
-Every rank of a host is given the whole global batch and takes its own share of rows; tensor-parallel ranks
+Every rank of a group is given the whole global batch and takes its own share of rows; tensor-parallel ranks
 take the same. Losses divide by totals of the global batch and gradients are summed over ranks, so one rank
 and many do the same step. Policy, reference, critic and reward model are views: an adapter, with or without
 a scalar head, or the bare base.
@@ -8,38 +8,42 @@ a scalar head, or the bare base.
 
 from __future__ import annotations
 
+import resource
 import tempfile
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from actors.errors import UserError
-from actors.models.architectures.lookup import architecture_of
-from actors.models.base.loading import load_base, resolve_base
+from actors.models.base.loading import resolve_base
 from actors.models.lora import adapters
 from actors.models.lora.heads import HeadInit, make_head
-from actors.models.moe.router_replay import RouteReplay
-from actors.models.moe.router_stats import RouterStats, aux_loss_coef
-from actors.models.parallel import fsdp as sharding
-from actors.trainer.forward_backward import PassRunner
-from actors.trainer.host_state import START_ADAPTER
+from actors.models.parallel.fsdp import shard_with_layers
+from actors.trainer.host_state import START_ADAPTER, HostState
 from actors.trainer.process_groups import Ranks
-from actors.trainer.saving import HostFiles
-from actors.trainer.scores import HostScoring
+from actors.trainer.saving import Saving
+from actors.trainer.scores import Scores
 from actors.trainer.spec import HostSpec
-from actors.trainer.token_scorer import TokenScorer
-from actors.trainer.torch_setup import _configure_torch
-from actors.trainer.updates import HostTraining
+from actors.trainer.torch_setup import configure_torch
+from actors.trainer.updates import Updates
 from actors.trainer.weight_source import WeightSource
 
 __all__ = ["START_ADAPTER", "ModelHost"]
 
 
-class ModelHost(HostTraining, HostScoring, HostFiles):
-    """One rank of a host. Methods are collective: call each on every rank with the same arguments."""
+class ModelHost:
+    """The model of one rank: adapters come and go here, the parts do the rest.
+
+    All calls are collective: make each on every rank with the same arguments, as
+    `actors.trainer.remote.ModelWorkers` does.
+    """
+
+    updates: Updates
+    scores: Scores
+    saving: Saving
+    weight_source: WeightSource
 
     def __init__(
         self,
@@ -54,53 +58,16 @@ class ModelHost(HostTraining, HostScoring, HostFiles):
         Raises:
             UserError: the base can't be used, or packing was asked for where it is wrong.
         """
-        _configure_torch(spec)
-        self.spec = spec
+        configure_torch(spec)
         resolved = resolve_base(spec.model).checked()
-        assert resolved.config is not None
-        self.architecture = architecture_of(resolved.config)
-        self.ranks = Ranks(rank, world_size, init_method, timeout_s, spec.device, spec.tensor_parallel_size)
-        sharded = spec.sharding != "none" and world_size > 1
-        split: Literal["layers", "experts"] = "experts" if spec.sharding == "experts" else "layers"
-        self.base = load_base(
-            spec.model, spec.device, spec.seed, world_size if sharded else 1, split, self.ranks.mesh
-        )
-        self.config = self.base.config
-        self.base.requires_grad_(False)
-        self.model: Any = self.base
-        scorer = TokenScorer(self.base)
-        self.runner = PassRunner(
-            scorer,
-            RouterStats(self.base),
-            self.ranks,
-            aux_loss_coef(spec.model, self.config),
-            self._packing(spec.packing, scorer),
-            spec.max_tokens_per_micro_batch,
-            self.config.hidden_size,
-            spec.seed,
-            torch.device(spec.device),
-            lockstep=sharded,
-        )
-        if spec.model.moe.router_replay == "rollout":
-            self.runner.scorer.replay = RouteReplay(self.base)
-        self._dropouts = [m for m in self.base.modules() if isinstance(m, nn.Dropout)]
-        self.heads = {}
-        self._trainings = {}
-        self._loads = {}
-        self._agreement = None
-        self.weight_source = WeightSource(self, leads=rank == 0, sharded=self.sharded)
-        self.base.eval()
+        ranks = Ranks(rank, world_size, init_method, timeout_s, spec.device, spec.tensor_parallel_size)
+        self.state = HostState(spec, resolved, ranks)
+        self.scores = Scores(self.state)
+        self.updates = Updates(self.state, self.scores)
+        self.saving = Saving(self.state, self.updates)
+        self.weight_source = WeightSource(self.state, leads=rank == 0, sharded=self.state.sharded)
         if resolved.adapter_path is not None:
             self.add_adapter(START_ADAPTER, resolved.adapter_path, trainable=False)
-
-    def _packing(self, asked: bool | str, scorer: TokenScorer) -> bool:
-        packs = self.architecture.packs
-        packable = packs == "bins" or (packs == "padding_free" and scorer.by_sequence)
-        if asked is True and not packable:
-            raise UserError(
-                f"packing: {self.architecture.model_type} mixes packed sequences; set packing: auto"
-            )
-        return packable if asked == "auto" else bool(asked)
 
     def set_batching(self, packing: bool | str, max_tokens_per_micro_batch: int) -> None:
         """How the next stage's batches are cut up; the base stays as it is.
@@ -108,11 +75,43 @@ class ModelHost(HostTraining, HostScoring, HostFiles):
         Raises:
             UserError: packing was asked for where the architecture mixes packed sequences.
         """
-        self.runner = replace(
-            self.runner,
-            packing=self._packing(packing, self.runner.scorer),
-            max_tokens=max_tokens_per_micro_batch,
-        )
+        self.state.set_batching(packing, max_tokens_per_micro_batch)
+
+    def frozen_digest(self) -> str:
+        """Digest of everything that training must not change, other roles' heads included.
+
+        The same with and without sharding; collective with it.
+        """
+        heads = {f"head of {role}": head for role, head in self.state.heads.items()}
+        return adapters.frozen_digest(nn.ModuleDict({"model": self.state.model, **heads}))
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for logs and reports."""
+        state = self.state
+        trained = [p for training in self.updates.trainings.values() for p in training.parameters.values()]
+        return {
+            "architecture": state.architecture.model_type,
+            "parameters": sum(p.numel() for p in state.base.parameters()),
+            "trainable_parameters": sum(p.numel() for p in trained),
+            "adapters": adapters.adapter_names(state.model),
+            "heads": list(state.heads),
+            "dtype": state.spec.model.dtype,
+            "device": state.spec.device,
+            "packing": state.runner.packing,
+            "experts_implementation": getattr(state.config, "_experts_implementation", None),
+            "aux_loss_coef": state.runner.aux_coef,
+            "rank": state.ranks.rank,
+            "world_size": state.ranks.world_size,
+            "sharding": state.spec.sharding if state.sharded else "none",
+            "tensor_parallel_size": state.ranks.tensor_parallel_size,
+            "threads": torch.get_num_threads(),
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+
+    def close(self) -> None:
+        """Leave the group of ranks, and let engines go."""
+        self.weight_source.close()
+        self.state.ranks.close()
 
     # --- Adapters -------------------------------------------------------------------------------
 
@@ -125,64 +124,65 @@ class ModelHost(HostTraining, HostScoring, HostFiles):
         Raises:
             UserError: the adapter doesn't fit the base, or the model has no LoRA settings.
         """
-        if path is None and START_ADAPTER in adapters.adapter_names(self.model):
+        state = self.state
+        if path is None and START_ADAPTER in adapters.adapter_names(state.model):
             self.copy_adapter(START_ADAPTER, name, trainable)
             return
-        lora = self.spec.model.lora
+        lora = state.spec.model.lora
         if path is None and lora is None:
             raise UserError(f"model.lora is null, so there is no adapter '{name}' to make")
-        impl = lora.expert_impl if lora is not None else "auto"
-        if self.model is self.base:
-            # From here on the base is wrapped; PEFT freezes it.
-            if path is None:
-                assert lora is not None
-                self.model = adapters.attach_lora(self.base, lora, name, self.spec.seed)
-            else:
-                self.model = adapters.attach_saved(
-                    self.base, path, name, trainable=trainable, expert_impl=impl
-                )
-            if self.spec.model.gradient_checkpointing:
-                adapters.enable_gradient_checkpointing(self.model)
+        if state.model is state.base:
+            self._wrap(name, path, trainable)
         else:
             source: Any = path if path is not None else lora
-            adapters.add_adapter(self.model, name, source, trainable=trainable, seed=self.spec.seed)
-        if self.sharded and self.spec.sharding == "full":
-            sharding.shard_with_layers(self.base, adapters.adapter_parameters(self.model, name))
+            adapters.add_adapter(state.model, name, source, trainable=trainable, seed=state.spec.seed)
+        if state.sharded and state.spec.sharding == "full":
+            shard_with_layers(state.base, adapters.adapter_parameters(state.model, name))
         head = adapters.read_head(path) if path is not None else None
         if head is not None:
             self._set_head(name, head)
-        self._dropouts = [m for m in self.base.modules() if isinstance(m, nn.Dropout)]
-        self._set_mode(train=False)
+        state.find_dropouts()
+        state.set_mode(train=False)
+
+    def _wrap(self, name: str, path: str | Path | None, trainable: bool) -> None:
+        """Put PEFT around the base, with a first adapter; PEFT freezes the base."""
+        state, lora = self.state, self.state.spec.model.lora
+        if path is None:
+            assert lora is not None
+            state.model = adapters.attach_lora(state.base, lora, name, state.spec.seed)
+        else:
+            impl = lora.expert_impl if lora is not None else "auto"
+            state.model = adapters.attach_saved(state.base, path, name, trainable=trainable, expert_impl=impl)
+        if state.spec.model.gradient_checkpointing:
+            adapters.enable_gradient_checkpointing(state.model)
 
     def copy_adapter(self, source: str, target: str, trainable: bool = False) -> None:
         """Set `target` to the weights of `source`, its head included; it is added if it isn't there."""
-        if target in adapters.adapter_names(self.model):
-            adapters.copy_adapter_weights(self.model, source, target)
+        state = self.state
+        if target in adapters.adapter_names(state.model):
+            adapters.copy_adapter_weights(state.model, source, target)
         else:
             with tempfile.TemporaryDirectory(prefix="raylign-adapter-") as directory:
-                adapters.save_adapter(self.model, source, directory)
+                adapters.save_adapter(state.model, source, directory)
                 self.add_adapter(target, directory, trainable)
-        if source in self.heads:
-            self._set_head(target, self.heads[source].weight)
+        if source in state.heads:
+            self._set_head(target, state.heads[source].weight)
 
     def add_head(self, role: str, init: HeadInit = "zero") -> None:
         """Give an adapter a fresh scalar head that trains with it; one that it has already is kept.
 
         `normal` is drawn from N(0, initializer_range) by the host's seed, as transformers does it.
         """
-        if role not in self.heads:
-            self._set_head(role, make_head(self.config, init, self.spec.seed, self.spec.device).weight)
+        state = self.state
+        if role not in state.heads:
+            self._set_head(role, make_head(state.config, init, state.spec.seed, state.spec.device).weight)
 
     def _set_head(self, role: str, weight: torch.Tensor) -> None:
         """Set or add a head; one that is there stays the same object, as an optimizer may hold it."""
-        if role not in adapters.adapter_names(self.model):
+        state = self.state
+        if role not in adapters.adapter_names(state.model):
             raise KeyError(f"no adapter '{role}' to give a head to")
-        if role not in self.heads:
-            self.heads[role] = make_head(self.config, "zero", 0, self.spec.device)
+        if role not in state.heads:
+            state.heads[role] = make_head(state.config, "zero", 0, state.spec.device)
         with torch.no_grad():
-            self.heads[role].weight.copy_(weight)
-
-    def close(self) -> None:
-        """Leave the group of ranks, and let engines go."""
-        self.weight_source.close()
-        self.ranks.close()
+            state.heads[role].weight.copy_(weight)

@@ -79,21 +79,23 @@ class ModelWorkers:
         self, role: str | None, spec: OptimSpec, total_steps: int, keep: bool = False
     ) -> dict[str, int]:
         sizes: dict[str, int] = self.group.call(
-            "prepare_training", role, spec, total_steps, keep, phase="load"
+            "updates.prepare_training", role, spec, total_steps, keep, phase="load"
         )[0]
         return sizes
 
     def update(
         self, batch: SharedBatch, loss: Loss, step: int, role: str | None = None
     ) -> GroupFuture[dict[str, float]]:
-        return self.group.submit("update", batch, loss, step, role, phase="update")
+        return self.group.submit("updates.update", batch, loss, step, role, phase="update")
 
     def evaluate(self, batch: SharedBatch, loss: Loss, role: str | None) -> dict[str, float]:
-        metrics: dict[str, float] = self.group.call("evaluate", batch, loss, role, phase="evaluate")[0]
+        metrics: dict[str, float] = self.group.call("updates.evaluate", batch, loss, role, phase="evaluate")[
+            0
+        ]
         return metrics
 
     def router_load(self, role: str | None = None) -> np.ndarray | None:
-        load: np.ndarray | None = self.group.call_rank(0, "router_load", role)
+        load: np.ndarray | None = self.group.call_rank(0, "updates.router_load", role)
         return load
 
     # --- Scores ---------------------------------------------------------------------------------
@@ -101,36 +103,36 @@ class ModelWorkers:
     def token_logprobs(
         self, batch: SharedBatch, role: str | None, temperature: float = 1.0
     ) -> GroupFuture[np.ndarray]:
-        return self.group.submit("token_logprobs", batch, role, temperature, phase="logprobs")
+        return self.group.submit("scores.token_logprobs", batch, role, temperature, phase="logprobs")
 
     def logprobs(
         self, batch: SharedBatch, role: str | None, ld_alpha: float | None = None
     ) -> GroupFuture[np.ndarray]:
-        return self.group.submit("logprobs", batch, role, ld_alpha, phase="logprobs")
+        return self.group.submit("scores.logprobs", batch, role, ld_alpha, phase="logprobs")
 
     def values(self, batch: SharedBatch, role: str) -> GroupFuture[np.ndarray]:
-        return self.group.submit("values", batch, role, phase="logprobs")
+        return self.group.submit("scores.values", batch, role, phase="logprobs")
 
     def scores(
         self, batch: SharedBatch, role: str, *, phase: Literal["logprobs", "evaluate"] = "logprobs"
     ) -> GroupFuture[np.ndarray]:
-        return self.group.submit("scores", batch, role, phase=phase)
+        return self.group.submit("scores.scores", batch, role, phase=phase)
 
     def route_agreement(self) -> np.ndarray | None:
-        agreement: np.ndarray | None = self.group.call_rank(0, "route_agreement")
+        agreement: np.ndarray | None = self.group.call_rank(0, "scores.route_agreement")
         return agreement
 
     # --- Saving ---------------------------------------------------------------------------------
 
     def save_adapter(self, role: str, directory: str | Path) -> None:
-        self.group.call("save_adapter", role, directory, phase="save")
+        self.group.call("saving.save_adapter", role, directory, phase="save")
 
     def save_model(self, directory: str | Path) -> None:
-        self.group.call("save_model", directory, phase="save")
+        self.group.call("saving.save_model", directory, phase="save")
 
     def save_checkpoint(self, directory: str | Path, role: str | None = None) -> None:
-        self.group.call("save_checkpoint", directory, role, phase="save")
+        self.group.call("saving.save_checkpoint", directory, role, phase="save")
 
     def load_checkpoint(self, directory: str | Path, role: str | None = None) -> int:
-        steps: int = self.group.call("load_checkpoint", directory, role, phase="restore")[0]
+        steps: int = self.group.call("saving.load_checkpoint", directory, role, phase="restore")[0]
         return steps

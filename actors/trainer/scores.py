@@ -1,4 +1,4 @@
-"""What a host computes without training: log-probabilities, values, scores."""
+"""Log-probabilities, values and scores: what a rank computes without training."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from torch import nn
 from actors.algorithms.dpo import ld_weights
 from actors.batches.batch import Batch
 from actors.batches.packing import MicroBatch, counted_places
-from actors.trainer.host_state import HostParts
+from actors.trainer.host_state import HostState
 
 
-class HostScoring(HostParts):
+class Scores:
     """The computing part of a `ModelHost`."""
+
+    def __init__(self, state: HostState) -> None:
+        self._state = state
+        self._agreement: np.ndarray | None = None
 
     def token_logprobs(self, batch: Batch, role: str | None, temperature: float = 1.0) -> np.ndarray:
         """float64 (counted tokens,): log-probability of each counted token, in the batch's order.
@@ -23,28 +27,40 @@ class HostScoring(HostParts):
         Under softmax(logits / temperature), as tokens sampled at that temperature have it. A batch that comes
         with experts is computed with these.
         """
-        replay = self.runner.scorer.replay
+        runner = self._state.runner
+        replay = runner.scorer.replay
         if replay is not None:
             replay.reset()
-        found = self._per_token(batch, role, lambda micro: self.runner.scorer.logps(micro, temperature))
+        found = self._per_token(batch, role, lambda micro: runner.scorer.logps(micro, temperature))
         if replay is not None and batch.experts is not None:
-            self._agreement = replay.agreement(self.ranks.sum_(replay.totals()))
+            self._agreement = replay.agreement(self._state.ranks.sum_(replay.totals()))
         return found
+
+    def logprobs(self, batch: Batch, role: str | None, ld_alpha: float | None = None) -> np.ndarray:
+        """float64 (sequences,): log-probability of each sequence's counted tokens.
+
+        With `ld_alpha` (pairs only) as `DpoLoss.ld_alpha` sums them, for the reference of such a loss.
+        """
+        tokens = self.token_logprobs(batch, role)
+        if ld_alpha is not None:
+            tokens = tokens * ld_weights(batch, ld_alpha)
+        sequence = np.repeat(np.arange(batch.n_sequences), batch.label_counts)
+        return np.bincount(sequence, weights=tokens, minlength=batch.n_sequences)
 
     def values(self, batch: Batch, role: str) -> np.ndarray:
         """float64 (counted tokens,): the role's head at the state before each counted token."""
-        head = self._head_of(role)
-        return self._per_token(batch.unrouted(), role, lambda micro: self.runner.scorer.values(micro, head))
+        head, scorer = self._head_of(role), self._state.runner.scorer
+        return self._per_token(batch.unrouted(), role, lambda micro: scorer.values(micro, head))
 
     def scores(self, batch: Batch, role: str) -> np.ndarray:
         """float64 (sequences,): the role's head at each sequence's last token."""
-        head, k = self._head_of(role), batch.sequences_per_row
+        head, scorer, k = self._head_of(role), self._state.runner.scorer, batch.sequences_per_row
         return self._gathered(
             batch.unrouted(),
             role,
             batch.n_sequences,
             lambda rows: torch.from_numpy((rows[:, None] * k + np.arange(k)).reshape(-1)),
-            lambda micro: self.runner.scorer.scores(micro, head),
+            lambda micro: scorer.scores(micro, head),
         )
 
     def route_agreement(self) -> np.ndarray | None:
@@ -53,9 +69,10 @@ class HostScoring(HostParts):
         return self._agreement
 
     def _head_of(self, role: str) -> nn.Linear:
-        if role not in self.heads:
-            raise KeyError(f"role '{role}' has no head (with one: {', '.join(self.heads) or 'none'})")
-        return self.heads[role]
+        heads = self._state.heads
+        if role not in heads:
+            raise KeyError(f"role '{role}' has no head (with one: {', '.join(heads) or 'none'})")
+        return heads[role]
 
     def _per_token(
         self, batch: Batch, role: str | None, compute: Callable[[MicroBatch], torch.Tensor]
@@ -74,25 +91,15 @@ class HostScoring(HostParts):
         compute: Callable[[MicroBatch], torch.Tensor],
     ) -> np.ndarray:
         """float64 (size,): what `compute` says of all ranks' micro-batches, at the `places` of their rows."""
-        self._set_mode(train=False)
-        rows, micros = self.runner.shard(batch)
-        idle = self.runner.idle(len(micros), batch)
-        found = torch.zeros(size, dtype=torch.float64, device=self.spec.device)
-        with self._as(role), torch.no_grad():
+        state = self._state
+        state.set_mode(train=False)
+        rows, micros = state.runner.shard(batch)
+        idle = state.runner.idle(len(micros), batch)
+        found = torch.zeros(size, dtype=torch.float64, device=state.spec.device)
+        with state.as_role(role), torch.no_grad():
             for micro in micros:
                 found[places(rows[micro.rows]).to(found.device)] = compute(micro).double()
             for micro in idle:
                 compute(micro)
-        self._settle()
-        return self.ranks.sum_(found).cpu().numpy()
-
-    def logprobs(self, batch: Batch, role: str | None, ld_alpha: float | None = None) -> np.ndarray:
-        """float64 (sequences,): log-probability of each sequence's counted tokens.
-
-        With `ld_alpha` (pairs only) as `DpoLoss.ld_alpha` sums them, for the reference of such a loss.
-        """
-        tokens = self.token_logprobs(batch, role)
-        if ld_alpha is not None:
-            tokens = tokens * ld_weights(batch, ld_alpha)
-        sequence = np.repeat(np.arange(batch.n_sequences), batch.label_counts)
-        return np.bincount(sequence, weights=tokens, minlength=batch.n_sequences)
+        state.free_gathered()
+        return state.ranks.sum_(found).cpu().numpy()

@@ -10,7 +10,7 @@ import torch
 from actors.trainer.spec import HostSpec
 
 
-def _configure_torch(spec: HostSpec) -> None:
+def configure_torch(spec: HostSpec) -> None:
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     # Layers that are gathered and freed all the time leave a heap that is never trimmed in pieces: with it a

@@ -1,11 +1,13 @@
-"""What a host does to train a role: prepare it, step, and keep what a resume needs."""
+"""Optimizer steps: preparing a role to train, stepping, and the loss without a step."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
+
+import numpy as np
+from torch import nn
 
 from actors.algorithms.loss import Loss
 from actors.batches.batch import Batch
@@ -15,14 +17,24 @@ from actors.models.lora.heads import head_parameters
 from actors.models.parallel.fsdp import gather_gradients
 from actors.models.parallel.tensor_parallel import share_names
 from actors.trainer.forward_backward import Sums
+from actors.trainer.host_state import HostState
 from actors.trainer.optimizer import names_without_decay
-from actors.trainer.scores import HostScoring
+from actors.trainer.scores import Scores
 from actors.trainer.spec import OptimSpec
 from actors.trainer.train_state import Training
 
 
-class HostTraining(HostScoring):
+class Updates:
     """The training part of a `ModelHost`."""
+
+    def __init__(self, state: HostState, scores: Scores) -> None:
+        self._state, self._scores = state, scores
+        self.trainings: dict[str | None, Training] = {}
+        """By role; the one prepared last is last."""
+        self._loads: dict[str | None, np.ndarray] = {}
+        """Tokens per expert by role; of the role updated last it is last."""
+
+    # --- Roles that train -----------------------------------------------------------------------
 
     def prepare_training(
         self, role: str | None, spec: OptimSpec, total_steps: int, keep: bool = False
@@ -39,54 +51,62 @@ class HostTraining(HostScoring):
         Returns:
             `{"trainable_parameters": int, "tensors": int}`.
         """
-        self._release([role] if keep else list(self._trainings))
-        if role is None:
-            if self.model is not self.base:
-                raise UserError(
-                    "a base with adapters on it can't be trained as a whole: set model.lora: null"
-                )
-            if self.spec.sharding == "base":
-                raise UserError(
-                    "sharding: base is for a frozen base; with model.lora: null set it to full or experts"
-                )
-            for name, parameter in self.base.named_parameters():
-                parameter.requires_grad_(not name.endswith(self.architecture.untrained))
-            if self.sharded:
-                gather_gradients(self.base)
-            parameters = {n: p for n, p in self.base.named_parameters() if p.requires_grad}
-            if self.spec.model.gradient_checkpointing:
-                adapters.enable_gradient_checkpointing(self.base)
-        else:
-            adapters.set_trainable(self.model, [role, *(name for name in self._trainings if name)])
-            head = self.heads.get(role)
-            if head is not None:
-                head.requires_grad_(True)
-            parameters = {**adapters.adapter_parameters(self.model, role), **head_parameters(head)}
-        exempt = names_without_decay(self.model) if spec.weight_decay > 0 else set()
-        shares = share_names(self.model) if self.ranks.tensor_parallel_size > 1 else set()
-        training = Training(role, parameters, spec, total_steps, exempt, self.ranks, shares)
-        self._trainings[role] = training
+        state = self._state
+        self._release([role] if keep else list(self.trainings))
+        parameters = self._whole_base() if role is None else self._adapter_and_head(role)
+        exempt = names_without_decay(state.model) if spec.weight_decay > 0 else set()
+        shares = share_names(state.model) if state.ranks.tensor_parallel_size > 1 else set()
+        training = Training(role, parameters, spec, total_steps, exempt, state.ranks, shares)
+        self.trainings[role] = training
         return {"trainable_parameters": training.n_parameters, "tensors": len(parameters)}
+
+    def _whole_base(self) -> dict[str, nn.Parameter]:
+        """Parameters of the base but those that its architecture never trains; from here on trainable."""
+        state = self._state
+        if state.model is not state.base:
+            raise UserError("a base with adapters on it can't be trained as a whole: set model.lora: null")
+        if state.spec.sharding == "base":
+            raise UserError(
+                "sharding: base is for a frozen base; with model.lora: null set it to full or experts"
+            )
+        for name, parameter in state.base.named_parameters():
+            parameter.requires_grad_(not name.endswith(state.architecture.untrained))
+        if state.sharded:
+            gather_gradients(state.base)
+        if state.spec.model.gradient_checkpointing:
+            adapters.enable_gradient_checkpointing(state.base)
+        return {name: p for name, p in state.base.named_parameters() if p.requires_grad}
+
+    def _adapter_and_head(self, role: str) -> dict[str, nn.Parameter]:
+        """Parameters of one adapter and its head, from here on trainable beside those of `trainings`."""
+        model, head = self._state.model, self._state.heads.get(role)
+        adapters.set_trainable(model, [role, *(name for name in self.trainings if name)])
+        if head is not None:
+            head.requires_grad_(True)
+        return {**adapters.adapter_parameters(model, role), **head_parameters(head)}
 
     def _release(self, roles: Iterable[str | None]) -> None:
         for role in roles:
-            training = self._trainings.pop(role, None)
+            training = self.trainings.pop(role, None)
             if training is not None:
                 training.release()
-            if role in self.heads:
-                self.heads[role].requires_grad_(False)
+            if role in self._state.heads:
+                self._state.heads[role].requires_grad_(False)
 
     @property
     def training(self) -> Training:
         """Of the role that was prepared last."""
-        if not self._trainings:
+        if not self.trainings:
             raise RuntimeError("prepare_training comes before update, save_checkpoint and load_checkpoint")
-        return next(reversed(self._trainings.values()))
+        return next(reversed(self.trainings.values()))
 
-    def _training_of(self, role: str | None) -> Training:
-        if role is not None and role not in self._trainings:
+    def training_of(self, role: str | None) -> Training:
+        """Of a role that was prepared; None: the one prepared last."""
+        if role is not None and role not in self.trainings:
             raise RuntimeError(f"prepare_training comes before anything that trains '{role}'")
-        return self.training if role is None else self._trainings[role]
+        return self.training if role is None else self.trainings[role]
+
+    # --- Steps ----------------------------------------------------------------------------------
 
     def update(self, batch: Batch, loss: Loss, step: int, role: str | None = None) -> dict[str, float]:
         """One optimizer step on a global batch.
@@ -104,14 +124,14 @@ class HostTraining(HostScoring):
             InvariantViolation: loss or gradient is not finite, or a trainable parameter gets no gradient.
         """
         begun = time.perf_counter()
-        training = self._training_of(role)
-        batch = loss.completed(batch, lambda part: self.logprobs(part, training.role))
+        training = self.training_of(role)
+        batch = loss.completed(batch, lambda part: self._scores.logprobs(part, training.role))
         training.zero_grad()
         sums = self._run(batch, loss, training.role, step, train=True)
         training.reduce_gradients()
-        metrics = sums.reduced(self.ranks)
+        metrics = sums.reduced(self._state.ranks)
         loss.check(metrics)
-        vanish, balances = loss.gradient_may_vanish, self.runner.aux_coef > 0
+        vanish, balances = loss.gradient_may_vanish, self._state.runner.aux_coef > 0
         metrics.update(training.step(step, metrics["loss"], batch.n_tokens, vanish, balances))
         if sums.router_load is not None:
             metrics.update(sums.router_load.metrics())
@@ -123,8 +143,17 @@ class HostTraining(HostScoring):
 
     def evaluate(self, batch: Batch, loss: Loss, role: str | None) -> dict[str, float]:
         """The loss and its metrics over a batch of any size, without dropout or gradient."""
-        batch = loss.completed(batch, lambda part: self.logprobs(part, role))
-        return self._run(batch, loss, role, step=0, train=False).reduced(self.ranks)
+        batch = loss.completed(batch, lambda part: self._scores.logprobs(part, role))
+        return self._run(batch, loss, role, step=0, train=False).reduced(self._state.ranks)
+
+    def router_load(self, role: str | None = None) -> np.ndarray | None:
+        """int64 (layers, experts): tokens per expert in a role's last update, over all ranks.
+
+        `role` None: the one that was updated last. None for a dense model, and before the first update.
+        """
+        if role is not None:
+            return self._loads.get(role)
+        return next(reversed(self._loads.values()), None)
 
     def _run(self, batch: Batch, loss: Loss, role: str | None, step: int, train: bool) -> Sums:
         there = [*batch.columns, *batch.token_columns]
@@ -134,35 +163,10 @@ class HostTraining(HostScoring):
         if loss.reads != "logps":
             # Given experts are those of the policy's samples; a critic or reward model routes for itself.
             batch = batch.unrouted()
-        self._set_mode(train, dropout=loss.uses_dropout)
-        runner = replace(self.runner, head=self.heads.get(role or ""))
-        with self._as(role):
+        state = self._state
+        state.set_mode(train, dropout=loss.uses_dropout)
+        runner = replace(state.runner, head=state.heads.get(role or ""))
+        with state.as_role(role):
             sums = runner.run(batch, loss, step, train)
-        self._settle()
+        state.free_gathered()
         return sums
-
-    def save_checkpoint(self, directory: str | Path, role: str | None = None) -> None:
-        """Write all that `load_checkpoint` needs to go on bit for bit (rank 0).
-
-        Args:
-            directory: one for each role.
-            role: which of the prepared roles; None: the one prepared last.
-        """
-        training = self._training_of(role)
-        self._check_replicas(training.parameters.values())
-        if self.ranks.rank == 0 or training.is_sharded:
-            training.save(Path(directory), write=self.ranks.rank == 0)
-        self.ranks.wait()
-
-    def load_checkpoint(self, directory: str | Path, role: str | None = None) -> int:
-        """Go on from a role's checkpoint, after `prepare_training` with the same settings.
-
-        Returns:
-            Steps done so far: the number of the next step.
-
-        Raises:
-            UserError: incomplete, damaged, or of other settings.
-        """
-        training = self._training_of(role)
-        training.load(Path(directory))
-        return training.steps_done

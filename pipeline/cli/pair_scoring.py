@@ -45,7 +45,7 @@ def eval_pairs(
         vocab_size=vocab_size(model),
     )
     host = ModelHost(HostSpec(model=spec))
-    scores = score_pairs(lambda batch: host.scores(batch, START_ADAPTER), pairs)
+    scores = score_pairs(lambda batch: host.scores.scores(batch, START_ADAPTER), pairs)
     write_scores(out, pairs, scores, tokenizer)
     figures = pair_figures(scores)
     low, high = figures["ci95"]

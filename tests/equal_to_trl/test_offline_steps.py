@@ -72,9 +72,9 @@ def trl_model(base: Path, host: ModelHost, directory: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    if host.spec.model.lora is None:
+    if host.state.spec.model.lora is None:
         return model
-    host.save_adapter("policy", directory / "start")
+    host.saving.save_adapter("policy", directory / "start")
     return PeftModel.from_pretrained(model, directory / "start", is_trainable=True)
 
 
@@ -126,8 +126,10 @@ def test_sft_equals_trl(lora: LoraSpec | None, aux: float, tiny_base: Path, tmp_
         processing_class=AutoTokenizer.from_pretrained(tiny_base),
     )
     theirs = curve(trainer)
-    host.prepare_training(role, OPTIM, STEPS)
-    ours = [host.update(sft_batch(rows[i * BATCH : (i + 1) * BATCH]), SftLoss(), i) for i in range(STEPS)]
+    host.updates.prepare_training(role, OPTIM, STEPS)
+    ours = [
+        host.updates.update(sft_batch(rows[i * BATCH : (i + 1) * BATCH]), SftLoss(), i) for i in range(STEPS)
+    ]
     assert_equal_curves(ours, theirs, (*COMMON, "aux_loss") if aux else COMMON)
 
 
@@ -174,11 +176,11 @@ def test_dpo_equals_trl(variant: str, tiny_base: Path, tmp_path: Path) -> None:
     )
     theirs = curve(trainer)
     loss = DpoLoss(**settings)
-    host.prepare_training("policy", OPTIM, STEPS)
+    host.updates.prepare_training("policy", OPTIM, STEPS)
     ours = []
     for step in range(STEPS):
         batch = pair_batch(pairs[step * BATCH : (step + 1) * BATCH])
-        ours.append(host.update(with_reference(host, batch, None, loss.ld_alpha), loss, step))
+        ours.append(host.updates.update(with_reference(host, batch, None, loss.ld_alpha), loss, step))
     loss.check_start(ours[0], tolerance=1e-4)
     assert_equal_curves(ours, theirs, (*COMMON, *PAIRS))
 
@@ -233,14 +235,14 @@ def test_kto_equals_trl(variant: str, tiny_base: Path, tmp_path: Path) -> None:
     if kl:
         data = with_mismatched(data, batches, None)
     loss = KtoLoss(**settings)
-    host.prepare_training("policy", OPTIM, STEPS)
+    host.updates.prepare_training("policy", OPTIM, STEPS)
     ours = []
     for step, numbers in enumerate(batches):
         batch = data.batch(numbers)
-        logps = host.logprobs(batch, None).reshape(BATCH, -1)
+        logps = host.scores.logprobs(batch, None).reshape(BATCH, -1)
         names = ("ref_logps", "ref_kl_logps")[: logps.shape[1]]
         batch = batch.with_columns(**{name: logps[:, place] for place, name in enumerate(names)})
-        ours.append(host.update(batch, loss, step))
+        ours.append(host.updates.update(batch, loss, step))
     assert "rewards/rejected" not in theirs[2]
     assert "rewards/rejected" not in ours[2]
     assert not kl or max(step["kl"] for step in theirs) > 0
@@ -273,7 +275,7 @@ def test_reward_equals_trl(variant: str, tiny_base: Path, tmp_path: Path) -> Non
     host = ModelHost(host_spec(tiny_base, max_tokens_per_micro_batch=200))
     host.add_adapter("policy")
     host.add_head("policy", "normal")
-    host.save_adapter("policy", tmp_path / "start")
+    host.saving.save_adapter("policy", tmp_path / "start")
     plain = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=1, dtype=torch.float32)
     model = PeftModel.from_pretrained(plain, tmp_path / "start", is_trainable=True)
     rows = [
@@ -293,10 +295,10 @@ def test_reward_equals_trl(variant: str, tiny_base: Path, tmp_path: Path) -> Non
         processing_class=AutoTokenizer.from_pretrained(tiny_base),
     )
     theirs = curve(trainer)
-    host.prepare_training("policy", OPTIM, STEPS)
+    host.updates.prepare_training("policy", OPTIM, STEPS)
     ours = []
     for step in range(STEPS):
         part = slice(step * BATCH, (step + 1) * BATCH)
         batch = pair_batch(pairs[part], **({} if margins is None else {"margin": margins[part]}))
-        ours.append(host.update(batch, RewardLoss(**settings), step))
+        ours.append(host.updates.update(batch, RewardLoss(**settings), step))
     assert_equal_curves(ours, theirs, ("loss", "grad_norm", "learning_rate", "num_tokens", *SCORES))

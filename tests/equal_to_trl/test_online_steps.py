@@ -113,8 +113,8 @@ def scored_batch(host: ModelHost, first: int, advantage: AdvantageSpec, loss: Po
         [[False] * len(p) + [True] * len(c) for p, c in zip(prompts, completions, strict=True)],
     )
     rewards = np.array([f(completion_ids=completions) for f in FUNCTIONS], dtype=np.float64)
-    old = host.token_logprobs(batch, "policy", loss.temperature)
-    ref = host.token_logprobs(batch, None, loss.temperature)
+    old = host.scores.token_logprobs(batch, "policy", loss.temperature)
+    ref = host.scores.token_logprobs(batch, None, loss.temperature)
     kl = beta * kl_values("k1", old, ref)
     found = advantages_of(advantage, Scored(combine(rewards, WEIGHTS), sample_offsets(batch), -kl))
     per_step = np.full(BATCH, float(batch.label_counts.sum()))
@@ -126,12 +126,12 @@ def scored_batch(host: ModelHost, first: int, advantage: AdvantageSpec, loss: Po
 def our_curve(
     host: ModelHost, advantage: AdvantageSpec, loss: PolicyLoss, beta: float
 ) -> list[dict[str, float]]:
-    host.prepare_training("policy", OPTIM, STEPS)
+    host.updates.prepare_training("policy", OPTIM, STEPS)
     curve = []
     for generation in range(STEPS // ITERATIONS):
         batch, rewards = scored_batch(host, generation * PER_STEP, advantage, loss, beta)
         for iteration in range(ITERATIONS):
-            metrics = host.update(batch, loss, generation * ITERATIONS + iteration)
+            metrics = host.updates.update(batch, loss, generation * ITERATIONS + iteration)
             if iteration == 0:
                 check_first_ratio(metrics, RATIO_TOLERANCE["float32"])
             curve.append({**metrics, **rewards, "size": np.abs(batch.token_columns["advantages"]).mean()})

@@ -64,7 +64,7 @@ def test_the_artifact_is_a_reward_model_and_its_held_out_pairs_are_scored(
     host.add_adapter("reward", run / "reward" / "adapter")
     tokenizer = load_tokenizer(ModelSpec(base=str(tiny_base)))
     pairs = tokenize(load_records([PAIRS], "preference", seed=0), tokenizer, scored=True)
-    scores = host.scores(pairs.sequences, "reward").reshape(-1, 2)
+    scores = host.scores.scores(pairs.sequences, "reward").reshape(-1, 2)
     found = evaluation(run)
     assert (found["metric"], found["n"]) == ("pair_accuracy", 40)
     assert found["accuracy"] == pytest.approx(np.mean(scores[:, 0] > scores[:, 1]))

@@ -73,13 +73,13 @@ class FaultyHost(ModelHost):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        self.weight_source = FaultySource(self)
+        self.weight_source = FaultySource(self.state)
 
     def nudge(self, seed: int) -> None:
         """Move every A and B of the policy a little, as a step of training would."""
         draw = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for parameter in adapter_parameters(self.model, "policy").values():
+            for parameter in adapter_parameters(self.state.model, "policy").values():
                 parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.02)
 
 

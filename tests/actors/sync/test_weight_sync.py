@@ -43,7 +43,7 @@ def apart(sync: WeightSync, rank: int) -> float:
     ids = [[(11 * i + 5 * p) % 200 + 20 for i in range(30)] for p in range(3)]
     batch = Batch.from_sequences(ids, [np.arange(30) > 0] * 3)
     engine = np.concatenate(sync.rollout.call_rank(rank, "score_tokens", ids, [1] * 3))
-    return float(np.abs(engine - sync.policy.call("token_logprobs", batch, "policy")[0]).max())
+    return float(np.abs(engine - sync.policy.call("scores.token_logprobs", batch, "policy")[0]).max())
 
 
 def served(sync: WeightSync) -> list[int]:

@@ -76,5 +76,5 @@ def with_reference(
     host: ModelHost, batch: Batch, role: str | None = None, ld_alpha: float | None = None
 ) -> Batch:
     """The batch with the reference's log-probabilities as columns."""
-    logps = host.logprobs(batch, role, ld_alpha)
+    logps = host.scores.logprobs(batch, role, ld_alpha)
     return batch.with_columns(ref_chosen_logps=logps[0::2], ref_rejected_logps=logps[1::2])

@@ -55,7 +55,7 @@ def scenarios(
         "kto": KtoLoss(beta=1.0),
     }
     for name, loss in losses.items():
-        host.prepare_training("policy", OPTIM, STEPS)
+        host.updates.prepare_training("policy", OPTIM, STEPS)
         for step in range(STEPS):
             # The last step has a single row: with two ranks one of them has nothing to do.
             n = 1 if step == STEPS - 1 else 7
@@ -67,21 +67,21 @@ def scenarios(
                 ref = batch.columns
                 batch = batch.with_columns(label=np.arange(n) % 2 == 0, ref_logps=ref["ref_chosen_logps"])
                 batch = batch.with_columns(ref_kl_logps=ref["ref_rejected_logps"])
-            for metric, value in host.update(batch, loss, step).items():
+            for metric, value in host.updates.update(batch, loss, step).items():
                 if "second" not in metric:
                     results.setdefault(f"{name}/{metric}", []).append(value)
-        load = host.router_load()
+        load = host.updates.router_load()
         assert load is not None
         results[f"{name}/load"] = load.reshape(-1).tolist()
-        results[f"{name}/eval"] = [host.evaluate(batch, loss, "policy")["loss"]]
+        results[f"{name}/eval"] = [host.updates.evaluate(batch, loss, "policy")["loss"]]
     nothing = with_reference(host, pair_batch(pairs[:1])).select([])
-    results["no pair"] = [host.update(nothing, OnlineDpoLoss(), STEPS - 1)["grad_norm"]]
+    results["no pair"] = [host.updates.update(nothing, OnlineDpoLoss(), STEPS - 1)["grad_norm"]]
     results.update(heads(host, rows, pairs))
-    results["logprobs"] = host.logprobs(sft_batch(rows[:11]), "policy").tolist()
-    results["digest"] = adapter_digest(host.model, "policy")
-    host.save_adapter("policy", out / "adapter")
-    host.save_checkpoint(out / "checkpoint")
-    assert host.load_checkpoint(out / "checkpoint") == STEPS
+    results["logprobs"] = host.scores.logprobs(sft_batch(rows[:11]), "policy").tolist()
+    results["digest"] = adapter_digest(host.state.model, "policy")
+    host.saving.save_adapter("policy", out / "adapter")
+    host.saving.save_checkpoint(out / "checkpoint")
+    assert host.saving.load_checkpoint(out / "checkpoint") == STEPS
     host.close()
     return results
 
@@ -92,7 +92,7 @@ def heads(host: ModelHost, rows: list[Any], pairs: list[Any]) -> dict[str, Any]:
     for role, init in (("reward", "normal"), ("critic", "zero")):
         host.add_adapter(role)
         host.add_head(role, init)
-        host.prepare_training(role, OPTIM, STEPS, keep=True)
+        host.updates.prepare_training(role, OPTIM, STEPS, keep=True)
     for step in range(STEPS):
         n = 1 if step == STEPS - 1 else 7
         batch = sft_batch(rows[9 * step : 9 * step + n])
@@ -101,11 +101,11 @@ def heads(host: ModelHost, rows: list[Any], pairs: list[Any]) -> dict[str, Any]:
         margin = np.linspace(0, 1, n)
         of_pairs = pair_batch(pairs[7 * step : 7 * step + n], margin=margin)
         for role, loss, given in (("reward", RewardLoss(), of_pairs), ("critic", ValueLoss(), batch)):
-            for metric, value in host.update(given, loss, step, role).items():
+            for metric, value in host.updates.update(given, loss, step, role).items():
                 if "second" not in metric:
                     results.setdefault(f"{role}/{metric}", []).append(value)
-    results["scores"] = host.scores(pair_batch(pairs[:5]), "reward").tolist()
-    results["values"] = host.values(sft_batch(rows[:11]), "critic").tolist()
+    results["scores"] = host.scores.scores(pair_batch(pairs[:5]), "reward").tolist()
+    results["values"] = host.scores.values(sft_batch(rows[:11]), "critic").tolist()
     return results
 
 

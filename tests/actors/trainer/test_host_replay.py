@@ -40,7 +40,7 @@ def replaying_host(base: Path, checkpointing: bool = False, **settings: Any) -> 
     host.add_adapter("policy")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, parameter in host.model.named_parameters():
+        for name, parameter in host.state.model.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
     return host
@@ -48,7 +48,7 @@ def replaying_host(base: Path, checkpointing: bool = False, **settings: Any) -> 
 
 def one_by_one(host: ModelHost, batch: Batch) -> np.ndarray:
     """Log-probabilities of the counted tokens, each sequence alone with its own experts forced."""
-    replay, found = host.runner.scorer.replay, []
+    replay, found = host.state.runner.scorer.replay, []
     assert replay is not None
     assert batch.experts is not None
     for row in range(batch.n_rows):
@@ -57,8 +57,8 @@ def one_by_one(host: ModelHost, batch: Batch) -> np.ndarray:
         experts = batch.experts[span].astype(np.int64)
         experts[experts == 255] = -1
         replay.force(experts)
-        with torch.no_grad(), host._as("policy"):
-            logps = host.base(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)
+        with torch.no_grad(), host.state.as_role("policy"):
+            logps = host.state.base(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)
         counted = np.flatnonzero(batch.loss_mask[span])
         found.append(logps[counted - 1, ids[counted]].double().numpy())
     replay.force(None)
@@ -75,13 +75,13 @@ def test_log_probabilities_are_those_of_the_given_experts_in_any_layout(
 ) -> None:
     host, batch = replaying_host(tiny_base, **settings), routed_batch()
     expected = one_by_one(host, batch)
-    np.testing.assert_allclose(host.token_logprobs(batch, "policy"), expected, atol=5e-6)
-    agreement = host.route_agreement()
+    np.testing.assert_allclose(host.scores.token_logprobs(batch, "policy"), expected, atol=5e-6)
+    agreement = host.scores.route_agreement()
     assert agreement is not None
     # SampledBatch at random, two of eight experts are among the router's two a quarter of the time.
     assert agreement.shape == (LAYERS,)
     assert (abs(agreement - 0.25) < 0.1).all()
-    assert abs(host.token_logprobs(batch.unrouted(), "policy") - expected).max() > 0.1
+    assert abs(host.scores.token_logprobs(batch.unrouted(), "policy") - expected).max() > 0.1
 
 
 def test_router_and_adapters_learn_the_same_with_checkpointing_and_in_micro_batches(tiny_base: Path) -> None:
@@ -89,23 +89,23 @@ def test_router_and_adapters_learn_the_same_with_checkpointing_and_in_micro_batc
     steps = []
     for settings in ({}, {"checkpointing": True}, {"max_tokens_per_micro_batch": 60, "checkpointing": True}):
         host = replaying_host(tiny_base, **settings)
-        host.prepare_training("policy", OptimSpec(learning_rate=1e-3), 2)
-        logps = host.token_logprobs(batch, "policy")
+        host.updates.prepare_training("policy", OptimSpec(learning_rate=1e-3), 2)
+        logps = host.scores.token_logprobs(batch, "policy")
         rng = np.random.default_rng(0)
         ready = batch.with_token_columns(
             old_logps=logps, advantages=rng.normal(size=len(logps)), mask=np.ones(len(logps), bool)
         ).with_columns(tokens_per_step=np.full(batch.n_rows, float(len(logps))))
-        metrics = host.update(ready, PolicyLoss(), 0, "policy")
+        metrics = host.updates.update(ready, PolicyLoss(), 0, "policy")
         # The update computes what the log-probabilities were of: with the trainer's own routes it would not.
         assert metrics["ratio/max_deviation"] < 1e-5
-        load = host.router_load("policy")
+        load = host.updates.router_load("policy")
         assert load is not None
         for layer in range(LAYERS):
             given = np.bincount(batch.experts[:, layer].ravel(), minlength=256)[:EXPERTS]
             assert (load[layer] >= given).all()
             assert load[layer].sum() == TOP_K * batch.n_tokens
         steps.append(
-            (metrics, {n: p.detach().clone() for n, p in host.model.named_parameters() if "lora" in n})
+            (metrics, {n: p.detach().clone() for n, p in host.state.model.named_parameters() if "lora" in n})
         )
     (first, weights), *others = steps
     assert any("mlp.gate" in name and float(w.abs().sum()) > 0 for name, w in weights.items())
@@ -119,11 +119,15 @@ def test_router_and_adapters_learn_the_same_with_checkpointing_and_in_micro_batc
 def test_a_head_reads_a_batch_as_the_models_own_routers_do(tiny_base: Path) -> None:
     host, batch = replaying_host(tiny_base), routed_batch()
     host.add_head("policy", "normal")
-    np.testing.assert_array_equal(host.values(batch, "policy"), host.values(batch.unrouted(), "policy"))
-    np.testing.assert_array_equal(host.scores(batch, "policy"), host.scores(batch.unrouted(), "policy"))
+    np.testing.assert_array_equal(
+        host.scores.values(batch, "policy"), host.scores.values(batch.unrouted(), "policy")
+    )
+    np.testing.assert_array_equal(
+        host.scores.scores(batch, "policy"), host.scores.scores(batch.unrouted(), "policy")
+    )
 
 
 def test_a_host_that_was_not_told_to_replay_refuses_experts(tiny_base: Path) -> None:
     host = ModelHost(host_spec(tiny_base))
     with pytest.raises(ValueError, match=r"model\.moe\.router_replay"):
-        host.token_logprobs(routed_batch(), None)
+        host.scores.token_logprobs(routed_batch(), None)

@@ -37,15 +37,15 @@ def batch_at(step: int) -> Any:
 
 
 def sft_curve(host: ModelHost, steps: int = 4, first: int = 0) -> list[float]:
-    return [host.update(batch_at(step), SftLoss(), step)["loss"] for step in range(first, steps)]
+    return [host.updates.update(batch_at(step), SftLoss(), step)["loss"] for step in range(first, steps)]
 
 
 def trained(base: Path, **settings: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Curve and final adapter of four SFT steps."""
     host = policy_host(base, **settings)
-    host.prepare_training("policy", OPTIM, 4)
+    host.updates.prepare_training("policy", OPTIM, 4)
     losses = sft_curve(host)
-    return losses, {n: p.detach().clone() for n, p in host.training.parameters.items()}
+    return losses, {n: p.detach().clone() for n, p in host.updates.training.parameters.items()}
 
 
 @pytest.mark.parametrize(
@@ -71,23 +71,27 @@ def test_gradient_checkpointing_does_not_change_the_curve(tiny_base: Path, aux: 
     spec = spec.model_copy(update={"model": spec.model.model_copy(update={"gradient_checkpointing": True})})
     host = ModelHost(spec)
     host.add_adapter("policy")
-    host.prepare_training("policy", OPTIM, 4)
+    host.updates.prepare_training("policy", OPTIM, 4)
     assert sft_curve(host) == pytest.approx(losses, rel=1e-6)
-    load = host.router_load()
+    load = host.updates.router_load()
     assert load is not None
     assert (load.sum(axis=1) == 2 * batch_at(3).n_tokens).all(), "recomputing counts nothing"
     for name, weight in weights.items():
-        torch.testing.assert_close(host.training.parameters[name].detach(), weight, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            host.updates.training.parameters[name].detach(), weight, rtol=1e-4, atol=1e-6
+        )
 
 
 def test_a_loss_over_the_whole_batch_is_the_same_in_micro_batches(tiny_base: Path) -> None:
     curves = []
     for budget in (8192, 100):
         host = policy_host(tiny_base, max_tokens_per_micro_batch=budget)
-        host.prepare_training("policy", OPTIM, 4)
+        host.updates.prepare_training("policy", OPTIM, 4)
         steps = [with_reference(host, pair_batch(PAIRS[8 * s : 8 * s + 8])) for s in range(4)]
-        curves.append([host.update(b, DpoLoss(loss_type="aot"), s)["loss"] for s, b in enumerate(steps)])
-        evaluated = host.evaluate(steps[0], DpoLoss(loss_type="aot"), "policy")["loss"]
+        curves.append(
+            [host.updates.update(b, DpoLoss(loss_type="aot"), s)["loss"] for s, b in enumerate(steps)]
+        )
+        evaluated = host.updates.evaluate(steps[0], DpoLoss(loss_type="aot"), "policy")["loss"]
         curves[-1].append(evaluated)
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
@@ -95,21 +99,23 @@ def test_a_loss_over_the_whole_batch_is_the_same_in_micro_batches(tiny_base: Pat
 def test_with_the_adapter_off_log_probabilities_are_the_bare_base_bit_for_bit(tiny_base: Path) -> None:
     bare = ModelHost(host_spec(tiny_base, lora=None))
     host = policy_host(tiny_base)
-    host.prepare_training("policy", OPTIM, 4)
+    host.updates.prepare_training("policy", OPTIM, 4)
     sft_curve(host, 2)
     batch = batch_at(0)
-    assert np.array_equal(host.token_logprobs(batch, None), bare.token_logprobs(batch, None))
-    assert not np.array_equal(host.token_logprobs(batch, "policy"), host.token_logprobs(batch, None))
+    assert np.array_equal(host.scores.token_logprobs(batch, None), bare.scores.token_logprobs(batch, None))
+    assert not np.array_equal(
+        host.scores.token_logprobs(batch, "policy"), host.scores.token_logprobs(batch, None)
+    )
 
 
 def test_log_probabilities_equal_the_models_own_logits(tiny_base: Path) -> None:
     host = policy_host(tiny_base)
     batch = batch_at(0)
-    ours = host.logprobs(batch, "policy")
+    ours = host.scores.logprobs(batch, "policy")
     for sequence, (prompt, answer) in enumerate(ROWS[:8]):
         ids = torch.tensor([prompt + answer])
         with torch.no_grad():
-            log_p = host.base(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+            log_p = host.state.base(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
         assert ours[sequence] == pytest.approx(log_p[len(prompt) - 1 :].sum().item(), rel=1e-6)
 
 
@@ -126,37 +132,37 @@ def test_an_architecture_that_scales_its_logits_is_scored_with_the_scaling(tmp_p
     ids = torch.tensor([ROWS[0][0] + ROWS[0][1]])
     batch = sft_batch([([ids[0, 0].item()], ids[0, 1:].tolist())])
     with torch.no_grad():
-        expected = host.base(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[0, :, 0]
-    np.testing.assert_allclose(host.token_logprobs(batch, None), expected, rtol=1e-5)
+        expected = host.state.base(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[0, :, 0]
+    np.testing.assert_allclose(host.scores.token_logprobs(batch, None), expected, rtol=1e-5)
 
 
 def test_a_reference_that_equals_the_policy_gives_ln_2_and_rewards_of_exactly_zero(tiny_base: Path) -> None:
     host = policy_host(tiny_base)
-    host.prepare_training("policy", OPTIM, 4)
+    host.updates.prepare_training("policy", OPTIM, 4)
     sft_curve(host, 3)
     host.copy_adapter("policy", "reference")
-    host.prepare_training("policy", OPTIM, 4)
+    host.updates.prepare_training("policy", OPTIM, 4)
     batch = with_reference(host, pair_batch(PAIRS[:8]), "reference")
-    metrics = host.update(batch, DpoLoss(), 0)
+    metrics = host.updates.update(batch, DpoLoss(), 0)
     DpoLoss().check_start(metrics, tolerance=1e-6)
     assert metrics["rewards/chosen"] == metrics["rewards/rejected"] == metrics["rewards/accuracies"] == 0
     wrong = with_reference(host, pair_batch(PAIRS[:8]), None)
     with pytest.raises(InvariantViolation, match="not what the policy started from"):
-        DpoLoss().check_start(host.evaluate(wrong, DpoLoss(), "policy"), tolerance=1e-4)
+        DpoLoss().check_start(host.updates.evaluate(wrong, DpoLoss(), "policy"), tolerance=1e-4)
 
 
 def test_training_moves_only_the_adapter_in_training(tiny_base: Path) -> None:
     host = policy_host(tiny_base)
-    host.prepare_training("policy", OPTIM, 4)
+    host.updates.prepare_training("policy", OPTIM, 4)
     sft_curve(host, 2)
     host.copy_adapter("policy", "reference")
-    host.prepare_training("policy", OPTIM, 4)
-    frozen, reference = host.frozen_digest(), adapter_digest(host.model, "reference")
-    before = adapter_digest(host.model, "policy")
+    host.updates.prepare_training("policy", OPTIM, 4)
+    frozen, reference = host.frozen_digest(), adapter_digest(host.state.model, "reference")
+    before = adapter_digest(host.state.model, "policy")
     sft_curve(host, 2)
     assert host.frozen_digest() == frozen
-    assert adapter_digest(host.model, "reference") == reference
-    assert adapter_digest(host.model, "policy") != before
+    assert adapter_digest(host.state.model, "reference") == reference
+    assert adapter_digest(host.state.model, "policy") != before
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -165,71 +171,71 @@ def test_resuming_from_a_checkpoint_is_exact_to_the_bit(
 ) -> None:
     lora = LoraSpec(r=4, targets=["attention"] if dropout else ["attention", "experts"], lora_dropout=dropout)
     straight = policy_host(tiny_base, lora=lora)
-    straight.prepare_training("policy", OPTIM, 6)
+    straight.updates.prepare_training("policy", OPTIM, 6)
     losses = sft_curve(straight, 3)
-    straight.save_checkpoint(tmp_path / "checkpoint")
+    straight.saving.save_checkpoint(tmp_path / "checkpoint")
     losses += sft_curve(straight, 6, first=3)
 
     resumed = policy_host(tiny_base, lora=lora, seed=0)
-    resumed.prepare_training("policy", OPTIM, 6)
-    assert resumed.load_checkpoint(tmp_path / "checkpoint") == 3
+    resumed.updates.prepare_training("policy", OPTIM, 6)
+    assert resumed.saving.load_checkpoint(tmp_path / "checkpoint") == 3
     assert sft_curve(resumed, 6, first=3) == losses[3:]
-    assert adapter_digest(resumed.model, "policy") == adapter_digest(straight.model, "policy")
+    assert adapter_digest(resumed.state.model, "policy") == adapter_digest(straight.state.model, "policy")
     if dropout:
         without = policy_host(tiny_base, lora=lora.model_copy(update={"lora_dropout": 0.0}))
-        without.prepare_training("policy", OPTIM, 6)
+        without.updates.prepare_training("policy", OPTIM, 6)
         assert sft_curve(without, 6) != losses
 
 
 def test_an_unusable_checkpoint_is_named_and_changes_nothing(tiny_base: Path, tmp_path: Path) -> None:
     host = policy_host(tiny_base)
-    host.prepare_training("policy", OPTIM, 6)
+    host.updates.prepare_training("policy", OPTIM, 6)
     sft_curve(host, 2)
     directory = tmp_path / "checkpoint-2"
-    host.save_checkpoint(directory)
+    host.saving.save_checkpoint(directory)
     sft_curve(host, 3, first=2)
-    now = adapter_digest(host.model, "policy")
+    now = adapter_digest(host.state.model, "policy")
 
     whole = (directory / "optimizer.safetensors").read_bytes()
     (directory / "optimizer.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"checkpoint-2.*can't be read"):
-        host.load_checkpoint(directory)
+        host.saving.load_checkpoint(directory)
     (directory / "optimizer.safetensors").unlink()
     with pytest.raises(UserError, match=r"optimizer\.safetensors missing"):
-        host.load_checkpoint(directory)
+        host.saving.load_checkpoint(directory)
     (directory / "optimizer.safetensors").write_bytes(whole)
     state = json.loads((directory / "state.json").read_text())
     (directory / "state.json").write_text(json.dumps({**state, "total_steps": 7}))
     with pytest.raises(UserError, match="other settings: total_steps"):
-        host.load_checkpoint(directory)
+        host.saving.load_checkpoint(directory)
     (directory / "state.json").write_text(json.dumps(state))
     other = policy_host(tiny_base, lora=LoraSpec(r=2))
-    other.prepare_training("policy", OPTIM, 6)
+    other.updates.prepare_training("policy", OPTIM, 6)
     with pytest.raises(UserError, match="other parameters"):
-        other.load_checkpoint(directory)
-    assert adapter_digest(host.model, "policy") == now
+        other.saving.load_checkpoint(directory)
+    assert adapter_digest(host.state.model, "policy") == now
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_move(tiny_base: Path) -> None:
     host = policy_host(tiny_base)
-    host.prepare_training("policy", OPTIM, 4)
+    host.updates.prepare_training("policy", OPTIM, 4)
     sft_curve(host, 1)
-    before = adapter_digest(host.model, "policy")
+    before = adapter_digest(host.state.model, "policy")
     with torch.no_grad():
-        norm = host.base.model.norm.weight
+        norm = host.state.base.model.norm.weight
         norm.fill_(float("nan"))
     with pytest.raises(InvariantViolation, match=r"update of step 1.*loss = nan and grad_norm = nan"):
-        host.update(batch_at(1), SftLoss(), 1)
-    assert adapter_digest(host.model, "policy") == before
+        host.updates.update(batch_at(1), SftLoss(), 1)
+    assert adapter_digest(host.state.model, "policy") == before
 
 
 def test_parameters_without_a_gradient_are_listed(tiny_base: Path) -> None:
     host = policy_host(tiny_base)
-    host.prepare_training("policy", OPTIM, 4)
-    layer = host.base.model.layers[1].self_attn
+    host.updates.prepare_training("policy", OPTIM, 4)
+    layer = host.state.base.model.layers[1].self_attn
     layer.o_proj.forward = lambda x: layer.o_proj.base_layer(x)  # the planted fault: its adapter is not used
     with pytest.raises(InvariantViolation) as caught:
-        host.update(batch_at(0), SftLoss(), 0)
+        host.updates.update(batch_at(0), SftLoss(), 0)
     assert "layers.1.self_attn.o_proj.lora_B" in caught.value.reason
     assert caught.value.reason.startswith("1 trainable"), "A waits for B"
 
@@ -239,8 +245,8 @@ def test_the_router_trains_with_the_auxiliary_loss(tiny_base: Path) -> None:
     curves = {}
     for aux in (0.0, 0.05):
         host = policy_host(tiny_base, lora=lora, aux=aux)
-        host.prepare_training("policy", OPTIM, 4)
-        curves[aux] = [host.update(batch_at(step), SftLoss(), step) for step in range(4)]
+        host.updates.prepare_training("policy", OPTIM, 4)
+        curves[aux] = [host.updates.update(batch_at(step), SftLoss(), step) for step in range(4)]
     first = curves[0.05][0]
     assert first["aux_loss"] == pytest.approx(2.0, rel=0.2), "uniform routing gives top_k"
     assert first["loss"] == pytest.approx(curves[0.0][0]["loss"] + 0.05 * first["aux_loss"], rel=1e-6)
@@ -254,14 +260,14 @@ def test_a_base_without_lora_trains_whole_and_is_saved_in_transformers_layout(
     from transformers import AutoModelForCausalLM
 
     host = ModelHost(host_spec(tiny_base, lora=None))
-    host.prepare_training(None, OPTIM, 4)
+    host.updates.prepare_training(None, OPTIM, 4)
     losses = sft_curve(host)
     assert losses[-1] < losses[0]
-    host.save_model(tmp_path / "model")
+    host.saving.save_model(tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert loaded.config.use_cache
     for (name, ours), (_, theirs) in zip(
-        host.base.named_parameters(), loaded.named_parameters(), strict=True
+        host.state.base.named_parameters(), loaded.named_parameters(), strict=True
     ):
         assert torch.equal(ours, theirs), name
     assert (tmp_path / "model" / "tokenizer_config.json").is_file()
@@ -269,18 +275,18 @@ def test_a_base_without_lora_trains_whole_and_is_saved_in_transformers_layout(
 
 def test_a_base_that_is_an_adapter_directory_is_that_adapter(tiny_base: Path, tmp_path: Path) -> None:
     first = policy_host(tiny_base)
-    first.prepare_training("policy", OPTIM, 4)
+    first.updates.prepare_training("policy", OPTIM, 4)
     sft_curve(first, 3)
-    first.save_adapter("policy", tmp_path / "adapter")
+    first.saving.save_adapter("policy", tmp_path / "adapter")
     second = ModelHost(host_spec(tmp_path / "adapter"))
     second.add_adapter("policy")
-    expected = first.token_logprobs(batch_at(0), "policy")
-    assert np.array_equal(second.token_logprobs(batch_at(0), None), expected)
-    assert np.array_equal(second.token_logprobs(batch_at(0), "policy"), expected)
+    expected = first.scores.token_logprobs(batch_at(0), "policy")
+    assert np.array_equal(second.scores.token_logprobs(batch_at(0), None), expected)
+    assert np.array_equal(second.scores.token_logprobs(batch_at(0), "policy"), expected)
 
 
 def test_a_batch_without_the_reference_is_refused(tiny_base: Path) -> None:
     host = policy_host(tiny_base)
-    host.prepare_training("policy", OPTIM, 4)
+    host.updates.prepare_training("policy", OPTIM, 4)
     with pytest.raises(KeyError, match="ref_chosen_logps"):
-        host.update(pair_batch(PAIRS[:4]), DpoLoss(), 0)
+        host.updates.update(pair_batch(PAIRS[:4]), DpoLoss(), 0)

@@ -20,8 +20,8 @@ def test_on_the_same_pairs_it_is_offline_dpo(tiny_base: Path) -> None:
     curves = []
     for loss in (DpoLoss(beta=0.3), OnlineDpoLoss(beta=0.3)):
         host.add_adapter(loss.__class__.__name__)
-        host.prepare_training(loss.__class__.__name__, OPTIM, 3)
-        curves.append([host.update(batch, loss, step)["loss"] for step in range(3)])
+        host.updates.prepare_training(loss.__class__.__name__, OPTIM, 3)
+        curves.append([host.updates.update(batch, loss, step)["loss"] for step in range(3)])
     assert curves[0] == pytest.approx(curves[1], rel=1e-6)
     assert curves[0][2] < curves[0][0] == pytest.approx(0.693147, rel=1e-5)
 
@@ -29,13 +29,13 @@ def test_on_the_same_pairs_it_is_offline_dpo(tiny_base: Path) -> None:
 def test_a_step_without_a_pair_has_no_gradient_and_goes_on(tiny_base: Path) -> None:
     host = policy_host(tiny_base)
     batch = with_reference(host, pair_batch(random_pairs(2)))
-    host.prepare_training("policy", OPTIM, 3)
+    host.updates.prepare_training("policy", OPTIM, 3)
     loss = OnlineDpoLoss()
-    nothing = host.update(batch.select([]), loss, 0)
+    nothing = host.updates.update(batch.select([]), loss, 0)
     assert (nothing["loss"], nothing["grad_norm"], nothing["pairs"]) == (0.0, 0.0, 0.0)
     assert "rewards/accuracies" not in nothing
     loss.check_start(nothing, 1e-4)
-    something = host.update(batch, loss, 1)
+    something = host.updates.update(batch, loss, 1)
     assert (something["pairs"], something["loss"]) == (2.0, pytest.approx(0.693147, rel=1e-5))
     loss.check_start(something, 1e-4)
 
@@ -43,11 +43,13 @@ def test_a_step_without_a_pair_has_no_gradient_and_goes_on(tiny_base: Path) -> N
 def test_at_a_temperature_policy_and_reference_are_both_divided_by_it(tiny_base: Path) -> None:
     host = policy_host(tiny_base)
     pairs = pair_batch(random_pairs(3))
-    tokens = host.token_logprobs(pairs, None, 0.5)
+    tokens = host.scores.token_logprobs(pairs, None, 0.5)
     ref = [float(part.sum()) for part in _split(tokens, pairs.label_counts.tolist())]
     batch = pairs.with_columns(ref_chosen_logps=np.array(ref[0::2]), ref_rejected_logps=np.array(ref[1::2]))
-    host.prepare_training("policy", OPTIM, 1)
-    assert host.update(batch, OnlineDpoLoss(temperature=0.5), 0)["loss"] == pytest.approx(0.693147, rel=1e-5)
+    host.updates.prepare_training("policy", OPTIM, 1)
+    assert host.updates.update(batch, OnlineDpoLoss(temperature=0.5), 0)["loss"] == pytest.approx(
+        0.693147, rel=1e-5
+    )
 
 
 def _split(values: np.ndarray, lengths: list[int]) -> list[np.ndarray]:

@@ -59,7 +59,7 @@ def host_with(base: Path, roles: tuple[str, ...], checkpointing: bool = False, s
             host.add_head(role, HEADS[role])  # type: ignore[arg-type]
     for role in roles:
         if role in TRAINED:
-            host.prepare_training(role, OPTIM[role], steps, keep=True)
+            host.updates.prepare_training(role, OPTIM[role], steps, keep=True)
     return host
 
 
@@ -67,16 +67,16 @@ def answers(host: ModelHost, role: str) -> np.ndarray:
     """What a role says of a batch that none has trained on."""
     batch = sft_batch(ROWS[40:])
     if role == "critic":
-        return host.values(batch, role)
+        return host.scores.values(batch, role)
     if role == "reward":
-        return host.scores(batch, role)
-    return host.token_logprobs(batch, role)
+        return host.scores.scores(batch, role)
+    return host.scores.token_logprobs(batch, role)
 
 
 def trained(hosts: dict[str, ModelHost], steps: int = 3, first: int = 0) -> list[float]:
     """Losses of all roles, taking turns."""
     return [
-        hosts[role].update(batch_of(role, step), LOSSES[role], step, role)["loss"]
+        hosts[role].updates.update(batch_of(role, step), LOSSES[role], step, role)["loss"]
         for step in range(first, steps)
         for role in TRAINED
     ]
@@ -99,11 +99,11 @@ def test_an_update_of_one_role_moves_no_other(tiny_base: Path) -> None:
     host = host_with(tiny_base, ROLES)
     trained(dict.fromkeys(ROLES, host), 1)
     for moving in TRAINED:
-        before = {role: (adapter_digest(host.model, role), answers(host, role)) for role in ROLES}
+        before = {role: (adapter_digest(host.state.model, role), answers(host, role)) for role in ROLES}
         frozen = host.frozen_digest()
-        host.update(batch_of(moving, 1), LOSSES[moving], 1, moving)
+        host.updates.update(batch_of(moving, 1), LOSSES[moving], 1, moving)
         for role in ROLES:
-            same = before[role][0] == adapter_digest(host.model, role)
+            same = before[role][0] == adapter_digest(host.state.model, role)
             assert same == (role != moving)
             assert np.array_equal(before[role][1], answers(host, role)) == (role != moving)
         assert host.frozen_digest() == frozen
@@ -112,12 +112,12 @@ def test_an_update_of_one_role_moves_no_other(tiny_base: Path) -> None:
 def test_preparing_one_role_alone_ends_the_training_of_the_others(tiny_base: Path) -> None:
     host = host_with(tiny_base, ROLES)
     trained(dict.fromkeys(ROLES, host), 1)
-    host.prepare_training("policy", OPTIM["policy"], 10)
-    training = {n for n, p in host.model.named_parameters() if p.requires_grad}
-    assert training == set(adapters.adapter_parameters(host.model, "policy"))
-    assert not any(head.weight.requires_grad for head in host.heads.values())
+    host.updates.prepare_training("policy", OPTIM["policy"], 10)
+    training = {n for n, p in host.state.model.named_parameters() if p.requires_grad}
+    assert training == set(adapters.adapter_parameters(host.state.model, "policy"))
+    assert not any(head.weight.requires_grad for head in host.state.heads.values())
     with pytest.raises(RuntimeError, match="trains 'critic'"):
-        host.update(batch_of("critic", 1), LOSSES["critic"], 1, "critic")
+        host.updates.update(batch_of("critic", 1), LOSSES["critic"], 1, "critic")
 
 
 # --- Traps: each was seen to go wrong in silence with PEFT's own switches ---------------------------
@@ -128,16 +128,16 @@ def joint_loss(host: ModelHost, roles: tuple[str, ...]) -> torch.Tensor:
     ids = torch.tensor([ROWS[0][0] + ROWS[0][1]])
     total = torch.zeros(())
     for role in roles:
-        with adapters.role(host.model, role):
-            states = host.base.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        head = host.heads.get(role)
+        with adapters.role(host.state.model, role):
+            states = host.state.base.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        head = host.state.heads.get(role)
         total = total + (states.square().mean() if head is None else head(states).square().mean())
     return total
 
 
 def gradients(host: ModelHost, *losses: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """Of every trainable parameter, after one backward for each group of roles."""
-    everything = [p for role in TRAINED for p in host._training_of(role).parameters.values()]
+    everything = [p for role in TRAINED for p in host.updates.training_of(role).parameters.values()]
     for parameter in everything:
         assert parameter.grad is not None
         parameter.grad.zero_()
@@ -146,7 +146,7 @@ def gradients(host: ModelHost, *losses: tuple[str, ...]) -> dict[str, torch.Tens
     return {
         f"{role} {name}": parameter.grad.clone()
         for role in TRAINED
-        for name, parameter in host._training_of(role).parameters.items()
+        for name, parameter in host.updates.training_of(role).parameters.items()
         if parameter.grad is not None
     }
 
@@ -157,7 +157,7 @@ def test_switching_roles_between_forward_and_backward_keeps_every_gradient(
 ) -> None:
     host = host_with(tiny_base, ROLES, checkpointing)
     trained(dict.fromkeys(ROLES, host), 2)
-    host.model.train()
+    host.state.model.train()
     joint = gradients(host, TRAINED)
     apart = gradients(host, *((role,) for role in TRAINED))
     assert all(gradient.any() for gradient in joint.values())
@@ -171,9 +171,12 @@ def test_with_pefts_own_switch_the_first_roles_gradients_would_be_lost(tiny_base
     ids = torch.tensor([ROWS[0][0]])
     total = torch.zeros(())
     for role in ("policy", "critic"):
-        host.model.set_adapter(role)
-        total = total + host.base.base_model(input_ids=ids, use_cache=False).last_hidden_state.square().mean()
-    policy = adapters.adapter_parameters(host.model, "policy")
+        host.state.model.set_adapter(role)
+        total = (
+            total
+            + host.state.base.base_model(input_ids=ids, use_cache=False).last_hidden_state.square().mean()
+        )
+    policy = adapters.adapter_parameters(host.state.model, "policy")
     for parameter in policy.values():
         parameter.grad = None
     total.backward()
@@ -182,12 +185,12 @@ def test_with_pefts_own_switch_the_first_roles_gradients_would_be_lost(tiny_base
 
 def test_running_the_bare_base_leaves_every_role_trainable(tiny_base: Path) -> None:
     host = host_with(tiny_base, ROLES)
-    before = {n for n, p in host.model.named_parameters() if p.requires_grad}
-    host.token_logprobs(sft_batch(ROWS[:4]), None)
-    assert {n for n, p in host.model.named_parameters() if p.requires_grad} == before
-    with host.model.disable_adapter():
+    before = {n for n, p in host.state.model.named_parameters() if p.requires_grad}
+    host.scores.token_logprobs(sft_batch(ROWS[:4]), None)
+    assert {n for n, p in host.state.model.named_parameters() if p.requires_grad} == before
+    with host.state.model.disable_adapter():
         pass
-    left = {n for n, p in host.model.named_parameters() if p.requires_grad}
+    left = {n for n, p in host.state.model.named_parameters() if p.requires_grad}
     assert len(left) < len(before), "PEFT's own switch leaves one adapter trainable"
 
 
@@ -202,7 +205,7 @@ def test_a_save_holds_one_role_and_nothing_of_the_others(tiny_base: Path, tmp_pa
     trained(dict.fromkeys(ROLES, host), 1)
     found = {}
     for role in ROLES:
-        host.save_adapter(role, tmp_path / role)
+        host.saving.save_adapter(role, tmp_path / role)
         found[role] = tensors_in(tmp_path / role)
         assert sorted(p.name for p in (tmp_path / role).iterdir()) == [
             "adapter_config.json",
@@ -210,7 +213,7 @@ def test_a_save_holds_one_role_and_nothing_of_the_others(tiny_base: Path, tmp_pa
         ]
         config = json.loads((tmp_path / role / "adapter_config.json").read_text())
         assert (config["task_type"] == "SEQ_CLS") == (role in HEADS)
-    score = {"base_model.model.score.weight": (1, host.config.hidden_size)}
+    score = {"base_model.model.score.weight": (1, host.state.config.hidden_size)}
     assert found["policy"] == found["reference"]
     assert found["critic"] == found["reward"] == found["policy"] | score
     again = ModelHost(host_spec(tiny_base))
@@ -223,46 +226,46 @@ def test_every_role_resumes_from_its_own_checkpoint_to_the_bit(tiny_base: Path, 
     straight = host_with(tiny_base, ROLES)
     losses = trained(dict.fromkeys(ROLES, straight), 2)
     for role in TRAINED:
-        straight.save_checkpoint(tmp_path / role, role)
+        straight.saving.save_checkpoint(tmp_path / role, role)
     losses = trained(dict.fromkeys(ROLES, straight), 4, first=2)
     resumed = host_with(tiny_base, ROLES)
     for role in TRAINED:
-        assert resumed.load_checkpoint(tmp_path / role, role) == 2
+        assert resumed.saving.load_checkpoint(tmp_path / role, role) == 2
     assert trained(dict.fromkeys(ROLES, resumed), 4, first=2) == losses
     for role in TRAINED:
-        assert adapter_digest(resumed.model, role) == adapter_digest(straight.model, role)
+        assert adapter_digest(resumed.state.model, role) == adapter_digest(straight.state.model, role)
         assert np.array_equal(answers(resumed, role), answers(straight, role))
 
 
 def test_a_role_that_has_not_stepped_yet_resumes_too(tiny_base: Path, tmp_path: Path) -> None:
     """A critic that learns alone at the start: the policy's optimizer has nothing to remember."""
     straight = host_with(tiny_base, ("policy", "critic"))
-    straight.update(batch_of("critic", 0), LOSSES["critic"], 0, "critic")
+    straight.updates.update(batch_of("critic", 0), LOSSES["critic"], 0, "critic")
     for role in ("policy", "critic"):
-        straight.save_checkpoint(tmp_path / role, role)
+        straight.saving.save_checkpoint(tmp_path / role, role)
     resumed = host_with(tiny_base, ("policy", "critic"))
-    assert [resumed.load_checkpoint(tmp_path / role, role) for role in ("policy", "critic")] == [0, 1]
+    assert [resumed.saving.load_checkpoint(tmp_path / role, role) for role in ("policy", "critic")] == [0, 1]
     for host in (straight, resumed):
-        host.update(batch_of("policy", 0), LOSSES["policy"], 0, "policy")
-    assert adapter_digest(resumed.model, "policy") == adapter_digest(straight.model, "policy")
+        host.updates.update(batch_of("policy", 0), LOSSES["policy"], 0, "policy")
+    assert adapter_digest(resumed.state.model, "policy") == adapter_digest(straight.state.model, "policy")
 
 
 def test_routing_is_counted_for_each_role(tiny_base: Path) -> None:
     host = host_with(tiny_base, ("policy", "critic"))
-    assert host.router_load() is None
-    host.update(batch_of("policy", 0), LOSSES["policy"], 0, "policy")
-    of_policy = host.router_load("policy")
+    assert host.updates.router_load() is None
+    host.updates.update(batch_of("policy", 0), LOSSES["policy"], 0, "policy")
+    of_policy = host.updates.router_load("policy")
     assert of_policy is not None
-    host.update(batch_of("critic", 1), LOSSES["critic"], 0, "critic")
-    assert np.array_equal(host.router_load("policy"), of_policy)
-    assert np.array_equal(host.router_load(), host.router_load("critic"))
-    assert not np.array_equal(host.router_load("critic"), of_policy)
+    host.updates.update(batch_of("critic", 1), LOSSES["critic"], 0, "critic")
+    assert np.array_equal(host.updates.router_load("policy"), of_policy)
+    assert np.array_equal(host.updates.router_load(), host.updates.router_load("critic"))
+    assert not np.array_equal(host.updates.router_load("critic"), of_policy)
 
 
 def test_critic_and_reward_start_from_another_roles_adapter(tiny_base: Path) -> None:
     host = host_with(tiny_base, ("policy", "reward"))
-    host.update(batch_of("policy", 0), LOSSES["policy"], 0, "policy")
-    host.update(batch_of("reward", 0), LOSSES["reward"], 0, "reward")
+    host.updates.update(batch_of("policy", 0), LOSSES["policy"], 0, "policy")
+    host.updates.update(batch_of("reward", 0), LOSSES["reward"], 0, "reward")
     host.copy_adapter("policy", "fresh critic", trainable=True)
     host.add_head("fresh critic", "zero")
     host.copy_adapter("reward", "critic", trainable=True)
@@ -274,4 +277,4 @@ def test_critic_and_reward_start_from_another_roles_adapter(tiny_base: Path) -> 
 
 def answers_with(host: ModelHost, role: str) -> np.ndarray:
     """Scores by any role with a head."""
-    return host.scores(sft_batch(ROWS[40:]), role)
+    return host.scores.scores(sft_batch(ROWS[40:]), role)

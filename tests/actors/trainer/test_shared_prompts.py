@@ -37,20 +37,20 @@ def samples() -> Batch:
 
 def prepared(base: Path, **settings: bool) -> ModelHost:
     host = policy_host(base, **settings)
-    host.prepare_training("policy", OptimSpec(learning_rate=1e-3, optim="sgd"), 10)
+    host.updates.prepare_training("policy", OptimSpec(learning_rate=1e-3, optim="sgd"), 10)
     return host
 
 
 def weights(host: ModelHost) -> Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in host.training.parameters.values()])
+    return torch.cat([p.detach().reshape(-1) for p in host.updates.training.parameters.values()])
 
 
 def test_samples_of_common_prompts_train_as_one_sequence_at_a_time(tiny_base: Path) -> None:
     batch, found = samples(), []
     for packing in (True, False):
         host = prepared(tiny_base, packing=packing)
-        metrics = [host.update(batch, LOSS, step) for step in range(2)]
-        (micro,) = host.runner.shard(batch)[1]
+        metrics = [host.updates.update(batch, LOSS, step) for step in range(2)]
+        (micro,) = host.state.runner.shard(batch)[1]
         found.append((micro.n_tokens, metrics, weights(host)))
     (few, metrics, flat), (many, others, one_each) = found
     assert many == batch.n_tokens > 2 * few
@@ -66,14 +66,14 @@ def test_two_ranks_have_whole_groups_and_the_gradient_of_one(tiny_base: Path) ->
     for rank, shares in ((0, 1), (0, 2), (1, 2)):
         ranks = Ranks()
         ranks.share, ranks.shares = rank, shares
-        runner = replace(host.runner, ranks=ranks)
+        runner = replace(host.state.runner, ranks=ranks)
         rows, _ = runner.shard(batch)
         groups = batch.groups()
         assert shares == 1 or {*groups[rows]}.isdisjoint(groups[np.setdiff1d(np.arange(16), rows)])
-        host.training.zero_grad()
-        with host._as("policy"):
+        host.updates.training.zero_grad()
+        with host.state.as_role("policy"):
             runner.run(batch, LOSS, 0, train=True)
-        parts.append(torch.cat([p.grad.reshape(-1) for p in host.training.parameters.values()]))
+        parts.append(torch.cat([p.grad.reshape(-1) for p in host.updates.training.parameters.values()]))
     whole, first, second = parts
     assert whole.abs().max() > 0
     torch.testing.assert_close(first + second, whole, rtol=1e-4, atol=1e-6 * float(whole.abs().max()))
@@ -87,9 +87,9 @@ def test_an_update_that_finds_old_log_probabilities_itself_is_the_update_that_is
     for told, on_policy in ((True, False), (True, True), (False, True)):
         host = prepared(tiny_base)
         for step in range(2):
-            columns = {"old_logps": host.token_logprobs(batch, "policy")} if told else {}
+            columns = {"old_logps": host.scores.token_logprobs(batch, "policy")} if told else {}
             loss = LOSS.model_copy(update={"on_policy": on_policy})
-            metrics = host.update(batch.with_token_columns(**columns), loss, step)
+            metrics = host.updates.update(batch.with_token_columns(**columns), loss, step)
             deviations.append(metrics["ratio/max_deviation"])
         ends.append(weights(host))
     assert torch.equal(ends[0], ends[1])

@@ -27,18 +27,18 @@ def test_the_last_experts_compute_only_tokens_that_are_read(
             return Routes.of(top_k_index, n_experts, wanted)
 
     monkeypatch.setattr(experts_forward, "Routes", Recorded)
-    sparing = host.token_logprobs(batch, "policy")
-    _, micros = host.runner.shard(batch)
+    sparing = host.scores.token_logprobs(batch, "policy")
+    _, micros = host.state.runner.shard(batch)
     assert len(micros) == 1
     *others, last = asked
-    assert len(others) == host.config.num_hidden_layers - 1
+    assert len(others) == host.state.config.num_hidden_layers - 1
     assert all(wanted is None for wanted in others)
     assert last is not None
     assert last.tolist() == np.unique(micros[0].predictors).tolist()
     assert len(last) < micros[0].input_ids.size
 
-    host.runner.scorer.last_experts = None
-    assert np.abs(host.token_logprobs(batch, "policy") - sparing).max() < 1e-6
+    host.state.runner.scorer.last_experts = None
+    assert np.abs(host.scores.token_logprobs(batch, "policy") - sparing).max() < 1e-6
 
 
 def test_experts_that_other_layers_read_are_never_spared() -> None:

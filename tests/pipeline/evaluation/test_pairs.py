@@ -31,7 +31,7 @@ def reward_model(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     host.add_adapter("reward")
     host.add_head("reward", "normal")
     path = tmp_path_factory.mktemp("reward") / "adapter"
-    host.save_adapter("reward", path)
+    host.saving.save_adapter("reward", path)
     return path
 
 
@@ -96,7 +96,7 @@ def test_eval_scores_pairs_of_ones_own_with_a_reward_model(
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     host = ModelHost(host_spec(tiny_base))
     host.add_adapter("reward", reward_model)
-    expected = host.scores(tokens(data, tiny_base).sequences, "reward").reshape(-1, 2)
+    expected = host.scores.scores(tokens(data, tiny_base).sequences, "reward").reshape(-1, 2)
     found = [[line["chosen_score"], line["rejected_score"]] for line in lines]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     said = capsys.readouterr().out
@@ -109,7 +109,7 @@ def test_eval_refuses_what_is_no_reward_model(
     assert main(["eval", str(tiny_base), "--pairs", str(data)]) == 2
     policy = ModelHost(host_spec(tiny_base))
     policy.add_adapter("policy")
-    policy.save_adapter("policy", tmp_path / "policy")
+    policy.saving.save_adapter("policy", tmp_path / "policy")
     assert main(["eval", str(tmp_path / "policy"), "--pairs", str(data)]) == 2
     wide = tmp_path / "wide"
     wide.mkdir()

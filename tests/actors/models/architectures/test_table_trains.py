@@ -42,24 +42,24 @@ def test_three_steps_move_every_adapter_and_nothing_else(
 ) -> None:
     host = host_of(base_of(model_type), groups_of(model_type))
     before = host.frozen_digest()
-    host.prepare_training("policy", OPTIM, 3)
-    start = {n: p.detach().clone() for n, p in adapter_parameters(host.model, "policy").items()}
-    losses = [host.update(BATCH, SftLoss(), step)["loss"] for step in range(3)]
+    host.updates.prepare_training("policy", OPTIM, 3)
+    start = {n: p.detach().clone() for n, p in adapter_parameters(host.state.model, "policy").items()}
+    losses = [host.updates.update(BATCH, SftLoss(), step)["loss"] for step in range(3)]
     assert losses[2] < losses[1] < losses[0]
     assert host.frozen_digest() == before
-    for name, parameter in adapter_parameters(host.model, "policy").items():
+    for name, parameter in adapter_parameters(host.state.model, "policy").items():
         assert not torch.equal(parameter, start[name]), name
     # An update starts from the log-probabilities that were recorded: training computes as scoring does.
-    assert host.evaluate(BATCH, SftLoss(), "policy")["loss"] == pytest.approx(
-        host.update(BATCH, SftLoss(), 2)["loss"], rel=1e-5
+    assert host.updates.evaluate(BATCH, SftLoss(), "policy")["loss"] == pytest.approx(
+        host.updates.update(BATCH, SftLoss(), 2)["loss"], rel=1e-5
     )
 
 
 @pytest.mark.parametrize("model_type", architectures(fast=["gpt_oss"]))
 def test_all_parameters_train(model_type: str, base_of: Callable[..., Path]) -> None:
     host = ModelHost(HostSpec(model=ModelSpec(base=str(base_of(model_type)), lora=None)))
-    host.prepare_training(None, OPTIM, 2)
-    losses = [host.update(BATCH, SftLoss(), step)["loss"] for step in range(2)]
+    host.updates.prepare_training(None, OPTIM, 2)
+    losses = [host.updates.update(BATCH, SftLoss(), step)["loss"] for step in range(2)]
     assert losses[1] < losses[0]
 
 
@@ -73,8 +73,8 @@ def test_packed_and_padded_rows_train_alike(
     curves = []
     for packing in (True, False):
         host = host_of(base_of(model_type), groups_of(model_type), packing=packing)
-        host.prepare_training("policy", OPTIM, 3)
-        curves.append([host.update(BATCH, SftLoss(), step)["loss"] for step in range(3)])
+        host.updates.prepare_training("policy", OPTIM, 3)
+        curves.append([host.updates.update(BATCH, SftLoss(), step)["loss"] for step in range(3)])
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
@@ -88,17 +88,17 @@ def test_a_reward_model_is_a_classifier_of_plain_transformers(
     groups: list[TargetGroup] = ["attention", *(["experts"] if ARCHITECTURES[model_type].is_moe else [])]
     host = host_of(base_of(model_type), groups)
     host.add_head("policy", "normal")
-    host.prepare_training("policy", OPTIM, 2)
+    host.updates.prepare_training("policy", OPTIM, 2)
     pairs = Batch.from_sequences(SEQUENCES, [[False] * 3 + [True] * (len(s) - 3) for s in SEQUENCES], 2)
     for step in range(2):
-        host.update(pairs, RewardLoss(), step)
-    host.save_adapter("policy", tmp_path)
+        host.updates.update(pairs, RewardLoss(), step)
+    host.saving.save_adapter("policy", tmp_path)
     plain = AutoModelForSequenceClassification.from_pretrained(
         base_of(model_type), num_labels=1, dtype=torch.float32
     )
     model = PeftModel.from_pretrained(plain, tmp_path).eval()
     with torch.no_grad():
         theirs = [float(model(input_ids=torch.tensor([ids])).logits[0, 0]) for ids in SEQUENCES]
-    ours = host.scores(pairs, "policy")
+    ours = host.scores.scores(pairs, "policy")
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
     assert np.abs(ours).max() > 0.01

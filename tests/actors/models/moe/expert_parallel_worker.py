@@ -50,13 +50,13 @@ def looked_at(host: ModelHost, role: str | None) -> dict[str, Any]:
     crowded = replace(batch, experts=np.tile(np.arange(2, dtype=np.uint8), (batch.n_tokens, LAYERS, 1)))
     if role is not None:
         host.add_head(role, "normal")
-        found["scores"] = host.scores(batch, role).tolist()
-        found["reference"] = host.token_logprobs(batch, None).tolist()
+        found["scores"] = host.scores.scores(batch, role).tolist()
+        found["reference"] = host.scores.token_logprobs(batch, None).tolist()
     for step, routed in enumerate((batch, crowded)):
-        found[f"logprobs {step}"] = host.token_logprobs(routed, role).tolist()
-        metrics = host.update(routed, SftLoss(), step)
+        found[f"logprobs {step}"] = host.scores.token_logprobs(routed, role).tolist()
+        metrics = host.updates.update(routed, SftLoss(), step)
         found[f"metrics {step}"] = [metrics[key] for key in ("loss", "aux_loss", "grad_norm", "moe/maxvio")]
-        load = host.router_load(role)
+        load = host.updates.router_load(role)
         assert load is not None
         found[f"load {step}"] = load.tolist()
     return found
@@ -72,13 +72,13 @@ def run(base: str, rank: int, out: Path, inits: list[str]) -> dict[str, Any]:
         return trained(ModelHost(what, rank, 2, next(addresses), timeout_s=60), role)
 
     host = host_of(spec(base, "experts"), "policy")
-    whole = {n: p for n, p in host.base.named_parameters() if is_sharded(p)}
+    whole = {n: p for n, p in host.state.base.named_parameters() if is_sharded(p)}
     results["held"] = {n: [list(p.shape), list(own_slice(p).shape)] for n, p in whole.items()}
     results["lora"] = losses(host, 0, HALF)
-    host.save_checkpoint(out / "lora")
-    assert host.load_checkpoint(out / "one") == HALF
+    host.saving.save_checkpoint(out / "lora")
+    assert host.saving.load_checkpoint(out / "one") == HALF
     results["lora"] += losses(host, HALF, STEPS)
-    host.save_adapter("policy", out / "lora-adapter")
+    host.saving.save_adapter("policy", out / "lora-adapter")
     results["lora facts"] = facts(host, "policy")
     host.close()
 

@@ -24,13 +24,13 @@ def one_and_two(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     one: Two = {}
     host = trained(ModelHost(spec(base, "none")), "policy")
     one["lora"] = losses(host, 0, HALF)
-    host.save_checkpoint(out / "one")
+    host.saving.save_checkpoint(out / "one")
     addresses = [free_address() for _ in range(6)]
     with two_ranks(worker.__file__, out, base, str(out), *addresses) as two:
         one["lora"] += losses(host, HALF, STEPS)
         full = trained(ModelHost(spec(base, "none", None)), None)
         one["whole"] = losses(full, 0, STEPS)
-        full.save_model(out / "one-model")
+        full.saving.save_model(out / "one-model")
     return one, out, two[0]
 
 
@@ -59,10 +59,10 @@ def test_what_ranks_that_share_the_experts_leave_behind_is_whole(
     host.add_adapter("policy", out / "lora-adapter")
     assert facts(host, "policy") == two["lora facts"], "to the bit"
     host = trained(ModelHost(spec(str(tiny_base), "none")), "policy")
-    assert host.load_checkpoint(out / "lora") == HALF
+    assert host.saving.load_checkpoint(out / "lora") == HALF
     assert losses(host, HALF, STEPS) == pytest.approx(one["lora"][HALF:], rel=1e-5)
     host = trained(ModelHost(spec(str(tiny_base), "none", None)), None)
-    assert host.load_checkpoint(out / "whole") == HALF
+    assert host.saving.load_checkpoint(out / "whole") == HALF
     assert losses(host, HALF, STEPS) == pytest.approx(one["whole"][HALF:], rel=1e-5)
     ours, theirs = (load_file(out / f"{who}-model/model.safetensors") for who in ("one", "whole"))
     assert ours.keys() == theirs.keys()

@@ -33,14 +33,14 @@ def spec(base: str, sharding: str, lora: LoraSpec | None = LORA) -> HostSpec:
 def losses(host: ModelHost, first: int, last: int) -> list[float]:
     """Of some steps; each has more micro-batches on one rank than on the other, the last has one row."""
     batches = [sft_batch(ROWS[6 * s : 6 * s + (1 if s == STEPS - 1 else 5)]) for s in range(first, last)]
-    return [host.update(batch, SftLoss(), first + i)["loss"] for i, batch in enumerate(batches)]
+    return [host.updates.update(batch, SftLoss(), first + i)["loss"] for i, batch in enumerate(batches)]
 
 
 def trained(host: ModelHost, role: str | None) -> ModelHost:
     """Ready for its first step."""
     if role is not None:
         host.add_adapter(role)
-    host.prepare_training(role, OPTIM, STEPS)
+    host.updates.prepare_training(role, OPTIM, STEPS)
     return host
 
 
@@ -58,15 +58,15 @@ def facts(host: ModelHost, role: str | None) -> dict[str, Any]:
     if sent is not None and sent.expected is not None:
         assert len(sent.part_digests) > 2
         found["parts"] = [list(sent.part_digests), sent.expected.digests == found["expected"]]
-    return found if host.ranks.rank == 0 else {}
+    return found if host.state.ranks.rank == 0 else {}
 
 
 def trained_whole(host: ModelHost, out: Path) -> dict[str, Any]:
     """Full fine-tuning with a checkpoint on the way, and what it leaves; closes the host."""
     found: dict[str, Any] = {"whole": losses(host, 0, HALF)}
-    host.save_checkpoint(out / "whole")
+    host.saving.save_checkpoint(out / "whole")
     found["whole"] += losses(host, HALF, STEPS)
-    host.save_model(out / "whole-model")
+    host.saving.save_model(out / "whole-model")
     found["whole facts"] = facts(host, None)
     host.close()
     return found
@@ -82,13 +82,13 @@ def run(base: str, rank: int, out: Path, inits: list[str]) -> dict[str, Any]:
         assert host.describe()["sharding"] == sharding
         if sharding == "full":
             results["full"] = losses(host, 0, HALF)
-            host.save_checkpoint(out / "full")
-            assert host.load_checkpoint(out / "one") == HALF
+            host.saving.save_checkpoint(out / "full")
+            assert host.saving.load_checkpoint(out / "one") == HALF
         else:
-            assert host.load_checkpoint(out / "full") == HALF
+            assert host.saving.load_checkpoint(out / "full") == HALF
         results[f"{sharding} after {before.name if before else 'full'}"] = losses(host, HALF, STEPS)
         before = None
-        host.save_adapter("policy", out / f"{sharding}-adapter")
+        host.saving.save_adapter("policy", out / f"{sharding}-adapter")
         results[f"{sharding} facts"] = facts(host, "policy")
         host.close()
     host = trained(ModelHost(spec(base, "full", None), rank, 2, next(addresses), timeout_s=60), None)

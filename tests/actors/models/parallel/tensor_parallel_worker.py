@@ -46,23 +46,23 @@ def of_pairs(host: ModelHost) -> dict[str, Any]:
     """What other losses and roles see: a loss over all rows at once, a critic, a policy and the bare base."""
     host.add_adapter("critic")
     host.add_head("critic", "normal")
-    host.prepare_training("critic", OPTIM, STEPS)
+    host.updates.prepare_training("critic", OPTIM, STEPS)
     rows = sft_batch(ROWS[:5])
     returns = np.linspace(-1, 1, int(rows.loss_mask.sum()))
     rows = rows.with_token_columns(returns=returns, old_values=0 * returns)
-    critic = [host.update(rows, ValueLoss(), step, "critic") for step in range(2)]
-    host.prepare_training("policy", OPTIM, STEPS)
+    critic = [host.updates.update(rows, ValueLoss(), step, "critic") for step in range(2)]
+    host.updates.prepare_training("policy", OPTIM, STEPS)
     pairs = with_reference(host, pair_batch(PAIRS))
-    aot = [host.update(pairs, DpoLoss(loss_type="aot"), step) for step in range(2)]
+    aot = [host.updates.update(pairs, DpoLoss(loss_type="aot"), step) for step in range(2)]
     names = ("loss", "grad_norm")
-    load = host.router_load("policy")
+    load = host.updates.router_load("policy")
     assert load is not None
     return {
         "critic": [metrics[name] for metrics in critic for name in names],
         "aot": [metrics[name] for metrics in aot for name in names],
         "load": load.tolist(),
-        "values": host.values(rows, "critic").tolist(),
-        "logps": host.token_logprobs(rows, "policy").tolist(),
+        "values": host.scores.values(rows, "critic").tolist(),
+        "logps": host.scores.token_logprobs(rows, "policy").tolist(),
     }
 
 
@@ -78,14 +78,14 @@ def run(base: str, rank: int, world: int, out: Path, inits: list[str]) -> dict[s
     for name, lora in (("lora", LORA), ("full", None)):
         made = host(lora)
         results[name] = losses(made, 0, HALF)
-        made.save_checkpoint(out / name)
-        assert made.load_checkpoint(out / f"one-{name}") == HALF
+        made.saving.save_checkpoint(out / name)
+        assert made.saving.load_checkpoint(out / f"one-{name}") == HALF
         results[f"{name} after one"] = losses(made, HALF, STEPS)
         results[f"{name} facts"] = facts(made, None if lora is None else "policy")
         if lora is None:
-            made.save_model(out / "model")
+            made.saving.save_model(out / "model")
         else:
-            made.save_adapter("policy", out / "adapter")
+            made.saving.save_adapter("policy", out / "adapter")
             results |= of_pairs(made)
         made.close()
     return results

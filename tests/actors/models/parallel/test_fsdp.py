@@ -32,7 +32,7 @@ def one_and_two(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     out = tmp_path_factory.mktemp("sharding")
     one = worker.trained(ModelHost(worker.spec(str(tiny_base), "none")), "policy")
     curve = worker.losses(one, 0, worker.HALF)
-    one.save_checkpoint(out / "one")
+    one.saving.save_checkpoint(out / "one")
     addresses = [free_address() for _ in range(3)]
     with two_ranks(worker.__file__, out, str(tiny_base), str(out), *addresses) as two:
         curve += worker.losses(one, worker.HALF, worker.STEPS)
@@ -54,7 +54,7 @@ def test_a_checkpoint_resumes_with_another_split_and_number_of_ranks(
     assert two["full after one"] == pytest.approx(rest, rel=1e-5), "one whole rank -> two sharded ones"
     assert two["base after full"] == pytest.approx(rest, rel=1e-5), "everything split -> the base alone"
     host = worker.trained(ModelHost(worker.spec(str(tiny_base), "none")), "policy")
-    assert host.load_checkpoint(out / "full") == worker.HALF
+    assert host.saving.load_checkpoint(out / "full") == worker.HALF
     assert worker.losses(host, worker.HALF, worker.STEPS) == pytest.approx(rest, rel=1e-5)
 
 
@@ -80,13 +80,13 @@ def test_full_fine_tuning_in_slices(
     curve = worker.losses(host, 0, worker.STEPS)
     assert two["whole"] == pytest.approx(curve, rel=1e-5)
     saved = AutoModelForCausalLM.from_pretrained(out / "whole-model", dtype=torch.float32)
-    host.save_model(tmp_path)
+    host.saving.save_model(tmp_path)
     ours, theirs = load_file(tmp_path / "model.safetensors"), load_file(out / "whole-model/model.safetensors")
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=2e-5)
     assert saved.config.use_cache
-    assert host.load_checkpoint(out / "whole") == worker.HALF
+    assert host.saving.load_checkpoint(out / "whole") == worker.HALF
     assert worker.losses(host, worker.HALF, worker.STEPS) == pytest.approx(curve[worker.HALF :], rel=1e-5)
 
 

@@ -27,12 +27,12 @@ def one_rank(base: str, out: Path) -> Found:
     for name, lora in (("lora", LORA), ("full", None)):
         host = trained(ModelHost(worker.spec(base, 1, lora)), None if lora is None else "policy")
         found[name] = losses(host, 0, HALF)
-        host.save_checkpoint(out / f"one-{name}")
+        host.saving.save_checkpoint(out / f"one-{name}")
         found[f"{name} after one"] = losses(host, HALF, STEPS)
         if lora is not None:
             found |= worker.of_pairs(host)
         else:
-            host.save_model(out / "one-model")
+            host.saving.save_model(out / "one-model")
     return found
 
 
@@ -75,7 +75,7 @@ def test_what_they_leave_behind_is_whole(
     for name, lora in (("lora", LORA), ("full", None)):
         role = None if lora is None else "policy"
         host = trained(ModelHost(worker.spec(str(tiny_base), 1, lora)), role)
-        assert host.load_checkpoint(out / name) == HALF
+        assert host.saving.load_checkpoint(out / name) == HALF
         rest = one[f"{name} after one"]
         assert losses(host, HALF, STEPS) == pytest.approx(rest, rel=ALONE)
     host = ModelHost(worker.spec(str(tiny_base), 1))

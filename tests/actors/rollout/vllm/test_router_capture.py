@@ -135,10 +135,10 @@ def test_in_bfloat16_replay_takes_flipped_routes_out_of_the_mismatch(
     batches = [drawn(engine, 100 * turn) for turn in range(3)]
     found = {}
     for name, seen in (("replayed", batches), ("own", [batch.unrouted() for batch in batches])):
-        logps = np.concatenate([trainer.token_logprobs(batch, None) for batch in seen])
+        logps = np.concatenate([trainer.scores.token_logprobs(batch, None) for batch in seen])
         engine_logps = np.concatenate([batch.token_columns["engine_logps"] for batch in seen])
         found[name] = divergence(engine_logps, logps)
-    agreement = trainer.route_agreement()
+    agreement = trainer.scores.route_agreement()
     assert agreement is not None
     assert 0.95 < agreement.min() < 1
     assert found["replayed"]["k3"] < 0.7 * found["own"]["k3"], (found, agreement)
@@ -153,9 +153,9 @@ def test_a_batch_with_the_experts_of_other_samples_is_further_off(
     batch, trainer = drawn(engine_on(process, base, "float32")), trainer_on(base, "float32")
     assert batch.experts is not None
     engine_logps = batch.token_columns["engine_logps"]
-    assert divergence(engine_logps, trainer.token_logprobs(batch, None))["max"] < 1e-4
+    assert divergence(engine_logps, trainer.scores.token_logprobs(batch, None))["max"] < 1e-4
     turned = replace(batch, experts=np.roll(batch.experts, 1, axis=0))
-    assert divergence(engine_logps, trainer.token_logprobs(turned, None))["max"] > 1e-1
+    assert divergence(engine_logps, trainer.scores.token_logprobs(turned, None))["max"] > 1e-1
 
 
 def test_what_is_joined_is_what_the_engine_gave(process: WorkerGroup, base_of: Callable[..., Path]) -> None:
