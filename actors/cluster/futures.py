@@ -10,9 +10,12 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from actors.errors import InvariantViolation, RunFailure, UserError
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 T = TypeVar("T")
 
@@ -27,7 +30,7 @@ POLL_S = 0.5
 
 @dataclass(frozen=True)
 class Fault:
-    """What went wrong on one rank."""
+    """An error of one rank, or its death."""
 
     rank: int
     error: BaseException
@@ -36,9 +39,9 @@ class Fault:
 
 @dataclass
 class Answers:
-    """What a wait brought: values and faults by rank; ranks in neither had not answered by the deadline."""
+    """Values and faults that a wait brought, by rank; ranks in neither had not answered by the deadline."""
 
-    values: dict[int, Any] = field(default_factory=dict)
+    values: dict[int, object] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
 
     @property
@@ -56,7 +59,7 @@ def _precedence(fault: Fault) -> tuple[int, int]:
     return (1, fault.rank) if isinstance(fault.error, kinds) else (2, fault.rank)
 
 
-def wait(refs: Mapping[int, Any], limit_s: float) -> Answers:
+def wait(refs: Mapping[int, ObjectRef], limit_s: float) -> Answers:
     """Wait for one reference per rank, at most `limit_s` seconds; a fault ends the wait early."""
     import ray
 
@@ -81,7 +84,7 @@ def wait(refs: Mapping[int, Any], limit_s: float) -> Answers:
     return answers
 
 
-def _take_all(answers: Answers, done: Mapping[int, Any]) -> None:
+def _take_all(answers: Answers, done: Mapping[int, ObjectRef]) -> None:
     """Values or faults of calls that are back: all at once, unless one of them failed."""
     import ray
 
@@ -93,7 +96,7 @@ def _take_all(answers: Answers, done: Mapping[int, Any]) -> None:
         _take(answers, rank, ref)
 
 
-def _take(answers: Answers, rank: int, ref: Any) -> None:
+def _take(answers: Answers, rank: int, ref: ObjectRef) -> None:
     import ray
     from ray.exceptions import RayActorError, RayError, RayTaskError
 
@@ -109,17 +112,17 @@ def _take(answers: Answers, rank: int, ref: Any) -> None:
         answers.faults.append(Fault(rank, error, died=False))
 
 
-class _Call:
+class _Call(Generic[T]):
     """A call that was sent. The deadline runs from the moment when someone waits for it: calls queue up
     behind each other on purpose, and a queued call has not overrun anything."""
 
     def __init__(
-        self, refs: dict[int, Any], phase: str, finish: Callable[[dict[int, Any], str], list[Any]]
+        self, refs: dict[int, ObjectRef], phase: str, finish: Callable[[dict[int, ObjectRef], str], list[T]]
     ) -> None:
         self._refs, self._phase, self._finish = refs, phase, finish
-        self._values: list[Any] | None = None
+        self._values: list[T] | None = None
 
-    def _all(self) -> list[Any]:
+    def _all(self) -> list[T]:
         if self._values is None:
             self._values = self._finish(self._refs, self._phase)
         return self._values
@@ -135,7 +138,7 @@ class _Call:
         return len(ready) == len(refs)
 
 
-class GroupFuture(_Call, Generic[T]):
+class GroupFuture(_Call[T]):
     """A call that was sent to every rank of a group; each answers with a T."""
 
     def result(self) -> list[T]:
@@ -148,19 +151,18 @@ class GroupFuture(_Call, Generic[T]):
         return self._all()
 
 
-class WorkerFuture(_Call, Generic[T]):
+class WorkerFuture(_Call[T]):
     """A call that was sent to one rank, which answers with a T."""
 
     @property
-    def ref(self) -> Any:
+    def ref(self) -> ObjectRef:
         """Ray's reference to the value."""
         (ref,) = self._refs.values()
         return ref
 
     def result(self) -> T:
         """That rank's value; raises as `GroupFuture.result`."""
-        value: T = self._all()[0]
-        return value
+        return self._all()[0]
 
 
 def first_done(calls: Mapping[int, WorkerFuture], limit_s: float) -> list[int]:
@@ -189,7 +191,7 @@ def explain_death(error: BaseException) -> str:
 
 
 def as_failure(error: BaseException, who: str, phase: str, next_step: str) -> BaseException:
-    """What to raise for an error that a rank reported."""
+    """The error to raise for one that a rank reported."""
     if isinstance(error, UserError | RunFailure):
         return error
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

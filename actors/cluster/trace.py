@@ -1,4 +1,4 @@
-"""What a process was asked for and when: one JSON line a call, for the report's timeline.
+"""Traces of calls, for the report's timeline: what a process was asked for and when, a JSON line a call.
 
 Lines are {"method", "phase", "start", "end", "peak_rss"} with "step" and "role" where the call names them,
 and "error" where it raised. `peak_rss` is the most memory, in bytes, that the process has had so far. Times
@@ -15,10 +15,9 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 KIB = 1024
-"""What Linux counts `ru_maxrss` in."""
+"""Linux' unit of `ru_maxrss`, in bytes."""
 DIGITS = 5
 """Of a second: a call between processes takes about 0.001 s."""
 
@@ -33,7 +32,7 @@ class CallTrace:
     def call(self, method: str, phase: str, names: Mapping[str, int | str] | None = None) -> Iterator[None]:
         """Note what runs inside; `names`: further entries of the line."""
         began = time.time()
-        line: dict[str, Any] = {"method": method, "phase": phase, "start": round(began, DIGITS)}
+        line: dict[str, int | float | str] = {"method": method, "phase": phase, "start": round(began, DIGITS)}
         try:
             yield
         except BaseException as error:
@@ -44,7 +43,7 @@ class CallTrace:
             line["peak_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
             self._append(line | dict(names or {}))
 
-    def _append(self, line: Mapping[str, Any]) -> None:
+    def _append(self, line: Mapping[str, int | float | str]) -> None:
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
@@ -52,7 +51,7 @@ class CallTrace:
 
 
 def named(
-    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    function: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
 ) -> dict[str, int | str]:
     """The step and the role that a call is about, where its arguments say so."""
     try:
@@ -60,8 +59,9 @@ def named(
     except (TypeError, ValueError):  # The call itself will say what is wrong with its arguments.
         return {}
     found: dict[str, int | str] = {}
-    if isinstance(given.get("step"), int):
-        found["step"] = given["step"]
-    if isinstance(given.get("role"), str):
-        found["role"] = given["role"]
+    step, role = given.get("step"), given.get("role")
+    if isinstance(step, int):
+        found["step"] = step
+    if isinstance(role, str):
+        found["role"] = role
     return found

@@ -1,4 +1,4 @@
-"""The process of one rank: a log file, an environment, warm imports, and one object that does the work.
+"""The process of one rank: a log file, an environment, imports made early, and one object that does the work.
 
 The module imports nothing heavy, so that a process is up in under a second; torch, transformers or
 vLLM are imported in the background while the driver still reads its data. On one machine they may be there
@@ -22,7 +22,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 from actors.cluster.trace import CallTrace, named
 from actors.errors import RunFailure, UserError
@@ -47,27 +47,27 @@ class Worker:
         # Before any library is imported: OpenMP, torch and vLLM read these once. In a forked process OpenMP
         # and torch have read the fork server's, which are the same; the rest is read when vLLM is imported.
         os.environ.update(env)
-        self._object: Any = None
+        self._object: object | None = None
         self._seconds: dict[str, float] = {}
-        self._warm_error: BaseException | None = None
+        self._import_error: BaseException | None = None
         self._preload = threading.Thread(
-            target=self._import, args=(list(preload),), daemon=True, name="warm-up"
+            target=self._import, args=(list(preload),), daemon=True, name="preload"
         )
         self._preload.start()
 
-    def ping(self) -> dict[str, Any]:
-        """Who this is; answers as soon as the process is up."""
+    def ping(self) -> dict[str, str | int]:
+        """Name, process id, machine and log file; answers as soon as the process is up."""
         return {"who": self.who, "pid": os.getpid(), "host": socket.gethostname(), "log": self.log_path}
 
-    def warmed(self) -> dict[str, float]:
+    def preloaded(self) -> dict[str, float]:
         """Seconds of the imports; answers when they are done."""
         self._preload.join()
-        if self._warm_error is not None:
-            raise self._as_failure(self._warm_error, "start")
+        if self._import_error is not None:
+            raise self._as_failure(self._import_error, "start")
         return dict(self._seconds)
 
     def rendezvous(self, one_node: bool) -> str:
-        """Where the ranks of this group meet: tcp://host:port, free at this moment."""
+        """Address at which the ranks of this group meet: tcp://host:port, free at this moment."""
         host = "127.0.0.1" if one_node else _own_address()
         return f"tcp://{host}:{_free_port()}"
 
@@ -77,21 +77,23 @@ class Worker:
         phase: str,
         limit_s: float,
         init_method: str | None,
-        args: Sequence[Any],
-        kwargs: dict[str, Any],
+        args: Sequence[object],
+        kwargs: dict[str, object],
     ) -> float:
         """Make the object that does the work (`module:Class`), in place of an earlier one; seconds taken."""
         if init_method is not None:
             kwargs = {**kwargs, "init_method": init_method}
         began = time.monotonic()
         with self._reported(phase, limit_s), self._trace.call("build", phase):
-            self.warmed()
+            self.preloaded()
             self._drop()
             module, _, name = target.partition(":")
             self._object = getattr(importlib.import_module(module), name)(*args, **kwargs)
         return time.monotonic() - began
 
-    def call(self, method: str, phase: str, limit_s: float, kwargs: Mapping[str, Any], *args: Any) -> Any:
+    def call(
+        self, method: str, phase: str, limit_s: float, kwargs: Mapping[str, object], *args: object
+    ) -> object:
         """Call a method of the object (`part.method` of a part of it). `args` come last, where Ray resolves
         references.
 
@@ -106,10 +108,10 @@ class Worker:
             with self._trace.call(method, phase, named(work, args, kwargs)):
                 return work(*args, **kwargs)
 
-    def work(self, target: str, phase: str, limit_s: float, args: Sequence[Any]) -> Any:
-        """Call a function (`module:function`) that needs the warm imports, and no object."""
+    def work(self, target: str, phase: str, limit_s: float, args: Sequence[object]) -> object:
+        """Call a function (`module:function`) that needs the preloaded imports, and no object."""
         with self._reported(phase, limit_s), self._trace.call(target.partition(":")[2], phase):
-            self.warmed()
+            self.preloaded()
             module, _, name = target.partition(":")
             return getattr(importlib.import_module(module), name)(*args)
 
@@ -159,7 +161,7 @@ class Worker:
             gc.freeze()
         except BaseException as error:
             traceback.print_exc()
-            self._warm_error = error
+            self._import_error = error
         finally:
             gc.enable()
 
@@ -174,7 +176,7 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def _write_everything_to(log_path: str, who: str) -> Any:
+def _write_everything_to(log_path: str, who: str) -> TextIO:
     """Point stdout and stderr, of Python and of native code, to the log file."""
     Path(log_path).parent.mkdir(parents=True, exist_ok=True)
     log = open(log_path, "a", buffering=1)  # noqa: SIM115  stays open as long as the process lives

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,16 +21,21 @@ from actors.cluster.spec import LimitsSpec, Phase, RoleSpec, bundle
 from actors.cluster.worker import Worker
 from actors.errors import RunFailure
 
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorHandle
+    from ray.util.placement_group import PlacementGroup
+
 AGAIN = "run the same command again: it goes on from the last checkpoint"
 
 
 @dataclass(frozen=True)
 class Making:
-    """What `WorkerGroup.build` was asked to make."""
+    """Arguments of the last `WorkerGroup.build`, to make the same again."""
 
     target: str
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
     phase: Phase
     distributed: bool
 
@@ -62,8 +67,8 @@ class WorkerGroup:
         self.next_step = next_step
         self._preload = tuple(preload)
         self._env = dict(env or {})
-        self._actors: list[Any] = []
-        self._placement: Any = None
+        self._actors: list[ActorHandle] = []
+        self._placement: PlacementGroup | None = None
         self._made: Making | None = None
         # A process may be brought up in one thread while another one works with the others.
         self._fleet_lock, self._order = threading.Lock(), threading.Lock()
@@ -88,8 +93,8 @@ class WorkerGroup:
         return self
 
     def build(
-        self, target: str, *args: Any, distributed: bool = False, phase: Phase = "load", **kwargs: Any
-    ) -> GroupFuture:
+        self, target: str, *args: object, distributed: bool = False, phase: Phase = "load", **kwargs: object
+    ) -> GroupFuture[float]:
         """Make the object (`module:Class`) on every rank, in place of an earlier one; returns at once.
 
         `distributed`: the class also gets rank, world_size, init_method and timeout_s, to join its peers.
@@ -158,30 +163,35 @@ class WorkerGroup:
 
     # --- Calls --------------------------------------------------------------------------------------
 
-    def submit(self, method: str, *args: Any, phase: Phase = "call", **kwargs: Any) -> GroupFuture:
-        """Call a method on every rank with the same arguments; large ones go to the object store once."""
+    def submit(self, method: str, *args: object, phase: Phase = "call", **kwargs: object) -> GroupFuture[Any]:
+        """Call a method on every rank with the same arguments; large ones go to the object store once.
+
+        Untyped: a room that has a remote object has a face of it, whose methods say each call's types.
+        """
         refs = self._send(range(self.size), method, args, phase, kwargs)
         return GroupFuture(refs, phase, self._finisher(refs))
 
     def submit_rank(
-        self, rank: int, method: str, *args: Any, phase: Phase = "call", **kwargs: Any
-    ) -> WorkerFuture:
+        self, rank: int, method: str, *args: object, phase: Phase = "call", **kwargs: object
+    ) -> WorkerFuture[Any]:
         """Call a method on one rank."""
         refs = self._send([rank], method, args, phase, kwargs)
         return WorkerFuture(refs, phase, self._finisher(refs))
 
-    def submit_work(self, rank: int, target: str, *args: Any, phase: Phase = "call") -> WorkerFuture:
-        """Call a function (`module:function`) in the process of one rank, which has imported torch and what a
-        host needs; nothing has to be built there."""
+    def submit_work(self, rank: int, target: str, *args: object, phase: Phase = "call") -> WorkerFuture[Any]:
+        """Call a function (`module:function`) in the process of one rank, once its `preload`ed modules are
+        imported; nothing has to be built there."""
         (actor,) = self._checked([rank], phase)
         refs = {rank: actor.work.remote(target, phase, self.limits.of(phase), args)}
         return WorkerFuture(refs, phase, self._finish)
 
-    def call(self, method: str, *args: Any, phase: Phase = "call", **kwargs: Any) -> list[Any]:
+    def call(self, method: str, *args: object, phase: Phase = "call", **kwargs: object) -> list[Any]:
         """`submit` and wait: the value of each rank. Raises as `GroupFuture.result`."""
         return self.submit(method, *args, phase=phase, **kwargs).result()
 
-    def call_rank(self, rank: int, method: str, *args: Any, phase: Phase = "call", **kwargs: Any) -> Any:
+    def call_rank(
+        self, rank: int, method: str, *args: object, phase: Phase = "call", **kwargs: object
+    ) -> Any:
         """`submit_rank` and wait: that rank's value. Raises as `GroupFuture.result`."""
         return self.submit_rank(rank, method, *args, phase=phase, **kwargs).result()
 
@@ -199,12 +209,12 @@ class WorkerGroup:
         return f"{self.name}-{rank}"
 
     def next_of(self, rank: int) -> str:
-        """What to do after a failure of this rank, with its log."""
+        """Advice after a failure of this rank, with its log."""
         return f"{self.next_step}; log: {self._log(rank)}"
 
     # --- Inside -------------------------------------------------------------------------------------
 
-    def _start_rank(self, rank: int) -> Any:
+    def _start_rank(self, rank: int) -> ActorHandle:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -227,10 +237,10 @@ class WorkerGroup:
         self,
         ranks: Sequence[int] | range,
         method: str,
-        args: Sequence[Any],
+        args: Sequence[object],
         phase: Phase,
-        kwargs: Mapping[str, Any],
-    ) -> dict[int, Any]:
+        kwargs: Mapping[str, object],
+    ) -> dict[int, ObjectRef]:
         chosen = self._checked(ranks, phase)
         shared = [_once(arg) if len(chosen) > 1 else arg for arg in args]
         limit = self.limits.of(phase)
@@ -241,7 +251,7 @@ class WorkerGroup:
                 for rank, actor in zip(ranks, chosen)
             }
 
-    def _checked(self, ranks: Sequence[int] | range, phase: str) -> list[Any]:
+    def _checked(self, ranks: Sequence[int] | range, phase: str) -> list[ActorHandle]:
         if not self._actors:
             raise RunFailure(self.name, phase, "its processes were not started, or are shut down")
         for rank in ranks:
@@ -250,12 +260,12 @@ class WorkerGroup:
                 raise RunFailure(self.who(rank), phase, member.reason, self.next_step)
         return [self._actors[rank] for rank in ranks]
 
-    def _finisher(self, refs: Mapping[int, Any]) -> Callable[[dict[int, Any], str], list[Any]]:
+    def _finisher(self, refs: Mapping[int, ObjectRef]) -> Callable[[dict[int, ObjectRef], str], list[Any]]:
         """`_finish` of calls of the present processes: what becomes of them says nothing of later ones."""
         return functools.partial(self._finish, lives={r: self.fleet.members[r].generation for r in refs})
 
     def _finish(
-        self, refs: Mapping[int, Any], phase: str, lives: Mapping[int, int] | None = None
+        self, refs: Mapping[int, ObjectRef], phase: str, lives: Mapping[int, int] | None = None
     ) -> list[Any]:
         """Wait under the deadline of `phase`; values in rank order, or one error with a name.
 
@@ -325,7 +335,7 @@ class WorkerGroup:
         return self.log_dir / f"{self.who(rank)}.log"
 
 
-def _once(value: Any) -> Any:
+def _once(value: object) -> object:
     """Put a large argument in the object store, for all ranks of the call."""
     import ray
 

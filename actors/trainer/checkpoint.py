@@ -8,6 +8,8 @@ renamed, manifest last); here an unreadable or foreign one is named and refused.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +28,7 @@ FILES = (PARAMETERS, OPTIMIZER, STATE)
 
 
 class Trained(Protocol):
-    """What a stage trains, as `actors.trainer.train_state.Training` has it."""
+    """Parameters in training and their optimizer, as `actors.trainer.train_state.Training` has them."""
 
     parameters: dict[str, nn.Parameter]
     optimizer: Optimizer
@@ -43,12 +45,12 @@ def write_checkpoint(directory: Path, trained: Trained, state: dict[str, Any], w
     if write:
         directory.mkdir(parents=True, exist_ok=True)
     parameters = trained.parameters
-    entries = [_entry(name, p, lambda p=p: whole(p)) for name, p in parameters.items()]
+    entries = [_entry(name, p, partial(whole, p)) for name, p in parameters.items()]
     write_tensors(directory / PARAMETERS, entries, write)
     steps = _steps(trained)
     moments = _moments(trained)
     entries = [
-        _entry(f"{key}.{name}", p, lambda name=name, key=key, p=p: whole_of(moments[name].get(key), p))
+        _entry(f"{key}.{name}", p, partial(whole_of, moments[name].get(key), p))
         for name, p in parameters.items()
         for key in (_keys(trained) if steps else ())
     ]
@@ -98,7 +100,7 @@ def read_checkpoint(directory: Path, trained: Trained, settings: dict[str, Any])
 
 
 def _keys(trained: Trained) -> tuple[str, ...]:
-    """What the optimizer keeps for each element."""
+    """Names of the optimizer's state per element."""
     return ("exp_avg", "exp_avg_sq") if isinstance(trained.optimizer, torch.optim.AdamW) else ()
 
 
@@ -119,7 +121,7 @@ def _moments(trained: Trained) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def _set_moments(trained: Trained, file: Any, keys: tuple[str, ...], steps: int) -> None:
+def _set_moments(trained: Trained, file: safe_open, keys: tuple[str, ...], steps: int) -> None:
     optimizer = trained.optimizer
     for bucket in trained.buckets:
         # Adam keeps `step` on the CPU unless it is fused; moments live beside the weights.
@@ -131,7 +133,7 @@ def _set_moments(trained: Trained, file: Any, keys: tuple[str, ...], steps: int)
         optimizer.state[bucket.flat] = {"step": torch.tensor(float(steps), device=device), **state}
 
 
-def _entry(name: str, like: nn.Parameter, make: Any) -> DeferredTensor:
+def _entry(name: str, like: nn.Parameter, make: Callable[[], Tensor]) -> DeferredTensor:
     return DeferredTensor(name, like.shape, like.dtype, make)
 
 

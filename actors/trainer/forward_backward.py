@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -13,66 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from actors.algorithms.logprob import LabelStatistics
-from actors.algorithms.loss import Loss, MetricSums, TokenView, Totals
+from actors.algorithms.loss import Loss, TokenView, Totals
 from actors.batches.batch import Batch
 from actors.batches.packing import LayOut, MicroBatch, counted_places, in_bins, micro_batches, padded
 from actors.batches.padding_free import lay_out_padding_free
-from actors.models.moe.router_stats import RouterLoad, RouterStats, aux_loss
+from actors.models.moe.router_stats import RouterStats, aux_loss
 from actors.trainer.process_groups import Ranks
+from actors.trainer.sums import Sums
 from actors.trainer.token_scorer import TokenScorer
 
 
-@dataclass
-class Sums:
-    """Sums over this rank's tokens and rows; `reduced` makes means over all ranks of them."""
-
-    loss: Tensor
-    routers: RouterStats | None = None
-    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    extremes: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Largest values so far, times the sign of their weight."""
-    router_load: RouterLoad | None = None
-    """Of all ranks, once `reduced`."""
-
-    def add(self, loss: Tensor, metrics: MetricSums) -> None:
-        """Add a share of the global loss and the metric sums of some rows."""
-        self.loss = self.loss + loss.detach()
-        for name, pair in metrics.items():
-            total, weight = (torch.as_tensor(x, dtype=torch.float64, device=loss.device) for x in pair)
-            if torch.isinf(weight):
-                # The smallest value is the largest of negated ones.
-                total = total * weight.sign()
-                old = self.extremes.get(name, (total, weight))
-                self.extremes[name] = (torch.maximum(old[0], total), weight)
-                continue
-            old = self.metrics.get(name, (torch.zeros_like(total), torch.zeros_like(weight)))
-            self.metrics[name] = (old[0] + total, old[1] + weight)
-
-    def reduced(self, ranks: Ranks) -> dict[str, float]:
-        """Means and extremes over the global batch, after one all-reduce (two with extremes)."""
-        names = list(self.metrics)
-        numbers = torch.stack([self.loss.double(), *(x for name in names for x in self.metrics[name])])
-        routing = self.routers.totals().to(numbers.device) if self.routers is not None else numbers[:0]
-        flat = ranks.sum_(torch.cat([numbers, routing]))
-        if self.routers is not None:
-            self.router_load = self.routers.read(flat[len(numbers) :])
-        loss, *values = flat[: len(numbers)].tolist()
-        means = {
-            name: total / weight if weight else total
-            for name, total, weight in zip(names, values[0::2], values[1::2], strict=True)
-        }
-        return {"loss": loss, **means, **self._reduced_extremes(ranks)}
-
-    def _reduced_extremes(self, ranks: Ranks) -> dict[str, float]:
-        if not self.extremes:
-            return {}
-        largest = ranks.max_(torch.stack([value for value, _ in self.extremes.values()]))
-        signs = torch.stack([weight.sign() for _, weight in self.extremes.values()])
-        return dict(zip(self.extremes, (largest * signs).tolist(), strict=True))
-
-
 class Outputs(NamedTuple):
-    """What a loss reads of a micro-batch: statistics of logits, or a head's outputs beside zeros."""
+    """Numbers of a micro-batch that a loss reads: statistics of logits, or a head's outputs and zeros."""
 
     statistics: LabelStatistics
     values: Tensor | None = None
@@ -107,9 +59,9 @@ class PassRunner:
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether what sequences begin with in common is computed once.
+        """True where a prompt that several sequences share is computed once.
 
-        The auxiliary loss counts such tokens: it wants them as often as TRL has them.
+        Not with the auxiliary loss: TRL's averages over tokens, and has a shared prompt in each sequence.
         """
         return self.packing and self.scorer.by_sequence and not self.aux_coef
 
@@ -121,8 +73,11 @@ class PassRunner:
         return in_bins(self.hidden_size)
 
     def idle(self, own: int, batch: Batch) -> list[MicroBatch]:
-        """What a rank has to run after its `own` micro-batches so that others can finish theirs: two tokens,
-        nothing of which counts. Empty without lockstep. Collective: to be asked before the first pass."""
+        """Dummy micro-batches that a rank runs after its `own`, so that ranks with more of them can gather
+        its slices: two tokens a sequence, with a loss that is multiplied by 0. None without lockstep.
+
+        Collective: call it before the first pass.
+        """
         if not self.lockstep:
             return []
         most = int(self.ranks.max_(torch.tensor(own, device=self.device)))
@@ -168,8 +123,7 @@ class PassRunner:
             self._add_nothing(batch, loss, totals, train, sums)
 
     def _pass_idly(self, micro: MicroBatch, loss: Loss, train: bool, keep: bool = False) -> Tensor:
-        """A pass in which nothing counts; with `keep` its backward pass is still to come, of what it
-        returns."""
+        """Run a dummy micro-batch; its loss, 0. With `keep` the caller runs the backward pass of it."""
         outputs = self._outputs(micro, loss)
         read = {"logps": outputs.statistics.logps, "values": outputs.values, "scores": outputs.scores}
         nothing = read[loss.reads].sum() * 0
@@ -236,7 +190,7 @@ class PassRunner:
     def _forward(
         self, batch: Batch, micro: MicroBatch, loss: Loss, seed: int, train: bool, sums: Sums
     ) -> tuple[Outputs, Tensor]:
-        """What the loss reads of a micro-batch, and its weighted auxiliary loss; routing is counted when
+        """Outputs of a micro-batch for the loss, and its weighted auxiliary loss; routing is counted when
         training.
 
         The auxiliary loss is not linear in the batch: micro-batches are averaged by their tokens.

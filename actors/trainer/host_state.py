@@ -88,7 +88,7 @@ class HostState:
     @property
     def who(self) -> str:
         """Name of this rank in errors."""
-        return f"host rank {self.ranks.rank}"
+        return f"model worker of rank {self.ranks.rank}"
 
     @property
     def sharded(self) -> bool:

@@ -1,6 +1,6 @@
-"""Merged weights of a training host, a few groups at a time, and what an engine has to hold of them.
+"""Merged weights of a model worker, a few groups at a time, and their digests, which an engine has to match.
 
-Invariants: the host is never touched (merging is out of place); no more than what is asked for at once is
+Invariants: the model is never touched (merging is out of place); no more than what is asked for at once is
 held; digests are taken of the merged tensors themselves, before anything packs them, so that a payload
 that was packed wrongly can't agree with itself.
 """
@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from actors.models.lora.low_rank import Factors, low_rank_delta
 from actors.models.lora.merge import base_tensors
@@ -23,7 +23,7 @@ from actors.sync.protocol import Expected
 
 @dataclass
 class Tally:
-    """What was seen of a version while it was merged."""
+    """Digests and counts of a version, taken while it is merged."""
 
     digests: dict[str, str] = field(default_factory=dict)
     """By checkpoint name."""
@@ -43,7 +43,9 @@ class HostMerge:
     With sharded weights `merged` is collective: every rank has to ask for the same names in the same order.
     """
 
-    def __init__(self, base: Any, factors: Mapping[str, Factors], dtype: str, leads: bool = True) -> None:
+    def __init__(
+        self, base: PreTrainedModel, factors: Mapping[str, Factors], dtype: str, leads: bool = True
+    ) -> None:
         """`base`: the bare model; `dtype`: of the result; ranks that do not lead get nothing."""
         self._model, self._factors, self._leads = base, factors, leads
         self._dtype: torch.dtype = getattr(torch, dtype)
@@ -78,7 +80,7 @@ class HostMerge:
         return found
 
     def outline(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """What `merged` would give, without storage."""
+        """Names, shapes and dtypes of what `merged` would give, on the meta device."""
         return self._reverted(
             {n: torch.empty(self._base[n].shape, dtype=self._dtype_of(n), device="meta") for n in names}
         )

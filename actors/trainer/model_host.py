@@ -70,7 +70,7 @@ class ModelHost:
             self.add_adapter(START_ADAPTER, resolved.adapter_path, trainable=False)
 
     def set_batching(self, packing: bool | str, max_tokens_per_micro_batch: int) -> None:
-        """How the next stage's batches are cut up; the base stays as it is.
+        """Set how the next stage's batches are cut up; the base stays as it is.
 
         Raises:
             UserError: packing was asked for where the architecture mixes packed sequences.
@@ -171,7 +171,7 @@ class ModelHost:
     def add_head(self, role: str, init: HeadInit = "zero") -> None:
         """Give an adapter a fresh scalar head that trains with it; one that it has already is kept.
 
-        `normal` is drawn from N(0, initializer_range) by the host's seed, as transformers does it.
+        `normal` is drawn from N(0, initializer_range) by `HostSpec.seed`, as transformers does it.
         """
         state = self.state
         if role not in state.heads:

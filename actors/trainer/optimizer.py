@@ -98,8 +98,8 @@ class GradientCheck:
         return [name for name in self._pending if not self._waits(name, awaited[name], moved)]
 
     def only_behind_routers(self, missing: Collection[str]) -> bool:
-        """Whether those without a gradient in this step are experts of the last layer or a scalar head, and
-        none of these has one: what a step of the routers' auxiliary loss alone leaves."""
+        """True if those without a gradient are experts of the last layer or a scalar head, and none of these
+        has one: a step of the routers' auxiliary loss alone leaves it so."""
         last = max((_layer(name) for name in self._all), default=-1)
         behind = {
             name: parameter.grad
@@ -114,7 +114,7 @@ class GradientCheck:
         return ".lora_A." in name and partner in self._all and not moved[partner]
 
     def _nonzero(self, tensors: Mapping[str, Tensor | None]) -> dict[str, bool]:
-        """Whether a tensor, or its slice on any rank, has an element other than 0."""
+        """True where a tensor, or its slice on any rank, has an element other than 0."""
         names = sorted(tensors)
         flags = [t is not None and bool(own_slice(t).any()) for t in (tensors[name] for name in names)]
         sharded = [p for p in self._all.values() if is_sharded(p)]

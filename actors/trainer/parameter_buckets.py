@@ -142,7 +142,7 @@ class SlicedParameters:
             parameter = self.parameters[bucket.names[0]]
             if own_slice(parameter).data_ptr() != bucket.flat.data_ptr():
                 reason = f"the storage of {bucket.names[0]} has moved since training began"
-                raise InvariantViolation("host", "update", reason, "report this")
+                raise InvariantViolation("model worker", "update", reason, "report this")
             grad = parameter.grad
             bucket.flat.grad = torch.zeros_like(bucket.flat) if grad is None else own_slice(grad)
 

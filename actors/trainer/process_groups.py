@@ -1,4 +1,4 @@
-"""The ranks of one host: process groups, or nothing at all for a single rank.
+"""Ranks of one group of model workers: torch's process groups, or nothing at all for a single rank.
 
 Ranks have two dimensions. Each run of `tensor_parallel_size` consecutive ones holds one model together and
 computes the same rows; rows are shared out among these groups. With size 1, the usual case, every rank has
@@ -38,7 +38,7 @@ class Ranks:
         self.rank, self.world_size = rank, world_size
         self.tensor_parallel_size = tensor_parallel_size
         self.share, self.shares = rank // tensor_parallel_size, world_size // tensor_parallel_size
-        """Which of how many shares of the rows this rank computes."""
+        """Number of this rank's share of the rows, and how many shares there are."""
         self._device = torch.device(device)
         if world_size == 1:
             return

@@ -1,4 +1,4 @@
-"""What a host can be told. Free of torch, so that plans and configurations can use it."""
+"""Settings of a model worker. Free of torch, so that plans and configurations can use them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class HostSpec(Spec):
     max_tokens_per_micro_batch: int = Field(default=8192, ge=1)
     """Positions, padding included, of one forward and backward pass per rank."""
     sharding: Sharding = "none"
-    """What the ranks of a host split among them (`RoleSpec.sharding`)."""
+    """Weights that the ranks of a group split among them (`RoleSpec.sharding`)."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Ranks that hold one model together (`RoleSpec.tensor_parallel_size`)."""
     seed: int = Field(default=0, ge=0, lt=2**63)

@@ -67,7 +67,7 @@ class TokenScorer:
             return label_logps(self._logits(micro), labels, temperature)
 
     def _by_blocks(self, micro: MicroBatch) -> bool:
-        """Where whole logits are more than a block: below, blocks save no memory and take a little longer.
+        """True where whole logits exceed a block; below, blocks save no memory and take a little longer.
 
         A head that trains needs a gradient by its weights.
         """
@@ -148,7 +148,7 @@ class TokenScorer:
 
 
 def _logits_are_heads(model: PreTrainedModel, head: nn.Module) -> bool:
-    """Whether the model hands out its head's product as it is: seen on one token."""
+    """True if the model hands out its head's product as it is; tried on one token."""
     if type(head) is not nn.Linear or head.bias is not None:
         return False
     made: list[Any] = []
@@ -163,7 +163,7 @@ def _logits_are_heads(model: PreTrainedModel, head: nn.Module) -> bool:
 
 
 def _attention(micro: MicroBatch, device: torch.device) -> dict[str, Any]:
-    """What the model's forward is told about attention, where it does not follow from the position ids."""
+    """Arguments of the model's forward about attention, where it does not follow from the position ids."""
     plan = micro.attention
     if plan is None:
         return {}

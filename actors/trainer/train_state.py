@@ -1,4 +1,4 @@
-"""What one stage trains: parameters, optimizer, schedule, and the checks around each step."""
+"""Training of one role: parameters, optimizer, schedule, and the checks around each step."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class Training:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether a rank holds slices of what is trained; `save` and `step` are then collective."""
+        """True where a rank holds slices of what is trained; `save` and `step` are then collective."""
         return bool(self._sliced.parameters)
 
     @property
     def buckets(self) -> list[Bucket]:
-        """What the optimizer steps on, on this rank."""
+        """Flat tensors that the optimizer steps on, on this rank."""
         return [*self._flat.buckets, *self._sliced.buckets]
 
     def zero_grad(self) -> None:

@@ -16,11 +16,11 @@ from actors.models.lora import adapters
 from actors.models.lora.heads import head_parameters
 from actors.models.parallel.fsdp import gather_gradients
 from actors.models.parallel.tensor_parallel import share_names
-from actors.trainer.forward_backward import Sums
 from actors.trainer.host_state import HostState
 from actors.trainer.optimizer import names_without_decay
 from actors.trainer.scores import Scores
 from actors.trainer.spec import OptimSpec
+from actors.trainer.sums import Sums
 from actors.trainer.train_state import Training
 
 

@@ -1,7 +1,7 @@
-"""The trainer's side of a weight sync, on rank 0 of the policy's host: gather, pack, send, and say what an
-engine has to hold afterwards.
+"""The trainer's side of a weight sync, on rank 0 of the policy: gather, pack, send, and say what an engine
+has to hold afterwards.
 
-Invariant: what is expected is computed from the host's own weights, not from what was packed, so a wrong
+Invariant: what is expected is computed from the model's own weights, not from what was packed, so a wrong
 payload can't agree with itself.
 """
 
@@ -10,7 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
+
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from actors.errors import RunFailure, UserError
 from actors.models.lora.low_rank import Factors
@@ -23,10 +26,10 @@ from actors.trainer.merged_weights import HostMerge, Tally
 
 
 class Holder(Protocol):
-    """What a `ModelHost` has to offer here."""
+    """The model whose weights are sent, as `actors.trainer.host_state.HostState` has it."""
 
-    base: Any
-    model: Any
+    base: PreTrainedModel
+    model: PreTrainedModel | PeftModel
 
 
 @dataclass
@@ -44,7 +47,7 @@ class Later:
 
 
 class WeightSource:
-    """Weights of a host, by adapter, for engines that are connected by number.
+    """Weights of a model worker, by adapter, for engines that are connected by number.
 
     With `sharded` weights `prepare`, `send_later` and `expected` are collective: ranks that do not lead hand
     over their slices and answer None. Without, they have nothing to do.
@@ -80,7 +83,7 @@ class WeightSource:
     ) -> Prepared | None:
         """Gather the weights of adapter `role` and pack them; kept until the next version.
 
-        `dtype`: of the engines, in which merged weights travel. `role` None: all weights of a host without
+        `dtype`: of the engines, in which merged weights travel. `role` None: all weights of a model without
         adapters. `buffer_bytes`: merged weights that are larger are packed in parts, here the first.
 
         Raises:
@@ -173,7 +176,7 @@ class WeightSource:
         return SentParts(tuple(digests), unreached, expected)
 
     def expected(self, role: str | None, dtype: str) -> Expected | None:
-        """What an engine with the current weights of `role` merged in `dtype` holds, by checkpoint name."""
+        """Digests of the current weights of `role`, merged in `dtype`: an engine has to hold the same."""
         if not self._leads and not self._sharded:
             return None
         tally = HostMerge(self._host.base, self._factors(role), dtype, self._leads).tally()
@@ -211,7 +214,7 @@ class WeightSource:
             return {}
         factors = adapter_factors(self._host.model, role)
         if not factors:
-            raise UserError(f"sync: the host has no adapter '{role}'")
+            raise UserError(f"sync: the trainer has no adapter '{role}'")
         return factors
 
     def _base_dtype(self) -> str:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Events:
-    """What a stage tells the run, and asks it."""
+    """Callbacks by which a stage tells the run how it goes, and asks whether to stop."""
 
     on_step: Callable[[int, dict[str, Any]], None]
     on_log: Callable[[dict[str, Any]], None]
@@ -91,7 +91,7 @@ class Contexts:
         }
 
     def _view(self, role: str, node: Node, weights: Weights, model: str) -> View:
-        """A role that doesn't train: the weights of `model`, on the role's own host or on the policy's."""
+        """A role that doesn't train: the weights of `model`, on its own processes or on the policy's."""
         host = self.fleet.ready_host(getattr(self.config.roles, role).share or role, node, weights)
         return host.view(weights, adapter_name(model))
 

@@ -1,4 +1,4 @@
-"""Hosts of a run: which base and which artifacts' adapters each group of ranks holds by now."""
+"""Model workers of a run: which base and which artifacts' adapters each group of ranks holds by now."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def adapter_name(model: str) -> str:
-    """Name inside a host of a stage's adapter, or of the one that `model.base` itself names.
+    """Name of a stage's adapter inside the model workers, or of the one that `model.base` itself names.
 
     torch's module names have no dots.
     """
@@ -25,7 +25,7 @@ def adapter_name(model: str) -> str:
 
 
 def critic_name(stage: str) -> str:
-    """Name inside a host of a PPO stage's critic; no stage can be named like it."""
+    """Name of a PPO stage's critic inside the model workers; no stage can be named like it."""
     return f"{adapter_name(stage)}:critic"
 
 
@@ -67,7 +67,7 @@ def fits(host: Host, spec: HostSpec, weights: Weights) -> bool:
 
 
 def host_spec(config: RunConfig, node: Node, weights: Weights, role: RoleSpec) -> HostSpec:
-    """What a host is told that runs `weights` for a stage on the ranks of `role`."""
+    """Settings of the model workers that run `weights` for a stage on the ranks of `role`."""
     fresh = config.model.random_init and node.init == "base"
     model = config.model.model_copy(update={"base": weights.base, "random_init": fresh})
     return HostSpec(
