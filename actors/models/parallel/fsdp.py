@@ -6,9 +6,10 @@ rank ever holds more than its slices and what one layer of the checkpoint needs 
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +21,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_AROUND = "_raylign_around"
+"""Attribute of a sharded module: what runs around it (`_Around`)."""
+
+
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this rank holds a slice only."""
+    """True where this rank holds a slice only."""
     # Asking imports nothing: where nothing has made a DTensor, there is none.
     found = sys.modules.get("torch.distributed.tensor")
     return found is not None and isinstance(tensor, found.DTensor)
@@ -36,23 +41,12 @@ def whole(tensor: Tensor) -> Tensor:
 
 def own_slice(tensor: Tensor) -> Tensor:
     """This rank's part, in the same storage; all of a tensor that is not sharded."""
-    found: Tensor = getattr(tensor.detach(), "_local_tensor", tensor.detach())
-    return found
-
-
-def own_rows(tensor: Tensor) -> slice | None:
-    """Rows (dimension 0) that this rank holds; None: all."""
-    if not is_sharded(tensor):
-        return None
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    sharded: Any = tensor
-    shape, offsets = compute_local_shape_and_global_offset(
-        sharded.shape, sharded.device_mesh, sharded.placements
-    )
-    if tuple(shape[1:]) != tuple(sharded.shape[1:]):
-        raise NotImplementedError(f"sharded along {sharded.placements}: only rows (dimension 0) are handled")
-    return slice(offsets[0], offsets[0] + shape[0]) if shape[0] else slice(0, 0)
+    part: Any = tensor.detach()
+    if is_sharded(part):
+        with torch.no_grad():  # Otherwise a view, which autograd watches.
+            part = part.to_local()
+    own: Tensor = part
+    return own
 
 
 def split_dims(tensor: Tensor) -> set[int]:
@@ -111,8 +105,10 @@ def holders(tensor: Tensor) -> int:
 
 
 def is_managed(module: nn.Module) -> bool:
-    """Whether FSDP gathers and frees the weights of this module itself."""
-    return bool(getattr(module, "_is_fsdp_managed_module", False))
+    """True where FSDP gathers and frees the weights of this module itself."""
+    # As above: what imports nothing costs nothing.
+    found = sys.modules.get("torch.distributed.fsdp")
+    return found is not None and isinstance(module, found.FSDPModule)
 
 
 def shard_modules(model: nn.Module) -> list[Any]:
@@ -126,6 +122,8 @@ def reshard(model: nn.Module) -> None:
     """Free what a pass left gathered: the last group stays so after a pass without a backward pass."""
     for module in shard_modules(model):
         module.reshard()
+        for part in module.__dict__.get(_AROUND, ()):
+            part.reshard()
 
 
 def gather_gradients(model: nn.Module) -> None:
@@ -175,37 +173,52 @@ def shard_loaded(model: PreTrainedModel, shards: int) -> PreTrainedModel:
 def shard_with_layers(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
     """Shard parameters that were added to a sharded model, an adapter's, each gathered with its layer.
 
-    FSDP2 has no public way to add to a module that it has; this makes a further group of the module's own
-    kind, as `fully_shard` does where parameters have meshes of their own.
-
-    Raises:
-        UserError: a torch whose FSDP2 is built otherwise than that of 2.13.
+    FSDP2 has no way to add to a module that it has sharded. So the adapter's part of a layer is a module of
+    its own outside of the model, whose pass is the layer's: `fully_shard` gathers and frees it around that. A
+    module above these parts has the model's pass for its own, so that FSDP begins and ends once in a pass.
+    Collective.
     """
-    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+    from torch.distributed.fsdp import fully_shard, share_comm_ctx
 
     wanted = {id(p) for p in parameters.values()}
     root, *modules = shard_modules(model)
+    parts: list[Any] = []
     for module in modules:
-        members = [p for p in module.parameters() if id(p) in wanted]
-        if not members:
-            continue
-        state = module._get_fsdp_state()
-        like = state._fsdp_param_groups[0]
-        group = FSDPParamGroup(
-            members,
-            (module,),
-            like.mesh_info,
-            like.post_forward_mesh_info,
-            like.device,
-            None,
-            like.mp_policy,
-            like.offload_policy,
-        )
-        _sum(group)
-        state._fsdp_param_groups.append(group)
-    root._get_fsdp_state()._init_shared_state()
-    for module in modules:
-        module._get_fsdp_state()._fsdp_param_groups[-1].lazy_init()
+        owners = [m for m in module.modules() if wanted & {id(p) for p in m.parameters(recurse=False)}]
+        if owners:
+            others = {p for m in owners for p in m.parameters(recurse=False) if id(p) not in wanted}
+            mesh = next(p for p in module.parameters() if is_sharded(p)).device_mesh
+            part: Any = _Around(module, owners)
+            fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=others)
+            _sum(part)
+            if not parts:
+                # Its default is to prefetch what ran before it: embeddings, which a backward pass leaves out.
+                part.set_modules_to_backward_prefetch([module])
+            parts.append(part)
+    if parts:
+        adapter: Any = _Around(root, parts)
+        fully_shard(adapter, mesh=mesh)
+        adapter(_nothing)  # Makes it the root of its parts, before a pass of the model asks one of them.
+        share_comm_ctx([root, adapter, *parts])
+
+
+def _nothing() -> None:
+    """A pass in which nothing is computed."""
+
+
+class _Around(nn.Module):
+    """Runs whenever another module does, with parts of its own to gather. They aren't registered with that
+    module, whose state would have each tensor under two names."""
+
+    def __init__(self, module: nn.Module, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        run: Any = self
+        module.forward = functools.wraps(module.forward)(functools.partial(run, module.forward))
+        module.__dict__.setdefault(_AROUND, []).append(self)
+
+    def forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
 
 
 def _ready(model: Any) -> PreTrainedModel:
@@ -216,8 +229,7 @@ def _ready(model: Any) -> PreTrainedModel:
             "each pass would gather it whole; set sharding: none"
         )
     for module in shard_modules(model):
-        for group in module._get_fsdp_state()._fsdp_param_groups:
-            _sum(group)
+        _sum(module)
     # save_pretrained and PEFT look at these, and would gather the whole base to save an adapter.
     model.config.distributed_config = None
     model._device_mesh = model._mesh_manager = model._tp_size = model._fsdp_size = None
@@ -225,7 +237,7 @@ def _ready(model: Any) -> PreTrainedModel:
     return model
 
 
-def _sum(group: Any) -> None:
+def _sum(module: Any) -> None:
     """Gradients are added up over ranks, not averaged: losses here divide by totals of the global batch."""
-    group.gradient_divide_factor = 1.0
-    group.force_sum_reduction_for_comms = True
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)

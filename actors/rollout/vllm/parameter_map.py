@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from actors.errors import UserError
+from actors.rollout.vllm.workarounds.registry import LEANT_ON
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ def record_bindings(
 
     Raises:
         UserError: a loader computes with a tensor before it copies it, so that it can't be read back.
+        RunFailure: the installed vLLM is another one than this was written for.
     """
+    LEANT_ON["recorded_loads"].check()
     from vllm.model_executor.model_loader.reload.layerwise import (
         finalize_layerwise_reload,
         initialize_layerwise_reload,

@@ -1,4 +1,4 @@
-"""What the routers of a vLLM engine choose, seen where they decide; imported in vLLM's process.
+"""Capture of the experts that the routers of a vLLM engine choose; imported in vLLM's process.
 
 Experts are kept where vLLM keeps keys and values: by cache slot. A prompt that is served from the prefix
 cache was routed when its keys were computed, and its slots still hold what was chosen then; a slot that is
@@ -17,6 +17,7 @@ from torch import nn
 
 from actors.batches.routed_experts import RoutedExperts, expert_dtype
 from actors.errors import RunFailure
+from actors.rollout.vllm.workarounds.registry import LEANT_ON
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
@@ -50,10 +51,12 @@ class RouteCounter:
         """From now on keep the experts of every token of vLLM's model runner, see `RouteKeeper`.
 
         Raises:
-            RunFailure: this engine has no routers that can be listened to.
+            RunFailure: this engine has no routers that can be listened to, or its vLLM is another one than
+                this was written for.
         """
         if not self._routers:
             raise RunFailure("rollout", "load", "no router of this engine can be listened to")
+        LEANT_ON["router_capture"].check()
         router = self._routers[0]
         self.keeper = RouteKeeper(runner, len(self._routers), router.top_k, router.global_num_experts)
 

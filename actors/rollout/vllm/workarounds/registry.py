@@ -207,3 +207,48 @@ _ALL = (
 )
 
 WORKAROUNDS: dict[str, Workaround] = {one.name: one for one in _ALL}
+"""By name, as rows of the engines' table name them."""
+
+_WORKER = "vllm.v1.worker"
+_RELOAD = "vllm.model_executor.model_loader.reload"
+
+_LEANT_ON = (
+    Workaround(
+        "router_capture",
+        "on a CPU vLLM returns no experts of a sample, so they are kept by cache slot beside its keys, from "
+        "private fields of the model runner (v1/worker/gpu_model_runner.py)",
+        _SEEN,
+        # Done by actors/rollout/vllm/router_capture.py: when a router decides, which requests, positions and
+        # slots a step has; when slots change owners; by which number a request is known.
+        {
+            f"{_MOE}.router.base_router:BaseRouter.set_capture_fn": "11410679cdae",
+            f"{_MOE}.router.base_router:BaseRouter._select_experts": "fab6c47427ba",
+            f"{_WORKER}.gpu_model_runner:GPUModelRunner._update_states": "1fcc0bceac60",
+            f"{_WORKER}.gpu_model_runner:GPUModelRunner._prepare_inputs": "0596dcc3fac3",
+            f"{_WORKER}.gpu_input_batch:CachedRequestState": "32790ac995b8",
+            f"{_WORKER}.gpu_input_batch:InputBatch.__init__": "c6321855ef07",
+            f"{_WORKER}.block_table:BlockTable.__init__": "ad34ac619242",
+            f"{_WORKER}.block_table:MultiGroupBlockTable.compute_slot_mapping": "b67f89ac114d",
+            "vllm.v1.utils:CpuGpuBuffer": "d95cdcf698c6",
+            "vllm.v1.kv_cache_interface:is_full_attention_spec": "fe1ba60a6f64",
+            "vllm.v1.engine.input_processor:InputProcessor.assign_request_id": "6f7894827b31",
+        },
+        cpu_only=True,
+    ),
+    Workaround(
+        "recorded_loads",
+        "vLLM doesn't say where a checkpoint's tensors go, so its loaders are watched during a reload in "
+        "which nothing is copied (model_loader/reload/layerwise.py)",
+        _SEEN,
+        # Done by actors/rollout/vllm/parameter_map.py.
+        {
+            f"{_RELOAD}.layerwise:initialize_layerwise_reload": "634440eafbaa",
+            f"{_RELOAD}.layerwise:_get_original_loader": "b3e3da6d37f1",
+            f"{_RELOAD}.utils:get_layer_tensors": "63d508715fb8",
+        },
+    ),
+)
+
+LEANT_ON: dict[str, Workaround] = {one.name: one for one in _LEANT_ON}
+"""Private code of vLLM that is read and not replaced, whatever the architecture; whoever reads it calls
+`check` first."""

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from actors.errors import UserError
 from actors.models.architectures.lookup import ARCHITECTURES
 from actors.models.base.loading import load_base
-from actors.models.lora.adapters import attach_lora
+from actors.models.lora.adapters import adapter_parameters, add_adapter, attach_lora
 from actors.models.parallel import fsdp as sharding
 from actors.models.spec import LoraSpec, ModelSpec
 from actors.trainer.model_host import ModelHost
@@ -111,9 +111,40 @@ def test_every_architecture_is_read_in_slices_of_the_whole(model_type: str, tmp_
     with rank_of_two(1):
         for name, parameter in load_base(spec, shards=2).named_parameters():
             assert sharding.is_sharded(parameter), name
-            rows = sharding.own_rows(parameter)
-            assert rows is not None
-            assert torch.equal(sharding.own_slice(parameter), whole[name][rows]), name
+            rows = (*whole[name].chunk(2), whole[name][:0])[1]  # Of one row the other rank has nothing.
+            assert torch.equal(sharding.own_slice(parameter), rows), name
+
+
+def gathers(model: Any) -> int:
+    """All-gathers of one pass without gradients."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as watched, torch.no_grad():
+        model(input_ids=torch.arange(3, 11)[None])
+    sharding.reshard(model)
+    return sum(event.count for event in watched.key_averages() if event.key == "c10d::_allgather_base_")
+
+
+def test_a_layers_adapter_is_gathered_at_one_time_and_changes_no_name(tmp_path: Path) -> None:
+    tiny_model("qwen3_moe").save_pretrained(tmp_path)
+    lora = LoraSpec(r=4, targets=["attention", "experts", "router"])
+    with rank_of_two(1):
+        base = load_base(ModelSpec(base=str(tmp_path), lora=lora), shards=2)
+        layers, bare = base.config.num_hidden_layers, gathers(base)
+        assert bare == layers + 2, "and the embeddings, and the head"
+        peft = attach_lora(base, lora, "policy", seed=3)
+        for number, name in enumerate(("policy", "critic"), 1):
+            if name != "policy":
+                add_adapter(peft, name, lora, trainable=True, seed=4)
+            names, own = list(peft.state_dict()), adapter_parameters(peft, name)
+            assert not any(sharding.is_sharded(p) for p in own.values())
+            sharding.shard_with_layers(base, own)
+            own = adapter_parameters(peft, name)
+            assert own
+            assert all(sharding.is_sharded(p) for p in own.values())
+            assert list(peft.state_dict()) == names
+            assert gathers(base) == bare + number * layers
+            assert all(sharding.is_sharded(p) for p in peft.parameters()), "given back after the pass"
 
 
 @pytest.mark.parametrize("random_init", [False, True])

@@ -10,8 +10,9 @@ import pytest
 from actors.errors import RunFailure
 from actors.models.architectures.lookup import ARCHITECTURES
 from actors.models.architectures.vllm_table import UNTESTED, VLLM_ROWS, vllm_row
+from actors.rollout.vllm.router_capture import RouteCounter
 from actors.rollout.vllm.workarounds.patches import Patches
-from actors.rollout.vllm.workarounds.registry import WORKAROUNDS, Workaround, source_digest
+from actors.rollout.vllm.workarounds.registry import LEANT_ON, WORKAROUNDS, Workaround, source_digest
 
 
 def test_every_architecture_has_an_engine_row_and_every_row_an_architecture() -> None:
@@ -31,7 +32,7 @@ def test_every_mixture_of_experts_has_its_experts_repacked() -> None:
 
 
 def test_every_workaround_says_where_the_fault_is_and_which_versions_have_it() -> None:
-    for workaround in WORKAROUNDS.values():
+    for workaround in (*WORKAROUNDS.values(), *LEANT_ON.values()):
         assert ".py)" in workaround.cause
         assert workaround.versions
         assert all(":" in path and digest for path, digest in workaround.written_against.items())
@@ -60,6 +61,28 @@ def test_a_workaround_that_does_not_fit_the_installed_code_is_refused_by_name() 
         changed.check()
     with pytest.raises(RunFailure, match=r"workaround 'gone' .* has no such code.*it is an example"):
         gone.check()
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("name", LEANT_ON)
+def test_the_private_code_of_vllm_that_is_leant_on_is_the_code_that_was_read(name: str) -> None:
+    LEANT_ON[name].check()
+
+
+@pytest.mark.vllm
+def test_experts_are_not_kept_from_a_runner_that_is_built_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch import nn
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    counter = RouteCounter(nn.Linear(1, 1))
+    counter._routers = [SimpleNamespace(top_k=2, global_num_experts=4)]
+    monkeypatch.setattr(GPUModelRunner, "_update_states", lambda self, output: None)
+    with pytest.raises(RunFailure, match=r"'router_capture' .*_update_states of vLLM 0\.32\.0.*other code"):
+        counter.keep(SimpleNamespace())
+    assert counter.keeper is None
+    monkeypatch.delattr(GPUModelRunner, "_update_states")
+    with pytest.raises(RunFailure, match=r"_update_states .*no such code"):
+        counter.keep(SimpleNamespace())
 
 
 def test_patches_are_taken_back_in_the_order_in_which_they_came() -> None:
