@@ -318,7 +318,9 @@ class WorkerGroup:
         """The rank that died: not always the one that was asked, if its argument came from the dead one."""
         gone = getattr(fault.error, "actor_id", None)
         for rank, actor in enumerate(self._actors):
-            if gone is not None and actor._actor_id.hex() == gone:
+            # Private, and has no public name: without it the rank that was asked is named.
+            known = getattr(actor, "_actor_id", None)
+            if gone is not None and known is not None and known.hex() == gone:
                 return rank
         return fault.rank
 

@@ -81,10 +81,17 @@ def splits_of(base: Path, source: str, among: Sequence[Path] | None = None) -> S
     """The splits that `datasets` finds under `base` in visible data files, or in those of `among`.
 
     Raises:
-        UserError: there is no data file.
+        UserError: there is no data file, or `datasets` can't be asked for its rule.
     """
-    from datasets.data_files import SPLIT_PATTERN_SHARDED, _get_data_files_patterns
+    from datasets import __version__, data_files
     from fsspec.utils import glob_translate
+
+    default_patterns = getattr(data_files, "_get_data_files_patterns", None)
+    if default_patterns is None:
+        raise UserError(
+            f"data source {source!r}: datasets {__version__} has no _get_data_files_patterns, which finds "
+            "the files of each split (datasets 5.2 has it): name a file itself, or install datasets==5.2.*"
+        )
 
     files = list(among or _data_files(base, source))
     below = {str(p.relative_to(base)): p for p in files}
@@ -97,7 +104,7 @@ def splits_of(base: Path, source: str, among: Sequence[Path] | None = None) -> S
         return found
 
     try:
-        patterns = _get_data_files_patterns(matching)
+        patterns = default_patterns(matching)
     except ValueError:  # shards of a split whose name `datasets` does not allow, such as `train-sft`
         return Splits(source, base, files)
     by_split: dict[str, list[Path]] = {}
@@ -105,7 +112,7 @@ def splits_of(base: Path, source: str, among: Sequence[Path] | None = None) -> S
         regular = [glob_translate(pattern) for pattern in of_split]
         found = [p for one in regular for name, p in below.items() if re.match(one, name)]
         by_split[str(split)] = list(dict.fromkeys(found))
-    sharded = SPLIT_PATTERN_SHARDED.format(split=next(iter(patterns)))
+    sharded = data_files.SPLIT_PATTERN_SHARDED.format(split=next(iter(patterns)))
     return Splits(source, base, files, by_split, next(iter(patterns.values())) != [sharded])
 
 

@@ -30,6 +30,21 @@ def chosen(root: Path, source: str = "", **spec: Any) -> str:
     return " ".join(row.values["text"] for row in rows)
 
 
+def test_a_datasets_without_its_rule_is_an_error_that_names_the_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    tree(tmp_path, "train.jsonl test.jsonl")
+    monkeypatch.delattr(datasets.data_files, "_get_data_files_patterns")
+    monkeypatch.setattr(datasets, "__version__", "5.9.0")
+    with pytest.raises(
+        UserError, match=r"datasets 5\.9\.0 has no .*_get_data_files_patterns.*datasets==5\.2"
+    ):
+        chosen(tmp_path, split="train")
+    assert chosen(tmp_path, "train.jsonl") == "train.jsonl"
+
+
 BY_DATASETS_RULE = [
     ("train.jsonl test.jsonl", "train", "train.jsonl"),
     ("train.jsonl test.jsonl", "test", "test.jsonl"),
