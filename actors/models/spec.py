@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
 from actors.spec import NewNames, Spec
+
+EMBEDDED_BASE = "builtin:tiny-moe"
+"""Value of `model.base`: the tiny trained mixture of experts that comes with Raylign."""
 
 TargetGroup = Literal["attention", "experts", "shared_experts", "router", "mlp"]
 
@@ -53,7 +57,8 @@ class ModelSpec(Spec):
     """The model that every role starts from."""
 
     base: str
-    """Hub id or directory of the base model, or of a PEFT adapter (its base is then read from it)."""
+    """Hub id or directory of the base model, or of a PEFT adapter (its base is then read from it);
+    builtin:tiny-moe is the embedded base."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the frozen base."""
     trust_remote_code: bool = False
@@ -70,3 +75,30 @@ class ModelSpec(Spec):
     """LoRA settings; null trains every parameter."""
     moe: MoeSpec = Field(default_factory=MoeSpec)
     """Mixture-of-experts settings."""
+
+    @field_validator("base")
+    @classmethod
+    def _embedded(cls, value: str) -> str:
+        if value.startswith("builtin:") and value != EMBEDDED_BASE:
+            raise ValueError(f"no base of this name comes with Raylign; there is {EMBEDDED_BASE}")
+        return locate_embedded_base() if value == EMBEDDED_BASE else value
+
+
+def locate_embedded_base() -> str:
+    """Directory of the embedded base: in a checkout `assets/`, in an installed package beside its modules.
+
+    Relative where the checkout is the working directory: results then name a base that moves with it, also
+    in a job that works in Ray's copy.
+
+    Raises:
+        ValueError: this installation came without it.
+    """
+    package = Path(__file__).resolve().parents[1]
+    places = [directory / "assets" / "tiny-moe" for directory in (package, package.parent)]
+    found = next((place for place in places if (place / "config.json").is_file()), None)
+    if found is None:
+        raise ValueError(
+            f"'{EMBEDDED_BASE}' did not come with this installation (looked for {places[0]} and {places[1]})"
+            "; name a hub id or a directory"
+        )
+    return str(found.relative_to(Path.cwd()) if Path.cwd() == found.parents[1] else found)

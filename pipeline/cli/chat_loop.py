@@ -39,6 +39,7 @@ def chat(
 
     # A run that trained an adapter has probed its base.
     spec = ModelSpec(base=model, allow_untested=is_adapter_dir(model))
+    model = spec.base
     resolve_base(spec).checked()
     tokenizer = load_tokenizer(spec)
     if not tokenizer.chat_template:

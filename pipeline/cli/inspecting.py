@@ -34,12 +34,13 @@ def inspect_source(
         raise UserError(
             [str(e["ctx"]["error"]) if "ctx" in e else e["msg"] for e in error.errors()]
         ) from None
+    model = ModelSpec(base=base)
     inspect(
         [spec],
-        load_tokenizer(ModelSpec(base=base)),
+        load_tokenizer(model),
         rows=rows,
         max_length=max_length,
-        vocab_size=vocab_size(base),
+        vocab_size=vocab_size(model.base),
         console=out,
     )
     return EXIT_DONE

@@ -19,13 +19,13 @@ STAGES = "sft, reward, dpo, kto, ppo, grpo, rloo, reinforce_pp, online_dpo"
 
 @verbs.command(
     epilog=example(
-        "raylign init my-run.yaml --base assets/tiny-moe",
+        "raylign init my-run.yaml --base ORG/NAME",
         "raylign init online.yaml --stages sft,reward,dpo,ppo",
     )
 )
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("run.yaml"),
-    base: Annotated[str, typer.Option(help="Hub id or directory of the base model.")] = "assets/tiny-moe",
+    base: Annotated[str, typer.Option(help="Hub id or directory of the base model.")] = "builtin:tiny-moe",
     name: Annotated[str | None, typer.Option(help="Name of the run; default: the file's.")] = None,
     stages: Annotated[str, typer.Option(metavar="TYPE,...", help=f"Stages in order: {STAGES}.")] = "sft,dpo",
     schema: Annotated[
@@ -110,7 +110,7 @@ def run(
 
 @verbs.command(
     epilog=example(
-        "raylign inspect builtin:arithmetic --split preference --base assets/tiny-moe",
+        "raylign inspect builtin:arithmetic --split preference",
         "raylign inspect my-run.yaml --stage dpo",
     )
 )
@@ -125,7 +125,7 @@ def inspect(
     subset: Annotated[str | None, typer.Option("--name", help="Configuration of a hub data set.")] = None,
     base: Annotated[
         str, typer.Option(help="Model whose tokenizer and chat template are used.")
-    ] = "assets/tiny-moe",
+    ] = "builtin:tiny-moe",
     rows: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 3,
     max_length: Annotated[int | None, typer.Option(min=2, help="Longest sequence in tokens.")] = 1024,
 ) -> int:

@@ -81,6 +81,24 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
+def ready_configs() -> Path | None:
+    """Directory of the configs that come with Raylign: of a checkout, or of an installed package."""
+    package = Path(__file__).resolve().parents[1]
+    places = (package / "configs", package.parent / "configs")
+    return next((place for place in places if (place / "demo.yaml").is_file()), None)
+
+
+def _instead(path: Path) -> str:
+    """What could have been meant by a file that is not there."""
+    near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+    if near:
+        return f"; {path.parent}/ has: {', '.join(near[:8])}"
+    ready = ready_configs()
+    if ready is not None and (ready / path.name).is_file():
+        return f"; the config of this name that comes with Raylign is {ready / path.name}"
+    return "; `raylign init` writes a starter"
+
+
 def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
@@ -92,9 +110,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        hint = f"; {path.parent}/ has: {', '.join(near[:8])}" if near else "; `raylign init` writes a starter"
-        raise UserError(f"{path}: no such file{hint}") from None
+        raise UserError(f"{path}: no such file{_instead(path)}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:

@@ -62,6 +62,8 @@ def plan_shipment(
     problems = [
         *_output_problems(config),
         *_missing_from_package("CONFIG", config_path, working_dir),
+        *_hidden_packages(working_dir),
+        *_embedded_base_stays(config, working_dir),
         *(
             p
             for what, path in _relative_inputs(config)
@@ -158,11 +160,41 @@ def _git_ignores(path: Path, root: Path) -> bool:
     return asked.returncode == 0
 
 
+def _hidden_packages(working_dir: Path) -> Iterator[str]:
+    """Packages of the user's that the job would import in place of Raylign's."""
+    for name in ("pipeline", "actors"):
+        for place in (working_dir / name, working_dir / f"{name}.py"):
+            if place.exists() and not _is_ours(working_dir, name):
+                yield (
+                    f"{place}: hides Raylign's package `{name}` from the job, which runs in a copy of this "
+                    "directory; rename it, or submit from another directory"
+                )
+
+
+def _is_ours(root: Path, name: str) -> bool:
+    """True if `root` holds Raylign's package `name`, of this version or another."""
+    known = {"pipeline": "cli/app.py", "actors": "errors.py"}
+    return (root / name / known[name]).is_file()
+
+
+def _embedded_base_stays(config: RunConfig, working_dir: Path) -> Iterator[str]:
+    """A checkout's embedded base, where neither the working directory nor the package holds it."""
+    import actors
+
+    root = Path(str(actors.__file__)).resolve().parents[1]
+    base = Path(config.model.base).resolve()
+    if base == root / "assets" / "tiny-moe" and not base.is_relative_to(working_dir.resolve()):
+        yield (
+            f"model.base: the embedded base lies in {root}, which is not shipped; submit from there, or copy "
+            "the base into a directory that every node sees"
+        )
+
+
 def _own_code(working_dir: Path) -> dict[str, Any]:
     """Ships this package where the working directory does not hold it."""
     import actors
     import pipeline
 
-    if all((working_dir / name / "__init__.py").is_file() for name in ("pipeline", "actors")):
+    if all(_is_ours(working_dir, name) for name in ("pipeline", "actors")):
         return {}
     return {"py_modules": [str(Path(str(package.__file__)).parent) for package in (pipeline, actors)]}

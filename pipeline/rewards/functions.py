@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -113,11 +113,23 @@ def import_function(source: str, key: str, choices: str) -> Callable[..., Any]:
         found = getattr(importlib.import_module(module), name)
     except Exception as error:  # a user's module can fail in any way while it is imported
         raise UserError(
-            f"{key}: {source!r} cannot be imported ({type(error).__name__}: {error}); write {choices}"
+            f"{key}: {source!r} cannot be imported ({type(error).__name__}: {error}); {_own_name(module)}"
+            f"write {choices}"
         ) from None
     if not callable(found):
         raise UserError(f"{key}: {source!r} is not a function but of type {type(found).__name__}")
     return found
+
+
+def _own_name(module: str) -> str:
+    """What to do where a user's module lies in a package that is named as one of Raylign's."""
+    package = module.partition(".")[0]
+    if package not in ("actors", "pipeline"):
+        return ""
+    place = next((f" ({p})" for p in (Path(package), Path(f"{package}.py")) if p.exists()), "")
+    return (
+        f"`{package}` is a package of Raylign, so none of yours can have that name{place}: rename yours, or "
+    )
 
 
 @dataclass(frozen=True)
