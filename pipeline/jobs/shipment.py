@@ -160,21 +160,24 @@ def _git_ignores(path: Path, root: Path) -> bool:
     return asked.returncode == 0
 
 
+PACKAGES = ("pipeline", "actors")
+"""Raylign's. A working directory that holds both is a checkout."""
+
+
 def _hidden_packages(working_dir: Path) -> Iterator[str]:
     """Packages of the user's that the job would import in place of Raylign's."""
-    for name in ("pipeline", "actors"):
-        for place in (working_dir / name, working_dir / f"{name}.py"):
-            if place.exists() and not _is_ours(working_dir, name):
-                yield (
-                    f"{place}: hides Raylign's package `{name}` from the job, which runs in a copy of this "
-                    "directory; rename it, or submit from another directory"
-                )
+    if _is_checkout(working_dir):
+        return
+    for place in (working_dir / form for name in PACKAGES for form in (name, f"{name}.py")):
+        if place.exists():
+            yield (
+                f"{place}: hides Raylign's package `{place.stem}` from the job, which runs in a copy of this "
+                "directory; rename it, or submit from another directory"
+            )
 
 
-def _is_ours(root: Path, name: str) -> bool:
-    """True if `root` holds Raylign's package `name`, of this version or another."""
-    known = {"pipeline": "cli/app.py", "actors": "errors.py"}
-    return (root / name / known[name]).is_file()
+def _is_checkout(root: Path) -> bool:
+    return all((root / name / "__init__.py").is_file() for name in PACKAGES)
 
 
 def _embedded_base_stays(config: RunConfig, working_dir: Path) -> Iterator[str]:
@@ -195,6 +198,6 @@ def _own_code(working_dir: Path) -> dict[str, Any]:
     import actors
     import pipeline
 
-    if all(_is_ours(working_dir, name) for name in ("pipeline", "actors")):
+    if _is_checkout(working_dir):
         return {}
     return {"py_modules": [str(Path(str(package.__file__)).parent) for package in (pipeline, actors)]}

@@ -54,6 +54,24 @@ def test_this_package_is_shipped_where_the_directory_lacks_it(project: Path, rep
     assert "py_modules" not in plan(project).runtime_env
 
 
+@pytest.mark.parametrize("name", ["pipeline", "actors.py"])
+def test_a_package_of_the_users_that_would_hide_ours_in_the_job_is_refused(project: Path, name: str) -> None:
+    place = project / name
+    place.write_text("") if place.suffix else place.mkdir()
+    with pytest.raises(UserError, match=f"{name}: hides Raylign's package `{place.stem}` from the job"):
+        plan(project)
+
+
+def test_the_embedded_base_of_a_checkout_is_shipped_with_the_checkout_only(
+    project: Path, repository: Path
+) -> None:
+    with pytest.raises(UserError, match=r"model\.base: the embedded base lies in .* which is not shipped"):
+        plan(project, "model.base=builtin:tiny-moe")
+    config = repository / "configs" / "demo.yaml"
+    loaded = load_config(config, ["output_dir=/mnt/runs/a"])
+    assert plan_shipment(loaded, config, [], [], repository).arguments[:2] == ["run", "configs/demo.yaml"]
+
+
 def test_a_relative_output_directory_is_refused(project: Path) -> None:
     with pytest.raises(UserError, match="output_dir: runs/a is relative"):
         plan(project, "output_dir=runs/a")

@@ -186,6 +186,19 @@ def test_functions_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
             find_function(wrong)
 
 
+@pytest.mark.parametrize("wrong", ["pipeline.mine:f", "actors.rewards:f", "pipeline.rewards:f"])
+def test_a_module_in_a_package_named_as_one_of_ours_is_told_what_to_do(
+    wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = wrong.partition(".")[0]
+    (tmp_path / package).mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        find_function(wrong)
+    assert f"`{package}` is a package of Raylign" in str(caught.value)
+    assert f"({package}): rename yours" in str(caught.value)
+
+
 NAN = math.nan
 TWO_SOURCES = np.array([[1.0, 0.0, NAN, NAN], [2.0, NAN, 4.0, NAN]])
 
