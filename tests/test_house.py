@@ -121,6 +121,7 @@ ROOMS |= {
     "pipeline.planning": BELOW_PLANNING,
     "pipeline.jobs": ("actors", "pipeline", "pipeline.config", "pipeline.data"),
     "pipeline.execution": (*BELOW_PLANNING, "pipeline.planning", "pipeline.jobs"),
+    "pipeline.api": ("actors", "pipeline"),
     "pipeline.cli": ("actors", "pipeline"),
     "pipeline.__main__": ("pipeline.cli",),
 }

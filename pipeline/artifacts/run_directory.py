@@ -98,6 +98,15 @@ class RunDirectory:
                     f"use another output_dir, or set name: {other} to go on with that run"
                 )
 
+    def read(self) -> dict[str, Any]:
+        """What run.json says, without opening the directory; empty where no run has begun.
+
+        Raises:
+            UserError: run.json can't be read.
+        """
+        self._read_state()
+        return self.state
+
     @staticmethod
     def _load(record: Path) -> dict[str, Any]:
         try:

@@ -5,13 +5,13 @@ Heavy imports happen inside the verbs, so that --help is instant.
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
 import typer
 
 from actors.errors import EXIT_DONE, EXIT_USER, RunFailure, UserError
+from pipeline.api import quiet_telemetry
 from pipeline.cli import cluster, models, runs
 from pipeline.monitoring import console
 
@@ -32,8 +32,7 @@ for panel, verbs in {"A run": runs, "On a cluster": cluster, "What a run made": 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 1 failure, 2 the user's mistake, 75 stopped."""
-    for name in ("RAY_USAGE_STATS_ENABLED", "HF_HUB_DISABLE_TELEMETRY", "VLLM_NO_USAGE_STATS"):
-        os.environ.setdefault(name, "0" if name == "RAY_USAGE_STATS_ENABLED" else "1")
+    quiet_telemetry()
     try:
         result: Any = app(args=arguments, prog_name="raylign", standalone_mode=False)
         return int(result or EXIT_DONE)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from actors.errors import EXIT_DONE
+from pipeline.api import check_stage
 from pipeline.cli.shared import (
     Address,
     Config,
@@ -15,7 +16,6 @@ from pipeline.cli.shared import (
     Overrides,
     Run,
     Until,
-    check_until,
     example,
     load,
 )
@@ -36,7 +36,8 @@ def submit(
 ) -> int:
     """Ship the working directory to a running cluster and run there, as a Ray job."""
     loaded = load(config, overrides)
-    check_until(loaded, until)
+    if until is not None:
+        check_stage(loaded, until)
     from pipeline.jobs import commands
 
     flags = [*(["--dry-run"] if dry_run else []), *(["--until", until] if until else [])]

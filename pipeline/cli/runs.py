@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from actors.errors import EXIT_DONE, UserError
-from pipeline.cli.shared import Config, DryRun, Fresh, Overrides, Until, check_until, example, load
+from pipeline.api import check_stage
+from pipeline.cli.shared import Config, DryRun, Fresh, Overrides, Until, example, load
 from pipeline.monitoring import console
 
 verbs = typer.Typer()
@@ -102,7 +103,8 @@ def run(
 ) -> int:
     """Run the stages; the same command goes on after an interruption."""
     loaded = load(config, overrides)
-    check_until(loaded, until)
+    if until is not None:
+        check_stage(loaded, until)
     from pipeline.execution.run import run as run_config
 
     return run_config(loaded, dry_run=dry_run, until=until, fresh=fresh)

@@ -56,14 +56,3 @@ def load(path: Path, overrides: list[str] | None) -> RunConfig:
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return config
-
-
-def check_until(config: RunConfig, until: str | None) -> None:
-    """Refuse an `--until` that names no stage."""
-    if until is not None and until not in config.stages:
-        from pipeline.config.messages import did_you_mean
-
-        names = ", ".join(config.stages)
-        raise UserError(
-            f"--until: no stage is named '{until}'; stages: {names}{did_you_mean(until, config.stages)}"
-        )

@@ -26,7 +26,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: with every violation: syntax, unknown keys, types, bounds, rules between fields.
     """
-    data, problems = apply_overrides(read_mapping(Path(path)), overrides)
+    return load_mapping(read_mapping(Path(path)), overrides)
+
+
+def load_mapping(data: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """As `load_config`, of what a file would hold.
+
+    Raises:
+        UserError: with every violation.
+    """
+    data, problems = apply_overrides(data, overrides)
     config, violations = validate(data)
     problems += violations
     if problems or config is None:

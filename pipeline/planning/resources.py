@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from actors.cluster.spec import RoleSpec
@@ -22,23 +24,74 @@ def working_roles(config: RunConfig) -> list[str]:
     return [name for name in type(config.roles).model_fields if name in works]
 
 
+@dataclass(frozen=True)
+class RolePlan:
+    """What one role asks for."""
+
+    processes: int
+    """Of its own; 0 where it shares another role's."""
+    shares: str | None
+    """Role whose processes it works on."""
+    layout: str
+    """How its processes lie on nodes, and what they share of one model."""
+    resources: dict[str, float]
+    """Ray's names (CPU, GPU, custom ones) -> what its processes reserve together."""
+
+    @classmethod
+    def of(cls, role: RoleSpec) -> RolePlan:
+        if role.share is not None:
+            return cls(0, role.share, f"on {role.share}'s processes", {})
+        asked = {"CPU": role.cpus, "GPU": role.gpus, **role.resources}
+        reserved = {kind: role.workers * amount for kind, amount in asked.items() if amount}
+        return cls(role.workers, None, _laid_out(role), reserved)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run asks of the cluster."""
+
+    roles: dict[str, RolePlan]
+    """Those that some stage or the evaluation uses, in the order of the configuration."""
+    text: str
+    """The stages and roles in words, as `raylign validate` prints them."""
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Plan:
+        return cls(role_plans(config), cluster_plan(config))
+
+    @property
+    def processes(self) -> int:
+        """Of all roles together."""
+        return sum(role.processes for role in self.roles.values())
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """Of all roles together."""
+        return _sum(self.roles.values())
+
+
+def role_plans(config: RunConfig) -> dict[str, RolePlan]:
+    """What each role asks for that works."""
+    return {name: RolePlan.of(getattr(config.roles, name)) for name in working_roles(config)}
+
+
+def _sum(roles: Iterable[RolePlan]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for role in roles:
+        for kind, amount in role.resources.items():
+            total[kind] = total.get(kind, 0) + amount
+    return total
+
+
 def describe(config: RunConfig) -> list[list[str]]:
     """Role, where it lives, processes, what they reserve: a row a role that works, and the sum."""
-    rows = []
-    total: dict[str, float] = {}
-    for name in working_roles(config):
-        role: RoleSpec = getattr(config.roles, name)
-        if role.share is not None:
-            rows.append([name, f"on {role.share}'s processes", "0", ""])
-            continue
-        amounts = {
-            kind: role.workers * amount
-            for kind, amount in {"CPU": role.cpus, "GPU": role.gpus, **role.resources}.items()
-            if amount
-        }
-        total = {kind: total.get(kind, 0) + amounts.get(kind, 0) for kind in [*total, *amounts]}
-        rows.append([name, _laid_out(role), str(role.workers), _amounts(amounts)])
-    return [*rows, ["together", "", str(sum(int(row[2]) for row in rows)), _amounts(total)]]
+    roles = role_plans(config)
+    rows = [
+        [name, role.layout, str(role.processes), "" if role.shares else _amounts(role.resources)]
+        for name, role in roles.items()
+    ]
+    together = sum(role.processes for role in roles.values())
+    return [*rows, ["together", "", str(together), _amounts(_sum(roles.values()))]]
 
 
 def _laid_out(role: RoleSpec) -> str:
