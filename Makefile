@@ -41,7 +41,7 @@ base: install ## Train the embedded base anew from its recipe and put it into as
 	$(BIN)/raylign run configs/base.yaml
 	$(BIN)/python -m actors.models.tiny runs/base/pretrain/model assets/tiny-moe
 
-lint: install-dev ## Format, rules, types, and the one-way rule between the floors
+lint: install-dev ## Format, rules, types, and which room may import which
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -129,16 +129,16 @@ def test_every_module_is_reached_by_some_test(ours: Imports) -> None:
 
 
 def test_what_a_test_loads_when_it_runs_was_derived_from_its_imports(ours: Imports, repository: Path) -> None:
-    """A real run of two files of tests, against the derivation: nothing is loaded that it does not know."""
-    for path in ("tests/pipeline/artifacts/test_manifest.py", "tests/actors/algorithms/test_policy.py"):
-        code = (
-            "import sys, pytest; code = pytest.main(['-q', '-p', 'no:cacheprovider', sys.argv[1]]);"
-            "print('LOADED', *[m for m in sys.modules if m.split('.')[0] in ('actors', 'pipeline')]);"
-            "sys.exit(code)"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code, path], cwd=repository, capture_output=True, text=True, check=True
-        )
-        loaded = next(line for line in done.stdout.splitlines() if line.startswith("LOADED")).split()[1:]
-        assert len(loaded) > 3
-        assert set(loaded) <= ours.reached_from(module_of(path))
+    """A real run of a file of tests, against the derivation: nothing is loaded that it does not know."""
+    path = "tests/pipeline/artifacts/test_manifest.py"
+    code = (
+        "import sys, pytest; code = pytest.main(['-q', '-p', 'no:cacheprovider', sys.argv[1]]);"
+        "print('LOADED', *[m for m in sys.modules if m.split('.')[0] in ('actors', 'pipeline')]);"
+        "sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], cwd=repository, capture_output=True, text=True, check=True
+    )
+    loaded = next(line for line in done.stdout.splitlines() if line.startswith("LOADED")).split()[1:]
+    assert len(loaded) > 3
+    assert set(loaded) <= ours.reached_from(module_of(path))

@@ -75,6 +75,7 @@ def test_every_module_of_the_repository_is_in_the_wheel(site: Path, repository: 
     assert modules(site) == modules(repository)
 
 
+@pytest.mark.slow
 def test_verbs_that_start_nothing_work_in_any_directory(raylign: Any, site: Path, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(RUN)
     env = raylign("env").stdout

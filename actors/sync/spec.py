@@ -12,6 +12,11 @@ Backend = Literal["gloo", "nccl"]
 """What carries tensors between trainer and engine: gloo on CPUs, nccl between GPUs."""
 
 
+def backend_for(trainer_gpus: float, engine_gpus: float) -> Backend:
+    """The backend between a trainer and an engine with so many GPUs each."""
+    return "nccl" if trainer_gpus > 0 and engine_gpus > 0 else "gloo"
+
+
 class SyncSpec(Spec):
     """How new weights travel, and how their arrival is proved."""
 

@@ -17,7 +17,6 @@ from pipeline.stages.prepared import PreparedRl
 from pipeline.stages.views import View
 
 if TYPE_CHECKING:
-    from actors.sync.spec import Backend
     from pipeline.execution.fleet import Fleet
     from pipeline.planning.nodes import Node
 
@@ -46,6 +45,7 @@ class Contexts:
         """A view for every role of an online stage, the engines, and the sync between policy and engines."""
         from actors.rollout.pool import RolloutPool
         from actors.sync.engines import load_base
+        from actors.sync.spec import backend_for
         from actors.sync.weight_sync import WeightSync
 
         # The engines read the base while the ranks do.
@@ -55,8 +55,7 @@ class Contexts:
         # A probe's first token has nothing before it to be predicted from.
         usable = [ids for ids in stage.data.token_ids if len(ids) > 1]
         probes = [ids[: wanted.probe_tokens + 1] for ids in usable[: wanted.probes]]
-        on_gpus = self.config.roles.policy.gpus > 0 and self.config.roles.rollout.gpus > 0
-        backend: Backend = "nccl" if on_gpus else "gloo"
+        backend = backend_for(self.config.roles.policy.gpus, self.config.roles.rollout.gpus)
         sync = WeightSync(
             policy.workers.group, rollout, wanted, node.start.base, policy.role, probes, backend, loading
         )

@@ -53,7 +53,7 @@ def _column_problem(reward: RewardSpec, columns: Mapping[str, Sequence[Any]], ro
         which = "the rows" if lack == rows else f"{lack} of {rows} rows"
         instead = "name it under `columns:` of the data, or reward by a function or a model"
         return f"exact_match compares with `answer`, which {which} lack ({there}); {instead}" if lack else ""
-    if reward.kind == "model":
+    if reward.kind != "function":
         return ""
     try:
         missing = missing_arguments(find_function(reward.source), [*ARGUMENTS, *columns])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +22,20 @@ def put(batch: Batch) -> SharedBatch:
     import ray
 
     return ray.put(batch)
+
+
+class Scorer(Protocol):
+    """What scores samples, whoever serves it: a reward model on ranks is a `View`."""
+
+    @property
+    def host(self) -> str:
+        """Name of the processes that serve it."""
+
+    def scores(self, batch: SharedBatch) -> GroupFuture[np.ndarray]:
+        """float64 (samples,), from every process."""
+
+    def frozen_digest(self) -> str:
+        """Of all that must not move in those processes."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +124,6 @@ class View:
         return self.role
 
 
-def frozen_digests(views: Iterable[View]) -> dict[str, str]:
+def frozen_digests(views: Iterable[Scorer]) -> dict[str, str]:
     """Of all that must not move on each group of ranks that serves some of these roles, by its name."""
     return {name: view.frozen_digest() for name, view in {view.host: view for view in views}.items()}

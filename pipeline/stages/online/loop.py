@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ from pipeline.stages.online.rewards import RewardComputer, Rewards
 from pipeline.stages.online.routing import Routing
 from pipeline.stages.online.sampler import Prefetcher, SampledBatch
 from pipeline.stages.prepared import PreparedRl
-from pipeline.stages.views import View, put
+from pipeline.stages.views import Scorer, View, put
 
 if TYPE_CHECKING:
     from actors.algorithms.loss import Loss
@@ -47,7 +47,7 @@ class RlContext(StageContext):
 
     reference: View
     critic: View | None
-    reward_models: dict[str, View]
+    reward_models: Mapping[str, Scorer]
     """By source."""
     rollout: RolloutPool
     sync: WeightSync

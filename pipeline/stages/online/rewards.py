@@ -26,7 +26,7 @@ from pipeline.rewards.functions import (
     function_rewards,
     reward_names,
 )
-from pipeline.stages.views import View
+from pipeline.stages.views import Scorer
 
 if TYPE_CHECKING:
     from actors.cluster.futures import GroupFuture
@@ -48,7 +48,7 @@ class Rewards:
 class RewardComputer:
     """All reward sources of a stage. Models score in their own processes while functions run here."""
 
-    def __init__(self, spec: RlStage, models: Mapping[str, View]) -> None:
+    def __init__(self, spec: RlStage, models: Mapping[str, Scorer]) -> None:
         """`models`: by source.
 
         Raises:
@@ -56,7 +56,7 @@ class RewardComputer:
         """
         self.spec, self.models = spec, models
         self.names = reward_names(spec.rewards)
-        self._functions = {one.source: function_of(one) for one in spec.rewards if one.kind != "model"}
+        self._functions = {one.source: function_of(one) for one in spec.rewards if one.source not in models}
 
     def submit(self, batch: SharedBatch) -> dict[str, GroupFuture[np.ndarray]]:
         """Let the reward models begin."""
@@ -83,7 +83,7 @@ class RewardComputer:
         )
         rows, notes = [], []
         for one in self.spec.rewards:
-            if one.kind == "model":
+            if one.source in self.models:
                 scores = pending[one.source].result()[0]
                 # Unlike a function's None, a model's NaN is no way of passing a sample over.
                 check_finite(**{f"reward '{one.name}'": scores})

@@ -15,7 +15,7 @@ from pipeline.stages.metrics import MetricsLog
 from pipeline.stages.online.loop import RlContext, RlLoop, StepResult
 from pipeline.stages.online.routing import Routing
 from pipeline.stages.prepared import PreparedRl
-from pipeline.stages.views import frozen_digests
+from pipeline.stages.views import Scorer, frozen_digests
 
 KEPT_SAMPLES = 4
 """Samples of each logged step that are kept for the report: of as many prompts, or, where prompts have
@@ -33,7 +33,8 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
     loop = RlLoop(stage, ctx)
     prepare(stage, ctx)
     step = restore(loop, decision)
-    roles = [ctx.policy, ctx.reference, *([ctx.critic] if ctx.critic else []), *ctx.reward_models.values()]
+    critics = [ctx.critic] if ctx.critic else []
+    roles: list[Scorer] = [ctx.policy, ctx.reference, *critics, *ctx.reward_models.values()]
     frozen = frozen_digests(roles)
     ctx.sync.connect()
     ctx.sync.push(step)
