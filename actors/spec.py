@@ -1,18 +1,52 @@
-"""Base class of all settings, and names of values that have changed."""
+"""Base class of all settings, the type of a setting that names a row of a table, and names that have changed."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
 
 class Spec(BaseModel):
     """Base of every spec: unknown keys are refused, field docstrings become descriptions."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, validate_default=True, defer_build=True
+    )
+
+    @classmethod
+    def from_settings(cls, other: Spec, **more: Any) -> Self:
+        """A spec of this class with the values of all fields that `other` has too, and `more`."""
+        names = cls.model_fields.keys() & type(other).model_fields.keys()
+        return cls(**{name: getattr(other, name) for name in names} | more)
+
+
+class KeyOf:
+    """`Annotated[str, KeyOf(TABLE)]`: a string that is a key of the table.
+
+    Messages and JSON schema are those of a Literal of the keys; the table is read when a value is validated
+    and when the schema is made, so that a row that was added later counts.
+    """
+
+    def __init__(self, table: Collection[str]) -> None:
+        self.table = table
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._known)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"enum": list(self.table), "type": "string"}
+
+    def _known(self, value: Any) -> str:
+        if isinstance(value, str) and value in self.table:
+            return value
+        *others, last = (f"'{key}'" for key in self.table)
+        raise PydanticKnownError("literal_error", {"expected": " or ".join([", ".join(others), last])})
 
 
 class OldValue(FutureWarning):

@@ -12,38 +12,71 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
 
-from actors.spec import Spec
+from actors.spec import KeyOf, Spec
 
-AdvantageKind = Literal["gae", "group", "rloo", "reinforce"]
+ADVANTAGES: dict[str, Callable[[AdvantageSpec, Scored], Advantages]] = {}
+"""Every kind of advantage; filled below, where the functions are."""
+AdvantageKind = Annotated[str, KeyOf(ADVANTAGES)]
+Whitening = Literal["none", "shift_and_scale", "scale"]
 ScaleRewards = Literal["group", "batch", "none"]
-Baseline = Literal["none", "group"]
 
 
-class AdvantageSpec(Spec):
-    """How advantages come from rewards."""
+class GroupSize(Spec):
+    """Size of a group."""
+
+    num_generations: int = Field(default=8, ge=1)
+    """Samples per prompt."""
+
+
+class WhitenSettings(Spec):
+    """Normalisation of advantages."""
+
+    whiten_advantages: Whitening = "none"
+    """Normalise advantages over the samples of a generation: `shift_and_scale` to mean 0 and standard
+    deviation 1 (unbiased), `scale` keeps the mean."""
+
+
+class DiscountSettings(Spec):
+    """Discount of later rewards."""
+
+    gamma: float = Field(default=1.0, ge=0, le=1)
+    """Discount per token."""
+
+
+class GaeSettings(DiscountSettings):
+    """Settings of generalised advantage estimation."""
+
+    lam: float = Field(default=0.95, ge=0, le=1)
+    """Lambda of generalized advantage estimation."""
+    whiten_rewards: Whitening = "none"
+    """Normalise the rewards per token, divergence included, before advantages are taken (`scale` is TRL's
+    PPO)."""
+
+
+class GroupSettings(Spec):
+    """Settings of group-relative advantages."""
+
+    scale_rewards: ScaleRewards = "group"
+    """Divide by the standard deviation of the prompt's samples, of the whole generation, or by nothing."""
+
+
+class ReinforceSettings(DiscountSettings):
+    """Settings of returns-to-go."""
+
+    baseline: Literal["none", "group"] = "none"
+    """Taken off a sample's reward first: nothing, or the mean of its prompt's samples."""
+
+
+class AdvantageSpec(GroupSize, WhitenSettings, GaeSettings, GroupSettings, ReinforceSettings):
+    """Settings of all kinds of advantages; each kind reads its own."""
 
     kind: AdvantageKind = "group"
-    """gae (PPO, needs values), group (GRPO), rloo or reinforce (REINFORCE++)."""
-    num_generations: int = Field(default=8, ge=1)
-    """Samples per prompt: the size of a group."""
-    gamma: float = Field(default=1.0, ge=0, le=1)
-    """Discount per token (gae, reinforce)."""
-    lam: float = Field(default=0.95, ge=0, le=1)
-    """Lambda of generalised advantage estimation (gae)."""
-    scale_rewards: ScaleRewards = "group"
-    """Divisor of group-relative advantages: each group's standard deviation, the batch's, or none (group)."""
-    baseline: Baseline = "none"
-    """What is taken off a sample's reward first: nothing, or its group's mean (reinforce)."""
-    whiten_rewards: Whitening = "none"
-    """Whitening of token rewards before gae; `scale` is TRL's PPO."""
-    whiten_advantages: Whitening = "none"
-    """Whitening of advantages over the batch: of tokens (gae, reinforce; `shift_and_scale` is usual) or of
-    samples."""
+    """Key of `ADVANTAGES`: gae (PPO, needs values), group (GRPO), rloo or reinforce (REINFORCE++)."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +249,7 @@ def _of_samples(spec: AdvantageSpec, scored: Scored, advantages: np.ndarray) -> 
     return Advantages(scored.by_token(whiten(advantages, spec.whiten_advantages, counted)))
 
 
-ADVANTAGES: dict[str, Callable[[AdvantageSpec, Scored], Advantages]] = {
+ADVANTAGES |= {
     "gae": _of_gae,
     "group": _of_group,
     "rloo": _of_rloo,
@@ -227,9 +260,6 @@ ADVANTAGES: dict[str, Callable[[AdvantageSpec, Scored], Advantages]] = {
 def advantages_of(spec: AdvantageSpec, scored: Scored) -> Advantages:
     """Advantages of every token by `spec.kind`, whitened as `spec` says; returns are not whitened."""
     return ADVANTAGES[spec.kind](spec, scored)
-
-
-Whitening = Literal["none", "shift_and_scale", "scale"]
 
 
 def whiten(values: np.ndarray, kind: Whitening, mask: np.ndarray | None = None) -> np.ndarray:

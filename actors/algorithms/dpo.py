@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field
 
-from actors.algorithms.loss import Loss, MetricSums, TokenView, Totals
+from actors.algorithms.loss import Loss, MetricSums, SamplingTemperature, TokenView, Totals
 from actors.batches.batch import Batch
 from actors.errors import InvariantViolation
+from actors.spec import Spec
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +24,16 @@ LossType = Literal[
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "cdpo",
 ]  # fmt: skip
 
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+LossTypes = Annotated[
+    list[LossType],
+    Field(min_length=1),
+    BeforeValidator(_as_list, json_schema_input_type=LossType | list[LossType]),
+]
 SORTED = frozenset({"aot", "aot_unpaired"})
 """Losses that sort the batch: they need every row of every rank at once."""
 SMOOTHED = frozenset({"cdpo", "robust", "exo_pair", "aot", "aot_unpaired"})
@@ -32,59 +44,77 @@ DIVERGENT = frozenset(
 """Losses of the score difference: for others the beta log Z(x) of another f-divergence stays."""
 
 
-class DpoLoss(Loss):
+class DpoSettings(Spec):
+    """Settings of a preference loss, on pairs from the data or of the policy's own samples.
+
+    WPO: arXiv 2406.11827; LD-DPO: arXiv 2409.06411.
+    """
+
+    beta: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    """Strength of the pull to the reference (tau in IPO)."""
+    loss_type: LossTypes = Field(default=["sigmoid"])
+    """One of TRL's losses or cdpo, or a list of them, added up by `loss_weights`."""
+    loss_weights: list[float] | None = None
+    """Weight of each loss in `loss_type`; null: 1 each."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of flipped preferences assumed by cdpo and robust (below 0.5); epsilon of exo_pair."""
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    """Divergence between policy and reference (f-DPO)."""
+    f_alpha_divergence_coef: float = Field(default=0.5, gt=0, allow_inf_nan=False)
+    """Alpha of alpha_divergence."""
+    use_weighting: bool = False
+    """Weight pairs by the policy's length-normalized probabilities (WPO)."""
+    discopop_tau: float = Field(default=0.05, gt=0, allow_inf_nan=False)
+    """Temperature of discopop."""
+    ld_alpha: float | None = Field(default=None, ge=0, le=1)
+    """Weight of the tokens beyond the shorter answer's length (LD-DPO); null: 1."""
+
+    @property
+    def reference_columns(self) -> tuple[str, ...]:
+        """Columns of the reference's log-probabilities, one for each sequence of a row."""
+        return ("ref_chosen_logps", "ref_rejected_logps")
+
+    def loss_problems(self) -> Iterator[tuple[str, str]]:
+        """Settings that don't go together: (key, what is wrong with it)."""
+        losses, smoothing = self.loss_type, self.label_smoothing
+        if self.loss_weights is not None and len(self.loss_weights) != len(losses):
+            yield (
+                "loss_weights",
+                f"has {len(self.loss_weights)} weights for {len(losses)} losses ({', '.join(losses)})",
+            )
+        halved = [name for name in losses if name in ("cdpo", "robust")]
+        if halved and smoothing >= 0.5:
+            yield (
+                "label_smoothing",
+                f"{smoothing:g}: {' and '.join(halved)} need a share of flipped pairs below 0.5",
+            )
+        if "exo_pair" in losses and smoothing == 0:
+            yield "label_smoothing", "exo_pair needs label_smoothing above 0; its paper recommends 1e-3"
+        if smoothing > 0 and not SMOOTHED & set(losses):
+            yield (
+                "label_smoothing",
+                f"has no effect on {', '.join(losses)}; for sigmoid with label smoothing write "
+                "`loss_type: cdpo`",
+            )
+        without = [name for name in losses if name not in DIVERGENT]
+        if self.f_divergence_type != "reverse_kl" and without:
+            yield (
+                "f_divergence_type",
+                f"{self.f_divergence_type} is not defined for {', '.join(without)}; it works with: "
+                f"{', '.join(sorted(DIVERGENT))}",
+            )
+        unweighted = [name for name in losses if name in SORTED | {"sft"}]
+        if self.use_weighting and unweighted:
+            yield (
+                "use_weighting",
+                f"weights single pairs, and there are none in {' and '.join(unweighted)}",
+            )
+
+
+class DpoLoss(DpoSettings, Loss):
     """Preference losses under TRL's names; several are summed with weights."""
 
     uses_dropout: ClassVar[bool] = False
-
-    beta: float = Field(default=0.1, gt=0)
-    """Strength of the pull towards the reference."""
-    loss_type: list[LossType] = Field(default=["sigmoid"], min_length=1)
-    """One loss or several to be summed."""
-    loss_weights: list[float] | None = None
-    """Weight of each loss; all 1 when null."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Assumed share of flipped labels (cdpo, robust, exo_pair, aot, aot_unpaired)."""
-    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
-    """Divergence between policy and reference."""
-    f_alpha_divergence_coef: float = Field(default=0.5, gt=0)
-    """alpha of the alpha-divergence."""
-    use_weighting: bool = False
-    """Weight each pair by the policy's own probability of it (WPO, arXiv 2406.11827)."""
-    discopop_tau: float = Field(default=0.05, gt=0)
-    """Temperature of discopop's mixing."""
-    ld_alpha: float | None = Field(default=None, ge=0, le=1)
-    """Weight of tokens beyond the length that both answers share (LD-DPO, arXiv 2409.06411)."""
-
-    @field_validator("loss_type", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _options_fit(self) -> DpoLoss:
-        types, problems = set(self.loss_type), []
-        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
-            problems.append(
-                f"loss_weights has {len(self.loss_weights)} values for {len(self.loss_type)} loss types"
-            )
-        if "robust" in types and self.label_smoothing >= 0.5:
-            problems.append(f"label_smoothing must be below 0.5 for 'robust', not {self.label_smoothing}")
-        if "exo_pair" in types and self.label_smoothing == 0:
-            problems.append("exo_pair needs label_smoothing above 0 (its authors take 0.001)")
-        if self.label_smoothing > 0 and not types & SMOOTHED:
-            problems.append(
-                f"label_smoothing has no effect on {sorted(types)}; 'cdpo' is DPO with label smoothing"
-            )
-        if self.f_divergence_type != "reverse_kl" and not types <= DIVERGENT:
-            problems.append(
-                f"f_divergence_type {self.f_divergence_type!r} works with {sorted(DIVERGENT)} only"
-            )
-        if self.use_weighting and types & (SORTED | {"sft"}):
-            problems.append("use_weighting weights single pairs: not with aot, aot_unpaired or sft")
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
 
     @property
     def separable(self) -> bool:
@@ -92,7 +122,7 @@ class DpoLoss(Loss):
 
     @property
     def required_columns(self) -> tuple[str, ...]:
-        return ("ref_chosen_logps", "ref_rejected_logps")
+        return self.reference_columns
 
     @property
     def terms(self) -> list[tuple[str, float]]:
@@ -168,17 +198,10 @@ class DpoLoss(Loss):
         return loss, metrics
 
 
-class OnlineDpoLoss(DpoLoss):
+class OnlineDpoLoss(SamplingTemperature, DpoLoss):
     """DPO on pairs of the policy's own samples. A step may have few pairs, or none to learn from."""
 
     gradient_may_vanish: ClassVar[bool] = True
-
-    temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature: logits are divided by it, as those of the reference were."""
-
-    @property
-    def logit_temperature(self) -> float:
-        return self.temperature
 
     def check_start(self, metrics: dict[str, float], tolerance: float) -> None:
         if metrics["pairs"] > 0:

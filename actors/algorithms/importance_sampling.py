@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from pydantic import Field
+
+from actors.spec import Spec
 
 CORRECTION = "importance_sampling_ratio"
 """Token column of a batch that holds the bounded ratios, where there is a correction."""
@@ -24,10 +27,10 @@ CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "s
 
 @dataclass(frozen=True)
 class Correction:
-    """How importance ratios are bounded."""
+    """Bounds of importance ratios."""
 
-    mode: CorrectionMode = "sequence_mask"
-    clip_max: float | None = 3.0
+    mode: CorrectionMode
+    clip_max: float | None
     clip_min: float | None = None
 
     @property
@@ -37,9 +40,29 @@ class Correction:
         return low, np.inf if self.clip_max is None else self.clip_max
 
 
+class CorrectionSettings(Spec):
+    """Settings of the correction, by TRL's names."""
+
+    vllm_importance_sampling_mode: CorrectionMode = "sequence_mask"
+    """How that ratio is bounded: `token_truncate` and `sequence_truncate` clip it, `token_mask` (IcePop) and
+    `sequence_mask` make it 0 outside the bounds; of each token, or of the whole sample."""
+    vllm_importance_sampling_clip_max: float | None = Field(default=3.0, gt=0, allow_inf_nan=False)
+    """Its upper bound; null: none."""
+    vllm_importance_sampling_clip_min: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Its lower bound; null: none."""
+
+    def correction(self) -> Correction:
+        """Bounds of importance ratios."""
+        return Correction(
+            self.vllm_importance_sampling_mode,
+            self.vllm_importance_sampling_clip_max,
+            self.vllm_importance_sampling_clip_min,
+        )
+
+
 @dataclass(frozen=True)
 class Corrected:
-    """What samples weigh."""
+    """Weights of samples."""
 
     ratio: np.ndarray
     """float64 (T,): what each token's surrogate is multiplied by."""

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 
-KlEstimator = Literal["k1", "k2", "k3"]
+from actors.spec import KeyOf
+
 Values = Any
 """A tensor, with gradient in a loss; or an array, in a driver, which has not imported torch."""
 
@@ -36,6 +37,7 @@ def k3(d: Values) -> Values:
 
 
 KL_ESTIMATORS: dict[str, Callable[[Values], Values]] = {"k1": k1, "k2": k2, "k3": k3}
+KlEstimator = Annotated[str, KeyOf(KL_ESTIMATORS)]
 
 
 def kl_values(estimator: KlEstimator, logps: np.ndarray, ref_logps: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from actors.algorithms.loss import Loss, MetricSums, TokenView, Totals
 from actors.batches.batch import Batch
+from actors.spec import Spec
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,32 @@ LABEL = "label"
 """Column of a row's verdict: true where its answer is desirable."""
 
 
-class KtoLoss(Loss):
+class KtoSettings(Spec):
+    """Settings of KTO."""
+
+    beta: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    """Strength of the pull to the reference."""
+    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """`kto`, or `apo_zero_unpaired` (arXiv 2408.06266, eq. 7), which has no reference point: where desirable
+    answers are better than the policy's own."""
+    desirable_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Weight of desirable rows. KTO's authors keep (weight x number) of these between 1 and 4/3 of that of
+    undesirable ones."""
+    undesirable_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Weight of undesirable rows."""
+
+    @property
+    def has_reference_point(self) -> bool:
+        """It reads each prompt with the answer of another row too."""
+        return self.loss_type == "kto"
+
+    @property
+    def reference_columns(self) -> tuple[str, ...]:
+        """Columns of the reference's log-probabilities, one for each sequence of a row."""
+        return ("ref_logps", "ref_kl_logps") if self.has_reference_point else ("ref_logps",)
+
+
+class KtoLoss(KtoSettings, Loss):
     """Kahneman-Tversky optimisation and unpaired APO-zero, as TRL 1.16's KTOTrainer has them.
 
     With d the log-ratio of a completion to the reference and z the reference point, 1 - sigmoid(beta (d - z))
@@ -33,21 +59,12 @@ class KtoLoss(Loss):
 
     uses_dropout: ClassVar[bool] = False
 
-    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
-    """kto, or unpaired APO-zero (arXiv 2408.06266, eq. 7), which has no reference point."""
-    beta: float = Field(default=0.1, gt=0)
-    """Strength of the pull towards the reference."""
-    desirable_weight: float = Field(default=1.0, gt=0)
-    """Weight of desirable rows."""
-    undesirable_weight: float = Field(default=1.0, gt=0)
-    """Weight of undesirable rows."""
-
     @property
     def required_columns(self) -> tuple[str, ...]:
-        return (LABEL, "ref_logps", *(("kl_logps", "ref_kl_logps") if self.loss_type == "kto" else ()))
+        return (LABEL, *self.reference_columns, *(("kl_logps",) if self.has_reference_point else ()))
 
     def completed(self, batch: Batch, logprobs: Callable[[Batch], np.ndarray]) -> Batch:
-        if self.loss_type != "kto" or batch.sequences_per_row == 1:
+        if not self.has_reference_point or batch.sequences_per_row == 1:
             return batch
         matched, mismatched = (sequences(batch, place) for place in (0, 1))
         return matched.with_columns(kl_logps=logprobs(mismatched))
@@ -60,7 +77,7 @@ class KtoLoss(Loss):
             "rejected": batch.n_rows - desirable,
             "kl": 0.0,
         }
-        if self.loss_type == "kto" and batch.n_rows:
+        if self.has_reference_point and batch.n_rows:
             totals["kl"] = max(0.0, float((batch.columns["kl_logps"] - batch.columns["ref_kl_logps"]).mean()))
         return totals
 

@@ -1,4 +1,4 @@
-"""What a loss sees, and what it hands back.
+"""Base class of losses: what a loss sees, and what it hands back.
 
 A loss is a small frozen spec, so that it travels to every rank, and a pure function of per-token
 log-probabilities. It divides by totals of the *global* batch: the values and gradients of
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field, model_validator
 
 from actors.batches.batch import Batch
 from actors.spec import Spec
@@ -84,23 +84,50 @@ def smallest(values: torch.Tensor) -> tuple[torch.Tensor, float]:
     return (values.detach().amin() if values.numel() else values.new_tensor(math.inf)), SMALLEST
 
 
+class SamplingTemperature(Spec):
+    """The temperature that samples were drawn at, for whoever computes their log-probabilities."""
+
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Divides the logits while sampling, and in the trainer's log-probabilities."""
+
+    @property
+    def logit_temperature(self) -> float:
+        """Logits are divided by it before log-probabilities are taken."""
+        return self.temperature
+
+
 class Loss(Spec, ABC):
-    """A loss over token log-probabilities, values or scores: spec and function in one."""
+    """A loss over token log-probabilities, values or scores: spec and function in one.
+
+    What a user can set of a loss is declared once, in a settings class that the loss and the spec of its
+    stages inherit.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     uses_dropout: ClassVar[bool] = True
-    """Whether dropout stays on in training. Preference losses compare with a reference: off."""
+    """Dropout stays on in training. Preference losses compare with a reference: off."""
 
     reads: ClassVar[Literal["logps", "values", "scores"]] = "logps"
     """What the loss is a function of: token log-probabilities, a value head, or a score head."""
 
     gradient_may_vanish: ClassVar[bool] = False
-    """Whether a step without any gradient can be right, as where all advantages of a batch are zero."""
+    """A step without any gradient can be right, as where all advantages of a batch are zero."""
+
+    def loss_problems(self) -> Iterable[tuple[str, str]]:
+        """Settings that don't go together: (key, what is wrong with it)."""
+        return ()
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> Self:
+        problems = [f"{key} {message}" for key, message in self.loss_problems()]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
     @property
     def needs_entropy_gradient(self) -> bool:
-        """Whether the loss holds the entropy itself, so that `TokenView.entropy` must carry a gradient."""
+        """The loss holds the entropy itself, so that `TokenView.entropy` must carry a gradient."""
         return False
 
     @property

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from actors.algorithms.loss import Loss, MetricSums, TokenView, Totals, largest, smallest
 from actors.batches.batch import Batch
+from actors.spec import Spec
 
 if TYPE_CHECKING:
     import torch
@@ -16,14 +17,19 @@ MARGIN = "margin"
 """Column of a pair's margin: how much better the chosen answer must score (Llama 2, arXiv 2307.09288)."""
 
 
-class RewardLoss(Loss):
+class RewardSettings(Spec):
+    """Settings of a reward model's loss."""
+
+    center_rewards_coefficient: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Weight of (reward of chosen + reward of rejected)^2, which keeps rewards around 0; null: none
+    (arXiv 2312.09244)."""
+
+
+class RewardLoss(RewardSettings, Loss):
     """-log sigmoid(r_chosen - r_rejected - margin), mean over pairs, as TRL 1.16's RewardTrainer has it."""
 
     uses_dropout: ClassVar[bool] = False
     reads: ClassVar[Literal["logps", "values", "scores"]] = "scores"
-
-    center_rewards_coefficient: float | None = Field(default=None, gt=0)
-    """Weight of (r_chosen + r_rejected)^2, which keeps scores around 0 (arXiv 2312.09244)."""
 
     def totals(self, batch: Batch) -> Totals:
         return {"pairs": float(max(1, batch.n_rows))}

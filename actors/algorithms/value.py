@@ -9,12 +9,22 @@ from pydantic import Field
 
 from actors.algorithms.loss import Loss, MetricSums, TokenView, Totals
 from actors.batches.batch import Batch
+from actors.spec import Spec
 
 if TYPE_CHECKING:
     import torch
 
 
-class ValueLoss(Loss):
+class ValueSettings(Spec):
+    """Settings of the critic's loss."""
+
+    vf_coef: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    """Weight of the value loss."""
+    cliprange_value: float | None = Field(default=0.2, gt=0, allow_inf_nan=False)
+    """New values are clipped to this distance from the old ones; null: not clipped."""
+
+
+class ValueLoss(ValueSettings, Loss):
     """vf_coef / 2 * mean over tokens of max((V - R)^2, (clip(V, V_old +- eps) - R)^2), as TRL's PPO had it.
 
     Token columns read: `returns`, `old_values`; `mask` (bool) if there.
@@ -23,11 +33,6 @@ class ValueLoss(Loss):
     uses_dropout: ClassVar[bool] = False
     reads: ClassVar[Literal["logps", "values", "scores"]] = "values"
     gradient_may_vanish: ClassVar[bool] = True
-
-    vf_coef: float = Field(default=0.1, gt=0)
-    """Weight of the value loss."""
-    cliprange_value: float | None = Field(default=0.2, gt=0)
-    """How far a value may move from the old one before its gradient stops; null: no clipping."""
 
     @property
     def required_columns(self) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from actors.algorithms import POLICY_LOSSES
+
 _BATCH = (
     "write `batch_size`: it is global, so per_device_train_batch_size x gradient_accumulation_steps x "
     "number of devices; micro-batches follow `max_tokens_per_micro_batch`"
@@ -36,7 +38,8 @@ _TURN_END = (
 _REFERENCE = "a moving reference (TR-DPO) is not there; leave it out"
 _LAST_STEP = "leave it out: a stage hands on its last step, and `eval` compares stages"
 _FULL_DATA = "leave it out: data are read and tokenised before the first step"
-_OTHER_LOSS = "a loss that is not offered; `loss_type` takes grpo, bnpo, dapo, dr_grpo and cispo"
+_LOSSES = list(POLICY_LOSSES)
+_OTHER_LOSS = f"a loss that is not offered; `loss_type` takes {', '.join(_LOSSES[:-1])} and {_LOSSES[-1]}"
 _ENTROPY = "not offered; `entropy_coef` is the weight of an entropy bonus that stays as it is"
 _ONE_PATTERN = "not offered: every target has rank `r` and `lora_alpha`, experts by `expert_rank`"
 _HUB = "leave it out; an adapter directory is in PEFT's layout, ready for `hf upload`"

@@ -143,13 +143,7 @@ def make_node(
     if critic is not None:
         inputs["critic"] = critic.fingerprint
     inputs |= {f"reward {source}": model.fingerprint for source, model in rewards.items()}
-    identity = Identity(
-        _settings(config, spec),
-        inputs,
-        prepared.data.fingerprint,
-        prepared.seed,
-        frozenset(flat(_settings(config, spec, exclude_defaults=True))),
-    )
+    identity = stage_identity(config, spec, inputs, prepared.data.fingerprint, prepared.seed)
     if prepared.online and prepared.added_ends:
         # Where the base alone says what ends a turn, stages were made before this was asked.
         identity.config["turn_ends"] = list(prepared.added_ends)
@@ -169,6 +163,14 @@ def make_node(
         rewards=rewards,
         critic=critic,
     )
+
+
+def stage_identity(
+    config: RunConfig, spec: AnyStage, inputs: dict[str, str], data: str, seed: int
+) -> Identity:
+    """Identity of a stage's work, by its settings, the model's, and the fingerprints of what it reads."""
+    chosen = frozenset(flat(_settings(config, spec, exclude_defaults=True)))
+    return Identity(_settings(config, spec), inputs, data, seed, chosen)
 
 
 def _settings(config: RunConfig, spec: AnyStage, exclude_defaults: bool = False) -> dict[str, Any]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from actors.algorithms.dpo import DpoLoss
-from actors.algorithms.kto import KtoLoss
+from actors.algorithms import DpoLoss, KtoLoss
 from actors.errors import InvariantViolation
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}

@@ -27,7 +27,7 @@ from pipeline.stages.specs.registry import (
 )
 
 if TYPE_CHECKING:
-    from actors.algorithms.loss import Loss
+    from actors.algorithms import Loss
     from actors.batches.batch import Batch
     from actors.batches.generations import SamplingSpec
 

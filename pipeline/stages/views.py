@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     import numpy as np
 
-    from actors.algorithms.loss import Loss
+    from actors.algorithms import Loss
     from actors.batches.batch import Batch
     from actors.cluster.futures import GroupFuture
     from actors.trainer.remote import ModelWorkers, SharedBatch

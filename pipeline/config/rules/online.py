@@ -21,36 +21,13 @@ def online_problems(stage: OnlineStage) -> Iterator[Problem]:
     yield from _sampling_problems(stage)
     yield from staleness_problems(stage)
     if stage.learns_from == "advantages":
-        yield from _policy_gradient_problems(stage)
+        yield from _kl_problems(stage)
     if stage.critic is not None and stage.critic.critic_warmup_steps >= stage.max_steps > 0:
         yield Problem(
             "critic_warmup_steps",
             f"{stage.critic.critic_warmup_steps} leaves the policy no step to learn in (max_steps: "
             f"{stage.max_steps})",
         )
-
-
-def _policy_gradient_problems(stage: PolicyGradientStage) -> Iterator[Problem]:
-    yield from _kl_problems(stage)
-    if stage.epsilon >= 1:
-        yield Problem("epsilon", f"{stage.epsilon:g}: the ratio is clipped at 1 - epsilon, above 0")
-    high = stage.epsilon if stage.epsilon_high is None else stage.epsilon_high
-    if stage.loss_type != "cispo" and stage.delta is not None and stage.delta <= 1 + high:
-        yield Problem("delta", f"{stage.delta:g} must be above 1 + epsilon_high = {1 + high:g}")
-    if stage.loss_type == "cispo":
-        yield from _cispo_problems(stage)
-
-
-def _cispo_problems(stage: PolicyGradientStage) -> Iterator[Problem]:
-    if stage.epsilon_high is None or stage.epsilon_high < 1:
-        given = "null" if stage.epsilon_high is None else f"{stage.epsilon_high:g}"
-        yield Problem(
-            "epsilon_high",
-            f"{given}: cispo bounds the ratio at epsilon_high itself, not at 1 + epsilon_high; write 1 or "
-            "more (5 is usual)",
-        )
-    if stage.delta is not None:
-        yield Problem("delta", "bounds a clipped surrogate, which cispo has not; leave it out")
 
 
 def _sampling_problems(stage: OnlineStage) -> Iterator[Problem]:

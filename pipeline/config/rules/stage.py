@@ -6,14 +6,8 @@ from collections.abc import Iterator
 
 from pipeline.config.problem import Problem
 from pipeline.config.rules.online import online_problems
-from pipeline.stages.specs.registry import AnyStage, DpoOptions, StageSpec
+from pipeline.stages.specs.registry import AnyStage, StageSpec
 
-SMOOTHED_LOSSES = frozenset({"cdpo", "robust", "exo_pair", "aot", "aot_unpaired"})
-"""Losses that read label_smoothing (TRL's, and cdpo)."""
-F_DIVERGENCE_LOSSES = frozenset(
-    {"sigmoid", "cdpo", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
-)
-"""Losses of the chosen-rejected reward difference alone: only there does the log Z term cancel (TRL)."""
 SCHEDULE_ARGUMENTS: dict[str, frozenset[str]] = {
     "linear": frozenset(),
     "cosine": frozenset({"num_cycles"}),
@@ -47,8 +41,7 @@ def stage_problems(stage: AnyStage) -> Iterator[Problem]:
     if stage.eval_steps is not None and stage.eval_data is None:
         yield Problem("eval_steps", "there is no eval_data to evaluate on; add it, or remove eval_steps")
     yield from _schedule_problems(stage)
-    if isinstance(stage, DpoOptions):
-        yield from _dpo_problems(stage)
+    yield from (Problem(key, message) for key, message in stage.loss_problems())
     if stage.online:
         yield from online_problems(stage)
 
@@ -64,35 +57,3 @@ def _schedule_problems(stage: StageSpec) -> Iterator[Problem]:
         yield Problem("lr_scheduler_kwargs", f"{stage.lr_scheduler_type} needs one of min_lr and min_lr_rate")
     if stage.lr_scheduler_type == "warmup_stable_decay" and "num_decay_steps" not in given:
         yield Problem("lr_scheduler_kwargs", "warmup_stable_decay needs num_decay_steps")
-
-
-def _dpo_problems(stage: DpoOptions) -> Iterator[Problem]:
-    losses, smoothing = stage.loss_type, stage.label_smoothing
-    if stage.loss_weights is not None and len(stage.loss_weights) != len(losses):
-        yield Problem(
-            "loss_weights",
-            f"{len(stage.loss_weights)} weights for {len(losses)} losses ({', '.join(losses)})",
-        )
-    halved = [name for name in losses if name in ("cdpo", "robust")]
-    if halved and smoothing >= 0.5:
-        yield Problem(
-            "label_smoothing",
-            f"{smoothing:g}: {' and '.join(halved)} need a share of flipped pairs below 0.5",
-        )
-    if "exo_pair" in losses and smoothing == 0:
-        yield Problem("label_smoothing", "exo_pair needs a value above 0; its paper recommends 1e-3")
-    if smoothing > 0 and not SMOOTHED_LOSSES & set(losses):
-        yield Problem(
-            "label_smoothing",
-            f"has no effect on {', '.join(losses)}; for sigmoid with label smoothing write `loss_type: cdpo`",
-        )
-    without = [name for name in losses if name not in F_DIVERGENCE_LOSSES]
-    if stage.f_divergence_type != "reverse_kl" and without:
-        yield Problem(
-            "f_divergence_type",
-            f"{stage.f_divergence_type} is not defined for {', '.join(without)}; it works with: "
-            f"{', '.join(sorted(F_DIVERGENCE_LOSSES))}",
-        )
-    sorting = [name for name in losses if name in ("aot", "aot_unpaired")]
-    if stage.use_weighting and sorting:
-        yield Problem("use_weighting", f"{' and '.join(sorting)} sort the batch, so weights lose their pairs")

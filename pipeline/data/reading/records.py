@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.algorithms.kto import LABEL
-from actors.algorithms.reward import MARGIN
+from actors.algorithms import LABEL, MARGIN
 from actors.errors import UserError
 from pipeline.data.reading.bad_rows import WRONG_TYPE, BadRow, RowGate, RowProblem, Skipped
 from pipeline.data.reading.convert_row import convert

@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from actors.algorithms.kto import LABEL
-from actors.algorithms.reward import MARGIN
+from actors.algorithms import LABEL, MARGIN
 from actors.batches.batch import Batch
 from actors.errors import UserError
 from actors.models.turn_ends import turn_ends

@@ -8,8 +8,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from actors.algorithms.dpo import DpoLoss
-from actors.algorithms.kto import KtoLoss
+from actors.algorithms import DpoLoss, KtoLoss
 from pipeline.artifacts.identity import Decision, checkpoints
 from pipeline.artifacts.manifest import Manifest, new_directory
 from pipeline.stages.checks import check_first_step, check_unmoved

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actors.algorithms.reward_shaping import without_spread
+from actors.algorithms import without_spread
 from actors.batches.generations import Generations
 from actors.batches.trajectories import trajectories
 from pipeline.stages.online.rewards import Rewards

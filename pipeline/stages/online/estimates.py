@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from actors.algorithms.advantages import AdvantageSpec, Scored, advantages_of
-from actors.algorithms.importance_sampling import CORRECTION, importance_ratios
-from actors.algorithms.kl import kl_values
-from actors.algorithms.value import explained_variance
+from actors.algorithms import (
+    CORRECTION,
+    AdvantageSpec,
+    Scored,
+    advantages_of,
+    explained_variance,
+    importance_ratios,
+    kl_values,
+)
 from actors.batches.batch import Batch
 from actors.batches.trajectories import sample_offsets, sample_sums
 
@@ -104,8 +109,7 @@ def counted_mask(spec: PolicyGradientStage, batch: Batch) -> np.ndarray:
 
 def advantage_spec(spec: PolicyGradientStage) -> AdvantageSpec:
     """The stage's settings that advantages depend on."""
-    names = set(AdvantageSpec.model_fields) & set(type(spec).model_fields)
-    return AdvantageSpec(kind=spec.advantage, **{name: getattr(spec, name) for name in names})
+    return AdvantageSpec.from_settings(spec, kind=spec.advantage)
 
 
 def _divergence(spec: PolicyGradientStage, scores: TokenScores) -> np.ndarray | None:

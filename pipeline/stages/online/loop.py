@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from actors.algorithms import ValueLoss
 from actors.algorithms import checks as rl_checks
-from actors.algorithms.value import ValueLoss
 from actors.batches.batch import Batch
 from actors.batches.generations import Generations
 from actors.batches.trajectories import trajectories
@@ -34,7 +34,7 @@ from pipeline.stages.prepared import PreparedRl
 from pipeline.stages.views import Scorer, View, put
 
 if TYPE_CHECKING:
-    from actors.algorithms.loss import Loss
+    from actors.algorithms import Loss
     from actors.cluster.futures import GroupFuture
     from actors.rollout.pool import RolloutPool
     from actors.sync.report import SyncReport
@@ -246,7 +246,7 @@ class RlLoop:
     def value_loss(self) -> ValueLoss:
         critic = self.spec.critic
         assert critic is not None
-        return ValueLoss(vf_coef=critic.vf_coef, cliprange_value=critic.cliprange_value)
+        return critic.value_loss()
 
     # --- What a checkpoint holds beside policy and critic -------------------------------------------
 

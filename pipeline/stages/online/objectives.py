@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from actors.algorithms import KlController, OnlineDpoLoss, PolicyLoss
 from actors.algorithms import checks as rl_checks
-from actors.algorithms.dpo import OnlineDpoLoss
-from actors.algorithms.kl import KlController
-from actors.algorithms.policy import PolicyLoss
 from pipeline.stages.checks import check_first_step
 from pipeline.stages.online.estimates import Estimates, TokenScores, estimate
 from pipeline.stages.online.preference_pairs import pairs_of
-from pipeline.stages.specs.registry import OnlineDpoStage, OnlineStage, PolicyGradientStage, RlStage
+from pipeline.stages.specs.registry import OnlineDpoStage, OnlineStage, PolicyGradientStage
 
 if TYPE_CHECKING:
-    from actors.algorithms.loss import Loss
+    from actors.algorithms import Loss
     from actors.batches.batch import Batch
 
 
@@ -93,7 +91,7 @@ class PolicyGradient(Objective):
 
     def loss(self, beta: float) -> PolicyLoss:
         own = {"beta": self._in_loss(beta), "on_policy": self.on_policy}
-        return PolicyLoss(**_shared(PolicyLoss, self.spec) | own)
+        return PolicyLoss.from_settings(self.spec, **own)
 
     def _in_loss(self, beta: float) -> float:
         return beta if self.spec.kl_in == "loss" else 0.0
@@ -124,7 +122,7 @@ class PreferencePairs(Objective):
         return pairs_of(self.spec, batch, rewards, scores)
 
     def loss(self, beta: float) -> OnlineDpoLoss:
-        return OnlineDpoLoss(**_shared(OnlineDpoLoss, self.spec))
+        return OnlineDpoLoss.from_settings(self.spec)
 
     def minibatches(self, rows: int, samples: int, seed: int, step: int) -> list[np.ndarray]:
         # Always as many, as even as can be: the schedule runs over optimizer steps, whatever number of pairs
@@ -141,12 +139,6 @@ class PreferencePairs(Objective):
 def objective_of(spec: OnlineStage) -> Objective:
     """The objective of a stage's type."""
     return PreferencePairs(spec) if spec.learns_from == "pairs" else PolicyGradient(spec)
-
-
-def _shared(loss: type[Loss], spec: RlStage) -> dict[str, Any]:
-    """The stage's values of the fields that a loss has too."""
-    names = set(loss.model_fields) & set(type(spec).model_fields)
-    return {name: getattr(spec, name) for name in names}
 
 
 def _order(seed: int, step: int, iteration: int, rows: int) -> np.ndarray:

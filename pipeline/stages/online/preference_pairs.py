@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from actors.algorithms.dpo import ld_weights
+from actors.algorithms import ld_weights
 from actors.batches.batch import Batch
 from actors.batches.trajectories import sample_sums
 from pipeline.stages.online.estimates import Estimates, TokenScores

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from actors.algorithms.checks import check_finite
-from actors.algorithms.reward_shaping import (
+from actors.algorithms import (
+    check_finite,
     combine,
     reward_metrics,
     soft_overlong_punishment,

@@ -6,16 +6,25 @@ here, overridden by the kinds that differ. Nobody asks for the class of a spec.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from actors.spec import Spec
 from actors.trainer.spec import OptimSpec
 from pipeline.data.reading.layouts import Kind
 from pipeline.data.spec import DataSources
 
 if TYPE_CHECKING:
     from pipeline.stages.specs.online import CriticSettings
+
+
+class ReferenceSettings(Spec):
+    """The reference policy of stages that have one."""
+
+    reference: str | None = None
+    """Reference policy: `base` or an earlier stage. Null: the weights that this stage starts from."""
 
 
 class StageSpec(OptimSpec):
@@ -95,6 +104,10 @@ class StageSpec(OptimSpec):
         """Optimizer steps of one step."""
         return 1
 
+    def loss_problems(self) -> Iterable[tuple[str, str]]:
+        """Settings of its loss that don't go together: (key, what is wrong with it)."""
+        return ()
+
     def optim_spec(self) -> OptimSpec:
         """The optimizer's share of this stage."""
-        return OptimSpec(**{name: getattr(self, name) for name in OptimSpec.model_fields})
+        return OptimSpec.from_settings(self)

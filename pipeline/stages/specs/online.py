@@ -6,16 +6,31 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from actors.algorithms.importance_sampling import Correction, CorrectionMode
+from actors.algorithms import (
+    CorrectionSettings,
+    DpoSettings,
+    GaeSettings,
+    GroupSettings,
+    GroupSize,
+    KlController,
+    KlEstimator,
+    Level,
+    LossType,
+    PolicySettings,
+    ReinforceSettings,
+    SamplingTemperature,
+    ValueLoss,
+    ValueSettings,
+    Whitening,
+    WhitenSettings,
+)
 from actors.batches.generations import SamplingSpec
-from actors.spec import Spec
 from actors.sync.spec import SyncSpec
 from actors.trainer.spec import OptimSpec
 from pipeline.data.reading.layouts import Kind
 from pipeline.data.spec import as_sources
 from pipeline.rewards.functions import RewardSpec
-from pipeline.stages.specs.base import StageSpec
-from pipeline.stages.specs.offline import DpoOptions
+from pipeline.stages.specs.base import ReferenceSettings, StageSpec
 
 Rewards = Annotated[
     list[RewardSpec],
@@ -23,13 +38,9 @@ Rewards = Annotated[
     BeforeValidator(as_sources, json_schema_input_type=str | RewardSpec | list[str | RewardSpec]),
 ]
 """Type of a stage's `rewards:`: a source, one `RewardSpec`, or a list of them."""
-Whitening = Literal["none", "shift_and_scale", "scale"]
-KlEstimator = Literal["k1", "k2", "k3"]
-RatioLevel = Literal["token", "sequence", "trajectory"]
-PolicyNorm = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
 
 
-class RlStage(StageSpec):
+class RlStage(ReferenceSettings, GroupSize, SamplingTemperature, StageSpec):
     """What the online stages have in common: sample, reward, update, sync, again.
 
     One step (of `max_steps`, `save_steps`, `logging_steps`) is one round of this. It draws
@@ -48,12 +59,8 @@ class RlStage(StageSpec):
     rewards: Rewards
     """What is wanted: `exact_match`, `module:function`, a reward stage's name or a reward model's directory.
     One or several, added up by their weights."""
-    num_generations: int = Field(default=8, ge=1)
-    """Samples per prompt."""
     max_completion_length: int = Field(default=256, ge=1)
     """New tokens per sample, at most; `max_length` less this is what a prompt may take."""
-    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Divides the logits while sampling, and in the trainer's log-probabilities."""
     stop: list[str] = Field(default_factory=list)
     """Strings that end a sample, beside the end-of-turn token of the template and the base's EOS. A special
     token may be among them."""
@@ -63,8 +70,6 @@ class RlStage(StageSpec):
     """Batches of `batch_size` samples that one generation is cut into, an optimizer step each."""
     num_iterations: int = Field(default=1, ge=1)
     """Times that the samples of one generation are gone through."""
-    reference: str | None = None
-    """Reference policy: `base` or an earlier stage. Null: the weights that this stage starts from."""
     missing_eos_penalty: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Taken off the reward of a sample that did not end by itself."""
     soft_punish_cache: int | None = Field(default=None, ge=1)
@@ -122,56 +127,23 @@ class RlStage(StageSpec):
         )
 
 
-class PolicyGradientStage(RlStage):
+class PolicyGradientStage(WhitenSettings, CorrectionSettings, PolicySettings, RlStage):
     """What the stages with a policy gradient have in common: ratio, clipping, divergence, averaging."""
 
     learns_from: ClassVar[Literal["advantages"]] = "advantages"
-    advantage: ClassVar[Literal["gae", "group", "rloo", "reinforce"]]
-    """Name in `actors.algorithms.advantages.ADVANTAGES`."""
+    advantage: ClassVar[str]
+    """Key of `actors.algorithms.advantages.ADVANTAGES`."""
 
-    beta: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Weight of the KL divergence from the reference; 0: none is computed."""
     kl_in: Literal["reward", "loss"] = "loss"
     """Where the divergence goes: subtracted from the reward, or added to the loss."""
-    kl_estimator: KlEstimator = "k3"
-    """How it is estimated from the sampled tokens."""
-    use_bias_correction_kl: bool = True
-    """In a loss: multiply the estimate by the ratio, so that its gradient is the divergence's own. Without
-    it k1 has a gradient of mean zero there and is refused."""
     kl_target: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Divergence per sample, in nats, that `beta` is steered to; null: `beta` stays."""
-    kl_horizon: int = Field(default=10_000, ge=1)
+    kl_horizon: int = Field(default=KlController.horizon, ge=1)
     """Samples over which `beta` follows `kl_target`; smaller is faster."""
-    epsilon: float = Field(default=0.2, gt=0, allow_inf_nan=False)
-    """The ratio to the sampling policy is clipped at 1 - epsilon ..."""
-    epsilon_high: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """... and at 1 + epsilon_high; null: `epsilon`. With `loss_type: cispo` the bound itself (5 is usual)."""
-    delta: float | None = Field(default=None, gt=1, allow_inf_nan=False)
-    """Bound of the ratio where the advantage is negative (dual clip); null: none."""
-    importance_sampling_level: RatioLevel = "token"
-    """What a ratio to the sampling policy is taken over: each `token`, the `sequence` (the mean of its
-    log-ratios: GSPO), or the `trajectory` (their sum)."""
-    loss_type: PolicyNorm = "dapo"
-    """How token losses are averaged, by TRL's names: `grpo` over each sample and then over samples, `bnpo`
-    over the tokens of an optimizer step, `dapo` the same by the generation's mean count, `dr_grpo` by
-    samples x max_completion_length; `cispo` as dapo, but the ratio is a weight, bounded by `epsilon_high`, of
-    each token's log-probability, and no token is left out."""
-    entropy_coef: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Weight of the entropy bonus."""
-    whiten_advantages: Whitening = "none"
-    """Normalise advantages over the samples of a generation: `shift_and_scale` to mean 0 and standard
-    deviation 1 (unbiased), `scale` keeps the mean."""
     vllm_importance_sampling_correction: bool | None = None
     """Multiply each token's surrogate by the bounded ratio of the policy to the weights and the engine that
     drew it; null: where `staleness` is above 0. False there takes the clipped ratio to the engine's own
     log-probabilities instead."""
-    vllm_importance_sampling_mode: CorrectionMode = "sequence_mask"
-    """How that ratio is bounded: `token_truncate` and `sequence_truncate` clip it, `token_mask` (IcePop) and
-    `sequence_mask` make it 0 outside the bounds; of each token, or of the whole sample."""
-    vllm_importance_sampling_clip_max: float | None = Field(default=3.0, gt=0, allow_inf_nan=False)
-    """Its upper bound; null: none."""
-    vllm_importance_sampling_clip_min: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Its lower bound; null: none."""
     mask_truncated_completions: bool = False
     """Leave samples that hit `max_completion_length` out of the loss."""
 
@@ -186,22 +158,10 @@ class PolicyGradientStage(RlStage):
         """Whether the clipped ratio is to what the engines drew from, and not to the step's first policy."""
         return self.staleness > 0 and not self.corrected
 
-    def correction(self) -> Correction:
-        """How importance ratios are bounded."""
-        return Correction(
-            self.vllm_importance_sampling_mode,
-            self.vllm_importance_sampling_clip_max,
-            self.vllm_importance_sampling_clip_min,
-        )
 
+class CriticSettings(ValueSettings):
+    """The critic's own settings: its loss, where it starts, how fast it learns."""
 
-class CriticSettings(Spec):
-    """The critic's own settings: where it starts, how fast it learns."""
-
-    vf_coef: float = Field(default=0.1, gt=0, allow_inf_nan=False)
-    """Weight of the value loss."""
-    cliprange_value: float | None = Field(default=0.2, gt=0, allow_inf_nan=False)
-    """New values are clipped to this distance from the old ones; null: not clipped."""
     critic_init: str | None = None
     """Where the critic starts: null: the weights that the policy starts from, with a head of zeros; or a
     reward stage, with its head."""
@@ -210,15 +170,19 @@ class CriticSettings(Spec):
     critic_warmup_steps: int = Field(default=0, ge=0)
     """Steps at the start in which only the critic learns."""
 
+    def value_loss(self) -> ValueLoss:
+        """The loss of the critic's values."""
+        return ValueLoss.from_settings(self)
+
     def critic_optim_spec(self, policy: OptimSpec) -> OptimSpec:
         """The critic's optimizer: the policy's settings with its own learning rate."""
         return policy.model_copy(update={"learning_rate": self.critic_learning_rate or policy.learning_rate})
 
 
-class PpoStage(CriticSettings, PolicyGradientStage):
+class PpoStage(CriticSettings, GaeSettings, PolicyGradientStage):
     """Proximal policy optimization with a critic and generalized advantage estimation."""
 
-    advantage: ClassVar[Literal["gae"]] = "gae"
+    advantage: ClassVar[str] = "gae"
 
     type: Literal["ppo"] = "ppo"
     """Kind of stage; may be left out where the stage's name says it."""
@@ -235,12 +199,6 @@ class PpoStage(CriticSettings, PolicyGradientStage):
     whiten_advantages: Whitening = "shift_and_scale"
     """Normalise advantages over the tokens of a generation: `shift_and_scale` to mean 0 and standard
     deviation 1 (unbiased), `scale` keeps the mean."""
-    whiten_rewards: Whitening = "none"
-    """Normalise the rewards per token, divergence included, before advantages are taken."""
-    gamma: float = Field(default=1.0, ge=0, le=1)
-    """Discount per token."""
-    lam: float = Field(default=0.95, ge=0, le=1)
-    """Lambda of generalized advantage estimation."""
 
     @property
     def critic(self) -> CriticSettings:
@@ -251,28 +209,26 @@ class PpoStage(CriticSettings, PolicyGradientStage):
         return False
 
 
-class GrpoStage(PolicyGradientStage):
+class GrpoStage(GroupSettings, PolicyGradientStage):
     """Group relative policy optimization: a sample's advantage is its distance from its prompt's mean."""
 
-    advantage: ClassVar[Literal["group"]] = "group"
+    advantage: ClassVar[str] = "group"
 
     type: Literal["grpo"] = "grpo"
     """Kind of stage; may be left out where the stage's name says it."""
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    """Divide by the standard deviation of the prompt's samples, of the whole generation, or by nothing."""
 
 
 class RlooStage(PolicyGradientStage):
     """REINFORCE, with the mean of a prompt's other samples as baseline."""
 
-    advantage: ClassVar[Literal["rloo"]] = "rloo"
+    advantage: ClassVar[str] = "rloo"
 
     type: Literal["rloo"] = "rloo"
     """Kind of stage; may be left out where the stage's name says it."""
-    importance_sampling_level: RatioLevel = "trajectory"
+    importance_sampling_level: Level = "trajectory"
     """What a ratio to the sampling policy is taken over: each `token`, the `sequence` (the mean of its
     log-ratios), or the `trajectory` (their sum), as in TRL's trainer."""
-    loss_type: PolicyNorm = "grpo"
+    loss_type: LossType = "grpo"
     """How token losses are averaged, by TRL's names; `grpo`: over each sample and then over samples."""
     num_generations: int = Field(default=2, ge=1)
     """Samples per prompt."""
@@ -284,19 +240,15 @@ class RlooStage(PolicyGradientStage):
     """How it is estimated from the sampled tokens."""
 
 
-class ReinforcePpStage(PolicyGradientStage):
+class ReinforcePpStage(ReinforceSettings, PolicyGradientStage):
     """REINFORCE++: a token's advantage is its return, normalised over all tokens of the generation."""
 
-    advantage: ClassVar[Literal["reinforce"]] = "reinforce"
+    advantage: ClassVar[str] = "reinforce"
 
     type: Literal["reinforce_pp"] = "reinforce_pp"
     """Kind of stage; may be left out where the stage's name says it."""
     num_generations: int = Field(default=1, ge=1)
     """Samples per prompt."""
-    baseline: Literal["none", "group"] = "none"
-    """Taken off a sample's reward first: nothing, or the mean of its prompt's samples."""
-    gamma: float = Field(default=1.0, ge=0, le=1)
-    """Discount per token."""
     beta: float = Field(default=0.01, ge=0, allow_inf_nan=False)
     """Weight of the KL divergence from the reference; 0: none is computed."""
     kl_in: Literal["reward", "loss"] = "reward"
@@ -312,7 +264,7 @@ class ReinforcePpStage(PolicyGradientStage):
         return self.baseline == "group"
 
 
-class OnlineDpoStage(DpoOptions, RlStage):
+class OnlineDpoStage(DpoSettings, RlStage):
     """Direct preference optimization on the policy's own samples: the best of a prompt against its worst.
 
     A prompt whose samples all have the same reward gives no pair.

@@ -9,7 +9,6 @@ from pydantic import Field
 
 from pipeline.stages.specs.base import StageSpec
 from pipeline.stages.specs.offline import (
-    DpoOptions,
     DpoStage,
     KtoStage,
     OfflineStage,
@@ -32,7 +31,6 @@ __all__ = [
     "STAGE_TYPES",
     "AnyStage",
     "CriticSettings",
-    "DpoOptions",
     "DpoStage",
     "GrpoStage",
     "KtoStage",

@@ -12,7 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from actors.algorithms.importance_sampling import Correction, CorrectionMode, importance_ratios
+from actors.algorithms.importance_sampling import (
+    Correction,
+    CorrectionMode,
+    CorrectionSettings,
+    importance_ratios,
+)
 
 LOG2 = float(np.log(2.0))
 OFFSETS = np.array([0, 2, 5])
@@ -56,7 +61,7 @@ def test_masked_tokens_add_nothing_to_their_sample() -> None:
 
 
 def test_samples_of_the_policy_itself_have_ratios_of_1() -> None:
-    found = importance_ratios(ENGINE, ENGINE, OFFSETS, ALL, Correction())
+    found = importance_ratios(ENGINE, ENGINE, OFFSETS, ALL, CorrectionSettings().correction())
     assert found.ratio.tolist() == [1.0] * 5
     assert found.metrics["sampling/masked"] == 0
 
