@@ -13,6 +13,7 @@ from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 class Spec(BaseModel):
     """Base of every spec: unknown keys are refused, field docstrings become descriptions."""
 
+    # Most specs are parts of others: what nobody makes by itself needs no validator of its own.
     model_config = ConfigDict(
         extra="forbid", use_attribute_docstrings=True, validate_default=True, defer_build=True
     )
