@@ -1,6 +1,15 @@
-"""Roles of a run: what a model is for, and whose processes serve it."""
+"""Roles of a run: a table of what each is for, when it works, whose processes may serve it, what these hold.
+
+All that differs between roles is in a row of `ROLES`; starting processes, rules of the config, plans and the
+dry run ask the table. What a stage does with a role is said where its context is made
+(`pipeline.execution.contexts`).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -9,36 +18,112 @@ from actors.rollout.spec import EngineOptions
 from actors.spec import Spec
 from pipeline.stages.specs.registry import StageSpec
 
+POLICY, REFERENCE, CRITIC, REWARD, ROLLOUT = "policy", "reference", "critic", "reward", "rollout"
+
+
+@dataclass(frozen=True)
+class Role:
+    """One row of the table."""
+
+    purpose: str
+    """Description of its key in `roles:`."""
+    works_in: Callable[[StageSpec], bool]
+    """Stages that need it."""
+    holds: Literal["model", "engine"]
+    """Each of its processes is a rank of model workers, or a vLLM engine."""
+    may_share: str | None = None
+    """Role whose processes can serve it too, as they do by default; None: it has its own."""
+    evaluates: bool = False
+    """Evaluation on held-out prompts asks it."""
+
+
+ROLES: dict[str, Role] = {
+    POLICY: Role(
+        "The model being trained: data-parallel ranks.",
+        works_in=lambda stage: True,
+        holds="model",
+    ),
+    REFERENCE: Role(
+        "Frozen reference. By default a view of the policy's base; its own actors where that base moves.",
+        works_in=lambda stage: stage.has_reference,
+        holds="model",
+        may_share=POLICY,
+    ),
+    CRITIC: Role(
+        "PPO's critic. By default a view of the policy's base.",
+        works_in=lambda stage: stage.critic is not None,
+        holds="model",
+        may_share=POLICY,
+    ),
+    REWARD: Role(
+        "Reward models that online stages ask. By default views of the policy's base.",
+        works_in=lambda stage: bool(stage.reward_models),
+        holds="model",
+        may_share=POLICY,
+    ),
+    ROLLOUT: Role(
+        "vLLM engines, for the online stages and for evaluation.",
+        works_in=lambda stage: stage.online,
+        holds="engine",
+        evaluates=True,
+    ),
+}
+"""Every role, in the order of the configuration. To add one: a row, and its field in `RolesSpec`."""
+VIEWS = tuple(name for name, role in ROLES.items() if role.may_share is not None)
+"""Roles that can be views of another one's processes."""
+MODEL_ROLES = tuple(name for name, role in ROLES.items() if role.holds == "model")
+ENGINE_ROLES = tuple(name for name, role in ROLES.items() if role.holds == "engine")
+
 
 class RolloutRoleSpec(RoleSpec):
     """Engines: a process each, and how each is built."""
 
     engine: EngineOptions = Field(default_factory=EngineOptions)
-    """How each engine is built, by vLLM's field names."""
+    """Options of each engine, by vLLM's field names."""
+
+
+def _key(role: str) -> Any:
+    """The field of a role: its purpose, and its processes by default."""
+    row = ROLES[role]
+    kind = RoleSpec if row.holds == "model" else RolloutRoleSpec
+    shared = {} if row.may_share is None else {"share": row.may_share}
+    return Field(default_factory=lambda: kind(**shared), description=row.purpose)
 
 
 class RolesSpec(Spec):
-    """Where each role lives."""
+    """Processes of each role."""
 
-    policy: RoleSpec = Field(default_factory=RoleSpec)
-    """The model being trained: data-parallel ranks."""
-    reference: RoleSpec = Field(default_factory=lambda: RoleSpec(share="policy"))
-    """Frozen reference. By default a view of the policy's base; its own actors where that base moves."""
-    critic: RoleSpec = Field(default_factory=lambda: RoleSpec(share="policy"))
-    """PPO's critic. By default a view of the policy's base."""
-    reward: RoleSpec = Field(default_factory=lambda: RoleSpec(share="policy"))
-    """Reward models that online stages ask. By default views of the policy's base."""
-    rollout: RolloutRoleSpec = Field(default_factory=RolloutRoleSpec)
-    """vLLM engines, for the online stages and for evaluation."""
+    policy: RoleSpec = _key(POLICY)
+    reference: RoleSpec = _key(REFERENCE)
+    critic: RoleSpec = _key(CRITIC)
+    reward: RoleSpec = _key(REWARD)
+    rollout: RolloutRoleSpec = _key(ROLLOUT)
+
+    def of(self, role: str) -> RoleSpec:
+        """Settings of a role."""
+        spec: RoleSpec = getattr(self, role)
+        return spec
+
+    def engine_of(self, role: str) -> EngineOptions:
+        """Options of a role whose processes are engines."""
+        spec: RolloutRoleSpec = getattr(self, role)
+        return spec.engine
+
+    def server_of(self, role: str) -> str:
+        """The role whose processes serve `role`: another one where it is a view."""
+        return self.of(role).share or role
+
+    def with_processes(self, roles: Iterable[str]) -> list[str]:
+        """Of these roles, those with processes of their own, in the order of the configuration."""
+        wanted = set(roles)
+        return [name for name in ROLES if name in wanted and self.of(name).share is None]
 
 
 def roles_of(stage: StageSpec) -> set[str]:
     """Roles that work while a stage runs."""
-    works = {
-        "policy": True,
-        "reference": stage.has_reference,
-        "critic": stage.critic is not None,
-        "reward": bool(stage.reward_models),
-        "rollout": stage.online,
-    }
-    return {name for name, needed in works.items() if needed}
+    return {name for name, role in ROLES.items() if role.works_in(stage)}
+
+
+def evaluation_roles() -> set[str]:
+    """Roles that work while models are evaluated on held-out prompts."""
+    return {name for name, role in ROLES.items() if role.evaluates}

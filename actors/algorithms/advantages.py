@@ -81,7 +81,7 @@ class AdvantageSpec(GroupSize, WhitenSettings, GaeSettings, GroupSettings, Reinf
 
 @dataclass(frozen=True)
 class Scored:
-    """What advantages are made of: T tokens in N samples."""
+    """Input of advantages: T tokens in N samples."""
 
     rewards: np.ndarray
     """float64 (N,): reward of each sample, NaN for none."""
@@ -127,7 +127,7 @@ class Advantages:
 
     advantages: np.ndarray
     returns: np.ndarray | None = None
-    """What the critic learns (gae): advantages before whitening, plus values. The value itself for samples
+    """Targets of the critic (gae): advantages before whitening, plus values. The value itself for samples
     without a reward, so that the critic learns nothing from them."""
 
 

@@ -71,7 +71,7 @@ def check_first_kl(logps: np.ndarray, ref_logps: np.ndarray, tolerance: float) -
 
 
 def divergence(p: np.ndarray, q: np.ndarray) -> dict[str, float]:
-    """How far log-probabilities `q` are from `p` at tokens drawn from `p`; float64 (T,) each.
+    """Distance of log-probabilities `q` from `p` at tokens sampled from `p`; float64 (T,) each.
 
     Returns:
         `k1` and `k3` (means, estimates of KL(p || q) in nats per token), `max` (largest |p - q|), and

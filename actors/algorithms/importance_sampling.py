@@ -1,6 +1,6 @@
-"""Correction of samples that another policy drew: an older version, or the same one in an engine's numerics.
+"""Correction of samples of another policy: an older version, or the same one in an engine's numerics.
 
-With w = pi_trainer / pi_engine at the drawn tokens (of a token, or the product over a sample), each token's
+With w = pi_trainer / pi_engine at the sampled tokens (of a token, or the product over a sample), each token's
 surrogate is multiplied by w, bounded by a mode (names and meaning are TRL's `vllm_importance_sampling_mode`):
 
 - token_truncate: clip(w_t, clip_min, clip_max): truncated importance sampling
@@ -44,7 +44,7 @@ class CorrectionSettings(Spec):
     """Settings of the correction, by TRL's names."""
 
     vllm_importance_sampling_mode: CorrectionMode = "sequence_mask"
-    """How that ratio is bounded: `token_truncate` and `sequence_truncate` clip it, `token_mask` (IcePop) and
+    """Bounding of that ratio: `token_truncate` and `sequence_truncate` clip it, `token_mask` (IcePop) and
     `sequence_mask` make it 0 outside the bounds; of each token, or of the whole sample."""
     vllm_importance_sampling_clip_max: float | None = Field(default=3.0, gt=0, allow_inf_nan=False)
     """Its upper bound; null: none."""
@@ -75,8 +75,8 @@ def importance_ratios(
     """Bounded importance ratios of samples.
 
     Args:
-        logps, engine_logps: float64 (T,), log-probabilities of the drawn tokens by the policy that trains and
-            by the one that drew them.
+        logps, engine_logps: float64 (T,), log-probabilities of the sampled tokens by the policy that trains
+            and by the one that they come from.
         offsets: int64 (samples + 1,): tokens of each sample.
         mask: bool (T,): tokens that count; the others have a ratio of 1 (and add nothing to their sample's).
 

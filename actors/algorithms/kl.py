@@ -1,10 +1,11 @@
 """KL divergence from samples (Schulman 2020, joschu.net/blog/kl-approx.html), and the adaptive coefficient.
 
-Of log-ratios d = log p - log q at tokens drawn from p; p is the policy, q the reference:
+Of log-ratios d = log p - log q at tokens sampled from p; p is the policy, q the reference:
 k1 = d; k2 = d^2 / 2; k3 = e^-d - 1 + d. As values all three estimate KL(p || q): k1 without bias and
 noisy, k3 without bias and never negative, k2 with a small bias. As terms of a loss their gradients
 differ: k1's has mean zero (it pulls to nothing), k2's is that of KL(p || q), k3's is that of KL(q || p).
-Multiplied by the ratio of p to the policy that drew the tokens, k1 and k3 have the gradient of KL(p || q).
+Multiplied by the ratio of p to the policy that the tokens were sampled from, k1 and k3 have the gradient of
+KL(p || q).
 """
 
 from __future__ import annotations

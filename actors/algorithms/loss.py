@@ -1,4 +1,4 @@
-"""Base class of losses: what a loss sees, and what it hands back.
+"""Base class of losses: their input and their result.
 
 A loss is a small frozen spec, so that it travels to every rank, and a pure function of per-token
 log-probabilities. It divides by totals of the *global* batch: the values and gradients of
@@ -85,7 +85,7 @@ def smallest(values: torch.Tensor) -> tuple[torch.Tensor, float]:
 
 
 class SamplingTemperature(Spec):
-    """The temperature that samples were drawn at, for whoever computes their log-probabilities."""
+    """Temperature of sampling, for whoever computes log-probabilities of the samples."""
 
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Divides the logits while sampling, and in the trainer's log-probabilities."""
@@ -109,7 +109,7 @@ class Loss(Spec, ABC):
     """Dropout stays on in training. Preference losses compare with a reference: off."""
 
     reads: ClassVar[Literal["logps", "values", "scores"]] = "logps"
-    """What the loss is a function of: token log-probabilities, a value head, or a score head."""
+    """Input of the loss: token log-probabilities, a value head, or a score head."""
 
     gradient_may_vanish: ClassVar[bool] = False
     """A step without any gradient can be right, as where all advantages of a batch are zero."""
@@ -167,7 +167,7 @@ class Loss(Spec, ABC):
 
     @abstractmethod
     def totals(self, batch: Batch) -> Totals:
-        """What the loss divides by, counted over the global batch."""
+        """Divisors of the loss, counted over the global batch."""
 
     @abstractmethod
     def __call__(self, view: TokenView, totals: Totals) -> tuple[torch.Tensor, MetricSums]:

@@ -28,7 +28,7 @@ number in every row."""
 
 @dataclass(frozen=True)
 class Surrogate:
-    """What a policy loss comes to at each token."""
+    """Values of a policy loss at each token."""
 
     loss: Tensor
     """(T,): to be minimised, with gradient."""
@@ -133,9 +133,9 @@ class PolicyLossRow:
 
     surrogate: PolicySurrogate
     divisor: Callable[[Counted], float]
-    """What the sum over the tokens of the global batch is divided by."""
+    """Divisor of the sum over the tokens of the global batch."""
     says: str
-    """How token losses are averaged, after "over ...": for the description of `loss_type`."""
+    """Average of token losses, after "over": for the description of `loss_type`."""
     mean_by_sample: bool = False
     """A token weighs 1 / tokens of its sample, else 1."""
     required_settings: tuple[str, ...] = ()
@@ -173,7 +173,7 @@ POLICY_LOSSES: dict[str, PolicyLossRow] = {
 """Every `loss_type`. To add one: a row here, and one in docs/algorithms.md."""
 
 LossType = Annotated[str, KeyOf(POLICY_LOSSES)]
-AVERAGED = "How token losses are averaged, by TRL's names: " + "; ".join(
+AVERAGED = "Average of token losses, by TRL's names: " + "; ".join(
     f"`{name}` over {row.says}" for name, row in POLICY_LOSSES.items()
 )
 
@@ -184,7 +184,7 @@ class PolicySettings(Spec):
     beta: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Weight of the KL divergence from the reference; 0: none is computed."""
     kl_estimator: KlEstimator = "k3"
-    """How it is estimated from the sampled tokens."""
+    """Estimator of the divergence from the sampled tokens."""
     use_bias_correction_kl: bool = True
     """In a loss: multiply the estimate by the ratio, gradient included, so that its gradient is the
     divergence's own (arXiv 2512.02556). Without it k1 has a gradient of mean zero there and is refused."""
@@ -195,7 +195,7 @@ class PolicySettings(Spec):
     delta: float | None = Field(default=None, gt=1, allow_inf_nan=False)
     """Bound of the ratio where the advantage is negative (dual clip); null: none."""
     importance_sampling_level: Level = "token"
-    """What a ratio to the sampling policy is taken over: each `token`, the `sequence` (the mean of its
+    """Level of the ratio to the sampling policy: each `token`, the `sequence` (the mean of its
     log-ratios: GSPO), or the `trajectory` (their sum: RLOO)."""
     loss_type: LossType = Field(default="dapo", description=AVERAGED)
     entropy_coef: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -203,7 +203,7 @@ class PolicySettings(Spec):
 
     @property
     def upper_epsilon(self) -> float:
-        """How far above 1 the ratio may be."""
+        """Distance above 1 that the ratio may have."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     def loss_problems(self) -> Problems:

@@ -32,7 +32,7 @@ def without_eos_penalty(rewards: np.ndarray, finished: np.ndarray, penalty: floa
 
 
 def soft_overlong_punishment(lengths: np.ndarray, limit: int, cache: int) -> np.ndarray:
-    """What long samples are punished by, float64 (N,), from 0 to -1 (DAPO, arXiv 2503.14476, eq. 13).
+    """Penalty of long samples, float64 (N,), from 0 to -1 (DAPO, arXiv 2503.14476, eq. 13).
 
     0 up to limit - cache tokens, then falling linearly to -1 at the limit, and -1 beyond it.
 

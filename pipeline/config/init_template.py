@@ -64,7 +64,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         for kind in ONLINE
     },
 }
-"""What a starter sets, for the tiny base and the built-in task."""
+"""Settings of a starter, for the tiny base and the built-in task."""
 
 
 def starter(name: str, base: str, stages: Sequence[str] = DEFAULT_STAGES) -> str:
@@ -144,7 +144,7 @@ def _stage(kind: str, stages: Sequence[str]) -> list[str]:
 
 
 def _same(name: str, spec: type[BaseModel], other: type[BaseModel]) -> bool:
-    """Whether two specs say the same of a key."""
+    """Two specs say the same of a key."""
     mine, its = spec.model_fields[name], other.model_fields.get(name)
     return its is not None and (mine.description, mine.default) == (its.description, its.default)
 

@@ -143,7 +143,7 @@ def _stage_tag(detail: ErrorDetails) -> str | None:
 
 
 def unknown_key(keys: list[str], value: Any, model: type[BaseModel], stage_type: str | None = None) -> str:
-    """What to write instead of a key that does not exist."""
+    """Sentence on a key that does not exist, with what to write instead."""
     key = keys[-1]
     if key in INSTEAD:
         return f"unknown key; {INSTEAD[key].format(value=value)}"

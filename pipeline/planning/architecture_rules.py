@@ -24,7 +24,7 @@ def architecture_problems(
     n_experts: int | None = None,
     split_sizes: Mapping[str, int] | None = None,
 ) -> list[str]:
-    """What the named stages and the evaluation ask of an architecture that it can't do.
+    """Problems of the named stages and the evaluation with an architecture: what it can't do.
 
     `n_experts` and `split_sizes`: of the base (`actors.models.facts`); None: none, or unknown.
 

@@ -35,7 +35,7 @@ class DryRun:
     model_type: str
     """Its architecture."""
     config: RunConfig
-    """What is run instead."""
+    """The run in its place."""
     changes: list[list[str]]
     """[key, wanted, used] of everything that is different."""
 
@@ -67,7 +67,7 @@ class DryRun:
             write_adapter_twin(source, twin, directory, seed=seed)
 
     def outlook(self) -> str:
-        """What the same command without --dry-run would start, and what is to be known of the base."""
+        """Plan of the same command without --dry-run, and what is to be known of the base."""
         from pipeline.planning.architecture_rules import describe_architecture
         from pipeline.planning.resources import cluster_plan
 

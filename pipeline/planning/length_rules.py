@@ -21,7 +21,7 @@ def engine_positions(config: RunConfig, base_positions: int | None) -> int:
 
 
 def sample_problems(prepared: Prepared, positions: int) -> list[str]:
-    """What of an online stage's samples has no room in `positions`."""
+    """Problems of an online stage whose samples have no room in `positions`."""
     if not prepared.online:
         return []
     longest, limit = prepared.data.stats.longest, prepared.spec.max_completion_length

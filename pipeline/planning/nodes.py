@@ -1,4 +1,4 @@
-"""The nodes of a run's graph: what each stage starts from and is compared by, and whether it has to run."""
+"""Nodes of a run's graph: a stage with its start, what it is compared by, and the decision to run it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Node:
     rewards: dict[str, Weights] = field(default_factory=dict)
     """Reward models that an online stage asks, by their source."""
     critic: Weights | None = None
-    """Where PPO's critic starts."""
+    """Start of PPO's critic."""
 
     @property
     def kind(self) -> str:
@@ -45,7 +45,7 @@ class Node:
 
     @property
     def data_notes(self) -> list[str]:
-        """What became of its rows: how many, and each reason for which some were left out or cut."""
+        """Lines on its rows: how many, and each reason for which some were left out or cut."""
         stage = self.prepared
         notes = []
         for what, data in (("", stage.data), (" (held out)", stage.eval_data)):
@@ -61,7 +61,7 @@ class Node:
 
 
 def remarks_on_data(stage: Prepared) -> list[str]:
-    """What a user wants to know of a stage's rows: those left out, and those that went through a template
+    """Remarks on a stage's rows for the user: those left out, and those that went through a template
     before they came here."""
     notes = []
     for what, data in (("", stage.data), (" (held out)", stage.eval_data)):
@@ -95,7 +95,7 @@ class Graph:
     weights: dict[str, Weights]
     tokenizer: Any
     template_date: datetime | None = None
-    """What the chat template gets for the date, where it asks for one."""
+    """Date that the chat template is given, where it asks for one."""
     lora_targets: str | None = None
     """Table of what LoRA trains."""
     untested: bool = False
@@ -174,7 +174,7 @@ def stage_identity(
 
 
 def _settings(config: RunConfig, spec: AnyStage, exclude_defaults: bool = False) -> dict[str, Any]:
-    """What a stage's identity has of its settings and the model's."""
+    """Settings of a stage and of the model that count in its identity."""
     model = config.model.model_dump(
         mode="json",
         exclude={"base", "gradient_checkpointing", "attn_implementation", "allow_untested"},
@@ -193,7 +193,7 @@ def reward_models(config: RunConfig, name: str, weights: dict[str, Weights]) -> 
 
 
 def result_of(config: RunConfig, node: Node) -> Weights:
-    """Where a stage's weights are once it has run."""
+    """Weights of a stage once it has run."""
     if config.model.lora is None:
         return Weights(str(node.directory / "model"), None, node.identity.fingerprint)
     return Weights(node.start.base, str(node.directory / "adapter"), node.identity.fingerprint)

@@ -1,4 +1,4 @@
-"""What a run will need, before it starts."""
+"""Resources that a run will need, before it starts."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def describe(config: RunConfig) -> list[list[str]]:
 
 
 def _laid_out(role: RoleSpec) -> str:
-    """How its processes lie on nodes, and what they share of one model."""
+    """Placement of its processes on nodes, and what they share of one model."""
     parts: list[str] = [role.placement]
     if role.sharding != "none":
         parts.append(f"sharding {role.sharding}")
@@ -113,7 +113,7 @@ def _count(number: float, thing: str) -> str:
 
 
 def cluster_plan(config: RunConfig) -> str:
-    """What the same command without --dry-run would start, as text."""
+    """Plan of the same command without --dry-run, as text."""
     lines = ["On the cluster this would run:"]
     for name, stage in config.stages.items():
         steps, epochs = _count(stage.max_steps, "step"), _count(stage.num_train_epochs, "epoch")

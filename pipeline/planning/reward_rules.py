@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def reward_source_problems(config: RunConfig, names: Iterable[str]) -> list[str]:
-    """What is wrong with the functions and directories that the named online stages are rewarded by."""
+    """Problems of the functions and directories that the named online stages are rewarded by."""
     problems = []
     for name in names:
         stage = config.stages[name]
@@ -32,7 +32,7 @@ def reward_source_problems(config: RunConfig, names: Iterable[str]) -> list[str]
 def reward_column_problems(
     name: str, stage: AnyStage, columns: Mapping[str, Sequence[Any]], rows: int
 ) -> list[str]:
-    """What the rewards of a stage ask of its data and do not find there.
+    """Problems of columns that a stage's rewards ask for and its data lack.
 
     Args:
         columns: of the data, beside the prompt; one value a row, None where a row lacks it.
@@ -71,7 +71,7 @@ def _column_problem(reward: RewardSpec, columns: Mapping[str, Sequence[Any]], ro
 def reward_base_problems(
     config: RunConfig, names: Iterable[str], base: ResolvedBase | None = None
 ) -> list[str]:
-    """What keeps the named stages' directories of reward models from running on the run's base, which is
+    """Problems of the named stages' directories of reward models with the run's base, which is
     looked at here where it wasn't before and there are any."""
     if not any(config.reward_models_of(name) for name in names):
         return []

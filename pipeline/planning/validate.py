@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass
 class Findings:
-    """What was found, good and bad."""
+    """Findings, good and bad."""
 
     problems: list[str] = field(default_factory=list)
     base: ResolvedBase | None = None
@@ -35,14 +35,14 @@ class Findings:
     remarks: list[str] = field(default_factory=list)
     """Rows that were left out, and what else is worth saying of the data."""
     sync_bytes: dict[str, int] = field(default_factory=dict)
-    """What each sync of an online stage sends to one engine."""
+    """Bytes that each sync of an online stage sends to one engine."""
     sources: list[str] = field(default_factory=list)
     """A line for each source: key, split with its files, rows."""
     prompts: int | None = None
     """Held-out prompts, when the run evaluates."""
 
     def attempt(self, action: Callable[[], T], where: str = "") -> T | None:
-        """What `action` returns, or None and its problems noted."""
+        """Result of `action`, or None and its problems noted."""
         try:
             return action()
         except UserError as error:
@@ -50,7 +50,7 @@ class Findings:
             return None
 
     def note_sources(self, key: str, records: Records) -> None:
-        """Which files each source of `records` is."""
+        """Note the files of each source of `records`."""
         from pipeline.data.reading.raw_rows import describe_files
 
         for use in records.sources:

@@ -22,7 +22,7 @@ class Stopped(Exception):
 
 @dataclass(kw_only=True)
 class StageContext:
-    """What every stage is given to work with, beside its data and loss."""
+    """Context of a stage: what it works with beside its data and loss."""
 
     policy: View
     """The role that trains; without an adapter every parameter does."""

@@ -81,7 +81,7 @@ class PreparedRl:
     order: BatchOrder
     """Prompts of each step; a pure function of the seed, so resuming is starting at step k."""
     sampling: SamplingSpec
-    """What the engines are asked for, with all that ends a turn."""
+    """Request to the engines, with all that ends a turn."""
     added_ends: tuple[int | str, ...] = ()
     """Tokens and texts that end a turn by the template and not by the base (`TurnEnds.added`)."""
     eval_data: None = None

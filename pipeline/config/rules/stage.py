@@ -22,7 +22,7 @@ SCHEDULE_ARGUMENTS: dict[str, frozenset[str]] = {
         {"num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles"}
     ),
 }
-"""What transformers' schedules take in lr_scheduler_kwargs (held against the installed ones by a test)."""
+"""Arguments of transformers' schedules, in lr_scheduler_kwargs (a test compares the installed ones)."""
 
 
 def stage_problems(stage: AnyStage) -> Iterator[Problem]:

@@ -2,7 +2,7 @@
 2503.14476, eq. 11). Their advantages would be 0, and the step's gradient that of fewer samples.
 
 Which prompts take their places follows from (seed, step, round), and their samples from seeds of that round:
-a step that is done again draws the same. What still has no spread after the last round stays.
+a step that is done again samples the same. What still has no spread after the last round stays.
 """
 
 from __future__ import annotations

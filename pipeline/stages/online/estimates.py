@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What models say of the samples' tokens; each float64 (counted tokens,), None where nobody asked."""
+    """Scores of the samples' tokens, by models; each float64 (counted tokens,), None where nobody asked."""
 
     old_logps: np.ndarray | None = None
     """The policy's log-probabilities before this step's updates, by the trainer, at the temperature; None:
@@ -38,14 +38,14 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class Estimates:
-    """What the losses read of the samples."""
+    """Estimates from the samples, as the losses read them."""
 
     batch: Batch
     """Its rows with every column: the samples, or pairs of them."""
     kl: float | None
     """Mean over samples of the divergence from the reference, summed over tokens, in nats."""
     signal: np.ndarray
-    """What there is to learn from: all zero, or empty, where the samples teach nothing."""
+    """Signal to learn from: all zero, or empty, where the samples teach nothing."""
     finite: dict[str, np.ndarray] = field(default_factory=dict)
     """Arrays that must be finite, by name."""
     metrics: dict[str, float] = field(default_factory=dict)

@@ -1,10 +1,10 @@
 """The online loop: sample, reward, estimate, update, sync, and again. `RlLoop.step` is the whole of it.
 
-- Version k of the policy is what k steps made of it; the samples of step k come from version k - `staleness`
-  (0: from version k), proved on every engine before the first of them is drawn.
-- A step is a pure function of (policy, critic, optimizers, KL coefficient, samples that were drawn ahead) and
-  its number: prompts, seeds and the order of minibatches follow from the run's seed. So a checkpoint holds
-  just these, and a step that was lost with an actor or with the whole run is the same when it is done again.
+- Version k of the policy has k steps behind it. The samples of step k come from version k - `staleness` (0:
+  from version k), which every engine is proved to serve before the first of them is sampled.
+- A step is a pure function of (policy, critic, optimizers, KL coefficient, prefetched samples) and its
+  number: prompts, seeds and the order of minibatches follow from the run's seed. So a checkpoint holds just
+  these, and a step that was lost with an actor or with the whole run is the same when it is done again.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class RlContext(StageContext):
-    """What an online stage is given to work with: a view for each role, the engines, and their sync."""
+    """Context of an online stage: a view for each role, the engines, and their sync."""
 
     reference: View
     critic: View | None
@@ -55,7 +55,7 @@ class RlContext(StageContext):
     note: Callable[[str], None]
     """Tells the user."""
     replay_compare_steps: int = 0
-    """Every so many steps the policy also says what it thinks of samples without their experts; 0: never."""
+    """Steps between those that also compute the policy's log-probabilities without router replay; 0: none."""
 
 
 @dataclass
@@ -80,14 +80,14 @@ class Clock:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves behind: its metrics, and its samples for the log."""
+    """Result of a step: its metrics, and its samples for the log."""
 
     metrics: dict[str, float]
     prompts: PromptData
     texts: list[str]
     rewards: Rewards
     notes: list[str]
-    """What the user should know: replaced engines, rewards that a default stands in for."""
+    """Messages for the user: replaced engines, rewards that a default stands in for."""
     routing: Routing = field(default_factory=Routing)
 
 
@@ -106,7 +106,7 @@ class RlLoop:
         self.kl = self.objective.kl_controller()
         self.idle = rl_checks.Idle()
         self.compared = False
-        """Whether this run has held an update against log-probabilities that were asked for before it."""
+        """An update of this run has been compared with log-probabilities that were computed before it."""
         self.num_tokens = self.restarts = 0
 
     def step(self, step: int) -> StepResult:
@@ -146,8 +146,8 @@ class RlLoop:
         """Ask all models about the samples, without waiting: token scores by field, and what turns the
         samples' texts into rewards.
 
-        Only the policy replays the engines' experts: it drew the samples. The reference routes for itself, as
-        it would if it drew some, so that the divergence is from what it is.
+        Only the policy replays the engines' experts, for the samples are its own. The reference routes for
+        itself, as it would on samples of its own: so the divergence is from the reference as it is.
         """
         shared, ctx, temperature = put(batch), self.ctx, self.spec.temperature
         unrouted = shared if batch.experts is None else put(batch.unrouted())
@@ -181,7 +181,8 @@ class RlLoop:
         if step == 0 and self.ctx.starts_as_reference and scores.ref_logps is not None:
             tolerance = rl_checks.KL_TOLERANCE[self.ctx.dtype]
             rl_checks.check_first_kl(scores.old_logps, scores.ref_logps, tolerance)
-        # Only tokens of the present version can be held to the trainer's word: others it would say otherwise.
+        # Engine and trainer must agree on tokens of the present version only: an older version had other
+        # weights, and so gave other log-probabilities.
         now = stale == 0
         fresh = rl_checks.mismatch_metrics(engine[now], scores.old_logps[now])
         rl_checks.check_mismatch(fresh, *self.mismatch_limits())
@@ -233,13 +234,13 @@ class RlLoop:
         return lost + [f"rollout-{rank} was replaced before it took new weights" for rank in report.replaced]
 
     def routing(self, sampled: SampledBatch, batch: Batch) -> Routing:
-        """What the routers of engines and trainer did in this step."""
+        """Routing of this step, in the engines and in the trainer."""
         policy = self.ctx.policy
         agreement = None if batch.experts is None else policy.route_agreement()
         return Routing(policy.router_load(), sampled.expert_load, agreement)
 
     def before_sync(self) -> None:
-        """Let the engines end what they draw for later steps, so that one version draws all of it."""
+        """Let the engines finish the samples of later steps, so that all of these come from one version."""
         if self.spec.sync.in_flight == "wait":
             self.prefetcher.settle()
 

@@ -1,4 +1,4 @@
-"""What an online stage makes of its samples: what its loss reads, the loss, what holds at the start."""
+"""Objectives of online stages: from samples to the rows that a loss reads, the loss, the first check."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Objective(ABC):
 
     @abstractmethod
     def needs_reference(self, step: int) -> bool:
-        """Whether the reference is asked about this step's samples."""
+        """The reference is asked about this step's samples."""
 
     @property
     def on_policy(self) -> bool:
-        """Whether the update itself can find the log-probabilities of the policy that drew the samples, and
-        nothing before it reads them."""
+        """The update itself can find the log-probabilities of the policy that sampled, and nothing before it
+        reads them."""
         return False
 
     @abstractmethod

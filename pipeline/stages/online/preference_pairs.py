@@ -39,7 +39,7 @@ def pairs_of(spec: OnlineDpoStage, batch: Batch, rewards: np.ndarray, scores: To
 
     Args:
         rewards: float64 (samples,), penalties included; NaN for samples that no reward applies to.
-        scores: of the policy that drew them and of the reference, by token.
+        scores: of the policy that they come from and of the reference, by token.
     """
     assert scores.ref_logps is not None
     assert scores.old_logps is not None

@@ -1,4 +1,4 @@
-"""What samples are worth: reward functions and reward models behind one call."""
+"""Rewards of samples: reward functions and reward models behind one call."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Rewards:
     """float64 (samples,): what advantages are made of, penalties included; NaN: no source applied."""
     metrics: dict[str, float]
     notes: list[str]
-    """What was replaced by a configured default, for the log."""
+    """Values that a configured default stands in for, for the log."""
 
 
 class RewardComputer:

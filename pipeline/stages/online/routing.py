@@ -1,4 +1,4 @@
-"""What the routers of engines and trainer did in one online step, as metrics and for the report."""
+"""Routing of one online step, in the engines and in the trainer: metrics, and rows for the report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Routing:
     trainer: np.ndarray | None = None
     """int64 (layers, experts): tokens per expert in the policy's last optimizer step."""
     engines: np.ndarray | None = None
-    """int64 (layers, experts): tokens per expert in the engines while they drew the samples."""
+    """int64 (layers, experts): tokens per expert in the engines while they sampled."""
     agreement: np.ndarray | None = None
     """float64 (layers,): share of the engines' choices that the trainer's routers would have made too."""
 

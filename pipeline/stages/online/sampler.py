@@ -1,12 +1,12 @@
-"""Where a step's samples come from: drawn by the engines, now or while earlier steps train.
+"""Samples of a step, from the engines, now or while earlier steps train.
 
-With `staleness` S the samples of step k are drawn by version max(0, k - S) of the policy: when step k begins,
-the engines are told to draw all steps up to k + S, and before they get version k + 1 they have done so. The
-schedule is a function of k alone, so a repeated run draws the same; what was drawn for later steps goes into
-the checkpoint, because the weights that drew it are gone.
+With `staleness` S the samples of step k come from version max(0, k - S) of the policy: when step k begins,
+the engines are told to sample all steps up to k + S, and before they get version k + 1 they have done so. The
+schedule is a function of k alone, so a repeated run samples the same; what was sampled for later steps goes
+into the checkpoint, because the weights that it came from are gone.
 
 With `sync.in_flight: keep` new weights don't wait for that: samples go on with them, and the steps' samples
-are in the engines together. Which weights draw which token then depends on time.
+are in the engines together. Which weights sample which token then depends on time.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ class SampledBatch:
     """One entry a sample."""
     samples: Generations
     expert_load: np.ndarray | None = None
-    """int64 (layers, experts): tokens per expert in the engines while they drew this; None: not counted."""
+    """int64 (layers, experts): tokens per expert in the engines, while they sampled; None: not counted."""
     rewards: Rewards | None = None
-    """Where drawing had to know them; else the step asks for them."""
+    """Rewards, where sampling had to know them; else the step asks for them."""
     metrics: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
 class Sampler:
-    """Draws the samples of a step: a pure function of the step and of the weights that the engines hold.
+    """Gets the samples of a step: a pure function of the step and of the weights that the engines hold.
 
     Called from a thread of its own while the policy trains: it touches nothing of the loop's state.
     """
@@ -69,8 +69,8 @@ class Sampler:
     def ask(self, step: int, rows: np.ndarray, attempt: int = 0) -> Generations:
         """`num_generations` samples of each of these rows.
 
-        A sample's seed is a hash of run, stage, step, row, number and attempt, so that it doesn't matter who
-        draws it.
+        A sample's seed is a hash of run, stage, step, row, number and attempt, so that it doesn't matter
+        which engine generates it.
         """
         stage, n = self.stage, self.stage.spec.num_generations
         seeds = [
@@ -80,14 +80,14 @@ class Sampler:
         return self.rollout.generate(asked, stage.sampling, seeds)
 
     def texts(self, samples: Generations) -> list[str]:
-        """What was said: without the end of the turn, and cut at stop strings."""
+        """Texts of samples: without the end of the turn, and cut at stop strings."""
         asked = self.stage.sampling
         return samples.texts(self.tokenizer, asked.stop, asked.stop_token_ids)
 
     def batch_of(
         self, rows: np.ndarray, samples: Generations, rewards: Rewards | None = None
     ) -> SampledBatch:
-        """What the engines have drawn for these rows, with their prompts."""
+        """Samples of these rows with their prompts."""
         prompts = self.stage.data.select(rows, copies=self.stage.spec.num_generations)
         return SampledBatch(np.asarray(rows, np.int64), prompts, samples, self._expert_load(), rewards)
 
@@ -104,7 +104,7 @@ class Sampler:
 
 
 class Prefetcher:
-    """The batches of later steps, drawn in order by a thread of their own, or together by one each."""
+    """Batches of later steps, sampled in order by a thread of their own, or together by one each."""
 
     def __init__(
         self, sample: Callable[[int], SampledBatch], staleness: int, steps: int, *, together: bool = False
@@ -116,9 +116,9 @@ class Prefetcher:
         self._thread: threading.Thread | None = None
 
     def take(self, step: int) -> SampledBatch:
-        """The batch of a step, once it is there; later ones begin to be drawn.
+        """The batch of a step, once it is there; sampling of later ones begins.
 
-        Raises: what drawing raised.
+        Raises: what sampling raised.
         """
         if not self.staleness:
             return self._sample(step)
@@ -130,12 +130,12 @@ class Prefetcher:
         return self._batches.pop(step).result()
 
     def settle(self) -> None:
-        """Wait until all that was asked for is drawn. Raises: what drawing raised."""
+        """Wait until all that was asked for is sampled. Raises: what sampling raised."""
         for batch in self._batches.values():
             batch.result()
 
     def save(self, directory: Path) -> None:
-        """Write every batch that was drawn for a later step."""
+        """Write every batch that was sampled for a later step."""
         for step, batch in self._batches.items():
             save_sampled(directory / f"drawn-{step}.safetensors", batch.result())
 
@@ -167,7 +167,7 @@ class Prefetcher:
 def save_sampled(path: Path, sampled: SampledBatch) -> None:
     """One batch as a safetensors file, its prompts by row.
 
-    Rewards are kept where drawing had to know them: models that score the same samples in other company give
+    Rewards are kept where sampling had to know them: models that score the same samples in other company give
     other last digits.
     """
     from safetensors.numpy import save_file
@@ -185,7 +185,7 @@ def save_sampled(path: Path, sampled: SampledBatch) -> None:
 
 
 def load_sampled(path: Path, data: PromptData) -> SampledBatch:
-    """What `save_sampled` wrote; `data`: the stage's prompts."""
+    """The batch that `save_sampled` wrote; `data`: the stage's prompts."""
     from safetensors import safe_open
 
     with safe_open(path, "numpy") as file:

@@ -105,7 +105,7 @@ def restore(loop: RlLoop, decision: Decision) -> int:
 
 
 def save_checkpoint(loop: RlLoop, step: int, log: MetricsLog) -> None:
-    """Write policy, critic, the loop's state and samples drawn ahead, then remove those beyond
+    """Write policy, critic, the loop's state and prefetched samples, then remove those beyond
     `save_total_limit`."""
     ctx, stage = loop.ctx, loop.stage
     path = ctx.directory / f"checkpoint-{step}"
@@ -122,7 +122,7 @@ def save_checkpoint(loop: RlLoop, step: int, log: MetricsLog) -> None:
 
 
 def keep_routing(directory: Path, log: MetricsLog, step: int, routing: Routing) -> None:
-    """What the report draws of a step's routing; of the last one also the load of each expert in engines."""
+    """Keep a step's routing for the report; of the last one also the load of each expert in engines."""
     if row := routing.row(step):
         log.write(row)
     if routing.engines is not None:

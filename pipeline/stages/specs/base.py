@@ -42,7 +42,7 @@ class StageSpec(OptimSpec):
     type: str
     """Kind of stage; may be left out where the stage's name says it."""
     init: str | None = None
-    """Where the weights start: `base` or the name of an earlier stage. Null: the last policy, or base."""
+    """Start of the weights: `base` or the name of an earlier stage. Null: the last policy, or base."""
     data: DataSources
     """Training data: one source or a mixture."""
     eval_data: DataSources | None = None
@@ -56,11 +56,11 @@ class StageSpec(OptimSpec):
     max_steps: int = Field(default=-1, ge=-1)
     """Optimizer steps (online: rounds of sampling and updates); -1: as many as `num_train_epochs` gives."""
     shuffle: bool = True
-    """Draw rows in an order made from the seed; false: in the order of the data."""
+    """Take rows in an order made from the seed; false: in the order of the data."""
     max_length: int | None = Field(default=1024, ge=2)
     """Longest sequence in tokens, prompt and answer together; null: the model's own limit."""
     truncation_mode: Literal["keep_start", "keep_end", "error"] = "keep_start"
-    """What happens to longer rows: cut at the end, cut at the start, or refused."""
+    """Treatment of longer rows: cut at the end, cut at the start, or refused."""
     packing: Literal["auto"] | bool = "auto"
     """Several sequences in one bin; auto: where the architecture keeps packed sequences apart."""
     max_tokens_per_micro_batch: int = Field(default=8192, ge=1)

@@ -41,9 +41,9 @@ Rewards = Annotated[
 
 
 class RlStage(ReferenceSettings, GroupSize, SamplingTemperature, StageSpec):
-    """What the online stages have in common: sample, reward, update, sync, again.
+    """Settings and facts of online stages: sample, reward, update, sync, again.
 
-    One step (of `max_steps`, `save_steps`, `logging_steps`) is one round of this. It draws
+    One step (of `max_steps`, `save_steps`, `logging_steps`) is one round of this. It generates
     `batch_size * steps_per_generation` samples, `num_generations` of each prompt, and takes
     `steps_per_generation * num_iterations` optimizer steps with them.
     """
@@ -57,7 +57,7 @@ class RlStage(ReferenceSettings, GroupSize, SamplingTemperature, StageSpec):
     learning_rate: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
     """Peak learning rate."""
     rewards: Rewards
-    """What is wanted: `exact_match`, `module:function`, a reward stage's name or a reward model's directory.
+    """Sources of reward: `exact_match`, `module:function`, a reward stage's name, a reward model's directory.
     One or several, added up by their weights."""
     max_completion_length: int = Field(default=256, ge=1)
     """New tokens per sample, at most; `max_length` less this is what a prompt may take."""
@@ -76,21 +76,21 @@ class RlStage(ReferenceSettings, GroupSize, SamplingTemperature, StageSpec):
     """DAPO's overlong penalty: within so many tokens below `max_completion_length` the reward falls linearly,
     by up to `soft_punish_weight`; null: none."""
     soft_punish_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """What a sample as long as `max_completion_length` loses with `soft_punish_cache`."""
+    """Penalty of a sample as long as `max_completion_length`, with `soft_punish_cache`."""
     max_resampling_rounds: int = Field(default=0, ge=0)
     """DAPO's dynamic sampling: prompts whose samples all have the same reward make room for others, which are
-    drawn in up to so many further rounds; 0: samples stay as they are."""
+    sampled in up to so many further rounds; 0: samples stay as they are."""
     mismatch_tolerance: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Largest k3 divergence per token between engine and trainer before the run stops; null: by dtype."""
     staleness: int = Field(default=0, ge=0)
-    """Versions that the policy may be ahead of the weights that drew its samples: so many steps are drawn
-    while earlier ones train. 0: nothing overlaps, and every sample is of the present policy."""
+    """Versions that the policy may be ahead of the weights that its samples come from: so many steps are
+    sampled while earlier ones train. 0: nothing overlaps, and every sample is of the present policy."""
     sync: SyncSpec = Field(default_factory=SyncSpec)
-    """How new weights reach the rollout engines, and how that is proved."""
+    """Sync of new weights to the rollout engines, and the proof of it."""
 
     @property
     def compares_samples(self) -> bool:
-        """Whether a prompt's samples are held against each other, so that there must be two or more."""
+        """A prompt's samples are compared with each other, so that there must be two or more."""
         return True
 
     @property
@@ -117,7 +117,7 @@ class RlStage(ReferenceSettings, GroupSize, SamplingTemperature, StageSpec):
         return self.steps_per_generation * self.num_iterations
 
     def sampling(self) -> SamplingSpec:
-        """What the engines are asked for: no filter that the trainer's log-probabilities don't know of."""
+        """Sampling settings for the engines: no filter that the trainer's log-probabilities don't know of."""
         return SamplingSpec(
             temperature=self.temperature,
             max_tokens=self.max_completion_length,
@@ -128,34 +128,34 @@ class RlStage(ReferenceSettings, GroupSize, SamplingTemperature, StageSpec):
 
 
 class PolicyGradientStage(WhitenSettings, CorrectionSettings, PolicySettings, RlStage):
-    """What the stages with a policy gradient have in common: ratio, clipping, divergence, averaging."""
+    """Settings of stages with a policy gradient: ratio, clipping, divergence, averaging."""
 
     learns_from: ClassVar[Literal["advantages"]] = "advantages"
     advantage: ClassVar[str]
     """Key of `actors.algorithms.advantages.ADVANTAGES`."""
 
     kl_in: Literal["reward", "loss"] = "loss"
-    """Where the divergence goes: subtracted from the reward, or added to the loss."""
+    """Place of the divergence: subtracted from the reward, or added to the loss."""
     kl_target: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Divergence per sample, in nats, that `beta` is steered to; null: `beta` stays."""
     kl_horizon: int = Field(default=KlController.horizon, ge=1)
     """Samples over which `beta` follows `kl_target`; smaller is faster."""
     vllm_importance_sampling_correction: bool | None = None
     """Multiply each token's surrogate by the bounded ratio of the policy to the weights and the engine that
-    drew it; null: where `staleness` is above 0. False there takes the clipped ratio to the engine's own
+    sampled it; null: where `staleness` is above 0. False there takes the clipped ratio to the engine's own
     log-probabilities instead."""
     mask_truncated_completions: bool = False
     """Leave samples that hit `max_completion_length` out of the loss."""
 
     @property
     def corrected(self) -> bool:
-        """Whether surrogates are multiplied by importance ratios to the engine."""
+        """Surrogates are multiplied by importance ratios to the engine."""
         wanted = self.vllm_importance_sampling_correction
         return self.staleness > 0 if wanted is None else wanted
 
     @property
     def clips_to_engine(self) -> bool:
-        """Whether the clipped ratio is to what the engines drew from, and not to the step's first policy."""
+        """The clipped ratio is to the engines' own log-probabilities, and not to the step's first policy."""
         return self.staleness > 0 and not self.corrected
 
 
@@ -163,7 +163,7 @@ class CriticSettings(ValueSettings):
     """The critic's own settings: its loss, where it starts, how fast it learns."""
 
     critic_init: str | None = None
-    """Where the critic starts: null: the weights that the policy starts from, with a head of zeros; or a
+    """Start of the critic: null: the weights that the policy starts from, with a head of zeros; or a
     reward stage, with its head."""
     critic_learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Peak learning rate of the critic; null: the policy's."""
@@ -193,9 +193,9 @@ class PpoStage(CriticSettings, GaeSettings, PolicyGradientStage):
     beta: float = Field(default=0.05, ge=0, allow_inf_nan=False)
     """Weight of the KL divergence from the reference; 0: none is computed."""
     kl_in: Literal["reward", "loss"] = "reward"
-    """Where the divergence goes: subtracted from the reward, token by token, or added to the loss."""
+    """Place of the divergence: subtracted from the reward, token by token, or added to the loss."""
     kl_estimator: KlEstimator = "k1"
-    """How it is estimated from the sampled tokens."""
+    """Estimator of the divergence from the sampled tokens."""
     whiten_advantages: Whitening = "shift_and_scale"
     """Normalise advantages over the tokens of a generation: `shift_and_scale` to mean 0 and standard
     deviation 1 (unbiased), `scale` keeps the mean."""
@@ -226,18 +226,18 @@ class RlooStage(PolicyGradientStage):
     type: Literal["rloo"] = "rloo"
     """Kind of stage; may be left out where the stage's name says it."""
     importance_sampling_level: Level = "trajectory"
-    """What a ratio to the sampling policy is taken over: each `token`, the `sequence` (the mean of its
+    """Level of the ratio to the sampling policy: each `token`, the `sequence` (the mean of its
     log-ratios), or the `trajectory` (their sum), as in TRL's trainer."""
     loss_type: LossType = "grpo"
-    """How token losses are averaged, by TRL's names; `grpo`: over each sample and then over samples."""
+    """Average of token losses, by TRL's names; `grpo`: over each sample and then over samples."""
     num_generations: int = Field(default=2, ge=1)
     """Samples per prompt."""
     beta: float = Field(default=0.05, ge=0, allow_inf_nan=False)
     """Weight of the KL divergence from the reference; 0: none is computed."""
     kl_in: Literal["reward", "loss"] = "reward"
-    """Where the divergence goes: subtracted from the reward, or added to the loss."""
+    """Place of the divergence: subtracted from the reward, or added to the loss."""
     kl_estimator: KlEstimator = "k1"
-    """How it is estimated from the sampled tokens."""
+    """Estimator of the divergence from the sampled tokens."""
 
 
 class ReinforcePpStage(ReinforceSettings, PolicyGradientStage):
@@ -252,9 +252,9 @@ class ReinforcePpStage(ReinforceSettings, PolicyGradientStage):
     beta: float = Field(default=0.01, ge=0, allow_inf_nan=False)
     """Weight of the KL divergence from the reference; 0: none is computed."""
     kl_in: Literal["reward", "loss"] = "reward"
-    """Where the divergence goes: subtracted from the reward, token by token, or added to the loss."""
+    """Place of the divergence: subtracted from the reward, token by token, or added to the loss."""
     kl_estimator: KlEstimator = "k1"
-    """How it is estimated from the sampled tokens; with `baseline: group` the paper adds k2 to the loss."""
+    """Estimator of the divergence from sampled tokens; with `baseline: group` the paper adds k2 to the loss."""
     whiten_advantages: Whitening = "shift_and_scale"
     """Normalise advantages over the tokens of a generation: `shift_and_scale` to mean 0 and standard
     deviation 1 (unbiased), `scale` keeps the mean."""
