@@ -1,4 +1,4 @@
-"""Base class of all settings, the type of a setting that names a row of a table, and names that have changed."""
+"""Base class of all settings; settings that name a row of a table; names of values that have changed."""
 
 from __future__ import annotations
 

@@ -86,8 +86,10 @@ def _key(role: str) -> Any:
     """The field of a role: its purpose, and its processes by default."""
     row = ROLES[role]
     kind = RoleSpec if row.holds == "model" else RolloutRoleSpec
-    shared = {} if row.may_share is None else {"share": row.may_share}
-    return Field(default_factory=lambda: kind(**shared), description=row.purpose)
+    share = row.may_share
+    return Field(
+        default_factory=lambda: kind() if share is None else kind(share=share), description=row.purpose
+    )
 
 
 class RolesSpec(Spec):

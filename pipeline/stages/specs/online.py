@@ -254,7 +254,7 @@ class ReinforcePpStage(ReinforceSettings, PolicyGradientStage):
     kl_in: Literal["reward", "loss"] = "reward"
     """Place of the divergence: subtracted from the reward, token by token, or added to the loss."""
     kl_estimator: KlEstimator = "k1"
-    """Estimator of the divergence from sampled tokens; with `baseline: group` the paper adds k2 to the loss."""
+    """Estimator of the divergence from samples; with `baseline: group` the paper has k2 in the loss."""
     whiten_advantages: Whitening = "shift_and_scale"
     """Normalise advantages over the tokens of a generation: `shift_and_scale` to mean 0 and standard
     deviation 1 (unbiased), `scale` keeps the mean."""
