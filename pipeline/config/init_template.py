@@ -16,12 +16,11 @@ from actors.errors import UserError
 from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
 from actors.rollout.spec import EngineOptions
 from actors.sync.spec import SyncSpec
-from pipeline.config.names import VIEWS
 from pipeline.config.run_config import RunConfig
 from pipeline.data.spec import DataSpec
 from pipeline.evaluation.spec import EvalSamplingSpec, EvalSpec
 from pipeline.monitoring.spec import LoggingSpec
-from pipeline.roles import RolesSpec, RolloutRoleSpec
+from pipeline.roles import ROLES, RolesSpec, RolloutRoleSpec
 from pipeline.stages.specs.registry import STAGE_TYPES, RlStage
 
 WIDTH = 100
@@ -90,12 +89,7 @@ def starter(name: str, base: str, stages: Sequence[str] = DEFAULT_STAGES) -> str
         *_section("stages", RunConfig),
         *(line for kind in stages for line in [*_indent(_stage(kind, stages)), ""]),
         *_section("roles", RunConfig),
-        *_indent(_section("policy", RolesSpec)),
-        *_indent(_fields(RoleSpec, {"workers": 1}, skip={"share"}), 4),
-        *(line for role in VIEWS for line in _indent(_view(role))),
-        *_indent(_section("rollout", RolesSpec)),
-        *_indent(["workers: 1", *_section("engine", RolloutRoleSpec)], 4),
-        *_indent(_fields(EngineOptions, _first(EngineOptions)), 6),
+        *(line for role in ROLES for line in _indent(_role(role))),
         "",
         *_section("eval", RunConfig),
         *_indent(_data("data", DATA["eval"], "Held-out prompts with their answers.")),
@@ -149,8 +143,16 @@ def _same(name: str, spec: type[BaseModel], other: type[BaseModel]) -> bool:
     return its is not None and (mine.description, mine.default) == (its.description, its.default)
 
 
-def _view(role: str) -> list[str]:
-    return [*_section(role, RolesSpec), "  share: policy"]
+def _role(role: str) -> list[str]:
+    """A role by its default: a view, engines, or ranks."""
+    section, share = _section(role, RolesSpec), ROLES[role].may_share
+    if share is not None:
+        return [*section, f"  share: {share}"]
+    if ROLES[role].holds == "engine":
+        engine = ["workers: 1", *_section("engine", RolloutRoleSpec)]
+        options = _fields(EngineOptions, _first(EngineOptions))
+        return [*section, *_indent(engine), *_indent(options, 4)]
+    return [*section, *_indent(_fields(RoleSpec, {"workers": 1}, skip={"share"}))]
 
 
 def _header() -> str:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pipeline.rewards.functions import EXACT_MATCH
-
-if TYPE_CHECKING:
-    pass
-
+from pipeline.roles import ROLES
+from pipeline.stages.specs.registry import STAGE_TYPES
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 RESERVED_NAMES = frozenset(
-    {"base", "eval", "logs", "plots", "cache", "policy", "reference", "critic", "rollout", EXACT_MATCH}
-    | {"start", "initial_adapter"}
+    {"base", "eval", "logs", "plots", "cache", "start", "initial_adapter", EXACT_MATCH}
+    | (ROLES.keys() - STAGE_TYPES.keys())
 )
 """`base` names the model that a run starts from; the others are directories, roles and rules of a run, and
 adapters of its hosts that belong to no stage."""
@@ -27,7 +23,3 @@ MODULE_NAMES = frozenset(
 )
 """Parts of a parameter's path. PEFT looks for an adapter's name anywhere in that path: an adapter `1` would
 be saved with what the others have in layer 1, and they without it."""
-
-
-VIEWS = ("reference", "critic", "reward")
-"""Roles that can be views of the policy's host."""

@@ -10,6 +10,7 @@ from pipeline.artifacts.weights import Weights
 from pipeline.evaluation.pairs import Scorer
 from pipeline.execution.hosts import adapter_name, critic_name
 from pipeline.execution.stage_card import write_stage_card
+from pipeline.roles import CRITIC, POLICY, REFERENCE, REWARD
 from pipeline.stages.offline.reference import ReferenceFeed
 from pipeline.stages.offline.train import TrainContext
 from pipeline.stages.online.loop import RlContext
@@ -49,7 +50,7 @@ class Contexts:
         from actors.sync.weight_sync import WeightSync
 
         # The engines read the base while the ranks do.
-        rollout, wanted = self.fleet.rollout(), stage.spec.sync
+        rollout, wanted = self.fleet.engines(), stage.spec.sync
         loading = load_base(rollout, node.start.base)
         policy = self._policy(node)
         # A probe's first token has nothing before it to be predicted from.
@@ -66,7 +67,7 @@ class Contexts:
             reference=self._reference(node),
             critic=self._critic(node, node.critic) if node.critic is not None else None,
             reward_models={
-                source: self._view("reward", node, model, source) for source, model in node.rewards.items()
+                source: self._view(REWARD, node, model, source) for source, model in node.rewards.items()
             },
             rollout=pool,
             sync=sync,
@@ -90,8 +91,8 @@ class Contexts:
         }
 
     def _view(self, role: str, node: Node, weights: Weights, model: str) -> View:
-        """A role that doesn't train: the weights of `model`, on its own processes or on the policy's."""
-        host = self.fleet.ready_host(getattr(self.config.roles, role).share or role, node, weights)
+        """A role that doesn't train: the weights of `model`, on its own processes or on those that serve it."""
+        host = self.fleet.ready_host(self.config.roles.server_of(role), node, weights)
         return host.view(weights, adapter_name(model))
 
     def _reference(self, node: Node) -> View:
@@ -99,11 +100,11 @@ class Contexts:
         source = self.config.reference_of(node.name)
         assert node.reference is not None
         assert source is not None
-        return self._view("reference", node, node.reference, source)
+        return self._view(REFERENCE, node, node.reference, source)
 
     def _critic(self, node: Node, start: Weights) -> View:
         """An adapter of its own with a value head, from the weights that `critic_init` names."""
-        source = self._view("critic", node, start, self.config.critic_init_of(node.name) or node.init)
+        source = self._view(CRITIC, node, start, self.config.critic_init_of(node.name) or node.init)
         name = critic_name(node.name)
         critic = _start_adapter(source, name)
         critic.workers.add_head(name)
@@ -111,7 +112,7 @@ class Contexts:
 
     def _policy(self, node: Node) -> View:
         """A new adapter of this stage, equal to the weights that it starts from; without LoRA the base."""
-        host = self.fleet.ready_host("policy", node, node.start)
+        host = self.fleet.ready_host(POLICY, node, node.start)
         if self.config.model.lora is None:
             host.holds = node.identity.fingerprint
             return View(host.workers, None)
@@ -124,7 +125,7 @@ class Contexts:
 
     def pair_scorer(self, node: Node, made: Weights) -> Scorer:
         """Scores of pairs by the reward model that a stage has made, on the policy's ranks."""
-        host = self.fleet.ready_host("policy", node, made)
+        host = self.fleet.ready_host(POLICY, node, made)
         view = host.view(made, adapter_name(node.name))
         return lambda batch: view.scores(batch, phase="evaluate").result()[0]
 

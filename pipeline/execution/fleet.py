@@ -15,7 +15,8 @@ from actors.cluster.futures import GroupFuture, WorkerFuture
 from actors.cluster.spec import RoleSpec
 from actors.cluster.worker_group import WorkerGroup
 from actors.models.facts import BaseFacts, base_facts
-from actors.rollout.group import ROLLOUT, rollout_group
+from actors.rollout.group import ROLLOUT as ENGINE
+from actors.rollout.group import rollout_group
 from actors.rollout.spec import EngineSpec
 from actors.trainer.remote import HOST_MODULES, ModelWorkers, host_group
 from pipeline.artifacts.manifest import MANIFEST
@@ -23,7 +24,7 @@ from pipeline.artifacts.run_directory import RunDirectory
 from pipeline.artifacts.weights import Weights
 from pipeline.execution.hosts import Host, fits, host_spec
 from pipeline.execution.reference_feeds import make_feed
-from pipeline.roles import roles_of
+from pipeline.roles import POLICY, REFERENCE, ROLES, ROLLOUT, evaluation_roles, roles_of
 from pipeline.stages.offline.reference import ReferenceFeed
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ class Fleet:
         self._hosts: dict[str, Host] = {}
         self.feeds: dict[str, ReferenceFeed] = {}
         """Of DPO stages, by name."""
-        self._rollout_asked = False
-        self._rollout: GroupFuture[float] | None = None
+        self._engines: dict[str, GroupFuture[float] | None] = {}
+        """Roles whose engines' actors have been asked for; None: they are there."""
         self._ray = False
         self._starting: Future[None] | None = None
         self._facts: Future[WorkerFuture[BaseFacts]] | None = None
@@ -82,7 +83,7 @@ class Fleet:
         specs = self._specs(self._likely())
         self._imports_apart = self._why_apart(specs)
         if self._imports_apart is None:
-            env = actor_environment(specs["policy"].threads, one_node=True)
+            env = actor_environment(specs[POLICY].threads, one_node=True)
             self._fork_server = ForkServer(HOST_MODULES, env, self.directory.logs / "fork-server.log")
 
     def _why_apart(self, specs: Mapping[str, RoleSpec]) -> str | None:
@@ -91,7 +92,7 @@ class Fleet:
             return "they run on a cluster"
         if not self.config.ray.fast_start:
             return "ray.fast_start is false"
-        if "policy" not in specs:
+        if POLICY not in specs:
             return "none of them trains"
         if (
             len({spec.threads for spec in specs.values()}) > 1
@@ -111,7 +112,7 @@ class Fleet:
         check_cluster(self._specs(roles), num_cpus=self.config.ray.num_cpus)
         first = [name for name in roles if name in self._first(roles)]
         self._starting = self._thread.submit(self._start_ray, first)
-        if "policy" in first:
+        if POLICY in first:
             self._facts = self._thread.submit(self._ask_facts, self._starting)
 
     def base_facts(self) -> Callable[[], BaseFacts]:
@@ -123,7 +124,7 @@ class Fleet:
     def _ask_facts(self, starting: Future[None]) -> WorkerFuture[BaseFacts]:
         starting.result()  # What kept Ray from starting is the failure to tell.
         target = f"{base_facts.__module__}:{base_facts.__name__}"
-        return self._group("policy").submit_work(0, target, self.config.model, phase="start")
+        return self._group(POLICY).submit_work(0, target, self.config.model, phase="start")
 
     def start(self, graph: Graph) -> None:
         """The processes of the first stage; only Ray itself is waited for. The others: `start_others`.
@@ -146,10 +147,10 @@ class Fleet:
         self.startup["wait for ray"] = round(time.monotonic() - began, 2)
         if graph.pending:
             first = graph.pending[0]
-            for name in sorted(set(self._first(roles)) & {"policy", "reference"}, reverse=True):
+            for name in [name for name in (REFERENCE, POLICY) if name in self._first(roles)]:
                 self._host(name, first, first.start)
-            if first.spec.online:
-                self._build_rollout()
+            if ROLLOUT in roles_of(first.spec):
+                self._build_engines(ROLLOUT)
 
     def start_others(self) -> None:
         """The processes of later stages, once training runs: their imports run beside it."""
@@ -180,11 +181,11 @@ class Fleet:
             if spec.fast_start and self._imports_apart is not None:
                 self.ray_line += f"; processes make their own imports: {self._imports_apart}"
         # An engine has most to import: its process comes first.
-        for name in sorted(roles, key=lambda name: name != "rollout"):
+        for name in sorted(roles, key=lambda name: ROLES[name].holds != "engine"):
             self._group(name)
 
     def _specs(self, roles: list[str]) -> dict[str, RoleSpec]:
-        return {name: getattr(self.config.roles, name) for name in roles}
+        return {name: self.config.roles.of(name) for name in roles}
 
     def _likely(self) -> list[str]:
         """Roles that work on what has no finished result in the run directory."""
@@ -193,8 +194,8 @@ class Fleet:
         wanted = {role for stage in open_stages for role in roles_of(stage)}
         unfinished = any(not (path / "eval" / f"{m}.json").is_file() for m in self.config.eval_models())
         if unfinished or self.config.model.allow_untested:
-            wanted.add("rollout")
-        return self._own_processes(wanted)
+            wanted |= evaluation_roles()
+        return self.config.roles.with_processes(wanted)
 
     def _needed(self, graph: Graph) -> list[str]:
         cache = self.directory.path.parent / ".cache" / "reference"
@@ -203,38 +204,35 @@ class Fleet:
             for node in graph.pending
             if not node.prepared.online and node.reference is not None
         }
-        wanted = {role for node in graph.pending for role in roles_of(node.spec) - {"reference"}}
-        online = any(node.spec.online for node in graph.pending)
-        if online or not all(feed.cached for feed in self.feeds.values()):
-            wanted.add("reference")
+        kept = {name for name, feed in self.feeds.items() if feed.cached}
+        wanted: set[str] = set()
+        for node in graph.pending:
+            wanted |= roles_of(node.spec) - ({REFERENCE} if node.name in kept else set())
         if graph.evaluations_pending or (graph.untested and graph.pending):
-            wanted.add("rollout")
+            wanted |= evaluation_roles()
         if not all(pairs.done for pairs in graph.pair_evaluations):
-            wanted.add("policy")
-        return self._own_processes(wanted)
-
-    def _own_processes(self, wanted: set[str]) -> list[str]:
-        """Of these roles, those with processes of their own, in the order of the configuration."""
-        roles = self.config.roles
-        return [n for n in type(roles).model_fields if n in wanted and getattr(roles, n).share is None]
+            wanted.add(POLICY)
+        return self.config.roles.with_processes(wanted)
 
     def _group(self, name: str) -> WorkerGroup:
         if name not in self._groups:
-            role, limits, logs = getattr(self.config.roles, name), self.config.limits, self.directory.logs
-            rollout = name == "rollout"
-            group = rollout_group(role, limits, logs) if rollout else host_group(name, role, limits, logs)
+            role, limits, logs = self.config.roles.of(name), self.config.limits, self.directory.logs
+            engines = ROLES[name].holds == "engine"
+            group = (
+                rollout_group(role, limits, logs, name) if engines else host_group(name, role, limits, logs)
+            )
             self._groups[name] = group.start()
         return self._groups[name]
 
     def _host(self, name: str, node: Node, weights: Weights) -> Host:
         """The role's host with the base of `weights`, kept from the stage before where it fits."""
-        spec = host_spec(self.config, node, weights, getattr(self.config.roles, name))
+        role = self.config.roles.of(name)
+        spec = host_spec(self.config, node, weights, role)
         host = self._hosts.get(name)
         if host is not None and fits(host, spec, weights):
             return host
         workers = ModelWorkers(self._group(name))
-        gpu = getattr(self.config.roles, name).gpus > 0
-        building = workers.build(spec.model_copy(update={"device": "cuda" if gpu else "cpu"}))
+        building = workers.build(spec.model_copy(update={"device": "cuda" if role.gpus > 0 else "cpu"}))
         host = self._hosts[name] = Host(workers, spec, weights, building)
         return host
 
@@ -254,28 +252,27 @@ class Fleet:
         host.workers.set_batching(spec.packing, spec.max_tokens_per_micro_batch)
         return host
 
-    def rollout(self) -> WorkerGroup:
-        """The rollout engines, ready to load a model."""
+    def engines(self, role: str = ROLLOUT) -> WorkerGroup:
+        """The engines of a role, ready to load a model."""
         began = time.monotonic()
-        building = self._build_rollout()
+        building = self._build_engines(role)
         if building is not None:
             building.result()
-            self.startup.setdefault("wait for rollout", round(time.monotonic() - began, 2))
-            self._rollout = None
-        return self._group("rollout")
+            self.startup.setdefault(f"wait for {role}", round(time.monotonic() - began, 2))
+            self._engines[role] = None
+        return self._group(role)
 
-    def _build_rollout(self) -> GroupFuture[float] | None:
-        """Let the engines' actors be made, unless they were; None when that is done."""
-        if not self._rollout_asked:
-            self._rollout_asked = True
-            self._rollout = self._group("rollout").build(ROLLOUT, self.engine_spec())
-        return self._rollout
+    def _build_engines(self, role: str) -> GroupFuture[float] | None:
+        """Let the actors of a role's engines be made, unless they were; None when that is done."""
+        if role not in self._engines:
+            self._engines[role] = self._group(role).build(ENGINE, self.engine_spec(role))
+        return self._engines[role]
 
-    def engine_spec(self) -> EngineSpec:
-        """Settings of every rollout engine."""
+    def engine_spec(self, role: str = ROLLOUT) -> EngineSpec:
+        """Settings of every engine of a role."""
         return EngineSpec(
             dtype=self.config.model.dtype,
             trust_remote_code=self.config.model.trust_remote_code,
             enable_return_routed_experts=self.config.model.moe.router_replay == "rollout",
-            **self.config.roles.rollout.engine.model_dump(),
+            **self.config.roles.engine_of(role).model_dump(),
         )

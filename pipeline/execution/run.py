@@ -104,7 +104,7 @@ class Run:
             if fleet.ray_line is not None:
                 self.progress.note(fleet.ray_line)
             if graph.untested and graph.pending:
-                check_parity(self.config.model, fleet.rollout(), fleet.engine_spec(), self.progress.note)
+                check_parity(self.config.model, fleet.engines(), fleet.engine_spec(), self.progress.note)
             self.stop.arm()
             if graph.template_date is not None:
                 self.progress.note(date_notice(graph.template_date))
@@ -215,7 +215,7 @@ class Run:
                     graph.weights[name],
                     graph.held_out,
                     self.config.eval,
-                    fleet.rollout(),
+                    fleet.engines(),
                     graph.tokenizer,
                     self.directory.path / "eval",
                     self.config.seed,

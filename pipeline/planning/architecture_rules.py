@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from actors.models.architectures.lookup import ARCHITECTURES, replay_problem
 from actors.models.architectures.tensor_parallel_sizes import why_not_split
 from actors.models.architectures.vllm_table import VllmRow, vllm_row
+from pipeline.roles import MODEL_ROLES, ROLES
 
 if TYPE_CHECKING:
     from actors.models.architectures.row import Architecture
@@ -73,7 +74,7 @@ def _stage_problems(config: RunConfig, row: Architecture | None, model_type: str
 def _sharding_problems(
     config: RunConfig, row: Architecture | None, model_type: str, n_experts: int | None
 ) -> list[str]:
-    asked = {name: getattr(config.roles, name).sharding for name in type(config.roles).model_fields}
+    asked = {name: config.roles.of(name).sharding for name in ROLES}
     by_layer = row is None or row.shards_by_layer
     problems = [
         f"roles.{name}.sharding: {sharding}, but transformers has no plan that splits a {model_type} "
@@ -81,13 +82,13 @@ def _sharding_problems(
         for name, sharding in asked.items()
         if sharding not in ("none", "experts") and not by_layer
     ]
-    roles = [name for name, sharding in asked.items() if sharding == "experts" and name != "rollout"]
+    roles = [name for name in MODEL_ROLES if asked[name] == "experts"]
     return problems + [
         f"roles.{name}.sharding: experts, but {reason}"
         for name in roles
         for reason in [
             *_why_not_by_experts(config, row, model_type),
-            *_uneven(n_experts, getattr(config.roles, name).workers),
+            *_uneven(n_experts, config.roles.of(name).workers),
         ]
     ]
 
@@ -96,9 +97,9 @@ def _tensor_parallel_problems(
     config: RunConfig, row: Architecture | None, model_type: str, sizes: Mapping[str, int] | None
 ) -> Iterator[str]:
     moe, lora = config.model.moe, config.model.lora
-    for name in type(config.roles).model_fields:
-        ranks = getattr(config.roles, name).tensor_parallel_size
-        if ranks == 1 or name == "rollout":
+    for name in MODEL_ROLES:
+        ranks = config.roles.of(name).tensor_parallel_size
+        if ranks == 1:
             continue
         key = f"roles.{name}.tensor_parallel_size: {ranks}, but "
         for reason in [] if sizes is None else why_not_split(model_type, sizes, ranks):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from actors.cluster.spec import RoleSpec
+from pipeline.roles import ROLES, evaluation_roles, roles_of
 
 if TYPE_CHECKING:
     from actors.models.lora.targets import Targets
@@ -16,12 +17,10 @@ if TYPE_CHECKING:
 
 def working_roles(config: RunConfig) -> list[str]:
     """Roles that some stage or the evaluation uses, in the order of the configuration."""
-    from pipeline.roles import roles_of
-
     works = {role for stage in config.stages.values() for role in roles_of(stage)}
     if config.eval is not None:
-        works.add("rollout")
-    return [name for name in type(config.roles).model_fields if name in works]
+        works |= evaluation_roles()
+    return [name for name in ROLES if name in works]
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Plan:
 
 def role_plans(config: RunConfig) -> dict[str, RolePlan]:
     """What each role asks for that works."""
-    return {name: RolePlan.of(getattr(config.roles, name)) for name in working_roles(config)}
+    return {name: RolePlan.of(config.roles.of(name)) for name in working_roles(config)}
 
 
 def _sum(roles: Iterable[RolePlan]) -> dict[str, float]:

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 
 from actors.rollout.spec import DEFAULT_POSITIONS
-from pipeline.config.names import MODULE_NAMES, NAME_PATTERN, RESERVED_NAMES, VIEWS
+from pipeline.config.names import MODULE_NAMES, NAME_PATTERN, RESERVED_NAMES
 from pipeline.config.problem import Problem
 from pipeline.config.rules.stage import stage_problems
 from pipeline.config.run_config import RunConfig
 from pipeline.rewards.functions import EXACT_MATCH, FUNCTION
+from pipeline.roles import ENGINE_ROLES, MODEL_ROLES, POLICY, REFERENCE, ROLES, VIEWS
 from pipeline.stages.specs.registry import OnlineStage
 
 
@@ -49,15 +50,17 @@ def _model_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def _role_problems(config: RunConfig) -> Iterator[Problem]:
-    for role in ("policy", "rollout"):
-        if getattr(config.roles, role).share is not None:
-            yield Problem(f"roles.{role}.share", f"only {', '.join(VIEWS)} can be views of another role")
-    for role in VIEWS:
-        share = getattr(config.roles, role).share
-        if share is not None and share != "policy":
-            yield Problem(f"roles.{role}.share", f"'{share}' holds no base to share; write `share: policy`")
-    share = config.roles.reference.share
-    if share == "policy" and config.model.lora is None:
+    for name, role in ROLES.items():
+        share = config.roles.of(name).share
+        if share is None or share == role.may_share:
+            continue
+        if role.may_share is None:
+            yield Problem(f"roles.{name}.share", f"only {', '.join(VIEWS)} can be views of another role")
+        else:
+            yield Problem(
+                f"roles.{name}.share", f"'{share}' holds no base to share; write `share: {role.may_share}`"
+            )
+    if config.roles.server_of(REFERENCE) == POLICY and config.model.lora is None:
         yield Problem(
             "roles.reference.share",
             "full fine-tuning (model.lora: null) moves the policy's base, so the reference can't be a view "
@@ -69,14 +72,16 @@ def _role_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def _sharding_problems(config: RunConfig) -> Iterator[Problem]:
-    if config.roles.rollout.sharding != "none":
-        yield Problem(
-            "roles.rollout.sharding",
-            f"'{config.roles.rollout.sharding}' is for the ranks of a host; an engine splits its weights "
-            "over GPUs by roles.rollout.engine.tensor_parallel_size",
-        )
-    for role in ("policy", *VIEWS):
-        spec = getattr(config.roles, role)
+    for role in ENGINE_ROLES:
+        sharding = config.roles.of(role).sharding
+        if sharding != "none":
+            yield Problem(
+                f"roles.{role}.sharding",
+                f"'{sharding}' is for the ranks of a host; an engine splits its weights over GPUs by "
+                f"roles.{role}.engine.tensor_parallel_size",
+            )
+    for role in MODEL_ROLES:
+        spec = config.roles.of(role)
         if spec.sharding != "none" and spec.workers == 1:
             yield Problem(
                 f"roles.{role}.sharding",
@@ -92,16 +97,16 @@ def _sharding_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def _tensor_parallel_problems(config: RunConfig) -> Iterator[Problem]:
-    for role in ("policy", "rollout", *VIEWS):
-        spec = getattr(config.roles, role)
+    for role in ROLES:
+        spec = config.roles.of(role)
         ranks, key = spec.tensor_parallel_size, f"roles.{role}.tensor_parallel_size"
         if ranks == 1:
             continue
-        if role == "rollout":
+        if role in ENGINE_ROLES:
             yield Problem(
                 key,
                 f"{ranks} is for the ranks of a host; an engine splits its weights over GPUs by "
-                "roles.rollout.engine.tensor_parallel_size",
+                f"roles.{role}.engine.tensor_parallel_size",
             )
             continue
         if spec.workers % ranks:
@@ -119,13 +124,13 @@ def _tensor_parallel_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def _engine_problems(config: RunConfig) -> Iterator[Problem]:
-    rollout = config.roles.rollout
-    parallel = rollout.engine.tensor_parallel_size
-    if parallel > 1 and rollout.gpus != parallel:
-        yield Problem(
-            "roles.rollout.engine.tensor_parallel_size",
-            f"an engine on {parallel} GPUs, but roles.rollout.gpus is {rollout.gpus:g}; set it to {parallel}",
-        )
+    for role in ENGINE_ROLES:
+        parallel, gpus = config.roles.engine_of(role).tensor_parallel_size, config.roles.of(role).gpus
+        if parallel > 1 and gpus != parallel:
+            yield Problem(
+                f"roles.{role}.engine.tensor_parallel_size",
+                f"an engine on {parallel} GPUs, but roles.{role}.gpus is {gpus:g}; set it to {parallel}",
+            )
 
 
 def _stage_graph_problems(config: RunConfig) -> Iterator[Problem]:
