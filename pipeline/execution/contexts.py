@@ -91,7 +91,7 @@ class Contexts:
         }
 
     def _view(self, role: str, node: Node, weights: Weights, model: str) -> View:
-        """A role that doesn't train: the weights of `model`, on its own processes or on those that serve it."""
+        """A role that doesn't train: the weights of `model`, on the processes that serve the role."""
         host = self.fleet.ready_host(self.config.roles.server_of(role), node, weights)
         return host.view(weights, adapter_name(model))
 
