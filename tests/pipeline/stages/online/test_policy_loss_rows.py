@@ -79,10 +79,10 @@ def test_a_row_that_was_added_trains_the_policy(tiny_base: Path, tmp_path: Path)
     """Its loss at ratio 1 is minus the mean advantage of tokens; a step along its gradient lowers it."""
     spec = stage_of(tmp_path, loss_type="unclipped", num_iterations=2, learning_rate=1e-2)
     host, batch = policy_host(tiny_base), sampled()
-    found = estimated(spec, batch, host.token_logprobs(batch, "policy", spec.temperature))
+    found = estimated(spec, batch, host.scores.token_logprobs(batch, "policy", spec.temperature))
     loss = objective_of(spec).loss(0.0)
-    host.prepare_training("policy", spec.optim_spec(), 2)
-    first, second = (host.update(found.batch, loss, step, "policy") for step in (0, 1))
+    host.updates.prepare_training("policy", spec.optim_spec(), 2)
+    first, second = (host.updates.update(found.batch, loss, step, "policy") for step in (0, 1))
     mean_advantage = float(found.batch.token_columns["advantages"].mean())
     assert abs(mean_advantage) > 0.1
     assert first["loss"] == pytest.approx(-mean_advantage, abs=1e-5)
