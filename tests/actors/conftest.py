@@ -1,8 +1,7 @@
-"""One local Ray cluster with two CPUs for all tests of actors, and what tests of engines start from."""
+"""Processes and engines that tests of actors share."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,22 +12,6 @@ if TYPE_CHECKING:
     import torch
 
     from actors.cluster.worker_group import WorkerGroup
-
-
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """A real cluster; its workers can import `duties`, beside this file."""
-    from actors.cluster.connection import start_ray, stop_ray
-
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), before]))
-    start_ray(num_cpus=2)
-    yield
-    stop_ray()
-    if before is None:
-        os.environ.pop("PYTHONPATH")
-    else:
-        os.environ["PYTHONPATH"] = before
 
 
 @pytest.fixture(scope="module")
