@@ -115,10 +115,10 @@ def check_mismatch(metrics: Mapping[str, float], tolerance: float, beyond_2x: fl
 
 
 def staleness(versions: np.ndarray, step: int, allowed: int) -> np.ndarray:
-    """Age of every token: how many versions the policy of `step` is ahead of what drew it.
+    """Age of every token: how many versions the policy of `step` is ahead of the weights it came from.
 
     Args:
-        versions: int (T,), of the weights that drew each token.
+        versions: int (T,), of the weights that each token was sampled from.
         allowed: largest age.
 
     Returns:

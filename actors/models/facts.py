@@ -1,7 +1,8 @@
-"""Facts of a base that a run needs before it decides anything, as plain data.
+"""The driver's view of models: the tables of architectures, and facts of a base, as plain data.
 
-They take torch and transformers to find, but not the weights. So a worker that has imported these finds them
-for the driver (`Worker.work`), which then needs neither.
+Facts take torch and transformers to find, but not the weights. So a worker that has imported these finds them
+for the driver (`Worker.work`), which then needs neither. The tables are plain data; whoever plans or reports
+takes them from here.
 """
 
 from __future__ import annotations
@@ -10,12 +11,35 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from actors.errors import UserError
-from actors.models.architectures.lookup import ARCHITECTURES
-from actors.models.architectures.tensor_parallel_sizes import split_sizes
+from actors.models.architectures.lookup import ARCHITECTURES, REFUSED, replay_problem
+from actors.models.architectures.row import Architecture
+from actors.models.architectures.table import ROWS
+from actors.models.architectures.tensor_parallel_sizes import split_sizes, why_not_split
+from actors.models.architectures.vllm_table import VLLM_ROWS, VllmRow, vllm_row
+from actors.models.lora.heads import HEAD_FILE, has_sequence_classifier
 from actors.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+__all__ = [
+    "ARCHITECTURES",
+    "HEAD_FILE",
+    "REFUSED",
+    "ROWS",
+    "VLLM_ROWS",
+    "Architecture",
+    "BaseFacts",
+    "VllmRow",
+    "base_facts",
+    "has_sequence_classifier",
+    "max_positions",
+    "n_experts",
+    "replay_problem",
+    "split_sizes",
+    "vllm_row",
+    "why_not_split",
+]
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def ready_configs() -> Path | None:
 
 
 def _instead(path: Path) -> str:
-    """What could have been meant by a file that is not there."""
+    """Hints on what was meant by a file that is not there."""
     near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
     if near:
         return f"; {path.parent}/ has: {', '.join(near[:8])}"

@@ -24,7 +24,7 @@ from pipeline.artifacts.run_directory import RunDirectory
 from pipeline.artifacts.weights import Weights
 from pipeline.execution.hosts import Host, fits, host_spec
 from pipeline.execution.reference_feeds import make_feed
-from pipeline.roles import POLICY, REFERENCE, ROLES, ROLLOUT, evaluation_roles, roles_of
+from pipeline.roles import ENGINE_ROLES, POLICY, REFERENCE, ROLES, ROLLOUT, evaluation_roles, roles_of
 from pipeline.stages.offline.reference import ReferenceFeed
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Fleet:
         self._later: list[str] = []
         self._fork_server: ForkServer | None = None
         self.ray_line: str | None = None
-        """How Ray was started or connected to, one line; None before it was."""
+        """Line on the way in which Ray was started or connected to; None before it was."""
         self._imports_apart: str | None = None
         """Why each process makes its own imports; None: the fork server makes them for all."""
         # Lives as long as the fleet: Linux ties a local cluster's end to the thread that started it.
@@ -149,8 +149,8 @@ class Fleet:
             first = graph.pending[0]
             for name in [name for name in (REFERENCE, POLICY) if name in self._first(roles)]:
                 self._host(name, first, first.start)
-            if ROLLOUT in roles_of(first.spec):
-                self._build_engines(ROLLOUT)
+            for name in roles_of(first.spec) & set(ENGINE_ROLES):
+                self._build_engines(name)
 
     def start_others(self) -> None:
         """The processes of later stages, once training runs: their imports run beside it."""

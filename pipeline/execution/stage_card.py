@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def write_stage_card(config: RunConfig, node: Node, directory: Path, metrics: dict[str, Any]) -> None:
     """README.md of a stage's artifact."""
-    from actors.models.lora.heads import HEAD_FILE
+    from actors.models.facts import HEAD_FILE
     from pipeline.artifacts.manifest import versions
     from pipeline.report import CardFacts, write_card
 

@@ -43,5 +43,5 @@ class StopRequests:
         self._signalled = True
 
     def asked(self) -> bool:
-        """Whether the run should save and stop at the next step."""
+        """The run should save and stop at the next step."""
         return self._signalled or self._file.exists()

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from actors.models.architectures.lookup import ARCHITECTURES, replay_problem
-from actors.models.architectures.tensor_parallel_sizes import why_not_split
-from actors.models.architectures.vllm_table import VllmRow, vllm_row
+from actors.models.facts import ARCHITECTURES, VllmRow, replay_problem, vllm_row, why_not_split
 from pipeline.roles import MODEL_ROLES, ROLES
 
 if TYPE_CHECKING:
-    from actors.models.architectures.row import Architecture
+    from actors.models.facts import Architecture
     from pipeline.config.run_config import RunConfig
 
 PAGE = "docs/architectures.md"

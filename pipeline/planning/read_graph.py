@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.errors import UserError
-from actors.models.architectures.lookup import ARCHITECTURES
+from actors.models.facts import ARCHITECTURES
 from actors.models.turn_ends import turn_ends, vocab_size
 from pipeline.artifacts.manifest import model_fingerprint
 from pipeline.artifacts.run_directory import RunDirectory

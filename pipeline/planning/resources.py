@@ -25,14 +25,14 @@ def working_roles(config: RunConfig) -> list[str]:
 
 @dataclass(frozen=True)
 class RolePlan:
-    """What one role asks for."""
+    """Processes and resources of one role."""
 
     processes: int
     """Of its own; 0 where it shares another role's."""
     shares: str | None
     """Role whose processes it works on."""
     layout: str
-    """How its processes lie on nodes, and what they share of one model."""
+    """Placement of its processes on nodes, and what they share of one model."""
     resources: dict[str, float]
     """Ray's names (CPU, GPU, custom ones) -> what its processes reserve together."""
 
@@ -47,7 +47,7 @@ class RolePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run asks of the cluster."""
+    """Processes and resources of a run on its cluster."""
 
     roles: dict[str, RolePlan]
     """Those that some stage or the evaluation uses, in the order of the configuration."""
@@ -70,7 +70,7 @@ class Plan:
 
 
 def role_plans(config: RunConfig) -> dict[str, RolePlan]:
-    """What each role asks for that works."""
+    """Processes and resources of each role that works."""
     return {name: RolePlan.of(config.roles.of(name)) for name in working_roles(config)}
 
 
@@ -136,7 +136,7 @@ def _step(stage: AnyStage) -> str:
     )
     rounds, ahead = stage.max_resampling_rounds, stage.staleness
     again = f" (up to {_count(rounds, 'further round')} for prompts of equal rewards)" if rounds else ""
-    older = f"; samples are drawn up to {_count(ahead, 'step')} ahead" if ahead else ""
+    older = f"; samples are generated up to {_count(ahead, 'step')} ahead" if ahead else ""
     return (
         f"a step samples {_count(stage.prompts_per_step, 'prompt')} x {stage.num_generations}{again}, up to "
         f"{stage.max_completion_length} new tokens, scores them by {rewards}, takes "

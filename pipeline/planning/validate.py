@@ -98,9 +98,8 @@ def find(config: RunConfig) -> Findings:
 
 def _look_at_model(config: RunConfig, findings: Findings) -> Any:
     """Base and targets into the findings; the tokenizer, or None."""
-    from actors.models.architectures.tensor_parallel_sizes import split_sizes
     from actors.models.base.loading import load_tokenizer, resolve_base
-    from actors.models.facts import n_experts
+    from actors.models.facts import n_experts, split_sizes
     from actors.models.lora.targets import resolve_targets
     from actors.models.turn_ends import turn_ends
     from pipeline.data.tokens.template_date import date_notice, keep_date

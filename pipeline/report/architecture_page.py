@@ -7,11 +7,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from actors.models.architectures.lookup import REFUSED, replay_problem
-from actors.models.architectures.row import Architecture
-from actors.models.architectures.table import ROWS
-from actors.models.architectures.vllm_table import VLLM_ROWS, VllmRow
-from actors.models.lora.heads import has_sequence_classifier
+from actors.models.facts import (
+    REFUSED,
+    ROWS,
+    VLLM_ROWS,
+    Architecture,
+    VllmRow,
+    has_sequence_classifier,
+    replay_problem,
+)
 from actors.rollout.vllm.workarounds.registry import WORKAROUNDS
 
 PAGE = Path("docs/architectures.md")

@@ -25,7 +25,7 @@ def put(batch: Batch) -> SharedBatch:
 
 
 class Scorer(Protocol):
-    """What scores samples, whoever serves it: a reward model on ranks is a `View`."""
+    """Scores of samples, whoever serves them: a reward model on ranks is a `View`."""
 
     @property
     def host(self) -> str:

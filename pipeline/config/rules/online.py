@@ -80,7 +80,7 @@ def staleness_problems(stage: OnlineStage) -> Iterator[Problem]:
     if stage.sync.in_flight == "keep" and not stage.staleness:
         yield Problem(
             "sync.in_flight",
-            "keep: with staleness 0 nothing is being drawn when new weights come; set staleness to 1 or "
+            "keep: with staleness 0 nothing is being sampled when new weights come; set staleness to 1 or "
             "more, or leave in_flight out",
         )
     if stage.learns_from == "advantages":

@@ -100,9 +100,9 @@ def sampler_of(stage: PreparedRl, rollout: RolloutPool, rewards: RewardComputer,
 
 
 def substitutes(n_rows: int, used: set[int], wanted: int, seed: tuple[int, int, int]) -> np.ndarray:
-    """int64: up to `wanted` rows that the step has not drawn yet, in an order that follows from the seed.
+    """int64: up to `wanted` rows that the step has not used yet, in an order that follows from the seed.
 
-    Fewer where the data have no more of them: none when every row was drawn.
+    Fewer where the data have no more of them: none when every row was used.
     """
     free = np.setdiff1d(np.arange(n_rows), np.fromiter(used, np.int64, len(used)))
     return np.random.default_rng(seed).permutation(free)[:wanted]

@@ -149,7 +149,7 @@ class Prefetcher:
     def _awake(self) -> None:
         if self._thread is None or self.together:
             # A daemon: a run that fails doesn't wait for samples that nobody needs.
-            self._thread = threading.Thread(target=self._work, daemon=True, name="draw-ahead")
+            self._thread = threading.Thread(target=self._work, daemon=True, name="prefetch")
             self._thread.start()
 
     def _work(self) -> None:
