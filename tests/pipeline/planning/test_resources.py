@@ -105,7 +105,7 @@ def test_the_plan_says_what_is_drawn_again_and_ahead_and_what_ranks_share() -> N
     roles = {"policy": {"workers": 2, "sharding": "base"}}
     text = cluster_plan(config(online(max_resampling_rounds=2, staleness=1), roles=roles))
     assert "4 prompts x 8 (up to 2 further rounds for prompts of equal rewards), up to" in text
-    assert "syncs the engines; samples are drawn up to 1 step ahead" in text
+    assert "syncs the engines; samples are generated up to 1 step ahead" in text
     assert "policy: 2 x process, 0.5 CPU (pack, sharding base)" in text
 
 
