@@ -257,12 +257,10 @@ def test_rooms_import_only_what_the_table_allows(repository: Path) -> None:
     assert breaches(repository) == []
 
 
-@pytest.mark.xfail(strict=False)
 def test_no_modules_import_in_a_circle(repository: Path) -> None:
     assert circle(repository) == []
 
 
-@pytest.mark.xfail(strict=False)
 def test_no_two_classes_of_a_package_share_a_name(repository: Path) -> None:
     assert defined_twice(repository) == {}
 

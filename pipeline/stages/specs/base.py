@@ -7,7 +7,7 @@ here, overridden by the kinds that differ. Nobody asks for the class of a spec.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,9 +15,7 @@ from actors.spec import Spec
 from actors.trainer.spec import OptimSpec
 from pipeline.data.reading.layouts import Kind
 from pipeline.data.spec import DataSources
-
-if TYPE_CHECKING:
-    from pipeline.stages.specs.online import CriticSettings
+from pipeline.stages.specs.critic import CriticSettings
 
 
 class ReferenceSettings(Spec):

@@ -19,18 +19,16 @@ from actors.algorithms import (
     PolicySettings,
     ReinforceSettings,
     SamplingTemperature,
-    ValueLoss,
-    ValueSettings,
     Whitening,
     WhitenSettings,
 )
 from actors.batches.generations import SamplingSpec
 from actors.sync.spec import SyncSpec
-from actors.trainer.spec import OptimSpec
 from pipeline.data.reading.layouts import Kind
 from pipeline.data.spec import as_sources
 from pipeline.rewards.functions import RewardSpec
 from pipeline.stages.specs.base import ReferenceSettings, StageSpec
+from pipeline.stages.specs.critic import CriticSettings
 
 Rewards = Annotated[
     list[RewardSpec],
@@ -157,26 +155,6 @@ class PolicyGradientStage(WhitenSettings, CorrectionSettings, PolicySettings, Rl
     def clips_to_engine(self) -> bool:
         """The clipped ratio is to the engines' own log-probabilities, and not to the step's first policy."""
         return self.staleness > 0 and not self.corrected
-
-
-class CriticSettings(ValueSettings):
-    """The critic's own settings: its loss, where it starts, how fast it learns."""
-
-    critic_init: str | None = None
-    """Start of the critic: null: the weights that the policy starts from, with a head of zeros; or a
-    reward stage, with its head."""
-    critic_learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Peak learning rate of the critic; null: the policy's."""
-    critic_warmup_steps: int = Field(default=0, ge=0)
-    """Steps at the start in which only the critic learns."""
-
-    def value_loss(self) -> ValueLoss:
-        """The loss of the critic's values."""
-        return ValueLoss.from_settings(self)
-
-    def critic_optim_spec(self, policy: OptimSpec) -> OptimSpec:
-        """The critic's optimizer: the policy's settings with its own learning rate."""
-        return policy.model_copy(update={"learning_rate": self.critic_learning_rate or policy.learning_rate})
 
 
 class PpoStage(CriticSettings, GaeSettings, PolicyGradientStage):

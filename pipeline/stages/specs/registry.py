@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from pipeline.stages.specs.base import StageSpec
+from pipeline.stages.specs.critic import CriticSettings
 from pipeline.stages.specs.offline import (
     DpoStage,
     KtoStage,
@@ -17,7 +18,6 @@ from pipeline.stages.specs.offline import (
     SftStage,
 )
 from pipeline.stages.specs.online import (
-    CriticSettings,
     GrpoStage,
     OnlineDpoStage,
     PolicyGradientStage,

@@ -9,6 +9,7 @@ import pytest
 from pipeline.config.load import validate
 from pipeline.config.run_config import RunConfig
 from pipeline.config.yaml_reader import apply_overrides
+from pipeline.stages.specs.registry import STAGE_TYPES
 
 BASE: dict[str, Any] = {"name": "a", "model": {"base": "b"}}
 WHOLE: dict[str, Any] = {
@@ -83,7 +84,7 @@ def test_the_losses_and_advantages_take_their_options_from_the_stage_under_the_s
     from actors.algorithms.advantages import ADVANTAGES, AdvantageSpec
     from actors.algorithms.policy import PolicyLoss
     from actors.algorithms.value import ValueLoss
-    from pipeline.stages.specs.registry import STAGE_TYPES, PolicyGradientStage, PpoStage
+    from pipeline.stages.specs.registry import PolicyGradientStage, PpoStage
 
     stages = [stage for stage in STAGE_TYPES.values() if issubclass(stage, PolicyGradientStage)]
     found_by_the_loop = {"on_policy", "mismatch_limits"}
@@ -317,3 +318,20 @@ def test_online_dpo_has_the_keys_of_dpo_and_none_of_a_policy_gradient() -> None:
         "label_smoothing",
         "num_generations",
     }
+
+
+@pytest.mark.parametrize("kind", STAGE_TYPES)
+def test_a_stage_changes_defaults_of_its_losses_settings_and_neither_types_nor_bounds(kind: str) -> None:
+    """A setting of a loss or an advantage has one declaration; a stage may only start from another value."""
+    stage = STAGE_TYPES[kind]
+    declared = {
+        name: field
+        for settings in stage.__mro__
+        if settings.__module__.startswith("actors.algorithms")
+        for name, field in settings.model_fields.items()
+    }
+    assert declared or kind == "sft"
+    for name, field in declared.items():
+        own = stage.model_fields[name]
+        assert own.annotation == field.annotation, name
+        assert str(own.metadata) == str(field.metadata), name
