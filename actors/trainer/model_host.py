@@ -11,7 +11,6 @@ from __future__ import annotations
 import resource
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +20,7 @@ from actors.models.base.loading import resolve_base
 from actors.models.lora import adapters
 from actors.models.lora.heads import HeadInit, make_head
 from actors.models.parallel.fsdp import shard_with_layers
+from actors.models.spec import LoraSpec
 from actors.trainer.host_state import START_ADAPTER, HostState
 from actors.trainer.process_groups import Ranks
 from actors.trainer.saving import Saving
@@ -85,7 +85,7 @@ class ModelHost:
         heads = {f"head of {role}": head for role, head in self.state.heads.items()}
         return adapters.frozen_digest(nn.ModuleDict({"model": self.state.model, **heads}))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Facts for logs and reports."""
         state = self.state
         trained = [p for training in self.updates.trainings.values() for p in training.parameters.values()]
@@ -128,13 +128,12 @@ class ModelHost:
         if path is None and START_ADAPTER in adapters.adapter_names(state.model):
             self.copy_adapter(START_ADAPTER, name, trainable)
             return
-        lora = state.spec.model.lora
-        if path is None and lora is None:
+        source = path if path is not None else state.spec.model.lora
+        if source is None:
             raise UserError(f"model.lora is null, so there is no adapter '{name}' to make")
         if state.model is state.base:
-            self._wrap(name, path, trainable)
+            self._wrap(name, source, trainable)
         else:
-            source: Any = path if path is not None else lora
             adapters.add_adapter(state.model, name, source, trainable=trainable, seed=state.spec.seed)
         if state.sharded and state.spec.sharding == "full":
             shard_with_layers(state.base, adapters.adapter_parameters(state.model, name))
@@ -144,15 +143,16 @@ class ModelHost:
         state.find_dropouts()
         state.set_mode(train=False)
 
-    def _wrap(self, name: str, path: str | Path | None, trainable: bool) -> None:
+    def _wrap(self, name: str, source: LoraSpec | str | Path, trainable: bool) -> None:
         """Put PEFT around the base, with a first adapter; PEFT freezes the base."""
         state, lora = self.state, self.state.spec.model.lora
-        if path is None:
-            assert lora is not None
-            state.model = adapters.attach_lora(state.base, lora, name, state.spec.seed)
+        if isinstance(source, LoraSpec):
+            state.model = adapters.attach_lora(state.base, source, name, state.spec.seed)
         else:
             impl = lora.expert_impl if lora is not None else "auto"
-            state.model = adapters.attach_saved(state.base, path, name, trainable=trainable, expert_impl=impl)
+            state.model = adapters.attach_saved(
+                state.base, source, name, trainable=trainable, expert_impl=impl
+            )
         if state.spec.model.gradient_checkpointing:
             adapters.enable_gradient_checkpointing(state.model)
 

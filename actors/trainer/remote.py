@@ -59,8 +59,7 @@ class ModelWorkers:
         self.group.call("set_batching", packing, max_tokens_per_micro_batch)
 
     def frozen_digest(self) -> str:
-        digest: str = self.group.call("frozen_digest")[0]
-        return digest
+        return self.group.call("frozen_digest")[0]
 
     # --- Adapters -------------------------------------------------------------------------------
 
@@ -78,10 +77,7 @@ class ModelWorkers:
     def prepare_training(
         self, role: str | None, spec: OptimSpec, total_steps: int, keep: bool = False
     ) -> dict[str, int]:
-        sizes: dict[str, int] = self.group.call(
-            "updates.prepare_training", role, spec, total_steps, keep, phase="load"
-        )[0]
-        return sizes
+        return self.group.call("updates.prepare_training", role, spec, total_steps, keep, phase="load")[0]
 
     def update(
         self, batch: SharedBatch, loss: Loss, step: int, role: str | None = None
@@ -89,14 +85,10 @@ class ModelWorkers:
         return self.group.submit("updates.update", batch, loss, step, role, phase="update")
 
     def evaluate(self, batch: SharedBatch, loss: Loss, role: str | None) -> dict[str, float]:
-        metrics: dict[str, float] = self.group.call("updates.evaluate", batch, loss, role, phase="evaluate")[
-            0
-        ]
-        return metrics
+        return self.group.call("updates.evaluate", batch, loss, role, phase="evaluate")[0]
 
     def router_load(self, role: str | None = None) -> np.ndarray | None:
-        load: np.ndarray | None = self.group.call_rank(0, "updates.router_load", role)
-        return load
+        return self.group.call_rank(0, "updates.router_load", role)
 
     # --- Scores ---------------------------------------------------------------------------------
 
@@ -119,8 +111,7 @@ class ModelWorkers:
         return self.group.submit("scores.scores", batch, role, phase=phase)
 
     def route_agreement(self) -> np.ndarray | None:
-        agreement: np.ndarray | None = self.group.call_rank(0, "scores.route_agreement")
-        return agreement
+        return self.group.call_rank(0, "scores.route_agreement")
 
     # --- Saving ---------------------------------------------------------------------------------
 
@@ -134,5 +125,4 @@ class ModelWorkers:
         self.group.call("saving.save_checkpoint", directory, role, phase="save")
 
     def load_checkpoint(self, directory: str | Path, role: str | None = None) -> int:
-        steps: int = self.group.call("saving.load_checkpoint", directory, role, phase="restore")[0]
-        return steps
+        return self.group.call("saving.load_checkpoint", directory, role, phase="restore")[0]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -123,7 +122,7 @@ class TokenScorer:
         # The last token of a prompt that sequences share predicts a token of each.
         return only(self.last_experts, torch.from_numpy(np.unique(places)).to(self.model.device))
 
-    def _inputs(self, micro: MicroBatch) -> dict[str, Any]:
+    def _inputs(self, micro: MicroBatch) -> dict[str, object]:
         device = self.model.device
         if self.replay is not None:
             self.replay.force(micro.experts)
@@ -137,7 +136,7 @@ class TokenScorer:
             **_attention(micro, device),
         }
 
-    def _keep_predictors(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _keep_predictors(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """(B, L, H) -> (1, T, H), while a micro-batch is being scored."""
         if self._predictors is None:
             return None
@@ -151,7 +150,7 @@ def _logits_are_heads(model: PreTrainedModel, head: nn.Module) -> bool:
     """True if the model hands out its head's product as it is; tried on one token."""
     if type(head) is not nn.Linear or head.bias is not None:
         return False
-    made: list[Any] = []
+    made: list[Tensor] = []
     hook = head.register_forward_hook(lambda module, args, output: made.append(output))
     try:
         with torch.no_grad():
@@ -162,7 +161,7 @@ def _logits_are_heads(model: PreTrainedModel, head: nn.Module) -> bool:
     return len(made) == 1 and output.logits is made[0]
 
 
-def _attention(micro: MicroBatch, device: torch.device) -> dict[str, Any]:
+def _attention(micro: MicroBatch, device: torch.device) -> dict[str, object]:
     """Arguments of the model's forward about attention, where it does not follow from the position ids."""
     plan = micro.attention
     if plan is None:
