@@ -6,7 +6,6 @@ import ast
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -238,22 +237,6 @@ def test_caches_and_runs_are_removed_by_different_targets(
         (tmp_path / place).mkdir(parents=True)
     subprocess.run(["make", "-f", ROOT / "Makefile", target], cwd=tmp_path, capture_output=True, check=True)
     assert {place for place in places if not (tmp_path / place).exists()} == gone
-
-
-def test_programs_that_benchmarks_start_by_m_exist_and_none_changes_the_path() -> None:
-    started = set()
-    for path in sorted(ROOT.glob("benchmarks/*.py")):
-        text = path.read_text()
-        assert "sys.path" not in text, relative(path)
-        started |= set(re.findall(r'"-m", "(benchmarks\.\w+)"', text))
-    assert {"benchmarks.one", "benchmarks.grpo_trl", "benchmarks.online_run"} <= started
-    assert not [name for name in started if not (ROOT / (name.replace(".", "/") + ".py")).is_file()]
-
-
-def test_a_benchmark_runs_as_a_module() -> None:
-    command = [sys.executable, "-m", "benchmarks.startup", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "--against" in done.stdout
 
 
 # --- The examples' own code ---------------------------------------------------------------------

@@ -22,7 +22,7 @@ def describe_environment() -> list[tuple[str, str]]:
         ("raylign", f"{_version('raylign') or 'not installed'} at {Path(__file__).resolve().parents[2]}"),
         ("python", f"{platform.python_version()} at {sys.executable}"),
         ("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
-        ("embedded base", f"{EMBEDDED_BASE}, at {Path(locate_embedded_base()).absolute()}"),
+        ("embedded base", _embedded_base()),
         ("ready configs", str(ready_configs() or "not with this installation")),
         *((name, version) for name in PACKAGES if (version := _version(name))),
         ("cores", _cores()),
@@ -36,6 +36,13 @@ def describe_environment() -> list[tuple[str, str]]:
             f"{'offline' if os.environ.get('HF_HUB_OFFLINE') == '1' else 'online'}, cache {_hub_cache()}",
         ),
     ]
+
+
+def _embedded_base() -> str:
+    try:
+        return f"{EMBEDDED_BASE}, at {Path(locate_embedded_base()).absolute()}"
+    except ValueError:
+        return "not with this installation"
 
 
 def _version(package: str) -> str | None:
