@@ -71,6 +71,7 @@ def steps(policy: Any, rollout: Any, samples: int, scratch: Path) -> list[dict[s
     from transformers import AutoTokenizer
 
     from actors.rollout.pool import RolloutPool
+    from actors.sync.engine_set import EngineSet
     from actors.sync.spec import SyncSpec
     from actors.sync.weight_sync import WeightSync
     from actors.trainer.remote import ModelWorkers
@@ -79,13 +80,14 @@ def steps(policy: Any, rollout: Any, samples: int, scratch: Path) -> list[dict[s
 
     stage = prepared(samples)
     probes = [ids[:33] for ids in stage.data.token_ids[:4]]
-    sync = WeightSync(policy, rollout, SyncSpec(), "base", "policy", probes)
+    engines = EngineSet(rollout)
+    sync = WeightSync(policy, engines, SyncSpec(), "base", "policy", probes)
     view = View(ModelWorkers(policy), "policy")
     ctx = RlContext(
         directory=scratch, identity=None, dtype="float32", logging_steps=1,
         starts_as_reference=True, stop_asked=lambda: False, on_step=_nothing, on_log=_nothing,
         policy=view, reference=view, critic=None, reward_models={}, sync=sync,
-        rollout=RolloutPool(rollout, sync.restore),
+        rollout=RolloutPool(engines),
         tokenizer=AutoTokenizer.from_pretrained(TRAINED_TINY), note=_nothing,
     )  # fmt: skip
     loop = RlLoop(stage, ctx)

@@ -99,6 +99,7 @@ def actor(workload: OnlineWorkload, base: str, threads: int, logs: str) -> Draw:
     from actors.rollout.group import ROLLOUT, rollout_group
     from actors.rollout.pool import RolloutPool
     from actors.rollout.spec import EngineSpec
+    from actors.sync.engine_set import EngineSet
 
     group = rollout_group(RoleSpec(threads=threads), LimitsSpec(), logs).start().ready()
     group.build(ROLLOUT, EngineSpec(max_model_len=POSITIONS)).result()
@@ -107,7 +108,10 @@ def actor(workload: OnlineWorkload, base: str, threads: int, logs: str) -> Draw:
     def replace(rank: int) -> None:
         raise RuntimeError("an engine was lost")
 
-    pool, sampling = RolloutPool(group, replace), SamplingSpec(temperature=1.0, max_tokens=workload.limit)
+    pool, sampling = (
+        RolloutPool(EngineSet(group, replace)),
+        SamplingSpec(temperature=1.0, max_tokens=workload.limit),
+    )
 
     def draw(prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[int]]:
         made: Any = pool.generate(prompts, sampling, seeds)

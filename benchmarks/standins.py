@@ -26,16 +26,10 @@ class Engine:
     """A rollout engine whose samples all have `tokens` tokens."""
 
     def __init__(self, tokens: int) -> None:
-        self.tokens, self.version = tokens, -1
+        self.tokens, self.weights = tokens, _Weights()
 
-    def load(self, base: str, updatable: bool = False) -> dict[str, float]:
+    def load(self, base: str, adapter: None, label: str, updatable: bool) -> dict[str, float]:
         return {}
-
-    def connect(self, address: str, timeout_s: float) -> str:
-        return "float32"
-
-    def open_channel(self, backend: str = "gloo") -> None:
-        return None
 
     def generate(self, prompts: Sequence[Any], sampling: SamplingSpec, seeds: Sequence[int]) -> Generations:
         n = len(seeds)
@@ -47,16 +41,31 @@ class Engine:
             n=1,
             label="stand-in",
             seconds=0.0,
-            token_versions=np.full(n * self.tokens, self.version, np.int32),
+            token_versions=np.full(n * self.tokens, self.weights.version, np.int32),
         )
 
     def score_tokens(self, token_ids: Sequence[Sequence[int]], starts: Sequence[int]) -> list[np.ndarray]:
         return [np.full(len(ids) - start, LOGP) for ids, start in zip(token_ids, starts)]
 
+    def expert_load(self) -> None:
+        return None
+
+
+class _Weights:
+    """The engine's end of a sync."""
+
+    version = -1
+
+    def connect(self, address: str, timeout_s: float) -> str:
+        return "float32"
+
+    def open_channel(self, backend: str = "gloo") -> None:
+        return None
+
     def stage(self, version: int) -> StageAck:
         return StageAck(**_facts(version))
 
-    def commit(self, version: int) -> CommitReport:
+    def commit(self, version: int, keep: bool = False) -> CommitReport:
         self.version = version
         return CommitReport(version, len(DIGESTS), len(DIGESTS), {})
 
@@ -64,9 +73,6 @@ class Engine:
         return Readback(version, DIGESTS)
 
     def discard(self, version: int) -> None:
-        return None
-
-    def expert_load(self) -> None:
         return None
 
 

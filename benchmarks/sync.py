@@ -92,6 +92,7 @@ def _syncs(
     from actors.algorithms.sft import SftLoss
     from actors.batches.batch import Batch
     from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
+    from actors.sync.engine_set import EngineSet
     from actors.sync.spec import SyncSpec
     from actors.sync.weight_sync import WeightSync
     from actors.trainer.remote import ModelWorkers
@@ -107,7 +108,7 @@ def _syncs(
     generator = np.random.default_rng(0)
     probes = generator.integers(3, 256, size=(PROBES, PROBE_TOKENS)).tolist()
     batch = Batch.from_sequences(probes, [np.arange(PROBE_TOKENS) > 0] * PROBES)
-    sync = WeightSync(policy, rollout, SyncSpec(), str(base), ROLE, probes)
+    sync = WeightSync(policy, EngineSet(rollout), SyncSpec(), str(base), ROLE, probes)
     sync.connect()
     found: list[dict[str, Any]] = []
     version = 0

@@ -14,7 +14,7 @@ from enum import StrEnum
 
 
 class ProcessState(StrEnum):
-    """What is known about one process."""
+    """Knowledge about one process."""
 
     STARTING = "starting"
     """Asked for; has not answered yet."""
@@ -27,7 +27,7 @@ class ProcessState(StrEnum):
 
 
 class ProcessEvent(StrEnum):
-    """What was observed about one process."""
+    """Observation of one process."""
 
     ANSWERED = "answered"
     OVERDUE = "overdue"
@@ -56,7 +56,7 @@ _NEXT: dict[tuple[ProcessState, ProcessEvent], ProcessState] = {
 
 @dataclass(frozen=True)
 class Member:
-    """One process of a fleet."""
+    """One process of a role."""
 
     state: ProcessState = ProcessState.STARTING
     generation: int = 0
@@ -98,7 +98,7 @@ class Members:
     def after(
         self, ranks: Iterable[int], event: ProcessEvent, reason: str = "", generation: int | None = None
     ) -> Members:
-        """The fleet once `event` was seen on `ranks`."""
+        """The processes once `event` was seen on `ranks`."""
         after = {rank: self.members[rank].after(event, reason, generation) for rank in ranks}
         if all(after[rank] == self.members[rank] for rank in after):
             return self  # What every answer of a healthy process comes to, however many there are.

@@ -262,25 +262,26 @@ class WorkerGroup:
 
     def _finisher(self, refs: Mapping[int, ObjectRef]) -> Callable[[dict[int, ObjectRef], str], list[Any]]:
         """`_finish` of calls of the present processes: what becomes of them says nothing of later ones."""
-        return functools.partial(self._finish, lives={r: self.fleet.members[r].generation for r in refs})
+        present = {rank: self.fleet.members[rank].generation for rank in refs}
+        return functools.partial(self._finish, generations=present)
 
     def _finish(
-        self, refs: Mapping[int, ObjectRef], phase: str, lives: Mapping[int, int] | None = None
+        self, refs: Mapping[int, ObjectRef], phase: str, generations: Mapping[int, int] | None = None
     ) -> list[Any]:
         """Wait under the deadline of `phase`; values in rank order, or one error with a name.
 
-        `lives`: restarts of each rank when it was called; without them, of the processes as they are.
+        `generations`: restarts of each rank when it was called; without them, of the processes as they are.
         """
         limit = self.limits.of(phase)  # type: ignore[arg-type]
         began = time.monotonic()
         answers = waiting.wait(refs, limit)
-        self._saw(answers.values, ProcessEvent.ANSWERED, lives=lives)
+        self._saw(answers.values, ProcessEvent.ANSWERED, generations=generations)
         culprit = answers.culprit
         if culprit is not None:
-            raise self._blame(culprit, phase, lives)
+            raise self._blame(culprit, phase, generations)
         late = [rank for rank in refs if rank not in answers.values]
         if late:
-            raise self._blame_late(late, phase, time.monotonic() - began, lives)
+            raise self._blame_late(late, phase, time.monotonic() - began, generations)
         return [answers.values[rank] for rank in refs]
 
     def _saw(
@@ -288,29 +289,29 @@ class WorkerGroup:
         ranks: Iterable[int],
         event: ProcessEvent,
         reason: str = "",
-        lives: Mapping[int, int] | None = None,
+        generations: Mapping[int, int] | None = None,
     ) -> None:
         with self._fleet_lock:
             for rank in ranks:
-                self.fleet = self.fleet.after([rank], event, reason, (lives or {}).get(rank))
+                self.fleet = self.fleet.after([rank], event, reason, (generations or {}).get(rank))
 
     def _blame(
-        self, fault: waiting.Fault, phase: str, lives: Mapping[int, int] | None = None
+        self, fault: waiting.Fault, phase: str, generations: Mapping[int, int] | None = None
     ) -> BaseException:
         rank = self._rank_of(fault)
         if not fault.died:
             return waiting.as_failure(fault.error, self.who(rank), phase, self.next_of(rank))
         reason = waiting.explain_death(fault.error)
-        self._saw([rank], ProcessEvent.DIED, reason, lives)
+        self._saw([rank], ProcessEvent.DIED, reason, generations)
         return RunFailure(self.who(rank), phase, reason, self.next_of(rank))
 
     def _blame_late(
-        self, late: list[int], phase: str, seconds: float, lives: Mapping[int, int] | None = None
+        self, late: list[int], phase: str, seconds: float, generations: Mapping[int, int] | None = None
     ) -> RunFailure:
         reason = f"no answer within {seconds:.0f} s (limits.{phase})"
         if phase == "start" and not self._placed():
             reason = f"not placed by Ray within {seconds:.0f} s (limits.start): {self._asks()} are not free"
-        self._saw(late, ProcessEvent.OVERDUE, reason, lives)
+        self._saw(late, ProcessEvent.OVERDUE, reason, generations)
         who = self.who(late[0]) if len(late) == 1 else f"{self.name} ranks {', '.join(map(str, late))}"
         return RunFailure(who, phase, reason, self.next_of(late[0]))
 

@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from vllm import LLM
 
     from actors.rollout.weight_updater import WeightUpdater
-    from actors.sync.channel import Backend
-    from actors.sync.protocol import CommitReport, Readback, StageAck
 
 __all__ = ["EngineSpec", "Generations", "RolloutEngine", "SamplingSpec", "sample_seed"]
 
@@ -72,7 +70,7 @@ class RolloutEngine:
         """Serve `base`, with `adapter` merged into it (out of place), in place of what was served before.
 
         An adapter directory as `base` stands for itself on the base that it names. With `updatable` the
-        base alone is served, at version -1, and a trainer brings new versions (`stage`, `commit`). Returns
+        base alone is served, at version -1, and a trainer brings new versions (`weights`). Returns
         seconds of merge and engine start.
 
         Raises:
@@ -91,7 +89,7 @@ class RolloutEngine:
     ) -> Generations:
         """`sampling.n` samples of each prompt (token ids), in prompt order.
 
-        `seeds`: one per sample. The same seed draws the same tokens whatever else is in the batch. None
+        `seeds`: one per sample. The same seed gives the same tokens whatever else is in the batch. None
         takes hashes of `sampling.seed`, prompt and sample number.
 
         Raises:
@@ -157,7 +155,7 @@ class RolloutEngine:
 
     @property
     def weights(self) -> WeightUpdater:
-        """Versions of this engine's weights.
+        """Versions of this engine's weights: what a trainer calls.
 
         Raises:
             RunFailure: the engine was not loaded as updatable.
@@ -181,30 +179,11 @@ class RolloutEngine:
         load: np.ndarray | None = self._running("expert_load").llm_engine.collective_rpc("expert_load")[0]
         return load
 
-    def connect(self, address: str, timeout_s: float) -> str:
-        """Reach the trainer at `address` (`WeightUpdater.knock`); returns the engine's dtype."""
-        self.weights.connect(address, timeout_s)
-        return self.spec.dtype
+    def make_updater(self, llm: LLM, base: str) -> WeightUpdater:
+        """Versions of the weights of `llm`, which has loaded the checkpoint in directory `base`."""
+        from actors.rollout.weight_updater import WeightUpdater
 
-    def open_channel(self, backend: Backend = "gloo") -> None:
-        """Connect to the trainer that was reached (`WeightUpdater.open_channel`)."""
-        self.weights.open_channel(backend)
-
-    def stage(self, version: int) -> StageAck:
-        """Receive a version beside the served one (`WeightUpdater.stage`)."""
-        return self.weights.stage(version)
-
-    def commit(self, version: int, keep: bool = False) -> CommitReport:
-        """Serve the staged version (`WeightUpdater.commit`)."""
-        return self.weights.commit(version, keep)
-
-    def readback(self, version: int) -> Readback:
-        """Digests of what is bound (`WeightUpdater.readback`)."""
-        return self.weights.readback(version)
-
-    def discard(self, version: int) -> None:
-        """Forget what is staged of `version`."""
-        self.weights.discard()
+        return WeightUpdater(llm, base, self.spec.dtype)
 
     def unload(self) -> None:
         """Give the engine's memory back."""
@@ -237,7 +216,7 @@ class RolloutEngine:
         from actors.models.base.loading import local_base_dir, resolve_base
         from actors.models.spec import ModelSpec
         from actors.rollout.vllm.router_capture import capture_settings, keep_experts
-        from actors.rollout.weight_updater import WeightUpdater, engine_settings
+        from actors.rollout.weight_updater import engine_settings
 
         # Whether an architecture without a row may run was decided before any engine was started.
         spec = ModelSpec(base=base, trust_remote_code=self.spec.trust_remote_code, allow_untested=True)
@@ -248,7 +227,7 @@ class RolloutEngine:
         seconds = self._start(directory, label or base, settings)
         assert self._llm is not None
         try:
-            self._updater = WeightUpdater(self._llm, directory)
+            self._updater = self.make_updater(self._llm, directory)
             if keeps:
                 keep_experts(self._llm)
         except Exception:

@@ -27,7 +27,7 @@ NAME = "probe"
 FIRST_STD, LARGEST_STD = 0.02, 2.0
 """Of the random B of the probe's adapter, enlarged until the change is well above the tolerance."""
 CLEAR = 20.0
-"""How many times the tolerance the change has to be: an engine that ignores it must be seen."""
+"""Smallest change, in tolerances: an engine that ignores it must be seen."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def probe_engine(engine: RolloutEngine, model: ModelSpec) -> ParityReport:
         before = engine.score_tokens(policy.tokens, policy.starts)
         loaded = compare_probes(before, policy.base)
         engine.weights.stage_payload(policy.payload())
-        engine.commit(0)
+        engine.weights.commit(0)
         after = engine.score_tokens(policy.tokens, policy.starts)
         updated = compare_probes(after, policy.changed, previous=policy.base)
     except Exception as error:

@@ -1,35 +1,39 @@
 """Engines that share the samples of one call: whoever is free takes the next chunk.
 
-- A sample is decided by its prompt, its seed and the weights alone, so which engine draws it, in which
-  company, in which order, or for which time, changes nothing.
-- Every sample is in exactly one place: still queued, with one engine, or done.
-- An engine that dies or overruns its deadline is replaced while the others go on; its chunk goes back to the
-  front of the queue. A call returns only when every engine that it lost serves again.
-- Several calls may go on at once, from threads of the caller, where engines draw in slices: an engine then
-  advances the samples of all of them together. Whoever sees an engine lost first has it replaced.
+- A sample is decided by its prompt, its seed and the weights alone; which engine makes it, with which others,
+  in which order or when, changes nothing.
+- Every sample is in exactly one place: queued, with one engine, or done.
+- An engine that dies or overruns its deadline is replaced while the others go on (`EngineSet.replace`); its
+  chunk goes back to the front of the queue. A call returns only when every engine that it lost serves again.
+- Several calls may go on at once, from threads of the caller, where engines generate in slices: an engine
+  then advances the samples of all of them together.
 """
 
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from actors.batches.generations import Generations, SamplingSpec
 from actors.cluster.futures import POLL_S, WorkerFuture, first_done
-from actors.cluster.health import ProcessState
-from actors.cluster.worker_group import WorkerGroup
 from actors.errors import InvariantViolation, RunFailure
+from actors.rollout.remote import RolloutEngines
+from actors.sync.engine_set import EngineSet, Replacement, Restart
+from actors.sync.engine_state import WeightsState
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_RESTARTS = 2
 """Restarts of one engine within one call. A third loss is no accident: something in the call kills it."""
 
 SLICE_S = 0.1
-"""Seconds for which an engine draws before it looks at other calls, where samples stay in flight. A call
+"""Seconds for which an engine generates before it looks at other calls, where samples stay in flight. A call
 costs 1 to 2 ms, so a slice loses 2 %; new weights wait for half of one on average, at each of their calls."""
 
 MIN_CHUNK = 16
@@ -75,46 +79,29 @@ class Queue:
 
 
 @dataclass(frozen=True)
-class Restart:
-    """An engine that was replaced."""
-
-    rank: int
-    reason: str
-
-
-@dataclass(frozen=True)
 class Assigned:
     """A chunk that an engine is working on."""
 
     chunk: Chunk
-    answer: WorkerFuture
+    answer: WorkerFuture[Generations] | WorkerFuture[Generations | None]
     since: float
     """time.monotonic()"""
-    life: int
-    """Of the process that got it: restarts of this rank until then."""
+    generation: int
+    """Of the engine that got it."""
     key: int
-    """Names the chunk in the engine, where it draws in slices."""
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """A fresh engine on its way to the current weights."""
-
-    life: int
-    """Restarts of this rank, this one included."""
-    done: Future[None]
+    """Names the chunk in the engine, where it generates in slices."""
 
 
 @dataclass
 class Call:
-    """What one call of `RolloutPool.generate` knows."""
+    """State of one call of `RolloutPool.generate`."""
 
     requests: list[Sequence[int]]
     """Prompt of every sample."""
     sampling: SamplingSpec
     seeds: Sequence[int]
     queue: Queue
-    sent: dict[int, Assigned] = field(default_factory=dict)
+    assigned: dict[int, Assigned] = field(default_factory=dict)
     """By rank, as are the next two."""
     replacing: dict[int, Replacement] = field(default_factory=dict)
     """Engines that this call waits for."""
@@ -124,27 +111,22 @@ class Call:
 
     @property
     def open(self) -> bool:
-        return bool(self.queue or self.sent or self.replacing)
+        return bool(self.queue or self.assigned or self.replacing)
 
 
 class RolloutPool:
     """The engines of a rollout group as one engine."""
 
-    def __init__(
-        self, group: WorkerGroup, replace: Callable[[int], None], *, in_flight: bool = False
-    ) -> None:
-        """`revive(rank)`: give a fresh engine (built, empty) the current weights. It is called from another
-        thread, for one rank at a time, and never outside of `generate`.
-
-        `in_flight`: engines draw in slices, so that weights can change while samples are in flight."""
-        self.group, self.in_flight = group, in_flight
-        self.restarts: list[Restart] = []
-        """Of all calls so far."""
-        self._bring_back = replace
-        self._one_revival, self._replacing = threading.Lock(), threading.Lock()
-        self._replacements: dict[int, Replacement] = {}
-        """The latest of each rank."""
+    def __init__(self, engines: EngineSet, *, in_flight: bool = False) -> None:
+        """`in_flight`: engines generate in slices, so that weights can change while samples are in flight."""
+        self.engines, self.group, self.in_flight = engines, engines.group, in_flight
+        self._calls = RolloutEngines(self.group)
         self._keys = itertools.count()
+
+    @property
+    def restarts(self) -> list[Restart]:
+        """Engines that were replaced in all calls so far."""
+        return self.engines.restarts
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingSpec, seeds: Sequence[int]
@@ -156,116 +138,124 @@ class RolloutPool:
         Raises:
             UserError: a prompt leaves no room for an answer.
             InvariantViolation: the engines serve different weights (where none are in flight).
-            RunFailure: an engine was lost once more than `MAX_RESTARTS`, or failed otherwise.
+            RunFailure: an engine was lost once more than `MAX_RESTARTS`, failed otherwise, or none serves.
         """
         requests = [prompt for prompt in prompts for _ in range(sampling.n)]
         if len(seeds) != len(requests):
             raise ValueError(f"{len(seeds)} seeds for {len(requests)} samples")
         one_each = sampling.model_copy(update={"n": 1})
         call = Call(requests, one_each, seeds, Queue(len(requests), self.group.size))
-        for rank in self.group.fleet.ranks(ProcessState.SUSPECT, ProcessState.DEAD):
-            self._replace(call, rank, self._life(rank), self.group.fleet.members[rank].reason)
+        self._replace_lost(call)
         while call.open:
             self._hand_out(call)
             self._collect(call)
             self._rejoin(call)
         return self._joined(call, sampling.n)
 
-    def bring_back(self, rank: int) -> None:
-        """Have an engine that was seen dead replaced and revived, unless that is under way; waits for it.
+    def expert_load(self) -> list[np.ndarray]:
+        """int64 (layers, experts) of each engine that counts: tokens of each expert since the last call.
 
-        Raises: what `replace` raised.
+        Raises:
+            RunFailure: an engine is gone.
         """
-        member = self.group.fleet.members[rank]
-        if rank not in self.group.fleet.serving:
-            self._replacement_of(rank, member.generation, member.reason)
-        replacement = self._replacements.get(rank)
-        if replacement is not None:
-            replacement.done.result()
+        return [load for load in self._calls.expert_load().result() if load is not None]
 
     # --- One turn of a call ---------------------------------------------------------------------
 
     def _hand_out(self, call: Call) -> None:
-        for rank in self.group.fleet.serving:
-            if call.queue and rank not in call.sent and self._is_up(rank):
+        for rank in self.engines:
+            if call.queue and rank not in call.assigned and self.engines.ready(rank, unproved=self.in_flight):
                 self._send(call, rank, call.queue.take())
+        if call.queue and not (call.assigned or call.replacing):
+            self._find_engines(call)
 
-    def _is_up(self, rank: int) -> bool:
-        replacement = self._replacements.get(rank)
-        return replacement is None or (replacement.done.done() and replacement.done.exception() is None)
+    def _find_engines(self, call: Call) -> None:
+        """Nobody works for this call and nobody is awaited: wait for engines that others are busy with.
+
+        Raises:
+            RunFailure: there are none.
+        """
+        self._replace_lost(call)
+        engines = {rank: self.engines[rank] for rank in self.engines}
+        for rank, engine in engines.items():
+            replacement = self.engines.replacement(rank)
+            if engine.state is WeightsState.STARTING and replacement is not None:
+                call.replacing[rank] = replacement
+        syncing = any(e.state in (WeightsState.STAGED, WeightsState.COMMITTED) for e in engines.values())
+        if call.replacing or any(self.engines.ready(rank, unproved=self.in_flight) for rank in engines):
+            return
+        if not syncing:
+            states = ", ".join(f"{self.group.who(rank)} is {e.state}" for rank, e in engines.items())
+            raise RunFailure(self.group.name, "generate", f"no engine serves: {states}", self.group.next_step)
+        time.sleep(POLL_S)
 
     def _send(self, call: Call, rank: int, chunk: Chunk) -> None:
-        part, life, key = slice(chunk.start, chunk.stop), self._life(rank), next(self._keys)
-        asked = call.requests[part], call.sampling, call.seeds[part]
+        part, key = slice(chunk.start, chunk.stop), next(self._keys)
+        generation = self.engines[rank].generation
+        prompts, sampling, seeds = call.requests[part], call.sampling, call.seeds[part]
+        answer: WorkerFuture[Generations] | WorkerFuture[Generations | None]
         try:
             if self.in_flight:
-                answer = self.group.submit_rank(
-                    rank, "start_requests", key, SLICE_S, *asked, phase="generate"
+                answer = self.engines.submit(
+                    rank,
+                    generation,
+                    lambda r: self._calls.start_requests(r, key, SLICE_S, prompts, sampling, seeds),
                 )
             else:
-                answer = self.group.submit_rank(rank, "generate", *asked, phase="generate")
+                answer = self.engines.submit(
+                    rank, generation, lambda r: self._calls.generate(r, prompts, sampling, seeds)
+                )
         except RunFailure as failure:  # Another thread has just seen it die.
             call.queue.give_back(chunk)
-            self._replace(call, rank, life, failure.reason)
+            self._replace(call, rank, generation, failure.reason)
             return
-        call.sent[rank] = Assigned(chunk, answer, time.monotonic(), life, key)
-
-    def _life(self, rank: int) -> int:
-        return self.group.fleet.members[rank].generation
+        call.assigned[rank] = Assigned(chunk, answer, time.monotonic(), generation, key)
 
     def _collect(self, call: Call) -> None:
         """Wait a moment for answers, take those that are there, and give up on those that are overdue."""
         limit = self.group.limits.of("generate")
-        done = first_done({rank: sent.answer for rank, sent in call.sent.items()}, POLL_S)
-        for rank, sent in list(call.sent.items()):
-            waited = time.monotonic() - sent.since
+        done = first_done({rank: one.answer for rank, one in call.assigned.items()}, POLL_S)
+        for rank, assigned in list(call.assigned.items()):
+            waited = time.monotonic() - assigned.since
             if rank in done:
-                self._take(call, rank, sent)
-            elif sent.life != self._life(rank):
+                self._take(call, rank, assigned)
+            elif assigned.generation != self.engines[rank].generation:
                 self._lost(call, rank, RunFailure(self.group.who(rank), "generate", "it was replaced"))
             elif waited > limit:
                 self._lost(call, rank, self.group.overrun(rank, "generate", waited))
 
-    def _take(self, call: Call, rank: int, sent: Assigned) -> None:
+    def _take(self, call: Call, rank: int, assigned: Assigned) -> None:
         try:
-            made = sent.answer.result()
+            made = assigned.answer.result()
             if made is None:
-                again = self.group.submit_rank(rank, "poll", sent.key, SLICE_S, phase="generate")
-                call.sent[rank] = replace(sent, answer=again)
+                again = self.engines.submit(
+                    rank, assigned.generation, lambda r: self._calls.poll(r, assigned.key, SLICE_S)
+                )
+                call.assigned[rank] = replace(assigned, answer=again)
                 return
         except RunFailure as failure:
             self._lost(call, rank, failure)
         else:
-            call.parts[sent.chunk.start] = made
-            del call.sent[rank]
+            call.parts[assigned.chunk.start] = made
+            del call.assigned[rank]
 
     def _lost(self, call: Call, rank: int, failure: RunFailure) -> None:
         """Queue a lost engine's chunk again. One that lives has failed by itself: that ends the call."""
-        sent = call.sent[rank]
-        if rank in self.group.fleet.serving and sent.life == self._life(rank):
+        assigned = call.assigned[rank]
+        if self.engines.is_alive(rank, assigned.generation):
             raise failure
-        call.queue.give_back(call.sent.pop(rank).chunk)
-        self._replace(call, rank, sent.life, failure.reason)
+        call.queue.give_back(call.assigned.pop(rank).chunk)
+        self._replace(call, rank, assigned.generation, failure.reason)
 
-    def _rejoin(self, call: Call) -> None:
-        """Take back revived engines; waits only where nothing else is going on."""
-        if call.replacing and not call.sent:
-            wait([replacement.done for replacement in call.replacing.values()], POLL_S, FIRST_COMPLETED)
-        for rank, replacement in list(call.replacing.items()):
-            if not replacement.done.done():
-                continue
-            del call.replacing[rank]
-            error = replacement.done.exception()
-            if error is None:
-                continue
-            if replacement.life == self._life(rank) and rank in self.group.fleet.serving:
-                raise error
-            self._replace(call, rank, replacement.life, self.group.fleet.members[rank].reason or str(error))
+    # --- Engines that are replaced --------------------------------------------------------------
 
-    # --- Replacing an engine --------------------------------------------------------------------
+    def _replace_lost(self, call: Call) -> None:
+        for rank in self.engines.lost():
+            engine = self.engines[rank]
+            self._replace(call, rank, engine.generation, engine.reason)
 
-    def _replace(self, call: Call, rank: int, life: int, reason: str) -> None:
-        """Have the process of a rank replaced that was lost in its `life`, unless that is under way."""
+    def _replace(self, call: Call, rank: int, generation: int, reason: str) -> None:
+        """Have an engine replaced that was lost in this generation, unless that is under way."""
         call.restarts[rank] += 1
         if call.restarts[rank] > MAX_RESTARTS:
             raise RunFailure(
@@ -274,33 +264,22 @@ class RolloutPool:
                 f"{reason}, once more after {MAX_RESTARTS} restarts in one call",
                 self.group.next_of(rank),
             )
-        call.replacing[rank] = self._replacement_of(rank, life, reason)
+        call.replacing[rank] = self.engines.replace(rank, generation, reason)
 
-    def _replacement_of(self, rank: int, life: int, reason: str) -> Replacement:
-        with self._replacing:
-            if self._life(rank) == life:
-                self.restarts.append(Restart(rank, reason))
-                self.group.restart(rank)
-                self._replacements[rank] = self._replace_aside(rank)
-            return self._replacements[rank]
-
-    def _replace_aside(self, rank: int) -> Replacement:
-        replacement = Replacement(self._life(rank), Future())
-        # A daemon: a run that ends for another reason doesn't wait for an engine that nobody needs.
-        threading.Thread(
-            target=self._bring_up, args=(rank, replacement.done), daemon=True, name=f"replace-{rank}"
-        ).start()
-        return replacement
-
-    def _bring_up(self, rank: int, done: Future[None]) -> None:
-        try:
-            self.group.rebuild(rank)
-            with self._one_revival:
-                self._bring_back(rank)
-        except BaseException as error:
-            done.set_exception(error)
-        else:
-            done.set_result(None)
+    def _rejoin(self, call: Call) -> None:
+        """Take back engines that were replaced; waits only where nothing else is going on."""
+        if call.replacing and not call.assigned:
+            wait([replacement.done for replacement in call.replacing.values()], POLL_S, FIRST_COMPLETED)
+        for rank, replacement in list(call.replacing.items()):
+            if not replacement.done.done():
+                continue
+            del call.replacing[rank]
+            error = replacement.done.exception()
+            if error is None:
+                continue
+            if self.engines.is_alive(rank, replacement.generation):
+                raise error
+            self._replace(call, rank, replacement.generation, self.engines[rank].reason or str(error))
 
     def _joined(self, call: Call, n: int) -> Generations:
         parts = [call.parts[start] for start in sorted(call.parts)]

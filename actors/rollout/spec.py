@@ -1,4 +1,4 @@
-"""How a rollout engine is built, under vLLM's field names where it has one; importable without vLLM."""
+"""Settings of a rollout engine, under vLLM's field names where it has one; importable without vLLM."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def positions_of(asked: int | None, own: int | None) -> int:
 
 
 class EngineOptions(Spec):
-    """What a run can say of its engines."""
+    """Options of a run for its engines."""
 
     max_model_len: int | None = Field(default=None, ge=16)
     """Positions of prompt and answer together. Null: the model's own limit, at most 4,096."""
@@ -36,7 +36,7 @@ class EngineOptions(Spec):
 
 
 class EngineSpec(EngineOptions):
-    """What an engine is told: the options, and what it shares with the run's model."""
+    """All settings of an engine: the options, and what it shares with the run's model."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and activations in the engine."""

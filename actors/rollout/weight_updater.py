@@ -1,4 +1,4 @@
-"""One engine's weights brought to new versions: stage, commit, read back; seen from beside vLLM.
+"""Versions of one engine's weights: stage, commit, read back. Runs in the engine's process, outside of vLLM.
 
 Invariants: versions only grow; staging leaves the served weights alone; after a failure inside a commit the
 engine is lost and serves nobody.
@@ -36,8 +36,9 @@ def engine_settings() -> dict[str, Any]:
 class WeightUpdater:
     """Versions of the weights of one vLLM engine, which was started with `engine_settings`."""
 
-    def __init__(self, llm: LLM, base: str) -> None:
-        """`base`: directory of the checkpoint that the engine has loaded."""
+    def __init__(self, llm: LLM, base: str, dtype: str) -> None:
+        """`base`: directory of the checkpoint that the engine has loaded; `dtype`: in which it computes."""
+        self._dtype = dtype
         self._llm = llm
         self._connector: Connector | None = None
         self._channel: Channel | None = None
@@ -51,10 +52,16 @@ class WeightUpdater:
         for found in self._rpc("bound_elements"):
             self._elements.update(found)
 
-    def connect(self, address: str, timeout_s: float) -> None:
-        """Reach the trainer that listens at `address`; an earlier connection is dropped."""
+    def connect(self, address: str, timeout_s: float) -> str:
+        """Reach the trainer that listens at `address`; returns the engine's dtype. An earlier connection is
+        dropped.
+
+        Raises:
+            RunFailure: nobody listens there.
+        """
         self.close()
         self._connector = Connector(address, timeout_s)
+        return self._dtype
 
     def open_channel(self, backend: Backend = "gloo") -> None:
         """Connect to the trainer that was reached.
@@ -63,12 +70,12 @@ class WeightUpdater:
             RunFailure: none was, or it does not accept.
         """
         if self._connector is None:
-            raise RunFailure("rollout", "sync", "no trainer was reached", "call knock first")
+            raise RunFailure("rollout", "sync", "no trainer was reached", "call connect first")
         connector, self._connector = self._connector, None
         self._channel = connector.join(backend)
 
     def stage(self, version: int) -> StageAck:
-        """Receive a version and keep it beside the served weights.
+        """Receive a version and keep it next to the served weights.
 
         Raises:
             RunFailure: the trainer is gone, or this can't be loaded; the engine serves on.
@@ -81,10 +88,10 @@ class WeightUpdater:
     def stage_payload(self, payload: Payload) -> StageAck:
         """`stage`, for a payload that is here already."""
         self.refuse_lost("stage")
-        self.discard()
-        objection = mismatch_in_version(self.version, payload.manifest.version)
-        if objection is not None:
-            raise RunFailure("rollout", "stage", objection)
+        self._forget()
+        wrong = mismatch_in_version(self.version, payload.manifest.version)
+        if wrong is not None:
+            raise RunFailure("rollout", "stage", wrong)
         for changed in self._rpc("stage_weights", payload):
             self._refuse_unbound(changed)
         self._staged = payload
@@ -97,15 +104,14 @@ class WeightUpdater:
             manifest_digest=manifest.digest,
         )
 
-    def discard(self) -> None:
-        """Forget what is staged."""
-        self._staged = None
-        self._rpc("discard_weights")
+    def discard(self, version: int) -> None:
+        """Forget what is staged of `version`."""
+        self._forget()
 
     def commit(self, version: int, keep: bool = False) -> CommitReport:
         """Load the staged version in place of the served one, and what was not staged of it as it comes.
 
-        `keep`: samples may be in the middle of being drawn. They go on with the new weights; keys and values
+        `keep`: samples may be in flight. They go on with the new weights; keys and values
         of what they have so far are computed again with these.
 
         Raises:
@@ -180,6 +186,10 @@ class WeightUpdater:
             raise InvariantViolation("rollout", "commit", "the engine's processes hold different weights")
         return loaded
 
+    def _forget(self) -> None:
+        self._staged = None
+        self._rpc("discard_weights")
+
     def _received(self) -> Payload:
         if self._channel is None:
             raise RunFailure("rollout", "stage", "no trainer is connected", "call open_channel first")
@@ -188,7 +198,7 @@ class WeightUpdater:
     def _refuse_unbound(self, changed: dict[str, int]) -> None:
         unbound = [name for name, size in changed.items() if self._elements[name] < size]
         if unbound:
-            self.discard()
+            self._forget()
             raise RunFailure("rollout", "stage", f"bound to no module of the engine: {unbound[:3]}")
 
     def _rpc(self, method: str, *args: Any) -> list[Any]:

@@ -1,7 +1,7 @@
 """A connection of two, trainer and one engine, that carries payloads over gloo or nccl.
 
 Each engine has a group of its own: a collective over all of them would hang everyone when one dies. The
-group is an object (no default group is touched, so it lives beside the ranks' own), and is thrown away
+group is an object (no default group is touched, so it does not disturb the ranks' own), and is thrown away
 after any error; a restarted engine gets a new one.
 """
 
@@ -24,8 +24,8 @@ TRAINER, ENGINE = 0, 1
 CHUNK_BYTES = 64 * 2**20
 """Sent at once: a dead peer is noticed between chunks, and gloo's own buffers stay small."""
 JOIN_S = 10.0
-"""Longest that the trainer waits for an engine that has knocked, and only has to say its address: should that
-one die at this very moment, the trainer is free again soon."""
+"""Longest that the trainer waits for an engine that has reached its port, and only has to say its address:
+should that one die at this very moment, the trainer is free again soon."""
 HEADER = 2
 """Numbers that come first: bytes of the manifest, bytes of the buffer."""
 
@@ -39,7 +39,7 @@ class Listener:
         self.address = f"{host}:{self._store.port}"
 
     def accept(self, name: str, backend: Backend = "gloo") -> Channel:
-        """The connection, once the engine, which has knocked, has joined.
+        """The connection, once the engine, which has reached the port, has joined.
 
         Raises:
             RunFailure: it did not within `JOIN_S`.
@@ -51,11 +51,11 @@ class Listener:
 class Connector:
     """The engine's end before the connection: it has reached the trainer's port.
 
-    An engine knocks before the trainer waits for it, so that one that dies on its way keeps nobody waiting.
+    An engine connects before the trainer waits for it, so that one that dies on its way keeps nobody waiting.
     """
 
     def __init__(self, address: str, timeout_s: float, name: str = "trainer") -> None:
-        """Knock at a `Listener`'s address.
+        """Connect to a `Listener`'s address.
 
         Raises:
             RunFailure: nobody listens there, or not within the deadline.

@@ -1,4 +1,4 @@
-"""What travels in a weight sync: a manifest, and one buffer with all tensors.
+"""Payload of a weight sync: a manifest, and one buffer with all tensors.
 
 Invariants: a payload's bytes are a function of the weights alone (sorted names, aligned offsets, zeroed
 gaps), so equal weights have equal digests; a tensor is never sent without the others of its group.
@@ -59,7 +59,7 @@ class PayloadEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is in the buffer, and what to do with it."""
+    """Contents of the buffer, and what to do with them."""
 
     version: int
     payload: Kind
@@ -72,7 +72,7 @@ class Manifest:
     transposed: tuple[str, ...]
     """Adapted weights that are stored as (..., in, out)."""
     later: tuple[tuple[PayloadEntry, ...], ...] = ()
-    """Of the first part of merged weights that travel in several: the tensors of every other part, each in a
+    """Of the first part of merged weights that are sent in parts: the tensors of every other part, each in a
     buffer of its own."""
 
     @property

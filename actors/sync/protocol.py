@@ -1,28 +1,21 @@
-"""The protocol of a weight sync as pure decisions: no Ray, no clock, no tensors.
+"""Protocol of a weight sync as pure decisions: what is offered, what is acknowledged, and what follows.
 
-    fresh ----acknowledged----> staged --committed--> committed --verified--> serving --acknowledged--> ...
-    (base)                        |discarded            |mismatched
-                                  v                     v
-                            what it was before         lost --restarted--> fresh
-
-Versions are integers and only grow. An engine serves a version once that was verified on it. Staging that
-fails anywhere is discarded everywhere, and every engine goes on with what it had; a failure while
-committing loses that engine, because its weights are then half of two versions.
+All commit or nobody does: staging that fails anywhere is discarded everywhere, and every engine goes on with
+what it had. The states of one engine are in `engine_state`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import dataclass
 
 NO_VERSION = -1
-"""What an engine holds before the first sync: the base."""
+"""Version of the base, which an engine holds before the first sync."""
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What the trainer packed for a version: what every engine has to acknowledge."""
+    """Facts of what the trainer packed for a version; every engine has to acknowledge the same."""
 
     version: int
     bytes: int
@@ -39,12 +32,12 @@ class Offer:
 
 @dataclass(frozen=True)
 class StageAck(Offer):
-    """What an engine received, by its own count."""
+    """Facts of what an engine received, by its own count."""
 
 
 @dataclass(frozen=True)
 class CommitReport:
-    """What an engine loaded."""
+    """Result of a commit in one engine."""
 
     version: int
     bound: int
@@ -59,7 +52,7 @@ class CommitReport:
 
 @dataclass(frozen=True)
 class Readback:
-    """What an engine holds after a commit, read out of the parameters that it computes with."""
+    """Digests of what an engine holds after a commit, read out of the parameters that it computes with."""
 
     version: int
     digests: dict[str, str]
@@ -70,7 +63,7 @@ class Readback:
 
 @dataclass(frozen=True)
 class Expected:
-    """What an engine has to hold once a version is loaded."""
+    """Digests of what an engine has to hold once a version is loaded."""
 
     digests: dict[str, str]
     """Checkpoint name -> `payload.digest_of` the merged tensor in the engine's dtype."""
@@ -87,12 +80,12 @@ class Prepared:
     seconds: dict[str, float]
     """`gather` and `pack`."""
     expected: Expected | None = None
-    """Where it was found on the way: of merged weights that are staged whole."""
+    """Found on the way for merged weights that are staged whole; else None."""
 
 
 @dataclass(frozen=True)
 class SentParts:
-    """What was sent inside a commit."""
+    """Result of sending the parts that belong inside a commit."""
 
     part_digests: tuple[str, ...]
     """Of every byte of each part."""
@@ -111,85 +104,9 @@ class Failure:
     """Its process is gone or does not answer; else it refused, and can be asked again."""
 
 
-class WeightsState(StrEnum):
-    """What is known about the weights of one engine."""
-
-    FRESH = "fresh"
-    """Holds the base; serves nobody."""
-    SERVING = "serving"
-    """Holds a verified version."""
-    STAGED = "staged"
-    """Has the next version in a buffer beside the weights that it holds."""
-    COMMITTED = "committed"
-    """Loaded the next version; nothing is proved yet."""
-    LOST = "lost"
-    """Has to be replaced."""
-
-
-class WeightsEvent(StrEnum):
-    """What was observed about one engine."""
-
-    ACKNOWLEDGED = "acknowledged"
-    DISCARDED = "discarded"
-    COMMITTED = "committed"
-    VERIFIED = "verified"
-    FAILED = "failed"
-    """Failed to commit, was not what it should be after it, or died."""
-    RESTARTED = "restarted"
-
-
-_NEXT: dict[tuple[WeightsState, WeightsEvent], WeightsState] = {
-    (WeightsState.FRESH, WeightsEvent.ACKNOWLEDGED): WeightsState.STAGED,
-    (WeightsState.SERVING, WeightsEvent.ACKNOWLEDGED): WeightsState.STAGED,
-    (WeightsState.STAGED, WeightsEvent.COMMITTED): WeightsState.COMMITTED,
-    (WeightsState.COMMITTED, WeightsEvent.VERIFIED): WeightsState.SERVING,
-}
-"""Every way forward. Besides, any engine can fail, and only a lost one is restarted."""
-
-
-@dataclass(frozen=True)
-class Engine:
-    """The weights of one engine."""
-
-    state: WeightsState = WeightsState.FRESH
-    version: int = NO_VERSION
-    """The version that it serves, or would go on serving."""
-    generation: int = 0
-    """Restarts so far; channels are numbered by it."""
-    reason: str = ""
-    """Why it is lost."""
-
-    @property
-    def whole(self) -> bool:
-        """It holds one version, or the base, and nothing is going on."""
-        return self.state in (WeightsState.FRESH, WeightsState.SERVING)
-
-    def after(self, event: WeightsEvent, version: int = NO_VERSION, reason: str = "") -> Engine:
-        """The engine once `event` was seen.
-
-        Raises:
-            ValueError: the event can't happen in this state.
-        """
-        if event is WeightsEvent.FAILED:
-            return replace(self, state=WeightsState.LOST, version=NO_VERSION, reason=reason)
-        if event is WeightsEvent.RESTARTED and self.state is WeightsState.LOST:
-            return Engine(generation=self.generation + 1)
-        if event is WeightsEvent.DISCARDED and self.state is not WeightsState.COMMITTED:
-            return replace(self, state=self._before_staging())
-        state = _NEXT.get((self.state, event))
-        if state is None:
-            raise ValueError(f"a {self.state} engine can't be {event}")
-        return replace(self, state=state, version=version if event is WeightsEvent.VERIFIED else self.version)
-
-    def _before_staging(self) -> WeightsState:
-        if self.state is not WeightsState.STAGED:
-            return self.state
-        return WeightsState.FRESH if self.version == NO_VERSION else WeightsState.SERVING
-
-
 @dataclass(frozen=True)
 class Decision:
-    """What follows from the answers to a stage."""
+    """Consequence of the answers to a stage."""
 
     commit: bool
     """Every engine staged exactly what was offered: all commit. Else nobody does."""
@@ -203,7 +120,7 @@ class Decision:
 
 def decide(offer: Offer, answers: Mapping[int, StageAck | Failure]) -> Decision:
     """All commit or nobody does."""
-    wrong = {rank: _objection(offer, answer) for rank, answer in answers.items()}
+    wrong = {rank: _mismatch_in_answer(offer, answer) for rank, answer in answers.items()}
     dead = tuple(rank for rank, answer in answers.items() if isinstance(answer, Failure) and answer.died)
     refusals = tuple(f"engine {rank}: {why}" for rank, why in wrong.items() if why and rank not in dead)
     staged = tuple(rank for rank, answer in answers.items() if isinstance(answer, StageAck))
@@ -211,8 +128,8 @@ def decide(offer: Offer, answers: Mapping[int, StageAck | Failure]) -> Decision:
     return Decision(commit, () if commit else staged, dead, refusals)
 
 
-def _objection(offer: Offer, answer: StageAck | Failure) -> str | None:
-    """What is wrong with an answer, or None."""
+def _mismatch_in_answer(offer: Offer, answer: StageAck | Failure) -> str | None:
+    """Reason why an answer is not what was offered, or None."""
     if isinstance(answer, Failure):
         return answer.reason
     for what in ("version", "tensors", "manifest_digest", "bytes", "digest"):
@@ -223,7 +140,7 @@ def _objection(offer: Offer, answer: StageAck | Failure) -> str | None:
 
 
 def mismatch_in_commit(version: int, report: CommitReport) -> str | None:
-    """What is wrong with a commit, or None: every tensor that was handed over has to be bound."""
+    """Reason to distrust a commit, or None: every tensor that was handed over has to be bound."""
     if report.version != version:
         return f"committed version {report.version}, not {version}"
     if report.bound != report.expected or not report.bound:
@@ -232,7 +149,7 @@ def mismatch_in_commit(version: int, report: CommitReport) -> str | None:
 
 
 def mismatch_in_parts(sent: SentParts, report: CommitReport) -> str | None:
-    """What is wrong with what arrived inside a commit, or None."""
+    """Reason to distrust what arrived inside a commit, or None."""
     if len(report.part_digests) != len(sent.part_digests):
         return f"loaded {len(report.part_digests)} later parts, the trainer sent {len(sent.part_digests)}"
     for i, (mine, theirs) in enumerate(zip(sent.part_digests, report.part_digests), 2):
@@ -242,7 +159,7 @@ def mismatch_in_parts(sent: SentParts, report: CommitReport) -> str | None:
 
 
 def mismatch_in_version(current: int, offered: int) -> str | None:
-    """Why a version must not be loaded over another, or None: an old one would undo an update."""
+    """Reason not to load a version over another, or None: an old one would undo an update."""
     if offered > current:
         return None
     return f"version {offered} is not newer than version {current}"

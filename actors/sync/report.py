@@ -1,4 +1,4 @@
-"""What one weight sync did, for logs and reports."""
+"""Report of one weight sync, for logs and run reports."""
 
 from __future__ import annotations
 

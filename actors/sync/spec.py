@@ -1,4 +1,4 @@
-"""What a weight sync can be told. Free of torch, so that plans and configurations can use it."""
+"""Settings of a weight sync. Free of torch, so that plans and configurations can use it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from actors.spec import Spec
 
 Backend = Literal["gloo", "nccl"]
-"""What carries tensors between trainer and engine: gloo on CPUs, nccl between GPUs."""
+"""Transport of tensors between trainer and engine: gloo on CPUs, nccl between GPUs."""
 
 
 def backend_for(trainer_gpus: float, engine_gpus: float) -> Backend:
@@ -18,17 +18,17 @@ def backend_for(trainer_gpus: float, engine_gpus: float) -> Backend:
 
 
 class SyncSpec(Spec):
-    """How new weights travel, and how their arrival is proved."""
+    """Transport of new weights to the engines, and proof of their arrival."""
 
     payload: Literal["adapter", "merged"] = "adapter"
-    """What is sent: LoRA's A and B, merged by the engine into its untouched base, or merged weights."""
+    """Content of a sync: LoRA's A and B, merged by the engine into its untouched base, or merged weights."""
     packed_buffer_size_bytes: int = Field(default=2**30, ge=1)
-    """Merged weights that are larger travel in parts of about this size, whole groups of a layer each: the
+    """Merged weights that are larger are sent in parts of about this size, whole groups of a layer each: the
     first is staged, the others are loaded as they come. Whoever fails after the first has to be replaced, and
     neither side needs room for two models."""
     in_flight: Literal["wait", "keep"] = "wait"
-    """What new weights do to samples that are being drawn for later steps (`staleness` above 0): `wait` until
-    they are there, so that a run can be repeated, or `keep` them, so that they go on with the new weights."""
+    """Samples in flight for later steps (`staleness` above 0) when new weights come: `wait` until they are
+    done, so that a run can be repeated, or `keep` them, so that they go on with the new weights."""
     probes: int = Field(default=4, ge=1)
     """Sequences whose log-probabilities engine and trainer compare after a sync."""
     probe_tokens: int = Field(default=32, ge=1)

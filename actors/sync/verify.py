@@ -1,4 +1,4 @@
-"""Did the weights arrive? Pure comparisons of what trainer and engine say.
+"""Proof that weights have arrived: pure comparisons of what trainer and engine say.
 
 The proof is exact: digests of the engine's bound tensors against the merge that the trainer computed.
 Log-probabilities of probe sequences are the second witness; they see what comes after the bound tensors
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.sync.protocol import Readback
+from actors.sync.protocol import Expected, Offer, Readback
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.6, "float16": 0.2}
 """Of the 0.9 quantile of |difference| / max(1, |log-probability|), by dtype of the engine. Relative, because
@@ -24,12 +24,24 @@ training on nonsense. Without the repacking of experts: .7 to 5 in both. In 16 b
 MEDIAN_SHARE = 0.2
 """The median has to stay below this share of the tolerance."""
 DECIDABLE = 8.0
-"""How many times its own noise the trainer's change must be before nearness says anything."""
+"""Smallest ratio of the trainer's change to its own noise at which nearness says anything."""
 ROUNDED_AWAY = 0.5
-"""Share of unchanged weights above which nearness is reported and not judged in 16 bits: the engine is right
-to stay where it was, because rounding leaves most of the update out."""
+"""Share of unchanged weights above which nearness is only reported in 16 bits: the engine is right to stay
+where it was, because rounding leaves most of the update out."""
 KEEP = 0.9
 """Share of the tokens that nearness looks at; flipped routes are among the rest."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A version by the trainer's account. Engines that are replaced later are compared with it too."""
+
+    offer: Offer
+    expected: Expected
+    logps: list[np.ndarray]
+    """float64, of each probe's tokens."""
+    previous: list[np.ndarray] | None
+    """The same of the version before."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +60,8 @@ class ProbeReport:
     worst_probe: int
     """Index of the probe with the largest mean."""
     arrived: float | None
-    """How far the engine went from the trainer's previous version to this one: 1 is there, 0 has not moved.
-    None where the change is too small to be told from noise."""
+    """Share of the way from the trainer's previous version to this one that the engine went: 1 is there, 0
+    has not moved. None where the change is too small to be told from noise."""
     left_base: float | None
     """The same from the base to this version."""
 
@@ -101,7 +113,7 @@ def _quantile(values: np.ndarray, share: float) -> float:
 
 
 def nearness(found: np.ndarray, target: np.ndarray, origin: np.ndarray) -> float | None:
-    """Where `found` lies on the way from `origin` (0) to `target` (1), or None if noise hides it.
+    """Position of `found` on the way from `origin` (0) to `target` (1), or None if noise hides it.
 
     The projection <found - origin, u> / <u, u> with u = target - origin: above 1/2 exactly if `found` is
     nearer to `target` (in the 2-norm). Its noise is |found - nearer end| / (sqrt(n) |u|).
@@ -120,7 +132,7 @@ def nearness(found: np.ndarray, target: np.ndarray, origin: np.ndarray) -> float
 def mismatch_in_probes(
     report: ProbeReport, dtype: str, tolerance: float | None = None, unchanged: float = 0.0
 ) -> str | None:
-    """What is wrong with an engine's probes, or None.
+    """Reason to distrust an engine's probes, or None.
 
     `dtype`: of the engine; `tolerance` None: by dtype; `unchanged`: share of the adapted weights that
     rounding to 16 bits leaves as in the base.
@@ -143,7 +155,7 @@ def mismatch_in_probes(
 
 
 def mismatch_in_readback(expected: Mapping[str, str], found: Readback, version: int) -> str | None:
-    """What is wrong with the tensors that an engine holds, or None."""
+    """Reason to distrust the tensors that an engine holds, or None."""
     if found.version != version:
         return f"read back version {found.version}, not {version}"
     missing = sorted(name for name in expected if name not in found.digests)

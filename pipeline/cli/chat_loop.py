@@ -64,6 +64,7 @@ def engine(model: str) -> Iterator[WorkerGroup]:
     from actors.cluster.connection import local_resources, start_ray, stop_ray
     from actors.cluster.spec import LimitsSpec, RoleSpec
     from actors.rollout.group import ROLLOUT, rollout_group
+    from actors.rollout.remote import RolloutEngines
     from actors.rollout.spec import EngineSpec
 
     threads = max(1, int(local_resources()["CPU"]))
@@ -72,7 +73,8 @@ def engine(model: str) -> Iterator[WorkerGroup]:
         group = rollout_group(RoleSpec(threads=threads), LimitsSpec(), Path(logs)).start()
         try:
             group.ready().build(ROLLOUT, EngineSpec()).result()
-            group.call("load", str(Path(model).absolute()) if Path(model).exists() else model, phase="load")
+            base = str(Path(model).absolute()) if Path(model).exists() else model
+            RolloutEngines(group).load(0, base).result()
             yield group
         finally:
             group.shutdown()
@@ -100,8 +102,10 @@ def reply(
     Raises:
         UserError: the chat template refuses the messages.
     """
+    from actors.rollout.remote import RolloutEngines
+
     ids = question(tokenizer, messages)
-    generations = rollout.call_rank(0, "generate", [ids], sampling, None, phase="generate")
+    generations = RolloutEngines(rollout).generate(0, [ids], sampling).result()
     return generations.texts(tokenizer, sampling.stop, sampling.stop_token_ids)[0]
 
 

@@ -191,9 +191,11 @@ def generate(
     """Completions of all prompts by one model; a sample's seed depends on its prompt only. Engines that die
     over it are replaced."""
     from actors.rollout.pool import RolloutPool
+    from actors.rollout.remote import RolloutEngines
+    from actors.sync.engine_set import EngineSet
 
-    def load(rank: int) -> WorkerFuture:
-        return rollout.submit_rank(rank, "load", weights.base, weights.adapter, name, phase="load")
+    def load(rank: int) -> WorkerFuture[dict[str, float]]:
+        return RolloutEngines(rollout).load(rank, weights.base, weights.adapter, name)
 
     loading = {rank: load(rank) for rank in rollout.fleet.serving}
     for rank, waiting in loading.items():
@@ -203,7 +205,7 @@ def generate(
             if rank in rollout.fleet.serving:
                 raise
     seeds = [sample_seed(seed, 0, i, 0) for i in range(len(token_ids))]
-    pool = RolloutPool(rollout, lambda rank: load(rank).result())
+    pool = RolloutPool(EngineSet(rollout, load=lambda rank: load(rank).result()))
     return pool.generate(token_ids, sampling, seeds).texts(tokenizer, sampling.stop, sampling.stop_token_ids)
 
 

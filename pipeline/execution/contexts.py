@@ -45,7 +45,8 @@ class Contexts:
     def rl_context(self, node: Node, stage: PreparedRl, events: Events, tokenizer: Any) -> RlContext:
         """A view for every role of an online stage, the engines, and the sync between policy and engines."""
         from actors.rollout.pool import RolloutPool
-        from actors.sync.engines import load_base
+        from actors.sync.engine_set import EngineSet
+        from actors.sync.remote import load_base
         from actors.sync.spec import backend_for
         from actors.sync.weight_sync import WeightSync
 
@@ -57,11 +58,11 @@ class Contexts:
         usable = [ids for ids in stage.data.token_ids if len(ids) > 1]
         probes = [ids[: wanted.probe_tokens + 1] for ids in usable[: wanted.probes]]
         backend = backend_for(self.config.roles.policy.gpus, self.config.roles.rollout.gpus)
+        engines = EngineSet(rollout)
         sync = WeightSync(
-            policy.workers.group, rollout, wanted, node.start.base, policy.role, probes, backend, loading
+            policy.workers.group, engines, wanted, node.start.base, policy.role, probes, backend, loading
         )
-        pool = RolloutPool(rollout, sync.restore, in_flight=wanted.in_flight == "keep")
-        sync.bring_back = pool.bring_back
+        pool = RolloutPool(engines, in_flight=wanted.in_flight == "keep")
         return RlContext(
             **self._common(node, events, policy),
             reference=self._reference(node),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
@@ -55,23 +56,33 @@ def calls_of(face: type) -> list[str]:
     return [name for name, _ in inspect.getmembers(face, inspect.isfunction) if not name.startswith("_")]
 
 
-def mismatches(face: type, actor: type, *, local: tuple[str, ...] = ("phase",)) -> dict[str, str]:
+def mismatches(
+    face: type,
+    actor: type,
+    *,
+    local: tuple[str, ...] = ("phase", "rank"),
+    parts: Mapping[str, type] | None = None,
+) -> dict[str, str]:
     """Calls of `face`, made of a group alone, that do not fit the method of `actor` that they name, with what
-    is wrong. `local`: parameters that are the driver's own."""
-    found = {name: _mismatch(face, name, actor, local) for name in calls_of(face)}
+    is wrong. `local`: parameters that are the driver's own; `parts`: classes of parts of `actor` that it does
+    not declare itself, by name."""
+    found = {name: _mismatch(face, name, actor, local, parts or {}) for name in calls_of(face)}
     return {name: wrong for name, wrong in found.items() if wrong}
 
 
-def _mismatch(face: type, name: str, actor: type, local: tuple[str, ...]) -> str:
+def _mismatch(face: type, name: str, actor: type, local: tuple[str, ...], parts: Mapping[str, type]) -> str:
     here = inspect.signature(getattr(face, name))
     asked = {key: one for key, one in here.parameters.items() if key not in ("self", *local)}
     group = RecordingGroup()
-    getattr(face(group), name)(**{key: f"<{key}>" for key in asked})
+    own = {
+        key: 0 for key in local if key in here.parameters and here.parameters[key].default is inspect._empty
+    }
+    getattr(face(group), name)(**own, **{key: f"<{key}>" for key in asked})
     if len(group.sent) != 1:
         return f"makes {len(group.sent)} remote calls"
     sent = group.sent[0]
     try:
-        real = inspect.signature(_method(actor, sent.path))
+        real = inspect.signature(_method(actor, sent.path, parts))
         arrived = real.bind("<self>", *sent.args, **sent.kwargs).arguments
     except (AttributeError, KeyError, TypeError) as error:
         return f"{sent.path}: {error}"
@@ -96,9 +107,9 @@ def _written(parameter: inspect.Parameter) -> str:
     return f"{parameter.name}: {parameter.annotation}{default}"
 
 
-def _method(actor: type, path: str) -> Any:
+def _method(actor: type, path: str, classes: Mapping[str, type]) -> Any:
     """The function behind a dotted path into the parts of an object."""
     *parts, name = path.split(".")
     for part in parts:
-        actor = get_type_hints(actor)[part]
+        actor = classes[part] if part in classes else get_type_hints(actor)[part]
     return inspect.getattr_static(actor, name)

@@ -134,7 +134,7 @@ def test_an_engine_lost_at_staleness_1_draws_its_samples_again(tmp_path: Path) -
     complete(command_for(tmp_path / "whole", engines=2, **stage), tmp_path / "whole")
     command, run = command_for(tmp_path / "lost", engines=2, **stage), tmp_path / "lost" / "run"
     process = start(command, tmp_path / "lost")
-    when(process, lambda: calls(run, "rollout-1", "commit") >= 2)
+    when(process, lambda: calls(run, "rollout-1", "weights.commit") >= 2)
     os.kill(pid_of(run, "rollout-1"), signal.SIGKILL)
     said, _ = process.communicate(timeout=400)
     assert process.returncode == 0, said[-3000:]
@@ -149,7 +149,7 @@ def test_an_engine_lost_at_staleness_1_draws_its_samples_again(tmp_path: Path) -
 def test_a_run_killed_while_samples_in_flight_are_kept_goes_on(tmp_path: Path) -> None:
     stage = {"sync": {"in_flight": "keep"}, "staleness": 1, "max_completion_length": 48, "max_length": 96}
     command, run = command_for(tmp_path, **stage), tmp_path / "run"
-    kill_and_go_on(command, tmp_path, lambda: calls(run, "rollout-0", "commit") >= 5)
+    kill_and_go_on(command, tmp_path, lambda: calls(run, "rollout-0", "weights.commit") >= 5)
     assert [line["step"] for line in lines(run)] == [3, 6, 7]
     assert all(0 <= line["staleness/max"] <= 1 for line in lines(run))
 
@@ -158,7 +158,10 @@ def test_samples_in_flight_outlive_a_sync_and_a_lost_engine(tmp_path: Path) -> N
     stage = {"sync": {"in_flight": "keep"}, "staleness": 1, "max_completion_length": 48, "max_length": 96}
     command, run = command_for(tmp_path, engines=2, **stage), tmp_path / "run"
     process = start(command, tmp_path)
-    when(process, lambda: calls(run, "rollout-1", "commit") >= 3 and calls(run, "rollout-1", "poll") >= 4)
+    when(
+        process,
+        lambda: calls(run, "rollout-1", "weights.commit") >= 3 and calls(run, "rollout-1", "poll") >= 4,
+    )
     os.kill(pid_of(run, "rollout-1"), signal.SIGKILL)
     said, _ = process.communicate(timeout=400)
     assert process.returncode == 0, said[-3000:]

@@ -66,7 +66,7 @@ class Merger:
         self._last: tuple[tuple[PayloadEntry, ...], Targets] = ((), {})
 
     def targets(self, payload: Payload) -> Targets:
-        """Which checkpoint tensors a payload changes, and the shape that it gives them."""
+        """Checkpoint tensors that a payload changes, and the shape that it gives them."""
         entries = payload.manifest.entries
         if payload.manifest.payload == "merged":
             return {entry.name: {entry.name: entry.shape} for entry in entries}

@@ -1,4 +1,4 @@
-"""Which part of which engine parameter holds which checkpoint tensor, learnt from vLLM's own loaders.
+"""Map from checkpoint tensors to the parts of engine parameters that hold them, learnt from vLLM's loaders.
 
 vLLM's loaders rename, cut and fuse. Their rules are not written down here a second time: every loader is
 run once on tensors without storage, and the copies that it makes are noted. From these follow what has to
@@ -33,7 +33,7 @@ class Region:
 
     @staticmethod
     def of(view: torch.Tensor) -> Region:
-        """Where a view lies in its storage."""
+        """Place of a view in its storage."""
         return Region(tuple(view.shape), view.stride(), int(view.storage_offset()))
 
     def view(self, whole: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What an engine's parameters hold, cut back into checkpoint tensors.
+"""Readback: the values of an engine's parameters, cut back into checkpoint tensors.
 
 A parameter is read when vLLM hands it to its kernels: on the CPU linear layers and experts keep only a
 packed copy after that. What is read is compared bit by bit with what was handed to the loaders, and its
@@ -71,7 +71,7 @@ class Reader:
 
 
 def _found(module: nn.Module, pieces: Sequence[Piece], handed: torch.Tensor) -> torch.Tensor:
-    """What a module holds of a checkpoint tensor."""
+    """Values that a module holds of a checkpoint tensor."""
     views = [piece.target.view(getattr(module, piece.parameter).data) for piece in pieces]
     whole = Region(tuple(handed.shape), handed.contiguous().stride(), 0)
     same = [(view.shape, view.dtype) for view in views] == [(handed.shape, handed.dtype)]

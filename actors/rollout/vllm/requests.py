@@ -1,7 +1,8 @@
-"""Requests in vLLM's terms, and what is read from its answers."""
+"""Requests to vLLM, a step of the engine at a time, and samples and scores from its answers."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +10,6 @@ import numpy as np
 
 from actors.batches.generations import SamplingSpec
 from actors.errors import RunFailure
-
-if TYPE_CHECKING:
-    from vllm import SamplingParams
-import time
-from typing import TYPE_CHECKING
-
 from actors.sync.protocol import NO_VERSION
 
 if TYPE_CHECKING:
@@ -22,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def sampling_params(sampling: SamplingSpec, seed: int) -> SamplingParams:
-    """What vLLM is asked for one sample; its log-probability alone comes back with each token."""
+    """Parameters of a request for one sample; its log-probability alone comes back with each token."""
     from vllm import SamplingParams
 
     return SamplingParams(
@@ -34,17 +29,17 @@ def sampling_params(sampling: SamplingSpec, seed: int) -> SamplingParams:
         repetition_penalty=sampling.repetition_penalty,
         stop=sampling.stop or None,
         stop_token_ids=sampling.stop_token_ids or None,
-        # Greedy draws nothing, and a generator per request costs time.
+        # Greedy sampling needs no seed, and a generator per request costs time.
         seed=seed if sampling.temperature > 0 else None,
         logprobs=0,
         flat_logprobs=True,
-        # Stop strings are looked for in text; nothing else needs it, token ids travel.
+        # Stop strings are looked for in text; nothing else needs it: samples are sent as token ids.
         detokenize=bool(sampling.stop),
     )
 
 
 def scoring_params() -> SamplingParams:
-    """What vLLM is asked to score the tokens of a prompt."""
+    """Parameters of a request that scores the tokens of a prompt."""
     from vllm import SamplingParams
 
     return SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
@@ -72,7 +67,7 @@ class Stepper:
 
     @property
     def busy(self) -> bool:
-        """Whether requests are in the engine."""
+        """True while requests are in the engine."""
         return bool(self._llm.llm_engine.has_unfinished_requests())
 
     def add(self, requests: Sequence[Any], params: Sequence[SamplingParams] | SamplingParams) -> list[str]:

@@ -1,4 +1,4 @@
-"""What vLLM is told to serve a model: the user's options, the architecture's row, the machine."""
+"""Arguments of vLLM for serving a model: the user's options, the architecture's row, the machine."""
 
 from __future__ import annotations
 

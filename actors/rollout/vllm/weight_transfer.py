@@ -43,7 +43,7 @@ EXTENSION = f"{__name__}.SyncWorkerExtension"
 
 @dataclass
 class BaseInfo(WeightTransferInitInfo):
-    """Where the base is."""
+    """Place of the base."""
 
     base: str
     """Directory of the checkpoint that the engine has loaded."""
@@ -51,14 +51,14 @@ class BaseInfo(WeightTransferInitInfo):
 
 @dataclass
 class VersionInfo(WeightTransferUpdateInfo):
-    """Which staged version to load."""
+    """Staged version to load."""
 
     version: int
 
 
 @dataclass
 class Loaded:
-    """What one update did."""
+    """Result of one update."""
 
     bound: int = 0
     expected: int = 0
@@ -68,13 +68,13 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Part:
-    """What one part of a version changes."""
+    """Changes of one part of a version."""
 
     targets: Targets
     changed: frozenset[str]
     """Checkpoint tensors."""
     modules: tuple[str, ...]
-    """What has to be reloaded for it, in the model's order."""
+    """Modules that have to be reloaded for it, in the model's order."""
 
 
 @dataclass
@@ -246,7 +246,7 @@ class SyncTransferEngine(WeightTransferEngine):
 
 
 class SyncWorkerExtension:
-    """What is asked of a worker beside vLLM's own calls."""
+    """Calls into a worker besides vLLM's own."""
 
     weight_transfer_engine: Any
     model_runner: Any
@@ -288,7 +288,7 @@ class SyncWorkerExtension:
         return moe_layers(self.weight_transfer_engine.model)
 
     def loaded_weights(self) -> Loaded:
-        """What the last update did in this process."""
+        """Result of the last update in this process."""
         loaded: Loaded = self.weight_transfer_engine.loaded
         return loaded
 

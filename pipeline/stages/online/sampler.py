@@ -96,7 +96,7 @@ class Sampler:
         if not self._count_experts:
             return None
         try:
-            loads = [load for load in self.rollout.group.call("expert_load") if load is not None]
+            loads = self.rollout.expert_load()
         except RunFailure:  # An engine is gone: whoever needs it next replaces it.
             return None
         self._count_experts = bool(loads)  # Engines of a dense model never do: not to be asked each step.

@@ -85,7 +85,7 @@ class ServedEngine(FakeEngine):
 
     served = ""
 
-    def load(self, base: str, adapter: str | None, label: str) -> None:  # type: ignore[override]
+    def load(self, base: str, adapter: str | None, label: str, updatable: bool) -> None:  # type: ignore[override]
         self.served = f"{label} on {base}"
 
     def generate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -20,8 +21,9 @@ from actors.cluster.spec import LimitsSpec, RoleSpec
 from actors.cluster.worker_group import WorkerGroup
 from actors.errors import InvariantViolation, RunFailure
 from actors.rollout.group import ROLLOUT, rollout_group
-from actors.rollout.pool import MIN_CHUNK, Chunk, Queue, Restart, RolloutPool
+from actors.rollout.pool import MIN_CHUNK, Chunk, Queue, RolloutPool
 from actors.rollout.spec import EngineSpec
+from actors.sync.engine_set import EngineSet, Restart
 
 SAMPLING = SamplingSpec(temperature=1, n=2)
 PROMPTS = [[i, i + 1] for i in range(48)]
@@ -90,7 +92,7 @@ def start(ray_cluster: None, tmp_path: Path) -> Iterator[Start]:
         ).result()
         group.call("load", 3)
         replace = replace or (lambda rank: group.call_rank(rank, "load", 3))
-        return RolloutPool(group, replace, in_flight=in_flight)
+        return RolloutPool(EngineSet(group, replace), in_flight=in_flight)
 
     yield starting
     for group in groups:
@@ -138,7 +140,7 @@ def test_calls_side_by_side_share_the_engines_and_the_replacement_of_a_lost_one(
 
 
 @pytest.mark.ray
-def test_while_an_engine_is_revived_the_other_goes_on(start: Start, tmp_path: Path) -> None:
+def test_while_an_engine_is_replaced_the_other_goes_on(start: Start, tmp_path: Path) -> None:
     times: list[float] = []
 
     def replace(rank: int) -> None:
@@ -183,7 +185,7 @@ def test_an_engine_that_was_seen_dead_by_another_call_is_replaced_first(start: S
 
 
 @pytest.mark.ray
-def test_an_engine_that_dies_while_it_is_revived_is_replaced_again(start: Start, tmp_path: Path) -> None:
+def test_an_engine_that_dies_while_it_is_replaced_is_replaced_again(start: Start, tmp_path: Path) -> None:
     def replace(rank: int) -> None:
         first = not (tmp_path / "again").exists()
         (tmp_path / "again").touch()
@@ -214,7 +216,7 @@ def test_an_engine_that_fails_and_lives_is_not_restarted(start: Start) -> None:
 
 
 @pytest.mark.ray
-def test_a_revival_that_goes_wrong_by_itself_ends_the_call(start: Start) -> None:
+def test_a_replacement_that_goes_wrong_by_itself_ends_the_call(start: Start) -> None:
     def replace(rank: int) -> None:
         raise InvariantViolation("rollout-0", "sync", "digest differs")
 
@@ -258,7 +260,8 @@ def test_three_engines_one_killed_while_generating_draw_what_one_engine_draws(
     sampling = SamplingSpec(temperature=1, max_tokens=150, n=4)
     seeds = [sample_seed(0, 1, p, s) for p in range(36) for s in range(4)]
     alone = engines.call_rank(0, "generate", prompts, sampling, seeds, phase="generate")
-    pool = RolloutPool(engines, lambda rank: engines.call_rank(rank, "load", str(tiny_base), phase="load"))
+    load = functools.partial(engines.call_rank, method="load", base=str(tiny_base), phase="load")
+    pool = RolloutPool(EngineSet(engines, load))
     shared = pool.generate(prompts, sampling, seeds)
     assert pool.restarts == []
     assert rows(shared) == rows(alone)

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -18,6 +19,8 @@ from actors.models.lora.low_rank import Factors
 from actors.models.spec import LoraSpec, ModelSpec
 from actors.rollout.engine import EngineSpec, RolloutEngine
 from actors.rollout.group import rollout_group
+from actors.rollout.weight_updater import WeightUpdater
+from actors.sync.engine_set import EngineSet
 from actors.sync.payload import Payload, PayloadEntry, pack_adapter, pack_merged
 from actors.sync.protocol import CommitReport, Prepared, StageAck
 from actors.sync.spec import SyncSpec
@@ -57,7 +60,7 @@ def connected(base: Path, policy: WorkerGroup, rollout: WorkerGroup, payload: st
     size = PART_BYTES if payload == PARTS else SyncSpec().packed_buffer_size_bytes
     kind = "merged" if payload == PARTS else payload
     spec = SyncSpec(payload=kind, packed_buffer_size_bytes=size)  # type: ignore[arg-type]
-    sync = WeightSync(policy, rollout, spec, str(base), "policy", PROBES)
+    sync = WeightSync(policy, EngineSet(rollout), spec, str(base), "policy", PROBES)
     sync.connect()
     policy.call("nudge", 0)
     sync.push(0)
@@ -206,42 +209,53 @@ class FaultyEngine(RolloutEngine):
     def forget_log(self) -> None:
         self.calls = []
 
+    def make_updater(self, llm: Any, base: str) -> WeightUpdater:
+        return FaultyUpdater(self, llm, base)
+
+
+class FaultyUpdater(WeightUpdater):
+    """Versions of the weights of a `FaultyEngine`."""
+
+    def __init__(self, engine: FaultyEngine, llm: Any, base: str) -> None:
+        super().__init__(llm, base, engine.spec.dtype)
+        self._engine = engine
+
     def stage(self, version: int) -> StageAck:
-        self.calls.append(f"stage {version}")
+        self._engine.calls.append(f"stage {version}")
         self._die_if("dies while staging")
         return super().stage(version)
 
     def discard(self, version: int) -> None:
-        self.calls.append(f"discard {version}")
+        self._engine.calls.append(f"discard {version}")
         super().discard(version)
 
-    def commit(self, version: int) -> CommitReport:
+    def commit(self, version: int, keep: bool = False) -> CommitReport:
         from actors.rollout.vllm import weight_transfer as vllm_side
 
-        self.calls.append(f"commit {version}")
-        fault, self.fault = self.fault, ""
+        self._engine.calls.append(f"commit {version}")
+        fault, self._engine.fault = self._engine.fault, ""
         if fault == "dies between two parts":
-            self.fault = fault
-            with mock.patch.object(self.weights, "_received", side_effect=lambda: self._die_if(fault)):
-                return super().commit(version)
+            self._engine.fault = fault
+            with mock.patch.object(self, "_received", side_effect=lambda: self._die_if(fault)):
+                return super().commit(version, keep)
         if fault == "repack left out":
             with mock.patch.object(vllm_side, "repack_experts"):
-                return super().commit(version)
+                return super().commit(version, keep)
         if fault:
             # From inside: the old weights are gone, the new ones are not there.
             with mock.patch.object(vllm_side, "repack_experts", side_effect=lambda _: self._break(fault)):
-                return super().commit(version)
-        return super().commit(version)
+                return super().commit(version, keep)
+        return super().commit(version, keep)
 
     def connect(self, address: str, timeout_s: float) -> str:
         self._die_if("dies on its way to the trainer")
         return super().connect(address, timeout_s)
 
     def _break(self, fault: str) -> None:
-        self.fault = fault
+        self._engine.fault = fault
         self._die_if("dies inside commit")
         raise MemoryError("no room for the experts")
 
     def _die_if(self, fault: str) -> None:
-        if self.fault == fault:
+        if self._engine.fault == fault:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -13,7 +13,7 @@ import pytest
 
 from actors.cluster.worker_group import WorkerGroup
 from actors.errors import InvariantViolation
-from actors.sync.protocol import WeightsState
+from actors.sync.engine_state import WeightsState
 from actors.sync.weight_sync import WeightSync
 from tests.actors.sync.sync_faults import PARTS, connected, started
 

@@ -7,14 +7,10 @@ import dataclasses
 import pytest
 
 from actors.sync.protocol import (
-    NO_VERSION,
     CommitReport,
-    Engine,
     Failure,
     Offer,
     StageAck,
-    WeightsEvent,
-    WeightsState,
     decide,
     mismatch_in_commit,
     mismatch_in_version,
@@ -75,51 +71,3 @@ def test_a_commit_has_to_bind_every_tensor_of_its_version() -> None:
 )
 def test_only_a_newer_version_is_taken(current: int, offered: int, allowed: bool) -> None:
     assert (mismatch_in_version(current, offered) is None) == allowed
-
-
-# --- States of one engine -------------------------------------------------------------------------
-
-
-def after(*events: WeightsEvent, version: int = 3) -> Engine:
-    engine = Engine()
-    for event in events:
-        engine = engine.after(event, version)
-    return engine
-
-
-UP = (WeightsEvent.ACKNOWLEDGED, WeightsEvent.COMMITTED, WeightsEvent.VERIFIED)
-
-
-def test_an_engine_serves_a_version_only_once_it_is_verified() -> None:
-    assert after().state is WeightsState.FRESH
-    assert after(*UP[:2]) == Engine(WeightsState.COMMITTED, NO_VERSION)
-    assert after(*UP) == Engine(WeightsState.SERVING, 3)
-
-
-def test_a_staged_version_that_is_discarded_leaves_what_was_served() -> None:
-    assert after(*UP, WeightsEvent.ACKNOWLEDGED, WeightsEvent.DISCARDED) == Engine(WeightsState.SERVING, 3)
-    assert after(WeightsEvent.ACKNOWLEDGED, WeightsEvent.DISCARDED) == Engine(WeightsState.FRESH)
-
-
-def test_a_lost_engine_comes_back_with_the_base_and_under_a_new_number() -> None:
-    lost = after(*UP, WeightsEvent.ACKNOWLEDGED).after(WeightsEvent.FAILED, reason="killed")
-    assert lost == Engine(WeightsState.LOST, NO_VERSION, reason="killed")
-    assert lost.after(WeightsEvent.RESTARTED) == Engine(WeightsState.FRESH, NO_VERSION, generation=1)
-
-
-@pytest.mark.parametrize(
-    "events",
-    [
-        (WeightsEvent.COMMITTED,),
-        (WeightsEvent.VERIFIED,),
-        (WeightsEvent.ACKNOWLEDGED, WeightsEvent.VERIFIED),
-        (*UP[:2], WeightsEvent.DISCARDED),
-        (*UP[:2], WeightsEvent.ACKNOWLEDGED),
-        (*UP, WeightsEvent.RESTARTED),
-        (WeightsEvent.FAILED, WeightsEvent.ACKNOWLEDGED),
-        (WeightsEvent.FAILED, WeightsEvent.COMMITTED),
-    ],
-)
-def test_no_step_of_the_protocol_can_be_left_out(events: tuple[WeightsEvent, ...]) -> None:
-    with pytest.raises(ValueError, match="engine can't be"):
-        after(*events)

@@ -15,7 +15,8 @@ from actors.batches.batch import Batch
 from actors.batches.generations import SamplingSpec
 from actors.cluster.worker_group import WorkerGroup
 from actors.errors import RunFailure
-from actors.sync.protocol import WeightsState
+from actors.sync.engine_set import EngineSet
+from actors.sync.engine_state import WeightsState
 from actors.sync.spec import SyncSpec
 from actors.sync.weight_sync import WeightSync
 from tests.actors.sync.sync_faults import PARTS, PROBES, connected, started
@@ -57,9 +58,7 @@ def killed_and_back(sync: WeightSync) -> None:
     os.kill(sync.rollout.pids()[1], signal.SIGKILL)
     with pytest.raises(RunFailure, match="its process died"):
         sync.rollout.call_rank(1, "log")
-    sync.rollout.restart(1)
-    sync.rollout.rebuild(1)
-    sync.restore(1)
+    sync.engines.bring_back(1)
 
 
 def clean_log(sync: WeightSync) -> None:
@@ -115,7 +114,7 @@ def test_an_engine_lost_inside_commit_is_replaced_and_verified_before_it_serves(
     report = sync.push(version)
     assert report.replaced == (1,)
     assert sync.rollout.call("log") == [[f"stage {version}", f"commit {version}"]] * 2
-    assert [engine.state for engine in sync.engines.values()] == [WeightsState.SERVING] * 2
+    assert [sync.engines[rank].state for rank in sync.engines] == [WeightsState.SERVING] * 2
     assert served(sync) == [version, version]
     assert max(apart(sync, rank) for rank in (0, 1)) < 1e-4
 
@@ -142,7 +141,7 @@ def test_an_engine_that_dies_between_two_parts_is_lost_and_the_other_gets_them_a
 def test_an_engine_that_dies_on_its_way_to_the_trainer_keeps_nobody_waiting(
     groups: tuple[WorkerGroup, WorkerGroup], tiny_base: Path
 ) -> None:
-    sync = WeightSync(*groups, SyncSpec(), str(tiny_base), "policy", PROBES)
+    sync = WeightSync(groups[0], EngineSet(groups[1]), SyncSpec(), str(tiny_base), "policy", PROBES)
     sync.rollout.call_rank(0, "plant", "dies on its way to the trainer")
     sync.connect()
     assert (sync.engines[0].generation, sync.engines[1].generation) == (1, 0)

@@ -1,4 +1,4 @@
-"""What each workaround changes in vLLM; imported in an engine's process only. Causes are in `registry`."""
+"""Changes that the workarounds make in vLLM; imported only in an engine's process. Causes: `registry`."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class Workaround:
 
 
 _applied: dict[str, Patches] = {}
-"""What is in use in this process."""
+"""Workarounds in use in this process."""
 
 
 def use_only(names: Iterable[str]) -> None:

@@ -162,7 +162,7 @@ def test_what_can_not_be_loaded_is_refused_before_anything_is_touched(
         with pytest.raises(RunFailure, match=reason):
             rollout.call_rank(0, "weights.stage_payload", payload, phase="sync")
         with pytest.raises(RunFailure, match="is not staged"):
-            rollout.call_rank(0, "commit", payload.manifest.version, phase="sync")
+            rollout.call_rank(0, "weights.commit", payload.manifest.version, phase="sync")
     assert off(scores(rollout), before) == 0.0
     push(rollout, whole)
     assert off(scores(rollout), policy.logps(SEQUENCES, STARTS)) < 1e-5
@@ -173,9 +173,9 @@ def test_what_is_discarded_is_not_loaded(served: Callable[[], tuple[WorkerGroup,
     before = scores(rollout)
     policy.change(seed=5)
     rollout.call_rank(0, "weights.stage_payload", policy.payload(ADAPTER, 5), phase="sync")
-    rollout.call_rank(0, "discard", 5, phase="sync")
+    rollout.call_rank(0, "weights.discard", 5, phase="sync")
     with pytest.raises(RunFailure, match="version 5 is not staged"):
-        rollout.call_rank(0, "commit", 5, phase="sync")
+        rollout.call_rank(0, "weights.commit", 5, phase="sync")
     assert off(scores(rollout), before) == 0.0
 
 
@@ -204,7 +204,7 @@ def test_the_readback_names_exactly_the_tensors_that_are_not_the_policys(
     for version, (change, wrong) in enumerate([(swap(*pair), pair), (flip_a_bit, {flipped})], start=5):
         payload = cases.with_tensors(whole, change)
         push(rollout, pack_merged(version, "float32", {n: t for (n, _), t in payload.tensors().items()}))
-        read = rollout.call_rank(0, "readback", version).digests
+        read = rollout.call_rank(0, "weights.readback", version).digests
         expected = policy.digests(read)
         assert {name for name in read if read[name] != expected[name]} == wrong
 
@@ -219,7 +219,7 @@ def test_the_readback_shows_a_base_that_was_sent_in_place_of_the_policy(
         for name, f in policy.payload(ADAPTER, 5).factors().items()
     }
     push(rollout, pack_adapter(5, "float32", factors))
-    read = rollout.call_rank(0, "readback", 5).digests
+    read = rollout.call_rank(0, "weights.readback", 5).digests
     assert not set(read.items()) & set(policy.digests(read).items())
 
 
@@ -268,7 +268,7 @@ def test_an_engine_that_was_not_loaded_for_updates_says_so(
     process.build(ROLLOUT, EngineSpec()).result()
     process.call_rank(0, "load", str(base_of("qwen3")), phase="load")
     with pytest.raises(RunFailure, match="can't be updated"):
-        process.call_rank(0, "commit", 1, phase="sync")
+        process.call_rank(0, "weights.commit", 1, phase="sync")
     assert samples(process, [LONG]).version == 0
 
 

@@ -17,6 +17,7 @@ from actors.models.moe.router_stats import RouterStats
 from actors.models.spec import LoraSpec, ModelSpec
 from actors.rollout.engine import EngineSpec, RolloutEngine, SamplingSpec
 from actors.rollout.parity import ParityReport, probe_engine
+from actors.rollout.weight_updater import WeightUpdater
 from actors.sync.payload import Payload, digest_of, fused_groups_of, pack_adapter, pack_merged
 from actors.trainer.merged_weights import HostMerge
 from tests.actors.models.tiny_models import GROUPS, tiny_model
@@ -135,7 +136,7 @@ def with_tensors(payload: Payload, change: Any) -> Payload:
 def push(engine: WorkerGroup, payload: Payload, keep: bool = False) -> Any:
     """Stage and commit on one engine, without a channel."""
     engine.call_rank(0, "weights.stage_payload", payload, phase="sync")
-    return engine.call_rank(0, "commit", payload.manifest.version, keep, phase="sync")
+    return engine.call_rank(0, "weights.commit", payload.manifest.version, keep, phase="sync")
 
 
 def push_parts(engine: WorkerGroup, policy: Policy, version: int) -> Any:
@@ -178,7 +179,7 @@ def check_ten_syncs(rollout: WorkerGroup, policy: Policy) -> None:
         difference = off(now, policy.logps(SEQUENCES, STARTS))
         assert difference < 1e-5
         before, worst[kind] = now, max(worst[kind], difference)
-        read = rollout.call_rank(0, "readback", version).digests
+        read = rollout.call_rank(0, "weights.readback", version).digests
         assert len(read) == report.expected
         assert read == policy.digests(read)
     record(policy.architecture, **worst)
@@ -223,6 +224,11 @@ class QueueingEngine(RolloutEngine):
 
 
 class UnpackedEngine(RolloutEngine):
+    def make_updater(self, llm: Any, base: str) -> WeightUpdater:
+        return UnpackedUpdater(llm, base, self.spec.dtype)
+
+
+class UnpackedUpdater(WeightUpdater):
     """Leaves reloaded experts in the checkpoint's layout."""
 
     def commit(self, version: int, keep: bool = False) -> Any:
@@ -230,7 +236,7 @@ class UnpackedEngine(RolloutEngine):
 
         real, vllm_side.repack_experts = vllm_side.repack_experts, lambda modules: 0
         try:
-            return super().commit(version)
+            return super().commit(version, keep)
         finally:
             vllm_side.repack_experts = real
 
@@ -241,6 +247,11 @@ def probe_unpacked(spec: EngineSpec, model: ModelSpec) -> ParityReport:
 
 
 class BreakingEngine(RolloutEngine):
+    def make_updater(self, llm: Any, base: str) -> WeightUpdater:
+        return BreakingUpdater(llm, base, self.spec.dtype)
+
+
+class BreakingUpdater(WeightUpdater):
     """Loads one module of a version, then fails."""
 
     def commit(self, version: int, keep: bool = False) -> Any:
@@ -257,12 +268,17 @@ class BreakingEngine(RolloutEngine):
 
         engine.receive_weights = break_off
         try:
-            return super().commit(version)
+            return super().commit(version, keep)
         finally:
             engine.receive_weights = real
 
 
 class DroppingEngine(RolloutEngine):
+    def make_updater(self, llm: Any, base: str) -> WeightUpdater:
+        return DroppingUpdater(llm, base, self.spec.dtype)
+
+
+class DroppingUpdater(WeightUpdater):
     """A loader that loses a tensor without a word, as vLLM's do for names that they don't know."""
 
     def commit(self, version: int, keep: bool = False) -> Any:
@@ -281,7 +297,7 @@ class DroppingEngine(RolloutEngine):
 
         engine.receive_weights = lose_one
         try:
-            return super().commit(version)
+            return super().commit(version, keep)
         finally:
             engine.receive_weights = real
 

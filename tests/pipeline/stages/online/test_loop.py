@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from actors.batches.generations import Generations, SamplingSpec
+from actors.cluster.health import Members
 from actors.errors import InvariantViolation, RunFailure
+from actors.sync.engine_set import EngineSet
 from actors.sync.spec import SyncSpec
 from actors.sync.weight_sync import WeightSync
 from pipeline.artifacts.identity import Decision, Identity
@@ -93,12 +95,8 @@ class Engines:
     restarts: list[Any] = field(default_factory=list)
     version: int = 0
 
-    @property
-    def group(self) -> Engines:
-        return self
-
-    def call(self, method: str) -> list[None]:
-        return [None]
+    def expert_load(self) -> list[np.ndarray]:
+        return []
 
     def generate(self, prompts: list[list[int]], sampling: SamplingSpec, seeds: list[int]) -> Generations:
         return Generations.of(
@@ -257,15 +255,15 @@ def test_a_critic_trains_beside_the_policy_only_where_it_is_on_its_ranks(loop: R
 class Gone:
     """A group whose processes are dead."""
 
-    size = 1
+    fleet = Members.of(1)
 
-    def call_rank(self, rank: int, method: str, phase: str) -> None:
+    def submit_rank(self, rank: int, method: str, phase: str) -> None:
         raise RunFailure("policy-0", phase, "its process died")
 
 
 def test_a_trainer_that_is_gone_is_named_with_the_phase_in_which_it_died(loop: RlLoop) -> None:
     """Not with that of the connections that are dropped on the way out."""
-    closing = WeightSync(Gone(), Gone(), SyncSpec(), "", "ppo", [])  # type: ignore[arg-type]
+    closing = WeightSync(Gone(), EngineSet(Gone()), SyncSpec(), "", "ppo", [])  # type: ignore[arg-type]
     loop.ctx.sync.close = closing.close  # type: ignore[method-assign]
 
     def die(*_: Any) -> None:

@@ -1,0 +1,220 @@
+"""Phases of a weight sync over the engines that take part: connect, stage, commit, read back.
+
+Each phase asks all of its engines before it waits for any, and one that fails hides nothing of what the
+others did. What follows from the answers is decided in `protocol`; what becomes of an engine is noted in
+`EngineSet`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from actors.cluster.futures import GroupFuture, WorkerFuture
+from actors.cluster.worker_group import WorkerGroup
+from actors.errors import InvariantViolation, RunFailure, UserError
+from actors.sync import protocol
+from actors.sync.engine_set import EngineSet
+from actors.sync.engine_state import WeightsEvent
+from actors.sync.protocol import Failure, Offer, Readback, SentParts
+from actors.sync.remote import RemoteWeightSource, UpdatableEngines
+from actors.sync.spec import Backend
+
+if TYPE_CHECKING:
+    import numpy as np
+
+CHANNEL_SHARE = 0.8
+"""Of `limits.sync`: deadline inside a channel, so that who waits in vain for a peer says so itself."""
+
+Participants = Mapping[int, int]
+"""Engines that take part: generation by rank."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """A commit that was begun."""
+
+    version: int
+    engines: Participants
+    asked: dict[int, WorkerFuture | Failure]
+    later: GroupFuture[SentParts | None] | None
+    """Parts that the trainer sends meanwhile."""
+
+
+class Phases:
+    """Calls of a sync to engines and trainer, and what the answers mean for each engine.
+
+    Every call names the generation of its engine, so it never reaches a successor.
+    """
+
+    def __init__(
+        self, policy: WorkerGroup, engines: EngineSet, base_dir: str, backend: Backend, keeps: bool
+    ) -> None:
+        """`keeps`: samples stay in flight over a sync."""
+        self.source, self.engines = RemoteWeightSource(policy), engines
+        self._calls, self._rollout = UpdatableEngines(engines.group), engines.group
+        self._base_dir, self._backend, self._keeps = base_dir, backend, keeps
+        self.dtype = ""
+        """Of the engines; known once one is connected."""
+
+    # --- Connections ----------------------------------------------------------------------------
+
+    def load_and_connect(self, rank: int, generation: int) -> None:
+        """Give an engine that was just made the base, and connect it to the trainer.
+
+        Raises:
+            RunFailure: it did not load, did not reach the trainer, or was replaced.
+            UserError: it can't load this base.
+        """
+        load = self._calls.load
+        self.engines.submit(rank, generation, lambda r: load(r, self._base_dir, updatable=True)).result()
+        self.connect(rank, generation)
+
+    def connect(self, rank: int, generation: int) -> None:
+        """Connect an engine that has loaded the base. Raises as `load_and_connect`."""
+        timeout_s = CHANNEL_SHARE * self._rollout.limits.of("sync")
+        submit, calls = self.engines.submit, self._calls
+        address = self.source.listen(rank, timeout_s).result()
+        # The trainer waits only for an engine that has reached its port: one that dies before keeps nobody.
+        self.dtype = submit(rank, generation, lambda r: calls.connect(r, address, timeout_s)).result()
+        joining = submit(rank, generation, lambda r: calls.open_channel(r, self._backend))
+        accepting = self.source.accept(rank, self._backend)
+        joining.result()
+        accepting.result()
+        self.engines.saw(rank, generation, WeightsEvent.LOADED)
+
+    # --- Stage and commit -----------------------------------------------------------------------
+
+    def stage(self, engines: Participants, offer: Offer) -> protocol.Decision:
+        """Send to these engines; where not all staged, those that did forget it again."""
+        asked = self._ask(engines, lambda rank: self._calls.stage(rank, offer.version))
+        unreached = self.source.send([*engines]).result()
+        answers = self._answers(engines, asked)
+        for rank, reason in unreached.items():
+            # Whatever it says itself: without a connection it has to be brought up again.
+            answers[rank] = Failure(reason, died=True)
+        decision = protocol.decide(offer, answers)
+        if decision.commit:
+            self._saw(engines, WeightsEvent.ACKNOWLEDGED)
+        forgetting = {rank: engines[rank] for rank in decision.discard}
+        discards = self._ask(forgetting, lambda rank: self._calls.discard(rank, offer.version))
+        self._answers(forgetting, discards)
+        return decision
+
+    def begin_commit(self, engines: Participants, offer: Offer) -> Loading:
+        """Let engines load what they staged, while the trainer sends them what was not staged."""
+        asked = self._ask(engines, lambda rank: self._calls.commit(rank, offer.version, self._keeps))
+        # Every rank, as for `prepare`.
+        later = self.source.send_later([*engines]) if offer.parts_later else None
+        return Loading(offer.version, engines, asked, later)
+
+    def end_commit(self, loading: Loading) -> tuple[dict[int, int], SentParts | None]:
+        """The engines that did, and what they were sent meanwhile. The others are lost.
+
+        Raises:
+            InvariantViolation: not all that was handed over found its place in the engine.
+            RunFailure: an engine failed and lives, while samples are in flight.
+        """
+        version, committed = loading.version, {}
+        answers = self._answers(loading.engines, loading.asked)
+        sent = None if loading.later is None else loading.later.result()[0]
+        for rank, answer in answers.items():
+            generation = loading.engines[rank]
+            if isinstance(answer, Failure):
+                self.engines.saw(rank, generation, WeightsEvent.FAILED, answer.reason)
+                if self._keeps and not answer.died:
+                    raise RunFailure(
+                        self._rollout.who(rank), "sync", answer.reason, self._rollout.next_of(rank)
+                    )
+                continue
+            self.engines.saw(rank, generation, WeightsEvent.COMMITTED)
+            wrong = protocol.mismatch_in_commit(version, answer)
+            if wrong is None and sent is not None:
+                wrong = protocol.mismatch_in_parts(sent, answer)
+            if wrong is not None:
+                raise self.lose(rank, generation, version, wrong)
+            committed[rank] = generation
+        return committed, sent
+
+    # --- Proof ----------------------------------------------------------------------------------
+
+    def read(
+        self, engines: Participants, version: int, probes: Sequence[Sequence[int]], starts: Sequence[int]
+    ) -> dict[int, tuple[Readback, list[np.ndarray]]]:
+        """Digests of what engines hold after a commit, and the probes' log-probabilities, by rank.
+        One that died over it is lost and left out.
+
+        Raises:
+            InvariantViolation: one that lives can't say.
+        """
+        reading = self._ask(engines, lambda rank: self._calls.readback(rank, version))
+        scoring = self.begin_scoring(engines, probes, starts)
+        read, scored = self._answers(engines, reading), self._answers(engines, scoring)
+        found = {}
+        for rank, generation in engines.items():
+            failure = next((a for a in (read[rank], scored[rank]) if isinstance(a, Failure)), None)
+            if failure is None:
+                found[rank] = read[rank], scored[rank]
+            elif failure.died:
+                self.engines.saw(rank, generation, WeightsEvent.FAILED, failure.reason)
+            else:
+                raise self.lose(rank, generation, version, failure.reason)
+        return found
+
+    def begin_scoring(
+        self, engines: Participants, probes: Sequence[Sequence[int]], starts: Sequence[int]
+    ) -> dict[int, WorkerFuture | Failure]:
+        """Ask for log-probabilities of tokens of each probe, from `starts` on."""
+        return self._ask(engines, lambda rank: self._calls.score_tokens(rank, probes, starts))
+
+    def wait(self, engines: Participants, asked: Mapping[int, WorkerFuture | Failure]) -> None:
+        """Wait for answers, whatever they are."""
+        self._answers(engines, asked)
+
+    # --- Faults ---------------------------------------------------------------------------------
+
+    def lose(
+        self, rank: int, generation: int, version: int, reason: str, offer: Offer | None = None
+    ) -> InvariantViolation:
+        """An engine that is not what it should be serves nobody any more; the error to raise."""
+        self.engines.saw(rank, generation, WeightsEvent.FAILED, reason)
+        return violation(self._rollout.who(rank), version, reason, offer)
+
+    def _saw(self, engines: Participants, event: WeightsEvent, reason: str = "") -> None:
+        for rank, generation in engines.items():
+            self.engines.saw(rank, generation, event, reason)
+
+    def _ask(
+        self, engines: Participants, call: Callable[[int], WorkerFuture[Any]]
+    ) -> dict[int, WorkerFuture | Failure]:
+        """A call of each engine, or why it can't be called any more."""
+        asked: dict[int, WorkerFuture | Failure] = {}
+        for rank, generation in engines.items():
+            try:
+                asked[rank] = self.engines.submit(rank, generation, call)
+            except RunFailure as failure:
+                asked[rank] = Failure(failure.reason, died=True)
+        return asked
+
+    def _answers(self, engines: Participants, asked: Mapping[int, WorkerFuture | Failure]) -> dict[int, Any]:
+        """Each engine's answer, or why there is none: one that fails doesn't hide what the others did."""
+        answers: dict[int, Any] = {}
+        for rank, call in asked.items():
+            try:
+                answers[rank] = call if isinstance(call, Failure) else call.result()
+            except (RunFailure, UserError) as error:
+                reason = error.reason if isinstance(error, RunFailure) else str(error)
+                answers[rank] = Failure(reason, died=not self.engines.is_alive(rank, engines[rank]))
+        return answers
+
+
+def violation(who: str, version: int, reason: str, offer: Offer | None = None) -> InvariantViolation:
+    """The error of a version that can't be trusted, with the facts."""
+    digest = f" ({offer.tensors} tensors, {offer.bytes} bytes, digest {offer.digest})" if offer else ""
+    return InvariantViolation(
+        who,
+        "sync",
+        f"version {version}{digest}: {reason}",
+        "generations of these weights can't be trusted: keep the logs, and report the architecture",
+    )

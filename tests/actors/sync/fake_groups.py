@@ -1,0 +1,290 @@
+"""Trainer and engines of the interleaving tests: threads in place of processes, which die at any moment.
+
+An engine notes what it is asked for. What it does with weights it does strictly: it commits only what it has
+staged, and generates only with what it holds.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as Overdue
+from typing import Any
+
+import numpy as np
+
+from actors.batches.generations import Generations
+from actors.cluster.health import Members, ProcessEvent
+from actors.cluster.spec import LimitsSpec
+from actors.errors import RunFailure
+from actors.sync.protocol import CommitReport, Expected, Offer, Prepared, Readback, StageAck
+
+PATIENCE_S = 20.0
+"""Longest wait for any answer: a test that needs it has found something that waits for ever."""
+
+
+class Died(Exception):
+    """The process of a call is gone."""
+
+
+class Log:
+    """What all engines did, in order: (what, version, rank, generation of the process)."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, int, int, int]] = []
+        self.verified: set[tuple[int, int, int]] = set()
+        """(rank, generation of the process, version) of what was read back and scored there."""
+        self._lock = threading.Lock()
+
+    def note(self, what: str, version: int, process: Process) -> None:
+        with self._lock:
+            self.lines.append((what, version, process.rank, process.generation))
+
+
+class Process:
+    """One process with one engine, which does one thing after the other."""
+
+    def __init__(self, rank: int, generation: int, group: FakeEngines) -> None:
+        self.rank, self.generation, self.group = rank, generation, group
+        self.log, self.pause = group.log, group.pause
+        self.alive = True
+        self.built = False
+        self.version = self.staged = -2
+        self.read: set[int] = set()
+        self.wire: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.work = ThreadPoolExecutor(1)
+
+    def call(self, method: str, args: tuple[Any, ...]) -> Any:
+        self.pause()
+        self._live()
+        found = getattr(self, method.replace("weights.", ""))(*args)
+        self._live()
+        return found
+
+    def build(self) -> None:
+        self.built, self.version, self.staged = True, -2, -2
+
+    def load(self, base: str, adapter: str | None, label: str, updatable: bool) -> dict[str, float]:
+        if not self.built:
+            raise ValueError("it was asked to load before it was built")
+        self.version, self.wire = -1, queue.SimpleQueue()
+        return {}
+
+    def connect(self, address: str, timeout_s: float) -> str:
+        return "float32"
+
+    def open_channel(self, backend: str) -> None:
+        return None
+
+    def stage(self, version: int) -> StageAck:
+        try:
+            self.staged = self._received()
+            if self.group.dies_staging():
+                self.group.kill(self.rank)
+            self._live()
+        except Died:
+            self.log.note("not staged", version, self)
+            raise
+        self.log.note("staged", version, self)
+        return StageAck(**vars(offer(self.staged)))
+
+    def discard(self, version: int) -> None:
+        self.log.note("discarded", version, self)
+        self.staged = -2
+
+    def commit(self, version: int, keep: bool) -> CommitReport:
+        self.log.note(
+            "committed" if self.staged == version else "committed what was not staged", version, self
+        )
+        self.version, self.staged = version, -2
+        return CommitReport(version, 1, 1, {})
+
+    def readback(self, version: int) -> Readback:
+        self.read.add(self.version)
+        return Readback(version, {"weight": str(self.version)})
+
+    def score_tokens(self, token_ids: list[list[int]], starts: list[int]) -> list[np.ndarray]:
+        if self.version in self.read:
+            self.log.verified.add((self.rank, self.generation, self.version))
+        return logps(self.version, token_ids, starts)
+
+    def generate(self, prompts: list[list[int]], sampling: Any, seeds: list[int]) -> Generations:
+        if self.version < 0:
+            self.log.note("generated with nothing", self.version, self)
+        self.pause()
+        made = [([seed % 97, sum(prompt)], [-0.5] * 2, "stop") for prompt, seed in zip(prompts, seeds)]
+        return Generations.of(made, 1, "fake", 0.0, self.version)
+
+    def start_requests(self, key: int, seconds: float, *asked: Any) -> Generations:
+        return self.generate(*asked)
+
+    def _received(self) -> int:
+        until = time.monotonic() + PATIENCE_S
+        while time.monotonic() < until:
+            self._live()
+            try:
+                return self.wire.get(timeout=0.002)
+            except queue.Empty:
+                continue
+        raise ValueError("nothing was sent")
+
+    def _live(self) -> None:
+        if not self.alive:
+            raise Died
+
+
+class Answer:
+    """A call that was submitted."""
+
+    def __init__(self, group: FakeEngines, process: Process, phase: str, future: Future[Any]) -> None:
+        self._group, self._process, self._phase, self._future = group, process, phase, future
+
+    def done(self) -> bool:
+        return self._future.done()
+
+    def result(self) -> Any:
+        rank = self._process.rank
+        try:
+            return self._future.result(PATIENCE_S)
+        except Died:
+            self._group.saw(self._process, ProcessEvent.DIED)
+            raise RunFailure(self._group.who(rank), self._phase, "its process died") from None
+        except Overdue:
+            raise AssertionError(f"{self._phase} of engine {rank} never came back") from None
+
+
+class FakeEngines:
+    """A `WorkerGroup` of engines."""
+
+    name, next_step = "rollout", "again"
+
+    def __init__(
+        self, size: int, pause: Callable[[], None], dies_staging: Callable[[], bool] = lambda: False
+    ) -> None:
+        """`dies_staging`: asked by an engine that has received a version."""
+        self.size, self.limits, self.log, self.pause = size, LimitsSpec(), Log(), pause
+        self.fleet, self.dies_staging = Members.of(size), dies_staging
+        self.processes = [Process(rank, 0, self) for rank in range(size)]
+        for process in self.processes:
+            process.build()
+        self.killed: Counter[int] = Counter()
+        self.channels: dict[int, Process] = {}
+        self._lock = threading.Lock()
+
+    def kill(self, rank: int) -> None:
+        process = self.processes[rank]
+        if process.alive:
+            process.alive = False
+            self.killed[rank] += 1
+
+    def saw(self, process: Process, event: ProcessEvent) -> None:
+        with self._lock:
+            self.fleet = self.fleet.after([process.rank], event, "its process died", process.generation)
+
+    def submit_rank(self, rank: int, method: str, *args: Any, phase: str, **kwargs: Any) -> Answer:
+        process = self.processes[rank]
+        if rank not in self.fleet.serving:
+            raise RunFailure(self.who(rank), phase, "its process died")
+        return Answer(self, process, phase, process.work.submit(process.call, method, args))
+
+    def restart(self, rank: int) -> None:
+        with self._lock:
+            self.fleet = self.fleet.after([rank], ProcessEvent.RESTARTED)
+            generation = self.fleet.members[rank].generation
+            self.processes[rank] = Process(rank, generation, self)
+
+    def rebuild(self, rank: int) -> float:
+        self.submit_rank(rank, "build", phase="load").result()
+        return 0.0
+
+    def overrun(self, rank: int, phase: str, seconds: float) -> RunFailure:
+        raise AssertionError(f"engine {rank} did not answer in {seconds:.0f} s")
+
+    def who(self, rank: int) -> str:
+        return f"rollout-{rank}"
+
+    def next_of(self, rank: int) -> str:
+        return self.next_step
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.alive = False
+            process.work.shutdown(wait=False)
+
+
+class Now:
+    """A call of the trainer, which answers at once."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> Any:
+        return self._value
+
+
+class FakeTrainer:
+    """A `WorkerGroup` of one policy rank, whose version is the one that was prepared last."""
+
+    def __init__(self, engines: FakeEngines) -> None:
+        self.engines, self.version = engines, -1
+
+    def submit(self, method: str, *args: Any, phase: str) -> Now:
+        return Now([getattr(self, method.replace("weight_source.", ""))(*args)])
+
+    def submit_rank(self, rank: int, method: str, *args: Any, phase: str) -> Now:
+        return Now(getattr(self, method.replace("weight_source.", ""))(*args))
+
+    def listen(self, engine: int, timeout_s: float) -> str:
+        self.disconnect(engine)
+        return "here:1"
+
+    def accept(self, engine: int, backend: str) -> None:
+        self.engines.channels[engine] = self.engines.processes[engine]
+
+    def prepare(self, version: int, *_: Any) -> Prepared:
+        self.version = version
+        return Prepared(offer(version), {"gather": 0.0, "pack": 0.0}, Expected({"weight": str(version)}, 0.0))
+
+    def send(self, ranks: list[int]) -> dict[int, str]:
+        unreached = {}
+        for rank in ranks:
+            process = self.engines.channels.get(rank)
+            if process is None or not process.alive:
+                unreached[rank] = "it is not connected"
+            else:
+                process.wire.put(self.version)
+        return unreached
+
+    def disconnect(self, engine: int) -> None:
+        self.engines.channels.pop(engine, None)
+
+    def token_logprobs(self, batch: Any, role: str | None, temperature: float) -> np.ndarray:
+        version = -1 if role is None else self.version
+        return np.full(sum(batch.label_counts), value_of(version))
+
+
+def offer(version: int) -> Offer:
+    return Offer(version, 1, 1, f"digest {version}", "manifest")
+
+
+def value_of(version: int) -> float:
+    """Log-probability of every token with these weights."""
+    return -1.0 - 0.1 * version
+
+
+def logps(version: int, token_ids: list[list[int]], starts: list[int]) -> list[np.ndarray]:
+    return [np.full(len(ids) - start, value_of(version)) for ids, start in zip(token_ids, starts)]
+
+
+def pauses(seed: int) -> Callable[[], None]:
+    """Random short waits, so that threads meet in ever other orders."""
+    draw = random.Random(seed)
+    return lambda: time.sleep(draw.choice((0.0, 0.0, 0.0005, 0.002)))
