@@ -96,8 +96,8 @@ def actor(workload: OnlineWorkload, base: str, threads: int, logs: str) -> Draw:
     """The pool of one engine, loaded as an online stage loads it."""
     from actors.batches.generations import SamplingSpec
     from actors.cluster.spec import LimitsSpec, RoleSpec
-    from actors.rollout.group import ROLLOUT, rollout_group
     from actors.rollout.pool import RolloutPool
+    from actors.rollout.remote import ROLLOUT, rollout_group
     from actors.rollout.spec import EngineSpec
     from actors.sync.engine_set import EngineSet
 

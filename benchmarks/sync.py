@@ -66,7 +66,7 @@ def measure(bases: list[str], payloads: list[str], turns: int) -> list[dict[str,
     from actors.cluster.connection import start_ray, stop_ray
     from actors.cluster.spec import LimitsSpec, RoleSpec
     from actors.models.tiny import write_tiny_base
-    from actors.rollout.group import ROLLOUT, rollout_group
+    from actors.rollout.remote import ROLLOUT, rollout_group
     from actors.rollout.spec import EngineSpec
     from actors.trainer.remote import host_group
 

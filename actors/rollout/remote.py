@@ -1,21 +1,39 @@
-"""Rollout engines as pool and evaluation see them: every call into their processes, with its types.
+"""Rollout engines as the driver sees them: their processes, and every call into them with its types.
 
-Each method is one remote call of the method of `RolloutEngine` that it names, where it is documented. All of
-them return at once.
+Loads no vLLM. Each method of `RolloutEngines` is one remote call of the method of `RolloutEngine` that it
+names, where it is documented. All of them return at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from actors.cluster.environment import engine_environment
 from actors.cluster.futures import GroupFuture, WorkerFuture
+from actors.cluster.spec import LimitsSpec, RoleSpec
+from actors.cluster.worker_group import WorkerGroup
 from actors.sync.remote import UpdatableEngines
 
 if TYPE_CHECKING:
     import numpy as np
 
     from actors.batches.generations import Generations, SamplingSpec
+
+
+ROLLOUT = "actors.rollout.engine:RolloutEngine"
+ROLLOUT_MODULES = ("torch", "vllm", "vllm.entrypoints.llm")
+"""Modules that an engine needs before it can load a model, imported while the driver reads its data."""
+
+
+def rollout_group(
+    role: RoleSpec, limits: LimitsSpec, log_dir: str | Path, name: str = "rollout"
+) -> WorkerGroup:
+    """A group for `ROLLOUT`: independent vLLM engines. Not started yet."""
+    return WorkerGroup(
+        name, role, limits, log_dir, preload=ROLLOUT_MODULES, env=engine_environment(role.gpus > 0)
+    )
 
 
 class RolloutEngines(UpdatableEngines):

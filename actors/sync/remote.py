@@ -58,7 +58,7 @@ class RemoteWeightSource:
     def token_logprobs(
         self, batch: Batch, role: str | None, temperature: float = 1.0
     ) -> GroupFuture[np.ndarray]:
-        return self.group.submit("token_logprobs", batch, role, temperature, phase="sync")
+        return self.group.submit("scores.token_logprobs", batch, role, temperature, phase="sync")
 
     def disconnect(self, engine: int) -> WorkerFuture[None]:
         return self.group.submit_rank(0, f"{SOURCE}.disconnect", engine, phase="sync")
@@ -100,9 +100,3 @@ class UpdatableEngines:
         self, rank: int, token_ids: Sequence[Sequence[int]], starts: Sequence[int]
     ) -> WorkerFuture[list[np.ndarray]]:
         return self.group.submit_rank(rank, "score_tokens", token_ids, starts, phase="sync")
-
-
-def load_base(rollout: WorkerGroup, base_dir: str) -> dict[int, WorkerFuture[dict[str, float]]]:
-    """Let all engines load the bare base, ready for updates; returns at once. By rank."""
-    engines = UpdatableEngines(rollout)
-    return {rank: engines.load(rank, base_dir, updatable=True) for rank in range(rollout.size)}

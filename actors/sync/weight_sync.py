@@ -25,13 +25,19 @@ from actors.sync.engine_set import EngineSet
 from actors.sync.engine_state import WeightsEvent, WeightsState
 from actors.sync.phases import Participants, Phases, violation
 from actors.sync.protocol import NO_VERSION, Offer, Prepared, Readback, SentParts
-from actors.sync.remote import load_base
+from actors.sync.remote import UpdatableEngines
 from actors.sync.report import Stopwatch, SyncReport
 from actors.sync.spec import Backend, SyncSpec
 from actors.sync.verify import ProbeReport, Reference
 
 STAGE_ROUNDS = 3
 """Offers of one version, if engines die while staging and are replaced in between."""
+
+
+def load_base(rollout: WorkerGroup, base_dir: str) -> dict[int, WorkerFuture[dict[str, float]]]:
+    """Let all engines load the bare base, ready for updates; returns at once. By rank."""
+    engines = UpdatableEngines(rollout)
+    return {rank: engines.load(rank, base_dir, updatable=True) for rank in range(rollout.size)}
 
 
 class WeightSync:

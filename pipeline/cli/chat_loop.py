@@ -63,8 +63,7 @@ def engine(model: str) -> Iterator[WorkerGroup]:
     """A local Ray with one rollout actor that serves `model` (a model or an adapter)."""
     from actors.cluster.connection import local_resources, start_ray, stop_ray
     from actors.cluster.spec import LimitsSpec, RoleSpec
-    from actors.rollout.group import ROLLOUT, rollout_group
-    from actors.rollout.remote import RolloutEngines
+    from actors.rollout.remote import ROLLOUT, RolloutEngines, rollout_group
     from actors.rollout.spec import EngineSpec
 
     threads = max(1, int(local_resources()["CPU"]))

@@ -46,9 +46,8 @@ class Contexts:
         """A view for every role of an online stage, the engines, and the sync between policy and engines."""
         from actors.rollout.pool import RolloutPool
         from actors.sync.engine_set import EngineSet
-        from actors.sync.remote import load_base
         from actors.sync.spec import backend_for
-        from actors.sync.weight_sync import WeightSync
+        from actors.sync.weight_sync import WeightSync, load_base
 
         # The engines read the base while the ranks do.
         rollout, wanted = self.fleet.engines(), stage.spec.sync

@@ -15,8 +15,8 @@ from actors.cluster.futures import GroupFuture, WorkerFuture
 from actors.cluster.spec import RoleSpec
 from actors.cluster.worker_group import WorkerGroup
 from actors.models.facts import BaseFacts, base_facts
-from actors.rollout.group import ROLLOUT as ENGINE
-from actors.rollout.group import rollout_group
+from actors.rollout.remote import ROLLOUT as ENGINE
+from actors.rollout.remote import rollout_group
 from actors.rollout.spec import EngineSpec
 from actors.trainer.remote import HOST_MODULES, ModelWorkers, host_group
 from pipeline.artifacts.manifest import MANIFEST

@@ -19,7 +19,7 @@ def process(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """One process for all engines of a file: vLLM is imported once, and what one engine leaves behind would
     show in the next."""
     from actors.cluster.spec import LimitsSpec, RoleSpec
-    from actors.rollout.group import rollout_group
+    from actors.rollout.remote import rollout_group
 
     group = rollout_group(RoleSpec(), LimitsSpec(stop=5), tmp_path_factory.mktemp("engines") / "logs")
     group.start().ready()

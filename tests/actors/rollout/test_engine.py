@@ -17,7 +17,7 @@ from actors.cluster.spec import LimitsSpec, RoleSpec
 from actors.cluster.worker_group import WorkerGroup
 from actors.errors import RunFailure, UserError
 from actors.rollout.engine import EngineSpec, Generations, SamplingSpec, sample_seed
-from actors.rollout.group import ROLLOUT, rollout_group
+from actors.rollout.remote import ROLLOUT, rollout_group
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 

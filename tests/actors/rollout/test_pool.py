@@ -20,8 +20,8 @@ from actors.batches.generations import Generations, SamplingSpec, sample_seed
 from actors.cluster.spec import LimitsSpec, RoleSpec
 from actors.cluster.worker_group import WorkerGroup
 from actors.errors import InvariantViolation, RunFailure
-from actors.rollout.group import ROLLOUT, rollout_group
 from actors.rollout.pool import MIN_CHUNK, Chunk, Queue, RolloutPool
+from actors.rollout.remote import ROLLOUT, rollout_group
 from actors.rollout.spec import EngineSpec
 from actors.sync.engine_set import EngineSet, Restart
 

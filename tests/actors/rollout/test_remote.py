@@ -11,8 +11,7 @@ import pytest
 from actors.cluster.futures import WorkerFuture
 from actors.cluster.worker_group import WorkerGroup
 from actors.rollout.engine import RolloutEngine
-from actors.rollout.group import ROLLOUT
-from actors.rollout.remote import RolloutEngines
+from actors.rollout.remote import ROLLOUT, RolloutEngines
 from actors.rollout.weight_updater import WeightUpdater
 from actors.sync.remote import SOURCE, WEIGHTS, RemoteWeightSource, UpdatableEngines
 from actors.trainer.model_host import ModelHost

@@ -13,7 +13,7 @@ from actors.models.architectures.lookup import ARCHITECTURES
 from actors.models.architectures.vllm_table import vllm_row
 from actors.models.twin import write_twin
 from actors.rollout.engine import EngineSpec, SamplingSpec
-from actors.rollout.group import ROLLOUT
+from actors.rollout.remote import ROLLOUT
 from tests.actors.models.test_twin import PUBLISHED
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.architectures]

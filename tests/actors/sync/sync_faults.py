@@ -18,7 +18,7 @@ from actors.models.lora.adapters import adapter_parameters
 from actors.models.lora.low_rank import Factors
 from actors.models.spec import LoraSpec, ModelSpec
 from actors.rollout.engine import EngineSpec, RolloutEngine
-from actors.rollout.group import rollout_group
+from actors.rollout.remote import rollout_group
 from actors.rollout.weight_updater import WeightUpdater
 from actors.sync.engine_set import EngineSet
 from actors.sync.payload import Payload, PayloadEntry, pack_adapter, pack_merged

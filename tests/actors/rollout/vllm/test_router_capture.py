@@ -19,7 +19,7 @@ from actors.models.architectures.lookup import ARCHITECTURES, architecture_of, r
 from actors.models.lora.adapters import role
 from actors.models.moe.router_stats import routers_of
 from actors.rollout.engine import EngineSpec, SamplingSpec
-from actors.rollout.group import ROLLOUT
+from actors.rollout.remote import ROLLOUT
 from actors.trainer.model_host import ModelHost
 from tests.actors.rollout.vllm.vllm_cases import ADAPTER, LONG, SEQUENCES, Policy, push, write_base
 from tests.actors.trainer.host_cases import LORA, host_spec

@@ -14,7 +14,7 @@ from actors.cluster.spec import LimitsSpec, RoleSpec
 from actors.cluster.worker_group import WorkerGroup
 from actors.errors import RunFailure
 from actors.rollout.engine import EngineSpec, SamplingSpec
-from actors.rollout.group import ROLLOUT, rollout_group
+from actors.rollout.remote import ROLLOUT, rollout_group
 from tests.actors.rollout.vllm import vllm_cases as cases
 from tests.actors.rollout.vllm.vllm_cases import ADAPTER, LONG, SEQUENCES, STARTS, Policy, off, push, scores
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.cluster.worker_group import WorkerGroup
 from actors.rollout.engine import EngineSpec
-from actors.rollout.group import ROLLOUT
+from actors.rollout.remote import ROLLOUT
 from tests.actors.rollout.vllm.vllm_cases import ADAPTER, SEQUENCES, STARTS, Policy, push, scores
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]

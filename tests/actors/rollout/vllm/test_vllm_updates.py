@@ -13,7 +13,7 @@ from actors.cluster.worker_group import WorkerGroup
 from actors.errors import RunFailure
 from actors.models.spec import LoraSpec, ModelSpec
 from actors.rollout.engine import EngineSpec
-from actors.rollout.group import ROLLOUT
+from actors.rollout.remote import ROLLOUT
 from actors.sync.payload import pack_adapter, pack_merged
 from pipeline.execution.parity import PROBE
 from tests.actors.rollout.vllm import vllm_cases as cases
