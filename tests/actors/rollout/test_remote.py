@@ -13,12 +13,11 @@ from actors.cluster.worker_group import WorkerGroup
 from actors.rollout.engine import RolloutEngine
 from actors.rollout.remote import ROLLOUT, RolloutEngines
 from actors.rollout.weight_updater import WeightUpdater
-from actors.sync.remote import SOURCE, WEIGHTS, RemoteWeightSource, UpdatableEngines
+from actors.sync.remote import WEIGHTS, RemoteWeightSource, UpdatableEngines
 from actors.trainer.model_host import ModelHost
-from actors.trainer.weight_source import WeightSource
 from tests.actors.faces import calls_of, mismatches
 
-PARTS = {WEIGHTS: WeightUpdater, SOURCE: WeightSource}
+PARTS = {WEIGHTS: WeightUpdater}
 
 
 def test_every_call_of_engines_fits_the_method_that_it_names() -> None:
@@ -29,14 +28,13 @@ def test_every_call_of_engines_fits_the_method_that_it_names() -> None:
 
 
 def test_every_call_of_the_weight_source_fits_the_method_that_it_names() -> None:
-    assert mismatches(RemoteWeightSource, ModelHost, parts=PARTS) == {}
+    assert mismatches(RemoteWeightSource, ModelHost) == {}
     assert {"prepare", "send", "expected", "token_logprobs"} <= set(calls_of(RemoteWeightSource))
 
 
-def test_the_parts_that_calls_go_to_are_there_and_are_what_the_calls_are_compared_with() -> None:
+def test_the_part_that_takes_weights_is_what_its_calls_are_compared_with() -> None:
     weights = inspect.getattr_static(RolloutEngine, WEIGHTS)
     assert weights.fget.__annotations__["return"] == WeightUpdater.__name__
-    assert f"self.{SOURCE} = {WeightSource.__name__}(" in inspect.getsource(ModelHost.__init__)
 
 
 def test_the_class_that_a_group_is_told_to_build_is_the_engine() -> None:

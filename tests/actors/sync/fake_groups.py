@@ -237,10 +237,10 @@ class FakeTrainer:
         self.engines, self.version = engines, -1
 
     def submit(self, method: str, *args: Any, phase: str) -> Now:
-        return Now([getattr(self, method.replace("weight_source.", ""))(*args)])
+        return Now([getattr(self, method.rpartition(".")[2])(*args)])
 
     def submit_rank(self, rank: int, method: str, *args: Any, phase: str) -> Now:
-        return Now(getattr(self, method.replace("weight_source.", ""))(*args))
+        return Now(getattr(self, method.rpartition(".")[2])(*args))
 
     def listen(self, engine: int, timeout_s: float) -> str:
         self.disconnect(engine)
