@@ -29,7 +29,7 @@ PLAIN_START = "plain start (ray.fast_start: false)"
 
 
 REACH_S = 5.0
-"""How long to wait for a cluster's head to accept a connection; one that is there answers in milliseconds."""
+"""Seconds to wait for a cluster's head to accept a connection; one that is there answers in milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def start_ray(
 
 
 def is_local(address: str | None) -> bool:
-    """Whether `start_ray` starts a cluster of this process's own, if it is not connected to one already."""
+    """True where `start_ray` would start a local cluster: no address is given, and none is connected yet."""
     ray = sys.modules.get("ray")
     connected = ray is not None and ray.is_initialized()
     return not connected and (address or os.environ.get("RAY_ADDRESS")) in (None, "", "local")
@@ -124,7 +124,7 @@ def check_cluster(roles: Mapping[str, RoleSpec], *, num_cpus: float | None = Non
 
 
 def shortages(roles: Mapping[str, RoleSpec], nodes: Sequence[Mapping[str, float]]) -> list[str]:
-    """What `nodes` lack to hold `roles`, one line each: sums over the cluster, then single processes."""
+    """Resources that `nodes` lack to hold `roles`, one line each: sums over the cluster, then per process."""
     own = {name: role for name, role in roles.items() if role.share is None}
     problems = []
     for resource in sorted({resource for role in own.values() for resource in bundle(role)}):
@@ -216,10 +216,10 @@ def _head_of(address: str) -> str:
 
 
 def _match_tokens(head: str) -> None:
-    """Use this machine's token with a cluster that asks for one, and none with one that doesn't.
+    """Show this machine's token to a cluster that asks for one, and to no other.
 
-    With an address given Ray takes RAY_AUTH_MODE's word for it, which few people set; and with the wrong mode
-    it prints warnings for 18 s, or connects and then loses every actor.
+    Given an address, Ray decides by the variable RAY_AUTH_MODE alone, which few people set; with the wrong
+    mode it prints warnings for 18 s, or connects and then loses every actor.
 
     Raises:
         UserError: the cluster asks for a token and there is none here.
@@ -254,7 +254,7 @@ def _make_importable() -> None:
 
 
 def _totals(resources: Mapping[str, float]) -> dict[str, float]:
-    """What a role can ask for: without Ray's own entries per node and per placement group."""
+    """Resources that a role can ask for: without Ray's own entries per node and per placement group."""
     own = ("node:", "object_store_memory", "memory", "bundle_group_")
     return {
         name: float(amount)

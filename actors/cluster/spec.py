@@ -1,4 +1,4 @@
-"""What a role may use and how long it may take: resources, threads, deadlines.
+"""Settings of roles and of the cluster: resources, threads, deadlines.
 
 Specs only, importable without Ray or torch; `actors.cluster.connection` and `actors.cluster.worker_group`
 act on them.
@@ -15,12 +15,12 @@ from actors.spec import Spec
 Phase = Literal[
     "start", "load", "update", "evaluate", "logprobs", "generate", "save", "restore", "sync", "call", "stop"
 ]
-"""What an actor is being asked to do; each has its deadline in `LimitsSpec`."""
+"""Phases of an actor's work; each has its deadline in `LimitsSpec`."""
 
 Sharding = Literal["none", "base", "full", "experts"]
 """`none`: every rank holds all weights. `base`: the frozen base is split by torch's `fully_shard` (FSDP2),
 gathered a layer at a time; adapters stay whole. `full`: all is split, gradients and optimizer too. `experts`:
-each rank holds some experts of every layer, and tokens travel to them; the rest is whole on every rank."""
+each rank holds some experts of every layer, and tokens are sent to them; the rest is whole on every rank."""
 
 
 class RoleSpec(Spec):
@@ -37,10 +37,10 @@ class RoleSpec(Spec):
     threads: int = Field(default=1, ge=1)
     """Compute threads (OpenMP, torch) of each process. Not tied to `cpus`, which only reserves."""
     placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
-    """How Ray lays the processes over nodes: together, or apart; `strict_` makes it a condition."""
+    """Placement of the processes on nodes: together, or apart; `strict_` makes it a condition."""
     sharding: Sharding = "none"
-    """What the `workers` of a host split among them: nothing, the frozen `base`, everything (`full`, FSDP2),
-    or the `experts`. It needs two workers or more; rollout engines know nothing of it."""
+    """Weights that the `workers` of a host split among them: none, the frozen `base`, all (`full`, FSDP2), or
+    the `experts`. It needs two workers or more; rollout engines don't have it."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Consecutive `workers` that hold one model together, each a part of every layer, and compute the same
     rows; groups of them share the rows out. Divides `workers`. Engines have a key of their own for it."""
@@ -96,7 +96,7 @@ def bundle(role: RoleSpec) -> dict[str, float]:
 
 
 class RaySpec(Spec):
-    """Which Ray cluster runs the actors."""
+    """The Ray cluster that runs the actors: a running one, or a local one and how it starts."""
 
     address: str | None = None
     """`auto` or `host:port` of a running cluster; null: a local one that ends with the run."""

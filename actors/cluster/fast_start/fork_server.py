@@ -1,13 +1,13 @@
 """A process that makes the imports of all processes of a run on one machine, once.
 
-torch, transformers and peft take 4 seconds of CPU time to import, in every rank anew; on a laptop with two
-cores that was half of a start. One process here imports them while Ray starts, and every worker of the local
-cluster is forked from it (`actors.cluster.fast_start.forked_worker` asks for that): up at once, in shared
-memory.
+To import torch, transformers and peft takes 4 seconds of CPU time in each rank; on a laptop with two cores
+that was half of a start. Here one process imports them while Ray starts, and every worker of the local
+cluster is forked from it (`actors.cluster.fast_start.forked_worker` asks for that): it is up at once, and
+shares the memory of the imports.
 
-It forks safely because it has one thread and has imported code only: no Ray, no CUDA, no process group. It
-looks at its threads and refuses to fork where an import has started more. Nodes of a real cluster know
-nothing of it; neither does an actor, apart from finding its imports done.
+The fork is safe because this process has one thread and has only imported code: no Ray, no CUDA, no process
+group. It counts its threads and refuses to fork where an import has started more. Nodes of a running cluster
+don't use it, and an actor finds its imports done and is otherwise the same.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 from actors.cluster.environment import import_root
 
 STOP_S = 2.0
-"""How long the server has to end when it is told to; it has nothing to save."""
+"""Seconds that the server gets to end; it has nothing to save."""
 
 LONGEST_DIRECTORY = 70
 """Characters of a directory for the socket; the rest of the socket's path has less than 30."""

@@ -26,26 +26,27 @@ if TYPE_CHECKING:
     from actors.cluster.fast_start.fork_server import ForkServer
 
 NOT_NEEDED = ("start_monitor", "start_api_server", "start_log_monitor")
-"""Methods of `ray._private.node.Node`, each of which starts one such process."""
+"""Methods of `ray._private.node.Node`; each starts one of those processes."""
 EXTRAS = "get_dashboard_dependency_error"
 """Function of `ray._private.utils` that imports what Ray's dashboard needs, in the driver too; where it finds
 something missing (as in an installation without `ray[default]`), Ray's agent starts with less."""
 STARTER = "start_ray_process"
 """Function of `ray._private.services` that starts a node's processes, from their command lines."""
 TRIED = "2.60."
-"""How versions of Ray begin whose node was seen to do without agents, and with workers of a fork server.
-Another one's node gets its command line as it is: an option that it doesn't know would keep it from
+"""Start of the versions of Ray whose node was seen to run without agents, and with workers of a fork server.
+The node of another version gets its command line unchanged: an option that it doesn't know would keep it from
 starting."""
 AGENTS = ("--dashboard_agent_command", "--runtime_env_agent_command")
-"""Options of the node's process: what it runs as agents. It wants to have them, and ends when one ends."""
+"""Options of the node's process: the command lines of its agents. It can't be started without agents, and
+ends when one of them ends."""
 AGENT_PORTS = (
     "--metrics-agent-port",
     "--metrics_export_port",
     "--runtime_env_agent_port",
     "--dashboard_agent_listen_port",
 )
-"""Options of the node's process: where the agents listen. With 0 it waits until they have said so; -1 is what
-an agent says that listens nowhere."""
+"""Options of the node's process: the ports of its agents. With 0 it waits until an agent reports its port; -1
+is what an agent reports that listens nowhere."""
 WORKERS = "--python_worker_command"
 """Option of the node's process: the command line of a worker."""
 WORKER_SCRIPT = "default_worker.py"

@@ -16,10 +16,10 @@ from torch.nn.functional import linear
 
 from actors.models.parallel.fsdp import own_slice
 from actors.models.parallel.tensor_parallel import (
-    entered,
-    latent_entered,
-    left,
+    copy_latent_to_ranks,
+    copy_to_ranks,
     own_span,
+    reduce_from_ranks,
     split_dim,
     takes_over_latent,
 )
@@ -91,9 +91,9 @@ def _split_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     base = layer.get_base_layer()
     mesh, weight, span = base.weight.device_mesh, own_slice(base.weight), own_span(base)
     if split_dim(base) == 0:
-        y = _product(layer, entered(x, mesh), weight, slice(None), span)
+        y = _product(layer, copy_to_ranks(x, mesh), weight, slice(None), span)
     else:
-        y = left(_product(layer, x, weight, span, slice(None)), mesh)
+        y = reduce_from_ranks(_product(layer, x, weight, span, slice(None)), mesh)
     return y if base.bias is None else y + own_slice(base.bias)
 
 
@@ -117,7 +117,7 @@ class _LatentLinear(_FusedLinear):
     to the heads of each: gradients of that part are shares, for A and B as for the base."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return latent_entered(self.base_layer, super().forward(x, *args, **kwargs))
+        return copy_latent_to_ranks(self.base_layer, super().forward(x, *args, **kwargs))
 
 
 # PEFT and its users know the layers by these names.

@@ -75,11 +75,11 @@ def _over_ranks(
     """The same with the experts of all ranks, each of which has tokens of its own. Collective."""
     group = self.down_proj.device_mesh.get_group()
     dispatch = TokenDispatch.of(top_k_index, self.num_experts, group, self.__dict__.get(_WANTED))
-    rows, weights = dispatch.out(hidden_states, top_k_weights)
+    rows, weights = dispatch.send(hidden_states, top_k_weights)
     own: Any = OwnExperts(self)
     if _runs_fused(self, rows, weights, factors):
         routes = Routes.of_some(dispatch.experts, own.num_experts)
-        return dispatch.back(_fused_forward(own, rows, weights, routes, factors))
+        return dispatch.combine(_fused_forward(own, rows, weights, routes, factors))
     # One choice after the other: within a choice each token is there once, so that sums have one order.
     choice, token = (dispatch.experts.t() >= 0).nonzero(as_tuple=True)
     expert, weight = dispatch.experts[token, choice][:, None], weights[token, choice][:, None]
@@ -93,7 +93,7 @@ def _over_ranks(
     mixed = torch.zeros_like(rows, dtype=torch.promote_types(rows.dtype, torch.float32))
     for at, part in zip(token.split(sizes), found.split(sizes), strict=True):
         mixed.index_add_(0, at, part.to(mixed.dtype))
-    return dispatch.back(mixed.to(rows.dtype)).to(hidden_states.dtype)
+    return dispatch.combine(mixed.to(rows.dtype)).to(hidden_states.dtype)
 
 
 def _grouped_forward(

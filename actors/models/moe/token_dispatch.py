@@ -52,10 +52,10 @@ class TokenDispatch:
         rank, token = goes.nonzero(as_tuple=True)
         there = owner.index_select(0, token) == rank[:, None]
         experts = (index.index_select(0, token) - rank[:, None] * each).masked_fill(~there, -1)
-        leaving = goes.sum(dim=1)
-        coming = torch.empty_like(leaving)
-        dist.all_to_all_single(coming, leaving, group=group)
-        sent, received = torch.stack([leaving, coming]).tolist()
+        n_sent = goes.sum(dim=1)
+        n_received = torch.empty_like(n_sent)
+        dist.all_to_all_single(n_received, n_sent, group=group)
+        sent, received = torch.stack([n_sent, n_received]).tolist()
         return TokenDispatch(
             _exchanged(experts, sent, received, group),
             token if wanted is None else wanted.index_select(0, token),
@@ -66,22 +66,22 @@ class TokenDispatch:
             group,
         )
 
-    def out(self, hidden: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def send(self, hidden: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Send (N, H) tokens and the (N, k) weights of their choices; returns (M, H) and (M, k) of the
         received ones, with a weight of zero where `experts` is -1."""
-        return _Out.apply(hidden, weights, self)
+        return _Send.apply(hidden, weights, self)
 
-    def back(self, mixed: Tensor) -> Tensor:
-        """Send (M, H) outputs back; returns (N, H): the sum over ranks for each own token, zero for
-        one not sent."""
-        return _Back.apply(mixed, self)
+    def combine(self, mixed: Tensor) -> Tensor:
+        """Send (M, H) outputs back; returns (N, H): the sum over ranks for each own token, zero for one that
+        was not sent."""
+        return _Combine.apply(mixed, self)
 
-    def leave(self, rows: Tensor) -> Tensor:
-        """(S, .) -> (M, .)."""
+    def send_rows(self, rows: Tensor) -> Tensor:
+        """All-to-all of the sent tokens' rows: (S, .) -> (M, .)."""
         return _exchanged(rows, self.sent, self.received, self.group)
 
-    def come_back(self, rows: Tensor) -> Tensor:
-        """(M, .) -> (N, .), added up in the order of ranks."""
+    def combine_rows(self, rows: Tensor) -> Tensor:
+        """All-to-all in the other direction: (M, .) -> (N, .), added up in the order of ranks."""
         rows = _exchanged(rows, self.received, self.sent, self.group)
         total = torch.zeros(
             (self.n_tokens, *rows.shape[1:]),
@@ -101,36 +101,36 @@ def _exchanged(rows: Tensor, sent: list[int], received: list[int], group: dist.P
 
 
 # One autograd node per direction: no rank can leave out one of its two messages, or swap them.
-class _Out(torch.autograd.Function):
+class _Send(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weights: Tensor, dispatch: TokenDispatch) -> tuple[Tensor, Tensor]:
         ctx.dispatch = dispatch
-        leaving = weights.index_select(0, dispatch.token).masked_fill(~dispatch.there, 0)
-        return dispatch.leave(hidden.index_select(0, dispatch.token)), dispatch.leave(leaving)
+        sent_weights = weights.index_select(0, dispatch.token).masked_fill(~dispatch.there, 0)
+        return dispatch.send_rows(hidden.index_select(0, dispatch.token)), dispatch.send_rows(sent_weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_hidden: Tensor, d_weights: Tensor) -> tuple[Tensor | None, ...]:
         dispatch: TokenDispatch = ctx.dispatch
-        by_hidden = dispatch.come_back(d_hidden) if ctx.needs_input_grad[0] else None
+        by_hidden = dispatch.combine_rows(d_hidden) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return by_hidden, None, None
         # A choice's weight has a gradient from the rank that holds the expert, and from no other.
         here = dispatch.experts >= 0
-        return by_hidden, dispatch.come_back(d_weights.masked_fill(~here, 0)), None
+        return by_hidden, dispatch.combine_rows(d_weights.masked_fill(~here, 0)), None
 
 
-class _Back(torch.autograd.Function):
+class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mixed: Tensor, dispatch: TokenDispatch) -> Tensor:
         ctx.dispatch = dispatch
-        return dispatch.come_back(mixed)
+        return dispatch.combine_rows(mixed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         dispatch: TokenDispatch = ctx.dispatch
-        return dispatch.leave(grad.index_select(0, dispatch.token)), None
+        return dispatch.send_rows(grad.index_select(0, dispatch.token)), None
 
 
 class OwnExperts:

@@ -1,7 +1,7 @@
-"""A base in slices: torch's `fully_shard` (FSDP2), one group of weights per layer.
+"""Sharding of a base by torch's `fully_shard` (FSDP2), one group of weights per layer.
 
-A sharded weight is a DTensor outside the forward pass of its layer and a plain tensor inside. Loaded, no
-rank ever holds more than its slices and what one layer of the checkpoint needs on the way.
+A sharded weight is a DTensor outside the forward pass of its layer and a plain tensor inside. While it loads,
+no rank holds more than its slices and one layer of the checkpoint.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor with all its slices, without gradient. Collective where it is sharded: every rank has to
-    come here, in the same order."""
+    call it, in the same order."""
     tensor = tensor.detach()
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
@@ -58,8 +58,8 @@ def split_dims(tensor: Tensor) -> set[int]:
 
 
 def own_part(value: Any, like: Tensor) -> Tensor:
-    """Of a whole tensor, or a slice of a safetensors file, what this rank holds of something split as `like`
-    is. Not collective."""
+    """The part of a whole tensor, or of a slice of a safetensors file, that this rank holds where it is split
+    as `like` is. Not collective."""
     if not is_sharded(like):
         found: Tensor = value[...]
         return found
@@ -98,8 +98,8 @@ def whole_of(own: Tensor | None, like: Tensor) -> Tensor:
 
 
 def holders(tensor: Tensor) -> int:
-    """How many ranks of a sharded tensor's mesh hold the same part: 1 unless it is whole on them, as the bias
-    behind a layer whose input is split."""
+    """Number of ranks of a sharded tensor's mesh with the same part: 1 unless it is whole on them, as the
+    bias behind a layer whose input is split."""
     mesh, placements = tensor.device_mesh, tensor.placements
     return math.prod(mesh.size(i) for i, placement in enumerate(placements) if placement.is_replicate())
 

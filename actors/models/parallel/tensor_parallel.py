@@ -1,4 +1,4 @@
-"""A base split inside its layers (tensor parallel), by transformers' plan for its architecture.
+"""Tensor parallel: a base split inside its layers, by transformers' plan for its architecture.
 
 Some ranks hold one model together and compute the same rows: each has some attention heads and some columns
 of every MLP, and outputs are summed over the ranks where a layer's second product ends. Embeddings and the
@@ -138,19 +138,19 @@ def own_span(layer: nn.Module) -> slice:
 
 
 def takes_over_latent(layer: nn.Module) -> bool:
-    """Whether `layer` is DeepSeek's projection to keys' latent and rotary parts. If so, what was done to its
-    output here is from now on to be done by its wrapper, with `latent_entered`."""
+    """Leave the output of DeepSeek's projection to keys' latent and rotary parts as it is, for its wrapper,
+    which then has to apply `copy_latent_to_ranks`. False for any other layer."""
     if not hasattr(layer, _LATENT):
         return False
     layer.__dict__.pop("forward", None)
     return True
 
 
-def latent_entered(layer: nn.Module, output: Tensor) -> Tensor:
-    """`entered` of the rotary part alone: the other one goes through a projection that does so itself."""
+def copy_latent_to_ranks(layer: nn.Module, output: Tensor) -> Tensor:
+    """`copy_to_ranks` of the rotary part alone: the latent part's own projection does it."""
     size, mesh = getattr(layer, _LATENT)
     latent, rotary = output.split([output.shape[-1] - size, size], dim=-1)
-    return torch.cat([latent, entered(rotary, mesh)], dim=-1)
+    return torch.cat([latent, copy_to_ranks(rotary, mesh)], dim=-1)
 
 
 _LATENT = "_raylign_rotary_part"
@@ -158,17 +158,17 @@ _DIM = "_raylign_split_dim"
 _DIMS = {"colwise": 0, "rowwise": 1}
 
 
-def entered(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """`x`, the same on all ranks, where each goes on with a part of a layer: its gradients are summed."""
-    return _Entered.apply(x, mesh.get_group())
+def copy_to_ranks(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """`x`, the same on all ranks, before each computes a part of a layer. Backward: a sum over ranks."""
+    return _CopyToRanks.apply(x, mesh.get_group())
 
 
-def left(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The sum over ranks of what each has computed with its part of a layer."""
-    return _Left.apply(x, mesh.get_group())
+def reduce_from_ranks(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The sum over ranks of what each has computed with its part of a layer. Backward: nothing is sent."""
+    return _ReduceFromRanks.apply(x, mesh.get_group())
 
 
-class _Entered(torch.autograd.Function):
+class _CopyToRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
@@ -183,7 +183,7 @@ class _Entered(torch.autograd.Function):
         return grad, None
 
 
-class _Left(torch.autograd.Function):
+class _ReduceFromRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         x = x.clone(memory_format=torch.contiguous_format)

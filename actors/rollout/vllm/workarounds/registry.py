@@ -1,8 +1,8 @@
-"""The workarounds by name: cause, what each was written against, and how one is put to use.
+"""Workarounds for faults of vLLM, by name: cause, the code that each was written for, and how one is applied.
 
-A workaround replaces code of vLLM that it was written against. Where the installed vLLM has other code in
-that place, it is refused by name instead of being applied to something that it doesn't fit, or left out:
-what these faults do is mostly silent.
+A workaround replaces, or reads, code of vLLM that it was written for. Where the installed vLLM has other code
+in that place, the engine is refused by name: applied to other code, or left out, a workaround would mostly
+lead to wrong results without an error.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Workaround:
             patches.undo()
 
     def check(self) -> None:
-        """That the installed vLLM is what this was written for.
+        """Compare the installed vLLM with what this was written for.
 
         Raises:
             RunFailure: it isn't.
@@ -101,7 +101,7 @@ def use_only(names: Iterable[str]) -> None:
 
 
 def use_those_of_environment() -> None:
-    """In a worker process: what the engine's process has in use."""
+    """In a worker process: apply what the engine's process has in use."""
     use_only(filter(None, os.environ.get(VARIABLE, "").split(",")))
 
 
