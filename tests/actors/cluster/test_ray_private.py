@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -11,7 +13,10 @@ from ray._private.authentication import authentication_token_setup as tokens
 
 from actors.cluster import ray_private
 from actors.cluster.connection import start_ray, stop_ray
+from actors.cluster.futures import Fault
 from actors.cluster.ray_private import TRIED, head_address, mute_raylet, private, unmute_raylet, use_token
+from actors.cluster.spec import LimitsSpec, RoleSpec
+from actors.cluster.worker_group import WorkerGroup
 from actors.errors import UserError
 
 
@@ -89,3 +94,14 @@ def test_a_ray_without_that_function_is_left_alone(monkeypatch: pytest.MonkeyPat
     mute_raylet()
     unmute_raylet()
     assert not hasattr(worker, "print_to_stdstream")
+
+
+@pytest.mark.parametrize(("known", "blamed"), [("_actor_id", 1), ("renamed", 0)])
+def test_a_handle_without_its_id_lets_the_rank_be_blamed_that_was_asked(
+    known: str, blamed: int, tmp_path: Path
+) -> None:
+    group = WorkerGroup("policy", RoleSpec(workers=2), LimitsSpec(), tmp_path)
+    group._actors = [SimpleNamespace(**{known: bytes([rank])}) for rank in range(2)]
+    death = RuntimeError()
+    death.actor_id = "01"  # type: ignore[attr-defined]
+    assert group._rank_of(Fault(0, death, died=True)) == blamed
