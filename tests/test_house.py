@@ -273,6 +273,12 @@ def test_private_parts_of_ray_are_used_by_the_cluster_room_alone(repository: Pat
     assert {m for m in importers(repository, "ray._private") if not under(m, "actors.cluster")} == set()
 
 
+def test_the_fast_start_is_used_through_its_package_alone_and_by_two_modules(repository: Path) -> None:
+    room = "actors.cluster.fast_start"
+    used = {(m, target) for m, target, _ in imports(repository) if under(target, room) and not under(m, room)}
+    assert used == {("actors.cluster.connection", room), ("pipeline.execution.fleet", room)}
+
+
 def test_what_pipeline_takes_from_actors_does_not_grow(repository: Path) -> None:
     taken = {
         target
