@@ -127,7 +127,7 @@ def test_the_fast_engine_takes_what_the_slow_one_does_not_get_to(start: Start, t
 
 @pytest.mark.ray
 def test_calls_side_by_side_share_the_engines_and_the_replacement_of_a_lost_one(start: Start) -> None:
-    """None of the samples is lost or drawn by two; engines may be at different versions."""
+    """None of the samples is lost or made by two; engines may be at different versions."""
     pool = start(seconds=0.004, in_flight=True)
     pool.group.call_rank(0, "load", 4)
     prompts = [[1002 if i == 20 else i, i + 1] for i in range(48)]

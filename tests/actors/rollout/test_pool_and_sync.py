@@ -50,7 +50,7 @@ class World:
     """A trainer, engines that die, and what the product makes of them."""
 
     def __init__(self, seed: int, in_flight: str) -> None:
-        self.draw, self.keeps = random.Random(seed), in_flight == "keep"
+        self.generator, self.keeps = random.Random(seed), in_flight == "keep"
         self.doomed = 0
         self.group = FakeEngines(ENGINES, pauses(seed), self.dies_staging)
         self.engines = EngineSet(self.group)  # type: ignore[arg-type]
@@ -88,7 +88,7 @@ class World:
             self.wrong.append(repr(error))
 
     def dies_staging(self) -> bool:
-        dies = self.doomed > 0 and self.draw.random() < 0.15
+        dies = self.doomed > 0 and self.generator.random() < 0.15
         self.doomed -= dies
         return dies
 
@@ -101,7 +101,7 @@ class World:
                 self.wrong.append(f"engine, process, version {served} is served, and was not verified")
 
     def kill(self) -> None:
-        self.group.kill(self.draw.randrange(ENGINES))
+        self.group.kill(self.generator.randrange(ENGINES))
 
     @contextmanager
     def deaths(self, number: int) -> Iterator[None]:
@@ -116,7 +116,7 @@ class World:
                 time.sleep(0.0005)
                 if left and time.monotonic() > next_at:
                     self.kill()
-                    left, next_at = left - 1, time.monotonic() + self.draw.uniform(0.005, 0.06)
+                    left, next_at = left - 1, time.monotonic() + self.generator.uniform(0.005, 0.06)
 
         thread = threading.Thread(target=work)
         thread.start()

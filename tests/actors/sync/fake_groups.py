@@ -33,7 +33,7 @@ class Died(Exception):
 
 
 class Log:
-    """What all engines did, in order: (what, version, rank, generation of the process)."""
+    """All that engines did, in order: (what, version, rank, generation of the process)."""
 
     def __init__(self) -> None:
         self.lines: list[tuple[str, int, int, int]] = []
@@ -286,5 +286,5 @@ def logps(version: int, token_ids: list[list[int]], starts: list[int]) -> list[n
 
 def pauses(seed: int) -> Callable[[], None]:
     """Random short waits, so that threads meet in ever other orders."""
-    draw = random.Random(seed)
-    return lambda: time.sleep(draw.choice((0.0, 0.0, 0.0005, 0.002)))
+    generator = random.Random(seed)
+    return lambda: time.sleep(generator.choice((0.0, 0.0, 0.0005, 0.002)))

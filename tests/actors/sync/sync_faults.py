@@ -80,10 +80,10 @@ class FaultyHost(ModelHost):
 
     def nudge(self, seed: int) -> None:
         """Move every A and B of the policy a little, as a step of training would."""
-        draw = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in adapter_parameters(self.state.model, "policy").values():
-                parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.02)
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
 
 
 class FaultySource(WeightSource):
@@ -203,7 +203,7 @@ class FaultyEngine(RolloutEngine):
         self.fault = fault
 
     def log(self) -> list[str]:
-        """Which parts of syncs this engine was asked for."""
+        """Parts of syncs that this engine was asked for."""
         return self.calls
 
     def forget_log(self) -> None:

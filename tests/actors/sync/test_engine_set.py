@@ -118,9 +118,9 @@ def test_a_replacement_that_fails_is_raised_to_everyone_who_waits_for_it(group: 
     engines = set_of(group, load)
     die(group, 0)
     replacement = engines.replace(0, 0, "killed")
-    for wait in (lambda: replacement.done.result(PATIENCE_S),):
-        with pytest.raises(RunFailure, match="no room"):
-            wait()
+    with pytest.raises(RunFailure, match="no room"):
+        replacement.done.result(PATIENCE_S)
+    assert engines.replace(0, 0, "killed") is replacement
     assert (engines[0].state, engines.ready(0)) == (WeightsState.LOST, False)
     assert engines.is_alive(0, 1), "its process lives: another one would fail alike"
 

@@ -80,13 +80,13 @@ def test_whatever_is_seen_in_whatever_order_a_served_version_was_verified_on_thi
     seed: int,
 ) -> None:
     """4,000 events of random generations; the mistakes of a caller are refused and change nothing."""
-    draw = random.Random(seed)
+    generator = random.Random(seed)
     engine, seen, deaths = Engine(), list[WeightsEvent](), 0
     verified: set[tuple[int, int]] = set()
     events = [*WeightsEvent, WeightsEvent.LOADED] + list(UP) * 3
     for _ in range(4000):
-        event, version = draw.choice(events), draw.randrange(9)
-        generation = max(0, engine.generation - draw.choice((0, 0, 0, 1, 2)))
+        event, version = generator.choice(events), generator.randrange(9)
+        generation = max(0, engine.generation - generator.choice((0, 0, 0, 1, 2)))
         before = engine
         try:
             engine = engine.after(event, version, "why", generation)

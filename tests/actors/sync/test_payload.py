@@ -1,4 +1,4 @@
-"""What travels: groups, manifests, bytes and digests."""
+"""Payloads: groups, manifests, bytes and digests."""
 
 from __future__ import annotations
 
@@ -31,9 +31,13 @@ QWEN = [
 
 
 def factors() -> dict[str, Factors]:
-    draw = torch.Generator().manual_seed(0)
-    plain = Factors(torch.randn(2, 5, generator=draw), torch.randn(3, 2, generator=draw), 2.0, False)
-    stack = Factors(torch.randn(4, 2, 5, generator=draw), torch.randn(4, 3, 2, generator=draw), 0.5, True)
+    generator = torch.Generator().manual_seed(0)
+    plain = Factors(
+        torch.randn(2, 5, generator=generator), torch.randn(3, 2, generator=generator), 2.0, False
+    )
+    stack = Factors(
+        torch.randn(4, 2, 5, generator=generator), torch.randn(4, 3, 2, generator=generator), 0.5, True
+    )
     return {"layer.q_proj.weight": plain, "layer.experts.down_proj": stack}
 
 

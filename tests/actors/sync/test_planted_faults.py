@@ -48,7 +48,7 @@ def syncs(groups: tuple[WorkerGroup, WorkerGroup], tiny_base: Path) -> Syncs:
 
 
 def caught(sync: WeightSync) -> str:
-    """What a push with a planted fault says; the next one has to be good again."""
+    """Error of a push with a planted fault; the next one has to be good again."""
     version = sync.version + 1
     with pytest.raises(InvariantViolation) as violation:
         sync.push(version)

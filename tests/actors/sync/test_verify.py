@@ -1,4 +1,4 @@
-"""What counts as proof that weights arrived."""
+"""Proof that weights arrived: which differences count."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from actors.sync.verify import (
     nearness,
 )
 
-DRAW = np.random.default_rng(0)
-TRAINER = [DRAW.normal(-2, 1, 32) for _ in range(4)]
+GENERATOR = np.random.default_rng(0)
+TRAINER = [GENERATOR.normal(-2, 1, 32) for _ in range(4)]
 
 
 def moved(values: list[np.ndarray], size: float, seed: int = 1) -> list[np.ndarray]:
-    draw = np.random.default_rng(seed)
-    return [v + size * draw.normal(0, 1, len(v)) for v in values]
+    generator = np.random.default_rng(seed)
+    return [v + size * generator.normal(0, 1, len(v)) for v in values]
 
 
 # --- Read back ------------------------------------------------------------------------------------

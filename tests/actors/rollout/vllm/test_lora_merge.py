@@ -1,4 +1,4 @@
-"""What an engine makes of a payload, compared with the merge that writes checkpoints; no engine needed."""
+"""Merge of a payload on the engine's side, compared with the merge that writes checkpoints; no engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What separates an engine in bfloat16 from transformers is rounding, as in transformers' own bfloat16."""
+"""Rounding alone separates an engine in bfloat16 from transformers, as in transformers' own bfloat16."""
 
 from __future__ import annotations
 
