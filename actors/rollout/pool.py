@@ -177,14 +177,14 @@ class RolloutPool:
         """
         self._replace_lost(call)
         engines = {rank: self.engines[rank] for rank in self.engines}
-        for rank, engine in engines.items():
-            replacement = self.engines.replacement(rank)
-            if engine.state is WeightsState.STARTING and replacement is not None:
+        for rank in engines:
+            replacement = self.engines.running(rank)
+            if replacement is not None:
                 call.replacing[rank] = replacement
         syncing = any(e.state in (WeightsState.STAGED, WeightsState.COMMITTED) for e in engines.values())
         if call.replacing or any(self.engines.ready(rank, unproved=self.in_flight) for rank in engines):
             return
-        if not syncing:
+        if not syncing and not self.engines.lost():
             states = ", ".join(f"{self.group.who(rank)} is {e.state}" for rank, e in engines.items())
             raise RunFailure(self.group.name, "generate", f"no engine serves: {states}", self.group.next_step)
         time.sleep(POLL_S)

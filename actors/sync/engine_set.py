@@ -107,10 +107,11 @@ class EngineSet:
         with self._lock:
             return self._engines[rank].generation == generation and self._process_serves(rank)
 
-    def replacement(self, rank: int) -> Replacement | None:
-        """The last replacement of an engine, running or done."""
+    def running(self, rank: int) -> Replacement | None:
+        """The replacement of an engine that is under way."""
         with self._lock:
-            return self._replacements.get(rank)
+            replacement = self._replacements.get(rank)
+        return None if replacement is None or replacement.done.done() else replacement
 
     # --- What happens to an engine --------------------------------------------------------------
 
@@ -172,7 +173,8 @@ class EngineSet:
         engine = self[rank]
         if engine.state is WeightsState.LOST:
             self.replace(rank, engine.generation, engine.reason)
-        replacement = self.replacement(rank)
+        with self._lock:
+            replacement = self._replacements.get(rank)
         if replacement is not None:
             replacement.done.result()
 

@@ -52,7 +52,6 @@ class ProbeReport:
     mean: float
     p50: float
     p90: float
-    p99: float
     relative_p50: float
     """Of |difference| / max(1, |log-probability|)."""
     relative_p90: float
@@ -97,7 +96,6 @@ def compare_probes(
         mean=float(off.mean()),
         p50=_quantile(off, 0.5),
         p90=_quantile(off, 0.9),
-        p99=_quantile(off, 0.99),
         relative_p50=_quantile(relative, 0.5),
         relative_p90=_quantile(relative, 0.9),
         tokens=len(off),

@@ -22,7 +22,7 @@ from actors.cluster.worker_group import WorkerGroup
 from actors.errors import RunFailure
 from actors.sync import protocol, verify
 from actors.sync.engine_set import EngineSet
-from actors.sync.engine_state import WeightsEvent, WeightsState
+from actors.sync.engine_state import WeightsEvent
 from actors.sync.phases import Participants, Phases, violation
 from actors.sync.protocol import NO_VERSION, Offer, Prepared, Readback, SentParts
 from actors.sync.remote import UpdatableEngines
@@ -225,20 +225,16 @@ class WeightSync:
         lost = [rank for rank in self.engines if not self.engines[rank].whole]
         for rank in lost:
             engine = self.engines[rank]
-            if self._keeps or self._is_being_replaced(rank):
+            if self._keeps or self.engines.running(rank) is not None:
                 continue
             # One that an earlier push left in the middle holds no whole version.
             reason = engine.reason or f"it was left {engine.state}"
             self.engines.replace_here(rank, engine.generation, reason, self._phases.load_and_connect)
         return lost
 
-    def _is_being_replaced(self, rank: int) -> bool:
-        replacement = self.engines.replacement(rank)
-        return self.engines[rank].state is WeightsState.STARTING and replacement is not None
-
     def _replace_with(self, rank: int, reference: Reference) -> bool:
         """A fresh engine with this version in place of a lost one; False where that is another's to do."""
-        if self._is_being_replaced(rank):
+        if self.engines.running(rank) is not None:
             return False
         engine = self.engines[rank]
 

@@ -223,6 +223,28 @@ def test_engines_die_while_they_generate_and_while_they_are_synced(seed: int) ->
     world.group.close()
 
 
+def test_a_call_that_begins_while_the_only_engines_are_brought_back_waits_for_them() -> None:
+    world = World(0, "keep")
+    world.sync.connect()
+    world.sync.push(0)
+    for rank in world.engines:
+        world.group.kill(rank)
+    with pytest.raises(RunFailure, match="died"):
+        world.group.submit_rank(0, "readback", 0, phase="sync").result()
+    with world.engines.turn:  # Engines are made, and wait for their weights.
+        threads = [run(lambda: world.end(world.generate), "first")]
+        while world.engines[0].state is not WeightsState.STARTING:
+            time.sleep(0.001)
+        threads.append(run(lambda: world.end(world.generate), "second"))
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive(), f"{thread.name} waits for ever"
+    assert world.wrong == []
+    assert [member.generation for member in world.group.fleet.members] == [1] * ENGINES
+    world.group.close()
+
+
 def test_a_pool_whose_engines_serve_nothing_says_so() -> None:
     world = World(0, "wait")
     with pytest.raises(RunFailure, match="no engine serves: rollout-0 is starting"):
