@@ -41,9 +41,7 @@ def main() -> None:
 
 def measure(actors: Any, sizes: Any) -> list[dict[str, Any]]:
     """Steps with each number of actors and of samples."""
-    from actors.cluster.connection import start_ray, stop_ray
-    from actors.cluster.spec import LimitsSpec, RoleSpec
-    from actors.cluster.worker_group import WorkerGroup
+    from actors.cluster import LimitsSpec, RoleSpec, WorkerGroup, start_ray, stop_ray
 
     found: list[dict[str, Any]] = []
     limits = LimitsSpec(start=900)

@@ -13,7 +13,7 @@ from typing import Any
 from actors.algorithms.dpo import DpoLoss
 from actors.algorithms.loss import Loss
 from actors.algorithms.sft import SftLoss
-from actors.batches.batch import Batch
+from actors.batches import Batch
 from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
 from actors.trainer.remote import ModelWorkers, host_group
 from actors.trainer.spec import HostSpec, OptimSpec
@@ -27,8 +27,7 @@ ROLE = "policy"
 
 def through_actor(workload: Workload, base: Path, effort: Effort, threads: int) -> dict[str, Any]:
     """As `raylign run` does it: Ray, one rank in an actor of its own, steps submitted ahead."""
-    from actors.cluster.connection import start_ray, stop_ray
-    from actors.cluster.spec import LimitsSpec, RoleSpec
+    from actors.cluster import LimitsSpec, RoleSpec, start_ray, stop_ray
 
     start_ray()
     with tempfile.TemporaryDirectory(prefix="raylign-bench-") as logs:

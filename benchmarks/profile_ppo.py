@@ -114,7 +114,7 @@ def update_by_kind(workload: OnlineWorkload, base: Path) -> tuple[dict[str, floa
     import torch
 
     from actors.algorithms.policy import PolicyLoss
-    from actors.batches.batch import Batch
+    from actors.batches import Batch
     from actors.models.spec import LoraSpec, ModelSpec
     from actors.trainer.model_host import ModelHost
     from actors.trainer.spec import HostSpec, OptimSpec

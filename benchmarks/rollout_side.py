@@ -34,7 +34,7 @@ def main() -> None:
     if args.side == "bare":
         turns(gate, workload, args, bare(workload, args.base, args.threads))
         return
-    from actors.cluster.connection import start_ray, stop_ray
+    from actors.cluster import start_ray, stop_ray
 
     start_ray()
     with tempfile.TemporaryDirectory(prefix="raylign-bench-") as logs:
@@ -94,8 +94,8 @@ def bare(workload: OnlineWorkload, base: str, threads: int) -> Draw:
 
 def actor(workload: OnlineWorkload, base: str, threads: int, logs: str) -> Draw:
     """The pool of one engine, loaded as an online stage loads it."""
-    from actors.batches.generations import SamplingSpec
-    from actors.cluster.spec import LimitsSpec, RoleSpec
+    from actors.batches import SamplingSpec
+    from actors.cluster import LimitsSpec, RoleSpec
     from actors.rollout.pool import RolloutPool
     from actors.rollout.remote import ROLLOUT, rollout_group
     from actors.rollout.spec import EngineSpec

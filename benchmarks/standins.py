@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.batches.generations import Generations, SamplingSpec
+from actors.batches import Generations, SamplingSpec
 from actors.sync.protocol import CommitReport, Expected, Offer, Prepared, Readback, StageAck
 
 LOGP = -1.0

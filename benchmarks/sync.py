@@ -63,8 +63,7 @@ def main() -> None:
 
 def measure(bases: list[str], payloads: list[str], turns: int) -> list[dict[str, Any]]:
     """Syncs of all payloads on each base, one after the other in the same two processes."""
-    from actors.cluster.connection import start_ray, stop_ray
-    from actors.cluster.spec import LimitsSpec, RoleSpec
+    from actors.cluster import LimitsSpec, RoleSpec, start_ray, stop_ray
     from actors.models.tiny import write_tiny_base
     from actors.rollout.remote import ROLLOUT, rollout_group
     from actors.rollout.spec import EngineSpec
@@ -90,7 +89,7 @@ def _syncs(
     name: str, base: Path, policy: Any, rollout: Any, payloads: list[str], turns: int
 ) -> list[dict[str, Any]]:
     from actors.algorithms.sft import SftLoss
-    from actors.batches.batch import Batch
+    from actors.batches import Batch
     from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
     from actors.sync.engine_set import EngineSet
     from actors.sync.spec import SyncSpec

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from actors.batches.batch import Batch
+from actors.batches import Batch
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINED_TINY = ROOT / "assets" / "tiny-moe"

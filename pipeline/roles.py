@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from actors.cluster.spec import RoleSpec
+from actors.cluster import RoleSpec
 from actors.rollout.spec import EngineOptions
 from actors.spec import Spec
 from pipeline.stages.specs.registry import StageSpec

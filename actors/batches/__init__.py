@@ -1,0 +1,15 @@
+"""What travels between processes: batches, samples and their seeds; numpy only."""
+
+from actors.batches.batch import Batch
+from actors.batches.generations import Generations, SamplingSpec, sample_seed
+from actors.batches.trajectories import sample_offsets, sample_sums, trajectory_batch
+
+__all__ = [
+    "Batch",
+    "Generations",
+    "SamplingSpec",
+    "sample_offsets",
+    "sample_seed",
+    "sample_sums",
+    "trajectory_batch",
+]

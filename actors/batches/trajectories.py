@@ -17,7 +17,7 @@ from actors.batches.generations import FINISH_REASONS, Generations
 STOPPED = FINISH_REASONS.index("stop")
 
 
-def trajectories(prompts: Sequence[Sequence[int]], samples: Generations) -> Batch:
+def trajectory_batch(prompts: Sequence[Sequence[int]], samples: Generations) -> Batch:
     """Prompt + completion of every sample, in the engine's own tokens (never re-tokenised).
 
     Args:

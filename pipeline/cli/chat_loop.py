@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actors.batches.generations import SamplingSpec
+from actors.batches import SamplingSpec
 from actors.errors import EXIT_DONE, UserError
 from pipeline.monitoring import console
 
 if TYPE_CHECKING:
-    from actors.cluster.worker_group import WorkerGroup
+    from actors.cluster import WorkerGroup
 
 LEAVE = ("", "exit", "quit")
 """Inputs that end a conversation, as end of input does."""
@@ -61,8 +61,7 @@ def chat(
 @contextlib.contextmanager
 def engine(model: str) -> Iterator[WorkerGroup]:
     """A local Ray with one rollout actor that serves `model` (a model or an adapter)."""
-    from actors.cluster.connection import local_resources, start_ray, stop_ray
-    from actors.cluster.spec import LimitsSpec, RoleSpec
+    from actors.cluster import LimitsSpec, RoleSpec, local_resources, start_ray, stop_ray
     from actors.rollout.remote import ROLLOUT, RolloutEngines, rollout_group
     from actors.rollout.spec import EngineSpec
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from actors.cluster.spec import LimitsSpec, RaySpec, RoleSpec
+from actors.cluster import LimitsSpec, RaySpec, RoleSpec
 from actors.errors import UserError
 from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
 from actors.rollout.spec import EngineOptions

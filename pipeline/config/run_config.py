@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from actors.cluster.spec import LimitsSpec, RaySpec, RoleSpec
+from actors.cluster import LimitsSpec, RaySpec, RoleSpec
 from actors.models.spec import ModelSpec
 from actors.spec import Spec
 from pipeline.config.names import NAME_PATTERN

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actors.batches.generations import SamplingSpec, sample_seed
+from actors.batches import SamplingSpec, sample_seed
 from actors.errors import RunFailure, UserError
 from actors.models.turn_ends import TurnEnds, turn_ends
 from pipeline.artifacts.manifest import fingerprint, write_json
@@ -22,8 +22,7 @@ from pipeline.data.tokens.tokenize import prompt_rows
 from pipeline.rewards.functions import import_function, missing_arguments, named_by
 
 if TYPE_CHECKING:
-    from actors.cluster.futures import WorkerFuture
-    from actors.cluster.worker_group import WorkerGroup
+    from actors.cluster import WorkerFuture, WorkerGroup
     from pipeline.evaluation.spec import EvalSpec
 from pipeline.artifacts.weights import Weights
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.batches.batch import Batch
+from actors.batches import Batch
 from pipeline.artifacts.manifest import fingerprint, write_json
 from pipeline.artifacts.weights import Weights
 from pipeline.data.tokens.tokenize import TokenizedData

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from actors.batches.generations import SamplingSpec
+from actors.batches import SamplingSpec
 from actors.spec import Spec
 from pipeline.data.spec import DataSources
 

@@ -8,12 +8,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from actors.cluster.connection import check_cluster, is_local, start_ray, stop_ray
-from actors.cluster.environment import actor_environment
+from actors.cluster import (
+    GroupFuture,
+    RoleSpec,
+    WorkerFuture,
+    WorkerGroup,
+    actor_environment,
+    check_cluster,
+    is_local,
+    start_ray,
+    stop_ray,
+)
 from actors.cluster.fast_start import ForkServer
-from actors.cluster.futures import GroupFuture, WorkerFuture
-from actors.cluster.spec import RoleSpec
-from actors.cluster.worker_group import WorkerGroup
 from actors.models.facts import BaseFacts, base_facts
 from actors.rollout.remote import ROLLOUT as ENGINE
 from actors.rollout.remote import rollout_group

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from actors.cluster.futures import GroupFuture
+from actors.cluster import GroupFuture
 from actors.trainer.remote import ModelWorkers
 from actors.trainer.spec import HostSpec
 from pipeline.artifacts.weights import Weights
 from pipeline.stages.views import View
 
 if TYPE_CHECKING:
-    from actors.cluster.spec import RoleSpec
+    from actors.cluster import RoleSpec
     from pipeline.config.run_config import RunConfig
     from pipeline.planning.nodes import Node
 

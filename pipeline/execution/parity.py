@@ -9,7 +9,7 @@ from actors.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from actors.cluster.worker_group import WorkerGroup
+    from actors.cluster import WorkerGroup
     from actors.models.spec import ModelSpec
     from actors.rollout.spec import EngineSpec
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from actors.cluster.spec import RoleSpec
+from actors.cluster import RoleSpec
 from pipeline.roles import ROLES, evaluation_roles, roles_of
 
 if TYPE_CHECKING:

@@ -28,8 +28,7 @@ from pipeline.stages.specs.registry import (
 
 if TYPE_CHECKING:
     from actors.algorithms import Loss
-    from actors.batches.batch import Batch
-    from actors.batches.generations import SamplingSpec
+    from actors.batches import Batch, SamplingSpec
 
 
 @dataclass

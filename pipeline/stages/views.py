@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from actors.algorithms import Loss
-    from actors.batches.batch import Batch
-    from actors.cluster.futures import GroupFuture
+    from actors.batches import Batch
+    from actors.cluster import GroupFuture
     from actors.trainer.remote import ModelWorkers, SharedBatch
     from actors.trainer.spec import OptimSpec
 

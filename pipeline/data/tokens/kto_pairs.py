@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from actors.batches.batch import Batch
+from actors.batches import Batch
 from pipeline.data.tokens.tokenize import TokenizedData
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from actors.algorithms import LABEL, MARGIN
-from actors.batches.batch import Batch
+from actors.batches import Batch
 from actors.errors import UserError
 from actors.models.turn_ends import turn_ends
 from pipeline.data.reading.bad_rows import (

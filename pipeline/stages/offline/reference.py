@@ -14,7 +14,7 @@ from pipeline.data.tokens.batch_order import BatchOrder
 from pipeline.data.tokens.tokenize import TokenizedData
 
 if TYPE_CHECKING:
-    from actors.cluster.futures import GroupFuture
+    from actors.cluster import GroupFuture
     from pipeline.stages.views import View
 
 FILE = "logps.arrow"

@@ -16,7 +16,7 @@ from pipeline.stages.metrics import MetricsLog
 from pipeline.stages.prepared import PreparedStage
 
 if TYPE_CHECKING:
-    from actors.cluster.futures import GroupFuture
+    from actors.cluster import GroupFuture
     from pipeline.stages.offline.reference import ReferenceFeed
 from pipeline.stages.context import StageContext, Stopped, finish, sound_checkpoint
 

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.algorithms import without_spread
-from actors.batches.generations import Generations
-from actors.batches.trajectories import trajectories
+from actors.batches import Generations, trajectory_batch
 from pipeline.stages.online.rewards import Rewards
 from pipeline.stages.online.sampler import SampledBatch, Sampler
 from pipeline.stages.views import put
@@ -88,7 +87,7 @@ class DynamicSampler(Sampler):
 
     def _score(self, rows: np.ndarray, samples: Generations) -> Rewards:
         prompts = self.stage.data.select(rows, copies=samples.n)
-        batch = trajectories(prompts.token_ids, samples)
+        batch = trajectory_batch(prompts.token_ids, samples)
         asked = self.rewards.submit(put(batch.unrouted())) if self.rewards.models else {}
         return self.rewards.result(asked, prompts, self.texts(samples), samples, batch)
 

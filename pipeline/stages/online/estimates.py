@@ -16,8 +16,7 @@ from actors.algorithms import (
     importance_ratios,
     kl_values,
 )
-from actors.batches.batch import Batch
-from actors.batches.trajectories import sample_offsets, sample_sums
+from actors.batches import Batch, sample_offsets, sample_sums
 
 if TYPE_CHECKING:
     from pipeline.stages.specs.registry import PolicyGradientStage

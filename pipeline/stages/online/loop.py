@@ -19,9 +19,7 @@ import numpy as np
 
 from actors.algorithms import ValueLoss
 from actors.algorithms import checks as rl_checks
-from actors.batches.batch import Batch
-from actors.batches.generations import Generations
-from actors.batches.trajectories import trajectories
+from actors.batches import Batch, Generations, trajectory_batch
 from pipeline.data.tokens.prompts import PromptData
 from pipeline.stages.context import StageContext
 from pipeline.stages.online.dynamic_sampling import sampler_of
@@ -35,7 +33,7 @@ from pipeline.stages.views import Scorer, View, put
 
 if TYPE_CHECKING:
     from actors.algorithms import Loss
-    from actors.cluster.futures import GroupFuture
+    from actors.cluster import GroupFuture
     from actors.rollout.pool import RolloutPool
     from actors.sync.report import SyncReport
     from actors.sync.weight_sync import WeightSync
@@ -114,7 +112,7 @@ class RlLoop:
         clock = Clock()
         with clock("generate"):
             sampled = self.prefetcher.take(step)
-        batch = trajectories(sampled.prompts.token_ids, sampled.samples)
+        batch = trajectory_batch(sampled.prompts.token_ids, sampled.samples)
         asked, scoring = self.submit_scores(batch, step, sampled)
         with clock("rewards"):
             texts = self.sampler.texts(sampled.samples)

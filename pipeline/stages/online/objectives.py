@@ -17,7 +17,7 @@ from pipeline.stages.specs.registry import OnlineDpoStage, OnlineStage, PolicyGr
 
 if TYPE_CHECKING:
     from actors.algorithms import Loss
-    from actors.batches.batch import Batch
+    from actors.batches import Batch
 
 
 class Objective(ABC):

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from actors.algorithms import ld_weights
-from actors.batches.batch import Batch
-from actors.batches.trajectories import sample_sums
+from actors.batches import Batch, sample_sums
 from pipeline.stages.online.estimates import Estimates, TokenScores
 
 if TYPE_CHECKING:

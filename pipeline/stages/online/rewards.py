@@ -15,8 +15,7 @@ from actors.algorithms import (
     soft_overlong_punishment,
     without_eos_penalty,
 )
-from actors.batches.batch import Batch
-from actors.batches.generations import Generations
+from actors.batches import Batch, Generations
 from pipeline.data.tokens.prompts import PromptData
 from pipeline.rewards.functions import (
     RewardFunction,
@@ -29,7 +28,7 @@ from pipeline.rewards.functions import (
 from pipeline.stages.views import Scorer
 
 if TYPE_CHECKING:
-    from actors.cluster.futures import GroupFuture
+    from actors.cluster import GroupFuture
     from actors.trainer.remote import SharedBatch
     from pipeline.stages.specs.registry import RlStage
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actors.batches.generations import Generations, sample_seed
+from actors.batches import Generations, sample_seed
 from actors.errors import RunFailure
 from pipeline.data.tokens.prompts import PromptData
 from pipeline.stages.online.rewards import Rewards

@@ -22,7 +22,7 @@ from actors.algorithms import (
     Whitening,
     WhitenSettings,
 )
-from actors.batches.generations import SamplingSpec
+from actors.batches import SamplingSpec
 from actors.sync.spec import SyncSpec
 from pipeline.data.reading.layouts import Kind
 from pipeline.data.spec import as_sources

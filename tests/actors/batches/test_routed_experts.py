@@ -13,7 +13,7 @@ from actors.batches.generations import Generations
 from actors.batches.packing import FREE, LayOut, in_bins, micro_batches, padded
 from actors.batches.padding_free import lay_out_padding_free
 from actors.batches.routed_experts import RoutedExperts, expert_dtype, free
-from actors.batches.trajectories import trajectories
+from actors.batches.trajectories import trajectory_batch
 
 LAYERS, TOP_K = 3, 2
 
@@ -32,7 +32,7 @@ def test_256_experts_need_two_bytes_because_one_number_means_none() -> None:
 def test_the_last_token_of_each_sample_has_no_experts() -> None:
     samples = Generations.of([([7, 2], [-0.5, -0.25], "stop"), ([8], [-1.0], "length")], 1, "v0", 0.1)
     samples = samples.with_experts(RoutedExperts.of([experts_of([0, 1, 2, 3]), experts_of([5])]))
-    batch = trajectories([[1, 3, 4], [5]], samples)
+    batch = trajectory_batch([[1, 3, 4], [5]], samples)
     assert batch.experts is not None
     assert batch.experts[:, 0, 0].tolist() == [0, 1, 2, 3, 255, 5, 255]
     assert (batch.experts[4] == 255).all()

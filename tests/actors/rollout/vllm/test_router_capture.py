@@ -13,7 +13,7 @@ import torch
 from actors.algorithms.checks import divergence
 from actors.batches.batch import Batch
 from actors.batches.routed_experts import RoutedExperts
-from actors.batches.trajectories import trajectories
+from actors.batches.trajectories import trajectory_batch
 from actors.cluster.worker_group import WorkerGroup
 from actors.models.architectures.lookup import ARCHITECTURES, architecture_of, replay_problem
 from actors.models.lora.adapters import role
@@ -48,7 +48,7 @@ OTHERS = [
 def drawn(engine: WorkerGroup, first_seed: int = 0) -> Batch:
     seeds = list(range(first_seed, first_seed + N * len(PROMPTS)))
     made = engine.call_rank(0, "generate", PROMPTS, SamplingSpec(max_tokens=24, n=N), seeds, phase="generate")
-    return trajectories([p for p in PROMPTS for _ in range(N)], made)
+    return trajectory_batch([p for p in PROMPTS for _ in range(N)], made)
 
 
 def engine_on(process: WorkerGroup, base: Path, dtype: str, layers: int = 2) -> WorkerGroup:
@@ -119,7 +119,7 @@ def test_samples_that_outlive_a_sync_come_with_the_experts_of_the_new_weights(
     push(engine, policy.payload(ADAPTER, 7), keep=True)
     while made is None:
         made = engine.call_rank(0, "poll", 0, 0.0)
-    batch = trajectories(PROMPTS, made)
+    batch = trajectory_batch(PROMPTS, made)
     assert set(made.token_versions.tolist()) == {-1, 7}
     assert_chosen_by(policy, "policy", batch)
 

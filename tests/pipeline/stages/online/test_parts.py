@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from actors.batches.generations import Generations
-from actors.batches.trajectories import trajectories
+from actors.batches.trajectories import trajectory_batch
 from actors.errors import UserError
 from pipeline.config.run_config import RunConfig
 from pipeline.data.reading.bad_rows import Skipped
@@ -35,7 +35,7 @@ def samples_of(*lengths_: int, finish: str = "stop") -> Generations:
 def test_ppo_advantages_are_those_of_gae() -> None:
     """The literals of GAE: rewards [0, 0, 1], values [.5, .4, .3], gamma 1, lambda .95."""
     spec = PpoStage(**DATA, whiten_advantages="none", beta=0)
-    batch = trajectories([[1, 2]], samples_of(3))
+    batch = trajectory_batch([[1, 2]], samples_of(3))
     scores = TokenScores(np.full(3, -1.0), None, np.array([0.5, 0.4, 0.3]))
     found = estimate(spec, batch, np.array([1.0]), scores, beta=0.0)
     assert found.batch.token_columns["advantages"] == pytest.approx([0.43675, 0.565, 0.7])
@@ -49,7 +49,7 @@ def test_ppo_advantages_are_those_of_gae() -> None:
 def test_divergence_in_the_reward_is_taken_off_token_by_token() -> None:
     """lambda 0, gamma 0, values 0: an advantage is the token's own reward; k1 of [-1, -2], [-1.5, -1]."""
     spec = PpoStage(**DATA, whiten_advantages="none", lam=0, gamma=0, beta=0.1)
-    batch = trajectories([[1]], samples_of(2))
+    batch = trajectory_batch([[1]], samples_of(2))
     scores = TokenScores(np.array([-1.0, -2.0]), np.array([-1.5, -1.0]), np.zeros(2))
     found = estimate(spec, batch, np.array([3.0]), scores, beta=0.1)
     assert found.batch.token_columns["advantages"] == pytest.approx([-0.05, 3.1])
@@ -59,7 +59,7 @@ def test_divergence_in_the_reward_is_taken_off_token_by_token() -> None:
 
 def test_older_samples_weigh_by_what_drew_them() -> None:
     """The engine drew at log-probability -1; the policy has log 2 more, then log 8 more: bounded at 3."""
-    batch = trajectories([[1], [1]], samples_of(2, 1))
+    batch = trajectory_batch([[1], [1]], samples_of(2, 1))
     scores = TokenScores(-1.0 + np.log([2.0, 8.0, 1.0]))
     stale: dict[str, Any] = {"num_generations": 2, "staleness": 1}
     spec = GrpoStage(**DATA, **stale, vllm_importance_sampling_mode="token_truncate")
@@ -76,7 +76,7 @@ def test_older_samples_weigh_by_what_drew_them() -> None:
 
 
 def test_cut_samples_leave_the_loss_where_the_stage_says_so() -> None:
-    batch = trajectories([[1], [1]], samples_of(2, 1, finish="length"))
+    batch = trajectory_batch([[1], [1]], samples_of(2, 1, finish="length"))
     scores = TokenScores(np.full(3, -1.0), None, None)
     kept = estimate(GrpoStage(**DATA, num_generations=2), batch, np.array([0.0, 1.0]), scores, 0.0)
     assert kept.batch.token_columns["mask"].all()
@@ -89,7 +89,7 @@ def test_a_short_generation_weighs_a_token_as_its_own_optimizer_steps_do() -> No
     """`dapo` divides by tokens per optimizer step: of 4 batches of 2 samples, a short one fills 1 or 2."""
     spec = GrpoStage(**DATA, batch_size=2, steps_per_generation=4, num_generations=2)
     for samples, expected in ((8, 6.0), (4, 6.0), (2, 6.0)):
-        batch = trajectories([[1]] * samples, samples_of(*[3] * samples))
+        batch = trajectory_batch([[1]] * samples, samples_of(*[3] * samples))
         scores = TokenScores(np.full(3 * samples, -1.0))
         found = estimate(spec, batch, np.arange(samples, dtype=float), scores, 0.0)
         assert found.batch.columns["tokens_per_step"] == pytest.approx([expected] * samples)

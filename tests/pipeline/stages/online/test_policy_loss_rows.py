@@ -22,7 +22,7 @@ from actors.algorithms.policy_losses import (
 )
 from actors.batches.batch import Batch
 from actors.batches.generations import Generations
-from actors.batches.trajectories import trajectories
+from actors.batches.trajectories import trajectory_batch
 from pipeline.config.json_schema import json_schema
 from pipeline.config.load import load_config, validate
 from pipeline.stages.online.estimates import Estimates, TokenScores
@@ -71,7 +71,7 @@ def estimated(spec: OnlineStage, batch: Batch, logps: np.ndarray) -> Estimates:
 
 def sampled() -> Batch:
     samples = Generations.of([([7 + n] * n, [-1.0] * n, "stop") for n in LENGTHS], 2, "v0", 0.0)
-    return trajectories([[1, 2]] * 2 + [[3, 4, 5]] * 2, samples)
+    return trajectory_batch([[1, 2]] * 2 + [[3, 4, 5]] * 2, samples)
 
 
 @pytest.mark.usefixtures("_a_row_is_added")

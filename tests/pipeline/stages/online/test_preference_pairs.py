@@ -9,7 +9,7 @@ import pytest
 
 from actors.algorithms.dpo import OnlineDpoLoss
 from actors.batches.generations import Generations
-from actors.batches.trajectories import trajectories
+from actors.batches.trajectories import trajectory_batch
 from actors.errors import InvariantViolation
 from pipeline.stages.online.estimates import TokenScores
 from pipeline.stages.online.objectives import PreferencePairs, objective_of
@@ -43,7 +43,7 @@ def test_a_prompts_best_and_worst_samples_are_its_pair(
 def samples() -> tuple[Any, TokenScores]:
     """Two prompts of two samples with 1, 2, 3 and 1 tokens."""
     drawn = Generations.of([([7] * n, [-1.0] * n, "stop") for n in (1, 2, 3, 1)], 2, "v", 0.0)
-    batch = trajectories([[1, 2], [1, 2], [3], [3]], drawn)
+    batch = trajectory_batch([[1, 2], [1, 2], [3], [3]], drawn)
     ref = np.array([-1.0, -2.0, -0.5, -1.0, -1.0, -1.0, -4.0])
     return batch, TokenScores(ref + 0.5, ref)
 
