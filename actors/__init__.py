@@ -1,1 +1,1 @@
-"""Downstairs: everything that lives in a Ray process. Never imports `pipeline`."""
+"""Everything that works in a Ray process: trainer, rollout engines, weight sync. Never imports `pipeline`."""

@@ -1,4 +1,4 @@
-"""What the driver costs per online step, with 1 to 64 rollout actors and 64 to 4,096 samples.
+"""Cost of the driver per online step, with 1 to 64 rollout actors and 64 to 4,096 samples.
 
 python -m benchmarks.driver            # all of it
 python -m benchmarks.driver --quick    # 1 and 2 actors: does it run?

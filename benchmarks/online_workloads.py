@@ -1,4 +1,4 @@
-"""What is sampled and trained in the online comparisons: bases, prompts, and how long answers are."""
+"""Workloads of the online comparisons: bases, prompts, and lengths of answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the time of a PPO step goes: who works at each moment, and what the trainer's update is made of.
+"""Profile of a PPO step: the roles at work at each moment, and the parts of the trainer's update.
 
 python -m benchmarks.profile_ppo            # configs/ppo-tiny.yaml without its SFT, and a 17 M-parameter MoE
 python -m benchmarks.profile_ppo --quick    # three steps on the embedded base: does it run?

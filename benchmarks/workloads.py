@@ -1,4 +1,4 @@
-"""What is trained in a comparison: a base, LoRA settings, rows, and the size of an optimizer step."""
+"""Workloads of the comparisons: a base, LoRA settings, rows, and the size of an optimizer step."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""What runs, in which order, on what, with which data, and what came out.
+"""Preference tuning of mixture-of-experts models: `from pipeline import plan, run, validate`.
 
-`from pipeline import plan, run, validate` is the way in from Python (`pipeline.api`). The names are looked up
-when they are asked for, so that importing a part of the package loads nothing else.
+The package decides what runs, in which order, with which data, and reports what came out; the work is done in
+`actors`. The names of `pipeline.api` are looked up when they are asked for, so that importing a part of the
+package loads nothing else.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ TELEMETRY = {"RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "V
 
 @dataclass(frozen=True)
 class StageResult:
-    """What became of one stage."""
+    """Outcome of one stage."""
 
     state: Literal["done", "failed", "skipped", "stopped", "running"] | None
     """`skipped`: it was finished before. None: its turn did not come."""
@@ -43,7 +43,7 @@ class StageResult:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left behind."""
+    """Outcome of a run."""
 
     directory: Path
     stopped: bool
@@ -86,7 +86,7 @@ def validate(config: Config, overrides: Sequence[str] = ()) -> Findings:
 
 
 def plan(config: Config, overrides: Sequence[str] = ()) -> Plan:
-    """What a run asks of the cluster: processes and resources by role. Reads the config alone.
+    """Processes and resources that a run asks of the cluster, by role. Reads the config alone.
 
     Raises:
         UserError: the config is wrong.
@@ -127,7 +127,7 @@ def run(
 
 
 def result_of(config: RunConfig, *, stopped: bool = False) -> RunResult:
-    """What a run directory holds of the run `config`, read from run.json."""
+    """Outcome that a run directory holds of the run `config`, read from run.json."""
     from pipeline.artifacts.run_directory import RunDirectory
 
     directory = RunDirectory(config.output_dir, config.name)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import pytest
 
 PACKAGES = ("actors", "pipeline")
+QUESTIONS = ("what", "whether", "how", "which", "who", "where", "when", "why")
 HEAVY = ("torch", "ray", "vllm", "transformers", "datasets", "trl", "matplotlib")
 
 ROOMS: dict[str, tuple[str, ...]] = {
@@ -310,6 +311,26 @@ def test_all_but_the_rooms_of_torch_load_without_heavy_libraries(repository: Pat
 def _may_be_heavy(name: str) -> bool:
     """A package's own `__init__` is empty: what lies in it counts."""
     return any(name.startswith(f"{place}.") or name == place for place in TORCH_IN)
+
+
+def vague(root: Path) -> list[str]:
+    """Modules and public definitions whose docstring asks a question first instead of saying what they are."""
+    found = []
+    for module, path in modules(root).items():
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            named = isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_")
+            text = ast.get_docstring(node) if node is tree or named else None  # type: ignore[arg-type]
+            if text and text.split()[0].strip(",:").lower() in QUESTIONS:
+                found.append(f"{module}: {text.splitlines()[0]}")
+    return found
+
+
+def test_docstrings_begin_with_what_the_thing_is_or_does(repository: Path, tmp_path: Path) -> None:
+    assert vague(repository) == []
+    (tmp_path / "actors").mkdir()
+    (tmp_path / "actors" / "a.py").write_text('"""What a host can be told."""\n')
+    assert vague(tmp_path) == ["actors.a: What a host can be told."]
 
 
 def test_the_table_names_rooms_that_exist(repository: Path) -> None:

@@ -1,4 +1,4 @@
-"""What travels between processes: batches, samples and their seeds; numpy only."""
+"""Batches and samples as processes send them to each other, with their seeds; numpy only."""
 
 from actors.batches.batch import Batch
 from actors.batches.generations import Generations, SamplingSpec, sample_seed

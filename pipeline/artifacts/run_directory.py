@@ -99,7 +99,7 @@ class RunDirectory:
                 )
 
     def read(self) -> dict[str, Any]:
-        """What run.json says, without opening the directory; empty where no run has begun.
+        """Content of run.json, without opening the directory; empty where no run has begun.
 
         Raises:
             UserError: run.json can't be read.

@@ -11,30 +11,10 @@ from actors.cluster import LimitsSpec, RaySpec, RoleSpec
 from actors.models.spec import ModelSpec
 from actors.spec import Spec
 from pipeline.config.names import NAME_PATTERN
-from pipeline.evaluation.spec import EvalSamplingSpec, EvalSpec
+from pipeline.evaluation.spec import EvalSpec
 from pipeline.monitoring.spec import LoggingSpec
 from pipeline.roles import RolesSpec
-from pipeline.stages.specs.registry import (
-    STAGE_TYPES,
-    DpoStage,
-    NamedStage,
-    OnlineStage,
-    SftStage,
-    Stage,
-    StageSpec,
-)
-
-__all__ = [
-    "DpoStage",
-    "EvalSamplingSpec",
-    "EvalSpec",
-    "LoggingSpec",
-    "RaySpec",
-    "RolesSpec",
-    "RunConfig",
-    "SftStage",
-    "StageSpec",
-]
+from pipeline.stages.specs.registry import STAGE_TYPES, NamedStage, OnlineStage, Stage
 
 
 def _as_path(value: Any) -> Any:

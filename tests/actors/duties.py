@@ -1,4 +1,4 @@
-"""What the ranks of the group tests do: small, real work, and every way to fail."""
+"""Work of the ranks in the tests of groups: small, real, and with every way to fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the repository says that its online stages learn, learnt again: whole runs of the ready configs."""
+"""Online stages learn again what the documentation says: whole runs of the ready configs."""
 
 from __future__ import annotations
 

@@ -294,7 +294,7 @@ class SyncWorkerExtension:
 
 
 def refusal(reason: str) -> RunFailure:
-    """Why a payload is not staged; the engine goes on with what it has."""
+    """Reason for not staging a payload; the engine goes on with what it has."""
     return RunFailure("rollout", "stage", reason)
 
 

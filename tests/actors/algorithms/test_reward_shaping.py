@@ -1,4 +1,4 @@
-"""What is taken off rewards, by literals."""
+"""Penalties that are taken off rewards, by literals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a driver is killed with -9, the local cluster that it started goes away by itself."""
+"""The local cluster of a driver that is killed with -9 goes away by itself."""
 
 from __future__ import annotations
 

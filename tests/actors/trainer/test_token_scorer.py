@@ -1,4 +1,4 @@
-"""What a scorer spares the model: experts of tokens that nobody reads."""
+"""Savings of the scorer: the last experts leave out tokens that nobody reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the trainer says of a version that travels in parts; no engine needed."""
+"""The trainer's account of a version that is sent in parts; no engine needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who imports for whom: one process for all on this machine's CPUs, each for itself elsewhere."""
+"""Imports are made by one process for all on this machine's CPUs, by each process for itself elsewhere."""
 
 from __future__ import annotations
 

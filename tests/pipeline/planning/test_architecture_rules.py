@@ -1,4 +1,4 @@
-"""What the table of architectures forbids in a run, and what it tells the user."""
+"""Rules of the table of architectures for a run, and their messages."""
 
 from __future__ import annotations
 

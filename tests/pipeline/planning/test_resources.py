@@ -1,4 +1,4 @@
-"""What a run will need, and the dry run's rule for online stages: pure, from configs alone."""
+"""Resources of a run, and the dry run's rule for online stages: pure, from configs alone."""
 
 from __future__ import annotations
 

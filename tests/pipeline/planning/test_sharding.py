@@ -1,4 +1,4 @@
-"""Which runs may let the workers of a role share the experts."""
+"""Runs whose workers of a role may share the experts."""
 
 from __future__ import annotations
 

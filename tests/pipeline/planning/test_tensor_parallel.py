@@ -1,4 +1,4 @@
-"""Which runs may let workers of a role hold a model together."""
+"""Runs whose workers of a role may hold a model together."""
 
 from __future__ import annotations
 

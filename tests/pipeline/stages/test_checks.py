@@ -1,4 +1,4 @@
-"""What is known before a stage starts is held against what it does first."""
+"""Figures known before a stage starts are compared with its first step."""
 
 from __future__ import annotations
 

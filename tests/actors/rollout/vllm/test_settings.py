@@ -1,4 +1,4 @@
-"""What is changed in a process while an engine starts or ends is as it was afterwards."""
+"""A process is as it was before an engine started or ended in it."""
 
 from __future__ import annotations
 

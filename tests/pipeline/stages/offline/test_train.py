@@ -1,4 +1,4 @@
-"""What a stage refuses to go on from."""
+"""Checkpoints that a stage refuses to go on from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which weights draw which step's samples, what overlaps, and what of it a checkpoint brings back."""
+"""The version that samples each step, the steps that overlap, and their return from a checkpoint."""
 
 from __future__ import annotations
 
