@@ -314,7 +314,7 @@ def _may_be_heavy(name: str) -> bool:
 
 
 def vague(root: Path) -> list[str]:
-    """Modules and public definitions whose docstring asks a question first instead of saying what they are."""
+    """Modules and public definitions whose docstring begins with a question, not with what they are."""
     found = []
     for module, path in modules(root).items():
         tree = ast.parse(path.read_text())
