@@ -1,0 +1,1 @@
+"""Language models: bases and their architectures, LoRA, experts, ranks that share one model."""

@@ -1,0 +1,1 @@
+"""vLLM engines in their processes, and several of them as one pool."""

@@ -1,0 +1,1 @@
+"""Model workers: a rank with one frozen base and its adapters; updates, scores, saving, weights for the engines."""

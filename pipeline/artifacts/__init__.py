@@ -1,0 +1,1 @@
+"""Results on disk: manifests, fingerprints, the run directory and its lock."""

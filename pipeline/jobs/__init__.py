@@ -1,0 +1,1 @@
+"""Runs as Ray jobs: shipping, submitting, following, stopping."""

@@ -1,0 +1,1 @@
+"""Reward functions behind one call with a deadline."""

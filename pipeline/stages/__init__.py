@@ -1,0 +1,1 @@
+"""Stages: made ready from config and rows, then trained offline or online."""

@@ -1,0 +1,1 @@
+"""Table of architectures for transformers and vLLM, and what follows from a row."""

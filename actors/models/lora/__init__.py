@@ -1,0 +1,1 @@
+"""LoRA: targets, adapters and their files, linear layers and experts, heads, merging."""

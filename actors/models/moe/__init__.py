@@ -1,0 +1,1 @@
+"""Mixture-of-experts layers: forward pass, expert parallel, router statistics and replay."""

@@ -1,0 +1,1 @@
+"""One base over several ranks: FSDP2, tensor parallel, and loading only what a rank holds."""

@@ -1,0 +1,1 @@
+"""Rules between keys: of one stage, of online stages, between sections."""

@@ -1,0 +1,1 @@
+"""From a source to records: files and splits, columns, layouts, messages. Knows no tokenizer."""

@@ -1,0 +1,1 @@
+"""Online stages: sample, score, estimate advantages, update, sync."""

@@ -1,0 +1,1 @@
+"""Faults of vLLM that architectures run into: causes, fixes, digests of the code that they were written for."""
