@@ -1,1 +1,1 @@
-"""Model workers: a rank with one frozen base and its adapters; updates, scores, saving, weights for the engines."""
+"""Model workers: a rank with one frozen base and its adapters; updates, scores, saving, weight source."""

@@ -1,1 +1,1 @@
-"""Faults of vLLM that architectures run into: causes, fixes, digests of the code that they were written for."""
+"""Faults of vLLM that architectures run into: causes, fixes, and digests of the code concerned."""
