@@ -10,19 +10,26 @@ from collections.abc import Sequence
 
 import numpy as np
 
+EQUAL = 1e-8
+"""Standard deviation up to which rewards of a prompt count as equal (numpy's `isclose`, as in TRL)."""
+RELATIVE_ROUNDING = 1e-12
+"""As `EQUAL`, as a share of the largest reward: equal rewards of 1e9 differ from their own mean by 1e-7."""
+
 
 def combine(rewards: np.ndarray, weights: Sequence[float]) -> np.ndarray:
     """Weighted sum over sources, float64 (N,), as TRL's `sum_then_normalize`.
 
     Args:
         rewards: float64 (sources, N), NaN where a source passed a sample over: left out of the sum.
+        weights: of the sources; one of weight 0 is only watched, and scores no sample for the sum.
 
     Returns:
-        NaN where every source passed the sample over.
+        NaN where every source that has a weight passed the sample over.
     """
-    weighted = rewards * np.asarray(weights, dtype=np.float64)[:, None]
-    total = np.nansum(weighted, axis=0)
-    total[np.isnan(rewards).all(axis=0)] = np.nan
+    factors = np.asarray(weights, dtype=np.float64)
+    counted = rewards[factors != 0]
+    total = np.nansum(counted * factors[factors != 0][:, None], axis=0)
+    total[np.isnan(counted).all(axis=0)] = np.nan
     return total
 
 
@@ -53,27 +60,34 @@ def without_spread(rewards: np.ndarray, num_generations: int) -> np.ndarray:
         rewards: float64 (N,), NaN where nobody scored; N in groups of `num_generations`.
     """
     groups = rewards.reshape(-1, num_generations)
-    return np.array([bool(np.isclose(_moments(group).get("std", 0.0), 0.0)) for group in groups])
+    return np.array([_is_rounding(group, _moments(group).get("std", 0.0)) for group in groups])
 
 
 def reward_metrics(
-    names: Sequence[str], rewards: np.ndarray, weights: Sequence[float], num_generations: int
+    names: Sequence[str], rewards: np.ndarray, total: np.ndarray, num_generations: int
 ) -> dict[str, float]:
     """TRL's reward metrics: means and unbiased standard deviations over scored samples.
 
     Args:
         rewards: float64 (sources, N), NaN where passed over; N in groups of `num_generations`.
+        total: float64 (N,): what advantages are made of, penalties included; NaN where nobody scored.
 
     Returns:
         `reward`, `reward_std`, `frac_reward_zero_std` (groups in which all rewards are equal: nothing to
         learn from), and `rewards/NAME/mean|std`. What has no scored sample is left out.
     """
-    total = combine(rewards, weights)
     metrics = {f"rewards/{n}/{key}": v for n, row in zip(names, rewards) for key, v in _moments(row).items()}
     metrics |= {{"mean": "reward", "std": "reward_std"}[key]: value for key, value in _moments(total).items()}
-    spread = [_moments(group).get("std", math.nan) for group in total.reshape(-1, num_generations)]
-    metrics["frac_reward_zero_std"] = float(np.isclose(spread, 0.0).mean())
+    groups = total.reshape(-1, num_generations)
+    zero = [_is_rounding(group, _moments(group).get("std", math.nan)) for group in groups]
+    metrics["frac_reward_zero_std"] = float(np.mean(zero))
     return metrics
+
+
+def _is_rounding(values: np.ndarray, std: float) -> bool:
+    """True where a standard deviation of these values is no more than their rounding; False for NaN."""
+    largest = np.nanmax(np.abs(values), initial=0.0)
+    return bool(std <= EQUAL + RELATIVE_ROUNDING * largest)
 
 
 def _moments(values: np.ndarray) -> dict[str, float]:

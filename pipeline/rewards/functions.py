@@ -43,7 +43,8 @@ class RewardSpec(Spec):
     source: str = Field(min_length=1)
     """`exact_match`, `module:function`, an earlier reward stage, or the directory of a reward model."""
     weight: float = Field(default=1.0, allow_inf_nan=False)
-    """Factor of this reward in the sum."""
+    """Factor of this reward in the sum. 0: it is only logged, and a sample that nothing else scores has no
+    reward."""
     timeout_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
     """Seconds that a function may take for one call with all samples of a step."""
     on_error: Literal["stop"] | float = "stop"

@@ -92,16 +92,22 @@ class RewardComputer:
             rows.append(values)
             notes += [f"reward '{one.name}': {note}"] if note else []
         found = np.stack(rows)
-        weights = [one.weight for one in self.spec.rewards]
-        metrics = reward_metrics(self.names, found, weights, self.spec.num_generations)
-        total = combine(found, weights)
-        total = without_eos_penalty(total, batch.columns["finished"], self.spec.missing_eos_penalty)
-        if self.spec.soft_punish_cache is not None:
-            limit, cache = self.spec.max_completion_length, self.spec.soft_punish_cache
+        total, penalties = self._total(found, batch)
+        metrics = reward_metrics(self.names, found, total, self.spec.num_generations) | penalties
+        return Rewards(total, metrics, notes)
+
+    def _total(self, found: np.ndarray, batch: Batch) -> tuple[np.ndarray, dict[str, float]]:
+        """Rewards that advantages are made of, float64 (samples,), from those of each source, float64
+        (sources, samples); and metrics of the penalties among them."""
+        spec, metrics = self.spec, {}
+        total = combine(found, [one.weight for one in spec.rewards])
+        total = without_eos_penalty(total, batch.columns["finished"], spec.missing_eos_penalty)
+        if spec.soft_punish_cache is not None:
+            limit, cache = spec.max_completion_length, spec.soft_punish_cache
             punished = soft_overlong_punishment(batch.label_counts, limit, cache)
             metrics["rewards/overlong/mean"] = float(punished.mean())
-            total = total + self.spec.soft_punish_weight * punished
-        return Rewards(total, metrics, notes)
+            total = total + spec.soft_punish_weight * punished
+        return total, metrics
 
 
 def function_of(spec: RewardSpec) -> RewardFunction:

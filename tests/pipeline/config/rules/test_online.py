@@ -335,3 +335,9 @@ def test_a_stage_changes_defaults_of_its_losses_settings_and_neither_types_nor_b
         own = stage.model_fields[name]
         assert own.annotation == field.annotation, name
         assert str(own.metadata) == str(field.metadata), name
+
+
+def test_rewards_that_are_all_only_watched_are_refused() -> None:
+    watched = {"source": "exact_match", "weight": 0}
+    assert "every weight is 0" in of("grpo", rewards=[watched])["rewards"]
+    assert not of("grpo", rewards=[watched, "reward:f"])
