@@ -24,6 +24,8 @@ ADVANTAGES: dict[str, Callable[[AdvantageSpec, Scored], Advantages]] = {}
 AdvantageKind = Annotated[str, KeyOf(ADVANTAGES)]
 Whitening = Literal["none", "shift_and_scale", "scale"]
 ScaleRewards = Literal["group", "batch", "none"]
+MEAN_ROUNDING = 1e-14
+"""Distance from a mean that is its rounding, as a share of the largest value: 45 units in the last place."""
 
 
 class GroupSize(Spec):
@@ -165,7 +167,7 @@ def group_relative(rewards: np.ndarray, num_generations: int, scale: ScaleReward
     (Dr. GRPO, arXiv 2503.20783). NaN rewards count nowhere and give 0.
     """
     groups = rewards.reshape(-1, num_generations)
-    centred = groups - _mean(groups)
+    centred = _without_rounding(groups - _mean(groups), groups)
     if scale == "group":
         centred = centred / (_std(groups) + 1e-4)
     elif scale == "batch":
@@ -182,7 +184,7 @@ def leave_one_out(rewards: np.ndarray, num_generations: int) -> np.ndarray:
     others = (~np.isnan(groups)).sum(axis=1, keepdims=True) - 1
     with np.errstate(invalid="ignore", divide="ignore"):
         baseline = (np.nansum(groups, axis=1, keepdims=True) - groups) / others
-    return np.nan_to_num((groups - baseline).reshape(-1), nan=0.0)
+    return np.nan_to_num(_without_rounding(groups - baseline, groups).reshape(-1), nan=0.0)
 
 
 def returns_to_go(rewards: np.ndarray, offsets: np.ndarray, gamma: float) -> np.ndarray:
@@ -208,6 +210,13 @@ def _std(groups: np.ndarray) -> np.ndarray:
     counts = (~np.isnan(groups)).sum(axis=1, keepdims=True)
     squares = np.nansum((groups - _mean(groups)) ** 2, axis=1, keepdims=True)
     return np.sqrt(squares / np.where(counts > 1, counts - 1, np.nan))
+
+
+def _without_rounding(differences: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Differences of values from their mean, exactly 0 where they are its rounding: an optimizer such as Adam
+    makes steps of the usual size out of gradients of any size, so also out of these."""
+    largest = np.abs(np.nan_to_num(values)).max(axis=-1, keepdims=True, initial=0.0)
+    return np.where(np.abs(differences) <= MEAN_ROUNDING * largest, 0.0, differences)
 
 
 def _of_gae(spec: AdvantageSpec, scored: Scored) -> Advantages:
@@ -236,7 +245,7 @@ def _of_reinforce(spec: AdvantageSpec, scored: Scored) -> Advantages:
     of_samples = scored.rewards
     if spec.baseline == "group":
         groups = of_samples.reshape(-1, spec.num_generations)
-        of_samples = (groups - _mean(groups)).reshape(-1)
+        of_samples = _without_rounding(groups - _mean(groups), groups).reshape(-1)
     rewards = np.array(scored.token_rewards, dtype=np.float64)
     rewards[scored.offsets[1:] - 1] += np.nan_to_num(of_samples, nan=0.0)
     returns = np.where(known, returns_to_go(rewards, scored.offsets, spec.gamma), 0.0)
@@ -276,7 +285,7 @@ def whiten(values: np.ndarray, kind: Whitening, mask: np.ndarray | None = None) 
         return values
     part = values[counted]
     mean, variance = part.mean(), part.var(ddof=1) if len(part) > 1 else 0.0
-    whitened = (part - mean) / np.sqrt(variance + 1e-8)
+    whitened = _without_rounding(part - mean, part) / np.sqrt(variance + 1e-8)
     out = values.astype(np.float64, copy=True)
     out[counted] = whitened + mean if kind == "scale" else whitened
     return out

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -155,27 +155,85 @@ def check_finite(**arrays: np.ndarray | None) -> None:
         )  # fmt: skip
 
 
+IDLE_REASONS: dict[str, tuple[str, str]] = {
+    "cut": (
+        "every sample was cut at max_completion_length, and mask_truncated_completions leaves such out",
+        "raise max_completion_length (completions/mean_length says how long samples get), check that the "
+        "policy ends its turns, or set mask_truncated_completions to false",
+    ),
+    "unscored": (
+        "no sample had a reward: every source passed every sample over (None)",
+        "look at the reward functions: for which samples do they return None; a source of weight 0 counts "
+        "for none",
+    ),
+    "neither": (
+        "no sample counted: each was cut at max_completion_length or had no reward",
+        "look at completions/clipped_ratio and at the rewards in samples.jsonl",
+    ),
+    "equal": (
+        "all samples of a prompt get the same reward",
+        "look at the rewards in samples.jsonl; more samples per prompt, a higher temperature, easier "
+        "prompts or a reward with more than two values help",
+    ),
+}
+"""Reasons why a step teaches nothing: told to the user, with the advice for each."""
+SIGNAL_ROUNDING = 1e-10
+"""Largest |advantage| that counts as 0, as a share of the largest reward where that is above 1. Equal rewards
+of 0.1 differ from their mean by 1e-17, which a standard deviation of 1e-4 makes 1e-13."""
+
+
+def idle_reason(
+    signal: np.ndarray, rewards: np.ndarray | None = None, kept: np.ndarray | None = None
+) -> str | None:
+    """Key of `IDLE_REASONS` for a step that teaches nothing; None for one that does.
+
+    Args:
+        signal: float64, any length: advantages of the tokens that count, or margins of pairs.
+        rewards: float64 (N,), NaN where nobody scored; None: not known.
+        kept: bool (N,): samples that weren't left out for being cut; None: all that there are.
+    """
+    scored = np.ones(len(signal), bool) if rewards is None else ~np.isnan(rewards)
+    largest = 1.0 if rewards is None else max(1.0, np.abs(rewards[scored]).max(initial=0.0))
+    if np.any(np.abs(signal) > SIGNAL_ROUNDING * largest):
+        return None
+    kept = np.ones(len(scored), bool) if kept is None else kept
+    if (scored & kept).any():
+        return "equal"
+    if len(kept) and not kept.any():
+        return "cut"
+    return "unscored" if len(scored) and not scored.any() else "neither"
+
+
 @dataclass(frozen=True)
 class Idle:
-    """Counts steps in a row without any advantage."""
+    """Counts steps in a row without any advantage, and for which reasons."""
 
     steps: int = 0
+    reasons: Mapping[str, int] = field(default_factory=dict)
+    """Steps by key of `IDLE_REASONS`; fewer than `steps` where a checkpoint of earlier versions was read."""
 
-    def after(self, advantages: np.ndarray) -> Idle:
-        """After one more step.
+    def after(
+        self, signal: np.ndarray, rewards: np.ndarray | None = None, kept: np.ndarray | None = None
+    ) -> Idle:
+        """After one more step; arguments as those of `idle_reason`.
 
         Raises:
             InvariantViolation: `IDLE_LIMIT` steps in a row taught nothing.
         """
-        if np.any(advantages != 0):
+        reason = idle_reason(signal, rewards, kept)
+        if reason is None:
             return Idle()
+        reasons = {**self.reasons, reason: self.reasons.get(reason, 0) + 1}
         if self.steps + 1 < IDLE_LIMIT:
-            return Idle(self.steps + 1)
+            return Idle(self.steps + 1, reasons)
+        often = sorted(reasons, key=lambda one: -reasons[one])
+        told = [
+            f"in {reasons[one]} of them " * (reasons[one] < IDLE_LIMIT) + IDLE_REASONS[one][0]
+            for one in often
+        ]
         raise InvariantViolation(
-            "policy", "advantages", f"all advantages were 0 in {IDLE_LIMIT} steps in a row: all samples of a "
-            "prompt get the same reward, so nothing is learnt",
-            "look at the rewards in samples.jsonl; more samples per prompt, a higher temperature, easier "
-            "prompts or a reward with more than two values help",
+            "policy", "advantages", f"all advantages were 0 in {IDLE_LIMIT} steps in a row: "
+            f"{'; '.join(told)}; so nothing is learnt", "; ".join(IDLE_REASONS[one][1] for one in often),
         )  # fmt: skip
 
 

@@ -45,6 +45,8 @@ class Estimates:
     """Mean over samples of the divergence from the reference, summed over tokens, in nats."""
     signal: np.ndarray
     """Signal to learn from: all zero, or empty, where the samples teach nothing."""
+    kept: np.ndarray | None = None
+    """bool (samples,): those that were not left out for being cut; None: none was."""
     finite: dict[str, np.ndarray] = field(default_factory=dict)
     """Arrays that must be finite, by name."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -93,17 +95,22 @@ def estimate(
     if scores.values is not None and found.returns is not None:
         metrics["explained_variance"] = explained_variance(scores.values, found.returns, mask)
     signal, finite = found.advantages[mask], {"advantages": found.advantages}
-    if kl is None:
-        return Estimates(batch, None, signal, finite, metrics)
-    of_samples = float(sample_sums(batch, kl).mean())
-    metrics |= {"kl": float(kl.mean()), "objective/kl": of_samples, "beta": beta}
-    return Estimates(batch, of_samples, signal, finite, metrics)
+    kept, of_samples = kept_samples(spec, batch), None
+    if kl is not None:
+        of_samples = float(sample_sums(batch, kl).mean())
+        metrics |= {"kl": float(kl.mean()), "objective/kl": of_samples, "beta": beta}
+    return Estimates(batch, of_samples, signal, kept, finite, metrics)
 
 
 def counted_mask(spec: PolicyGradientStage, batch: Batch) -> np.ndarray:
     """bool (counted tokens,): tokens that train; those of cut samples don't where the stage says so."""
-    kept = batch.columns["finished"] | (not spec.mask_truncated_completions)
-    return np.repeat(kept, batch.label_counts)
+    return np.repeat(kept_samples(spec, batch), batch.label_counts)
+
+
+def kept_samples(spec: PolicyGradientStage, batch: Batch) -> np.ndarray:
+    """bool (samples,): False for cut ones, where the stage says that these don't train."""
+    kept: np.ndarray = batch.columns["finished"] | (not spec.mask_truncated_completions)
+    return kept
 
 
 def advantage_spec(spec: PolicyGradientStage) -> AdvantageSpec:

@@ -121,6 +121,7 @@ class RlLoop:
             scores = TokenScores(**{name: one.result()[0] for name, one in asked.items()})
         estimates = self.objective.estimate(batch, rewards.values, scores, self.kl.beta)
         checked = self.check(step, sampled, batch, scores, estimates)
+        self.idle = self.idle.after(estimates.signal, rewards.values, estimates.kept)
         with clock("update"):
             updated = self.update(step, estimates, batch.n_rows)
         routing = self.routing(sampled, batch)
@@ -173,7 +174,6 @@ class RlLoop:
         engine = batch.token_columns["engine_logps"]
         rl_checks.check_finite(engine_logps=engine, **estimates.finite, **vars(scores))
         stale = rl_checks.staleness(sampled.samples.token_versions, step, self.spec.staleness)
-        self.idle = self.idle.after(estimates.signal)
         if scores.old_logps is None:  # The update looks at the rest before the weights move.
             return {}
         if step == 0 and self.ctx.starts_as_reference and scores.ref_logps is not None:
@@ -250,11 +250,13 @@ class RlLoop:
     # --- What a checkpoint holds beside policy and critic -------------------------------------------
 
     def state(self) -> dict[str, float]:
-        return {"beta": self.kl.beta, "idle": self.idle.steps, "num_tokens": self.num_tokens}
+        reasons = {f"idle_{reason}": steps for reason, steps in self.idle.reasons.items()}
+        return {"beta": self.kl.beta, "idle": self.idle.steps, "num_tokens": self.num_tokens, **reasons}
 
     def load_state(self, state: dict[str, float]) -> None:
         self.kl = replace(self.kl, beta=float(state["beta"]))
-        self.idle = rl_checks.Idle(int(state["idle"]))
+        reasons = {name.removeprefix("idle_"): int(n) for name, n in state.items() if "idle_" in name}
+        self.idle = rl_checks.Idle(int(state["idle"]), reasons)
         self.num_tokens = int(state["num_tokens"])
 
 

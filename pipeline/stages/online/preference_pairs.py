@@ -59,4 +59,4 @@ def pairs_of(spec: OnlineDpoStage, batch: Batch, rewards: np.ndarray, scores: To
         tokens = tokens * ld_weights(made, spec.ld_alpha)
     ref = sample_sums(samples, tokens).reshape(-1, 2)
     made = made.with_columns(ref_chosen_logps=ref[:, 0], ref_rejected_logps=ref[:, 1])
-    return Estimates(made, of_samples, margins, {"margins": margins}, metrics)
+    return Estimates(made, of_samples, margins, finite={"margins": margins}, metrics=metrics)

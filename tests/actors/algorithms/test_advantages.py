@@ -186,3 +186,12 @@ def test_reinforce_pp_with_a_baseline_compares_the_samples_of_a_prompt_first() -
     spec = AdvantageSpec(kind="reinforce", baseline="group", num_generations=2)
     found = advantages_of(spec, scored([3.0, 1.0, 5.0, float("nan")], [1, 2, 1, 1]))
     assert found.advantages == pytest.approx([1.0, -1.0, -1.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("reward", [0.1, 1e9 + 0.1])
+@pytest.mark.parametrize("kind", ["group", "rloo", "reinforce"])
+def test_equal_rewards_teach_exactly_nothing(kind: str, reward: float) -> None:
+    """Their mean rounds (0.1 three times: 1e-17 away), and an optimizer makes usual steps of any gradient."""
+    spec = AdvantageSpec(kind=kind, num_generations=3, baseline="group", whiten_advantages="shift_and_scale")
+    assert advantages_of(spec, scored([reward] * 6, [1] * 6)).advantages.tolist() == [0.0] * 6
+    assert whiten(np.full(7, reward), "shift_and_scale").tolist() == [0.0] * 7

@@ -93,6 +93,46 @@ def test_steps_without_any_advantage_stop_the_run_only_in_a_row() -> None:
         idle.after(np.zeros(4))
 
 
+NAN, CUT, FINISHED = math.nan, np.zeros(4, bool), np.ones(4, bool)
+IDLE_STEPS = {
+    "equal rewards whose mean rounds": (np.full(4, 1e-13), np.full(4, 0.1), FINISHED, "get the same reward"),
+    "equal rewards that are large": (np.full(4, 1e-6), np.full(4, 1e6), FINISHED, "get the same reward"),
+    "all cut and masked": (np.zeros(0), np.arange(4.0), CUT, "every sample was cut"),
+    "nobody scored": (np.zeros(4), np.full(4, NAN), FINISHED, "no sample had a reward"),
+    "each cut or passed over": (np.zeros(2), np.array([1, 0, NAN, NAN]), np.arange(4) > 1, "each was cut"),
+    "no pair of equal rewards": (np.zeros(0), np.ones(4), None, "get the same reward"),
+    "no pair that anybody scored": (np.zeros(0), np.full(4, NAN), None, "no sample had a reward"),
+}
+
+
+def idle_steps(before: Idle, steps: int, *of_each: np.ndarray | None) -> Idle:
+    idle = before
+    for _ in range(steps):
+        idle = idle.after(*of_each)  # type: ignore[arg-type]
+    return idle
+
+
+@pytest.mark.parametrize("what", IDLE_STEPS)
+def test_steps_that_teach_nothing_end_with_the_reason_that_holds(what: str) -> None:
+    *of_each, says = IDLE_STEPS[what]
+    idle = idle_steps(Idle(), IDLE_LIMIT - 1, *of_each)
+    with pytest.raises(InvariantViolation, match=says) as raised:
+        idle.after(*of_each)
+    assert ("same reward" in str(raised.value)) == ("same reward" in says)
+
+
+def test_several_reasons_are_told_with_their_steps() -> None:
+    idle = idle_steps(Idle(), 3, np.zeros(0), np.zeros(4), CUT)
+    idle = idle_steps(idle, 6, np.zeros(4), np.zeros(4), FINISHED)
+    with pytest.raises(InvariantViolation, match=r"in 7 of them all samples.*; in 3 of them every sample"):
+        idle.after(np.zeros(4), np.zeros(4), FINISHED)
+
+
+def test_without_rewards_only_equal_ones_are_not_blamed() -> None:
+    with pytest.raises(InvariantViolation, match="no sample counted"):
+        Idle(IDLE_LIMIT - 1).after(np.zeros(0))
+
+
 def test_load_distance_is_that_of_the_worst_layer() -> None:
     even = np.array([[10, 10], [10, 10]])
     assert load_distance(even, 7 * even) == 0.0

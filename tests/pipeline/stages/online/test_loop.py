@@ -174,6 +174,14 @@ def test_a_step_updates_then_syncs_and_beta_follows_what_it_saw(loop: RlLoop) ->
     assert resumed.state() == loop.state() == {"beta": 0.05 * 0.98**2, "idle": 0, "num_tokens": 16}
 
 
+def test_a_resumed_run_remembers_why_steps_were_idle(loop: RlLoop) -> None:
+    loop.load_state({"beta": 0.05, "idle": 3, "num_tokens": 16, "idle_cut": 2})
+    resumed = RlLoop(loop.stage, loop.ctx)
+    resumed.load_state(loop.state())
+    assert resumed.idle == loop.idle
+    assert (resumed.idle.steps, resumed.idle.reasons) == (3, {"cut": 2})
+
+
 FAULTS = {
     "the reference is another model": ("reference", "logps", -2.0, "reference"),
     "the engine serves other weights": ("rollout", "logps", -2.0, "engine and trainer disagree"),

@@ -83,6 +83,7 @@ def test_cut_samples_leave_the_loss_where_the_stage_says_so() -> None:
     spec = GrpoStage(**DATA, num_generations=2, mask_truncated_completions=True)
     masked = estimate(spec, batch, np.array([0.0, 1.0]), scores, 0.0)
     assert not masked.batch.token_columns["mask"].any()
+    assert (kept.kept.tolist(), masked.kept.tolist()) == ([True] * 2, [False] * 2)  # type: ignore[union-attr]
 
 
 def test_a_short_generation_weighs_a_token_as_its_own_optimizer_steps_do() -> None:
