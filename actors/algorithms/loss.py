@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from actors.batches.batch import Batch
+from actors.batches.generations import possible_temperature
 from actors.spec import Spec
 
 if TYPE_CHECKING:
@@ -88,7 +89,12 @@ class SamplingTemperature(Spec):
     """Temperature of sampling, for whoever computes log-probabilities of the samples."""
 
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Divides the logits while sampling, and in the trainer's log-probabilities."""
+    """Divides the logits while sampling, and in the trainer's log-probabilities; 0.01 to 2, as vLLM's."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _possible(cls, value: float) -> float:
+        return possible_temperature(value, greedy=False)
 
     @property
     def logit_temperature(self) -> float:

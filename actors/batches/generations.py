@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from actors.batches.routed_experts import RoutedExperts
 from actors.spec import Spec
@@ -15,12 +16,36 @@ from actors.spec import Spec
 FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
 """Values that `Generations.finish` indexes, by vLLM's names. stop: an end-of-turn token or a stop string;
 length: the token limit."""
+LEAST_TEMPERATURE, LARGEST_TEMPERATURE = 0.01, 2.0
+"""Bounds of vLLM's `SamplingParams`: it draws at 0.01 whatever is asked for below, with no more than a
+warning in the engine's log, and refuses what is above 2."""
+
+
+def possible_temperature(value: float, *, greedy: bool) -> float:
+    """The temperature itself, where vLLM samples at just this one.
+
+    Args:
+        value: temperature that was asked for.
+        greedy: 0 is allowed too: the most probable token.
+
+    Raises:
+        ValueError: it doesn't, with what to write.
+    """
+    if LEAST_TEMPERATURE <= value <= LARGEST_TEMPERATURE or (greedy and value == 0):
+        return value
+    zero = ", or 0 for the most probable token" if greedy else ""
+    reason = (
+        f"vLLM takes {LARGEST_TEMPERATURE:g} at most"
+        if value > LARGEST_TEMPERATURE
+        else f"vLLM would draw at {LEAST_TEMPERATURE:g}"
+    )
+    raise ValueError(f"{value:g}: {reason}; write {LEAST_TEMPERATURE:g} to {LARGEST_TEMPERATURE:g}{zero}")
 
 
 class SamplingSpec(Spec):
     """Settings of sampling, under vLLM's field names."""
 
-    temperature: float = Field(default=1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Divides the logits; 0 is greedy."""
     max_tokens: int = Field(default=256, ge=1)
     """New tokens per sample, at most."""
@@ -30,9 +55,9 @@ class SamplingSpec(Spec):
     """Keep the k most probable tokens. 0 keeps all."""
     min_p: float = Field(default=0.0, ge=0, le=1)
     """Drop tokens below this share of the most probable one."""
-    repetition_penalty: float = Field(default=1.0, gt=0)
+    repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Divides the logits of tokens already seen; 1 is none."""
-    stop: list[str] = Field(default_factory=list)
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
     """Strings that end a sample, in addition to the end-of-turn token of the template and the base's EOS. A
     special token may be among them."""
     stop_token_ids: list[int] = Field(default_factory=list)
@@ -41,6 +66,11 @@ class SamplingSpec(Spec):
     """Samples per prompt, each with a seed of its own."""
     seed: int = Field(default=0, ge=0)
     """Seed from which the samples' own seeds follow when the caller gives none."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _possible(cls, value: float) -> float:
+        return possible_temperature(value, greedy=True)
 
 
 def sample_seed(run_seed: int, step: int, prompt: int, sample: int, stage: str = "", attempt: int = 0) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actors.batches import SamplingSpec
+from actors.batches import SamplingSpec, possible_temperature
 from actors.errors import EXIT_DONE, UserError
 from pipeline.monitoring import console
 
@@ -31,12 +31,16 @@ def chat(
     """Answer `prompt`, or whatever is typed until an empty line; returns the exit code.
 
     Raises:
-        UserError: the model can't be used, or it has no chat template.
+        UserError: the model can't be used, it has no chat template, or vLLM has no such temperature.
     """
     from actors.models.base.loading import is_adapter_dir, load_tokenizer, resolve_base
     from actors.models.spec import ModelSpec
     from actors.models.turn_ends import turn_ends
 
+    try:
+        possible_temperature(temperature, greedy=True)
+    except ValueError as error:
+        raise UserError(f"--temperature {error}") from None
     # A run that trained an adapter has probed its base.
     spec = ModelSpec(base=model, allow_untested=is_adapter_dir(model))
     model = spec.base

@@ -12,7 +12,7 @@ from pipeline.data.spec import DataSources
 class EvalSamplingSpec(SamplingSpec):
     """Sampling for evaluation: greedy unless told otherwise."""
 
-    temperature: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """0 is greedy."""
 
 

@@ -59,7 +59,7 @@ class RlStage(ReferenceSettings, GroupSize, SamplingTemperature, StageSpec):
     One or several, added up by their weights."""
     max_completion_length: int = Field(default=256, ge=1)
     """New tokens per sample, at most; `max_length` less this is what a prompt may take."""
-    stop: list[str] = Field(default_factory=list)
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
     """Strings that end a sample, beside the end-of-turn token of the template and the base's EOS. A special
     token may be among them."""
     stop_token_ids: list[int] = Field(default_factory=list)

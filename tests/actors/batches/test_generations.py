@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
-from actors.batches.generations import Generations, sample_seed
+from actors.batches.generations import Generations, SamplingSpec, sample_seed
 from actors.batches.routed_experts import RoutedExperts
 
 
@@ -76,3 +77,24 @@ def test_samples_can_be_selected_in_any_order_with_all_that_belongs_to_them() ->
     assert (found.finish_reasons, found.version) == (["stop", "stop"], 4)
     assert found.routed_experts is not None
     assert [int(one[0, 0, 0]) for one in found.routed_experts.samples()] == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "instead"),
+    [
+        (0.005, "vLLM would draw at 0.01; write 0.01 to 2, or 0 for"),
+        (1e-9, "vLLM would draw at 0.01"),
+        (2.5, "vLLM takes 2 at most"),
+    ],
+)
+def test_a_temperature_that_vllm_would_change_is_refused(wrong: float, instead: str) -> None:
+    with pytest.raises(ValidationError, match=instead):
+        SamplingSpec(temperature=wrong)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.01, 0.7, 2.0])
+def test_vllm_samples_at_every_temperature_that_is_allowed(temperature: float) -> None:
+    pytest.importorskip("vllm")
+    from actors.rollout.vllm.requests import sampling_params
+
+    assert sampling_params(SamplingSpec(temperature=temperature), 1).temperature == temperature

@@ -204,3 +204,8 @@ def test_a_merge_that_rounds_the_training_away_names_float32(
         said[dtype] = capsys.readouterr().out
     assert "`--dtype float32` keeps it" in said["bfloat16"]
     assert "keeps it" not in said["float32"]
+
+
+def test_chat_refuses_a_temperature_that_vllm_would_change(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "base", "--prompt", "1+1=", "--temperature", "0.005"]) == 2
+    assert "--temperature 0.005: vLLM would draw at 0.01; write 0.01 to 2, or 0" in capsys.readouterr().err

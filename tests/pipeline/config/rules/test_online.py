@@ -162,6 +162,9 @@ def test_a_reward_that_nothing_can_give_is_refused(rewards: Any, at: str, says: 
         ("grpo", {"epsilon_high": 3.0, "delta": 3.5}, "delta"),
         ("grpo", {"epsilon": 1.0}, "epsilon"),
         ("grpo", {"temperature": 0.0}, "temperature"),
+        ("online_dpo", {"temperature": 0.009}, "temperature"),
+        ("ppo", {"temperature": 2.1}, "temperature"),
+        ("grpo", {"stop": ["a", ""]}, "stop.1"),
         ("ppo", {"critic_warmup_steps": 5, "max_steps": 5}, "critic_warmup_steps"),
         ("ppo", {"critic_init": "sft"}, "critic_init"),
         ("grpo", {"critic_init": "sft"}, "critic_init"),
@@ -341,3 +344,11 @@ def test_rewards_that_are_all_only_watched_are_refused() -> None:
     watched = {"source": "exact_match", "weight": 0}
     assert "every weight is 0" in of("grpo", rewards=[watched])["rewards"]
     assert not of("grpo", rewards=[watched, "reward:f"])
+
+
+def test_a_temperature_that_vllm_would_change_is_refused_with_what_to_write() -> None:
+    said = of("grpo", temperature=0.005)["temperature"]
+    assert said == "0.005: vLLM would draw at 0.01; write 0.01 to 2"
+    found = problems_of(eval={"data": "x", "sampling": {"temperature": 0.005}})
+    assert found == {"eval.sampling.temperature": f"{said}, or 0 for the most probable token"}
+    assert run(eval={"data": "x", "sampling": {"temperature": 0.0}}).eval is not None
