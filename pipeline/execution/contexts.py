@@ -14,6 +14,7 @@ from pipeline.roles import CRITIC, POLICY, REFERENCE, REWARD
 from pipeline.stages.offline.reference import ReferenceFeed
 from pipeline.stages.offline.train import TrainContext
 from pipeline.stages.online.loop import RlContext
+from pipeline.stages.online.probes import probes_of
 from pipeline.stages.prepared import PreparedRl
 from pipeline.stages.views import View
 
@@ -53,9 +54,7 @@ class Contexts:
         rollout, wanted = self.fleet.engines(), stage.spec.sync
         loading = load_base(rollout, node.start.base)
         policy = self._policy(node)
-        # A probe's first token has nothing before it to be predicted from.
-        usable = [ids for ids in stage.data.token_ids if len(ids) > 1]
-        probes = [ids[: wanted.probe_tokens + 1] for ids in usable[: wanted.probes]]
+        probes = probes_of(stage.data.token_ids, wanted, stage.sampling.max_tokens)
         backend = backend_for(self.config.roles.policy.gpus, self.config.roles.rollout.gpus)
         engines = EngineSet(rollout)
         sync = WeightSync(
