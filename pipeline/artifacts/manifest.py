@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from actors.errors import RunFailure, UserError
+from pipeline.artifacts.json_text import json_text
 
 MANIFEST = "manifest.json"
 SAMPLED_BYTES = 1 << 20
@@ -112,7 +113,7 @@ def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file atomically."""
     aside = path.with_name(f".{path.name}.tmp")
     with aside.open("w") as handle:
-        handle.write(json.dumps(value, indent=2, default=str) + "\n")
+        handle.write(json_text(value, indent=2, default=str) + "\n")
         handle.flush()
         os.fsync(handle.fileno())
     os.replace(aside, path)

@@ -15,6 +15,7 @@ import numpy as np
 from actors.batches import SamplingSpec, sample_seed
 from actors.errors import RunFailure, UserError
 from actors.models.turn_ends import TurnEnds, turn_ends
+from pipeline.artifacts.json_text import json_text
 from pipeline.artifacts.manifest import fingerprint, write_json
 from pipeline.data.reading.bad_rows import Skipped
 from pipeline.data.reading.records import Records, load_records
@@ -141,7 +142,7 @@ def evaluate(
     with aside.open("w") as handle:
         for prompt, completion, answer, value in zip(held_out.prompts, completions, answers, scores):
             row = {"prompt": prompt, "completion": completion, "answer": answer, "score": value}
-            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+            handle.write(json_text(row, ensure_ascii=False) + "\n")
     aside.rename(path)
     result = {
         "accuracy": total / max(1, len(counted)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from actors.batches import Batch
+from pipeline.artifacts.json_text import json_text
 from pipeline.artifacts.manifest import fingerprint, write_json
 from pipeline.artifacts.weights import Weights
 from pipeline.data.tokens.tokenize import TokenizedData
@@ -57,7 +57,7 @@ def write_scores(path: Path, pairs: TokenizedData, scores: np.ndarray, tokenizer
                 "rejected_score": rejected,
                 "score": float(chosen > rejected),
             }
-            handle.write(json.dumps(line, ensure_ascii=False) + "\n")
+            handle.write(json_text(line, ensure_ascii=False) + "\n")
     aside.rename(path)
 
 

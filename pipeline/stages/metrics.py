@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from pipeline.artifacts.json_text import json_text
 
 LAST = ("learning_rate", "num_tokens", "epoch", "step", "sync/version", "beta")
 """Metrics of which a logging window keeps the last value; of the others it keeps the mean."""
@@ -23,14 +26,16 @@ class MetricsLog:
         self.path, self.every = path, every
         self._window: list[Mapping[str, float]] = []
         if resume_at and checkpoint is not None and (checkpoint / WINDOW).is_file():
-            self._window = json.loads((checkpoint / WINDOW).read_text())
+            window = json.loads((checkpoint / WINDOW).read_text())
+            self._window = [{name: as_metric(value) for name, value in one.items()} for one in window]
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(path) if line["step"] <= resume_at] if resume_at else []
         self._file = path.open("w")
         for line in kept:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(json_text(line) + "\n")
         self._file.flush()
-        self.last: dict[str, Any] = kept[-1] if kept else {}
+        last = kept[-1] if kept else {}
+        self.last: dict[str, Any] = {name: value for name, value in last.items() if value is not None}
 
     def add(self, step: int, metrics: Mapping[str, float], *, final: bool = False) -> dict[str, Any] | None:
         """Take in one step; returns the line where a window closes, else None."""
@@ -48,17 +53,22 @@ class MetricsLog:
     def save(self, directory: Path) -> None:
         """Write the steps that are in no line yet."""
         if self._window:
-            (directory / WINDOW).write_text(json.dumps(self._window))
+            (directory / WINDOW).write_text(json_text(self._window))
 
     def write(self, line: dict[str, Any]) -> dict[str, Any]:
-        """Append one line as it stands."""
-        self._file.write(json.dumps(line) + "\n")
+        """Append one line as it stands; what is no finite number is null in the file."""
+        self._file.write(json_text(line) + "\n")
         self._file.flush()
         self.last.update(line)
         return line
 
     def close(self) -> None:
         self._file.close()
+
+
+def as_metric(value: float | None) -> float:
+    """A metric of a file: null stands for one that was no finite number."""
+    return math.nan if value is None else value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from pipeline.artifacts.manifest import (
     read_manifest,
     recover,
     verify,
+    write_json,
 )
 
 
@@ -131,3 +133,12 @@ def test_a_models_identity_is_its_weights_and_config(tmp_path: Path) -> None:
     assert model_fingerprint(tmp_path) == first
     (tmp_path / "model.safetensors").write_bytes(b"a" * 99 + b"b")
     assert model_fingerprint(tmp_path) != first
+
+
+def test_files_that_a_run_writes_hold_no_nan(tmp_path: Path) -> None:
+    write_json(tmp_path / "run.json", {"accuracy": float("nan"), "ci95": (0.0, float("inf")), "at": tmp_path})
+    assert json.loads((tmp_path / "run.json").read_text(), parse_constant=pytest.fail) == {
+        "accuracy": None,
+        "ci95": [0.0, None],
+        "at": str(tmp_path),
+    }

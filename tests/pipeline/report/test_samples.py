@@ -84,3 +84,14 @@ def test_of_an_online_stage_a_few_steps_show_the_prompts_whose_answers_differ_mo
     assert not shown[0].singles
     assert [sample.prompt for sample in shown[0].samples] == ["mixed", "all right"]
     assert [answer.score for answer in shown[0].samples[0].answers] == [1.0, 0.7, 0.1, 0.0]
+
+
+@pytest.mark.parametrize("nobody", [float("nan"), None])
+def test_a_sample_that_nobody_scored_is_shown_without_a_score(nobody: float | None) -> None:
+    """NaN in files of earlier versions, null now."""
+    (answer,) = (
+        side_by_side({"base": [{"prompt": "p", "completion": "c", "score": nobody}]}).samples[0].answers
+    )
+    assert (answer.score, answer.verdict) == (None, "")
+    row = {"step": 1, "prompt": "p", "completion": "c", "reward": nobody}
+    assert samples_by_step([row], {})[0].samples[0].answers[0].score is None

@@ -1,6 +1,9 @@
 """Lines of metrics.jsonl: windows of steps, also of a run that goes on inside one."""
 
+import json
+import math
 from pathlib import Path
+from typing import Any
 
 from pipeline.stages.metrics import MetricsLog, read_metrics
 
@@ -26,3 +29,44 @@ def test_a_run_that_goes_on_inside_a_window_logs_what_an_uninterrupted_one_does(
 def test_a_checkpoint_between_windows_holds_no_steps(tmp_path: Path) -> None:
     logged(tmp_path, range(1, 6)).save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def strict(text: str) -> Any:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_lines_are_json_where_a_value_is_no_number(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "samples.jsonl", resume_at=0, every=1)
+    line = {"step": 1, "prompt": "NaN", "reward": math.nan, "more": {"all": [math.inf, 1.0]}}
+    log.write(line)
+    log.close()
+    (text,) = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert strict(text) == {"step": 1, "prompt": "NaN", "reward": None, "more": {"all": [None, 1.0]}}
+
+
+def test_a_run_goes_on_over_metrics_that_are_no_numbers(tmp_path: Path) -> None:
+    """As an earlier version wrote them (NaN), and as this one does (null)."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "kl": NaN, "loss": 3.0}\n{"step": 10, "kl": null}\n')
+    (tmp_path / "logging_window.json").write_text('[{"kl": null, "loss": 1.0}, {"kl": NaN, "loss": 3.0}]')
+    log = MetricsLog(tmp_path / "metrics.jsonl", resume_at=12, every=5, checkpoint=tmp_path)
+    line = log.add(15, {"kl": 0.0, "loss": 5.0})
+    log.save(tmp_path)
+    log.close()
+    assert line is not None
+    assert line["loss"] == 3.0
+    lines = [strict(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"step": 5, "kl": None, "loss": 3.0},
+        {"step": 10, "kl": None},
+        {"step": 15, "kl": None, "loss": 3.0},
+    ]
+
+
+def test_a_window_that_is_open_at_a_checkpoint_is_json_too(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", resume_at=0, every=5)
+    log.add(1, {"kl": math.inf})
+    log.save(tmp_path)
+    assert strict((tmp_path / "logging_window.json").read_text()) == [{"kl": None}]
