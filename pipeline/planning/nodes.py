@@ -75,6 +75,12 @@ def remarks_on_data(stage: Prepared) -> list[str]:
         if data.skipped.counts:
             notes.append(f"{stage.name}{what}: left out {data.skipped.summary()}")
             notes += [f"  {row}" for row in data.skipped.listing]
+    if stage.online and stage.order.batch_size > stage.order.n_rows:
+        notes.append(
+            f"{stage.name}: {stage.order.n_rows:,} prompts, and a step samples {stage.order.batch_size:,} "
+            f"(batch_size x steps_per_generation / num_generations): some come more than once in each step, "
+            "with other samples"
+        )
     return notes
 
 
@@ -144,10 +150,7 @@ def make_node(
         inputs["critic"] = critic.fingerprint
     inputs |= {f"reward {source}": model.fingerprint for source, model in rewards.items()}
     identity = stage_identity(config, spec, inputs, prepared.data.fingerprint, prepared.seed)
-    if prepared.online and prepared.added_ends:
-        # Where the base alone says what ends a turn, stages were made before this was asked.
-        identity.config["turn_ends"] = list(prepared.added_ends)
-        identity = replace(identity, chosen=identity.chosen | {"turn_ends"})
+    identity = with_prepared(identity, prepared)
     path = directory.stage(name)
     decision = decide(path, identity)
     return Node(
@@ -163,6 +166,17 @@ def make_node(
         rewards=rewards,
         critic=critic,
     )
+
+
+def with_prepared(identity: Identity, prepared: Prepared) -> Identity:
+    """An identity with what only the prepared stage knows of its result, where that is not what earlier
+    versions did: a stage that was made before a thing was asked stays finished where the answer is theirs."""
+    more: dict[str, Any] = {}
+    if prepared.online and prepared.added_ends:
+        more["turn_ends"] = list(prepared.added_ends)  # Without any, the base alone says what ends a turn.
+    if prepared.online and prepared.order.filled:
+        more["last_step"] = "filled"  # It was a smaller step.
+    return replace(identity, config=identity.config | more, chosen=identity.chosen | more.keys())
 
 
 def stage_identity(

@@ -102,10 +102,11 @@ class PreparedRl:
 
     def updates_before(self, step: int) -> int:
         """Optimizer steps over the samples of all steps before `step`; the last step of an epoch may have
-        fewer prompts than the others."""
+        fewer prompts than the others where the order doesn't fill it up."""
         epochs, rest = divmod(step, self.order.steps_per_epoch)
-        whole = self._updates(self.order.batch_size)
-        last = self._updates(self.order.n_rows % self.order.batch_size or self.order.batch_size)
+        whole = last = self._updates(self.order.batch_size)
+        if not self.order.whole:
+            last = self._updates(self.order.n_rows % self.order.batch_size or self.order.batch_size)
         return epochs * (whole * (self.order.steps_per_epoch - 1) + last) + rest * whole
 
     def _updates(self, prompts: int) -> int:
@@ -246,6 +247,8 @@ def _prepare_rl(named: NamedStage, spec: OnlineStage, tokenizer: Any, records: S
 
 
 def _order(spec: StageSpec, n_rows: int, rows_per_step: int, seed: int) -> BatchOrder:
+    """Steps of a stage. Online every step is as wide as the others: the learning rate is for so many samples,
+    and a step costs what its longest sample does. Offline the last one is shorter, as TRL's is."""
     return BatchOrder(
         n_rows,
         rows_per_step,
@@ -253,4 +256,5 @@ def _order(spec: StageSpec, n_rows: int, rows_per_step: int, seed: int) -> Batch
         epochs=spec.num_train_epochs,
         max_steps=spec.max_steps,
         shuffle=spec.shuffle,
+        whole=spec.online,
     )

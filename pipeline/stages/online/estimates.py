@@ -78,7 +78,7 @@ def estimate(
         columns["ref_logps"] = scores.ref_logps
     if scores.values is not None and found.returns is not None:
         columns |= {"old_values": scores.values, "returns": found.returns}
-    # The last generation of an epoch may be shorter than the others, and so have fewer optimizer steps.
+    # A generation of fewer samples has fewer optimizer steps.
     optimizer_steps = -(-batch.n_rows // spec.batch_size)
     per_step = np.full(batch.n_rows, mask.sum() / optimizer_steps)
     metrics = {"advantages/std": float(found.advantages[mask].std()) if mask.any() else 0.0}

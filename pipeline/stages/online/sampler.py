@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -70,12 +71,14 @@ class Sampler:
         """`num_generations` samples of each of these rows.
 
         A sample's seed is a hash of run, stage, step, row, number and attempt, so that it doesn't matter
-        which engine generates it.
+        which engine generates it. Numbers of a row that comes again go on after those before.
         """
         stage, n = self.stage, self.stage.spec.num_generations
-        seeds = [
-            sample_seed(stage.seed, step, int(row), i, stage.name, attempt) for row in rows for i in range(n)
-        ]
+        seeds, asked_before = [], Counter[int]()
+        for row in map(int, rows):
+            numbers = range(asked_before[row], asked_before[row] + n)
+            seeds += [sample_seed(stage.seed, step, row, i, stage.name, attempt) for i in numbers]
+            asked_before[row] += n
         asked = [stage.data.token_ids[row] for row in rows]
         return self.rollout.generate(asked, stage.sampling, seeds)
 

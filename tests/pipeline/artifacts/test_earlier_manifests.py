@@ -15,8 +15,12 @@ import pytest
 from pipeline.artifacts.identity import decide
 from pipeline.artifacts.manifest import Manifest, write_json
 from pipeline.config.run_config import RunConfig
-from pipeline.planning.nodes import stage_identity
-from pipeline.stages.specs.registry import STAGE_TYPES
+from pipeline.data.reading.bad_rows import Skipped
+from pipeline.data.tokens.batch_order import BatchOrder
+from pipeline.data.tokens.prompts import PromptData
+from pipeline.planning.nodes import stage_identity, with_prepared
+from pipeline.stages.prepared import PreparedRl
+from pipeline.stages.specs.registry import STAGE_TYPES, GrpoStage
 
 EARLIER: dict[str, Any] = json.loads(Path(__file__).with_name("earlier_manifests.json").read_text())
 INPUTS, DATA, SEED = {"base": "abc"}, "data", 0
@@ -52,3 +56,21 @@ def test_a_setting_that_moved_to_the_loss_still_tells_stages_apart(tmp_path: Pat
     finished_earlier(tmp_path, "grpo")
     decision = decide(tmp_path, stage_identity(config, config.stages["grpo"], INPUTS, DATA, SEED))
     assert (decision.state, decision.changed) == ("changed", ["stage.epsilon_high"])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "steps", "state"), [(8, 3, "fresh"), (10, 2, "fresh"), (10, 3, "changed")]
+)
+def test_a_stage_is_made_again_only_where_a_step_was_smaller_than_the_others(
+    prompts: int, steps: int, state: str, tmp_path: Path
+) -> None:
+    config = RunConfig.model_validate(EARLIER["run"])
+    finished_earlier(tmp_path, "grpo")
+    spec = config.stages["grpo"]
+    assert isinstance(spec, GrpoStage)
+    data = PromptData(["q"] * prompts, ["q"] * prompts, [[1]] * prompts, {}, Skipped(), DATA)
+    order = BatchOrder(prompts, 4, SEED, max_steps=steps, whole=True)
+    prepared = PreparedRl("grpo", spec, SEED, data, order, spec.sampling())
+    identity = with_prepared(stage_identity(config, spec, INPUTS, DATA, SEED), prepared)
+    decision = decide(tmp_path, identity)
+    assert (decision.state, decision.changed) == (state, ["last_step"] if state == "changed" else [])

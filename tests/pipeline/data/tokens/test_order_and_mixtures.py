@@ -22,6 +22,30 @@ def test_an_epoch_visits_every_row_once_in_another_order_than_the_next() -> None
     assert first.tolist() != second.tolist()
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_whole_order_fills_the_last_batch_from_the_beginning_of_its_epoch(shuffle: bool) -> None:
+    plain = BatchOrder(10, 4, seed=1, epochs=2, shuffle=shuffle)
+    whole = BatchOrder(10, 4, seed=1, epochs=2, shuffle=shuffle, whole=True)
+    assert [len(set(batch.tolist())) for batch in whole] == [4] * 6
+    for step, rows in enumerate(plain):
+        filled = plain[step - 2][:2].tolist() if step % 3 == 2 else []
+        assert whole[step].tolist() == rows.tolist() + filled
+    assert (len(whole), whole.epoch(3), whole.filled) == (6, 1.0, 2)
+
+
+def test_fewer_rows_than_a_batch_are_repeated_in_it() -> None:
+    (batch,) = BatchOrder(3, 7, seed=1, epochs=1, whole=True)
+    assert batch.tolist() == [*batch[:3], *batch[:3], batch[0]]
+    assert sorted(batch[:3]) == [0, 1, 2]
+
+
+def test_nothing_is_filled_where_rows_come_out_even_or_no_step_comes_to_the_last_batch() -> None:
+    assert BatchOrder(8, 4, seed=1, epochs=3, whole=True).filled == 0
+    assert BatchOrder(10, 4, seed=1, max_steps=2, whole=True).filled == 0
+    assert BatchOrder(10, 4, seed=1, max_steps=3, whole=True).filled == 2
+    assert BatchOrder(10, 4, seed=1, epochs=3).filled == 0
+
+
 def test_a_resumed_run_sees_the_same_batches() -> None:
     whole = [batch.tolist() for batch in BatchOrder(100, 7, seed=3, max_steps=40)]
     later = BatchOrder(100, 7, seed=3, max_steps=40)

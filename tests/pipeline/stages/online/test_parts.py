@@ -13,6 +13,7 @@ from pipeline.config.run_config import RunConfig
 from pipeline.data.reading.bad_rows import Skipped
 from pipeline.data.tokens.batch_order import BatchOrder
 from pipeline.data.tokens.prompts import PromptData
+from pipeline.planning.nodes import remarks_on_data
 from pipeline.stages.online.estimates import TokenScores, estimate
 from pipeline.stages.online.loop import joined, lengths
 from pipeline.stages.online.objectives import PolicyGradient
@@ -94,6 +95,25 @@ def test_a_short_generation_weighs_a_token_as_its_own_optimizer_steps_do() -> No
         scores = TokenScores(np.full(3 * samples, -1.0))
         found = estimate(spec, batch, np.arange(samples, dtype=float), scores, 0.0)
         assert found.batch.columns["tokens_per_step"] == pytest.approx([expected] * samples)
+
+
+@pytest.mark.parametrize(("prompts", "steps"), [(64, 2), (40, 2), (20, 1)])
+def test_every_step_is_as_wide_as_the_others(prompts: int, steps: int, repository: Path) -> None:
+    """Of 32 prompts, whatever is left at the end of an epoch; and as wide where there are fewer prompts."""
+    from actors.models.base.loading import load_tokenizer
+
+    base = str(repository / "assets" / "tiny-moe")
+    data = {"source": "builtin:arithmetic", "split": "prompts", "max_rows": prompts}
+    stage = {"data": data, "rewards": "exact_match", "batch_size": 32, "num_train_epochs": 1}
+    made = {"name": "a", "model": {"base": base}, "stages": {"ppo": stage}}
+    config = RunConfig.model_validate(made)
+    found = prepare(config.stage("ppo"), load_tokenizer(config.model))
+    assert isinstance(found, PreparedRl)
+    assert [len(rows) for rows in found.order] == [32] * steps
+    assert found.total_updates == 4 * steps
+    assert bool([note for note in remarks_on_data(found) if "20 prompts, and a step samples 32" in note]) == (
+        prompts == 20
+    )
 
 
 def minibatches(stage: PreparedRl, step: int, samples: int) -> list[np.ndarray]:

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.batches.generations import Generations
+from actors.batches.generations import Generations, sample_seed
 from actors.errors import InvariantViolation, RunFailure
 from pipeline.data.reading.bad_rows import Skipped
 from pipeline.data.tokens.prompts import PromptData
 from pipeline.stages.online.loop import RlLoop
 from pipeline.stages.online.rewards import Rewards
-from pipeline.stages.online.sampler import Prefetcher, SampledBatch, load_sampled, save_sampled
+from pipeline.stages.online.sampler import Prefetcher, SampledBatch, Sampler, load_sampled, save_sampled
 from tests.pipeline.stages.online.test_loop import loop  # noqa: F401  (a fixture)
 
 DATA = PromptData(["p", "q"], ["p", "q"], [[1], [2]], {"answer": ["7", "8"]}, Skipped(), "f")
@@ -143,3 +143,11 @@ def test_steps_of_stale_samples_say_how_old_they_are(loop: RlLoop) -> None:  # n
     loop.ctx.rollout.version = 0  # type: ignore[attr-defined]
     with pytest.raises(InvariantViolation, match="drawn by other weights than versions 2 to 2"):
         RlLoop(loop.stage, loop.ctx).step(2)
+
+
+def test_a_prompt_that_comes_twice_in_a_step_gets_other_samples(loop: RlLoop) -> None:  # noqa: F811
+    asked: list[int] = []
+    loop.ctx.rollout.generate = lambda prompts, sampling, seeds: asked.extend(seeds)  # type: ignore[method-assign,assignment,return-value]
+    sampler = Sampler(loop.stage, loop.ctx.rollout, loop.rewards, loop.ctx.tokenizer)
+    sampler.ask(5, np.array([2, 0, 2]))
+    assert asked == [sample_seed(3, 5, row, number, "ppo") for row, number in ((2, 0), (0, 0), (2, 1))]
