@@ -16,7 +16,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from pydantic import Field, model_validator
 
 from actors.errors import RunFailure, UserError
 from actors.spec import Spec
+from pipeline.rewards.values import RewardCall, examined, shown_value
 
 EXACT_MATCH = "exact_match"
 FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
@@ -33,8 +34,6 @@ FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 RewardFunction = Callable[..., Any]
 ARGUMENTS = ("prompts", "completions", "completion_ids")
 """Arguments that every reward function gets, in addition to the columns of the data."""
-SHOWN = 400
-"""Characters of a prompt or completion in a message."""
 
 
 class RewardSpec(Spec):
@@ -148,9 +147,9 @@ class Samples:
     def __len__(self) -> int:
         return len(self.completions)
 
-    def only(self, index: int) -> Samples:
-        """One sample by itself."""
-        cut = slice(index, index + 1)
+    def part(self, start: int, stop: int) -> Samples:
+        """Samples `start` to `stop` - 1 by themselves."""
+        cut = slice(start, stop)
         columns = {name: values[cut] for name, values in self.columns.items()}
         return Samples(self.prompts[cut], self.completions[cut], self.completion_ids[cut], columns)
 
@@ -158,18 +157,7 @@ class Samples:
         """One sample for a message, long texts cut."""
         parts = {"prompt": self.prompts[index], "completion": self.completions[index]}
         parts |= {name: values[index] for name, values in self.columns.items()}
-        return "\n".join(f"    {name}: {_cut(repr(value))}" for name, value in parts.items())
-
-
-@dataclass(frozen=True)
-class RewardCall:
-    """Result of a call of a reward function: values, or a problem and its samples."""
-
-    values: list[float | None]
-    """One a sample; where `problem` is set, those of `bad` hold nothing of use."""
-    problem: str = ""
-    bad: tuple[int, ...] = ()
-    """Samples without a value that can be used; the first is the one to show."""
+        return "\n".join(f"    {name}: {shown_value(value)}" for name, value in parts.items())
 
 
 def call_reward_function(function: RewardFunction, samples: Samples, timeout_s: float) -> RewardCall:
@@ -189,7 +177,7 @@ def call_reward_function(function: RewardFunction, samples: Samples, timeout_s: 
     if "values" not in outcome:
         text = f"no answer within {timeout_s:g} s for {n} samples; the first of them is shown"
         return RewardCall([None] * n, text, tuple(range(n)))
-    return _examined(outcome["values"], n)
+    return examined(outcome["values"], n)
 
 
 def _answer(function: RewardFunction, samples: Samples, timeout_s: float, outcome: dict[str, Any]) -> None:
@@ -205,15 +193,29 @@ def _answer(function: RewardFunction, samples: Samples, timeout_s: float, outcom
 def _culprit(
     function: RewardFunction, samples: Samples, error: BaseException, deadline: float
 ) -> tuple[int, BaseException]:
-    """The first sample that makes the function raise by itself; 0 if none does."""
-    for index in range(len(samples)):
-        if time.monotonic() > deadline:
-            break
+    """A sample that makes the function raise by itself, and what it raises; 0 and `error` if none is found.
+
+    The first sample is tried alone, so that a judge that is out of reach is asked once more and no oftener;
+    then halves, the first one first: one call for each doubling of the samples.
+    """
+
+    def raised(start: int, stop: int) -> BaseException | None:
         try:
-            _call(function, samples.only(index))
-        except BaseException as alone:
-            return index, alone
-    return 0, error
+            _call(function, samples.part(start, stop))
+        except BaseException as found:
+            return found
+        return None
+
+    low, high = 0, len(samples)
+    if (alone := raised(0, 1)) is not None:
+        return 0, alone
+    while high - low > 1:
+        if time.monotonic() > deadline:
+            return 0, error
+        middle = (low + high) // 2
+        low, high = (low, middle) if raised(low, middle) is not None else (middle, high)
+    alone = raised(low, high) if low else None
+    return (0, error) if alone is None else (low, alone)
 
 
 def _call(function: RewardFunction, samples: Samples) -> Any:
@@ -229,7 +231,8 @@ def _call(function: RewardFunction, samples: Samples) -> Any:
         import asyncio
 
         values = asyncio.run(_awaited(values))
-    return values
+    # A generator does its work when it is read: here, where deadline and message hold.
+    return list(values) if isinstance(values, Iterator) else values
 
 
 def named_by(function: RewardFunction, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,28 +258,6 @@ async def _awaited(values: Any) -> Any:
     return await values
 
 
-def _examined(values: Any, n: int) -> RewardCall:
-    """Numbers, None or bool as floats; anything else is a problem with its sample."""
-    try:
-        found = list(values)
-    except TypeError:
-        return RewardCall([None] * n, f"it returned {type(values).__name__}, not a list", tuple(range(n)))
-    if len(found) != n:
-        return RewardCall([None] * n, f"it returned {len(found)} values for {n} samples", tuple(range(n)))
-    read = [None if value is None else _number(value) for value in found]
-    bad = tuple(i for i, value in enumerate(read) if value is not None and not math.isfinite(value))
-    problem = f"it returned {_cut(repr(found[bad[0]]))} for sample {bad[0]} of {n}" if bad else ""
-    return RewardCall(read, problem, bad)
-
-
-def _number(value: Any) -> float:
-    """NaN for what is no number; numpy's and torch's scalars are numbers, a text is none."""
-    try:
-        return math.nan if isinstance(value, (str, bytes)) else float(value)
-    except (TypeError, ValueError):
-        return math.nan
-
-
 def function_rewards(spec: RewardSpec, function: RewardFunction, samples: Samples) -> tuple[np.ndarray, str]:
     """Rewards of one function, float64 (N,), NaN where it passes a sample over; and a text about replaced
     ones.
@@ -300,7 +281,3 @@ def function_rewards(spec: RewardSpec, function: RewardFunction, samples: Sample
         )
     values[list(called.bad)] = spec.on_error
     return values, f"{called.problem}; {len(called.bad)} of {len(samples)} samples get {spec.on_error:g}"
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"

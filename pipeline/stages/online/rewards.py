@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from actors.algorithms import (
-    check_finite,
     combine,
     reward_metrics,
     soft_overlong_punishment,
     without_eos_penalty,
 )
 from actors.batches import Batch, Generations
+from actors.errors import InvariantViolation
 from pipeline.data.tokens.prompts import PromptData
 from pipeline.rewards.functions import (
     RewardFunction,
@@ -72,7 +72,8 @@ class RewardComputer:
         """Rewards of all samples; `prompts` has one entry a sample.
 
         Raises:
-            RunFailure: a source failed and its `on_error` is `stop`, or a model's score is no number.
+            RunFailure: a source failed and its `on_error` is `stop`.
+            InvariantViolation: a model's score is no finite number.
         """
         asked = Samples(
             prompts.prompts,
@@ -84,8 +85,7 @@ class RewardComputer:
         for one in self.spec.rewards:
             if one.source in self.models:
                 scores = pending[one.source].result()[0]
-                # Unlike a function's None, a model's NaN is no way of passing a sample over.
-                check_finite(**{f"reward '{one.name}'": scores})
+                check_scores(one, scores, asked)
                 rows.append(scores)
                 continue
             values, note = function_rewards(one, self._functions[one.source], asked)
@@ -108,6 +108,22 @@ class RewardComputer:
             metrics["rewards/overlong/mean"] = float(punished.mean())
             total = total + spec.soft_punish_weight * punished
         return total, metrics
+
+
+def check_scores(spec: RewardSpec, scores: np.ndarray, samples: Samples) -> None:
+    """Refuse a reward model's scores, float64 (samples,), that are no finite numbers. Unlike a function's
+    None, a model's NaN is no way of passing a sample over.
+
+    Raises:
+        InvariantViolation: with the model, how many, the first value and its sample.
+    """
+    (bad,) = np.nonzero(~np.isfinite(scores))
+    if len(bad):
+        raise InvariantViolation(
+            f"reward '{spec.name}'", "rewards", f"{len(bad)} of {len(scores)} values are not finite; the "
+            f"first is {scores[bad[0]]} for sample {bad[0]}\n{samples.shown(int(bad[0]))}",
+            f"{spec.source} is broken, or its dtype overflows on this text; score it with `raylign eval`",
+        )  # fmt: skip
 
 
 def function_of(spec: RewardSpec) -> RewardFunction:

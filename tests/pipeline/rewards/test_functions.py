@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,17 @@ def hangs(**_: Any) -> list[float]:
     return [1.0] * 3
 
 
+class Odd:
+    """Neither a number nor anything that can be shown."""
+
+    def __float__(self) -> float:
+        raise RuntimeError
+
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+
+NAN = math.nan
 FAULTS: dict[str, tuple[Callable[..., Any], str, str]] = {
     "raises": (raises_on_the_second, "it raised ValueError: invalid literal", "'three'"),
     "leaves the program": (exits, "it raised SystemExit: 3", "'2'"),
@@ -126,6 +138,18 @@ FAULTS: dict[str, tuple[Callable[..., Any], str, str]] = {
     "infinity": (lambda **_: [1.0, 0.0, math.inf], "it returned inf for sample 2 of 3", "'4'"),
     "a text": (lambda **_: [1.0, "2", 0.0], "it returned '2' for sample 1 of 3", "'three'"),
     "a list of lists": (lambda **_: [[1.0], [1.0], [1.0]], r"it returned [1.0] for sample 0", "'2'"),
+    "an array of NaN": (lambda **_: np.array([1.0, 2.0, NAN]), "nan) for sample 2 of 3, and a reward", "'4'"),
+    "minus infinity of numpy": (lambda **_: [np.float32("-inf"), 1, 1], "-inf) for sample 0", "'2'"),
+    "an integer beyond every float": (lambda **_: [1, 10**400, 0], "it returned 1000", "'three'"),
+    "a number that can't be printed": (lambda **_: [1, 10**5000, 0], "a value of type int", "'three'"),
+    "a class of one's own": (lambda **_: [1.0, Odd(), 0], "a value of type Odd for sample 1", "'three'"),
+    "a complex number": (lambda **_: [1.0, 1j, 0], "it returned 1j for sample 1", "'three'"),
+    "a list with nothing in it": (lambda **_: [1.0, [], 0], "it returned [] for sample 1", "'three'"),
+    "a mapping": (lambda **_: {0: 1.0, 1: 1.0, 2: 1.0}, "it returned dict, not a list", "'2'"),
+    "a set": (lambda **_: {1.0, 2.0, 3.0}, "it returned set, not a list", "'2'"),
+    "one text": (lambda **_: "123", "it returned str, not a list", "'2'"),
+    "a generator that raises": (lambda completions: (float(c) for c in completions), "ValueError", "'three'"),
+    "a generator that hangs": (lambda **_: (hangs()[i] for i in range(3)), "no answer within 0.2 s", "'2'"),
     "too slow": (hangs, "no answer within 0.2 s for 3 samples", "'2'"),
     "a wrong signature": (lambda words: [1.0] * 3, "it raised TypeError", "'2'"),
 }
@@ -159,6 +183,40 @@ def test_a_configured_default_stands_in_for_the_samples_concerned(fault: str, ex
     assert values.tolist() == expected
     assert reason in replaced
     assert f"{expected.count(-1)} of 3 samples get -1" in replaced
+
+
+@pytest.mark.parametrize("guilty", [0, 1, 5, 99, 255])
+def test_the_guilty_sample_is_found_in_few_calls(guilty: int) -> None:
+    asked: list[int] = []
+
+    def fails(completions: list[str], **_: Any) -> list[float]:
+        asked.append(len(completions))
+        if str(guilty) in completions:
+            raise ValueError(f"no {guilty}")
+        return [1.0] * len(completions)
+
+    texts = [str(number) for number in range(256)]
+    found = call_reward_function(fails, Samples(texts, texts, [[1]] * 256), 20)
+    assert (found.bad[0], len(found.bad)) == (guilty, 256)
+    assert found.problem == f"it raised ValueError: no {guilty}"
+    assert len(asked) <= 11  # the call itself, one alone, eight halves, and the found one
+
+
+def test_a_judge_out_of_reach_is_asked_once_more_and_one_that_refuses_so_many_few_times() -> None:
+    asked: list[int] = []
+
+    def judge(completions: list[str], most: int) -> list[float]:
+        asked.append(len(completions))
+        if len(completions) > most:
+            raise ConnectionError("refused")
+        return [1.0] * len(completions)
+
+    texts = ["a"] * 256
+    for most, calls in ((0, 2), (200, 11)):
+        asked.clear()
+        found = call_reward_function(partial(judge, most=most), Samples(texts, texts, [[1]] * 256), 20)
+        assert (found.problem, found.bad[0]) == ("it raised ConnectionError: refused", 0)
+        assert len(asked) <= calls
 
 
 def test_the_deadline_holds_while_a_function_sleeps() -> None:
@@ -204,7 +262,6 @@ def test_a_module_in_a_package_named_as_one_of_ours_is_told_what_to_do(
     assert f"({package}): rename yours" in str(caught.value)
 
 
-NAN = math.nan
 TWO_SOURCES = np.array([[1.0, 0.0, NAN, NAN], [2.0, NAN, 4.0, NAN]])
 
 
