@@ -178,8 +178,8 @@ IDLE_REASONS: dict[str, tuple[str, str]] = {
 }
 """Reasons why a step teaches nothing: told to the user, with the advice for each."""
 SIGNAL_ROUNDING = 1e-10
-"""Largest |advantage| that counts as 0, as a share of the largest reward where that is above 1. Equal rewards
-of 0.1 differ from their mean by 1e-17, which a standard deviation of 1e-4 makes 1e-13."""
+"""Largest |advantage| that counts as 0, as a share of the largest reward where that is below 1. The mean of
+equal rewards of 0.1 is 1e-17 off, which a standard deviation of 1e-4 makes 1e-13."""
 
 
 def idle_reason(
@@ -193,7 +193,7 @@ def idle_reason(
         kept: bool (N,): samples that weren't left out for being cut; None: all that there are.
     """
     scored = np.ones(len(signal), bool) if rewards is None else ~np.isnan(rewards)
-    largest = 1.0 if rewards is None else max(1.0, np.abs(rewards[scored]).max(initial=0.0))
+    largest = 1.0 if rewards is None else min(1.0, np.abs(rewards[scored]).max(initial=0.0))
     if np.any(np.abs(signal) > SIGNAL_ROUNDING * largest):
         return None
     kept = np.ones(len(scored), bool) if kept is None else kept

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from actors.algorithms.advantages import group_relative
 from actors.algorithms.checks import (
     BEYOND_2X_TOLERANCE,
     IDLE_LIMIT,
@@ -17,6 +18,7 @@ from actors.algorithms.checks import (
     check_first_ratio,
     check_mismatch,
     divergence,
+    idle_reason,
     load_distance,
     mismatch_metrics,
 )
@@ -96,7 +98,7 @@ def test_steps_without_any_advantage_stop_the_run_only_in_a_row() -> None:
 NAN, CUT, FINISHED = math.nan, np.zeros(4, bool), np.ones(4, bool)
 IDLE_STEPS = {
     "equal rewards whose mean rounds": (np.full(4, 1e-13), np.full(4, 0.1), FINISHED, "get the same reward"),
-    "equal rewards that are large": (np.full(4, 1e-6), np.full(4, 1e6), FINISHED, "get the same reward"),
+    "equal rewards of 0": (np.zeros(4), np.zeros(4), FINISHED, "get the same reward"),
     "all cut and masked": (np.zeros(0), np.arange(4.0), CUT, "every sample was cut"),
     "nobody scored": (np.zeros(4), np.full(4, NAN), FINISHED, "no sample had a reward"),
     "each cut or passed over": (np.zeros(2), np.array([1, 0, NAN, NAN]), np.arange(4) > 1, "each was cut"),
@@ -119,6 +121,14 @@ def test_steps_that_teach_nothing_end_with_the_reason_that_holds(what: str) -> N
     with pytest.raises(InvariantViolation, match=says) as raised:
         idle.after(*of_each)
     assert ("same reward" in str(raised.value)) == ("same reward" in says)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e15])
+def test_rewards_of_any_size_that_differ_are_a_signal(size: float) -> None:
+    """Advantages in units of the reward, and divided by its deviation."""
+    rewards = size * np.array([0.0, 1.0])
+    for signal in (rewards - rewards.mean(), group_relative(rewards, 2, "group")):
+        assert idle_reason(signal, rewards, FINISHED[:2]) is None
 
 
 def test_several_reasons_are_told_with_their_steps() -> None:
