@@ -1,8 +1,8 @@
 """Identities of stages, and the decision from them which stages have to run; nothing is started here.
 
-A stage's fingerprint covers its own settings, the model's, its data and its inputs' fingerprints, so
-a change early in the graph changes every later stage. Settings that don't change the result (deadlines,
-resources, logging, checkpoint intervals) are left out.
+A stage's fingerprint covers its own settings, the model's, its data, the code of its reward functions and
+its inputs' fingerprints, so a change early in the graph changes every later stage. Settings that don't change
+the result (deadlines, resources, logging, checkpoint intervals) are left out.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ NOT_IN_IDENTITY = frozenset(
 """Stage keys that change when or how often something is done, but not the weights that come out."""
 NEW_NAMES = {EXPERT_IMPL.key: EXPERT_IMPL}
 """Keys of an identity some of whose values earlier versions called otherwise: it is the same work."""
+CODE = "code"
+"""Part of an identity's config: source of a reward function -> digest of its code. A manifest without an
+entry doesn't know what the code was: that is no change."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Identity:
         """Keys in which a manifest's work differs from this one."""
         old, new = _renamed(flat(manifest.config)), flat(self.config)
         changed = [
-            key
+            _in_words(key)
             for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key) and (key in old or key in self.chosen)
         ]
@@ -134,6 +137,11 @@ def checkpoints(directory: Path) -> list[Path]:
     """Complete checkpoints of a stage, newest first. One without a manifest is incomplete."""
     found = [p for p in directory.glob("checkpoint-*") if (p / MANIFEST).is_file()]
     return sorted(found, key=lambda p: -int(p.name.rsplit("-", 1)[1]))
+
+
+def _in_words(key: str) -> str:
+    """A key of an identity's config as a message names it."""
+    return f"code of {key.removeprefix(f'{CODE}.')}" if key.startswith(f"{CODE}.") else key
 
 
 def _renamed(settings: dict[str, Any]) -> dict[str, Any]:

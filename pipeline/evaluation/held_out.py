@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
@@ -17,10 +17,11 @@ from actors.errors import RunFailure, UserError
 from actors.models.turn_ends import TurnEnds, turn_ends
 from pipeline.artifacts.json_text import json_text
 from pipeline.artifacts.manifest import fingerprint, write_json
+from pipeline.artifacts.user_code import code_digests, unread_code
 from pipeline.data.reading.bad_rows import Skipped
 from pipeline.data.reading.records import Records, load_records
 from pipeline.data.tokens.tokenize import prompt_rows
-from pipeline.rewards.functions import import_function, missing_arguments, named_by
+from pipeline.rewards.functions import EXACT_MATCH, import_function, missing_arguments, named_by
 
 if TYPE_CHECKING:
     from actors.cluster import WorkerFuture, WorkerGroup
@@ -45,12 +46,21 @@ class EvalSet:
     """Settings of sampling, with every token that ends a turn."""
     skipped: Skipped = field(default_factory=Skipped)
     """Rows left out, as their source's `on_bad_row` says."""
+    code: dict[str, str] = field(default_factory=dict)
+    """The scorer -> digest of its code; empty for `exact_match`."""
+    unread_code: tuple[str, ...] = ()
+    """The scorer, where its code can't be read."""
 
     def remarks(self) -> list[str]:
-        """Lines about the rows that were left out, for the user."""
+        """Lines about the rows that were left out and code that can't be read, for the user."""
+        unread = [unread_code("eval", source) for source in self.unread_code]
         if not self.skipped.counts:
-            return []
-        return [f"eval: left out {self.skipped.summary()}", *(f"  {row}" for row in self.skipped.listing)]
+            return unread
+        return [
+            *unread,
+            f"eval: left out {self.skipped.summary()}",
+            *(f"  {row}" for row in self.skipped.listing),
+        ]
 
 
 def wilson(successes: float, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -99,7 +109,12 @@ def read_eval_set(
     # Empty where the base's own EOS tokens are all that end a turn: evaluations of earlier versions, whose
     # keys have no such part, are then still the same.
     told = "".join(f" ends at {token}" for token in ends.added)
-    return EvalSet(texts, token_ids, kept.columns, kept.fingerprint + told, sampling, kept.skipped)
+    functions = () if spec.metric == EXACT_MATCH else (spec.metric,)
+    code = code_digests(functions)
+    unread = tuple(source for source in functions if source not in code)
+    return EvalSet(
+        texts, token_ids, kept.columns, kept.fingerprint + told, sampling, kept.skipped, code, unread
+    )
 
 
 def check_columns(spec: EvalSpec, records: Records) -> None:
@@ -150,6 +165,7 @@ def evaluate(
         "ci95": [low, high],
         "metric": spec.metric,
         "fingerprint": key,
+        **({"code": held_out.code} if held_out.code else {}),
     }
     write_json(directory / f"{name}.json", result)
     return result
@@ -169,14 +185,31 @@ def eval_key(weights: Weights, held_out: EvalSet, spec: EvalSpec, seed: int) -> 
     )
 
 
-def finished(directory: Path, name: str, key: str) -> dict[str, Any] | None:
-    """The result of an evaluation that is already there, if it is this one."""
+def finished(
+    directory: Path, name: str, key: str, code: Mapping[str, str] | None = None
+) -> dict[str, Any] | None:
+    """The result of an evaluation that is already there, if it is this one.
+
+    Args:
+        code: of the scorer, where it counts. A result of a version that didn't keep it is taken as it is.
+    """
     path = directory / f"{name}.json"
     try:
         result = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    return result if result.get("fingerprint") == key and (directory / f"{name}.jsonl").is_file() else None
+    if not isinstance(result, dict) or result.get("fingerprint") != key:
+        return None
+    earlier = result.get("code")
+    if code is not None and earlier and earlier != code:
+        return None
+    return result if (directory / f"{name}.jsonl").is_file() else None
+
+
+def changed_code(directory: Path, name: str, key: str, code: Mapping[str, str]) -> bool:
+    """True where an evaluation is there that differs in nothing but the scorer's code."""
+    there = finished(directory, name, key) is not None
+    return there and finished(directory, name, key, code) is None
 
 
 def generate(

@@ -195,7 +195,7 @@ class Run:
 
     def evaluate(self, graph: Graph, fleet: Fleet) -> None:
         """Score every model that the config asks for and that has no finished evaluation yet."""
-        from pipeline.evaluation.held_out import evaluate, finished
+        from pipeline.evaluation.held_out import changed_code, evaluate, finished
         from pipeline.stages.context import Stopped
 
         self.evaluate_pairs(graph, fleet)
@@ -205,10 +205,13 @@ class Run:
         for name, key in graph.evaluations.items():
             if self.stop.asked():
                 raise Stopped(f"before evaluating {name}")
-            result = finished(self.directory.path / "eval", name, key)
+            assert self.config.eval is not None
+            assert graph.held_out is not None
+            code, directory = graph.held_out.code, self.directory.path / "eval"
+            result = finished(directory, name, key, code)
             if result is None:
-                assert self.config.eval is not None
-                assert graph.held_out is not None
+                if changed_code(directory, name, key, code):
+                    self.progress.note(f"eval {name}: runs again: changed code of {self.config.eval.metric}")
                 began = time.time()
                 result = evaluate(
                     name,
@@ -217,7 +220,7 @@ class Run:
                     self.config.eval,
                     fleet.engines(),
                     graph.tokenizer,
-                    self.directory.path / "eval",
+                    directory,
                     self.config.seed,
                 )
                 result["seconds"] = round(time.time() - began, 1)

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.errors import UserError
-from pipeline.artifacts.identity import Decision, Identity, decide, flat, identity_config
+from pipeline.artifacts.identity import CODE, Decision, Identity, decide, flat, identity_config
 from pipeline.artifacts.manifest import model_fingerprint
 from pipeline.artifacts.run_directory import RunDirectory
+from pipeline.artifacts.user_code import code_digests, unread_code
 from pipeline.artifacts.weights import Weights
 from pipeline.evaluation.held_out import EvalSet
 from pipeline.stages.prepared import Prepared
@@ -37,6 +38,8 @@ class Node:
     """Reward models that an online stage asks, by their source."""
     critic: Weights | None = None
     """Start of PPO's critic."""
+    unread_code: list[str] = field(default_factory=list)
+    """Reward functions whose code can't be read."""
 
     @property
     def kind(self) -> str:
@@ -45,7 +48,8 @@ class Node:
 
     @property
     def data_notes(self) -> list[str]:
-        """Lines on its rows: how many, and each reason for which some were left out or cut."""
+        """Lines on its rows: how many, and each reason for which some were left out or cut; and on code that
+        can't be read."""
         stage = self.prepared
         notes = []
         for what, data in (("", stage.data), (" (held out)", stage.eval_data)):
@@ -53,6 +57,7 @@ class Node:
                 continue
             cut = f", {data.stats.truncated:,} sequences cut at max_length" if data.stats.truncated else ""
             notes.append(f"{self.name}{what}: {data.n_rows:,} rows, {data.stats.tokens:,} tokens{cut}")
+        notes += [unread_code(self.name, source) for source in self.unread_code]
         return notes + remarks_on_data(self.prepared)
 
     @property
@@ -151,6 +156,7 @@ def make_node(
     inputs |= {f"reward {source}": model.fingerprint for source, model in rewards.items()}
     identity = stage_identity(config, spec, inputs, prepared.data.fingerprint, prepared.seed)
     identity = with_prepared(identity, prepared)
+    code = identity.config.get(CODE, {})
     path = directory.stage(name)
     decision = decide(path, identity)
     return Node(
@@ -165,6 +171,7 @@ def make_node(
         directory=path,
         rewards=rewards,
         critic=critic,
+        unread_code=[source for source in reward_functions(spec) if source not in code],
     )
 
 
@@ -182,9 +189,14 @@ def with_prepared(identity: Identity, prepared: Prepared) -> Identity:
 def stage_identity(
     config: RunConfig, spec: AnyStage, inputs: dict[str, str], data: str, seed: int
 ) -> Identity:
-    """Identity of a stage's work, by its settings, the model's, and the fingerprints of what it reads."""
+    """Identity of a stage's work, by its settings, the model's, the code of its reward functions, and the
+    fingerprints of what it reads."""
     chosen = frozenset(flat(_settings(config, spec, exclude_defaults=True)))
-    return Identity(_settings(config, spec), inputs, data, seed, chosen)
+    settings = _settings(config, spec)
+    # No empty entry: manifests of stages without functions stay as earlier versions wrote them.
+    if code := code_digests(reward_functions(spec)):
+        settings[CODE] = code
+    return Identity(settings, inputs, data, seed, chosen)
 
 
 def _settings(config: RunConfig, spec: AnyStage, exclude_defaults: bool = False) -> dict[str, Any]:
@@ -195,6 +207,11 @@ def _settings(config: RunConfig, spec: AnyStage, exclude_defaults: bool = False)
         exclude_defaults=exclude_defaults,
     )
     return identity_config(spec.model_dump(mode="json", exclude_defaults=exclude_defaults), model)
+
+
+def reward_functions(spec: AnyStage) -> list[str]:
+    """Functions of the user's that a stage is rewarded by, as `module:function`."""
+    return [reward.source for reward in spec.rewards if reward.kind == "function"] if spec.online else []
 
 
 def reward_models(config: RunConfig, name: str, weights: dict[str, Weights]) -> dict[str, Weights]:

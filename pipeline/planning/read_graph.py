@@ -155,7 +155,8 @@ def tokenised(
             if name in weights:
                 key = eval_key(weights[name], graph.held_out, config.eval, config.seed)
                 graph.evaluations[name] = key
-                graph.evaluations_pending |= finished(directory.path / "eval", name, key) is None
+                done = finished(directory.path / "eval", name, key, graph.held_out.code)
+                graph.evaluations_pending |= done is None
     return graph
 
 
