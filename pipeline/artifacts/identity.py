@@ -7,10 +7,13 @@ the result (deadlines, resources, logging, checkpoint intervals) are left out.
 
 from __future__ import annotations
 
+import re
+import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from actors.errors import UserError
 from actors.models.spec import EXPERT_IMPL
 from pipeline.artifacts.manifest import MANIFEST, Manifest, fingerprint, read_manifest, recover, verify
 
@@ -21,6 +24,8 @@ NOT_IN_IDENTITY = frozenset(
 """Stage keys that change when or how often something is done, but not the weights that come out."""
 NEW_NAMES = {EXPERT_IMPL.key: EXPERT_IMPL}
 """Keys of an identity some of whose values earlier versions called otherwise: it is the same work."""
+CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+FORMAT = "the format of manifests"
 CODE = "code"
 """Part of an identity's config: source of a reward function -> digest of its code. A manifest without an
 entry doesn't know what the code was: that is no change."""
@@ -39,6 +44,8 @@ class Identity:
     seed: int
     chosen: frozenset[str] = frozenset()
     """Dotted keys of `config` whose values are not their defaults."""
+    earlier_inputs: dict[str, str] = field(default_factory=dict)
+    """Fingerprints that earlier versions gave to the same inputs, where these differ."""
 
     @property
     def fingerprint(self) -> str:
@@ -48,13 +55,15 @@ class Identity:
         """This identity in the keys and values of an earlier version's manifest, where the work is the same.
 
         The manifest may lack keys that are newer: these have to be at their defaults, which do what was done
-        without them. It may have values under old names (`NEW_NAMES`). Where anything else differs, the work
+        without them. It may have values under old names (`NEW_NAMES`), or the fingerprint that an input had
+        then (`earlier_inputs`). Where anything else differs, the work
         is another: then this identity as it stands.
         """
         old = flat(manifest.config)
+        inputs = {name: manifest.inputs.get(name, value) for name, value in self.inputs.items()}
         written_otherwise = bool(flat(self.config).keys() - old.keys()) or old != _renamed(old)
-        same = written_otherwise and not self.differences(manifest)
-        return replace(self, config=manifest.config) if same else self
+        same = (written_otherwise or inputs != self.inputs) and not self.differences(manifest)
+        return replace(self, config=manifest.config, inputs=inputs) if same else self
 
     def differences(self, manifest: Manifest) -> list[str]:
         """Keys in which a manifest's work differs from this one."""
@@ -65,7 +74,9 @@ class Identity:
             if old.get(key) != new.get(key) and (key in old or key in self.chosen)
         ]
         changed += [
-            f"input {name}" for name, value in self.inputs.items() if manifest.inputs.get(name) != value
+            f"input {name}"
+            for name, value in self.inputs.items()
+            if manifest.inputs.get(name) not in (value, self.earlier_inputs.get(name, value))
         ]
         if manifest.data.get("fingerprint") != self.data:
             changed.append("data")
@@ -84,14 +95,20 @@ class Decision:
     manifest: Manifest | None = None
     identity: Identity | None = None
     """The wanted identity, in the keys and values of the manifest that was found."""
+    damaged: dict[str, str] = field(default_factory=dict)
+    """Checkpoints that can't be gone on from, newest first -> what is wrong with their files."""
 
     @property
     def says(self) -> str:
         """One line for the user."""
         if self.state == "fresh":
             return "already done, skipped"
+        damaged = f"{' and '.join(self.damaged)} {'are' if len(self.damaged) > 1 else 'is'} damaged"
         if self.state == "partial":
-            return f"continues from {self.checkpoint.name if self.checkpoint else 'its checkpoint'}"
+            line = f"continues from {self.checkpoint.name if self.checkpoint else 'its checkpoint'}"
+            return f"{line}, since {damaged}" if self.damaged else line
+        if self.damaged:
+            return f"runs again from its start: {damaged}, and no other checkpoint is there"
         if self.state == "changed":
             return "runs again: changed " + ", ".join(self.changed)
         return "new"
@@ -110,33 +127,58 @@ def decide(directory: Path, identity: Identity) -> Decision:
     """Compare the wanted identity with what is on disk: fresh, partial, changed or new.
 
     Raises:
-        UserError: a manifest cannot be read.
+        UserError: the manifest of a finished stage cannot be read.
     """
     recover(directory / "adapter")
     recover(directory / "model")
     manifest = read_manifest(directory)
-    if manifest is not None:
-        known = identity.as_of(manifest)
-        if manifest.fingerprint == known.fingerprint:
-            if not verify(directory, manifest):
-                return Decision("fresh", manifest=manifest, identity=known)
-            return Decision("changed", ["files of the finished stage are missing or damaged"])
-        return Decision("changed", identity.differences(manifest) or ["the format of manifests"])
+    if manifest is None:
+        return _by_checkpoints(directory, identity)
+    known = identity.as_of(manifest)
+    if manifest.fingerprint != known.fingerprint:
+        return Decision("changed", identity.differences(manifest) or [FORMAT])
+    if verify(directory, manifest):
+        return Decision("changed", ["files of the finished stage are missing or damaged"])
+    return Decision("fresh", manifest=manifest, identity=known)
+
+
+def _by_checkpoints(directory: Path, identity: Identity) -> Decision:
+    """The decision for a stage that is not finished: it goes on from its newest sound checkpoint."""
+    damaged: dict[str, str] = {}
     for checkpoint in checkpoints(directory):
-        saved = read_manifest(checkpoint)
+        try:
+            saved = read_manifest(checkpoint)
+        except UserError:
+            damaged[checkpoint.name] = f"{checkpoint / MANIFEST} cannot be read"
+            continue
         if saved is None:
             continue
         known = identity.as_of(saved)
-        if saved.fingerprint == known.fingerprint:
-            return Decision("partial", checkpoint=checkpoint, manifest=saved, identity=known)
-        return Decision("changed", identity.differences(saved))
-    return Decision("new")
+        if saved.fingerprint != known.fingerprint:
+            return Decision("changed", identity.differences(saved) or [FORMAT])
+        if problems := verify(checkpoint, saved):
+            damaged[checkpoint.name] = ", ".join(problems)
+            continue
+        return Decision("partial", checkpoint=checkpoint, manifest=saved, identity=known, damaged=damaged)
+    return Decision("changed", damaged=damaged) if damaged else Decision("new")
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """Complete checkpoints of a stage, newest first. One without a manifest is incomplete."""
-    found = [p for p in directory.glob("checkpoint-*") if (p / MANIFEST).is_file()]
-    return sorted(found, key=lambda p: -int(p.name.rsplit("-", 1)[1]))
+    """Complete checkpoints of a stage, newest first. One without a manifest is incomplete; a directory of
+    another name, such as a copy of one that a user made, is none."""
+    found = {p: CHECKPOINT.fullmatch(p.name) for p in directory.glob("checkpoint-*")}
+    steps = {p: int(match[1]) for p, match in found.items() if match and (p / MANIFEST).is_file()}
+    return sorted(steps, key=lambda p: -steps[p])
+
+
+def set_aside_newer(checkpoint: Path) -> None:
+    """Rename checkpoints that are newer than the one gone on from to `checkpoint-N.damaged`, where nothing
+    reads them: else they would count as the newest, and the sound ones would be removed before them."""
+    newer = checkpoints(checkpoint.parent)
+    for path in newer[: newer.index(checkpoint)]:
+        aside = path.with_name(f"{path.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
 
 
 def _in_words(key: str) -> str:

@@ -22,9 +22,12 @@ from actors.errors import RunFailure, UserError
 from pipeline.artifacts.json_text import json_text
 
 MANIFEST = "manifest.json"
-SAMPLED_BYTES = 1 << 20
-"""A file larger than 64 of these is identified by its size, first and last MiB and 16 samples between:
-hashing 60 GB of a base would take minutes at each start."""
+CHUNK_BYTES = 1 << 20
+SAMPLED_ABOVE = 64 * CHUNK_BYTES
+"""A base's file above this size is identified by its size, first and last MiB and 16 samples between: reading
+60 GB of a base would take minutes at each start. What Raylign writes itself is always read whole."""
+WHOLE = "xxh3_128:"
+"""Begins digests of whole files. Those without it are of versions that took samples of large files."""
 
 
 class FileEntry(BaseModel):
@@ -73,29 +76,56 @@ def fingerprint(value: Any) -> str:
 
 
 def file_digest(path: Path) -> str:
+    """XXH3 (128 bits) of a whole file: it guards against damage, not against forgery, and costs less than
+    reading the file does."""
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    buffer = bytearray(CHUNK_BYTES)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as handle:
+        while size := handle.readinto(buffer):
+            digest.update(view[:size])
+    return WHOLE + digest.hexdigest()
+
+
+def sampled_digest(path: Path) -> str:
     """blake2b of a file; of samples and its size when the file is large."""
     size = path.stat().st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     with path.open("rb") as handle:
-        if size <= 64 * SAMPLED_BYTES:
-            while chunk := handle.read(SAMPLED_BYTES):
+        if size <= SAMPLED_ABOVE:
+            while chunk := handle.read(CHUNK_BYTES):
                 digest.update(chunk)
         else:
             for i in range(18):
-                handle.seek(i * (size - SAMPLED_BYTES) // 17)
-                digest.update(handle.read(SAMPLED_BYTES))
+                handle.seek(i * (size - CHUNK_BYTES) // 17)
+                digest.update(handle.read(CHUNK_BYTES))
     return digest.hexdigest()
 
 
-def model_fingerprint(directory: str | Path) -> str:
-    """Identity of a model or adapter directory: its weights and the configs that change its output."""
+def model_fingerprint(directory: str | Path, *, sampled: bool | None = None) -> str:
+    """Identity of a model or adapter directory: its weights and the configs that change its output.
+
+    Args:
+        sampled: take samples of large files; None: of bases only. Adapters and what has a manifest of
+            Raylign's are read whole.
+    """
     root = Path(directory)
     names = sorted(
         p
         for p in root.iterdir()
         if p.suffix == ".safetensors" or p.name in ("config.json", "adapter_config.json")
     )
-    return fingerprint({p.name: file_digest(p) for p in names})
+    if sampled is None:
+        sampled = not ((root / "adapter_config.json").is_file() or (root / MANIFEST).is_file())
+
+    def digest(path: Path) -> str:
+        # Of small files the digest is of every byte, and the one that earlier versions took.
+        whole = not sampled and path.stat().st_size > SAMPLED_ABOVE
+        return file_digest(path) if whole else sampled_digest(path)
+
+    return fingerprint({p.name: digest(p) for p in names})
 
 
 def sync_directory(directory: Path) -> None:
@@ -194,7 +224,7 @@ def read_manifest(directory: Path) -> Manifest | None:
         return None
     try:
         return Manifest.model_validate_json(path.read_text())
-    except (ValidationError, UnicodeDecodeError) as error:
+    except (ValidationError, UnicodeDecodeError, OSError) as error:
         raise UserError(
             f"{path}: the manifest cannot be read ({type(error).__name__}). Remove the directory "
             f"{directory} to redo this work, or restore the file; --fresh starts the whole run anew"
@@ -202,16 +232,23 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 
 def verify(directory: Path, manifest: Manifest) -> list[str]:
-    """Problems of an artifact's files: missing, of another size or with another digest."""
+    """Problems of an artifact's files: missing, unreadable, of another size or with another digest.
+
+    Of a manifest without whole digests, large files are compared by the samples that it has.
+    """
     problems = []
     for name, entry in manifest.files.items():
         path = directory / name
-        if not path.is_file():
-            problems.append(f"{path} is missing")
-        elif path.stat().st_size != entry.bytes:
-            problems.append(f"{path} has {path.stat().st_size} bytes, the manifest says {entry.bytes}")
-        elif file_digest(path) != entry.digest:
-            problems.append(f"{path} does not match its digest in the manifest")
+        digest = file_digest if entry.digest.startswith(WHOLE) else sampled_digest
+        try:
+            if not path.is_file():
+                problems.append(f"{path} is missing")
+            elif path.stat().st_size != entry.bytes:
+                problems.append(f"{path} has {path.stat().st_size} bytes, the manifest says {entry.bytes}")
+            elif digest(path) != entry.digest:
+                problems.append(f"{path} does not match its digest in the manifest")
+        except OSError as error:
+            problems.append(f"{path} cannot be read ({error.strerror or error})")
     return problems
 
 

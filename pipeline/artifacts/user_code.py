@@ -114,8 +114,8 @@ def _file_of(module: str) -> Path | None:
 
 
 def _located(name: str, folders: list[str] | None) -> tuple[str | None, list[str]] | None:
-    """A module's file and the folders of its submodules, as the import system finds them but without importing
-    the packages above it.
+    """A module's file and the folders of its submodules, as the import system finds them but without
+    importing the packages above it.
 
     Args:
         folders: of the package above; None: of a module without one.

@@ -96,6 +96,9 @@ class Run:
                 graph = read_graph(self.config, self.directory, records, self.startup, fleet.base_facts())
             if not train:
                 graph = graph.evaluations_only(self.config.eval_models())
+            for node in graph.nodes:
+                for name, problem in node.decision.damaged.items():
+                    self.progress.note(f"{node.name}: {name} is damaged and not gone on from: {problem}")
             self._write_config()
             self.directory.record(versions=versions(), error=None)
             if graph.pending:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from actors.errors import UserError
 from pipeline.artifacts.identity import CODE, Decision, Identity, decide, flat, identity_config
-from pipeline.artifacts.manifest import model_fingerprint
 from pipeline.artifacts.run_directory import RunDirectory
 from pipeline.artifacts.user_code import code_digests, unread_code
 from pipeline.artifacts.weights import Weights
@@ -148,14 +147,17 @@ def make_node(
     reference = None if compared is None else weights[compared]
     rewards = reward_models(config, name, weights)
     critic = None if critic_init is None else weights[critic_init]
-    inputs = {init: weights[init].fingerprint}
+    read = {init: weights[init]}
     if reference is not None:
-        inputs["reference"] = reference.fingerprint
+        read["reference"] = reference
     if critic is not None:
-        inputs["critic"] = critic.fingerprint
-    inputs |= {f"reward {source}": model.fingerprint for source, model in rewards.items()}
+        read["critic"] = critic
+    read |= {f"reward {source}": model for source, model in rewards.items()}
+    inputs = {name: model.fingerprint for name, model in read.items()}
     identity = stage_identity(config, spec, inputs, prepared.data.fingerprint, prepared.seed)
     identity = with_prepared(identity, prepared)
+    earlier = {name: model.earlier for name, model in read.items() if model.earlier}
+    identity = replace(identity, earlier_inputs=earlier)
     code = identity.config.get(CODE, {})
     path = directory.stage(name)
     decision = decide(path, identity)
@@ -218,7 +220,7 @@ def reward_models(config: RunConfig, name: str, weights: dict[str, Weights]) -> 
     """Reward models that a stage asks: results of earlier stages, or directories on the run's base."""
     base = weights["base"].base
     return {
-        source: weights[stage] if stage is not None else Weights(base, source, model_fingerprint(source))
+        source: weights[stage] if stage is not None else Weights.on_disk(base, source, source)
         for source, stage in config.reward_models_of(name).items()
     }
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from actors.errors import UserError
 from actors.models.facts import ARCHITECTURES
 from actors.models.turn_ends import turn_ends, vocab_size
-from pipeline.artifacts.manifest import model_fingerprint
 from pipeline.artifacts.run_directory import RunDirectory
 from pipeline.artifacts.weights import Weights
 from pipeline.data.reading.records import Records, load_records
@@ -103,8 +102,7 @@ def read_graph(
     graph = date = None
     try:
         local, adapter = locate_base(config.model)
-        prints = [model_fingerprint(local)] + ([model_fingerprint(adapter)] if adapter else [])
-        weights = {"base": Weights(local, adapter, "-".join(prints))}
+        weights = {"base": Weights.on_disk(local, adapter, local, *([adapter] if adapter else []))}
         tokenizer = load_tokenizer(config.model)
         date = keep_date(tokenizer, directory.path)
         startup["tokenizer"] = round(time.monotonic() - began, 2)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.errors import UserError
-from pipeline.artifacts.identity import Identity
+from pipeline.artifacts.identity import Identity, set_aside_newer
 from pipeline.artifacts.manifest import MANIFEST, Manifest, new_directory, verify, versions, write_json
 from pipeline.stages.prepared import Prepared
 
@@ -52,7 +52,8 @@ class StageContext:
 
 
 def sound_checkpoint(path: Path, manifest: Manifest) -> Path:
-    """The checkpoint at `path`, if its files are what its manifest says.
+    """The checkpoint at `path`, if its files are what its manifest says. Newer ones, which a run that goes
+    on from this one found damaged, are set aside.
 
     Raises:
         UserError: every file that is not.
@@ -61,12 +62,12 @@ def sound_checkpoint(path: Path, manifest: Manifest) -> Path:
     if damaged:
         raise UserError(
             [
-                f"{path}: corrupt checkpoint, not resumed from: {problem}. Remove that "
-                "directory to go on from the checkpoint before it (or from the stage's start), or start "
-                "anew with --fresh"
+                f"{path}: corrupt checkpoint, not resumed from: {problem}. The same command goes on from "
+                "the checkpoint before it (or from the stage's start); --fresh starts the whole run anew"
                 for problem in damaged
             ]
         )
+    set_aside_newer(path)
     return path
 
 

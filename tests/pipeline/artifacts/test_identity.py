@@ -10,6 +10,7 @@ import pytest
 from actors.models.spec import LoraSpec, MoeSpec
 from pipeline.artifacts.identity import Identity, checkpoints, decide, identity_config
 from pipeline.artifacts.manifest import Manifest, new_directory, write_json
+from pipeline.stages.context import sound_checkpoint
 
 
 def identity(**stage: object) -> Identity:
@@ -87,6 +88,58 @@ def test_a_stage_goes_on_from_its_newest_complete_checkpoint(tmp_path: Path) -> 
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-5"]
 
 
+def damage(file: Path) -> None:
+    """Flip one bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone", "manifest"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(
+    tmp_path: Path, how: str
+) -> None:
+    older = saved(tmp_path, identity(), "checkpoint-5", 5)
+    newest = saved(tmp_path, identity(), "checkpoint-10", 10)
+    weights = newest / "weights"
+    {
+        "flipped": lambda: damage(weights),
+        "cut": lambda: weights.write_bytes(b""),
+        "gone": weights.unlink,
+        "manifest": lambda: (newest / "manifest.json").write_text('{"type": "check'),
+    }[how]()
+    decision = decide(tmp_path, identity())
+    assert (decision.state, decision.checkpoint) == ("partial", older)
+    assert decision.says == "continues from checkpoint-5, since checkpoint-10 is damaged"
+    assert str(newest) in decision.damaged["checkpoint-10"]
+    assert decision.manifest is not None
+    assert sound_checkpoint(older, decision.manifest) == older
+    # Set aside: else, as the newest, it would be kept in place of sound ones.
+    assert checkpoints(tmp_path) == [older]
+    assert (tmp_path / "checkpoint-10.damaged").is_dir()
+
+
+def test_a_stage_without_a_sound_checkpoint_runs_from_its_start_and_says_so(tmp_path: Path) -> None:
+    for step in (5, 10):
+        damage(saved(tmp_path, identity(), f"checkpoint-{step}", step) / "weights")
+    decision = decide(tmp_path, identity())
+    assert (decision.state, decision.checkpoint) == ("changed", None)
+    assert decision.says == (
+        "runs again from its start: checkpoint-10 and checkpoint-5 are damaged, and no other checkpoint is "
+        "there"
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint-10-backup", "checkpoint-", "checkpoint-x", "checkpoint-10.damaged", "checkpoint-010"]
+)
+def test_a_directory_that_is_named_almost_as_a_checkpoint_is_none(tmp_path: Path, name: str) -> None:
+    older = saved(tmp_path, identity(), "checkpoint-5", 5)
+    saved(tmp_path, identity(), name, 10)
+    assert checkpoints(tmp_path) == [older]
+    assert decide(tmp_path, identity()).checkpoint == older
+
+
 def test_a_checkpoint_of_other_settings_is_not_resumed_from(tmp_path: Path) -> None:
     saved(tmp_path, identity(batch_size=8), "checkpoint-5", 5)
     decision = decide(tmp_path, identity(batch_size=16))
@@ -106,6 +159,19 @@ def test_a_stage_from_before_a_key_existed_is_fresh_while_that_is_at_its_default
     assert decide(tmp_path, asked).changed == ["stage.staleness"]
     other = replace(now, data="others", chosen=frozenset({"stage.rewards.0.timeout_s"}))
     assert decide(tmp_path, other).changed == ["stage.rewards.0.timeout_s", "data"]
+
+
+@pytest.mark.parametrize("where", ["adapter", "checkpoint-5"])
+def test_an_input_may_have_the_fingerprint_that_earlier_versions_gave_it(tmp_path: Path, where: str) -> None:
+    earlier = replace(identity(), inputs={"base": "of samples"})
+    finished(tmp_path, earlier) if where == "adapter" else saved(tmp_path, earlier, where, 5)
+    now = replace(identity(), inputs={"base": "of all"}, earlier_inputs={"base": "of samples"})
+    decision = decide(tmp_path, now)
+    assert decision.state == ("fresh" if where == "adapter" else "partial")
+    assert decision.identity is not None
+    assert decision.identity.fingerprint == earlier.fingerprint
+    other = replace(now, inputs={"base": "changed"}, earlier_inputs={"base": "changed too"})
+    assert decide(tmp_path, other).changed == ["input base"]
 
 
 def test_a_checkpoint_from_before_a_key_existed_is_gone_on_from(tmp_path: Path) -> None:

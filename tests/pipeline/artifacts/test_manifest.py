@@ -23,6 +23,7 @@ from pipeline.artifacts.manifest import (
     verify,
     write_json,
 )
+from pipeline.artifacts.weights import Weights
 
 
 def manifest(**more: object) -> Manifest:
@@ -109,6 +110,60 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     assert "config is missing" in problems
 
 
+LARGE = 200 << 20
+"""Bytes of a file of which versions before took 18 samples."""
+
+
+def sparse(path: Path, size: int) -> None:
+    """A file of zeros that takes no room on disk."""
+    with path.open("wb") as handle:
+        handle.truncate(size)
+
+
+def flip(path: Path, at: int) -> None:
+    """Flip one bit, or flip it back."""
+    with path.open("r+b") as handle:
+        handle.seek(at)
+        byte = handle.read(1)[0]
+        handle.seek(at)
+        handle.write(bytes([byte ^ 1]))
+
+
+def test_every_flipped_byte_of_a_large_file_is_found(tmp_path: Path) -> None:
+    with new_directory(tmp_path / "checkpoint-2", manifest()) as aside:
+        sparse(aside / "optimizer.safetensors", LARGE)
+    found = read_manifest(tmp_path / "checkpoint-2")
+    assert found is not None
+    assert verify(tmp_path / "checkpoint-2", found) == []
+    for at in (0, (7 << 20) + 12_345, LARGE // 3, LARGE - 1):
+        flip(tmp_path / "checkpoint-2" / "optimizer.safetensors", at)
+        assert len(verify(tmp_path / "checkpoint-2", found)) == 1, at
+        flip(tmp_path / "checkpoint-2" / "optimizer.safetensors", at)
+    assert verify(tmp_path / "checkpoint-2", found) == []
+
+
+@pytest.mark.parametrize("size", [5, LARGE])
+def test_digests_of_the_versions_before_are_still_compared(tmp_path: Path, size: int) -> None:
+    """The digests were written by the version before, of files of zeros."""
+    digest = {5: "fdcff4bae704b09eb084c8632481c610", LARGE: "86b3f29bfaedfa0528c9a585d8a5e97c"}[size]
+    sparse(tmp_path / "weights", size)
+    earlier = manifest(files={"weights": {"bytes": size, "digest": digest}})
+    assert verify(tmp_path, earlier) == []
+    flip(tmp_path / "weights", 0)
+    assert len(verify(tmp_path, earlier)) == 1
+
+
+def test_a_file_that_can_not_be_read_is_a_problem_like_others(tmp_path: Path) -> None:
+    with new_directory(tmp_path / "adapter", manifest()) as aside:
+        (aside / "weights").touch()
+    found = read_manifest(tmp_path / "adapter")
+    assert found is not None
+    (tmp_path / "adapter" / "weights").unlink()
+    (tmp_path / "adapter" / "weights").symlink_to("/proc/self/mem")  # Empty, and reading it is an EIO.
+    (problem,) = verify(tmp_path / "adapter", found)
+    assert "cannot be read (Input/output error)" in problem
+
+
 def test_a_broken_manifest_is_the_users_to_look_at(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text('{"type": "adap')
     with pytest.raises(UserError, match="manifest cannot be read"):
@@ -142,3 +197,25 @@ def test_files_that_a_run_writes_hold_no_nan(tmp_path: Path) -> None:
         "ci95": [0.0, None],
         "at": str(tmp_path),
     }
+
+
+@pytest.mark.parametrize("marker", ["adapter_config.json", "manifest.json", None])
+def test_adapters_and_what_raylign_wrote_are_read_whole_and_bases_by_samples(
+    tmp_path: Path, marker: str | None
+) -> None:
+    sparse(tmp_path / "model.safetensors", LARGE)
+    if marker:
+        (tmp_path / marker).write_text("{}")
+    now, earlier = model_fingerprint(tmp_path), model_fingerprint(tmp_path, sampled=True)
+    flip(tmp_path / "model.safetensors", (7 << 20) + 12_345)
+    assert (model_fingerprint(tmp_path) != now) == bool(marker)
+    assert model_fingerprint(tmp_path, sampled=True) == earlier
+    known = Weights.on_disk("base", None, str(tmp_path))
+    assert known.fingerprint == model_fingerprint(tmp_path)
+    assert known.earlier == (earlier if marker else "")
+
+
+def test_what_is_small_keeps_the_fingerprint_that_earlier_versions_gave_it(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"a" * 100)
+    assert Weights.on_disk("base", None, str(tmp_path)).earlier == ""
