@@ -70,3 +70,12 @@ class OptimSpec(Spec):
     """Adam's epsilon."""
     max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Gradients are scaled down to this global norm; 0 switches clipping off."""
+
+    @property
+    def needs_length(self) -> str:
+        """The setting by which a step's learning rate depends on the number of all steps; empty: none."""
+        if self.lr_scheduler_type not in ("constant", "constant_with_warmup", "inverse_sqrt"):
+            return f"lr_scheduler_type: {self.lr_scheduler_type}"
+        if self.lr_scheduler_type != "constant" and 0 < self.warmup_steps < 1:
+            return f"warmup_steps: {self.warmup_steps:g}, a share of all steps"
+        return ""

@@ -173,7 +173,10 @@ class Training:
         Raises:
             UserError: incomplete, damaged, or made with other settings.
         """
-        state = checkpoint.read_checkpoint(directory, self, self._settings())
+        settings = self._settings()
+        if not self.spec.needs_length:  # Then a longer stage goes on from a shorter one.
+            del settings["total_steps"]
+        state = checkpoint.read_checkpoint(directory, self, settings)
         self.scheduler.load_state_dict(state["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate

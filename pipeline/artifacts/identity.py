@@ -25,10 +25,21 @@ NOT_IN_IDENTITY = frozenset(
 NEW_NAMES = {EXPERT_IMPL.key: EXPERT_IMPL}
 """Keys of an identity some of whose values earlier versions called otherwise: it is the same work."""
 CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
-FORMAT = "the format of manifests"
+LENGTH = frozenset({"stage.max_steps", "stage.num_train_epochs"})
+"""Keys that say how many steps a stage has."""
 CODE = "code"
 """Part of an identity's config: source of a reward function -> digest of its code. A manifest without an
 entry doesn't know what the code was: that is no change."""
+
+
+@dataclass(frozen=True)
+class Length:
+    """Number of a stage's steps, and what depends on it."""
+
+    steps: int
+    needed_by: str = ""
+    """The setting by which each step depends on the number of all; empty: none, so that a longer stage goes
+    on from where a shorter one ended."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,8 @@ class Identity:
     """Dotted keys of `config` whose values are not their defaults."""
     earlier_inputs: dict[str, str] = field(default_factory=dict)
     """Fingerprints that earlier versions gave to the same inputs, where these differ."""
+    length: Length | None = None
+    """None: a stage of another length is another one."""
 
     @property
     def fingerprint(self) -> str:
@@ -56,8 +69,8 @@ class Identity:
 
         The manifest may lack keys that are newer: these have to be at their defaults, which do what was done
         without them. It may have values under old names (`NEW_NAMES`), or the fingerprint that an input had
-        then (`earlier_inputs`). Where anything else differs, the work
-        is another: then this identity as it stands.
+        then (`earlier_inputs`). Where anything else differs, the work is another: then this identity as it
+        stands.
         """
         old = flat(manifest.config)
         inputs = {name: manifest.inputs.get(name, value) for name, value in self.inputs.items()}
@@ -84,6 +97,21 @@ class Identity:
             changed.append("seed")
         return changed
 
+    def prolongs(self, manifest: Manifest) -> bool:
+        """True where a manifest's work is the first steps of this one's."""
+        length = self.length
+        if length is None or length.needed_by or length.steps <= (manifest.step or 0):
+            return False
+        return 0 < len(changed := self.differences(manifest)) == len(LENGTH.intersection(changed))
+
+    def changed(self, manifest: Manifest) -> Decision:
+        """The decision to run again, with the reason."""
+        changed = self.differences(manifest) or ["the format of manifests"]
+        why = ""
+        if LENGTH.issuperset(changed) and self.length is not None and self.length.needed_by:
+            why = f"the learning rate of every step depends on it by {self.length.needed_by}"
+        return Decision("changed", changed, why=why)
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -97,6 +125,8 @@ class Decision:
     """The wanted identity, in the keys and values of the manifest that was found."""
     damaged: dict[str, str] = field(default_factory=dict)
     """Checkpoints that can't be gone on from, newest first -> what is wrong with their files."""
+    why: str = ""
+    """Reason for which what changed matters, where it is not plain."""
 
     @property
     def says(self) -> str:
@@ -110,7 +140,7 @@ class Decision:
         if self.damaged:
             return f"runs again from its start: {damaged}, and no other checkpoint is there"
         if self.state == "changed":
-            return "runs again: changed " + ", ".join(self.changed)
+            return "runs again: changed " + ", ".join(self.changed) + (f" ({self.why})" if self.why else "")
         return "new"
 
 
@@ -136,7 +166,13 @@ def decide(directory: Path, identity: Identity) -> Decision:
         return _by_checkpoints(directory, identity)
     known = identity.as_of(manifest)
     if manifest.fingerprint != known.fingerprint:
-        return Decision("changed", identity.differences(manifest) or [FORMAT])
+        changed = identity.changed(manifest)
+        if not identity.prolongs(manifest):
+            return changed
+        longer = _by_checkpoints(directory, identity)
+        if longer.state == "partial":
+            return longer
+        return replace(changed, why="no checkpoint to go on from", damaged=longer.damaged)
     if verify(directory, manifest):
         return Decision("changed", ["files of the finished stage are missing or damaged"])
     return Decision("fresh", manifest=manifest, identity=known)
@@ -154,8 +190,8 @@ def _by_checkpoints(directory: Path, identity: Identity) -> Decision:
         if saved is None:
             continue
         known = identity.as_of(saved)
-        if saved.fingerprint != known.fingerprint:
-            return Decision("changed", identity.differences(saved) or [FORMAT])
+        if saved.fingerprint != known.fingerprint and not identity.prolongs(saved):
+            return identity.changed(saved)
         if problems := verify(checkpoint, saved):
             damaged[checkpoint.name] = ", ".join(problems)
             continue

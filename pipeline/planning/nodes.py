@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.errors import UserError
-from pipeline.artifacts.identity import CODE, Decision, Identity, decide, flat, identity_config
+from pipeline.artifacts.identity import CODE, Decision, Identity, Length, decide, flat, identity_config
 from pipeline.artifacts.run_directory import RunDirectory
 from pipeline.artifacts.user_code import code_digests, unread_code
 from pipeline.artifacts.weights import Weights
@@ -157,7 +157,8 @@ def make_node(
     identity = stage_identity(config, spec, inputs, prepared.data.fingerprint, prepared.seed)
     identity = with_prepared(identity, prepared)
     earlier = {name: model.earlier for name, model in read.items() if model.earlier}
-    identity = replace(identity, earlier_inputs=earlier)
+    length = Length(prepared.total_steps, spec.needs_length)
+    identity = replace(identity, earlier_inputs=earlier, length=length)
     code = identity.config.get(CODE, {})
     path = directory.stage(name)
     decision = decide(path, identity)

@@ -51,6 +51,14 @@ class StageContext:
         )
 
 
+def saves_at(stage: Prepared, step: int) -> bool:
+    """True where a checkpoint is due after `step` steps: every `save_steps`, and after the last one where a
+    longer stage could go on from there."""
+    if step == stage.total_steps:
+        return not stage.spec.needs_length
+    return step % stage.spec.save_steps == 0
+
+
 def sound_checkpoint(path: Path, manifest: Manifest) -> Path:
     """The checkpoint at `path`, if its files are what its manifest says. Newer ones, which a run that goes
     on from this one found damaged, are set aside.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -129,6 +130,26 @@ def test_a_run_killed_at_several_points_ends_with_the_same_adapters(
     assert "continues from checkpoint-" in complete(command, tmp_path)
     for stage in ("sft", "dpo"):
         assert adapter_digest(run, stage) == adapter_digest(finished_run, stage), stage
+
+
+def test_a_longer_stage_goes_on_and_leaves_out_a_damaged_checkpoint(tiny_base: Path, tmp_path: Path) -> None:
+    def stage_of(steps: int, output: str) -> list[str]:
+        content = config(tiny_base, tmp_path / output, roles={"policy": {"workers": 1}})
+        sft = content["stages"]["sft"] | {"max_steps": steps, "lr_scheduler_type": "constant"}
+        return command_of(tmp_path / f"{output}-{steps}", content | {"stages": {"sft": sft}})
+
+    complete(stage_of(4, "run"), tmp_path)
+    file = tmp_path / "run" / "sft" / "checkpoint-4" / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    shutil.copytree(file.parent, file.parent.with_name("checkpoint-4-backup"))
+    said = complete(stage_of(6, "run"), tmp_path)
+    assert "sft: continues from checkpoint-2, since checkpoint-4 is damaged" in said
+    assert said.index(str(file)) < said.index("continues from")
+    assert (tmp_path / "run" / "sft" / "checkpoint-4-backup").is_dir()
+    complete(stage_of(6, "straight"), tmp_path)
+    assert adapter_digest(tmp_path / "run", "sft") == adapter_digest(tmp_path / "straight", "sft")
 
 
 def test_a_stop_saves_and_the_same_command_goes_on(

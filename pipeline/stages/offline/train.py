@@ -18,7 +18,7 @@ from pipeline.stages.prepared import PreparedStage
 if TYPE_CHECKING:
     from actors.cluster import GroupFuture
     from pipeline.stages.offline.reference import ReferenceFeed
-from pipeline.stages.context import StageContext, Stopped, finish, sound_checkpoint
+from pipeline.stages.context import StageContext, Stopped, finish, saves_at, sound_checkpoint
 
 AHEAD = 2
 """Steps handed to the ranks before the first of them is back: the driver's work for a step (rows, the
@@ -68,7 +68,7 @@ def train(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> Manife
             in_flight.append((step, ctx.policy.update(batch, stage.loss, step)))
             step += 1
             stopping = ctx.stop_asked()
-            saving = stopping or (step % stage.spec.save_steps == 0 and step < stage.total_steps)
+            saving = stopping or saves_at(stage, step)
             evaluating = bool(stage.spec.eval_steps) and step % (stage.spec.eval_steps or 1) == 0
             while len(in_flight) > (0 if saving or evaluating or step == stage.total_steps else AHEAD):
                 collect()

@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.artifacts.identity import Decision, checkpoints
 from pipeline.artifacts.manifest import Manifest, new_directory, write_json
 from pipeline.stages.checks import check_unmoved
-from pipeline.stages.context import Stopped, finish, sound_checkpoint
+from pipeline.stages.context import Stopped, finish, saves_at, sound_checkpoint
 from pipeline.stages.metrics import MetricsLog
 from pipeline.stages.online.loop import RlContext, RlLoop, StepResult
 from pipeline.stages.online.routing import Routing
@@ -62,7 +62,7 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
                 keep_samples(samples, step, result, stage.spec.num_generations)
                 keep_routing(ctx.directory, routing, step, result.routing)
             stopping = ctx.stop_asked() and step < stage.total_steps
-            if stopping or (step % stage.spec.save_steps == 0 and step < stage.total_steps):
+            if stopping or saves_at(stage, step):
                 save_checkpoint(loop, step, log)
             if stopping:
                 raise Stopped(f"{stage.name} at step {step} of {stage.total_steps}")

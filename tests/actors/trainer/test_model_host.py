@@ -16,6 +16,7 @@ from actors.errors import InvariantViolation, UserError
 from actors.models.lora.adapters import adapter_digest
 from actors.models.spec import LoraSpec
 from actors.trainer.model_host import ModelHost
+from actors.trainer.optimizer import make_scheduler
 from actors.trainer.spec import OptimSpec
 from tests.actors.trainer.host_cases import (
     host_spec,
@@ -185,6 +186,54 @@ def test_resuming_from_a_checkpoint_is_exact_to_the_bit(
         without = policy_host(tiny_base, lora=lora.model_copy(update={"lora_dropout": 0.0}))
         without.updates.prepare_training("policy", OPTIM, 6)
         assert sft_curve(without, 6) != losses
+
+
+@pytest.mark.parametrize("schedule", ["constant", "constant_with_warmup", "inverse_sqrt"])
+def test_a_longer_training_goes_on_from_a_shorter_one_to_the_bit(
+    schedule: str, tiny_base: Path, tmp_path: Path
+) -> None:
+    optim = OPTIM.model_copy(update={"lr_scheduler_type": schedule})
+    assert not optim.needs_length
+    straight, short, longer = (policy_host(tiny_base) for _ in range(3))
+    straight.updates.prepare_training("policy", optim, 5)
+    losses = sft_curve(straight, 5)
+    short.updates.prepare_training("policy", optim, 3)
+    sft_curve(short, 3)
+    short.saving.save_checkpoint(tmp_path / "checkpoint")
+    longer.updates.prepare_training("policy", optim, 5)
+    assert longer.saving.load_checkpoint(tmp_path / "checkpoint") == 3
+    assert sft_curve(longer, 5, first=3) == losses[3:]
+    assert adapter_digest(longer.state.model, "policy") == adapter_digest(straight.state.model, "policy")
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed_by"),
+    [
+        ({"lr_scheduler_type": "linear"}, "lr_scheduler_type: linear"),
+        (
+            {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.1},
+            "warmup_steps: 0.1, a share of all steps",
+        ),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 0.1}, ""),
+        ({"lr_scheduler_type": "inverse_sqrt", "warmup_steps": 5}, ""),
+    ],
+)
+def test_a_schedule_says_by_which_setting_it_depends_on_the_number_of_steps(
+    settings: dict[str, Any], needed_by: str
+) -> None:
+    """Compared with transformers' own schedule over two lengths."""
+    spec = OptimSpec(learning_rate=1.0, **settings)
+    assert spec.needs_length == needed_by
+    rates: list[list[float]] = []
+    for total in (20, 40):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        scheduler = make_scheduler(optimizer, spec, total)
+        rates.append([])
+        for _ in range(20):
+            rates[-1].append(scheduler.get_last_lr()[0])
+            optimizer.step()
+            scheduler.step()
+    assert (rates[0] != rates[1]) == bool(needed_by)
 
 
 def test_an_unusable_checkpoint_is_named_and_changes_nothing(tiny_base: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from actors.models.spec import LoraSpec, MoeSpec
-from pipeline.artifacts.identity import Identity, checkpoints, decide, identity_config
+from pipeline.artifacts.identity import Identity, Length, checkpoints, decide, identity_config
 from pipeline.artifacts.manifest import Manifest, new_directory, write_json
 from pipeline.stages.context import sound_checkpoint
 
@@ -36,8 +36,8 @@ def saved(directory: Path, who: Identity, name: str, step: int | None = None) ->
     return directory / name
 
 
-def finished(directory: Path, who: Identity) -> None:
-    saved(directory, who, "adapter")
+def finished(directory: Path, who: Identity, step: int | None = None) -> None:
+    saved(directory, who, "adapter", step)
     manifest = Manifest.model_validate_json((directory / "adapter" / "manifest.json").read_text())
     manifest.files = {f"adapter/{name}": entry for name, entry in manifest.files.items()}
     write_json(directory / "manifest.json", manifest.model_dump())
@@ -172,6 +172,51 @@ def test_an_input_may_have_the_fingerprint_that_earlier_versions_gave_it(tmp_pat
     assert decision.identity.fingerprint == earlier.fingerprint
     other = replace(now, inputs={"base": "changed"}, earlier_inputs={"base": "changed too"})
     assert decide(tmp_path, other).changed == ["input base"]
+
+
+def of_length(steps: int, needed_by: str = "") -> Identity:
+    return replace(identity(max_steps=steps), length=Length(steps, needed_by))
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_longer_stage_goes_on_where_no_rate_depends_on_its_length(
+    tmp_path: Path, is_finished: bool
+) -> None:
+    saved(tmp_path, of_length(10), "checkpoint-10", 10)
+    if is_finished:
+        finished(tmp_path, of_length(10), 10)
+    decision = decide(tmp_path, of_length(15))
+    assert decision.says == "continues from checkpoint-10"
+    assert decision.identity == of_length(15)
+    # Until it is complete, it is found again, and so is the shorter one.
+    saved(tmp_path, of_length(15), "checkpoint-12", 12)
+    assert decide(tmp_path, of_length(15)).says == "continues from checkpoint-12"
+    shorter = decide(tmp_path, of_length(10))
+    assert shorter.says == ("already done, skipped" if is_finished else "runs again: changed stage.max_steps")
+
+
+def test_a_longer_stage_runs_again_and_says_why_where_rates_depend_on_its_length(tmp_path: Path) -> None:
+    saved(tmp_path, of_length(10), "checkpoint-10", 10)
+    finished(tmp_path, of_length(10), 10)
+    decision = decide(tmp_path, of_length(15, "lr_scheduler_type: linear"))
+    assert (decision.state, decision.changed) == ("changed", ["stage.max_steps"])
+    assert decision.says == (
+        "runs again: changed stage.max_steps (the learning rate of every step depends on it by "
+        "lr_scheduler_type: linear)"
+    )
+
+
+def test_a_longer_stage_runs_again_where_something_else_differs_or_no_state_is_left(tmp_path: Path) -> None:
+    finished(tmp_path, of_length(10), 10)
+    assert decide(tmp_path, of_length(15)).says == (
+        "runs again: changed stage.max_steps (no checkpoint to go on from)"
+    )
+    saved(tmp_path, of_length(10), "checkpoint-10", 10)
+    damage(tmp_path / "checkpoint-10" / "weights")
+    assert "checkpoint-10 is damaged" in decide(tmp_path, of_length(15)).says
+    other = replace(of_length(15), data="others")
+    assert decide(tmp_path, other).says == "runs again: changed stage.max_steps, data"
+    assert decide(tmp_path, of_length(5)).says == "runs again: changed stage.max_steps"
 
 
 def test_a_checkpoint_from_before_a_key_existed_is_gone_on_from(tmp_path: Path) -> None:
