@@ -100,8 +100,8 @@ def _file_of(module: str) -> Path | None:
     """The file that importing a module would run; None for builtin ones, folders without an `__init__`, and
     what can't be found."""
     if module == "__main__":
-        file = getattr(sys.modules["__main__"], "__file__", None)
-        return Path(file).resolve() if file and Path(file).is_file() else None
+        started = getattr(sys.modules["__main__"], "__file__", None)
+        return Path(started).resolve() if started and Path(started).is_file() else None
     folders: list[str] | None = None
     file: str | None = None
     parts = module.split(".")
