@@ -64,18 +64,25 @@ def without_spread(rewards: np.ndarray, num_generations: int) -> np.ndarray:
 
 
 def reward_metrics(
-    names: Sequence[str], rewards: np.ndarray, total: np.ndarray, num_generations: int
+    names: Sequence[str],
+    rewards: np.ndarray,
+    weights: Sequence[float],
+    num_generations: int,
+    total: np.ndarray | None = None,
 ) -> dict[str, float]:
     """TRL's reward metrics: means and unbiased standard deviations over scored samples.
 
     Args:
         rewards: float64 (sources, N), NaN where passed over; N in groups of `num_generations`.
-        total: float64 (N,): what advantages are made of, penalties included; NaN where nobody scored.
+        weights: of the sources.
+        total: float64 (N,): what advantages are made of, penalties included; NaN where nobody scored. None:
+            the weighted sum is.
 
     Returns:
         `reward`, `reward_std`, `frac_reward_zero_std` (groups in which all rewards are equal: nothing to
         learn from), and `rewards/NAME/mean|std`. What has no scored sample is left out.
     """
+    total = combine(rewards, weights) if total is None else total
     metrics = {f"rewards/{n}/{key}": v for n, row in zip(names, rewards) for key, v in _moments(row).items()}
     metrics |= {{"mean": "reward", "std": "reward_std"}[key]: value for key, value in _moments(total).items()}
     groups = total.reshape(-1, num_generations)

@@ -92,15 +92,15 @@ class RewardComputer:
             rows.append(values)
             notes += [f"reward '{one.name}': {note}"] if note else []
         found = np.stack(rows)
-        total, penalties = self._total(found, batch)
-        metrics = reward_metrics(self.names, found, total, self.spec.num_generations) | penalties
+        weights = [one.weight for one in self.spec.rewards]
+        total, penalties = self._less_penalties(combine(found, weights), batch)
+        metrics = reward_metrics(self.names, found, weights, self.spec.num_generations, total) | penalties
         return Rewards(total, metrics, notes)
 
-    def _total(self, found: np.ndarray, batch: Batch) -> tuple[np.ndarray, dict[str, float]]:
-        """Rewards that advantages are made of, float64 (samples,), from those of each source, float64
-        (sources, samples); and metrics of the penalties among them."""
+    def _less_penalties(self, total: np.ndarray, batch: Batch) -> tuple[np.ndarray, dict[str, float]]:
+        """Rewards that advantages are made of, float64 (samples,), from the sums over the sources; and
+        metrics of the penalties."""
         spec, metrics = self.spec, {}
-        total = combine(found, [one.weight for one in spec.rewards])
         total = without_eos_penalty(total, batch.columns["finished"], spec.missing_eos_penalty)
         if spec.soft_punish_cache is not None:
             limit, cache = spec.max_completion_length, spec.soft_punish_cache

@@ -270,21 +270,19 @@ def test_rewards_add_up_by_weight_without_those_that_do_not_apply() -> None:
 
 
 def test_metrics_have_trls_names_and_unbiased_deviations() -> None:
-    total = combine(TWO_SOURCES, [1.0, 0.5])
-    found = reward_metrics(["a", "b"], TWO_SOURCES, total, num_generations=2)
+    found = reward_metrics(["a", "b"], TWO_SOURCES, [1.0, 0.5], num_generations=2)
     assert found == pytest.approx(
         {
             "rewards/a/mean": 0.5, "rewards/a/std": 0.5**0.5, "rewards/b/mean": 3.0, "rewards/b/std": 2**0.5,
             "reward": 4 / 3, "reward_std": (4 / 3) ** 0.5, "frac_reward_zero_std": 0.0,
         }
     )  # fmt: skip
-    rewards = np.array([[1.0, 1.0, 0.0, 1.0]])
-    even = reward_metrics(["a"], rewards, rewards[0], num_generations=2)
+    even = reward_metrics(["a"], np.array([[1.0, 1.0, 0.0, 1.0]]), [1.0], num_generations=2)
     assert even["frac_reward_zero_std"] == 0.5
 
 
 def test_a_source_without_any_value_has_no_metric() -> None:
-    assert "rewards/a/mean" not in reward_metrics(["a"], np.full((1, 2), NAN), np.full(2, NAN), 2)
+    assert "rewards/a/mean" not in reward_metrics(["a"], np.full((1, 2), NAN), [1.0], 2)
 
 
 @pytest.mark.parametrize("nobody", [[1.0, 0.0], [0.0, 0.0]])
@@ -297,7 +295,7 @@ def test_a_source_of_weight_0_scores_no_sample(nobody: list[float]) -> None:
 def test_equal_rewards_of_any_size_have_no_spread() -> None:
     rewards = np.array([0.1] * 3 + [1e9 + 0.1] * 3 + [1e9, 1e9 + 1, 1e9])
     assert without_spread(rewards, 3).tolist() == [True, True, False]
-    found = reward_metrics(["a"], rewards[None], rewards, 3)
+    found = reward_metrics(["a"], rewards[None], [1.0], 3)
     assert found["frac_reward_zero_std"] == pytest.approx(2 / 3)
 
 
