@@ -141,9 +141,14 @@ def sync_directory(directory: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file atomically."""
+    replace_text(path, json_text(value, indent=2, default=str) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a file atomically: at every moment it holds either all of the old text or all of the new."""
     aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("w") as handle:
-        handle.write(json_text(value, indent=2, default=str) + "\n")
+    with aside.open("w", encoding="utf-8") as handle:
+        handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())
     os.replace(aside, path)

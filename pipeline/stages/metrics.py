@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.json_text import json_text
+from pipeline.artifacts.manifest import replace_text
 
 LAST = ("learning_rate", "num_tokens", "epoch", "step", "sync/version", "beta")
 """Metrics of which a logging window keeps the last value; of the others it keeps the mean."""
@@ -30,10 +31,9 @@ class MetricsLog:
             self._window = [{name: as_metric(value) for name, value in one.items()} for one in window]
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(path) if line["step"] <= resume_at] if resume_at else []
-        self._file = path.open("w")
-        for line in kept:
-            self._file.write(json_text(line) + "\n")
-        self._file.flush()
+        # Days of training are in this file: it is never emptied to be written again.
+        replace_text(path, "".join(json_text(line) + "\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
         last = kept[-1] if kept else {}
         self.last: dict[str, Any] = {name: value for name, value in last.items() if value is not None}
 
@@ -72,13 +72,16 @@ def as_metric(value: float | None) -> float:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics file; a last line that a kill cut short is left out."""
+    """Lines of a metrics file that are whole: what a kill cut short or a disk damaged is left out."""
     if not path.is_file():
         return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
+    found = [_row(line) for line in path.read_bytes().split(b"\n")]
+    return [row for row in found if row is not None]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int | float) else None

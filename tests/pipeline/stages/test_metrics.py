@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from pipeline.stages.metrics import MetricsLog, read_metrics
 
@@ -70,3 +73,35 @@ def test_a_window_that_is_open_at_a_checkpoint_is_json_too(tmp_path: Path) -> No
     log.add(1, {"kl": math.inf})
     log.save(tmp_path)
     assert strict((tmp_path / "logging_window.json").read_text()) == [{"kl": None}]
+
+
+@pytest.mark.parametrize("moment", ["os.fsync", "os.replace"])
+@pytest.mark.parametrize("resume_at", [0, 5])
+def test_a_kill_while_lines_are_dropped_leaves_the_file_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, resume_at: int
+) -> None:
+    logged(tmp_path, range(1, 11)).close()
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, moment.removeprefix("os."), killed)
+        with pytest.raises(KeyboardInterrupt):
+            logged(tmp_path, range(0), resume_at)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    logged(tmp_path, range(0), resume_at).close()
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [5][: resume_at // 5]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+def test_lines_that_are_cut_short_or_damaged_are_left_out_and_the_others_kept(tmp_path: Path) -> None:
+    rows = [json.dumps({"step": step, "loss": 1.0}).encode() for step in (1, 2, 3)]
+    damaged = [b"\xff\xfe\x00", b"[1]", b'{"loss": 1}', b'{"step": "x"}', b"[" * 100_000, b""]
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\n".join([rows[0], *damaged, *rows[1:], b'{"step": 4, "lo']))
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
+    logged(tmp_path, range(0), 2).close()
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+    assert path.read_bytes().endswith(b"}\n")
