@@ -30,13 +30,14 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "actors.models.spec": ("actors.spec",),
     "actors.models.attention": ("actors.errors", "actors.batches"),
     "actors.models.tiny": ("actors.errors",),
+    "actors.models.files": ("actors.errors",),
     "actors.models.turn_ends": (
         "actors.errors",
         "actors.batches",
         "actors.models.spec",
         "actors.models.base",
     ),
-    "actors.models.parallel": ("actors.errors",),
+    "actors.models.parallel": ("actors.errors", "actors.models.files"),
     "actors.models.architectures": ("actors.errors", "actors.models.spec"),
     "actors.models.moe": (
         "actors.errors",
@@ -54,6 +55,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "actors.models.lora": (
         "actors.errors",
         "actors.models.spec",
+        "actors.models.files",
         "actors.models.turn_ends",
         "actors.models.architectures",
         "actors.models.parallel",

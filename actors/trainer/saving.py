@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from actors.errors import UserError
 from actors.models.base.loading import load_tokenizer
+from actors.models.files import give_usual_mode
 from actors.models.lora import adapters
 from actors.models.lora.heads import head_parameters
 from actors.models.parallel.fsdp import is_sharded
@@ -54,6 +55,7 @@ class Saving:
             weights = {name: value.detach().clone() for name, value in state.base.state_dict().items()}
             with _as_loaded(state.config):
                 state.base.save_pretrained(str(directory), state_dict=weights)
+            give_usual_mode(*Path(directory).glob("*.safetensors"))
         if self._writes:
             load_tokenizer(state.spec.model).save_pretrained(str(directory))
             write_turn_ends(directory)

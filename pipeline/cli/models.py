@@ -99,13 +99,11 @@ def chat(
 @verbs.command(epilog=example("raylign merge runs/demo/dpo/adapter merged-model --dtype bfloat16"))
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Directory of the adapter.")],
-    out: Annotated[Path, typer.Argument(help="Directory for the merged model; must not exist.")],
+    out: Annotated[Path, typer.Argument(help="Directory for the merged model: new, or empty.")],
     base: Annotated[str | None, typer.Option(help="Base to merge into; default: the adapter's own.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the base's.")] = None,
 ) -> int:
     """Merge an adapter into its base: a full Hugging Face model, checked against the unmerged logits."""
-    if out.exists():
-        raise UserError(f"{out}: exists already; name a new directory")
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"--dtype: '{dtype}' is not one of float32, bfloat16")
     from actors.models.lora.merge import merge_adapter

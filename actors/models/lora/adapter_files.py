@@ -17,6 +17,7 @@ from actors.errors import UserError
 from actors.models.architectures.meta_model import meta_model
 from actors.models.base.digests import base_fingerprint
 from actors.models.base.loading import ADAPTER_CONFIG
+from actors.models.files import save_tensors
 from actors.models.lora.heads import HEAD_FILE, HEAD_NAME, SCORE_KEY, has_sequence_classifier
 from actors.models.parallel.fsdp import is_sharded, put_, whole
 
@@ -44,7 +45,6 @@ def save_adapter(
     Collective where the adapter is sharded; `write` is False on ranks that only hand over their slices.
     """
     from peft import TaskType, get_peft_model_state_dict
-    from safetensors.torch import save_file
 
     require_adapter(peft, adapter_name)
     state = get_peft_model_state_dict(peft, adapter_name=adapter_name, save_embedding_layers=False)
@@ -59,11 +59,11 @@ def save_adapter(
         if classifies:
             tensors[SCORE_KEY] = weight
         else:
-            save_file({HEAD_NAME: weight}, directory / HEAD_FILE)
+            save_tensors({HEAD_NAME: weight}, directory / HEAD_FILE)
     base = peft.get_base_model().config._name_or_path
     fingerprint = base_fingerprint(base) if base and Path(base).is_dir() else None
     metadata = {"format": "pt"} | ({_FINGERPRINT_KEY: fingerprint} if fingerprint else {})
-    save_file(tensors, directory / ADAPTER_WEIGHTS, metadata=metadata)
+    save_tensors(tensors, directory / ADAPTER_WEIGHTS, metadata)
     _sort_metadata(directory / ADAPTER_WEIGHTS)
     config = copy.deepcopy(peft.peft_config[adapter_name])
     config.inference_mode = True

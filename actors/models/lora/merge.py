@@ -6,6 +6,7 @@ bf16 loses small updates, so neither is done. How much the output's dtype itself
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import time
@@ -19,6 +20,7 @@ from torch import nn
 
 from actors.errors import RunFailure, UserError
 from actors.models.base.loading import load_base, local_base_dir, resolve_base
+from actors.models.files import new_model, save_tensors, writing
 from actors.models.lora.adapters import attach_saved, check_adapter_matches_base, read_head, role
 from actors.models.lora.low_rank import Factors, low_rank_delta
 from actors.models.parallel.fsdp import whole
@@ -74,14 +76,21 @@ def merge_adapter(
         dtype: of the output; None keeps the base's.
         check: load the result again and compare log-probabilities with the unmerged model.
 
+    It is written beside `out_dir` and renamed when it is complete and compared: an attempt that fails or is
+    killed leaves nothing there.
+
     Raises:
         UserError: the adapter is of another base, or `out_dir` holds something already.
-        RunFailure: the merged model's log-probabilities are beyond tolerance.
+        RunFailure: the merged model's log-probabilities are beyond tolerance, or the disk is full.
     """
+    with new_model(out_dir) as aside:
+        return dataclasses.replace(_merge(base, adapter_dir, aside, dtype, check), out_dir=str(out_dir))
+
+
+def _merge(
+    base: str | None, adapter_dir: str | Path, out_dir: Path, dtype: str | None, check: bool
+) -> MergeReport:
     started = time.monotonic()
-    out_dir = Path(out_dir)
-    if out_dir.exists() and any(out_dir.iterdir()):
-        raise UserError(f"'{out_dir}' is not empty; name a new directory for the merged model")
     resolved = resolve_base(ModelSpec(base=str(base or adapter_dir), allow_untested=True)).checked()
     base_dir = local_base_dir(resolved.base_path)
     assert resolved.config is not None
@@ -96,7 +105,8 @@ def merge_adapter(
     target = _dtype(dtype or own_dtype)
     deltas = adapter_deltas(peft, "merge")
     unchanged, unchanged_bf16 = _unchanged(peft, deltas, (target, torch.bfloat16))
-    write_model(peft, merged_state(peft, "merge", target), out_dir, base_dir)
+    with writing(out_dir):
+        write_model(peft, merged_state(peft, "merge", target), out_dir, base_dir)
     largest = mean = None
     if check:
         largest, mean = _compare(peft, out_dir, target, base_dir)
@@ -164,7 +174,6 @@ def write_model(
 ) -> None:
     """Write weights (checkpoint names) together with the base's own config, tokenizer and chat template."""
     from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
 
     out_dir, base_dir = Path(out_dir), Path(base_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -183,7 +192,7 @@ def write_model(
     )
     for file_name, names in split.filename_to_tensors.items():
         tensors = {name: state[name].detach().cpu().contiguous() for name in names}
-        save_file(tensors, out_dir / file_name, metadata={"format": "pt"})
+        save_tensors(tensors, out_dir / file_name, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (out_dir / "model.safetensors.index.json").write_text(
@@ -210,7 +219,7 @@ def _compare(peft: PeftModel, out_dir: Path, target: torch.dtype, base_dir: Path
             "merge",
             "check",
             f"log-probabilities of the merged model differ by {off:.2g} (limit {limit:g}) from the unmerged",
-            f"delete '{out_dir}' and merge with dtype float32; if that fails too, report the architecture",
+            "nothing was written; merge with dtype float32, and if that fails too, report the architecture",
         )
     return largest, mean
 

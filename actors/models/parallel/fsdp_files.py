@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
 
+from actors.models.files import save_tensors
 from actors.models.parallel.fsdp import whole
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _layers(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def _write(directory: Path, index: int, tensors: dict[str, torch.Tensor]) -> list[str]:
-    save_file(tensors, directory / _part(index), metadata={"format": "pt"})
+    save_tensors(tensors, directory / _part(index), {"format": "pt"})
     return sorted(tensors)
 
 

@@ -173,7 +173,7 @@ def save_sampled(path: Path, sampled: SampledBatch) -> None:
     Rewards are kept where sampling had to know them: models that score the same samples in other company give
     other last digits.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     samples = sampled.samples
     arrays = {f"samples.{name}": value for name, value in samples.arrays().items()} | {"rows": sampled.rows}
@@ -184,7 +184,9 @@ def save_sampled(path: Path, sampled: SampledBatch) -> None:
     if sampled.rewards is not None:
         arrays["rewards"] = sampled.rewards.values
         more["rewards"] = [sampled.rewards.metrics, sampled.rewards.notes]
-    save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, path, _encoded(more))
+    whole = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    # Not `save_file`, which makes a file that nobody else can read.
+    path.write_bytes(save(whole, _encoded(more)))
 
 
 def load_sampled(path: Path, data: PromptData) -> SampledBatch:

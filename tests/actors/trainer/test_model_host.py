@@ -320,6 +320,7 @@ def test_a_base_without_lora_trains_whole_and_is_saved_in_transformers_layout(
     ):
         assert torch.equal(ours, theirs), name
     assert (tmp_path / "model" / "tokenizer_config.json").is_file()
+    assert len({path.stat().st_mode for path in (tmp_path / "model").iterdir()}) == 1, "others may read all"
 
 
 def test_a_base_that_is_an_adapter_directory_is_that_adapter(tiny_base: Path, tmp_path: Path) -> None:

@@ -112,6 +112,7 @@ def test_a_merge_that_went_wrong_is_an_error(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(merge, "adapter_deltas", lambda *a: {n: 2 * d for n, d in right(*a).items()})
     with pytest.raises(RunFailure, match="log-probabilities of the merged model differ by"):
         merge.merge_adapter(None, saved, tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_a_base_that_rounding_alone_moves_far_is_merged_all_the_same(saved, tmp_path, monkeypatch):
@@ -132,3 +133,22 @@ def test_a_directory_in_use_and_a_foreign_base_are_refused(saved, base_of, tmp_p
     with pytest.raises(UserError, match="dtype: 'int8'"):
         merge.merge_adapter(None, saved, tmp_path / "merged", dtype="int8")
     assert not (tmp_path / "merged").exists()
+
+
+def test_an_empty_directory_is_filled_and_others_may_read_the_files(saved, tmp_path):
+    (tmp_path / "merged").mkdir()
+    report = merge.merge_adapter(None, saved, tmp_path / "merged")
+    assert report.out_dir == str(tmp_path / "merged")
+    files = [*(tmp_path / "merged").iterdir(), *saved.iterdir()]
+    assert len({path.stat().st_mode for path in files}) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
+
+
+def test_a_full_disk_while_a_model_is_written_is_said_and_leaves_nothing(saved, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(merge, "save_tensors", full)
+    with pytest.raises(RunFailure, match="No space left on device"):
+        merge.merge_adapter(None, saved, tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
