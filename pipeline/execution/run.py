@@ -194,6 +194,8 @@ class Run:
         manifest = train(stage, contexts.train_context(node, reference, events), node.decision)
         if reference is not None:
             reference.finish()
+            for note in reference.notes():
+                self.progress.note(f"{node.name}: {note}")
         return manifest
 
     def evaluate(self, graph: Graph, fleet: Fleet) -> None:
