@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from actors.errors import UserError
-from pipeline.artifacts.manifest import disk_errors, write_json
+from pipeline.artifacts.manifest import MANIFEST, disk_errors, write_json
+
+BEFORE_THE_RECORD = frozenset({".lock", ".run.json.tmp", "logs", "submitted.json", "STOP"})
+"""What may be in a run directory before its first run.json is: a full disk or a kill can come between."""
 
 
 class RunDirectory:
@@ -50,7 +53,7 @@ class RunDirectory:
         self.refuse_foreign()
         with disk_errors(self.path, "open the run directory"):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("a+")
+            self._lock = (self.path / ".lock").open("a+", errors="replace")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -79,24 +82,37 @@ class RunDirectory:
         Raises:
             UserError: a file, a directory with other things in it, or another run's directory.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"output_dir: {self.path} is a file; name a directory")
-        if not self.path.is_dir():
-            return
-        entries = {p.name for p in self.path.iterdir()} - {".lock"}
+        try:
+            if self.path.exists() and not self.path.is_dir():
+                raise UserError(f"output_dir: {self.path} is a file; name a directory")
+            if not self.path.is_dir():
+                return
+            entries = {p.name for p in self.path.iterdir()}
+        except OSError as error:
+            raise UserError(f"output_dir: {self.path} can't be read ({error.strerror})") from None
         record = self.path / "run.json"
-        if entries and not record.is_file() and not entries <= {"logs", "submitted.json"}:
-            raise UserError(
-                f"output_dir: {self.path} holds files but no run.json, so it is not a run directory; "
-                "name an empty or new directory"
-            )
-        if record.is_file():
-            other = self._load(record).get("name")
+        if record.exists():
+            other = self._load(record)["name"]
             if other != self.name:
                 raise UserError(
                     f"output_dir: {self.path} belongs to the run {other!r}, this one is named {self.name!r}; "
                     f"use another output_dir, or set name: {other} to go on with that run"
                 )
+        elif entries - BEFORE_THE_RECORD and not self._was_this_runs(entries):
+            ours = (
+                ", or, if this is the directory of that run all the same, put "
+                f'{{"name": "{self.name}"}} into its run.json'
+            )
+            raise UserError(
+                f"output_dir: {self.path} holds files but no run.json, so it is not a run directory; "
+                f"name an empty or new directory{ours if '.lock' in entries else ''}"
+            )
+
+    def _was_this_runs(self, entries: set[str]) -> bool:
+        """True for a directory of this run whose run.json was lost or removed: its config has the name, and
+        there is something that only a run leaves. A config alone may be the user's own file."""
+        left = ".lock" in entries or any(self.path.glob(f"*/{MANIFEST}"))
+        return left and _name_in(self.path / "config.yaml") == self.name
 
     def read(self) -> dict[str, Any]:
         """Content of run.json, without opening the directory; empty where no run has begun.
@@ -110,27 +126,35 @@ class RunDirectory:
     @staticmethod
     def _load(record: Path) -> dict[str, Any]:
         try:
-            state = json.loads(record.read_text())
+            state = json.loads(record.read_text(encoding="utf-8"))
             if not isinstance(state, dict):
                 raise ValueError("not a mapping")
+            if not isinstance(state.get("name"), str):
+                raise ValueError("names no run")
+            for key in ("stages", "eval"):
+                inner = state.setdefault(key, {})
+                if not isinstance(inner, dict) or not all(isinstance(one, dict) for one in inner.values()):
+                    raise ValueError(f"`{key}` is not a mapping of mappings")
             return state
-        except ValueError as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(
-                f"{record}: not readable ({error}). Remove that file: finished stages are recognised by "
-                "their own manifests and are not redone"
+                f"{record}: not readable ({error}). Remove it and run the same config again: finished stages "
+                "are recognised by their own manifests and are not redone"
             ) from None
 
     def _read_state(self) -> None:
         record = self.path / "run.json"
-        if record.is_file():
-            self.state = {"stages": {}, "eval": {}, **self._load(record)}
+        if record.exists():
+            self.state = self._load(record)
 
     def _clear(self) -> None:
-        """Remove everything but the lock (`--fresh`)."""
-        for entry in self.path.iterdir():
-            if entry.name == ".lock":
-                continue
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        """Remove everything but the lock (`--fresh`); run.json last, by which the directory is known."""
+        entries = sorted(self.path.iterdir(), key=lambda entry: entry.name == "run.json")
+        with disk_errors(self.path, "clear the run directory"):
+            for entry in entries:
+                if entry.name != ".lock":
+                    whole = entry.is_dir() and not entry.is_symlink()
+                    shutil.rmtree(entry) if whole else entry.unlink()
 
     def record(self, **changes: Any) -> None:
         """Change top-level entries of run.json."""
@@ -162,3 +186,14 @@ def clear_stage(directory: Path) -> None:
 def drop_previous(directory: Path) -> None:
     """Remove what `clear_stage` set aside; its successor is complete."""
     shutil.rmtree(directory.with_name(f".{directory.name}.previous"), ignore_errors=True)
+
+
+def _name_in(config: Path) -> Any:
+    """`name` of a written config; None where it can't be read."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return None
+    return found.get("name") if isinstance(found, dict) else None

@@ -144,8 +144,6 @@ def inspect(
 @verbs.command(epilog=example("raylign report runs/demo"))
 def report(directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's directory.")]) -> int:
     """Write report.html and its plots from what a run directory holds."""
-    if not (directory / "run.json").is_file():
-        raise UserError(f"{directory}: no run.json there, so it is not a run directory (usually runs/NAME)")
     from pipeline.report import build_report
 
     console.say(f"wrote {build_report(directory)}")

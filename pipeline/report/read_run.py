@@ -23,6 +23,8 @@ from pipeline.report.tolerant_reading import as_mapping, as_number, as_numbers, 
 FIRST_STEP = "first training step"
 """The entry of `startup` that is a point in time, not a cause."""
 
+RENEW = "Remove it and run the config again: finished stages are recognised by their manifests, not redone"
+
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 
@@ -61,13 +63,14 @@ def _run_json(directory: Path) -> dict[str, Any]:
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            f"{directory}: no run.json in it, so this is not a run directory (runs/NAME)"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: can't be read: {error}") from None
+        said = f"{directory}: no run.json in it, so this is not a run directory (runs/NAME)"
+        if any(directory.glob("*/manifest.json")):
+            said += "; if it was removed, run the config again, which writes it anew"
+        raise UserError(said) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: can't be read: {error}. {RENEW}") from None
     if not isinstance(run, dict):
-        raise UserError(f"{path}: holds a {type(run).__name__}, not a mapping")
+        raise UserError(f"{path}: holds a {type(run).__name__}, not a mapping. {RENEW}")
     return run
 
 

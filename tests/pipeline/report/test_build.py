@@ -192,9 +192,10 @@ def test_evaluations_without_intervals_or_of_other_metrics_are_shown(tmp_path: P
 def test_a_directory_that_is_no_run_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no run\.json"):
         build_report(tmp_path)
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(UserError, match="can't be read"):
-        build_report(tmp_path)
+    for content in (b"{", b'"\xff"', b"[" * 100_000, b"[]"):
+        (tmp_path / "run.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"run\.json: .*Remove it and run the config again"):
+            build_report(tmp_path)
 
 
 def test_importing_the_report_does_not_import_matplotlib() -> None:
