@@ -14,7 +14,7 @@ from pipeline.config.messages import bad_paths, explain, joined, keys_in
 from pipeline.config.problem import Problem
 from pipeline.config.rules.cross import cross_problems
 from pipeline.config.run_config import RunConfig
-from pipeline.config.yaml_reader import apply_overrides, read_mapping, set_key
+from pipeline.config.yaml_reader import apply_overrides, read_mapping, set_key, too_large
 
 _NAMING_STAGES = frozenset({"init", "reference", "models", "rewards", "critic_init"})
 """Keys whose values are names of stages."""
@@ -48,13 +48,20 @@ def validate(data: dict[str, Any]) -> tuple[RunConfig | None, list[Problem]]:
     try:
         config = RunConfig.model_validate(data, strict=True)
     except ValidationError as error:
-        problems = explain(error, data, RunConfig)
+        problems = _with_size(explain(error, data, RunConfig), data)
         bad = bad_paths(error, data, RunConfig)
         if bad:
             problems += _rules_of_the_rest(data, bad)
         return None, problems
-    problems = joined(cross_problems(config))
+    problems = _with_size(joined(cross_problems(config)), data)
     return (None if problems else config), problems
+
+
+def _with_size(problems: list[Problem], data: dict[str, Any]) -> list[Problem]:
+    """Problems, with those of whole numbers that are too large in place of what else is said of these."""
+    large = too_large(data)
+    named = {problem.path for problem in large}
+    return [*large, *(problem for problem in problems if problem.path not in named)]
 
 
 def _rules_of_the_rest(data: dict[str, Any], bad: dict[tuple[str, ...], set[str]]) -> list[Problem]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
-from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from collections.abc import Iterable
+from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from pipeline.config.fields import all_paths, arms, description, fields_at, models_at, stage_types
 from pipeline.config.problem import Problem
 from pipeline.config.trl_keys import INSTEAD, INSTEAD_OF_VALUE
 
@@ -40,6 +40,10 @@ _BOUNDS = {
 
 SHOWN_KEYS = 24
 """Keys of a section that a message names; a stage has twice as many."""
+
+
+SHOWN_TEXT = 200
+"""Characters of a value that a message repeats."""
 
 
 def explain(error: ValidationError, data: dict[str, Any], model: type[BaseModel]) -> list[Problem]:
@@ -110,18 +114,18 @@ def _sentence(detail: ErrorDetails, keys: list[str], model: type[BaseModel]) -> 
     if kind == "extra_forbidden":
         return unknown_key(keys, value, model, _stage_tag(detail))
     if kind == "missing":
-        about = _description(model, keys)
+        about = description(model, keys)
         return f"missing{f' ({about})' if about else ''}"
     if kind in ("literal_error", "enum"):
         choices = _literals(context["expected"])
         named = next((key for key in reversed(keys) if not key.isdigit()), "")
         return f"{_shown(value)} is not one of {', '.join(choices)}{_instead_of(named, value, choices)}"
     if kind == "union_tag_not_found":
-        choices = _stage_types(model)
+        choices = stage_types(model)
         near = did_you_mean(keys[-1], choices)
         return f"its name is no type of stage{near}; add `type:` ({' or '.join(choices)})"
     if kind == "union_tag_invalid":
-        choices = _stage_types(model)
+        choices = stage_types(model)
         given = str(context["tag"])
         return f"type '{given}' is not one of {', '.join(choices)}{_instead_of('type', given, choices)}"
     if kind in _TYPES:
@@ -147,19 +151,14 @@ def unknown_key(keys: list[str], value: Any, model: type[BaseModel], stage_type:
     key = keys[-1]
     if key in INSTEAD:
         return f"unknown key; {INSTEAD[key].format(value=value)}"
-    here = _fields_at(model, keys[:-1], stage_type)
-    homes = [path for path in _all_paths(model) if path.rsplit(".", 1)[-1] == key]
+    here = fields_at(model, keys[:-1], stage_type)
+    homes = [path for path in all_paths(model) if path.rsplit(".", 1)[-1] == key]
     near = difflib.get_close_matches(key, here, n=1, cutoff=0.75)
     if near:
         return f"unknown key; did you mean `{near[0]}`?"
-    if homes:
-        home = homes[0]
-        if stage_type is not None and len(keys) == 3 and home.startswith("stages.STAGE."):
-            kinds = [
-                m.model_fields["type"].default for m in _models_at(model, keys[:-1]) if key in m.model_fields
-            ]
-            home = f"stages of type {_listed(kinds)}"
-        return f"unknown key here; it belongs to `{home}`"
+    own = _home_in_stage(keys, model, stage_type) if stage_type is not None else None
+    if own is not None or homes:
+        return f"unknown key here; it belongs to {own or _home_elsewhere(homes[0], keys, model)}"
     near = difflib.get_close_matches(key, here, n=1)
     if near:
         return f"unknown key; did you mean `{near[0]}`?"
@@ -169,9 +168,41 @@ def unknown_key(keys: list[str], value: Any, model: type[BaseModel], stage_type:
     return f"unknown key; possible: {', '.join(here)}"
 
 
+def _home_in_stage(keys: list[str], model: type[BaseModel], stage_type: str) -> str | None:
+    """Where a key belongs within the stage in which it was written elsewhere; None: nowhere in it."""
+    key, stage = keys[-1], ".".join(keys[:2])
+    here = ".".join(part for part in keys[2:-1] if not part.isdigit())
+    homes = []
+    for owner in models_at(model, keys[:2]):
+        if owner.model_fields["type"].default != stage_type:
+            continue
+        for path in all_paths(owner):
+            section, _, name = path.rpartition(".")
+            if name != key or section == here:
+                continue
+            field = owner.model_fields.get(section)
+            # A section of sources may be a plain string, which has no place for keys.
+            sources = field is not None and any(get_origin(arm) is list for arm in arms(field.annotation))
+            whole = "source: ..." if key == "source" else f"source: ..., {key}: ..."
+            homes.append(f"`{stage}.{path}`" + (f", as in `{section}: {{{whole}}}`" if sources else ""))
+    own = [home for home in homes if ".eval_data." not in home] or homes
+    return ", or to ".join(own) or None
+
+
+def _home_elsewhere(home: str, keys: list[str], model: type[BaseModel]) -> str:
+    """Where a key belongs that the section's own stage has no place for."""
+    if len(keys) < 3 or keys[0] != "stages" or not home.startswith("stages.STAGE."):
+        return f"`{home}`"
+    path = home.removeprefix("stages.STAGE.")
+    top = path.split(".")[0]
+    kinds = [m.model_fields["type"].default for m in models_at(model, keys[:2]) if top in m.model_fields]
+    of = f"stages of type {_listed(kinds)}"
+    return f"`{of}`" if path == top else f"`{path}` of {of}"
+
+
 def nearest_key(keys: list[str], model: type[BaseModel], stage_type: str | None = None) -> str | None:
     """The name that an unknown key may have been meant to be, in its own section."""
-    near = difflib.get_close_matches(keys[-1], _fields_at(model, keys[:-1], stage_type), n=1)
+    near = difflib.get_close_matches(keys[-1], fields_at(model, keys[:-1], stage_type), n=1)
     return near[0] if near else None
 
 
@@ -192,7 +223,7 @@ def did_you_mean(value: str, choices: Iterable[str]) -> str:
 
 def _shown(value: Any) -> str:
     if isinstance(value, str):
-        return f"'{value}'"
+        return f"'{value}'" if len(value) <= SHOWN_TEXT else f"'{value[:SHOWN_TEXT]}...'"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = str(value)
@@ -217,82 +248,3 @@ def _is_number(text: str) -> bool:
 
 def _literals(expected: str) -> list[str]:
     return [part for part in expected.replace("' or '", "', '").strip("'").split("', '") if part]
-
-
-# The models' fields, walked by the user's keys.
-
-
-def _arms(annotation: Any) -> Iterator[Any]:
-    """Annotation without Annotated, Optional and Union."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        yield from _arms(get_args(annotation)[0])
-    elif origin in (Union, UnionType):
-        for arm in get_args(annotation):
-            if arm is not NoneType:
-                yield from _arms(arm)
-    else:
-        yield annotation
-
-
-def _step(annotation: Any, key: str) -> Iterator[Any]:
-    """Annotations one key below."""
-    for arm in _arms(annotation):
-        if isinstance(arm, type) and issubclass(arm, BaseModel):
-            if key in arm.model_fields:
-                yield arm.model_fields[key].annotation
-        elif get_origin(arm) is dict:
-            yield get_args(arm)[1]
-        elif get_origin(arm) is list:
-            item = get_args(arm)[0]
-            yield from [item] if key.isdigit() else _step(item, key)
-
-
-def _models_at(model: type[BaseModel], keys: list[str]) -> list[type[BaseModel]]:
-    at: list[Any] = [model]
-    for key in keys:
-        at = [below for annotation in at for below in _step(annotation, key)]
-    found: list[type[BaseModel]] = []
-    for annotation in at:
-        for arm in _arms(annotation):
-            for inner in _arms(get_args(arm)[0]) if get_origin(arm) is list else [arm]:
-                if isinstance(inner, type) and issubclass(inner, BaseModel):
-                    found.append(inner)
-    return found
-
-
-def _fields_at(model: type[BaseModel], keys: list[str], stage_type: str | None) -> list[str]:
-    models = _models_at(model, keys)
-    if stage_type is not None and len(keys) == 2:
-        models = [m for m in models if m.model_fields["type"].default == stage_type] or models
-    return list(dict.fromkeys(name for m in models for name in m.model_fields))
-
-
-def _description(model: type[BaseModel], keys: list[str]) -> str:
-    for owner in _models_at(model, keys[:-1]):
-        field = owner.model_fields.get(keys[-1])
-        if field is not None and field.description:
-            return " ".join(field.description.split()).split(". ")[0].split(": ")[0].rstrip(".")
-    return ""
-
-
-def _all_paths(annotation: Any, prefix: str = "", depth: int = 0) -> Iterator[str]:
-    """Dotted paths of all fields; a stage's name is written STAGE. Shallow ones first."""
-    below: list[tuple[Any, str]] = []
-    for arm in _arms(annotation):
-        if get_origin(arm) is dict and depth == 1:
-            below.append((get_args(arm)[1], f"{prefix}.STAGE"))
-        elif get_origin(arm) is list:
-            below.append((get_args(arm)[0], prefix))
-        elif isinstance(arm, type) and issubclass(arm, BaseModel):
-            for name, field in arm.model_fields.items():
-                path = f"{prefix}.{name}" if prefix else name
-                yield path
-                below.append((field.annotation, path))
-    for inner, path in below:
-        yield from _all_paths(inner, path, depth + 1)
-
-
-def _stage_types(model: type[BaseModel]) -> list[str]:
-    fields = _models_at(model, ["stages", "any"])
-    return [get_args(m.model_fields["type"].annotation)[0] for m in fields if "type" in m.model_fields]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +17,37 @@ _SOURCES = frozenset({"data", "eval_data", "rewards"})
 """Keys whose plain string, alone or in a list, is short for `{source: string}`."""
 
 
+LARGEST_INT = 2**63 - 1
+"""What torch, numpy and Ray count with."""
+MOST_DIGITS = 400
+"""Of a whole number that is read at all; `too_large` names the key of those above `LARGEST_INT`."""
+MOST_VALUES = 1_000_000
+"""Values that aliases may expand a file to: a file of a few lines can stand for billions."""
+
+
+HOLDS_ITSELF = "an alias (`*name`) stands inside the value that it names"
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's core scalars: `1e-4` is a number; `no`, `on` and dates are strings."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """A node's value. PyYAML's constructors fail in many ways on a text that is not of the tag before it
+        (`!!int x`, `!!bool maybe`, `!!timestamp x`)."""
+        try:
+            return super().construct_object(node, deep)
+        except yaml.constructor.ConstructorError as error:
+            if "recursive" in str(error.problem):
+                error.problem = HOLDS_ITSELF
+            raise
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
+            text = str(node.value) if isinstance(node, yaml.ScalarNode) else ""
+            tag = node.tag.removeprefix("tag:yaml.org,2002:")
+            shown = f"'{text[:40]}...' ({len(text):,} characters)" if len(text) > 60 else f"'{text}'"
+            said = f"{shown} is no {tag}" if text or tag else str(error)
+            raise yaml.MarkedYAMLError(problem=said, problem_mark=node.start_mark) from None
 
 
 for _tag, _pattern, _first in (
@@ -37,12 +65,23 @@ for _tag, _pattern, _first in (
 
 
 def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
-    return int(loader.construct_scalar(node))
+    text = loader.construct_scalar(node)
+    if len(text) > MOST_DIGITS:
+        raise yaml.MarkedYAMLError(
+            problem=f"a number of {len(text):,} digits is too large: whole numbers reach to {LARGEST_INT}",
+            problem_mark=node.start_mark,
+        )
+    return int(text)
 
 
 def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
     text = loader.construct_scalar(node).lower()
-    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+    value = float(text.replace(".inf", "inf").replace(".nan", "nan"))
+    if math.isinf(value) and "inf" not in text:
+        raise yaml.MarkedYAMLError(
+            problem=f"{text[:40]} is too large: numbers reach to 1.8e308", problem_mark=node.start_mark
+        )
+    return value
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -76,9 +115,36 @@ def parse_yaml(text: str) -> Any:
     """One YAML document as plain values.
 
     Raises:
-        yaml.YAMLError: bad syntax, or a key given twice.
+        yaml.YAMLError: bad syntax, a key given twice, or values that hold themselves or are too many.
     """
-    return yaml.load(text, Loader=_Loader)
+    try:
+        value = yaml.load(text, Loader=_Loader)
+        if _count(value, {}) > MOST_VALUES:
+            raise yaml.YAMLError(f"its aliases stand for more than {MOST_VALUES:,} values")
+    except RecursionError:
+        raise yaml.YAMLError("too many levels in each other") from None
+    return value
+
+
+def _count(value: Any, known: dict[int, int]) -> int:
+    """Values below one, repeated ones each time; `known`: sizes by id, 0 while they are counted."""
+    if not isinstance(value, dict | list | set | tuple):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = 0
+        inner = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count(one, known) for one in inner)
+    elif known[id(value)] == 0:
+        raise yaml.YAMLError(HOLDS_ITSELF)
+    return known[id(value)]
+
+
+def too_large(node: Any, path: str = "") -> list[Problem]:
+    """Whole numbers that nothing here counts to, each with its key."""
+    if isinstance(node, int) and abs(node) > LARGEST_INT:
+        return [Problem(path, f"{str(node)[:24]}... is too large: whole numbers reach to {LARGEST_INT}")]
+    inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [found for key, one in inner for found in too_large(one, f"{path}.{key}".strip("."))]
 
 
 def ready_configs() -> Path | None:
@@ -139,8 +205,9 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> tuple[dic
             continue
         try:
             value = parse_yaml(value_text)
-        except yaml.YAMLError:
-            problems.append(Problem(key, f"'{value_text}' is not a YAML value"))
+        except yaml.YAMLError as error:
+            why = getattr(error, "problem", None) or getattr(error, "context", None) or error
+            problems.append(Problem(key, f"'{value_text[:200]}' is not a YAML value: {why}"))
             continue
         try:
             data = set_key(data, key.split("."), value)

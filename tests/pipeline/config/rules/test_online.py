@@ -222,10 +222,10 @@ def test_other_trainers_names_are_answered_with_ours(key: str, ours: str) -> Non
 def test_every_answer_names_keys_that_exist() -> None:
     import re
 
-    from pipeline.config.messages import _all_paths
+    from pipeline.config.fields import all_paths
     from pipeline.config.trl_keys import INSTEAD
 
-    known = {path.rsplit(".", 1)[-1] for path in _all_paths(RunConfig)} | {"source"}
+    known = {path.rsplit(".", 1)[-1] for path in all_paths(RunConfig)} | {"source"}
     named = {key for text in INSTEAD.values() for key in re.findall(r"write `([\w.]+)", text)}
     assert not {key for key in named if key.rsplit(".", 1)[-1] not in known}
 
