@@ -20,6 +20,7 @@ from pipeline.cli.shared import (
     load,
 )
 from pipeline.monitoring import console
+from pipeline.monitoring.printable import printable_stdout
 
 verbs = typer.Typer()
 
@@ -42,9 +43,10 @@ def submit(
 
     flags = [*(["--dry-run"] if dry_run else []), *(["--until", until] if until else [])]
     flags += ["--fresh"] if fresh else []
-    return commands.submit(
-        loaded, config, overrides or [], address=address, flags=flags, follow=follow, say=console.say
-    )
+    with printable_stdout():
+        return commands.submit(
+            loaded, config, overrides or [], address=address, flags=flags, follow=follow, say=console.say
+        )
 
 
 @verbs.command(epilog=example("raylign status my-run"))
@@ -75,7 +77,8 @@ def logs(
     """Print a submitted run's log."""
     from pipeline.jobs import commands
 
-    return commands.logs(name, address=address, follow=follow, say=console.say)
+    with printable_stdout():
+        return commands.logs(name, address=address, follow=follow, say=console.say)
 
 
 @verbs.command(epilog=example("raylign stop my-run"))

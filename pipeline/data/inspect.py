@@ -104,7 +104,8 @@ def _counted(text: str, console: Console) -> Text:
 
 
 def _panel(record: Record, index: int, body: list[Any]) -> Panel:
-    return Panel(Group(*body), title=f"row {index + 1}: {record.file}:{record.row}", title_align="left")
+    title = Text(f"row {index + 1}: {record.file}:{record.row}")
+    return Panel(Group(*body), title=title, title_align="left")
 
 
 def _row(record: Record, data: TokenizedData, index: int, tokenizer: Any, console: Console) -> list[Any]:

@@ -10,15 +10,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from actors.errors import EXIT_FAILED, EXIT_USER, RunFailure, UserError
+from pipeline.monitoring.printable import PrintableConsole, printable
 
 WIDTH = 120
 """Columns where there is no terminal to ask: a table in a log or pipe is not folded at 80."""
 
 
 def console_for(stderr: bool) -> Console:
-    """A console as wide as the terminal; `WIDTH` where there is none."""
+    """A console as wide as the terminal, `WIDTH` where there is none; text can't act on it."""
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    return Console(stderr=stderr, highlight=False, soft_wrap=not terminal, width=None if terminal else WIDTH)
+    width = None if terminal else WIDTH
+    return PrintableConsole(stderr=stderr, highlight=False, soft_wrap=not terminal, width=width)
 
 
 out, err = console_for(stderr=False), console_for(stderr=True)
@@ -62,5 +64,5 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     for name in columns:
         grid.add_column(name, style="", header_style="dim", overflow="fold")
     for row in filled:
-        grid.add_row(*(escape(cell) for cell in row))
+        grid.add_row(*(escape(printable(cell)) for cell in row))
     out.print(grid)
