@@ -146,7 +146,14 @@ def report(directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Th
     """Write report.html and its plots from what a run directory holds."""
     from pipeline.report import build_report
 
-    console.say(f"wrote {build_report(directory)}")
+    try:
+        console.say(f"wrote {build_report(directory)}")
+    except OSError as error:
+        where = error.filename or directory
+        raise UserError(
+            f"{where}: the report can't be written ({error.strerror or error}). It goes into the run's own "
+            f"directory: make that writable, or copy it and name the copy (`raylign report COPY`)"
+        ) from None
     return EXIT_DONE
 
 

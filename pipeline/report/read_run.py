@@ -80,7 +80,7 @@ def _read_config(path: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
         return text, as_mapping(yaml.safe_load(text))
     except FileNotFoundError:
         return "", {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         notes.append(f"{path.name} can't be read: {error}")
         return "", {}
 
@@ -235,4 +235,7 @@ def _date(value: Any) -> str:
     seconds = as_number(value)
     if seconds is None:
         return str(value or "")
-    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
+    try:
+        return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
+    except (OverflowError, ValueError, OSError):  # Beyond the year 9999.
+        return str(value)

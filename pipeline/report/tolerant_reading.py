@@ -23,7 +23,7 @@ def read_jsonl(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     for line in lines:
         try:
             row = json.loads(line) if line.strip() else None
-        except ValueError:
+        except (ValueError, RecursionError):
             bad += 1
             continue
         if isinstance(row, dict):
@@ -39,7 +39,7 @@ def read_json(path: Path, notes: list[str]) -> dict[str, Any]:
         return as_mapping(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{path.parent.name}/{path.name} can't be read: {error}")
         return {}
 
@@ -58,4 +58,7 @@ def as_number(value: Any) -> float | None:
     """A finite number as a float; None for anything else (NaN and booleans too)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if math.isfinite(value) else None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # A whole number beyond 1.8e308.
+        return None
