@@ -1,4 +1,4 @@
-"""What a terminal may be sent: text in which nothing acts on the terminal.
+"""Text in which nothing acts on the terminal, for all that is printed.
 
 Rows of data and samples of a model are other people's text. A terminal obeys escape codes in them: they clear
 the screen, hide or rewrite lines, set the title, fill the clipboard. The one place that keeps them out is

@@ -157,15 +157,13 @@ def test_a_directory_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: p
 def test_the_work_of_a_damaged_manifest_is_redone_where_its_directory_was_removed_as_advised(
     tmp_path: Path,
 ) -> None:
-    identity = Identity({}, {}, "data", 0)
-    for place in (tmp_path / "sft", tmp_path / "sft" / "checkpoint-2"):
-        place.mkdir(exist_ok=True)
-        (place / "manifest.json").write_bytes(b"\xff{")
-        with pytest.raises(UserError, match=f"Remove the directory {place} to redo this work"):
-            decide(tmp_path / "sft", identity)
-        shutil.rmtree(place)
-        assert decide(tmp_path / "sft", identity).state == "new"
-        (tmp_path / "sft").mkdir(exist_ok=True)
+    identity, stage = Identity({}, {}, "data", 0), tmp_path / "sft"
+    stage.mkdir()
+    (stage / "manifest.json").write_bytes(b"\xff{")
+    with pytest.raises(UserError, match=f"Remove the directory {stage} to redo this work"):
+        decide(stage, identity)
+    shutil.rmtree(stage)
+    assert decide(stage, identity).state == "new"
 
 
 def test_fresh_leaves_what_a_link_leads_to(begun: Path, tmp_path: Path) -> None:
