@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
+import itertools
+import textwrap
 import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, Self
@@ -14,15 +19,50 @@ class Spec(BaseModel):
     """Base of every spec: unknown keys are refused, field docstrings become descriptions."""
 
     # Most specs are parts of others: what nobody makes by itself needs no validator of its own.
-    model_config = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, validate_default=True, defer_build=True
-    )
+    model_config = ConfigDict(extra="forbid", validate_default=True, defer_build=True)
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        made = handler(schema)
+        for name, about in handler.resolve_ref_schema(made).get("properties", {}).items():
+            if text := cls.description(name):
+                about.setdefault("description", text)
+        return made
+
+    @classmethod
+    def description(cls, name: str) -> str:
+        """Description of a field: its own, or the docstring below it; "" if there is neither.
+
+        Read from the source when it is asked for. pydantic's `use_attribute_docstrings` reads it for every
+        class at import, which takes a run's driver 0.1 s and its workers as much.
+        """
+        field = cls.model_fields.get(name)
+        if field is not None and field.description:
+            return field.description
+        return next((found[name] for one in cls.__mro__ if name in (found := _docstrings(one))), "")
 
     @classmethod
     def from_settings(cls, other: Spec, **more: Any) -> Self:
         """A spec of this class with the values of all fields that `other` has too, and `more`."""
         names = cls.model_fields.keys() & type(other).model_fields.keys()
         return cls(**{name: getattr(other, name) for name in names} | more)
+
+
+@functools.cache
+def _docstrings(cls: type) -> dict[str, str]:
+    """Docstrings below the fields that a spec itself declares."""
+    if not issubclass(cls, Spec) or cls is Spec:
+        return {}
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for node, below in itertools.pairwise(definition.body):
+        if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr):
+            assert isinstance(node.target, ast.Name)
+            found[node.target.id] = inspect.cleandoc(ast.literal_eval(below.value))
+    return found
 
 
 class KeyOf:

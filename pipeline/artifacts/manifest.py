@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from actors.errors import RunFailure, UserError
 from pipeline.artifacts.json_text import json_text
@@ -39,8 +39,6 @@ class FileEntry(BaseModel):
 
 class Manifest(BaseModel):
     """Type, origin and files of an artifact."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     type: str
     """adapter, reward_model, model, checkpoint or reference_logps."""

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
+from actors.spec import Spec
+
 
 def arms(annotation: Any) -> Iterator[Any]:
     """Annotation without Annotated, Optional and Union."""
@@ -57,9 +59,8 @@ def fields_at(model: type[BaseModel], keys: list[str], stage_type: str | None) -
 
 def description(model: type[BaseModel], keys: list[str]) -> str:
     for owner in models_at(model, keys[:-1]):
-        field = owner.model_fields.get(keys[-1])
-        if field is not None and field.description:
-            return " ".join(field.description.split()).split(". ")[0].split(": ")[0].rstrip(".")
+        if issubclass(owner, Spec) and (text := owner.description(keys[-1])):
+            return " ".join(text.split()).split(". ")[0].split(": ")[0].rstrip(".")
     return ""
 
 

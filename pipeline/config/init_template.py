@@ -8,13 +8,13 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from actors.cluster import LimitsSpec, RaySpec, RoleSpec
 from actors.errors import UserError
 from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
 from actors.rollout.spec import EngineOptions
+from actors.spec import Spec
 from actors.sync.spec import SyncSpec
 from pipeline.config.run_config import RunConfig
 from pipeline.data.spec import DataSpec
@@ -137,10 +137,13 @@ def _stage(kind: str, stages: Sequence[str]) -> list[str]:
     ]
 
 
-def _same(name: str, spec: type[BaseModel], other: type[BaseModel]) -> bool:
+def _same(name: str, spec: type[Spec], other: type[Spec]) -> bool:
     """Two specs say the same of a key."""
     mine, its = spec.model_fields[name], other.model_fields.get(name)
-    return its is not None and (mine.description, mine.default) == (its.description, its.default)
+    return its is not None and (spec.description(name), mine.default) == (
+        other.description(name),
+        its.default,
+    )
 
 
 def _role(role: str) -> list[str]:
@@ -168,11 +171,11 @@ def _header() -> str:
     )
 
 
-def _section(name: str, owner: type[BaseModel]) -> list[str]:
-    return [*_comment(owner.model_fields[name]), f"{name}:"]
+def _section(name: str, owner: type[Spec]) -> list[str]:
+    return [*_comment(owner, name), f"{name}:"]
 
 
-def _first(spec: type[BaseModel]) -> dict[str, Any]:
+def _first(spec: type[Spec]) -> dict[str, Any]:
     """The first field with its default: a section of comments alone would be null."""
     name = next(iter(spec.model_fields))
     return {name: _default(spec, name)}
@@ -184,7 +187,7 @@ def _data(key: str, value: dict[str, Any], comment: str) -> list[str]:
 
 
 def _fields(
-    spec: type[BaseModel],
+    spec: type[Spec],
     values: dict[str, Any],
     skip: Set[str] = frozenset(),
     brief: Set[str] = frozenset(),
@@ -193,17 +196,17 @@ def _fields(
     live = [name for name in values if name in spec.model_fields]
     lines: list[str] = []
     for name in live:
-        lines += [*_comment(spec.model_fields[name]), f"{name}: {_inline(values[name])}"]
+        lines += [*_comment(spec, name), f"{name}: {_inline(values[name])}"]
     rest = [name for name in spec.model_fields if name not in live and name not in skip and name != "type"]
     for name in rest:
         if name not in brief:
-            lines += [*_comment(spec.model_fields[name]), f"# {name}: {_inline(_default(spec, name))}"]
+            lines += [*_comment(spec, name), f"# {name}: {_inline(_default(spec, name))}"]
     if brief & set(rest):
         lines += _comment_text("As above: " + ", ".join(name for name in rest if name in brief) + ".")
     return lines
 
 
-def _default(spec: type[BaseModel], name: str) -> Any:
+def _default(spec: type[Spec], name: str) -> Any:
     field = spec.model_fields[name]
     if name == "output_dir":
         return "runs/NAME"
@@ -224,8 +227,8 @@ def _inline(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def _comment(field: FieldInfo) -> list[str]:
-    return _comment_text(" ".join((field.description or "").split()))
+def _comment(spec: type[Spec], name: str) -> list[str]:
+    return _comment_text(" ".join(spec.description(name).split()))
 
 
 def _comment_text(text: str) -> list[str]:
