@@ -181,7 +181,7 @@ def choose(samples: Sequence[Sample]) -> list[Sample]:
 def to_answer(label: str, row: Mapping[str, Any]) -> Answer:
     """One row of a generations file as an answer."""
     raw = row.get("score")
-    score = as_number(float(raw)) if isinstance(raw, (int, float)) else None
+    score = as_number(int(raw) if isinstance(raw, bool) else raw)
     verdict = {0.0: "wrong", 1.0: "right"}.get(score, "") if score is not None else ""
     return Answer(label, clip(as_text(row.get("completion"))), score, verdict)
 

@@ -43,6 +43,8 @@ def fair_share(load: Any) -> list[list[float]]:
     if not isinstance(load, list) or _depth(load) != 2:
         return []
     shares = []
+    if not all(isinstance(row, list) for row in load):
+        return []
     for row in load:
         numbers = [as_number(value) or 0.0 for value in row]
         total = sum(numbers)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cli.app import main
 from pipeline.report.panels import charts, format_value
 from pipeline.report.read_run import read_run
+from pipeline.report.samples import to_answer
 from pipeline.report.series import Series, fair_share, to_series
 
 
@@ -126,3 +128,50 @@ def test_stages_of_the_config_that_were_not_reached_are_pending(failed_run: Path
     last = run.stages[-1]
     assert (last.state, last.init, last.reads) == ("pending", "dpo", {"sft": "reference"})
     assert run.state == "failed"
+
+
+DAMAGED = {
+    "reward/router_load.json": b'{"load": [[1, 2], true]}',
+    "sft/metrics.jsonl": b'\xff\xfe\n{"step": 1, "loss": 1' + b"0" * 400 + b'}\n{"step": 2, "loss": 2.5}\n',
+    "sft/samples.jsonl": b"[" * 100_000,
+    "sft/manifest.json": b"[" * 100_000,
+    "config.yaml": b"\xff: [",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_costs_only_what_it_held(rlhf_run: Path, name: str) -> None:
+    path = rlhf_run / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(DAMAGED[name])
+    run = read_run(rlhf_run)
+    assert [stage.name for stage in run.stages]
+    if name == "sft/metrics.jsonl":
+        sft = next(stage for stage in run.stages if stage.name == "sft")
+        assert sft.series["loss"] == Series([2], [2.5])
+
+
+@pytest.mark.parametrize(
+    ("score", "read"), [(True, 1.0), (0, 0.0), (10**400, None), ("1", None), (None, None)]
+)
+def test_scores_that_are_no_numbers_are_left_out(score: object, read: float | None) -> None:
+    assert to_answer("a", {"completion": "c", "score": score}).score == read
+
+
+def test_a_date_beyond_the_calendar_is_shown_as_it_is(rlhf_run: Path) -> None:
+    run = json.loads((rlhf_run / "run.json").read_text())
+    (rlhf_run / "run.json").write_text(json.dumps({**run, "began": 1e300}))
+    assert read_run(rlhf_run).began == "1e+300"
+
+
+def test_a_report_that_cannot_be_written_is_a_message(
+    rlhf_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(_: Path) -> Path:
+        raise OSError(30, "Read-only file system", str(rlhf_run / "plots"))
+
+    monkeypatch.setattr("pipeline.report.build_report", refused)
+    assert main(["report", str(rlhf_run)]) == 2
+    said = capsys.readouterr().err
+    assert "the report can't be written (Read-only file system)" in said
+    assert "copy it and name the copy" in said
