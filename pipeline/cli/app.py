@@ -6,7 +6,7 @@ Heavy imports happen inside the verbs, so that --help is instant.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +24,25 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        from pipeline.cli.environment import raylign_version
+
+        console.say(f"raylign {raylign_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print it and end.")
+    ] = False,
+) -> None:
+    """SFT, reward models, DPO and online RL of mixture-of-experts models, with LoRA, in Ray actors."""
+
+
 for panel, verbs in {"A run": runs, "On a cluster": cluster, "What a run made": models}.items():
     for verb in verbs.verbs.registered_commands:
         verb.rich_help_panel = panel

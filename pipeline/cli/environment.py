@@ -16,10 +16,15 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "ray", "vllm", "
 _GIB = 2**30
 
 
+def raylign_version() -> str:
+    """The installed version; `not installed` for a checkout that only runs from its folder."""
+    return _version("raylign") or "not installed"
+
+
 def describe_environment() -> list[tuple[str, str]]:
     """(what, value) pairs: versions, hardware, Ray, places."""
     return [
-        ("raylign", f"{_version('raylign') or 'not installed'} at {Path(__file__).resolve().parents[2]}"),
+        ("raylign", f"{raylign_version()} at {Path(__file__).resolve().parents[2]}"),
         ("python", f"{platform.python_version()} at {sys.executable}"),
         ("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
         ("embedded base", _embedded_base()),

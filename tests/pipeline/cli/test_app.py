@@ -38,6 +38,13 @@ def test_help_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     assert f"raylign {verb}" in text
 
 
+def test_the_version_is_said_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from pipeline.cli.environment import raylign_version
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"raylign {raylign_version()}\n"
+
+
 def test_importing_the_command_line_loads_nothing_heavy() -> None:
     code = (
         f"import sys, pipeline.cli.app, pipeline.config.load; print([m for m in {HEAVY} if m in sys.modules])"
