@@ -97,13 +97,13 @@ def actor(workload: OnlineWorkload, base: str, threads: int, logs: str) -> Draw:
     from actors.batches import SamplingSpec
     from actors.cluster import LimitsSpec, RoleSpec
     from actors.rollout.pool import RolloutPool
-    from actors.rollout.remote import ROLLOUT, rollout_group
+    from actors.rollout.remote import ROLLOUT, RolloutEngines, rollout_group
     from actors.rollout.spec import EngineSpec
     from actors.sync.engine_set import EngineSet
 
     group = rollout_group(RoleSpec(threads=threads), LimitsSpec(), logs).start().ready()
     group.build(ROLLOUT, EngineSpec(max_model_len=POSITIONS)).result()
-    group.call("load", base, updatable=True, phase="load")
+    RolloutEngines(group).load(0, base, updatable=True).result()
 
     def replace(rank: int) -> None:
         raise RuntimeError("an engine was lost")

@@ -120,8 +120,7 @@ def run(
 
     quiet_telemetry()
     loaded = load(config, overrides)
-    if until is not None:
-        check_stage(loaded, until)
+    check_stage(loaded, until)
     code = run_config(loaded, dry_run=dry_run, until=until, fresh=fresh)
     return result_of(shrink(loaded)[0] if dry_run else loaded, stopped=code == EXIT_STOPPED)
 
@@ -146,13 +145,13 @@ def result_of(config: RunConfig, *, stopped: bool = False) -> RunResult:
     return RunResult(directory.path, stopped, stages, state["eval"], directory.path / "report.html")
 
 
-def check_stage(config: RunConfig, until: str) -> None:
-    """Refuse an `until` that names no stage.
+def check_stage(config: RunConfig, until: str | None) -> None:
+    """Refuse an `until` that names no stage; None: the run ends with its last one.
 
     Raises:
         UserError: no stage has that name.
     """
-    if until not in config.stages:
+    if until is not None and until not in config.stages:
         from pipeline.config.messages import did_you_mean
 
         names = ", ".join(config.stages)

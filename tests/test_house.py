@@ -7,6 +7,7 @@ All imports count, also those inside functions and under TYPE_CHECKING.
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import subprocess
 import sys
@@ -191,7 +192,7 @@ def imports(root: Path) -> Iterator[Import]:
     """Every import of every module, wherever in the file it stands."""
     known = modules(root)
     for module, path in known.items():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Import):
                 yield from (Import(module, alias.name, alias.name) for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
@@ -199,6 +200,12 @@ def imports(root: Path) -> Iterator[Import]:
                 for alias in node.names:
                     full = f"{node.module}.{alias.name}"
                     yield Import(module, full if full in known else node.module, alias.name)
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    """Syntax tree of a file, which most tests here walk through."""
+    return ast.parse(path.read_text())
 
 
 def under(name: str, room: str) -> bool:
@@ -245,7 +252,7 @@ def defined_twice(root: Path) -> dict[str, list[str]]:
     """Class names that a package has more than once, with the modules."""
     where: dict[tuple[str, str], list[str]] = defaultdict(list)
     for module, path in modules(root).items():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.ClassDef):
                 where[module.split(".")[0], node.name].append(module)
     return {name: places for (_, name), places in where.items() if len(places) > 1}
@@ -319,7 +326,7 @@ def vague(root: Path) -> list[str]:
     """Modules and public definitions whose docstring begins with a question, not with what they are."""
     found = []
     for module, path in modules(root).items():
-        tree = ast.parse(path.read_text())
+        tree = parsed(path)
         for node in ast.walk(tree):
             named = isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_")
             text = ast.get_docstring(node) if node is tree or named else None  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ INSTALLED = ("site-packages", "dist-packages")
 """Folders of installed packages; versions of those that matter are in a manifest already."""
 OWN = Path(__file__).resolve().parents[2]
 OURS = (OWN / "actors", OWN / "pipeline", OWN / "raylign.py")
+PYTHONS = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib"))
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,7 @@ def code_of(source: str) -> Code | None:
 
 def _users(path: Path) -> bool:
     """True for a file that is neither Python's, nor installed, nor Raylign's."""
-    libraries = (Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib"))
-    places = (*libraries, *OURS)
-    return not _installed(path) and not any(path.is_relative_to(place) for place in places)
+    return not _installed(path) and not any(path.is_relative_to(place) for place in (*PYTHONS, *OURS))
 
 
 def _installed(path: Path) -> bool:

@@ -37,8 +37,7 @@ def submit(
 ) -> int:
     """Ship the working directory to a running cluster and run there, as a Ray job."""
     loaded = load(config, overrides)
-    if until is not None:
-        check_stage(loaded, until)
+    check_stage(loaded, until)
     from pipeline.jobs import commands
 
     flags = [*(["--dry-run"] if dry_run else []), *(["--until", until] if until else [])]

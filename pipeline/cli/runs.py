@@ -103,8 +103,7 @@ def run(
 ) -> int:
     """Run the stages; the same command goes on after an interruption."""
     loaded = load(config, overrides)
-    if until is not None:
-        check_stage(loaded, until)
+    check_stage(loaded, until)
     from pipeline.execution.run import run as run_config
 
     return run_config(loaded, dry_run=dry_run, until=until, fresh=fresh)
