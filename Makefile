@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 export KMP_BLOCKTIME ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo base lint format test test-fast test-slow test-architectures docs bench bench-online lock clean clean-runs affected
+.PHONY: help install install-dev demo base lint format test test-fast test-slow test-architectures docs bench bench-online lock clean clean-runs affected fuzz
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -60,6 +60,9 @@ test-fast: install-dev ## The tests that need no other process: no Ray, vLLM, TR
 affected: install-dev ## The tests that a change can reach, by imports; FAST=1: no Ray, no vLLM; SINCE=REVISION
 	$(BIN)/python -m tests.affected $(if $(SINCE),--since $(SINCE)) $(if $(FAST),--fast)
 
+fuzz: install-dev ## Made-up configs, overrides, data and run directories, for FUZZ_SECONDS (600)
+	FUZZ_SECONDS=$(or $(FUZZ_SECONDS),600) $(BIN)/python -m pytest -q -n 2 tests/fuzz
+
 test-slow: install-dev ## The longer checks
 	$(BIN)/python -m pytest -q -m "slow and not gpu" --timeout 1800
 
@@ -82,7 +85,7 @@ lock: install ## Resolve the requirements anew into requirements/*.txt
 	$(BIN)/python requirements/refresh.py
 
 clean: ## Remove caches (runs and the .venv stay)
-	rm -rf .pytest_cache .mypy_cache .ruff_cache build
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 clean-runs: ## Remove runs/: every run's adapters, checkpoints and reports

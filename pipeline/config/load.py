@@ -36,7 +36,12 @@ def load_mapping(data: dict[str, Any], overrides: Sequence[str] = ()) -> RunConf
         UserError: with every violation.
     """
     data, problems = apply_overrides(data, overrides)
-    config, violations = validate(data)
+    try:
+        config, violations = validate(data)
+    except RecursionError:
+        raise UserError(
+            "the config has too many levels in each other, or a value that holds itself"
+        ) from None
     problems += violations
     if problems or config is None:
         raise UserError([str(problem) for problem in problems])
