@@ -76,6 +76,18 @@ class RunDirectory:
         finally:
             self._lock.close()
 
+    @staticmethod
+    def in_use(path: Path) -> bool:
+        """True where a run works in a directory at this moment."""
+        try:
+            with (path / ".lock").open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # No run has been here, or nothing can be asked.
+            return False
+        return False
+
     def refuse_foreign(self) -> None:
         """Refuse a path that is not this run's directory, without opening it.
 

@@ -143,10 +143,11 @@ def inspect(
 @verbs.command(epilog=example("raylign report runs/demo"))
 def report(directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's directory.")]) -> int:
     """Write report.html and its plots from what a run directory holds."""
+    from pipeline.artifacts.run_directory import RunDirectory
     from pipeline.report import build_report
 
     try:
-        console.say(f"wrote {build_report(directory)}")
+        console.say(f"wrote {build_report(directory, works=RunDirectory.in_use(directory))}")
     except OSError as error:
         where = error.filename or directory
         raise UserError(

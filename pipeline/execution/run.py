@@ -16,11 +16,13 @@ from pipeline.execution.parity import check_parity
 from pipeline.execution.stop import StopRequests
 from pipeline.monitoring.progress import Progress
 from pipeline.monitoring.summary import pairs_table, results_table, say_startup
+from pipeline.report.while_running import ReportWhileRunning
 
 if TYPE_CHECKING:
     from pipeline.artifacts.manifest import Manifest
     from pipeline.config.run_config import RunConfig
     from pipeline.execution.fleet import Fleet
+    from pipeline.monitoring.trackers import Trackers
     from pipeline.planning.nodes import Graph, Node
 
 
@@ -83,7 +85,6 @@ class Run:
         """The whole graph: read, decide, start, train, evaluate, report."""
         from pipeline.data.tokens.template_date import date_notice
         from pipeline.execution.fleet import Fleet
-        from pipeline.monitoring.trackers import open_trackers
         from pipeline.planning.read_graph import read_graph, read_rows
         from pipeline.stages.context import Stopped
 
@@ -113,14 +114,11 @@ class Run:
                 self.progress.note(date_notice(graph.template_date))
             if graph.pending and graph.lora_targets is not None:
                 self.progress.note(f"LoRA trains\n{graph.lora_targets}")
-            self.trackers = open_trackers(
-                self.config.logging.report_to,
-                run_name=self.config.name,
-                run_dir=self.directory.path,
-                config=self.config.model_dump(mode="json"),
-                note=self.progress.note,
-            )
+            self.trackers = self._open_trackers()
+            report = ReportWhileRunning(self.directory.path, self.progress.note)
             try:
+                if graph.pending or graph.evaluations_pending:
+                    report.start()
                 for node in graph.nodes:
                     self.run_stage(node, fleet, graph.tokenizer)
                 self.evaluate(graph, fleet)
@@ -132,6 +130,7 @@ class Run:
                 self.directory.record(error=what)
                 raise
             finally:
+                report.stop()
                 self.trackers.close()
                 if graph.pending:
                     self.directory.record(startup=self.startup, seconds=round(time.time() - self.began, 1))
@@ -158,9 +157,12 @@ class Run:
         self.progress.note(f"{node.name}: {node.decision.says}")
         for note in node.data_notes:
             self.progress.note(note)
-        self.directory.record_stage(node.name, state="running", type=node.kind, init=node.init)
+        total = node.prepared.total_steps
+        self.directory.record_stage(
+            node.name, state="running", type=node.kind, init=node.init, total_steps=total
+        )
         began = time.time()
-        self.progress.stage(node.name, node.prepared.total_steps)
+        self.progress.stage(node.name, total)
         try:
             manifest = self._train(node, fleet, tokenizer)
         except Stopped:
@@ -278,6 +280,17 @@ class Run:
 
     def _on_log(self, node: Node) -> Any:
         return lambda line: self.trackers.log(node.name, int(line["step"]), line)
+
+    def _open_trackers(self) -> Trackers:
+        from pipeline.monitoring.trackers import open_trackers
+
+        return open_trackers(
+            self.config.logging.report_to,
+            run_name=self.config.name,
+            run_dir=self.directory.path,
+            config=self.config.model_dump(mode="json"),
+            note=self.progress.note,
+        )
 
     def _write_config(self) -> None:
         from pipeline.config.load import dump_config

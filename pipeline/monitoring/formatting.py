@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 MARKS = {"done": "✓", "skipped": "↷", "failed": "✗", "stopped": "■", "running": "▶"}
 
 
@@ -15,3 +17,11 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}:{whole % 60:02d} min"
     return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
+
+
+def local_time(seconds: float, form: str) -> str:
+    """Seconds since the epoch in this machine's time; the number itself where no calendar has it."""
+    try:
+        return datetime.fromtimestamp(seconds).strftime(form)
+    except (OverflowError, ValueError, OSError):  # Beyond the year 9999.
+        return str(seconds)

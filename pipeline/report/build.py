@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pipeline.monitoring.formatting import MARKS, duration
+from pipeline.monitoring.formatting import MARKS, duration, local_time
 from pipeline.report.evals import eval_tables, headline
-from pipeline.report.figure import Drawing, file_name
+from pipeline.report.figure import Drawing, file_name, replace_bytes
 from pipeline.report.heatmaps import draw_heatmaps
 from pipeline.report.panels import charts, format_value
 from pipeline.report.plots import draw_chart
@@ -18,6 +19,7 @@ from pipeline.report.read_run import read_run
 from pipeline.report.run_view import RunView, StageView
 from pipeline.report.samples import Side, StepSamples, samples_by_step, side_by_side, stage_samples
 from pipeline.report.series import Series
+from pipeline.report.settings import settings
 from pipeline.report.stage_graph import artifact_text, stage_graph
 from pipeline.report.timeline import chrome_trace
 from pipeline.report.times import memory_bars, time_bars, timeline
@@ -44,32 +46,62 @@ class StageSection:
     """Samples of a stage that generates while it trains; `samples` is None then."""
 
 
-def build_report(run_dir: Path | str) -> Path:
+def build_report(run_dir: Path | str, *, works: bool = False) -> Path:
     """Write RUN_DIR/report.html, plots/*.png and, of a run with traces, trace.json; the path of the first.
 
-    Works on any run that has a run.json, finished or not. UserError when there is none.
+    Any run that has a run.json has a report, finished or not; `works`: it runs at this moment.
+
+    Raises:
+        UserError: there is no run.json.
     """
-    run = read_run(run_dir)
+    run = read_run(run_dir, works=works)
     path = run.directory / "report.html"
     html = render(run, run.directory / "plots")
     if run.calls:
-        _replace(run.directory / "trace.json", json.dumps(chrome_trace(run.calls)))
-    _replace(path, html)
+        replace_text(run.directory / "trace.json", json.dumps(chrome_trace(run.calls)))
+    replace_text(path, html)
     return path
 
 
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
+def replace_text(path: Path, text: str) -> None:
+    """Replace a file atomically; two reports of one run may be written at once."""
     # A byte-level model can write half a surrogate pair, which UTF-8 has no form for.
-    aside.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(aside, path)
+    replace_bytes(path, text.encode("utf-8", errors="replace"))
 
 
 def render(run: RunView, plots_dir: Path) -> str:
     """The HTML of a run's report; its plots are drawn into `plots_dir`."""
+    sections = [stage_section(stage, plots_dir) for stage in run.stages if has_content(stage)]
+    shown = {
+        "graph": stage_graph(run),
+        "settings": settings(run.config),
+        "evals": eval_tables(run.evals, run.completions),
+        "samples": side_by_side(run.completions) if run.completions else None,
+        "timeline": timeline(run, plots_dir) if run.calls else None,
+        "times": time_bars(run),
+        "memory": memory_bars(run.calls),
+        "config_lines": config_lines(run.config_text),
+    }
+    return fill(
+        "template.html",
+        run=run,
+        sections=sections,
+        contents=contents(run, sections, shown),
+        headline=headline(run.evals),
+        status=status(run),
+        facts=headline_facts(run),
+        **shown,
+    )
+
+
+def fill(name: str, **values: Any) -> str:
+    """A page of this package from its template; it needs nothing from outside.
+
+    Everything but what a template marks as safe is escaped: completions and prompts are text from a model,
+    and may hold HTML.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    # Autoescape: completions and prompts are text from a model, and may hold HTML.
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -78,20 +110,37 @@ def render(run: RunView, plots_dir: Path) -> str:
         lstrip_blocks=True,
     )
     environment.globals.update(duration=duration, marks=MARKS)
-    return environment.get_template("template.html").render(
-        run=run,
-        css=(HERE / "style.css").read_text(encoding="utf-8"),
-        headline=headline(run.evals),
-        facts=headline_facts(run),
-        graph=stage_graph(run),
-        sections=[stage_section(stage, plots_dir) for stage in run.stages if has_content(stage)],
-        evals=eval_tables(run.evals, run.completions),
-        samples=side_by_side(run.completions) if run.completions else None,
-        timeline=timeline(run, plots_dir) if run.calls else None,
-        times=time_bars(run),
-        memory=memory_bars(run.calls),
-        config_lines=config_lines(run.config_text),
-    )
+    css = (HERE / "style.css").read_text(encoding="utf-8")
+    written = local_time(time.time(), "%Y-%m-%d %H:%M")
+    return environment.get_template(name).render(css=css, written=written, **values)
+
+
+def contents(run: RunView, sections: list[StageSection], shown: dict[str, Any]) -> list[tuple[str, str]]:
+    """Anchors and titles of the sections that the page has, in its order."""
+    samples = shown["samples"]
+    found = [
+        ("stages", "Stages", True),
+        ("settings", "Settings", shown["settings"].facts or shown["settings"].stages),
+        ("evaluation", "Evaluation", shown["evals"]),
+        *((section.anchor, section.stage.name, True) for section in sections),
+        ("generations", "Generations", samples and samples.samples),
+        ("timeline", "Timeline", shown["timeline"]),
+        ("time", "Time", shown["times"]),
+        ("memory", "Memory", shown["memory"]),
+        ("config", "Config and versions", shown["config_lines"] or run.versions),
+    ]
+    return [(anchor, title) for anchor, title, there in found if there]
+
+
+def status(run: RunView) -> str:
+    """State of the run in words; of one that works, how far it is and as of when."""
+    if run.state != "running":
+        return run.state
+    stage = next((stage for stage in run.stages if stage.state == "running"), None)
+    at = [f"{stage.name}: step {stage.steps_done}"] if stage else []
+    if stage and stage.total_steps is not None:
+        at[0] += f" of {stage.total_steps}"
+    return ", ".join(["running", *at, f"as of {local_time(run.as_of, '%H:%M')}"])
 
 
 def has_content(stage: StageView) -> bool:

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 COLOURS = {
     "surface": "#fdfdfc",
     "ink": "#20211f",
-    "muted": "#74746e",
+    "muted": "#67675f",
     "line": "#e2e2dc",
-    "s1": "#2a6fc9",
-    "s2": "#d9622b",
-    "s3": "#16936a",
-    "s4": "#8a5ac2",
-    "s5": "#b0851a",
-    "s6": "#5d7f93",
+    "s1": "#2467bd",
+    "s2": "#b5491a",
+    "s3": "#0f7a56",
+    "s4": "#8153ba",
+    "s5": "#846300",
+    "s6": "#4d6d81",
 }
 """Light theme; style.css has a CSS variable of each name, for both themes."""
 
@@ -119,12 +119,24 @@ def file_name(stage: str) -> str:
     return re.sub(r"[^\w-]+", "-", stage)
 
 
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Replace a file atomically, by a file aside of this process's own."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        aside.write_bytes(content)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def save(figure: Figure, png: Path, title: str, *, first: bool = True, wide: bool = False) -> Drawing:
     """Write the PNG, and give the same figure back as an SVG whose colours are CSS variables."""
     import matplotlib
 
     png.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(png, dpi=PNG_DPI)
+    pixels = io.BytesIO()
+    figure.savefig(pixels, format="png", dpi=PNG_DPI)
+    replace_bytes(png, pixels.getvalue())
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": png.stem}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 CELL_TEXT_EXPERTS, CELL_TEXT_LAYERS = 8, 12
 """Up to so many a heatmap's cells carry their value: more would be too small to read."""
 
+STRENGTH = 0.7
+"""Opacity of a cell at most, so that the figures in it stay readable on a light and on a dark page."""
+
 LEAST_SPAN = 0.001
 """Agreements are coloured from the smallest found to 1, but over at least this much: where all routers nearly
 agree, a tenth of a percent must not look like a disaster."""
@@ -99,7 +102,7 @@ def load_colours(load: Sequence[Sequence[float]]) -> Any:
     under = np.clip(1.0 - values, 0.0, 1.0)
     image = np.zeros((*values.shape, 4))
     image[..., :3] = np.where((values >= 1.0)[..., None], _rgb(COLOURS["s2"]), _rgb(COLOURS["s1"]))
-    image[..., 3] = 0.85 * np.maximum(over, under)
+    image[..., 3] = STRENGTH * np.maximum(over, under)
     return image
 
 
@@ -110,7 +113,7 @@ def agreement_colours(agreement: Sequence[Sequence[float]], lowest: float) -> An
     values = np.asarray(agreement, dtype=float)
     image = np.zeros((*values.shape, 4))
     image[..., :3] = _rgb(COLOURS["s2"])
-    image[..., 3] = 0.85 * np.clip((1.0 - values) / max(1.0 - lowest, LEAST_SPAN), 0.0, 1.0)
+    image[..., 3] = STRENGTH * np.clip((1.0 - values) / max(1.0 - lowest, LEAST_SPAN), 0.0, 1.0)
     return image
 
 

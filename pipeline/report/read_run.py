@@ -7,18 +7,26 @@ or of an unknown shape: it takes what can be read, and notes the rest in `RunVie
 from __future__ import annotations
 
 import json
-from datetime import datetime
+import time
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from actors.errors import UserError
+from pipeline.monitoring.formatting import local_time
 from pipeline.report.routing import to_routing
 from pipeline.report.run_view import BASE, REWARD, EvalRow, RunView, StageView
 from pipeline.report.series import fair_share, to_series
 from pipeline.report.timeline import Call, last_execution, to_calls
-from pipeline.report.tolerant_reading import as_mapping, as_number, as_numbers, read_json, read_jsonl
+from pipeline.report.tolerant_reading import (
+    as_count,
+    as_mapping,
+    as_number,
+    as_numbers,
+    read_json,
+    read_jsonl,
+)
 
 FIRST_STEP = "first training step"
 """The entry of `startup` that is a point in time, not a cause."""
@@ -28,8 +36,11 @@ RENEW = "Remove it and run the config again: finished stages are recognised by t
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 
-def read_run(run_dir: Path | str) -> RunView:
-    """Read a run directory. UserError only when there is no readable run.json in it."""
+def read_run(run_dir: Path | str, *, works: bool = False) -> RunView:
+    """Read a run directory. UserError only when there is no readable run.json in it.
+
+    `works`: the run works at this moment, also where none of its stages does (starting, evaluating).
+    """
     directory = Path(run_dir)
     run = _run_json(directory)
     startup = as_numbers(as_mapping(run.get("startup")))
@@ -41,13 +52,14 @@ def read_run(run_dir: Path | str) -> RunView:
     return RunView(
         name=str(run.get("name") or config.get("name") or directory.resolve().name),
         directory=directory,
-        state=_run_state(run, stages),
+        state="running" if works else _run_state(run, stages),
         stages=stages,
         evals=evals,
         completions=_read_completions(directory / "eval", names, notes),
         calls=_read_calls(directory / "logs" / "trace", run, notes),
         base=str(as_mapping(config.get("model")).get("base") or BASE),
         config_text=config_text,
+        config=config,
         versions=_versions(directory, run, stages),
         first_step=startup.pop(FIRST_STEP, None),
         startup=startup,
@@ -55,7 +67,14 @@ def read_run(run_dir: Path | str) -> RunView:
         error=_error_text(run.get("error")),
         began=_date(run.get("began")),
         notes=notes,
+        as_of=time.time() if works else _written_last(directory, stages),
     )
+
+
+def _written_last(directory: Path, stages: list[StageView]) -> float:
+    """When a run last wrote what it had got to; a run that was killed says `running` for ever."""
+    files = [directory / "run.json", *(directory / stage.name / "metrics.jsonl" for stage in stages)]
+    return max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
 
 
 def _run_json(directory: Path) -> dict[str, Any]:
@@ -103,6 +122,7 @@ def _read_stages(
             seconds=as_number(had.get("seconds")),
             metrics=as_mapping(had.get("metrics")),
             error=_error_text(had.get("error")),
+            total_steps=as_count(had.get("total_steps")),
         )
         stage.reads = _reads(asked, stage.init, [earlier.name for earlier in stages])
         _read_stage_files(directory / stage.name, stage, notes)
@@ -233,9 +253,4 @@ def _error_text(error: Any) -> str:
 def _date(value: Any) -> str:
     """Seconds since the epoch as local date and time; a text is returned unchanged."""
     seconds = as_number(value)
-    if seconds is None:
-        return str(value or "")
-    try:
-        return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
-    except (OverflowError, ValueError, OSError):  # Beyond the year 9999.
-        return str(value)
+    return str(value or "") if seconds is None else local_time(seconds, "%Y-%m-%d %H:%M")

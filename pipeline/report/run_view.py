@@ -42,6 +42,13 @@ class StageView:
     artifact: str = ""
     """Kind of artifact passed on (adapter, model ...), empty when there is none yet."""
     artifact_bytes: int = 0
+    total_steps: int | None = None
+    """Steps that it has, finished or not; None: unknown."""
+
+    @property
+    def steps_done(self) -> int:
+        """Last step of which metrics were logged."""
+        return max((series.steps[-1] for series in self.series.values()), default=0)
 
 
 @dataclass
@@ -77,6 +84,8 @@ class RunView:
     """Calls of the actors in the last execution, from logs/trace."""
     base: str
     config_text: str
+    config: dict[str, Any]
+    """The same, read; empty where there is none or it can't be read."""
     versions: dict[str, str]
     startup: dict[str, float]
     """Seconds by cause; causes may overlap."""
@@ -87,3 +96,5 @@ class RunView:
     began: str
     """Local date and time, empty when unknown."""
     notes: list[str]
+    as_of: float
+    """Seconds since the epoch at which the figures were the latest that there were."""

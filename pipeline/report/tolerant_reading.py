@@ -62,3 +62,9 @@ def as_number(value: Any) -> float | None:
         return float(value) if math.isfinite(value) else None
     except OverflowError:  # A whole number beyond 1.8e308.
         return None
+
+
+def as_count(value: Any) -> int | None:
+    """A whole number that is not negative; None for anything else."""
+    number = as_number(value)
+    return int(number) if number is not None and number >= 0 and number == int(number) else None

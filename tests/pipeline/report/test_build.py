@@ -63,6 +63,13 @@ def test_a_whole_run_has_graph_charts_table_generations_config_and_versions(repo
     ):
         assert words in page.text, words
     assert len(page.ids) == len(set(page.ids)), "each id once, also across inline SVGs"
+    listed = re.findall(r'<a href="#([^"]+)">([^<]+)</a>', (reported_run / "report.html").read_text())
+    titles = ["Stages", "Settings", "Evaluation", "sft", "dpo", "Generations", "Time", "Config and versions"]
+    assert [title for _, title in listed] == titles
+    assert {anchor for anchor, _ in listed} <= set(page.ids)
+    assert page.text.index("Settings", page.text.index("Config and versions")) < page.text.index(
+        "95 % interval"
+    )
     names = {png.name for png in (reported_run / "plots").iterdir()}
     assert {"sft-loss.png", "dpo-reward-margin.png", "dpo-expert-load.png"} <= names
     assert (reported_run / "plots" / "sft-loss.png").read_bytes().startswith(b"\x89PNG")

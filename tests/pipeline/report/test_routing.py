@@ -34,7 +34,7 @@ def test_lines_of_another_model_are_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("agreement", "lowest", "strongest"), [([[1.0, 0.9]], 0.9, 0.85), ([[1.0, 0.9999]], 0.9999, 0.085)]
+    ("agreement", "lowest", "strongest"), [([[1.0, 0.9]], 0.9, 0.7), ([[1.0, 0.9999]], 0.9999, 0.07)]
 )
 def test_full_agreement_is_blank_and_little_disagreement_is_pale(
     agreement: list[list[float]], lowest: float, strongest: float

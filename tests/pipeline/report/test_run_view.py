@@ -167,7 +167,7 @@ def test_a_date_beyond_the_calendar_is_shown_as_it_is(rlhf_run: Path) -> None:
 def test_a_report_that_cannot_be_written_is_a_message(
     rlhf_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refused(_: Path) -> Path:
+    def refused(_: Path, works: bool) -> Path:
         raise OSError(30, "Read-only file system", str(rlhf_run / "plots"))
 
     monkeypatch.setattr("pipeline.report.build_report", refused)
