@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
+
+T = TypeVar("T")
+P = ParamSpec("P")
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -24,6 +28,18 @@ class UserError(Exception):
 
     def __reduce__(self) -> tuple[type[UserError], tuple[list[str]]]:
         return type(self), (self.problems,)
+
+
+def attempt(
+    problems: list[str], where: str, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+) -> T | None:
+    """Result of an action; or None, and what is wrong added to `problems`, with the key `where` (empty: none)
+    before each problem that doesn't name it."""
+    try:
+        return action(*args, **kwargs)
+    except UserError as error:
+        problems += [p if where in p else f"{where}: {p}" for p in error.problems]
+        return None
 
 
 class RunFailure(Exception):

@@ -80,7 +80,8 @@ class DpoSettings(Spec):
         if self.loss_weights is not None and len(self.loss_weights) != len(losses):
             yield (
                 "loss_weights",
-                f"has {len(self.loss_weights)} weights for {len(losses)} losses ({', '.join(losses)})",
+                f"has {len(self.loss_weights)} weights for {len(losses)} losses (loss_type: "
+                f"{', '.join(losses)})",
             )
         halved = [name for name in losses if name in ("cdpo", "robust")]
         if halved and smoothing >= 0.5:

@@ -10,14 +10,12 @@ import yaml
 from pydantic import ValidationError
 
 from actors.errors import UserError
-from pipeline.config.messages import bad_paths, explain, joined, keys_in
+from pipeline.config.messages import bad_paths, explain, joined
 from pipeline.config.problem import Problem
+from pipeline.config.rest import rules_of_the_rest
 from pipeline.config.rules.cross import cross_problems
 from pipeline.config.run_config import RunConfig
-from pipeline.config.yaml_reader import apply_overrides, read_mapping, set_key, too_large
-
-_NAMING_STAGES = frozenset({"init", "reference", "models", "rewards", "critic_init"})
-"""Keys whose values are names of stages."""
+from pipeline.config.yaml_reader import apply_overrides, read_mapping, too_large
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -56,7 +54,7 @@ def validate(data: dict[str, Any]) -> tuple[RunConfig | None, list[Problem]]:
         problems = _with_size(explain(error, data, RunConfig), data)
         bad = bad_paths(error, data, RunConfig)
         if bad:
-            problems += _rules_of_the_rest(data, bad)
+            problems += rules_of_the_rest(data, bad)
         return None, problems
     problems = _with_size(joined(cross_problems(config)), data)
     return (None if problems else config), problems
@@ -67,67 +65,6 @@ def _with_size(problems: list[Problem], data: dict[str, Any]) -> list[Problem]:
     large = too_large(data)
     named = {problem.path for problem in large}
     return [*large, *(problem for problem in problems if problem.path not in named)]
-
-
-def _rules_of_the_rest(data: dict[str, Any], bad: dict[tuple[str, ...], set[str]]) -> list[Problem]:
-    """Broken rules between fields that have nothing to do with the refused keys.
-
-    The rules need a whole config, so the refused keys fall back to their defaults; a rule of their own
-    section that names a field in doubt, or of stages when one is unusable, is left for the next round.
-    """
-    rest: Any = data
-    for path in sorted(bad):
-        rest = _without(rest, path)
-    rest = _filled(rest)
-    try:
-        config = RunConfig.model_validate(rest, strict=True)
-    except ValidationError:
-        return []
-    doubts: dict[str, set[str]] = {}
-    for path, names in bad.items():
-        doubts.setdefault(".".join(path[:-1]), set()).update(names)
-    a_stage_is_gone = any(path[0] == "stages" and len(path) <= 2 for path in bad)
-    return [
-        problem
-        for problem in joined(cross_problems(config))
-        if not any(
-            name in f"{problem.path.rpartition('.')[2]}: {problem.message}"
-            for name in doubts.get(problem.path.rpartition(".")[0], ())
-        )
-        and not any(_within(problem.path, path) for path in bad)
-        and not (a_stage_is_gone and _NAMING_STAGES & set(problem.path.split(".")))
-    ]
-
-
-def _within(path: str, refused: tuple[str, ...]) -> bool:
-    return tuple(path.split("."))[: len(refused)] == refused
-
-
-def _filled(rest: Any) -> Any:
-    """`rest` with a stand-in for every required key that it lacks."""
-    try:
-        RunConfig.model_validate(rest, strict=True)
-    except ValidationError as error:
-        for detail in error.errors():
-            if detail["type"] == "missing":
-                *parents, key = keys_in(rest, detail["loc"])
-                stand_in = {"base": "unnamed"} if key == "model" else "unnamed"
-                rest = set_key(rest, [*parents, key], stand_in)
-    return rest
-
-
-def _without(node: Any, path: tuple[str, ...]) -> Any:
-    key, rest = path[0], path[1:]
-    if isinstance(node, list):
-        index = int(key) if key.isdigit() else -1
-        if not 0 <= index < len(node):
-            return node
-        return [*node[:index], *([_without(node[index], rest)] if rest else []), *node[index + 1 :]]
-    if not isinstance(node, dict) or key not in node:
-        return node
-    if not rest:
-        return {name: value for name, value in node.items() if name != key}
-    return {**node, key: _without(node[key], rest)}
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:

@@ -24,7 +24,10 @@ MOST_DIGITS = 400
 MOST_VALUES = 1_000_000
 """Values that aliases may expand a file to: a file of a few lines can stand for billions."""
 
+MOST_LEVELS = 100
+"""Of `[` and `{` in each other. PyYAML takes seconds for a thousand before Python's own limit ends it."""
 
+TOO_MANY_LEVELS = "too many levels in each other"
 HOLDS_ITSELF = "an alias (`*name`) stands inside the value that it names"
 
 
@@ -32,6 +35,12 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's core scalars: `1e-4` is a number; `no`, `on` and dates are strings."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+    def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
+        """Read a `[` or `{`, up to `MOST_LEVELS` in each other."""
+        if self.flow_level >= MOST_LEVELS:
+            raise yaml.YAMLError(TOO_MANY_LEVELS)
+        super().fetch_flow_collection_start(token)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """A node's value. PyYAML's constructors fail in many ways on a text that is not of the tag before it
@@ -122,7 +131,7 @@ def parse_yaml(text: str) -> Any:
         if _count(value, {}) > MOST_VALUES:
             raise yaml.YAMLError(f"its aliases stand for more than {MOST_VALUES:,} values")
     except RecursionError:
-        raise yaml.YAMLError("too many levels in each other") from None
+        raise yaml.YAMLError(TOO_MANY_LEVELS) from None
     return value
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from actors.spec import Spec
 
@@ -105,17 +106,15 @@ def as_sources(value: Any) -> Any:
     return [{"source": item} if isinstance(item, str) else item for item in items]
 
 
-def _weights_on_all_or_none(specs: list[DataSpec]) -> list[DataSpec]:
-    if 0 < sum(spec.weight is None for spec in specs) < len(specs):
-        missing = ", ".join(spec.source for spec in specs if spec.weight is None)
-        raise ValueError(f"give a weight to every source or to none (without: {missing})")
-    return specs
+def without_weight(specs: Sequence[DataSpec]) -> list[int]:
+    """Numbers of the sources that have no weight where others have one."""
+    lacking = [number for number, spec in enumerate(specs) if spec.weight is None]
+    return lacking if len(lacking) < len(specs) else []
 
 
 DataSources = Annotated[
     list[DataSpec],
     BeforeValidator(as_sources, json_schema_input_type=str | DataSpec | list[str | DataSpec]),
-    AfterValidator(_weights_on_all_or_none),
     Field(min_length=1),
 ]
 """Type of a stage's `data:`: a string, one `DataSpec`, or a list of them (a mixture)."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actors.errors import UserError
+from actors.errors import UserError, attempt
 from actors.models.facts import ARCHITECTURES
 from actors.models.turn_ends import turn_ends, vocab_size
 from pipeline.artifacts.run_directory import RunDirectory
@@ -57,21 +57,17 @@ def read_rows(config: RunConfig, until: str | None = None) -> RunRecords:
     stages: dict[str, StageRecords] = {}
     held_out = None
     for name in up_to(config, until):
-        try:
-            stages[name] = read_records(config.stage(name), reader)
-            train = stages[name].train
-            problems += reward_column_problems(name, config.stages[name], train.columns, len(train))
-        except UserError as error:
-            problems += [f"stages.{name}: {problem}" for problem in error.problems]
-    if config.eval is not None:
-        try:
-            find_scorer(config.eval.metric)
-            held_out = load_records(
-                config.eval.data, "prompt", seed=config.seed, max_rows=config.eval.max_rows
-            )
-            check_columns(config.eval, held_out)
-        except UserError as error:
-            problems += [p if p.startswith("eval") else f"eval.data: {p}" for p in error.problems]
+        stage = config.stage(name)
+        rows = attempt(problems, f"stages.{name}", read_records, stage, reader)
+        if rows is not None:
+            stages[name], train = rows, rows.train
+            problems += reward_column_problems(name, stage.spec, train.columns, len(train))
+    if (spec := config.eval) is not None:
+        scorer = attempt(problems, "eval.metric", find_scorer, spec.metric)
+        seed, most = config.seed, spec.max_rows
+        held_out = attempt(problems, "eval.data", load_records, spec.data, "prompt", seed=seed, max_rows=most)
+        if scorer is not None and held_out is not None:
+            attempt(problems, "", check_columns, spec, held_out)
     if problems:
         raise UserError(problems)
     return RunRecords(stages, held_out, reader)
@@ -179,14 +175,9 @@ def read_nodes(
     nodes: list[Node] = []
     problems: list[str] = []
     for name, rows in records.stages.items():
-        try:
-            prepared = prepare(config.stage(name), tokenizer, rows, records.reader)
-        except UserError as error:
-            problems += [
-                problem if name in problem else f"stages.{name}: {problem}" for problem in error.problems
-            ]
-            continue
-        if problems:
+        stage = config.stage(name)
+        prepared = attempt(problems, f"stages.{name}", prepare, stage, tokenizer, rows, records.reader)
+        if prepared is None or problems:
             continue
         node = make_node(config, directory, weights, prepared)
         nodes.append(node)

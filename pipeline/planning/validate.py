@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from actors.errors import UserError
+from actors.errors import attempt
 
 if TYPE_CHECKING:
     from actors.models.base.loading import ResolvedBase
@@ -43,11 +43,7 @@ class Findings:
 
     def attempt(self, action: Callable[[], T], where: str = "") -> T | None:
         """Result of `action`, or None and its problems noted."""
-        try:
-            return action()
-        except UserError as error:
-            self.problems += [p if not where or where in p else f"{where}: {p}" for p in error.problems]
-            return None
+        return attempt(self.problems, where, action)
 
     def note_sources(self, key: str, records: Records) -> None:
         """Note the files of each source of `records`."""

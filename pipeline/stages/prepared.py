@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from actors.errors import UserError
+from actors.errors import UserError, attempt
 from actors.models.turn_ends import turn_ends, vocab_size
 from pipeline.data.reading.layouts import Kind
 from pipeline.data.reading.records import Records, load_records
@@ -183,12 +183,19 @@ def read_records(stage: NamedStage, reader: Reader | None = None) -> StageRecord
     """Read a stage's rows.
 
     Raises:
-        UserError: every row and source that can't be used.
+        UserError: every row and source that can't be used, of its data and of its eval_data.
     """
     reader = reader or Reader()
     spec, seed = stage.spec, stage.seed
-    held_out = reader.records(spec.eval_data, spec.records, seed) if spec.eval_data else None
-    return StageRecords(reader.records(spec.data, spec.records, seed), held_out)
+    problems: list[str] = []
+    train = attempt(problems, "", reader.records, spec.data, spec.records, seed)
+    held_out = None
+    if sources := spec.eval_data:
+        where = f"stages.{stage.name}.eval_data"
+        held_out = attempt(problems, where, reader.records, sources, spec.records, seed)
+    if train is None or problems:
+        raise UserError(problems)
+    return StageRecords(train, held_out)
 
 
 def prepare(
@@ -204,10 +211,14 @@ def prepare(
     if spec.online:
         return _prepare_rl(stage, spec, tokenizer, records)
     known = vocab_size(stage.base)
-    data = reader.tokens(records.train, spec, tokenizer, known)
+    problems: list[str] = []
+    data = attempt(problems, "", reader.tokens, records.train, spec, tokenizer, known)
     held_out = None
-    if records.held_out is not None:
-        held_out = reader.tokens(records.held_out, spec, tokenizer, known)
+    if (rows := records.held_out) is not None:
+        where = f"stages.{stage.name}.eval_data"
+        held_out = attempt(problems, where, reader.tokens, rows, spec, tokenizer, known)
+    if data is None or problems:
+        raise UserError(problems)
     order = _order(spec, data.n_rows, spec.batch_size, stage.seed)
     if spec.needs_mismatched:
         data, held_out = _mismatched(spec, data, held_out, order)

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from actors.rollout.spec import DEFAULT_POSITIONS
 from pipeline.config.names import MODULE_NAMES, NAME_PATTERN, RESERVED_NAMES
 from pipeline.config.problem import Problem
-from pipeline.config.rules.stage import stage_problems
+from pipeline.config.rules.stage import mixture_problems, stage_problems
 from pipeline.config.run_config import RunConfig
 from pipeline.rewards.functions import EXACT_MATCH, FUNCTION
 from pipeline.roles import ENGINE_ROLES, MODEL_ROLES, POLICY, REFERENCE, ROLES, VIEWS
@@ -240,6 +240,7 @@ def _eval_problems(config: RunConfig) -> Iterator[Problem]:
     spec = config.eval
     if spec is None:
         return
+    yield from (problem.within("eval") for problem in mixture_problems("data", spec.data))
     choices = ["base", *(name for name, stage in config.stages.items() if stage.hands_on_policy)]
     for name in spec.models or []:
         if name in config.stages and name not in choices:

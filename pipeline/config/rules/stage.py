@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pipeline.config.problem import Problem
 from pipeline.config.rules.online import online_problems
+from pipeline.data.spec import DataSpec, without_weight
 from pipeline.stages.specs.registry import AnyStage, StageSpec
 
 SCHEDULE_ARGUMENTS: dict[str, frozenset[str]] = {
@@ -40,10 +41,19 @@ def stage_problems(stage: AnyStage) -> Iterator[Problem]:
         )
     if stage.eval_steps is not None and stage.eval_data is None:
         yield Problem("eval_steps", "there is no eval_data to evaluate on; add it, or remove eval_steps")
+    yield from mixture_problems("data", stage.data)
+    yield from mixture_problems("eval_data", stage.eval_data or [])
     yield from _schedule_problems(stage)
     yield from (Problem(key, message) for key, message in stage.loss_problems())
     if stage.online:
         yield from online_problems(stage)
+
+
+def mixture_problems(key: str, sources: Sequence[DataSpec]) -> Iterator[Problem]:
+    """Weights on some of the sources under `key`."""
+    if lacking := without_weight(sources):
+        named = ", ".join(f"{key}.{number}" for number in lacking)
+        yield Problem(key, f"give a weight to each or to none (without: {named})")
 
 
 def _schedule_problems(stage: StageSpec) -> Iterator[Problem]:

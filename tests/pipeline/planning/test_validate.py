@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from actors.errors import UserError
+from pipeline.api import load, validate
 from pipeline.cli.app import main
+from pipeline.planning.read_graph import read_rows
 
 
 def rows(path: Path, numbers: range) -> None:
@@ -54,3 +57,56 @@ def test_nothing_is_said_where_nothing_is_shared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_base: Path
 ) -> None:
     assert "warning" not in validated(tmp_path, capsys, tiny_base, range(50, 60))
+
+
+def test_what_is_wrong_with_data_eval_data_metric_and_rewards_is_said_at_once(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    pair = '{"prompt": "a", "chosen": "b", "rejected": "%s"}\n'
+    (tmp_path / "pairs.jsonl").write_text(pair % "c" + pair % "b")
+    (tmp_path / "odd.jsonl").write_text('{"colour": "red"}\n')
+    good, bad, odd = (str(tmp_path / f"{name}.jsonl") for name in ("pairs", "nowhere", "odd"))
+    data = {
+        "name": "a",
+        "output_dir": str(tmp_path / "out"),
+        "model": {"base": str(tiny_base)},
+        "stages": {
+            "dpo": {"data": [good, bad], "eval_data": [odd, str(tmp_path / "other.jsonl")]},
+            "reward": {"data": odd, "eval_data": bad},
+            "grpo": {"data": bad, "rewards": ["no_such_module:f", f"{tmp_path}/none"]},
+        },
+        "eval": {"data": odd, "metric": "no_such_module:g"},
+    }
+    wanted = [
+        "stages.dpo: data source '{tmp}/nowhere.jsonl'",
+        "pairs.jsonl row 2",
+        "stages.dpo.eval_data: data source '{tmp}/odd.jsonl'",
+        "stages.dpo.eval_data: data source '{tmp}/other.jsonl'",
+        "stages.reward: data source '{tmp}/odd.jsonl'",
+        "stages.reward.eval_data: data source '{tmp}/nowhere.jsonl'",
+        "stages.grpo: data source '{tmp}/nowhere.jsonl'",
+        "stages.grpo.rewards.0",
+        "stages.grpo.rewards.1",
+        "eval.metric",
+        "eval.data: data source '{tmp}/odd.jsonl'",
+    ]
+    with pytest.raises(UserError) as refused:
+        read_rows(load(data))
+    for problems in (validate(data).problems, refused.value.problems):
+        said = "\n".join(problems)
+        for one in wanted:
+            assert one.format(tmp=tmp_path) in said, one
+
+
+def test_rows_that_the_template_refuses_are_said_of_data_and_eval_data(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    long = json.dumps({"prompt": "a" * 200, "completion": "b"})
+    for name in ("train", "held"):
+        (tmp_path / f"{name}.jsonl").write_text(f"{long}\n")
+    sft = {"data": f"{tmp_path}/train.jsonl", "eval_data": f"{tmp_path}/held.jsonl"}
+    sft |= {"max_length": 50, "truncation_mode": "error"}
+    found = validate({"name": "a", "model": {"base": str(tiny_base)}, "stages": {"sft": sft}}).problems
+    said = "\n".join(found)
+    assert f"stages.sft: {tmp_path}/train.jsonl row 1" in said
+    assert f"stages.sft.eval_data: {tmp_path}/held.jsonl row 1" in said

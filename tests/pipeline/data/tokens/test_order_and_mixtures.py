@@ -101,11 +101,6 @@ def test_a_cap_takes_rows_of_every_source(tmp_path: Path) -> None:
     assert {r.source for r in records.rows} == {0, 1, 2}
 
 
-def test_a_weight_on_some_sources_only_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match="a weight to every source or to none"):
-        mixture(tmp_path, [3, 3], [1, None])
-
-
 @pytest.mark.parametrize(
     ("split", "rows"),
     [("train", (0, 7)), ("train[:3]", (0, 3)), ("t[50%:]", (4, 7)), ("t[-2:]", (5, 7)), ("t[5:3]", (5, 5))],
