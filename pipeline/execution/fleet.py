@@ -30,6 +30,7 @@ from pipeline.artifacts.run_directory import RunDirectory
 from pipeline.artifacts.weights import Weights
 from pipeline.execution.hosts import Host, fits, host_spec
 from pipeline.execution.reference_feeds import make_feed
+from pipeline.planning.resources import machine_problems
 from pipeline.roles import ENGINE_ROLES, POLICY, REFERENCE, ROLES, ROLLOUT, evaluation_roles, roles_of
 from pipeline.stages.offline.reference import ReferenceFeed
 
@@ -106,16 +107,15 @@ class Fleet:
             return "roles have different threads"
         return "a role has GPUs" if any(spec.gpus for spec in specs.values()) else None
 
-    def prestart(self) -> None:
-        """On a local cluster: let Ray and the first processes' imports begin while the driver reads on.
+    def machine_problems(self) -> list[str]:
+        """What this machine lacks for the roles that will work, where the cluster is a local one."""
+        return machine_problems(self.config, self._likely())
 
-        Raises:
-            UserError: the machine has less than the roles ask for; nothing was started.
-        """
+    def prestart(self) -> None:
+        """On a local cluster: let Ray and the first processes' imports begin while the driver reads on."""
         roles = self._likely()
         if not roles or self.config.ray.address is not None:
             return
-        check_cluster(self._specs(roles), num_cpus=self.config.ray.num_cpus)
         first = [name for name in roles if name in self._first(roles)]
         self._starting = self._thread.submit(self._start_ray, first)
         if POLICY in first:

@@ -91,7 +91,7 @@ class Run:
         with Fleet(self.config, self.directory, self.startup, self.fresh) as fleet:
             with _uncollected():
                 fleet.preload_imports()
-                records = read_rows(self.config, until)
+                records = read_rows(self.config, until, fleet.machine_problems())
                 self.startup["imports and data"] = round(time.time() - self.began, 2)
                 fleet.prestart()
                 graph = read_graph(self.config, self.directory, records, self.startup, fleet.base_facts())

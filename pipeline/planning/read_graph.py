@@ -6,7 +6,7 @@ No actor works yet: what is wrong with data, base and lengths is found here, all
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,13 +45,14 @@ class RunRecords:
     reader: Reader
 
 
-def read_rows(config: RunConfig, until: str | None = None) -> RunRecords:
+def read_rows(config: RunConfig, until: str | None = None, problems: Sequence[str] = ()) -> RunRecords:
     """Read all data of a run; needs neither a tokenizer nor Ray, so nothing is started for bad data.
 
     Raises:
-        UserError: everything wrong with data, trackers and scorer, from all stages at once.
+        UserError: everything wrong with data, trackers and scorer, from all stages at once, after the
+            `problems` that were found before.
     """
-    problems = tracker_problems(config.logging.report_to)
+    problems = [*problems, *tracker_problems(config.logging.report_to)]
     problems += reward_source_problems(config, up_to(config, until))
     reader = Reader()
     stages: dict[str, StageRecords] = {}

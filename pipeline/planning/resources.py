@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from actors.cluster import RoleSpec
+from actors.cluster import RoleSpec, check_cluster, is_local
+from actors.errors import attempt
 from pipeline.roles import ROLES, evaluation_roles, roles_of
 
 if TYPE_CHECKING:
@@ -21,6 +22,18 @@ def working_roles(config: RunConfig) -> list[str]:
     if config.eval is not None:
         works |= evaluation_roles()
     return [name for name in ROLES if name in works]
+
+
+def machine_problems(config: RunConfig, roles: Iterable[str] | None = None) -> list[str]:
+    """Resources that roles ask for and this machine lacks, where the run would be a local one.
+
+    `roles`: those that will work; None: all that some stage or the evaluation uses.
+    """
+    problems: list[str] = []
+    if is_local(config.ray.address):
+        specs = {name: config.roles.of(name) for name in (working_roles(config) if roles is None else roles)}
+        attempt(problems, "roles", check_cluster, specs, num_cpus=config.ray.num_cpus)
+    return problems
 
 
 @dataclass(frozen=True)

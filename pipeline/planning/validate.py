@@ -72,14 +72,16 @@ class Findings:
 
 
 def find(config: RunConfig) -> Findings:
-    """Look at run directory, trackers, base, LoRA targets, and every stage's data."""
+    """Look at run directory, trackers, base, LoRA targets, every stage's data, and at this machine where the
+    run would be a local one."""
     from pipeline.artifacts.run_directory import RunDirectory
     from pipeline.monitoring.trackers import tracker_problems
-    from pipeline.planning.resources import sync_bytes
+    from pipeline.planning.resources import machine_problems, sync_bytes
     from pipeline.planning.reward_rules import reward_source_problems
 
     findings = Findings()
     findings.attempt(RunDirectory(config.output_dir, config.name).refuse_foreign)
+    findings.problems += machine_problems(config)
     findings.problems += tracker_problems(config.logging.report_to)
     findings.problems += reward_source_problems(config, config.stages)
     tokenizer = _look_at_model(config, findings)

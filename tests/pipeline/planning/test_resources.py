@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 
+from actors.cluster import RaySpec, local_resources
+from actors.errors import UserError
 from actors.models.lora.targets import resolve_targets
 from actors.models.spec import LoraSpec
+from pipeline import api
 from pipeline.config.load import validate
 from pipeline.config.run_config import RunConfig
 from pipeline.planning.dry_run import reward_twins, shrink
-from pipeline.planning.resources import cluster_plan, describe, sync_bytes, working_roles
+from pipeline.planning.resources import cluster_plan, describe, machine_problems, sync_bytes, working_roles
 
 
 def config(stages: dict[str, Any], **sections: Any) -> RunConfig:
@@ -122,3 +125,48 @@ def test_a_sync_of_adapters_sends_a_and_b_and_a_merged_one_the_weights(tiny_base
     weights = layers * 2 * hidden * (heads + keys)
     factors = layers * 4 * (2 * (hidden + heads) + 2 * (hidden + keys))
     assert sync_bytes(wide, targets) == {"grpo": factors * 4, "rloo": weights * 2}
+
+
+def test_what_is_asked_for_is_held_against_this_machine_unless_a_cluster_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    there = local_resources()
+    roles = {
+        "policy": {"workers": 2, "cpus": there["CPU"]},
+        "rollout": {"gpus": there["GPU"] + 4, "engine": {"tensor_parallel_size": int(there["GPU"]) + 4}},
+        "reward": {"workers": 1, "cpus": 1e6},
+    }
+    wide = config(online(), roles=roles)
+    said = machine_problems(wide)
+    cpus, gpus = said
+    assert f"roles.policy.workers 2 x cpus {there['CPU']:g}" in cpus
+    assert f"this machine has {there['CPU']:g}" in cpus
+    assert "roles.reward" not in cpus, "no stage asks a reward model"
+    assert f"roles.rollout.workers 1 x gpus {there['GPU'] + 4:g}" in gpus
+    (left,) = machine_problems(wide, ["policy"])
+    assert "CPU" in left
+    assert not machine_problems(wide.model_copy(update={"ray": RaySpec(address="auto")}))
+    (left,) = machine_problems(wide.model_copy(update={"ray": RaySpec(num_cpus=1e3)}))
+    assert "GPU" in left
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert not machine_problems(wide)
+    assert not machine_problems(shrink(wide)[0])
+
+
+def test_validate_and_run_say_what_this_machine_lacks_beside_what_is_wrong_with_data(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    wide = config(
+        {"sft": {"data": str(tmp_path / "nowhere.jsonl")}},
+        model={"base": str(tiny_base)},
+        output_dir=str(tmp_path / "out"),
+        roles={"policy": {"cpus": 1e6}},
+    )
+    with pytest.raises(UserError) as refused:
+        api.run(wide)
+    for problems in (api.validate(wide).problems, refused.value.problems):
+        said = "\n".join(problems)
+        assert "roles.policy.workers 1 x cpus 1e+06" in said
+        assert "nowhere.jsonl" in said
