@@ -108,7 +108,7 @@ class Fleet:
         return "a role has GPUs" if any(spec.gpus for spec in specs.values()) else None
 
     def machine_problems(self) -> list[str]:
-        """What this machine lacks for the roles that will work, where the cluster is a local one."""
+        """Resources that the roles which will work ask for and this machine lacks, where the run is local."""
         return machine_problems(self.config, self._likely())
 
     def prestart(self) -> None:
