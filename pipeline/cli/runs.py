@@ -157,6 +157,21 @@ def report(directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Th
     return EXIT_DONE
 
 
+@verbs.command(
+    epilog=example("raylign compare runs/a runs/b", "raylign compare runs/a runs/b runs/c --out abc.html")
+)
+def compare(
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="RUN_DIR RUN_DIR...", help="Two runs or more.")
+    ],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("compare.html"),
+) -> int:
+    """Lay runs over each other: settings that differ, curves, last figures."""
+    from pipeline.cli.comparing import compare_runs
+
+    return compare_runs(directories, out)
+
+
 @verbs.command(epilog=example("raylign env"))
 def env() -> int:
     """Versions, cores, memory, GPUs, Ray, and where things are."""

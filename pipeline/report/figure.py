@@ -11,6 +11,7 @@ import io
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors.errors import UserError
+from pipeline.monitoring.printable import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,11 +46,10 @@ PNG_DPI = 160
 
 @dataclass(frozen=True)
 class Drawing:
-    """One chart: its inline SVG, and the PNG in the run directory."""
+    """One chart as an inline SVG."""
 
     title: str
     svg: str
-    png: Path
     first: bool = True
     """Among the charts that answer "did it learn?"."""
     wide: bool = False
@@ -77,7 +78,9 @@ def drawing_style() -> Iterator[None]:
         "xtick.color": muted,
         "ytick.color": muted,
     }
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # The browser has the letters that the PNG's font lacks.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
         yield
 
 
@@ -129,18 +132,31 @@ def replace_bytes(path: Path, content: bytes) -> None:
         aside.unlink(missing_ok=True)
 
 
-def save(figure: Figure, png: Path, title: str, *, first: bool = True, wide: bool = False) -> Drawing:
-    """Write the PNG, and give the same figure back as an SVG whose colours are CSS variables."""
+def save(
+    figure: Figure,
+    directory: Path | None,
+    name: str,
+    title: str,
+    *,
+    first: bool = True,
+    wide: bool = False,
+) -> Drawing:
+    """Give the figure back as an SVG whose colours are CSS variables, and write it as `directory/NAME.png`;
+    None: no PNG. `name` is another for each figure of a page."""
     import matplotlib
+    from matplotlib.text import Text
 
-    png.parent.mkdir(parents=True, exist_ok=True)
-    pixels = io.BytesIO()
-    figure.savefig(pixels, format="png", dpi=PNG_DPI)
-    replace_bytes(png, pixels.getvalue())
+    for text in figure.findobj(Text):
+        text.set_text(printable(text.get_text()))
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        pixels = io.BytesIO()
+        figure.savefig(pixels, format="png", dpi=PNG_DPI)
+        replace_bytes(directory / f"{name}.png", pixels.getvalue())
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": png.stem}):
+    with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return Drawing(title, themed_svg(buffer.getvalue(), png.stem, title), png, first, wide)
+    return Drawing(title, themed_svg(buffer.getvalue(), name, title), first, wide)
 
 
 def themed_svg(svg: str, prefix: str, title: str) -> str:

@@ -155,8 +155,8 @@ def _finished(figure: Figure, stage: str, title: str, fact: str, plots_dir: Path
     line = 1 - 0.19 / height
     figure.text(0.075 / width, line, title, size=9.5, weight="bold", color=COLOURS["ink"], va="center")
     figure.text(1 - 0.11 / width, line, fact, size=9 if wide else 8.5, ha="right", va="center")
-    path = plots_dir / f"{file_name(stage)}-{file_name(title.lower().replace(',', ''))}.png"
-    return save(figure, path, title, wide=wide)
+    name = f"{file_name(stage)}-{file_name(title.lower().replace(',', ''))}"
+    return save(figure, plots_dir, name, title, wide=wide)
 
 
 def _rgb(colour: str) -> tuple[float, ...]:

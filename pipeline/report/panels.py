@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -195,6 +196,10 @@ class Chart:
     first: bool = False
     total: Series | None = None
     """Of a stacked chart, the line over its parts."""
+    metrics: dict[str, str] = field(default_factory=dict)
+    """Label of each curve -> name of its metric."""
+    colours_of: Sequence[str] = ()
+    """Labels in the order in which they get colours, where that is not the order of the curves."""
 
     @property
     def slug(self) -> str:
@@ -232,17 +237,18 @@ def charts(series: dict[str, Series]) -> tuple[list[Chart], dict[str, float]]:
 
 def _take(panel: Panel, left: dict[str, Series], online: bool) -> Chart | None:
     """The chart of a panel, whose metrics leave `left`; None where the stage has none of them."""
-    curves = {
-        _label(key, pattern, panel): left.pop(key)
+    metrics = {
+        _label(key, pattern, panel): key
         for pattern in panel.keys
         for name in _matches(pattern, left)
         for key in (name, f"eval_{name}")
         if key in left
     }
-    if not curves:
+    if not metrics:
         return None
+    curves = {label: left.pop(key) for label, key in metrics.items()}
     first = panel.first if isinstance(panel.first, bool) else (panel.first == "online") == online
-    return Chart(panel, curves, first, left.pop(panel.total, None))
+    return Chart(panel, curves, first, left.pop(panel.total, None), metrics)
 
 
 def _is_mark(key: str, left: dict[str, Series]) -> bool:

@@ -38,8 +38,8 @@ HEADING_ROOM = 0.9
 
 
 @drawing_style()
-def draw_chart(chart: Chart, stage: str, plots_dir: Path) -> Drawing:
-    """Draw a stage's chart to `plots_dir/STAGE-TITLE.png`."""
+def draw_chart(chart: Chart, stage: str, plots_dir: Path | None) -> Drawing:
+    """Draw a stage's chart, also to `plots_dir/STAGE-TITLE.png`."""
     figure = new_figure(WIDTH, HEIGHT)
     axes = figure.add_axes((0.125, 0.15, 0.845, 0.66 - heading(figure, chart)))
     style_axes(axes, chart.panel.unit)
@@ -55,8 +55,8 @@ def draw_chart(chart: Chart, stage: str, plots_dir: Path) -> Drawing:
     if chart.stacked:
         axes.set_ylim(bottom=0)
     axes.set_xlabel("step", loc="right", labelpad=1)
-    png = plots_dir / f"{file_name(stage)}-{chart.slug}.png"
-    return save(figure, png, chart.panel.title, first=chart.first)
+    name = f"{file_name(stage)}-{chart.slug}"
+    return save(figure, plots_dir, name, chart.panel.title, first=chart.first)
 
 
 def style_axes(axes: Axes, unit: Unit) -> None:
@@ -100,7 +100,8 @@ def is_twin(label: str) -> bool:
 
 def curve_colours(chart: Chart) -> dict[str, str]:
     """A colour a metric: the held-out figures of one of several share its colour, and are dashed."""
-    metrics = dict.fromkeys(label.removesuffix(f" {HELD_OUT}") for label in chart.curves)
+    labels = chart.colours_of or chart.curves
+    metrics = dict.fromkeys(label.removesuffix(f" {HELD_OUT}") for label in labels)
     own = dict(zip(metrics, cycle(COLOURS[name] for name in SERIES)))
     return {label: own[label.removesuffix(f" {HELD_OUT}")] for label in chart.curves}
 

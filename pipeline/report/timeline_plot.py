@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.monitoring.printable import printable
 from pipeline.report.figure import (
     COLOURS,
     SERIES,
@@ -53,7 +54,7 @@ def draw_timeline(calls: Sequence[Call], window: tuple[float, float], title: str
             axes.axvline(end, color=COLOURS["muted"], linewidth=0.6, linestyle=(0, (2, 3)), zorder=0)
     axes.set_xlim(0, window[1] - window[0])
     legend(figure, title, {call.kind for call in seen})
-    return save(figure, png, title, wide=True)
+    return save(figure, png.parent, png.stem, title, wide=True)
 
 
 def draw_lane(axes: Axes, row: int, calls: Sequence[Call], window: tuple[float, float]) -> None:
@@ -79,7 +80,7 @@ def style_lanes(axes: Axes, names: Sequence[str]) -> None:
         spine.set_visible(side == "bottom")
         spine.set_color(COLOURS["line"])
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [printable(name) for name in names])
     for row in range(len(names)):
         axes.axhline(row, color=COLOURS["line"], linewidth=0.8, zorder=0)
     axes.tick_params(length=0, pad=5)

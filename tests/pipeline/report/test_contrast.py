@@ -98,7 +98,9 @@ def test_texts_of_the_drawings_have_colours_of_the_page(reported_run: Path, rlhf
 def test_labels_and_curves_of_the_drawings_can_be_told_from_the_paper(theme: str) -> None:
     colours = THEMES[theme]
     series = [name for name in COLOURS if re.fullmatch(r"s\d", name)]
-    assert all(contrast(rgb(colours[name]), rgb(colours["surface"])) >= TEXT_AT_LEAST for name in series)
+    for name in series:
+        for paper in PAPERS:
+            assert contrast(rgb(colours[name]), rgb(colours[paper])) >= TEXT_AT_LEAST, (name, paper)
     # Areas and bars are a little transparent.
     for name, alpha in [*((name, 0.75) for name in series), *((name, 0.9) for name in series)]:
         assert contrast(over(rgb(colours[name]), alpha, colours), rgb(colours["surface"])) >= DRAWING_AT_LEAST
