@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import socket
@@ -14,22 +15,20 @@ from typing import Any
 
 from actors.cluster.environment import import_root, ray_environment
 from actors.cluster.fast_start import ForkServer, lean_cluster
+from actors.cluster.local_cluster import LocalCluster
 from actors.cluster.ray_private import head_address, mute_raylet, unmute_raylet, use_token
 from actors.cluster.spec import RoleSpec, bundle
-from actors.errors import RunFailure, UserError
+from actors.errors import UserError
 
-NOT_STARTED = (
-    "try again: a machine that is busy with other work is too slow for Ray's own deadlines; if that does not "
-    "help, look at Ray's logs under /tmp/ray, and at free memory and disk"
-)
 OBJECT_STORE_BYTES = 512 * 2**20
 """Object store of a local cluster. Batches are small and what doesn't fit is spilled to disk; Ray's own
 choice, 30 % of the memory, makes it warn wherever /dev/shm is smaller (64 MiB in a plain container)."""
 PLAIN_START = "plain start (ray.fast_start: false)"
-
-
 REACH_S = 5.0
 """Seconds to wait for a cluster's head to accept a connection; one that is there answers in milliseconds."""
+
+_local: LocalCluster | None = None
+"""The cluster that this process has started."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +53,19 @@ def start_ray(
     object_store_memory: int | None = None,
     fast_start: bool = True,
     fork_server: ForkServer | None = None,
+    keep_logs: Path | None = None,
 ) -> Cluster:
     """Connect to the cluster at `address` (or of this Ray job), or start one that ends with this process.
 
     Takes about a second, most of it waiting: call it from a thread and read data meanwhile. When the process
     is killed with -9, the kernel takes the local cluster down with it: head and node at once, actors within
     4 s. `fast_start` and `fork_server` are for a local cluster: start only the processes of Ray's that a run
-    needs (`actors.cluster.fast_start`); where its workers come from.
+    needs (`actors.cluster.fast_start`); where its workers come from. `keep_logs`: where Ray's logs of a
+    local cluster are moved to when the run fails.
 
     Raises:
-        UserError: there is no cluster at `address`, or its Ray or Python version differs.
+        UserError: there is no cluster at `address`, its Ray or Python version differs, or there is no place
+            for a local cluster's files.
         RunFailure: a local cluster does not come up, as on a machine that is busy with other work.
     """
     os.environ.update({name: value for name, value in ray_environment().items() if name not in os.environ})
@@ -82,7 +84,7 @@ def start_ray(
                 "include_dashboard": False,
                 "object_store_memory": object_store_memory or OBJECT_STORE_BYTES,
             }
-            how = _start_local(settings, fast_start, fork_server)
+            how = _start_local(settings, fast_start, fork_server, keep_logs)
         else:
             _connect(str(address), quiet)
             how = f"connected to the cluster at {address}"
@@ -98,13 +100,23 @@ def is_local(address: str | None) -> bool:
     return not connected and (address or os.environ.get("RAY_ADDRESS")) in (None, "", "local")
 
 
-def stop_ray() -> None:
-    """Disconnect; a cluster that `start_ray` started ends."""
+def stop_ray(failed: bool = False) -> Path | None:
+    """Disconnect; a cluster that `start_ray` started ends, and its files are removed.
+
+    After a `failed` run Ray's logs of that cluster are kept; returns their directory.
+    """
+    global _local
+    kept = None
     if "ray" in sys.modules:
         import ray
 
-        ray.shutdown()
+        local, _local = _local, None
+        if local is not None:
+            kept = local.end(failed)
+        else:
+            ray.shutdown()
         unmute_raylet()
+    return kept
 
 
 def check_cluster(roles: Mapping[str, RoleSpec], *, num_cpus: float | None = None) -> None:
@@ -181,17 +193,15 @@ def local_resources() -> dict[str, float]:
     return {"CPU": cpus, "GPU": float(gpus)}
 
 
-def _start_local(settings: Mapping[str, Any], fast: bool, fork_server: ForkServer | None) -> str:
+def _start_local(
+    settings: Mapping[str, Any], fast: bool, fork_server: ForkServer | None, keep_logs: Path | None
+) -> str:
     """Start a local cluster; how that was done."""
-    import ray
-
-    try:
-        with lean_cluster(fork_server) if fast else contextlib.nullcontext(PLAIN_START) as how:
-            ray.init(address="local", **settings)
-    except Exception as error:  # a bare one where Ray's processes don't come up in time
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise RunFailure("ray", "start", reason, NOT_STARTED) from error
-    return how
+    global _local
+    starting = lean_cluster(fork_server) if fast else contextlib.nullcontext(PLAIN_START)
+    _local = LocalCluster(settings, starting, keep_logs)
+    atexit.register(stop_ray)  # Of programs that don't; before Ray's own.
+    return _local.how
 
 
 def _connect(address: str, quiet: Mapping[str, Any]) -> None:

@@ -3,7 +3,9 @@ telemetry, no noise."""
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -24,6 +26,18 @@ def ray_environment() -> dict[str, str]:
         # Ray gives its workers nice 15, so that they yield to whatever else runs; here they are the work.
         "RAY_worker_niceness": "0",
     }
+
+
+def beside_proxies(hosts: Sequence[str]) -> dict[str, str]:
+    """Variables with which connections to `hosts` don't go to the proxies that this process's variables name;
+    none where none is named."""
+    named = [os.environ.get(name, "") for name in ("http_proxy", "https_proxy", "all_proxy")]
+    named += [os.environ.get(name, "") for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")]
+    if not any(named):
+        return {}
+    before = ",".join(filter(None, [os.environ.get("no_proxy"), os.environ.get("NO_PROXY")])).split(",")
+    everything = ",".join(dict.fromkeys([*filter(None, map(str.strip, before)), *hosts]))
+    return {"no_proxy": everything, "NO_PROXY": everything}
 
 
 def actor_environment(threads: int, one_node: bool) -> dict[str, str]:

@@ -6,8 +6,10 @@ is in `actors.cluster.fast_start`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 from actors.errors import UserError
@@ -18,6 +20,8 @@ _WORKER, _PRINT = "ray._private.worker", "print_to_stdstream"
 _SERVICES, _FIND = "ray._private.services", "canonicalize_bootstrap_address"
 _TOKENS = "ray._private.authentication.authentication_token_setup"
 _USE_TOKEN = "maybe_enable_token_auth_if_token_available"
+_CONSTANTS, _REACHABLE = "ray._private.ray_constants", "ENABLE_RAY_CLUSTER"
+_RAYLET = "ray._raylet"
 
 _printed_before: Any = None
 """Ray's own function while `mute_raylet` stands in for it."""
@@ -73,6 +77,38 @@ def use_token(head: str) -> bool:
         return bool(use(warn_if_disabled=False))
     finally:
         log.setLevel(before)
+
+
+def forget_token() -> None:
+    """Let this process read anew whether Ray uses a token, and which: the next cluster may be another's.
+
+    A Ray that lacks the names keeps what it has read.
+    """
+    config, tokens = private(_RAYLET, "Config"), private(_RAYLET, "AuthenticationTokenLoader")
+    if config is not None and tokens is not None:
+        # In this order: a thread of Ray's that still ends reads the token again as long as it is in use.
+        config.initialize("")
+        tokens.instance().reset_cache()
+
+
+@contextlib.contextmanager
+def on_loopback() -> Iterator[bool]:
+    """While it lasts, `ray.init` gives the cluster that it starts the loopback address, so that none of its
+    processes listens elsewhere; False with a Ray that lacks the name.
+
+    It is what Ray does on macOS and Windows. Its own setting for it, a variable, is read once for the whole
+    life of a process, which may connect to another cluster later.
+    """
+    before = private(_CONSTANTS, _REACHABLE)
+    if before is None:
+        yield False
+        return
+    constants = importlib.import_module(_CONSTANTS)
+    setattr(constants, _REACHABLE, False)
+    try:
+        yield True
+    finally:
+        setattr(constants, _REACHABLE, before)
 
 
 def mute_raylet() -> None:

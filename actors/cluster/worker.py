@@ -17,6 +17,7 @@ import random
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -24,6 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from actors.cluster.scratch import Scratch
 from actors.cluster.trace import CallTrace, named
 from actors.errors import RunFailure, UserError
 
@@ -47,6 +49,10 @@ class Worker:
         # Before any library is imported: OpenMP, torch and vLLM read these once. In a forked process OpenMP
         # and torch have read the fork server's, which are the same; the rest is read when vLLM is imported.
         os.environ.update(env)
+        # vLLM leaves files in the directory for temporary ones, of which a forked process knows the server's.
+        tempfile.tempdir = None
+        self._scratch = Scratch()
+        tempfile.tempdir = os.environ["TMPDIR"] = str(self._scratch.path)
         self._object: object | None = None
         self._seconds: dict[str, float] = {}
         self._import_error: BaseException | None = None
@@ -119,6 +125,7 @@ class Worker:
         """Let the object close what it holds (process groups, engines)."""
         with contextlib.suppress(Exception):
             self._drop()
+        self._scratch.remove()
         self._log.flush()
 
     def _drop(self) -> None:

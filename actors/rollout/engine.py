@@ -9,8 +9,6 @@ traps and proves each exchange.
 from __future__ import annotations
 
 import gc
-import os
-import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -46,8 +44,6 @@ if TYPE_CHECKING:
     from actors.rollout.weight_updater import WeightUpdater
 
 __all__ = ["EngineSpec", "Generations", "RolloutEngine", "SamplingSpec", "sample_seed"]
-
-SCRATCH_PREFIX = "raylign-merged-"
 
 
 class RolloutEngine:
@@ -203,9 +199,8 @@ class RolloutEngine:
     def _load_merged(self, base: str | None, adapter: str, label: str) -> dict[str, float]:
         from actors.models.lora.merge import merge_adapter
 
-        _sweep_scratch()
         began = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="raylign-merged-") as scratch:
             merged = Path(scratch) / "model"
             with building_models():
                 merge_adapter(base, adapter, merged, dtype=self.spec.dtype, check=False)
@@ -296,11 +291,3 @@ class RolloutEngine:
                 f"{len(too_long)} of {len(prompts)} prompts leave no room for an answer in the model's "
                 f"{self.max_model_len} positions (the first: prompt {i} with {len(prompts[i])} tokens)"
             )
-
-
-def _sweep_scratch() -> None:
-    """Remove merged models that killed engines of this machine left behind."""
-    for path in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*"):
-        pid = path.name.removeprefix(SCRATCH_PREFIX).split("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(path, ignore_errors=True)

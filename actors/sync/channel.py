@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from actors.cluster.meeting_point import open_meeting_point
 from actors.errors import RunFailure
 from actors.sync.payload import Manifest, Payload
 from actors.sync.spec import Backend
@@ -35,7 +36,7 @@ class Listener:
 
     def __init__(self, host: str, timeout_s: float) -> None:
         self._timeout = timedelta(seconds=timeout_s)
-        self._store = dist.TCPStore(host, 0, None, True, self._timeout, wait_for_workers=False)
+        self._store = open_meeting_point(host, 0, None, self._timeout, wait=False)
         self.address = f"{host}:{self._store.port}"
 
     def accept(self, name: str, backend: Backend = "gloo") -> Channel:

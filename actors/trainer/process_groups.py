@@ -10,10 +10,13 @@ from __future__ import annotations
 from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from actors.cluster.meeting_point import open_meeting_point
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -45,7 +48,7 @@ class Ranks:
         wait = timedelta(seconds=timeout_s)
         dist.init_process_group(
             "nccl" if self._device.type == "cuda" else "gloo",
-            init_method=init_method,
+            store=_meet(str(init_method), rank, world_size, wait),
             rank=rank,
             world_size=world_size,
             timeout=wait,
@@ -109,6 +112,15 @@ class Ranks:
         """Leave the group."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _meet(init_method: str, rank: int, world_size: int, wait: timedelta) -> dist.TCPStore:
+    """The store of all ranks, at which they have met; the first one's process has its listening end."""
+    place = urlsplit(init_method)
+    host, port = str(place.hostname), int(place.port or 0)
+    if rank == 0:
+        return open_meeting_point(host, port, world_size, wait, wait=True)
+    return dist.TCPStore(host, port, world_size, False, wait, wait_for_workers=True)
 
 
 def _own_group(groups: list[list[int]], timeout: timedelta) -> dist.ProcessGroup | None:

@@ -71,7 +71,7 @@ def engine(model: str) -> Iterator[WorkerGroup]:
 
     threads = max(1, int(local_resources()["CPU"]))
     with tempfile.TemporaryDirectory(prefix="raylign-chat-") as logs:
-        start_ray()
+        start_ray("local")
         group = rollout_group(RoleSpec(threads=threads), LimitsSpec(), Path(logs)).start()
         try:
             group.ready().build(ROLLOUT, EngineSpec()).result()

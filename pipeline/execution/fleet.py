@@ -20,6 +20,7 @@ from actors.cluster import (
     stop_ray,
 )
 from actors.cluster.fast_start import ForkServer
+from actors.errors import UserError
 from actors.models.facts import BaseFacts, base_facts
 from actors.rollout.remote import ROLLOUT as ENGINE
 from actors.rollout.remote import rollout_group
@@ -43,10 +44,16 @@ class Fleet:
     """Starts what a graph needs: groups of processes, and hosts on them; `contexts` hands them to stages."""
 
     def __init__(
-        self, config: RunConfig, directory: RunDirectory, startup: dict[str, float], fresh: bool = False
+        self,
+        config: RunConfig,
+        directory: RunDirectory,
+        startup: dict[str, float],
+        fresh: bool = False,
+        note: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """`fresh`: also ignore what earlier runs left in the reference cache."""
+        """`fresh`: also ignore what earlier runs left in the reference cache. `note`: says a line."""
         self.config, self.directory, self.startup, self.fresh = config, directory, startup, fresh
+        self._note = note
         self._groups: dict[str, WorkerGroup] = {}
         self._hosts: dict[str, Host] = {}
         self.feeds: dict[str, ReferenceFeed] = {}
@@ -77,7 +84,10 @@ class Fleet:
             for group in self._groups.values():
                 group.shutdown()
         if self._ray:
-            stop_ray()
+            failed = isinstance(error, Exception) and not isinstance(error, UserError)
+            kept = stop_ray(failed)
+            if kept is not None:
+                self._note(f"Ray's own logs of this run are kept in {kept}")
         if self._fork_server is not None:
             self._fork_server.stop()
         self._thread.shutdown()
@@ -182,6 +192,7 @@ class Fleet:
                 object_store_memory=spec.object_store_memory,
                 fast_start=spec.fast_start,
                 fork_server=self._fork_server,
+                keep_logs=self.directory.logs / "ray",
             )
             self.ray_line = cluster.how
             if spec.fast_start and self._imports_apart is not None:

@@ -88,7 +88,7 @@ class Run:
         from pipeline.planning.read_graph import read_graph, read_rows
         from pipeline.stages.context import Stopped
 
-        with Fleet(self.config, self.directory, self.startup, self.fresh) as fleet:
+        with Fleet(self.config, self.directory, self.startup, self.fresh, self.progress.note) as fleet:
             with _uncollected():
                 fleet.preload_imports()
                 records = read_rows(self.config, until, fleet.machine_problems())

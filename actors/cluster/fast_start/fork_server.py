@@ -21,7 +21,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -29,12 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from actors.cluster.environment import import_root
+from actors.cluster.scratch import Scratch
 
 STOP_S = 2.0
 """Seconds that the server gets to end; it has nothing to save."""
 
-LONGEST_DIRECTORY = 70
-"""Characters of a directory for the socket; the rest of the socket's path has less than 30."""
+SOCKET = "socket"
+"""Name of its socket."""
 
 
 class ForkServer:
@@ -43,13 +43,9 @@ class ForkServer:
     def __init__(self, modules: Sequence[str], env: Mapping[str, str], log: Path) -> None:
         """Start it; returns at once. `modules`: what to import. `env`: variables on top of this process's,
         those that libraries read when they are loaded among them. `log`: file for what it prints."""
-        # Only this user may ask for processes. A socket's path has at most 107 characters, Ray's own as well.
-        usual = tempfile.gettempdir()
-        where = usual if len(usual) < LONGEST_DIRECTORY else "/tmp"
-        self._directory = tempfile.TemporaryDirectory(
-            prefix="raylign-fork-", dir=where, ignore_cleanup_errors=True
-        )
-        self.address = str(Path(self._directory.name) / "socket")
+        # Only this user may ask for processes.
+        self._scratch = Scratch(len(f"/{SOCKET}"))
+        self.address = str(self._scratch.path / SOCKET)
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         path = os.pathsep.join([import_root(), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -60,7 +56,7 @@ class ForkServer:
             own = str(listener.fileno())
             self._process = subprocess.Popen(
                 [sys.executable, "-P", __file__, own, str(os.getpid()), *modules],
-                env={**os.environ, **env, "PYTHONPATH": path},
+                env={**os.environ, **env, "PYTHONPATH": path, "TMPDIR": str(self._scratch.path)},
                 pass_fds=[listener.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -79,7 +75,7 @@ class ForkServer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._directory.cleanup()
+        self._scratch.remove()
 
 
 def serve(listener: socket.socket, driver: int, modules: Sequence[str]) -> list[str] | None:
@@ -137,21 +133,23 @@ def fork(connection: socket.socket) -> list[str] | None:
             raise ValueError("not the request of a worker")
         sys.stdout.flush()
         sys.stderr.flush()
+        server = os.getpid()
         if os.fork():
             connection.sendall(b"+")
             return None
-        return become(order, streams)
+        return become(order, streams, server)
     finally:
         for stream in streams:
             os.close(stream)
 
 
-def become(order: Mapping[str, Any], streams: Sequence[int]) -> list[str]:
+def become(order: Mapping[str, Any], streams: Sequence[int], server: int) -> list[str]:
     """In a forked process: take over streams, environment and directory of the process that asked; returns
-    the command line to run."""
+    the command line to run. It ends with the server, also before it has become a rank."""
     try:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
+        end_with(server)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         gc.enable()
         os.environ.clear()
