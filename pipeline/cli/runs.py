@@ -37,13 +37,17 @@ def init(
     """Write a starter config: every field with its meaning and default."""
     import json
 
+    from actors.cluster import local_resources
     from pipeline.config.init_template import starter
     from pipeline.config.json_schema import json_schema
 
     if path.exists() and not force:
         raise UserError(f"{path}: exists already; name another file, or add --force")
     kinds = [kind.strip() for kind in stages.split(",") if kind.strip()]
-    text = json.dumps(json_schema(), indent=1) + "\n" if schema else starter(name or path.stem, base, kinds)
+    gpus = local_resources()["GPU"]
+    text = (
+        starter(name or path.stem, base, kinds, gpus) if not schema else json.dumps(json_schema(), indent=1)
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

@@ -16,6 +16,14 @@ from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
 from actors.rollout.spec import EngineOptions
 from actors.spec import Spec
 from actors.sync.spec import SyncSpec
+from pipeline.config.init_settings import (
+    ABOUT,
+    ABOUT_DATA,
+    GPU_MODEL,
+    GPU_RESOURCES,
+    Starter,
+    settings_for,
+)
 from pipeline.config.run_config import RunConfig
 from pipeline.data.spec import DataSpec
 from pipeline.evaluation.spec import EvalSamplingSpec, EvalSpec
@@ -26,53 +34,19 @@ from pipeline.stages.specs.registry import STAGE_TYPES, RlStage
 WIDTH = 100
 
 DEFAULT_STAGES = ("sft", "dpo")
-ONLINE = ("ppo", "grpo", "rloo", "reinforce_pp", "online_dpo")
-ABOUT: dict[str, str] = {
-    "sft": "The stage `sft`: its name says its type. For another name add `type: sft`.",
-    "reward": "A reward model, from pairs as DPO has them. It is no policy: later stages start from others.",
-    "dpo": "The stage `dpo` starts from the last policy before it, and has it as its reference.",
-    "kto": "The stage `kto` starts from the last policy before it, and has it as its reference.",
-    "ppo": "Online: samples from the engines, rewards, updates of policy and critic, new weights synced.",
-    "grpo": "Online: samples from the engines, each compared with all of its prompt.",
-    "rloo": "Online: samples from the engines, each compared with the others of its prompt.",
-    "reinforce_pp": "Online: samples from the engines, each compared with all of the generation.",
-    "online_dpo": "Online: samples from the engines, the best and the worst of each prompt as a pair.",
-}
-DATA: dict[str, dict[str, Any]] = {
-    "sft": {"source": "builtin:arithmetic", "split": "train", "max_rows": 4096},
-    "reward": {"source": "builtin:arithmetic", "split": "preference", "max_rows": 4096},
-    "dpo": {"source": "builtin:arithmetic", "split": "preference", "max_rows": 4096},
-    "kto": {"source": "builtin:arithmetic", "split": "preference", "max_rows": 4096},
-    **{kind: {"source": "builtin:arithmetic", "split": "prompts"} for kind in ONLINE},
-    "eval": {"source": "builtin:arithmetic", "split": "test"},
-}
-ABOUT_DATA: dict[str, str] = {
-    "sft": "Training data: hub id, file, directory or built-in; any usual layout.",
-    "reward": "Preference pairs: prompt, chosen, rejected, in any usual layout.",
-    "dpo": "Preference pairs: prompt, chosen, rejected, in any usual layout.",
-    "kto": "Answers with a label (true: desirable), or preference pairs, which are taken apart.",
-    **dict.fromkeys(ONLINE, "Prompts; their other columns reach the reward functions."),
-}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "sft": {"learning_rate": 1e-3, "batch_size": 64, "max_steps": 100},
-    "reward": {"learning_rate": 1e-3, "batch_size": 64, "max_steps": 100},
-    "dpo": {"learning_rate": 5e-4, "batch_size": 64, "max_steps": 100, "beta": 0.1, "loss_type": "sigmoid"},
-    "kto": {"learning_rate": 5e-4, "batch_size": 64, "max_steps": 100, "beta": 0.1},
-    **{
-        kind: {"learning_rate": 2e-4, "batch_size": 64, "max_steps": 30, "max_completion_length": 16}
-        for kind in ONLINE
-    },
-}
-"""Settings of a starter, for the tiny base and the built-in task."""
 
 
-def starter(name: str, base: str, stages: Sequence[str] = DEFAULT_STAGES) -> str:
-    """A runnable config: stages, then evaluation; what is left at its default is commented out.
+def starter(name: str, base: str, stages: Sequence[str] = DEFAULT_STAGES, gpus: float = 0) -> str:
+    """A config: stages, then evaluation; what is left at its default is commented out.
+
+    It runs as it stands for the embedded base; for others it has placeholders in place of data. `gpus`: of
+    this machine.
 
     Raises:
         UserError: one of `stages` is no type of stage, or is named twice.
     """
     _check(stages)
+    values = settings_for(base, gpus)
     parts = [
         _header(),
         *_fields(
@@ -80,22 +54,23 @@ def starter(name: str, base: str, stages: Sequence[str] = DEFAULT_STAGES) -> str
         ),
         "",
         *_section("model", RunConfig),
-        *_indent(_fields(ModelSpec, {"base": base}, skip={"lora", "moe"})),
+        *_indent(_on_gpus(values, GPU_MODEL)),
+        *_indent(_fields(ModelSpec, {"base": base, **values.model}, skip={"lora", "moe"})),
         *_indent(_section("lora", ModelSpec)),
-        *_indent(_fields(LoraSpec, {"r": 16, "lora_alpha": 32, "targets": ["attention", "experts"]}), 4),
+        *_indent(_fields(LoraSpec, {"r": 16, "lora_alpha": 32, "targets": values.targets}), 4),
         *_indent(_section("moe", ModelSpec)),
         *_indent(_fields(MoeSpec, _first(MoeSpec)), 4),
         "",
         *_section("stages", RunConfig),
-        *(line for kind in stages for line in [*_indent(_stage(kind, stages)), ""]),
+        *(line for kind in stages for line in [*_indent(_stage(kind, stages, values)), ""]),
         *_section("roles", RunConfig),
-        *(line for role in ROLES for line in _indent(_role(role))),
+        *(line for role in ROLES for line in _indent(_role(role, values))),
         "",
         *_section("eval", RunConfig),
-        *_indent(_data("data", DATA["eval"], "Held-out prompts with their answers.")),
+        *_indent(_data("data", values.data["eval"], "Held-out prompts with their answers.")),
         *_indent(_fields(EvalSpec, {"max_rows": 500}, skip={"data", "sampling"})),
         *_indent(_section("sampling", EvalSpec)),
-        *_indent(_fields(EvalSamplingSpec, {"max_tokens": 64}), 4),
+        *_indent(_fields(EvalSamplingSpec, {"max_tokens": values.max_tokens}), 4),
         "",
     ]
     for section, spec in (("logging", LoggingSpec), ("limits", LimitsSpec), ("ray", RaySpec)):
@@ -115,19 +90,25 @@ def _check(stages: Sequence[str]) -> None:
         raise UserError(problems or [f"--stages: none given; possible: {types}"])
 
 
-def _stage(kind: str, stages: Sequence[str]) -> list[str]:
+def _on_gpus(values: Starter, settings: dict[str, Any]) -> list[str]:
+    """Comment with what to set on GPUs, where that is not set."""
+    said = ", ".join(f"{key}: {_inline(value)}" for key, value in settings.items())
+    return [f"# On GPUs: {said}"] if values.gpu_comments else []
+
+
+def _stage(kind: str, stages: Sequence[str], starter: Starter) -> list[str]:
     """One stage; what the first of the stages explains is only listed in later ones."""
     spec = STAGE_TYPES[kind]
     earlier = stages[: stages.index(kind)]
     brief = {name for name in spec.model_fields for other in earlier if _same(name, spec, STAGE_TYPES[other])}
-    values = dict(SETTINGS[kind])
+    values = dict(starter.stages[kind])
     if issubclass(spec, RlStage):
         values["rewards"] = ["reward"] if "reward" in earlier else ["exact_match"]
     nested = {"sync"} & set(spec.model_fields)
     return [
         *_comment_text(ABOUT[kind]),
         f"{kind}:",
-        *_indent(_data("data", DATA[kind], ABOUT_DATA[kind])),
+        *_indent(_data("data", starter.data[kind], ABOUT_DATA[kind])),
         *_indent(_fields(spec, values, skip={"data"} | nested, brief=brief)),
         *(
             _indent([*_section("sync", spec), *_indent(_fields(SyncSpec, _first(SyncSpec)))])
@@ -146,16 +127,19 @@ def _same(name: str, spec: type[Spec], other: type[Spec]) -> bool:
     )
 
 
-def _role(role: str) -> list[str]:
+def _role(role: str, values: Starter) -> list[str]:
     """A role by its default: a view, engines, or ranks."""
     section, share = _section(role, RolesSpec), ROLES[role].may_share
     if share is not None:
         return [*section, f"  share: {share}"]
+    own = {"workers": 1, **values.resources}
+    on_gpus = _on_gpus(values, GPU_RESOURCES)
     if ROLES[role].holds == "engine":
-        engine = ["workers: 1", *_section("engine", RolloutRoleSpec)]
+        lines = [f"{key}: {value}" for key, value in own.items()]
+        engine = [*lines, *on_gpus, *_section("engine", RolloutRoleSpec)]
         options = _fields(EngineOptions, _first(EngineOptions))
         return [*section, *_indent(engine), *_indent(options, 4)]
-    return [*section, *_indent(_fields(RoleSpec, {"workers": 1}, skip={"share"}))]
+    return [*section, *_indent([*on_gpus, *_fields(RoleSpec, own, skip={"share"})])]
 
 
 def _header() -> str:

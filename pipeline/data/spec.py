@@ -64,6 +64,10 @@ ColumnName = Literal[
 ]
 
 
+PLACEHOLDER = re.compile(r"YOUR_[A-Z_]+")
+"""Sources that `raylign init` writes where it can't know any."""
+
+
 class DataSpec(Spec):
     """One source of rows."""
 

@@ -64,10 +64,27 @@ class Node:
         return self.decision.state != "fresh"
 
 
+def use_of_rows(stage: Prepared) -> str:
+    """Share of its rows that a stage trains on, in words, or how often it goes through all of them."""
+    order, steps = stage.order, stage.total_steps
+    rows, used = order.n_rows, steps * order.batch_size
+    what = "prompts" if stage.online else "rows"
+    said = f"{stage.name}: {_count(steps, 'step')} x {order.batch_size:,}"
+    if used < rows:
+        return f"{said} = {used:,} of {rows:,} {what} ({100 * used / rows:.2g} %)"
+    return f"{said}, {_count(round(stage.epoch(steps), 2), 'pass', 'passes')} over all {rows:,} {what}"
+
+
+def _count(number: float, one: str, more: str = "") -> str:
+    return f"{number:,g} {one if number == 1 else more or one + 's'}"
+
+
 def remarks_on_data(stage: Prepared) -> list[str]:
-    """Remarks on a stage's rows for the user: those left out, and those that went through a template
-    before they came here."""
+    """Remarks on a stage's rows for the user: the share of them that its steps take where that is not all,
+    those left out, and those that went through a template before they came here."""
     notes = []
+    if stage.total_steps * stage.order.batch_size < stage.order.n_rows:
+        notes.append(use_of_rows(stage))
     for what, data in (("", stage.data), (" (held out)", stage.eval_data)):
         if data is None:
             continue

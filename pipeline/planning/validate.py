@@ -132,7 +132,7 @@ def _look_at_stage(
     """A stage's data, into the findings; its prompts into `trained`."""
     from pipeline.data.reading.shared_prompts import trained_prompts
     from pipeline.planning.length_rules import sample_problems
-    from pipeline.planning.nodes import remarks_on_data
+    from pipeline.planning.nodes import remarks_on_data, use_of_rows
     from pipeline.planning.reward_rules import reward_column_problems
     from pipeline.stages.prepared import prepare, read_records
 
@@ -152,7 +152,8 @@ def _look_at_stage(
     if prepared is None:
         return
     findings.problems += sample_problems(prepared, findings.positions(config))
-    findings.remarks += remarks_on_data(prepared)
+    remarks, use = remarks_on_data(prepared), use_of_rows(prepared)
+    findings.remarks += remarks if use in remarks else [use, *remarks]
     stats = prepared.data.stats
     findings.stages.append(
         [

@@ -20,7 +20,7 @@ from pipeline.data.reading.json_files import json_rows
 from pipeline.data.reading.raw_rows import SUFFIXES, Row, suffix_of
 from pipeline.data.reading.readme_configs import files_of_folder
 from pipeline.data.reading.split_files import files_of_pattern
-from pipeline.data.spec import DataSpec, parse_split, slice_bounds
+from pipeline.data.spec import PLACEHOLDER, DataSpec, parse_split, slice_bounds
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
@@ -61,6 +61,11 @@ def local_files(spec: DataSpec) -> list[Path] | None:
     if any(c in source for c in "*?["):
         _refuse_name(spec, "a pattern")
         return files_of_pattern(source, split)
+    if PLACEHOLDER.fullmatch(source):
+        raise UserError(
+            f"data source {source!r}: a placeholder; write your own in its place: a file, a directory, the "
+            "hub's org/name, or builtin:NAME (docs/data.md)"
+        )
     if suffix_of(path) or not _HUB_ID.match(source):
         raise UserError(
             f"data source {source!r}: no such file or directory (looked in {Path.cwd()}); a hub data set has "

@@ -130,8 +130,8 @@ def test_validate_lists_model_data_and_directory_together(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").write_text("a file")
-    assert main(["init", "run.yaml", "--base", str(tiny_base)]) == 0
-    few = [f"stages.{stage}.data.max_rows=64" for stage in ("sft", "dpo")]
+    assert main(["init", "run.yaml", "--stages", "sft,dpo"]) == 0
+    few = [f"stages.{stage}.data.max_rows=64" for stage in ("sft", "dpo")] + [f"model.base={tiny_base}"]
     assert main(["validate", "run.yaml", *few]) == 0
     fine = capsys.readouterr().out
     assert "gate_up_proj" in fine
@@ -153,8 +153,8 @@ def test_validate_says_what_a_sync_sends_and_which_reward_cannot_be_found(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["init", "run.yaml", "--base", str(tiny_base), "--stages", "reward,ppo"]) == 0
-    few = [f"stages.{stage}.data.max_rows=64" for stage in ("reward", "ppo")]
+    assert main(["init", "run.yaml", "--stages", "reward,ppo"]) == 0
+    few = [f"stages.{stage}.data.max_rows=64" for stage in ("reward", "ppo")] + [f"model.base={tiny_base}"]
     assert main(["validate", "run.yaml", *few, "stages.ppo.max_length=64"]) == 0
     fine = capsys.readouterr().out
     assert "ppo: a sync sends " in fine
@@ -164,6 +164,31 @@ def test_validate_says_what_a_sync_sends_and_which_reward_cannot_be_found(
     text = capsys.readouterr().err
     assert "- stages.ppo.rewards.1: 'nowhere:f' cannot be imported" in text
     assert "- stages.ppo.rewards.2: nothing holds no reward model" in text
+
+
+def test_validate_names_the_placeholders_of_a_starter_and_what_share_of_rows_is_used(
+    tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "run.yaml")
+    assert main(["init", path, "--base", str(tiny_base), "--stages", "sft,dpo,grpo"]) == 0
+    assert main(["validate", path]) == 2
+    text = capsys.readouterr().err
+    places = {"stages.sft": "ANSWERS", "stages.dpo": "PAIRS", "stages.grpo": "PROMPTS"}
+    for key, what in {**places, "eval.data": "HELD_OUT_PROMPTS"}.items():
+        assert f"- {key}: data source 'YOUR_{what}': a placeholder; write your own" in text
+    rows = "{source: 'builtin:arithmetic', split: %s, max_rows: 2000}"
+    own = [
+        f"stages.{name}.data={rows % split}"
+        for name, split in (("sft", "train"), ("dpo", "preference"), ("grpo", "prompts"))
+    ]
+    own += ["eval=null", "stages.sft.max_steps=100", "stages.sft.batch_size=8", "stages.grpo.max_steps=3"]
+    own += ["stages.grpo.num_generations=8", "output_dir=" + str(tmp_path / "out")]
+    own += ["stages.grpo.max_length=100", "stages.grpo.max_completion_length=16"]
+    assert main(["validate", path, *own]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "sft: 100 steps x 8 = 800 of 2,000 rows (40 %)" in lines
+    assert "dpo: 63 steps x 32, 1 pass over all 2,000 rows" in lines
+    assert "grpo: 3 steps x 8 = 24 of 2,000 prompts (1.2 %)" in lines
 
 
 def test_env_says_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
