@@ -109,7 +109,7 @@ ROOMS |= {
     "pipeline.monitoring": ("actors",),
     "pipeline.data": ("actors", "pipeline.artifacts"),
     "pipeline.report": ("actors", "pipeline.monitoring"),
-    "pipeline.rewards": ("actors", "pipeline.data"),
+    "pipeline.rewards": ("actors", "pipeline.data", "pipeline.monitoring"),
     "pipeline.evaluation": ("actors", *LOW, "pipeline.rewards"),
     "pipeline.stages": ("actors", *LOW, "pipeline.rewards"),
     "pipeline.roles": ("actors", "pipeline.stages.specs"),

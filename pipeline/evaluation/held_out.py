@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
@@ -20,18 +20,27 @@ from pipeline.artifacts.manifest import fingerprint, write_json
 from pipeline.artifacts.user_code import code_digests, unread_code
 from pipeline.data.reading.bad_rows import Skipped
 from pipeline.data.reading.records import Records, load_records
+from pipeline.data.tokens.prompts import Prompt, as_row, in_form_of
 from pipeline.data.tokens.tokenize import prompt_rows
-from pipeline.rewards.functions import EXACT_MATCH, import_function, missing_arguments, named_by
+from pipeline.rewards.exact_match import exact_match
+from pipeline.rewards.functions import (
+    ARGUMENTS,
+    EXACT_MATCH,
+    RewardFunction,
+    Samples,
+    call_reward_function,
+    import_function,
+)
 
 if TYPE_CHECKING:
+    from actors.batches import Generations
     from actors.cluster import WorkerFuture, WorkerGroup
     from pipeline.evaluation.spec import EvalSpec
+    from pipeline.rewards.user_functions import UserFunction
 from pipeline.artifacts.weights import Weights
 
-Scorer = Callable[..., Sequence[float | None]]
-"""TRL's signature of a reward function: prompts, completions, columns -> a score (or None) each."""
-GIVEN = ("prompts", "completions")
-"""Arguments of a scorer other than the columns. No `completion_ids`: completions are scored as text."""
+TRIED = 2
+"""Rows that a scorer is tried with before the run."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,7 @@ class EvalSet:
     """Held-out prompts as tokens, with the columns that their scorer needs."""
 
     prompts: list[str]
+    """Texts that the model reads: prompts after the chat template."""
     token_ids: list[list[int]]
     columns: dict[str, list[Any]]
     fingerprint: str
@@ -50,6 +60,13 @@ class EvalSet:
     """The scorer -> digest of its code; empty for `exact_match`."""
     unread_code: tuple[str, ...] = ()
     """The scorer, where its code can't be read."""
+    rows: list[Prompt] | None = None
+    """Prompts as their rows have them, for the scorer; None: `prompts`, since all are plain text."""
+
+    def samples(self, completions: Sequence[str], ids: Sequence[Sequence[int] | np.ndarray]) -> Samples:
+        """One completion of each prompt, in the form in which reward functions get them."""
+        prompts = self.rows if self.rows is not None else self.prompts
+        return Samples(prompts, in_form_of(prompts, completions), ids, self.columns)
 
     def remarks(self) -> list[str]:
         """Lines about the rows that were left out and code that can't be read, for the user."""
@@ -74,19 +91,46 @@ def wilson(successes: float, n: int, level: float = 0.95) -> tuple[float, float]
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def find_scorer(metric: str) -> Scorer:
+def find_scorer(metric: str) -> RewardFunction | UserFunction:
     """`exact_match`, or `module:function`.
 
     Raises:
         UserError: nothing of that name can be imported.
     """
-    if metric == "exact_match":
-        from pipeline.rewards.exact_match import exact_match
-
+    if metric == EXACT_MATCH:
         return exact_match
     return import_function(
         metric, "eval.metric", "exact_match, or module:function with the module on the path"
     )
+
+
+def try_scorer(spec: EvalSpec, records: Records) -> None:
+    """Call the scorer once with the first rows, each answered by its `answer` where it has one, so that what
+    it can't do is known before anything is trained. What the call leaves behind ends with its process.
+
+    Raises:
+        UserError: it can't be imported, asks for a column that the rows lack, can't be called, or returns
+            something else than scores.
+    """
+    from pipeline.rewards.user_functions import UserFunction
+
+    check_columns(spec, records)
+    scorer = find_scorer(spec.metric)
+    if not isinstance(scorer, UserFunction) or not len(records):
+        return
+    rows = [records[i] for i in range(min(TRIED, len(records)))]
+    prompts = [as_row(row) for row in rows]
+    texts = [str(row.columns.get("answer") or "an answer") for row in rows]
+    columns = {name: [row.columns.get(name) for row in rows] for name in records.columns}
+    ids = [list(text.encode()) for text in texts]
+    samples = Samples(prompts, in_form_of(prompts, texts), ids, columns)
+    called = call_reward_function(scorer, samples, spec.timeout_s)
+    scorer.release()
+    if called.problem:
+        raise UserError(
+            f"eval.metric: {spec.metric} can't score, tried with {len(rows)} of the rows: {called.problem}\n"
+            f"{samples.shown(called.bad[0])}"
+        )
 
 
 def read_eval_set(
@@ -112,13 +156,15 @@ def read_eval_set(
     functions = () if spec.metric == EXACT_MATCH else (spec.metric,)
     code = code_digests(functions)
     unread = tuple(source for source in functions if source not in code)
-    return EvalSet(
-        texts, token_ids, kept.columns, kept.fingerprint + told, sampling, kept.skipped, code, unread
-    )
+    rows = [as_row(row) for row in kept.rows]
+    digest = kept.fingerprint + told
+    return EvalSet(texts, token_ids, kept.columns, digest, sampling, kept.skipped, code, unread, rows)
 
 
 def check_columns(spec: EvalSpec, records: Records) -> None:
     """Refuse held-out rows without a column that the scorer asks for."""
+    from pipeline.rewards.user_functions import UserFunction
+
     columns = records.columns
     if spec.metric == "exact_match" and None in columns.get("answer", [None]):
         raise UserError(
@@ -126,11 +172,12 @@ def check_columns(spec: EvalSpec, records: Records) -> None:
             f"(columns: {', '.join(columns) or 'none'}); name it under `columns:`, or set eval.metric to "
             "module:function"
         )
-    missing = missing_arguments(find_scorer(spec.metric), [*GIVEN, *columns])
+    scorer = find_scorer(spec.metric)
+    missing = scorer.missing([*ARGUMENTS, *columns]) if isinstance(scorer, UserFunction) else []
     if missing:
         raise UserError(
             f"eval.data: {spec.metric} asks for {', '.join(missing)}, which an evaluation does not have "
-            f"(it has {', '.join([*GIVEN, *columns])}); add such a column, or give the argument a default"
+            f"(it has {', '.join([*ARGUMENTS, *columns])}); add such a column, or give the argument a default"
         )
 
 
@@ -144,10 +191,21 @@ def evaluate(
     directory: Path,
     seed: int,
 ) -> dict[str, Any]:
-    """Generate and score one model; writes `eval/NAME.jsonl` and returns its entry for run.json."""
+    """Generate and score one model; writes `eval/NAME.jsonl` and returns its entry for run.json.
+
+    Raises:
+        RunFailure: the engines failed, or the scorer.
+    """
+    from pipeline.rewards.user_functions import start_functions
+
     key = eval_key(weights, held_out, spec, seed)
-    completions = generate(rollout, weights, name, held_out.token_ids, held_out.sampling, tokenizer, seed)
-    scores = score(find_scorer(spec.metric), spec.metric, held_out, completions)
+    if spec.metric != EXACT_MATCH:
+        start_functions([spec.metric])
+    sampling = held_out.sampling
+    generated = generate(rollout, weights, name, held_out.token_ids, sampling, seed)
+    completions = generated.texts(tokenizer, sampling.stop, sampling.stop_token_ids)
+    samples = held_out.samples(completions, list(generated.sequences()))
+    scores = score(find_scorer(spec.metric), spec, samples)
     counted = [s for s in scores if s is not None]
     total = float(sum(counted))
     low, high = wilson(total, len(counted)) if all(0 <= s <= 1 for s in counted) else mean_interval(counted)
@@ -218,9 +276,8 @@ def generate(
     name: str,
     token_ids: list[list[int]],
     sampling: Any,
-    tokenizer: Any,
     seed: int,
-) -> list[str]:
+) -> Generations:
     """Completions of all prompts by one model; a sample's seed depends on its prompt only. Engines that die
     over it are replaced."""
     from actors.rollout.pool import RolloutPool
@@ -239,30 +296,25 @@ def generate(
                 raise
     seeds = [sample_seed(seed, 0, i, 0) for i in range(len(token_ids))]
     pool = RolloutPool(EngineSet(rollout, load=lambda rank: load(rank).result()))
-    return pool.generate(token_ids, sampling, seeds).texts(tokenizer, sampling.stop, sampling.stop_token_ids)
+    return pool.generate(token_ids, sampling, seeds)
 
 
-def score(scorer: Scorer, name: str, held_out: EvalSet, completions: list[str]) -> list[float | None]:
-    """Call the scorer on everything and check what it returns.
+def score(scorer: RewardFunction | UserFunction, spec: EvalSpec, samples: Samples) -> list[float | None]:
+    """Call the scorer on everything, as a reward function is called, and check what it returns.
 
     Raises:
-        RunFailure: it raised, or returned the wrong number of scores or something that is no number.
+        RunFailure: it raised, took longer than `timeout_s`, or returned something else than scores; with the
+            sample.
     """
-    try:
-        given = held_out.columns | dict(zip(GIVEN, (held_out.prompts, completions)))
-        scores = list(scorer(**named_by(scorer, given)))
-    except Exception as error:
-        raise RunFailure("driver", "score", f"{name} raised {type(error).__name__}: {error}") from error
-    if len(scores) != len(completions):
+    called = call_reward_function(scorer, samples, spec.timeout_s)
+    if called.problem:
         raise RunFailure(
-            "driver", "score", f"{name} returned {len(scores)} scores for {len(completions)} completions"
+            f"metric '{spec.metric}'",
+            "score",
+            f"{called.problem}\n{samples.shown(called.bad[0])}",
+            f"mend {spec.metric}; the same command then trains nothing again",
         )
-    for i, value in enumerate(scores):
-        if value is not None and not (isinstance(value, int | float | bool) and math.isfinite(value)):
-            raise RunFailure(
-                "driver", "score", f"{name} returned {value!r} for completion {completions[i]!r}"
-            )
-    return scores
+    return called.values
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:

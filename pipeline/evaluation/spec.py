@@ -28,4 +28,7 @@ class EvalSpec(Spec):
     sampling: EvalSamplingSpec = Field(default_factory=EvalSamplingSpec)
     """Settings of sampling; by default greedy."""
     metric: str = "exact_match"
-    """`exact_match`, or `module:function` called as f(prompts, completions, **columns) -> list of scores."""
+    """`exact_match`, or `module:function`, called as a reward function is: a score, or None, for each
+    completion."""
+    timeout_s: float = Field(default=600.0, gt=0, allow_inf_nan=False)
+    """Seconds that the metric may take for one call with all completions of a model."""

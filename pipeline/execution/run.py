@@ -34,6 +34,7 @@ def run(config: RunConfig, *, dry_run: bool = False, until: str | None = None, f
         RunFailure: an actor failed, overran its deadline, or an invariant did not hold.
     """
     from pipeline.planning.dry_run import DryRun
+    from pipeline.rewards.user_functions import functions_closed
 
     began = time.time()
     dry = DryRun.of(config) if dry_run else None
@@ -44,6 +45,7 @@ def run(config: RunConfig, *, dry_run: bool = False, until: str | None = None, f
         directory.opened(fresh=fresh or dry_run),
         StopRequests(directory.stop_file) as stop,
         Progress() as progress,
+        functions_closed(),
     ):
         if dry is not None:
             progress.table("Dry run: what is set differently", ["key", "yours", "here"], dry.changes)
@@ -60,8 +62,15 @@ def evaluate_only(config: RunConfig) -> int:
     Raises:
         UserError: a model that was asked for is not finished, or was made with other settings.
     """
+    from pipeline.rewards.user_functions import functions_closed
+
     directory = RunDirectory(config.output_dir, config.name)
-    with directory.opened(), StopRequests(directory.stop_file) as stop, Progress() as progress:
+    with (
+        directory.opened(),
+        StopRequests(directory.stop_file) as stop,
+        Progress() as progress,
+        functions_closed(),
+    ):
         return Run(config, directory, progress, stop, time.time()).execute(None, train=False)
 
 

@@ -18,17 +18,26 @@ from pipeline.artifacts.run_directory import RunDirectory
 from pipeline.artifacts.weights import Weights
 from pipeline.data.reading.records import Records, load_records
 from pipeline.data.tokens.template_date import keep_date
-from pipeline.evaluation.held_out import check_columns, eval_key, find_scorer, finished, read_eval_set
+from pipeline.evaluation.held_out import (
+    eval_key,
+    find_scorer,
+    finished,
+    read_eval_set,
+    try_scorer,
+)
 from pipeline.evaluation.pairs import pair_key
 from pipeline.monitoring.trackers import tracker_problems
 from pipeline.planning.architecture_rules import architecture_problems
 from pipeline.planning.length_rules import engine_positions, held_out_problems, sample_problems
 from pipeline.planning.nodes import Graph, Node, PairEvaluation, make_node, result_of
 from pipeline.planning.reward_rules import (
+    function_sources,
     reward_base_problems,
     reward_column_problems,
     reward_source_problems,
 )
+from pipeline.rewards.functions import EXACT_MATCH
+from pipeline.rewards.user_functions import start_functions
 from pipeline.stages.prepared import Reader, StageRecords, prepare, read_records
 
 if TYPE_CHECKING:
@@ -52,25 +61,32 @@ def read_rows(config: RunConfig, until: str | None = None, problems: Sequence[st
         UserError: everything wrong with data, trackers and scorer, from all stages at once, after the
             `problems` that were found before.
     """
-    problems = [*problems, *tracker_problems(config.logging.report_to)]
-    problems += reward_source_problems(config, up_to(config, until))
+    rewarding = function_sources(config, up_to(config, until))
+    scoring = [config.eval.metric] if config.eval is not None and config.eval.metric != EXACT_MATCH else []
+    start_functions([*rewarding, *scoring])  # Their modules are imported while the rows are read.
+    in_rows: list[str] = []
     reader = Reader()
     stages: dict[str, StageRecords] = {}
     held_out = None
     for name in up_to(config, until):
-        stage = config.stage(name)
-        rows = attempt(problems, f"stages.{name}", read_records, stage, reader)
+        rows = attempt(in_rows, f"stages.{name}", read_records, config.stage(name), reader)
         if rows is not None:
-            stages[name], train = rows, rows.train
-            problems += reward_column_problems(name, stage.spec, train.columns, len(train))
+            stages[name] = rows
+    problems = [*problems, *tracker_problems(config.logging.report_to)]
+    problems += reward_source_problems(config, up_to(config, until))
+    problems += in_rows
+    for name, read in stages.items():
+        problems += reward_column_problems(name, config.stages[name], read.train.columns, len(read.train))
     if (spec := config.eval) is not None:
         scorer = attempt(problems, "eval.metric", find_scorer, spec.metric)
         seed, most = config.seed, spec.max_rows
         held_out = attempt(problems, "eval.data", load_records, spec.data, "prompt", seed=seed, max_rows=most)
         if scorer is not None and held_out is not None:
-            attempt(problems, "", check_columns, spec, held_out)
+            attempt(problems, "", try_scorer, spec, held_out)
     if problems:
         raise UserError(problems)
+    # Those that trying the metric has ended begin anew, while the run goes on.
+    start_functions(rewarding)
     return RunRecords(stages, held_out, reader)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.errors import UserError
-from pipeline.rewards.functions import ARGUMENTS, RewardSpec, find_function, missing_arguments
+from pipeline.rewards.functions import ARGUMENTS, RewardSpec, find_function
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from actors.models.base.loading import ResolvedBase
     from pipeline.config.run_config import RunConfig
     from pipeline.stages.specs.registry import AnyStage
+
+
+def function_sources(config: RunConfig, names: Iterable[str]) -> list[str]:
+    """The user's functions that the named online stages are rewarded by."""
+    stages = [config.stages[name] for name in names]
+    return [one.source for stage in stages if stage.online for one in stage.rewards if one.kind == "function"]
 
 
 def reward_source_problems(config: RunConfig, names: Iterable[str]) -> list[str]:
@@ -56,7 +62,7 @@ def _column_problem(reward: RewardSpec, columns: Mapping[str, Sequence[Any]], ro
     if reward.kind != "function":
         return ""
     try:
-        missing = missing_arguments(find_function(reward.source), [*ARGUMENTS, *columns])
+        missing = find_function(reward.source).missing([*ARGUMENTS, *columns])
     except UserError:  # `reward_source_problems` tells of it.
         return ""
     if not missing:

@@ -74,6 +74,13 @@ class Findings:
 def find(config: RunConfig) -> Findings:
     """Look at run directory, trackers, base, LoRA targets, every stage's data, and at this machine where the
     run would be a local one."""
+    from pipeline.rewards.user_functions import functions_closed
+
+    with functions_closed():
+        return _find(config)
+
+
+def _find(config: RunConfig) -> Findings:
     from pipeline.artifacts.run_directory import RunDirectory
     from pipeline.monitoring.trackers import tracker_problems
     from pipeline.planning.resources import machine_problems, sync_bytes
@@ -172,7 +179,7 @@ def _look_at_eval(
 ) -> None:
     from actors.models.turn_ends import turn_ends, vocab_size
     from pipeline.data.reading.records import load_records
-    from pipeline.evaluation.held_out import find_scorer, read_eval_set
+    from pipeline.evaluation.held_out import find_scorer, read_eval_set, try_scorer
     from pipeline.planning.length_rules import held_out_problems
 
     spec = config.eval
@@ -194,6 +201,7 @@ def _look_at_eval(
         "eval.data",
     )
     if held_out is not None:
+        findings.attempt(lambda: try_scorer(spec, records))
         findings.problems += held_out_problems(held_out, findings.positions(config))
         findings.prompts = len(held_out.prompts)
         findings.remarks += held_out.remarks()

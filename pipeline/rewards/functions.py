@@ -2,31 +2,31 @@
 
 - A reward function is called as TRL 1.16 calls it: f(prompts=, completions=, completion_ids=, **columns),
   and returns one float or None per sample. None means "not for me": it counts in no sum and no mean.
+- It runs in a process of its own, which is killed when its time is over (`processes.py`).
 - Every fault of a function is seen: an exception, a wrong number of values, NaN, or no answer in time ends
   in one message with the sample, or in the default that the configuration names.
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import math
-import os
 import re
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from actors.errors import RunFailure, UserError
 from actors.spec import Spec
+from pipeline.rewards.exact_match import exact_match
 from pipeline.rewards.values import RewardCall, examined, shown_value
+
+if TYPE_CHECKING:
+    from pipeline.rewards.user_functions import UserFunction
 
 EXACT_MATCH = "exact_match"
 FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
@@ -87,7 +87,7 @@ def reward_names(specs: Sequence[RewardSpec]) -> list[str]:
     return names
 
 
-def find_function(source: str) -> RewardFunction:
+def find_function(source: str) -> UserFunction:
     """The reward function that `module:function` names.
 
     Raises:
@@ -99,26 +99,25 @@ def find_function(source: str) -> RewardFunction:
     )
 
 
-def import_function(source: str, key: str, choices: str) -> Callable[..., Any]:
+def import_function(source: str, key: str, choices: str) -> UserFunction:
     """The function that `module:function` names; `key` and `choices` say in errors where it was named and
     what could be.
 
     Raises:
         UserError: nothing of that name can be imported, or it can't be called.
     """
-    module, _, name = source.partition(":")
-    if os.getcwd() not in sys.path:  # The installed command, unlike `python -m`, does not look there.
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # a user's module can fail in any way while it is imported
+    from pipeline.rewards.user_functions import user_function
+
+    module = source.partition(":")[0]
+    function = user_function(source)
+    kind, *found = function.found
+    if kind == "failed":
         raise UserError(
-            f"{key}: {source!r} cannot be imported ({type(error).__name__}: {error}); {_own_name(module)}"
-            f"write {choices}"
-        ) from None
-    if not callable(found):
-        raise UserError(f"{key}: {source!r} is not a function but of type {type(found).__name__}")
-    return found
+            f"{key}: {source!r} cannot be imported ({found[0]}); {_own_name(module)}write {choices}"
+        )
+    if kind == "uncallable":
+        raise UserError(f"{key}: {source!r} is not a function but of type {found[0]}")
+    return function
 
 
 def _own_name(module: str) -> str:
@@ -140,18 +139,12 @@ class Samples:
     """Strings, or message lists where the data is conversational."""
     completions: Sequence[Any]
     """Strings, or `[{"role": "assistant", "content": ...}]` where prompts are conversational."""
-    completion_ids: Sequence[Sequence[int]]
+    completion_ids: Sequence[Sequence[int] | np.ndarray]
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """Further columns of the data, repeated for every sample of a prompt."""
 
     def __len__(self) -> int:
         return len(self.completions)
-
-    def part(self, start: int, stop: int) -> Samples:
-        """Samples `start` to `stop` - 1 by themselves."""
-        cut = slice(start, stop)
-        columns = {name: values[cut] for name, values in self.columns.items()}
-        return Samples(self.prompts[cut], self.completions[cut], self.completion_ids[cut], columns)
 
     def shown(self, index: int) -> str:
         """One sample for a message, long texts cut."""
@@ -160,105 +153,31 @@ class Samples:
         return "\n".join(f"    {name}: {shown_value(value)}" for name, value in parts.items())
 
 
-def call_reward_function(function: RewardFunction, samples: Samples, timeout_s: float) -> RewardCall:
-    """Call a function once with all samples, in a thread of its own, and check its values.
+def call_reward_function(
+    function: RewardFunction | UserFunction, samples: Samples, timeout_s: float
+) -> RewardCall:
+    """Call a function once with all samples, in the process of its module, and check its values.
 
-    A function that does not answer in time is left running: Python can't end a thread.
+    Each call has its own copy of the arguments, in which samples share nothing. `exact_match` is Raylign's
+    own and needs no process.
     """
-    n = len(samples)
-    outcome: dict[str, Any] = {}
-    thread = threading.Thread(target=_answer, args=(function, samples, timeout_s, outcome), daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if "error" in outcome:
-        index, error = outcome["error"]
-        text = f"it raised {type(error).__name__}: {error}"
-        return RewardCall([None] * n, text, (index, *(i for i in range(n) if i != index)))
-    if "values" not in outcome:
-        text = f"no answer within {timeout_s:g} s for {n} samples; the first of them is shown"
-        return RewardCall([None] * n, text, tuple(range(n)))
-    return examined(outcome["values"], n)
+    from pipeline.rewards.user_functions import UserFunction, pickled_function
 
-
-def _answer(function: RewardFunction, samples: Samples, timeout_s: float, outcome: dict[str, Any]) -> None:
-    """Runs in the thread: the function's values, or its exception with the sample that provokes it."""
-    deadline = time.monotonic() + timeout_s
-    try:
-        outcome["values"] = _call(function, samples)
-    except BaseException as error:  # SystemExit and the like would end the thread without a word
-        outcome["error"] = (0, error)
-        outcome["error"] = _culprit(function, samples, error, deadline)
-
-
-def _culprit(
-    function: RewardFunction, samples: Samples, error: BaseException, deadline: float
-) -> tuple[int, BaseException]:
-    """A sample that makes the function raise by itself, and what it raises; 0 and `error` if none is found.
-
-    The first sample is tried alone, so that a judge that is out of reach is asked once more and no oftener;
-    then halves, the first one first: one call for each doubling of the samples.
-    """
-
-    def raised(start: int, stop: int) -> BaseException | None:
-        try:
-            _call(function, samples.part(start, stop))
-        except BaseException as found:
-            return found
-        return None
-
-    low, high = 0, len(samples)
-    if (alone := raised(0, 1)) is not None:
-        return 0, alone
-    while high - low > 1:
-        if time.monotonic() > deadline:
-            return 0, error
-        middle = (low + high) // 2
-        low, high = (low, middle) if raised(low, middle) is not None else (middle, high)
-    alone = raised(low, high) if low else None
-    return (0, error) if alone is None else (low, alone)
-
-
-def _call(function: RewardFunction, samples: Samples) -> Any:
-    """TRL's call; a function without **kwargs gets only what it names."""
     given = {
         **samples.columns,
         "prompts": samples.prompts,
         "completions": samples.completions,
-        "completion_ids": samples.completion_ids,
+        "completion_ids": [array("q", np.asarray(ids, np.int64).tobytes()) for ids in samples.completion_ids],
     }
-    values = function(**named_by(function, given))
-    if inspect.isawaitable(values):
-        import asyncio
-
-        values = asyncio.run(_awaited(values))
-    # A generator does its work when it is read: here, where deadline and message hold.
-    return list(values) if isinstance(values, Iterator) else values
+    if function is exact_match:
+        return examined(exact_match(**given), len(samples))
+    called = function if isinstance(function, UserFunction) else pickled_function(function)
+    return called.call(given, len(samples), timeout_s)
 
 
-def named_by(function: RewardFunction, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The given arguments that a function takes: all with **kwargs, else those that it names."""
-    parameters = inspect.signature(function).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return dict(given)
-    return {name: value for name, value in given.items() if name in parameters}
-
-
-def missing_arguments(function: RewardFunction, given: Iterable[str]) -> list[str]:
-    """Arguments without a default that a function asks for and that are not among those given."""
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    there = set(given)
-    return [
-        name
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind in named and parameter.default is parameter.empty and name not in there
-    ]
-
-
-async def _awaited(values: Any) -> Any:
-    return await values
-
-
-def function_rewards(spec: RewardSpec, function: RewardFunction, samples: Samples) -> tuple[np.ndarray, str]:
+def function_rewards(
+    spec: RewardSpec, function: RewardFunction | UserFunction, samples: Samples
+) -> tuple[np.ndarray, str]:
     """Rewards of one function, float64 (N,), NaN where it passes a sample over; and a text about replaced
     ones.
 

@@ -38,7 +38,7 @@ def examined(values: Any, n: int) -> RewardCall:
     problem = ""
     if bad:
         what = f"{shown_value(found[bad[0]])} for sample {bad[0]} of {n}"
-        problem = f"it returned {what}, and a reward is a finite number, or None for `not for me`"
+        problem = f"it returned {what}, and a reward or score is a finite number, or None for `not for me`"
     return RewardCall(read, problem, bad)
 
 
@@ -53,10 +53,11 @@ def _number(value: Any) -> float:
 def shown_value(value: Any) -> str:
     """A value for a message, cut where it is long."""
     try:
-        return _cut(repr(value))
+        return cut(repr(value))
     except Exception:  # A class of the user's own; an integer of more digits than Python prints.
         return f"a value of type {type(value).__name__}"
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
+def cut(text: str, most: int = SHOWN) -> str:
+    """A text for a message: its beginning where it is longer than `most` characters."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"

@@ -11,7 +11,7 @@ import numpy as np
 from actors.errors import UserError
 from pipeline.data.reading.bad_rows import TOO_LONG, RowGate, RowProblem, Skipped
 from pipeline.data.reading.messages import Message
-from pipeline.data.reading.records import Records
+from pipeline.data.reading.records import Record, Records
 from pipeline.data.tokens.tokenize import TokenStats, prompt_rows
 
 Prompt = str | list[Message]
@@ -57,10 +57,20 @@ class PromptData:
 
     def completions(self, texts: Sequence[str]) -> list[Any]:
         """Generated texts in the form of their prompts: strings, or lists of one assistant message."""
-        return [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(self.prompts, texts, strict=True)
-        ]
+        return in_form_of(self.prompts, texts)
+
+
+def as_row(record: Record) -> Prompt:
+    """The prompt as its row has it."""
+    return record.plain[0] if record.plain is not None else record.prompt
+
+
+def in_form_of(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Any]:
+    """Answers in the form of their prompts: strings, or lists of one assistant message."""
+    return [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
 
 
 def read_prompts(
@@ -91,7 +101,7 @@ def read_prompts(
     rows = [records[i] for i in kept]
     names = dict.fromkeys(name for row in rows for name in row.columns)
     return PromptData(
-        [row.plain[0] if row.plain is not None else row.prompt for row in rows],
+        [as_row(row) for row in rows],
         [texts[i] for i in kept],
         [token_ids[i] for i in kept],
         {name: [row.columns.get(name) for row in rows] for name in names},

@@ -30,6 +30,7 @@ from pipeline.stages.views import Scorer
 if TYPE_CHECKING:
     from actors.cluster import GroupFuture
     from actors.trainer.remote import SharedBatch
+    from pipeline.rewards.user_functions import UserFunction
     from pipeline.stages.specs.registry import RlStage
 
 
@@ -78,7 +79,7 @@ class RewardComputer:
         asked = Samples(
             prompts.prompts,
             prompts.completions(texts),
-            [ids.tolist() for ids in samples.sequences()],
+            list(samples.sequences()),
             prompts.columns,
         )
         rows, notes = [], []
@@ -126,8 +127,8 @@ def check_scores(spec: RewardSpec, scores: np.ndarray, samples: Samples) -> None
         )  # fmt: skip
 
 
-def function_of(spec: RewardSpec) -> RewardFunction:
-    """The Python function behind a source that is no model.
+def function_of(spec: RewardSpec) -> RewardFunction | UserFunction:
+    """The function behind a source that is no model.
 
     Raises:
         UserError: it can't be imported.

@@ -26,7 +26,7 @@ def test_an_engine_that_dies_in_an_evaluation_is_replaced(ray_cluster: None, tmp
         group.start().ready().build("tests.actors.rollout.pool_engines:ServedEngine", str(tmp_path)).result()
         prompts = [[1002 if i == 30 else i, i] for i in range(40)]
         weights = Weights("base", "adapter", "fingerprint")
-        texts = generate(group, weights, "grpo", prompts, SamplingSpec(), Tokenizer(), seed=3)
+        texts = generate(group, weights, "grpo", prompts, SamplingSpec(), seed=3).texts(Tokenizer())
         seeds = [sample_seed(3, 0, i, 0) for i in range(40)]
         assert texts == [f"{seed % 97} {sum(prompt)} 3" for seed, prompt in zip(seeds, prompts)]
         assert sorted(member.generation for member in group.fleet.members) == [0, 1]

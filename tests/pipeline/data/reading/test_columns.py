@@ -16,6 +16,7 @@ from pipeline.data.reading.layouts import LAYOUTS
 from pipeline.data.spec import ColumnName, LayoutName
 from pipeline.data.tokens.tokenize import tokenize
 from pipeline.evaluation.held_out import EvalSet, find_scorer, score
+from pipeline.evaluation.spec import EvalSpec
 from tests.pipeline.data.reading.rows import BAD, GOOD, USER, load
 
 
@@ -221,7 +222,8 @@ def test_history_beside_a_conversation_is_a_bad_row(tmp_path: Path) -> None:
 def test_a_held_out_column_does_not_take_the_place_of_what_the_model_said() -> None:
     columns = {"answer": ["4"], "completions": ["five"], "prompts": ["3+3?"]}
     held_out = EvalSet(["2+2?"], [[1]], columns, "", SamplingSpec())
-    assert score(find_scorer("exact_match"), "exact_match", held_out, ["4"]) == [1.0]
+    spec = EvalSpec(data=[{"source": "x"}])
+    assert score(find_scorer("exact_match"), spec, held_out.samples(["4"], [[52]])) == [1.0]
 
 
 def test_a_completion_that_holds_the_prompt_again_has_it_once(tmp_path: Path) -> None:
