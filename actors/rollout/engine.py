@@ -21,6 +21,7 @@ import numpy as np
 from actors.batches.generations import Generations, SamplingSpec, sample_seed
 from actors.errors import RunFailure, UserError
 from actors.rollout.spec import EngineSpec
+from actors.rollout.vllm.processes import EngineProcesses
 from actors.rollout.vllm.requests import (
     Stepper,
     sample_of,
@@ -59,6 +60,7 @@ class RolloutEngine:
         self._started: dict[int, tuple[list[str], int, float]] = {}
         """By key: requests, samples per prompt, when they came (time.monotonic())."""
         self._in_use = ArchitectureInUse()
+        self._processes = EngineProcesses()
 
     def load(
         self, base: str, adapter: str | None = None, label: str = "", updatable: bool = False
@@ -172,8 +174,10 @@ class RolloutEngine:
         """
         if self._updater is None:
             return None
-        load: np.ndarray | None = self._running("expert_load").llm_engine.collective_rpc("expert_load")[0]
-        return load
+        from actors.rollout.vllm.worker_calls import ask, unpacked
+
+        load = ask(self._running("expert_load"), "expert_load")[0]
+        return None if load is None else unpacked(load)
 
     def make_updater(self, llm: LLM, base: str) -> WeightUpdater:
         """Versions of the weights of `llm`, which has loaded the checkpoint in directory `base`."""
@@ -189,6 +193,7 @@ class RolloutEngine:
         self._in_use.leave()
         if llm is None:
             return
+        self._processes.release()
         with no_collections():
             llm.llm_engine.engine_core.shutdown()
             del llm
@@ -279,6 +284,7 @@ class RolloutEngine:
         with no_collections(), without_remains():
             self._in_use.enter(config)
             self._llm = LLM(model=model, **settings)
+        self._processes.watch()
         self._stepper, self._started = Stepper(self._llm), {}
         self.label, self.max_model_len = label or model, settings["max_model_len"]
         return time.monotonic() - began

@@ -1,4 +1,4 @@
-"""Capture of the experts that the routers of a vLLM engine choose; imported in vLLM's process.
+"""Capture of the experts that the routers of a vLLM engine choose; imported in vLLM's processes.
 
 Experts are kept where vLLM keeps keys and values: by cache slot. A prompt that is served from the prefix
 cache was routed when its keys were computed, and its slots still hold what was chosen then; a slot that is
@@ -18,6 +18,7 @@ from torch import nn
 from actors.batches.routed_experts import RoutedExperts, expert_dtype
 from actors.errors import RunFailure
 from actors.rollout.vllm.workarounds.registry import LEANT_ON
+from actors.rollout.vllm.worker_calls import ask, unpacked
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
@@ -158,7 +159,7 @@ def keep_experts(llm: LLM) -> None:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        llm.llm_engine.collective_rpc("keep_routes")
+        ask(llm, "keep_routes")
 
 
 def routed_experts(llm: LLM, outputs: Sequence[RequestOutput]) -> RoutedExperts:
@@ -171,12 +172,12 @@ def routed_experts(llm: LLM, outputs: Sequence[RequestOutput]) -> RoutedExperts:
     """
     from vllm.platforms import current_platform
 
-    engine = llm.llm_engine
     if current_platform.is_cpu():
-        kept = engine.collective_rpc("take_routes", args=([output.request_id for output in outputs],))[0]
+        taken = ask(llm, "take_routes", [output.request_id for output in outputs])[0]
+        kept = [unpacked(one) for one in taken]
     else:
-        layers = engine.collective_rpc("moe_layers")[0]
-        dtype = expert_dtype(engine.model_config.get_num_experts())
+        layers = ask(llm, "moe_layers")[0]
+        dtype = expert_dtype(llm.llm_engine.model_config.get_num_experts())
         kept = [np.asarray(output.outputs[0].routed_experts)[:, layers].astype(dtype) for output in outputs]
     computed = [len(o.prompt_token_ids or ()) + len(o.outputs[0].token_ids) - 1 for o in outputs]
     for output, experts, wanted in zip(outputs, kept, computed, strict=True):

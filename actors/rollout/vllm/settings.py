@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.errors import UserError
-from actors.models.architectures.vllm_table import VllmRow, vllm_row
+from actors.models.architectures.vllm_table import vllm_row
 from actors.models.facts import max_positions
 from actors.rollout.spec import EngineSpec, positions_of
 from actors.rollout.vllm.workarounds.registry import use_only
@@ -48,6 +48,8 @@ def llm_settings(config: Any, spec: EngineSpec) -> dict[str, Any]:
     """
     from vllm.platforms import current_platform
 
+    from actors.rollout.vllm.workarounds.worker import EXTENSION
+
     row = vllm_row(config.model_type)
     length = positions_of(spec.max_model_len, max_positions(config))
     settings: dict[str, Any] = {
@@ -59,18 +61,17 @@ def llm_settings(config: Any, spec: EngineSpec) -> dict[str, Any]:
         "logprobs_mode": "processed_logprobs",
         "enforce_eager": spec.enforce_eager,
         "hf_overrides": row.overrides_for(config),
+        "tensor_parallel_size": spec.tensor_parallel_size,
+        # In an actor of a placement group vLLM would choose its Ray executor, which wants a bundle for each
+        # worker; an engine's workers are processes of its actor.
+        "distributed_executor_backend": "mp" if spec.tensor_parallel_size > 1 else "uni",
+        # Processes of the engine's own apply the workarounds when they import this.
+        "worker_extension_cls": EXTENSION,
     }
     if row.transformers_backend:
         settings["model_impl"] = "transformers"
     if not current_platform.is_cpu():
-        return (
-            settings
-            | _for_workers(row)
-            | {
-                "gpu_memory_utilization": spec.gpu_memory_utilization,
-                "tensor_parallel_size": spec.tensor_parallel_size,
-            }
-        )
+        return settings | {"gpu_memory_utilization": spec.gpu_memory_utilization}
     if spec.dtype not in row.dtypes:
         raise UserError(
             f"model.dtype: {spec.dtype}: vLLM's CPU engine runs {config.model_type} in "
@@ -80,7 +81,6 @@ def llm_settings(config: Any, spec: EngineSpec) -> dict[str, Any]:
         settings["attention_config"] = {"backend": row.attention_backend}
     return settings | {
         "enforce_eager": True,
-        "distributed_executor_backend": "uni",
         # A prompt cut into chunks loses its seed on the CPU ("CPU Generator does not use offset").
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(TOKENS_PER_STEP, length),
@@ -179,13 +179,6 @@ def building_models() -> Iterator[None]:
 
     with set_current_vllm_config(VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))):
         yield
-
-
-def _for_workers(row: VllmRow) -> dict[str, Any]:
-    """An engine on GPUs may have processes of its own, which apply the workarounds when they import this."""
-    from actors.rollout.vllm.workarounds.worker import EXTENSION
-
-    return {"worker_extension_cls": EXTENSION} if row.workarounds else {}
 
 
 def _cached_heads(config: Any) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """The engine's half of a weight sync, behind vLLM's weight-transfer interface, in vLLM's worker process.
 
-Importing this module registers the backend; vLLM imports it in every worker because the extension below is
-named in `worker_extension_cls`. Nothing of the model is touched before `start_weight_update`: from there
+Importing this module registers the backend; vLLM imports it in every worker with `worker_extension`. Nothing
+of the model is touched before `start_weight_update`: from there
 on every parameter is without storage and there is no way back, so all that can be refused is refused
 while staging.
 """
@@ -11,9 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoConfig
 from vllm.config import set_current_vllm_config
@@ -33,12 +31,11 @@ from actors.rollout.vllm.lora_merge import BaseCheckpoint, Merger, Targets
 from actors.rollout.vllm.parameter_map import record_bindings, without_reload_warnings
 from actors.rollout.vllm.readback import Reader
 from actors.rollout.vllm.repack import refuse_padded_experts, repack_experts
-from actors.rollout.vllm.router_capture import RouteCounter, moe_layers
+from actors.rollout.vllm.router_capture import RouteCounter
 from actors.rollout.vllm.workarounds import worker as worker
 from actors.sync.payload import Payload, PayloadEntry
 
 BACKEND = "raylign"
-EXTENSION = f"{__name__}.SyncWorkerExtension"
 
 
 @dataclass
@@ -108,7 +105,7 @@ class SyncTransferEngine(WeightTransferEngine):
         base = BaseCheckpoint(init_info.base)
         refuse_padded_experts(self.model)
         with set_current_vllm_config(self.vllm_config):
-            self._bindings, self.elements = record_bindings(self.model, self.model_config, base.shapes)
+            self._bindings, elements = record_bindings(self.model, self.model_config, base.shapes)
             # The checkpoint's own config: vLLM writes into the one that it holds ("deepseek_yarn" as a kind
             # of rope, for one), and transformers does not know what it writes.
             config = AutoConfig.from_pretrained(
@@ -117,16 +114,21 @@ class SyncTransferEngine(WeightTransferEngine):
             self._merger = Merger(base, config, self.model_config.dtype)
         self.routes = RouteCounter(self.model)
         self._shapes = base.shapes
+        self.held = {name: [elements[name], tensor.numel()] for name, tensor in base.shapes.items()}
+        """Checkpoint tensor -> how many of its elements this process holds, and how many it has."""
+        self.unbound: frozenset[str] = frozenset()
+        """Checkpoint tensors that the workers of this engine don't hold whole, all together."""
         self._order = {path: i for i, (path, _) in enumerate(self.model.named_modules())}
         self._staged: Staged | None = None
         self._reader = Reader({})
         self.loaded = Loaded()
 
-    def stage(self, payload: Payload) -> dict[str, int]:
-        """Keep a payload for the next update, if it can be loaded. Returns the elements of what it changes.
+    def stage(self, payload: Payload) -> None:
+        """Keep a payload for the next update, if it can be loaded.
 
         Raises:
-            RunFailure: it names what the base lacks, shapes or a dtype that are others, or part of a group.
+            RunFailure: it names what the base or the engine lacks, shapes or a dtype that are others, or part
+                of a group.
         """
         manifest = payload.manifest
         entries = (manifest.entries, *manifest.later)
@@ -136,8 +138,9 @@ class SyncTransferEngine(WeightTransferEngine):
             for part, of_part in zip(parts, entries):
                 self._refuse_other_dtype(of_part)
                 self._refuse_incomplete(part)
+        if lacking := [name for part in parts for name in sorted(part.changed & self.unbound)]:
+            raise refusal(f"bound to no module of the engine: {lacking[:3]}")
         self._staged = Staged(manifest.version, parts, entries, payload)
-        return {name: self._shapes[name].numel() for part in parts for name in part.changed}
 
     def stage_later(self, payload: Payload) -> None:
         """Keep the next part of the version that is being loaded, in place of the one before.
@@ -243,54 +246,6 @@ class SyncTransferEngine(WeightTransferEngine):
         for path in part.modules:
             if missing := sorted(self._bindings[path].keys() - part.changed):
                 raise refusal(f"half a fused group: {path} also needs {', '.join(missing[:3])}")
-
-
-class SyncWorkerExtension:
-    """Calls into a worker besides vLLM's own."""
-
-    weight_transfer_engine: Any
-    model_runner: Any
-
-    def bound_elements(self) -> dict[str, int]:
-        """Checkpoint tensor -> how many of its elements this process holds."""
-        elements: dict[str, int] = self.weight_transfer_engine.elements
-        return elements
-
-    def stage_weights(self, payload: Payload) -> dict[str, int]:
-        """See `SyncTransferEngine.stage`."""
-        changed: dict[str, int] = self.weight_transfer_engine.stage(payload)
-        return changed
-
-    def stage_later(self, payload: Payload) -> None:
-        """See `SyncTransferEngine.stage_later`."""
-        self.weight_transfer_engine.stage_later(payload)
-
-    def discard_weights(self) -> None:
-        """See `SyncTransferEngine.discard`."""
-        self.weight_transfer_engine.discard()
-
-    def expert_load(self) -> np.ndarray | None:
-        """See `RouteCounter.take`."""
-        load: np.ndarray | None = self.weight_transfer_engine.routes.take()
-        return load
-
-    def keep_routes(self) -> None:
-        """See `RouteCounter.keep`."""
-        self.weight_transfer_engine.routes.keep(self.model_runner)
-
-    def take_routes(self, requests: list[str]) -> list[np.ndarray]:
-        """See `RouteKeeper.take`."""
-        kept: list[np.ndarray] = self.weight_transfer_engine.routes.keeper.take(requests)
-        return kept
-
-    def moe_layers(self) -> list[int]:
-        """See `actors.rollout.vllm.router_capture.moe_layers`."""
-        return moe_layers(self.weight_transfer_engine.model)
-
-    def loaded_weights(self) -> Loaded:
-        """Result of the last update in this process."""
-        loaded: Loaded = self.weight_transfer_engine.loaded
-        return loaded
 
 
 def refusal(reason: str) -> RunFailure:

@@ -236,7 +236,7 @@ class FaultyUpdater(WeightUpdater):
         fault, self._engine.fault = self._engine.fault, ""
         if fault == "dies between two parts":
             self._engine.fault = fault
-            with mock.patch.object(self, "_received", side_effect=lambda: self._die_if(fault)):
+            with mock.patch.object(self, "_receive_part", side_effect=lambda: self._die_if(fault)):
                 return super().commit(version, keep)
         if fault == "repack left out":
             with mock.patch.object(vllm_side, "repack_experts"):

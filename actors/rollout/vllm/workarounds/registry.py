@@ -209,7 +209,7 @@ _ALL = (
 WORKAROUNDS: dict[str, Workaround] = {one.name: one for one in _ALL}
 """By name, as rows of the engines' table name them."""
 
-_WORKER = "vllm.v1.worker"
+_ENGINE, _WORKER = "vllm.v1.engine", "vllm.v1.worker"
 _RELOAD = "vllm.model_executor.model_loader.reload"
 
 _LEANT_ON = (
@@ -245,6 +245,18 @@ _LEANT_ON = (
             f"{_RELOAD}.layerwise:initialize_layerwise_reload": "634440eafbaa",
             f"{_RELOAD}.layerwise:_get_original_loader": "b3e3da6d37f1",
             f"{_RELOAD}.utils:get_layer_tensors": "63d508715fb8",
+        },
+    ),
+    Workaround(
+        "pause_of_core",
+        "a core in a process of its own computes between two calls, also while its weights are exchanged, "
+        "and vLLM's synchronous client has no call that stops it (v1/engine/core_client.py)",
+        _SEEN,
+        # Done by actors/rollout/vllm/worker_calls.py.
+        {
+            f"{_ENGINE}.core_client:SyncMPClient.call_utility": "79594429bd68",
+            f"{_ENGINE}.core:EngineCoreProc.pause_scheduler": "9337a31f1fb0",
+            f"{_ENGINE}.core:EngineCore.resume_scheduler": "81753c0f5730",
         },
     ),
 )

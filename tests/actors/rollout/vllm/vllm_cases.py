@@ -17,7 +17,9 @@ from actors.models.moe.router_stats import RouterStats
 from actors.models.spec import LoraSpec, ModelSpec
 from actors.rollout.engine import EngineSpec, RolloutEngine, SamplingSpec
 from actors.rollout.parity import ParityReport, probe_engine
+from actors.rollout.remote import ROLLOUT
 from actors.rollout.weight_updater import WeightUpdater
+from actors.sync.channel import Channel, Listener
 from actors.sync.payload import Payload, digest_of, fused_groups_of, pack_adapter, pack_merged
 from actors.trainer.merged_weights import HostMerge
 from tests.actors.models.tiny_models import GROUPS, tiny_model
@@ -30,6 +32,7 @@ SEQUENCES = [LONG, *(GENERATOR.integers(5, 250, n).tolist() for n in (12, 33, 47
 STARTS = [250, 1, 3, 10]
 ADAPTER, MERGED = "adapter", "merged"
 PART_BYTES = 50_000
+CHANNEL_S = 60.0
 
 
 def write_base(path: Path, architecture: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
@@ -140,15 +143,29 @@ def push(engine: WorkerGroup, payload: Payload, keep: bool = False) -> Any:
 
 
 def push_parts(engine: WorkerGroup, policy: Policy, version: int) -> Any:
-    """`push` of merged weights in parts of whole groups, of which the first is staged."""
+    """Merged weights in parts of whole groups, of which the first is staged, over a channel."""
     merge = HostMerge(policy.peft.get_base_model(), adapter_factors(policy.peft, "policy"), "float32")
     first, *later = merge.parts(limit_bytes=PART_BYTES)
     assert later
     outlines = [merge.outline(part) for part in later]
-    payload = pack_merged(version, "float32", merge.merged(first), outlines)
-    parts = [pack_merged(version, "float32", merge.merged(part)) for part in later]
-    engine.call_rank(0, "queue", parts, phase="sync")
-    return push(engine, payload)
+    channel = connect(engine)
+    staging = engine.submit_rank(0, "weights.stage", version, phase="sync")
+    channel.send(pack_merged(version, "float32", merge.merged(first), outlines))
+    staging.result()
+    committing = engine.submit_rank(0, "weights.commit", version, phase="sync")
+    for part in later:
+        channel.send(pack_merged(version, "float32", merge.merged(part)))
+    return committing.result()
+
+
+def connect(engine: WorkerGroup) -> Channel:
+    """The trainer's end of a channel to an engine."""
+    listener = Listener("127.0.0.1", CHANNEL_S)
+    engine.call_rank(0, "weights.connect", listener.address, CHANNEL_S, phase="sync")
+    opening = engine.submit_rank(0, "weights.open_channel", phase="sync")
+    channel = listener.accept("engine")
+    opening.result()
+    return channel
 
 
 def scores(engine: WorkerGroup) -> list[np.ndarray]:
@@ -206,21 +223,11 @@ def samples(rollout: WorkerGroup, prompts: list[list[int]]) -> Any:
     return rollout.call_rank(0, "generate", prompts, sampling, list(range(2 * len(prompts))))
 
 
-def updatable(
-    process: WorkerGroup, base: Path, dtype: str = "float32", what: str = f"{__name__}:QueueingEngine"
-) -> WorkerGroup:
+def updatable(process: WorkerGroup, base: Path, dtype: str = "float32", what: str = ROLLOUT) -> WorkerGroup:
     """An updatable engine on `base`."""
     process.build(what, EngineSpec(max_num_seqs=16, max_model_len=512, dtype=dtype)).result()  # type: ignore[arg-type]
     process.call_rank(0, "load", str(base), updatable=True, phase="load")
     return process
-
-
-class QueueingEngine(RolloutEngine):
-    """Takes parts of a version without a channel."""
-
-    def queue(self, parts: list[Payload]) -> None:
-        waiting = iter(parts)
-        self.weights._received = lambda: next(waiting)  # type: ignore[method-assign]
 
 
 class UnpackedEngine(RolloutEngine):

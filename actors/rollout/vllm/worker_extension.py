@@ -1,0 +1,137 @@
+"""Calls into a vLLM worker besides vLLM's own: versions of its weights, and what its routers chose.
+
+vLLM imports this module in every worker, because `EXTENSION` is named in `worker_extension_cls`, and makes
+the class below a base of the worker. Arguments and answers are plain values, see `worker_calls`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from actors.errors import RunFailure
+from actors.rollout.vllm.intake import Intake
+from actors.rollout.vllm.router_capture import moe_layers
+from actors.rollout.vllm.weight_transfer import refusal
+from actors.rollout.vllm.worker_calls import answers, packed
+from actors.sync.channel import Backend
+from actors.sync.payload import Manifest, Payload
+from actors.sync.protocol import StageAck, mismatch_in_version
+
+if TYPE_CHECKING:
+    from actors.rollout.vllm.weight_transfer import SyncTransferEngine
+
+EXTENSION = f"{__name__}.SyncWorkerExtension"
+
+
+class SyncWorkerExtension:
+    """Base of a worker that a trainer keeps up to date."""
+
+    weight_transfer_engine: SyncTransferEngine
+    model_runner: Any
+    _intake: Intake
+
+    @answers
+    def open_intake(self) -> dict[str, list[int]]:
+        """Get ready for versions.
+
+        Returns:
+            Checkpoint tensor -> how many of its elements this process holds, and how many it has.
+        """
+        from vllm.distributed import get_tp_group
+
+        self._intake = Intake(get_tp_group())
+        return self.weight_transfer_engine.held
+
+    @answers
+    def refuse_names(self, names: list[str]) -> None:
+        """Refuse payloads that change these checkpoint tensors: no module of any worker holds all of one."""
+        self.weight_transfer_engine.unbound = frozenset(names)
+
+    @answers
+    def connect_trainer(self, address: str, timeout_s: float) -> None:
+        """See `Intake.connect`."""
+        self._intake.connect(address, timeout_s)
+
+    @answers
+    def open_channel(self, backend: Backend) -> None:
+        """See `Intake.open`."""
+        self._intake.open(backend)
+
+    @answers
+    def close_channel(self) -> None:
+        """See `Intake.close`."""
+        self._intake.close()
+
+    @answers
+    def stage_version(self, version: int, served: int) -> dict[str, Any]:
+        """Receive `version`, to be kept next to the served one: a `StageAck`, and how many parts follow."""
+        payload = self._intake.receive()
+        if payload.manifest.version != version:
+            raise RunFailure("rollout", "stage", f"got version {payload.manifest.version}, not {version}")
+        return self._stage(payload, served)
+
+    @answers
+    def stage_bytes(self, manifest: bytes, buffer: bytes, served: int) -> dict[str, Any]:
+        """`stage_version`, for a payload that is here already."""
+        received = torch.frombuffer(bytearray(buffer), dtype=torch.uint8)
+        return self._stage(Payload(Manifest.decode(manifest), received), served)
+
+    @answers
+    def receive_part(self) -> str:
+        """Receive the next part of the version that is being loaded; digest of its bytes."""
+        payload = self._intake.receive()
+        self.weight_transfer_engine.stage_later(payload)
+        return payload.digest
+
+    @answers
+    def discard_weights(self) -> None:
+        """See `SyncTransferEngine.discard`."""
+        self.weight_transfer_engine.discard()
+
+    @answers
+    def loaded_weights(self) -> dict[str, Any]:
+        """Result of the last update in this process: `weight_transfer.Loaded`."""
+        return asdict(self.weight_transfer_engine.loaded)
+
+    @answers
+    def expert_load(self) -> list[Any] | None:
+        """See `RouteCounter.take`; packed."""
+        load = self.weight_transfer_engine.routes.take()
+        return None if load is None else packed(load)
+
+    @answers
+    def keep_routes(self) -> None:
+        """See `RouteCounter.keep`."""
+        self.weight_transfer_engine.routes.keep(self.model_runner)
+
+    @answers
+    def take_routes(self, requests: list[str]) -> list[list[Any]]:
+        """See `RouteKeeper.take`; packed, and empty but in the first worker: all of them chose the same."""
+        keeper = self.weight_transfer_engine.routes.keeper
+        assert keeper is not None
+        taken = keeper.take(requests)
+        return [packed(one) for one in taken] if self._intake.is_first else []
+
+    @answers
+    def moe_layers(self) -> list[int]:
+        """See `actors.rollout.vllm.router_capture.moe_layers`."""
+        return moe_layers(self.weight_transfer_engine.model)
+
+    def _stage(self, payload: Payload, served: int) -> dict[str, Any]:
+        self.weight_transfer_engine.discard()
+        manifest = payload.manifest
+        wrong = mismatch_in_version(served, manifest.version)
+        if wrong is not None:
+            raise refusal(wrong)
+        self.weight_transfer_engine.stage(payload)
+        ack = StageAck(
+            version=manifest.version,
+            bytes=payload.buffer.numel(),
+            tensors=len(manifest.entries),
+            digest=payload.digest,
+            manifest_digest=manifest.digest,
+        )
+        return {"ack": asdict(ack), "parts_later": len(manifest.later)}
