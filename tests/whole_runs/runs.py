@@ -48,15 +48,15 @@ def complete(command: list[str], directory: Path) -> str:
     return done.stdout
 
 
-def start(command: list[str], directory: Path) -> subprocess.Popen[str]:
-    """A run under way, in a process group of its own."""
+def start(command: list[str], directory: Path, **variables: str) -> subprocess.Popen[str]:
+    """A run under way, in a process group of its own, with further variables of the environment."""
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         cwd=directory,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | variables,
         start_new_session=True,
     )
 

@@ -9,13 +9,17 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from actors.cluster.environment import CORE_APART
 from tests.whole_runs.runs import (
     TINY_MOE,
     adapter_digest,
@@ -159,6 +163,45 @@ def test_two_engines_of_which_one_is_killed_make_the_same_adapter(whole: Path, t
     assert len(lives) == 2
     assert adapter_digest(run, "ppo") == adapter_digest(whole, "ppo")
     assert repeatable(run) == repeatable(whole)
+
+
+def test_an_engine_whose_core_is_apart_makes_the_same_adapter_also_when_the_core_is_killed(
+    whole: Path, tmp_path: Path
+) -> None:
+    """As vLLM does by default on GPUs."""
+    command, run = command_for(tmp_path), tmp_path / "run"
+    process = start(command, tmp_path, **{CORE_APART: "1"})
+    said = killed_in_version_one(process, run, lambda child: "EngineCore" in child.name())
+    assert process.returncode == 0, said[-3000:]
+    assert "rollout-0 was replaced" in said
+    assert adapter_digest(run, "ppo") == adapter_digest(whole, "ppo")
+    assert repeatable(run) == repeatable(whole)
+
+
+def test_a_tensor_parallel_engine_is_synced_and_replaced_when_a_worker_is_killed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command_for(tmp_path)
+    spread = config(run)
+    spread["roles"]["rollout"]["engine"] = {"tensor_parallel_size": 2}
+    process = start(command_of(tmp_path, spread), tmp_path)
+    said = killed_in_version_one(process, run, lambda child: "Worker_TP1" in child.name())
+    assert process.returncode == 0, said[-3000:]
+    assert "rollout-0 was replaced" in said
+    lines = lines_of(run, "ppo")
+    assert [line["sync/version"] for line in lines] == [1, 2, 3, 4, 5]
+    assert all(line["mismatch/max"] < 1e-4 and line["sync/probe_max"] < 1e-4 for line in lines)
+
+
+def killed_in_version_one(
+    process: subprocess.Popen[str], run: Path, which: Callable[[psutil.Process], bool]
+) -> str:
+    """Kill one of the processes of a run's engine once version 1 is served; all that the run said."""
+    when(process, lambda: calls(run, "rollout-0", "score_tokens") >= 3)
+    children = psutil.Process(pid_of(run, "rollout-0")).children(recursive=True)
+    (chosen,) = [child for child in children if which(child)]
+    chosen.kill()
+    said, _ = process.communicate(timeout=400)
+    return said
 
 
 @pytest.mark.slow

@@ -126,7 +126,8 @@ def _tensor_parallel_problems(config: RunConfig) -> Iterator[Problem]:
 def _engine_problems(config: RunConfig) -> Iterator[Problem]:
     for role in ENGINE_ROLES:
         parallel, gpus = config.roles.engine_of(role).tensor_parallel_size, config.roles.of(role).gpus
-        if parallel > 1 and gpus != parallel:
+        # On CPUs its processes share what cores there are.
+        if parallel > 1 and gpus not in (0, parallel):
             yield Problem(
                 f"roles.{role}.engine.tensor_parallel_size",
                 f"an engine on {parallel} GPUs, but roles.{role}.gpus is {gpus:g}; set it to {parallel}",

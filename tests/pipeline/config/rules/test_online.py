@@ -238,8 +238,11 @@ def test_views_share_the_policy_only() -> None:
 
 def test_an_engine_over_several_gpus_asks_for_as_many() -> None:
     spread = {"engine": {"tensor_parallel_size": 2}}
-    assert set(problems_of(roles={"rollout": spread})) == {"roles.rollout.engine.tensor_parallel_size"}
+    short = problems_of(roles={"rollout": {**spread, "gpus": 1}})
+    assert set(short) == {"roles.rollout.engine.tensor_parallel_size"}
     assert not problems_of(roles={"rollout": {**spread, "gpus": 2}})
+    # On CPUs its processes share the cores.
+    assert not problems_of(roles={"rollout": spread})
 
 
 def test_what_a_sample_may_take_fits_into_an_engine() -> None:
