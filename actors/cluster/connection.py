@@ -16,7 +16,7 @@ from typing import Any
 from actors.cluster.environment import import_root, ray_environment
 from actors.cluster.fast_start import ForkServer, lean_cluster
 from actors.cluster.local_cluster import LocalCluster
-from actors.cluster.ray_private import head_address, mute_raylet, unmute_raylet, use_token
+from actors.cluster.ray_private import MODE, head_address, mute_raylet, unmute_raylet, use_token
 from actors.cluster.spec import RoleSpec, bundle
 from actors.errors import UserError
 
@@ -69,7 +69,7 @@ def start_ray(
         RunFailure: a local cluster does not come up, as on a machine that is busy with other work.
     """
     os.environ.update({name: value for name, value in ray_environment().items() if name not in os.environ})
-    address = address or os.environ.get("RAY_ADDRESS")
+    by, address = _named(address)
     local = address in (None, "local")
     _make_importable()
     import ray
@@ -86,7 +86,7 @@ def start_ray(
             }
             how = _start_local(settings, fast_start, fork_server, keep_logs)
         else:
-            _connect(str(address), quiet)
+            _connect(str(address), by, quiet)
             how = f"connected to the cluster at {address}"
     mute_raylet()
     seconds, gcs_address = time.monotonic() - began, ray.get_runtime_context().gcs_address
@@ -97,7 +97,7 @@ def is_local(address: str | None) -> bool:
     """True where `start_ray` would start a local cluster: no address is given, and none is connected yet."""
     ray = sys.modules.get("ray")
     connected = ray is not None and ray.is_initialized()
-    return not connected and (address or os.environ.get("RAY_ADDRESS")) in (None, "", "local")
+    return not connected and _named(address)[1] in (None, "local")
 
 
 def stop_ray(failed: bool = False) -> Path | None:
@@ -204,63 +204,76 @@ def _start_local(
     return _local.how
 
 
-def _connect(address: str, quiet: Mapping[str, Any]) -> None:
+def _named(address: str | None) -> tuple[str, str | None]:
+    """The key or the variable that names a cluster, and the address there; an empty variable names none."""
+    if address:
+        return "ray.address", address
+    return "RAY_ADDRESS", os.environ.get("RAY_ADDRESS", "").strip() or None
+
+
+def _connect(address: str, by: str, quiet: Mapping[str, Any]) -> None:
     import ray
 
-    head = _head_of(address)
-    _match_tokens(head)
+    head = _head_of(address, by)
+    match_tokens(head, by)
     try:
         ray.init(address=head, **quiet)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise UserError(
-            f"ray.address: no Ray cluster could be used at {address}: {str(error).strip().splitlines()[0]}; "
-            "for a local cluster that ends with the run, leave ray.address out"
+            f"{by}: no Ray cluster could be used at {address}: {str(error).strip().splitlines()[0]}; "
+            f"for a local cluster that ends with the run, leave {by} out"
         ) from None
 
 
-def _head_of(address: str) -> str:
+def _head_of(address: str, by: str = "ray.address") -> str:
     """host:port of the cluster's head, which accepts connections.
 
     Raises:
         UserError: nothing is there. Ray itself would try for ten minutes.
     """
     if "://" in address:
+        what = "a Ray Client address" if address.startswith("ray://") else "the address of a dashboard"
         raise UserError(
-            f"ray.address: {address} is a Ray Client address; give host:port of the cluster's head and run "
-            "on one of its machines, or send the run there with `raylign submit`"
+            f"{by}: {address} is {what}; give host:port of the cluster's head and run on one of its "
+            f"machines, or send the run there with `raylign submit`; for a local cluster, leave {by} out"
         )
     try:
         head = head_address(address)
         if head is None:
-            raise UserError(f"ray.address: {address}, but no cluster was started here with `ray start`")
+            raise UserError(f"{by}: {address}, but no cluster was started here with `ray start`")
         host, _, port = head.rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
-    except ValueError:
-        raise UserError(f"ray.address: {address!r} is neither auto nor host:port") from None
+    except (ValueError, OverflowError):  # the latter of a port beyond 65535
+        raise UserError(f"{by}: {address!r} is neither auto nor host:port") from None
     except OSError as error:
-        raise UserError(f"ray.address: nothing answers at {address} ({error.strerror or error})") from None
+        raise UserError(f"{by}: nothing answers at {address} ({error.strerror or error})") from None
     return head
 
 
-def _match_tokens(head: str) -> None:
+def match_tokens(head: str, key: str = "ray.address") -> None:
     """Show this machine's token to a cluster that asks for one, and to no other.
 
     Given an address, Ray decides by the variable RAY_AUTH_MODE alone, which few people set; with the wrong
     mode it prints warnings for 18 s, or connects and then loses every actor.
 
+    Args:
+        head: host:port of the cluster's head.
+        key: what named the cluster, for the error.
+
     Raises:
         UserError: the cluster asks for a token and there is none here.
     """
-    if "RAY_AUTH_MODE" in os.environ or not _asks_for_token(head):
+    if MODE in os.environ or not asks_for_token(head):
         return
-    if not use_token(head):
+    if not use_token(head, key):
         raise UserError(
-            f"ray.address: the cluster at {head} asks for a token and there is none here: copy the head's "
+            f"{key}: the cluster at {head} asks for a token and there is none here: copy the head's "
             "~/.ray/auth_token, or name the file in RAY_AUTH_TOKEN_PATH"
         )
 
 
-def _asks_for_token(head: str) -> bool:
+def asks_for_token(head: str) -> bool | None:
+    """True where the cluster's head at host:port asks for a token; None where no head answers."""
     import grpc
 
     with grpc.insecure_channel(head, options=[("grpc.enable_http_proxy", 0)]) as channel:
@@ -268,7 +281,7 @@ def _asks_for_token(head: str) -> bool:
         try:
             ask(b"", timeout=REACH_S)
         except grpc.RpcError as error:
-            return bool(error.code() is grpc.StatusCode.UNAUTHENTICATED)
+            return True if error.code() is grpc.StatusCode.UNAUTHENTICATED else None
     return False
 
 

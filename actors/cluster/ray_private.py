@@ -22,6 +22,8 @@ _TOKENS = "ray._private.authentication.authentication_token_setup"
 _USE_TOKEN = "maybe_enable_token_auth_if_token_available"
 _CONSTANTS, _REACHABLE = "ray._private.ray_constants", "ENABLE_RAY_CLUSTER"
 _RAYLET = "ray._raylet"
+MODE = "RAY_AUTH_MODE"
+"""Variable of Ray's: `token` or `disabled`; without it, Ray decides."""
 
 _printed_before: Any = None
 """Ray's own function while `mute_raylet` stands in for it."""
@@ -57,8 +59,11 @@ def head_address(address: str) -> str | None:
     return f"{host}:{int(port)}"
 
 
-def use_token(head: str) -> bool:
+def use_token(head: str, key: str = "ray.address") -> bool:
     """Let this process show its token to the cluster at `head`; False when it has none.
+
+    Args:
+        key: what named the cluster, for the error.
 
     Raises:
         UserError: this Ray has no function that does it.
@@ -66,7 +71,7 @@ def use_token(head: str) -> bool:
     use = private(_TOKENS, _USE_TOKEN)
     if use is None:
         raise UserError(
-            f"ray.address: the cluster at {head} asks for a token, and Ray {_version()} has no "
+            f"{key}: the cluster at {head} asks for a token, and Ray {_version()} has no "
             f"{_TOKENS}.{_USE_TOKEN}, which Ray {TRIED} has; set the variable RAY_AUTH_MODE=token, or "
             f"install ray=={TRIED}.*"
         )

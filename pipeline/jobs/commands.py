@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from actors.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RunFailure, UserError
+from pipeline.jobs.address import first_line
 from pipeline.jobs.server import (
     POLL,
+    at,
     connect,
     details,
     ended,
     explained,
-    first_line,
     remember,
-    remembered_address,
     runs_of,
     wait_for_end,
 )
@@ -64,7 +64,7 @@ def submit(
                 f"`raylign stop {config.name}`, or rename this one"
             )
     job_id = f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    with explained(address):
+    with explained(at(client)):
         client.submit_job(
             entrypoint=shipment.entrypoint(sys.executable if here else "python"),
             runtime_env=shipment.runtime_env,
@@ -140,18 +140,18 @@ def find(client: JobSubmissionClient, run: str) -> JobDetails:
 
 def logs(run: str, *, address: str | None, follow: bool, say: Say = print) -> int:
     """Print a run's log so far, or follow it and return its exit code."""
-    client = connect(address or remembered_address(run))
+    client = connect(address, run)
     job = find(client, run)
     if follow:
         return follow_job(client, str(job.submission_id), run, say)
-    with explained(address):
+    with explained(at(client)):
         sys.stdout.write(client.get_job_logs(str(job.submission_id)))
     return EXIT_DONE
 
 
 def status(run: str | None, *, address: str | None) -> list[JobDetails]:
     """The jobs of a run (newest first), or all that this program submitted."""
-    client = connect(address or remembered_address(run))
+    client = connect(address, run)
     if run is None:
         return runs_of(client)
     job = find(client, run)
@@ -188,7 +188,7 @@ def stop(run: str, *, address: str | None, seconds: float, now: bool = False, sa
     Ray kills a job three seconds after SIGTERM, which is less than a checkpoint takes. So the
     request is a file in the run directory, written by a job of its own where the run's driver is.
     """
-    client = connect(address or remembered_address(run))
+    client = connect(address, run)
     job = find(client, run)
     job_id = str(job.submission_id)
     if ended(job):
@@ -197,7 +197,7 @@ def stop(run: str, *, address: str | None, seconds: float, now: bool = False, sa
     if now or str(job.status) == "PENDING":
         return _end(client, job_id, say)
     helper = f"{job_id}-stop-{time.strftime('%H%M%S')}"
-    with explained(address):
+    with explained(at(client)):
         client.submit_job(entrypoint=stop_command(job.metadata[OUTPUT_KEY], seconds), submission_id=helper)
     say(f"asked {job_id} to save and stop; waiting up to {seconds:.0f} s")
     try:

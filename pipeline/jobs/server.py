@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actors.cluster.ray_private import MODE, use_token
 from actors.errors import RunFailure, UserError
+from pipeline.jobs.address import VARIABLES, Named, first_line, job_server, named
 from pipeline.jobs.shipment import NAME_KEY
 
 if TYPE_CHECKING:
@@ -19,68 +21,86 @@ if TYPE_CHECKING:
 
 POLL = 1.0
 """Seconds between two looks at a job."""
-_ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
 """Ray's loggers that report every packaging step and closed socket."""
 
 TOKEN_HELP = (
-    "the cluster asks for a token. Client and cluster must share one: `ray get-auth-token --generate` makes "
-    "it (in ~/.ray/auth_token, or where RAY_AUTH_TOKEN_PATH says); start the cluster with "
-    "`RAY_AUTH_MODE=token ray start --head`, and set RAY_AUTH_MODE=token here as well"
+    "the cluster asks for a token, and client and cluster must share it: copy the head's ~/.ray/auth_token "
+    "to the same place here or name the file in RAY_AUTH_TOKEN_PATH, and leave RAY_AUTH_MODE unset or set "
+    "RAY_AUTH_MODE=token"
 )
 
 
-def connect(address: str | None) -> JobSubmissionClient:
-    """A client of the cluster's job server.
+def connect(option: str | None, run: str | None = None) -> JobSubmissionClient:
+    """A client of the job server of the cluster that is named: by `option`, else by where `run` was submitted
+    to, else by Ray's variables, else the one that was started on this machine.
+
+    It shows this machine's token where the cluster asks for one, and nowhere else.
 
     Raises:
         UserError: there is none, it can't be reached, or it refuses the token.
     """
-    with _only(address), explained(address):
+    cluster = named(option, remembered_address(run))
+    with _unsaid(), explained(cluster):
         import logging
 
+        from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
         for name in _CHATTY:
             logging.getLogger(name).setLevel(logging.ERROR)
-        return JobSubmissionClient(address)
+        url = job_server(cluster)
+        try:
+            return JobSubmissionClient(url)
+        except AuthenticationError:
+            if MODE in os.environ or not use_token(url, cluster.by):
+                raise
+            return JobSubmissionClient(url)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(
+                f"{cluster.by}: what answers at {url} is no Ray job server ({first_line(error)}); name the "
+                "cluster's dashboard, e.g. --address http://HEAD:8265"
+            ) from None
 
 
 @contextlib.contextmanager
-def explained(address: str | None) -> Iterator[None]:
+def explained(cluster: Named) -> Iterator[None]:
     """Turn Ray's errors about reaching a cluster into UserError with a next step."""
-    where = (
-        address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "this machine"
-    )
+    where = cluster.address or "this machine"
     try:
         yield
     except (UserError, RunFailure):
         raise
     except OSError as error:
         raise UserError(
-            f"--address: no Ray job server answers at {where} ({first_line(error)}). Start a cluster with "
-            "`ray start --head`, or name its dashboard, e.g. --address http://HEAD:8265"
+            f"{cluster.by}: the job server at {where} no longer answers ({first_line(error)}); try again, or "
+            "look whether the cluster is up"
         ) from None
     except Exception as error:
         text = str(error)
         if any(word in text for word in ("nauthorized", "uthentication", "orbidden")):
-            raise UserError(f"--address: {where}: {TOKEN_HELP} (Ray says: {first_line(error)})") from None
+            raise UserError(f"{cluster.by}: {where}: {TOKEN_HELP} (Ray says: {first_line(error)})") from None
         raise RunFailure(f"Ray's job server at {where}", "call", first_line(error)) from error
 
 
 @contextlib.contextmanager
-def _only(address: str | None) -> Iterator[None]:
-    """Ray lets its variables override an explicit address; the command line goes first here."""
-    taken = {name: os.environ.pop(name) for name in _ADDRESS_VARIABLES if address and name in os.environ}
+def _unsaid() -> Iterator[None]:
+    """Without Ray's variables, which would override the URL that was found."""
+    taken = {name: os.environ.pop(name) for name in VARIABLES if name in os.environ}
     try:
         yield
     finally:
         os.environ.update(taken)
 
 
+def at(client: JobSubmissionClient) -> Named:
+    """The cluster of a client, for errors."""
+    return Named(client.get_address(), "--address")
+
+
 def runs_of(client: JobSubmissionClient) -> list[JobDetails]:
     """Runs of this program on the cluster, newest first."""
-    with explained(client.get_address()):
+    with explained(at(client)):
         jobs = client.list_jobs()
     ours = [job for job in jobs if job.submission_id and NAME_KEY in (job.metadata or {})]
     return sorted(ours, key=lambda job: -(job.start_time or 0))
@@ -88,20 +108,13 @@ def runs_of(client: JobSubmissionClient) -> list[JobDetails]:
 
 def details(client: JobSubmissionClient, job_id: str) -> JobDetails:
     """A job as it is now."""
-    with explained(client.get_address()):
+    with explained(at(client)):
         return client.get_job_info(job_id)
 
 
 def ended(job: JobDetails) -> bool:
     """True for a job that has ended, in whatever way."""
     return str(job.status) in ("SUCCEEDED", "FAILED", "STOPPED")
-
-
-def first_line(error: object) -> str:
-    """The first line of an error of Ray, which may have a hundred."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return text if len(text) <= 200 else text[:200].rsplit(". ", 1)[0] + " ..."
 
 
 def wait_for_end(client: JobSubmissionClient, job_id: str, seconds: float) -> JobDetails:

@@ -3,102 +3,38 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
+
+from tests.pipeline.jobs.heads import Head, free_port
 
 pytestmark = pytest.mark.ray
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Cluster:
-    """A head node of its own, and `raylign` as a user of it types it."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        (directory / "token").write_text(secrets.token_hex(32))
-        self.environment = {
-            **os.environ,
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(directory / "token"),
-            "XDG_STATE_HOME": str(directory / "state"),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).resolve().parents[3]),
-        }
-        self.environment.pop("RAY_ADDRESS", None)
-        port = free_port()
-        self.address = f"http://127.0.0.1:{port}"
-        command = [
-            str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2",
-            "--dashboard-host=127.0.0.1", f"--dashboard-port={port}", f"--temp-dir={directory}/ray",
-            *(f"--{name}={free_port()}" for name in (
-                "port", "ray-client-server-port", "dashboard-agent-listen-port", "metrics-export-port",
-                "runtime-env-agent-port",
-            )),
-        ]  # fmt: skip
-        with (directory / "head.log").open("w") as log:
-            self.head = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
-        deadline = time.monotonic() + 90
-        while self.raylign("status", "--address", self.address).returncode != 0:
-            assert self.head.poll() is None, (directory / "head.log").read_text()[-2000:]
-            assert time.monotonic() < deadline, "the cluster did not start"
-            time.sleep(1)
-
-    def raylign(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "pipeline", *arguments],
-            env={**self.environment, **environment},
-            cwd=self.directory / "project" if (self.directory / "project").is_dir() else self.directory,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-
-    def close(self) -> None:
-        """End the head and what it started; no other cluster of this machine."""
-        children = psutil.Process(self.head.pid).children(recursive=True)
-        self.head.send_signal(signal.SIGTERM)
-        psutil.wait_procs([*children, psutil.Process(self.head.pid)], timeout=20)
-        for child in children:
-            if child.is_running():
-                child.kill()
-        self.head.wait(timeout=20)
-
-
 @pytest.fixture(scope="module")
-def cluster(tiny_base: Path) -> Iterator[Cluster]:
+def cluster(tiny_base: Path) -> Iterator[Head]:
     # Unix sockets of Ray live under it: a path of pytest's own would be too long.
     with tempfile.TemporaryDirectory(prefix="rj-", dir="/tmp") as directory:
-        cluster = Cluster(Path(directory))
+        token = Path(directory) / "token"
+        token.write_text(secrets.token_hex(32))
+        head = Head(Path(directory), {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
         try:
-            project = cluster.directory / "project"
-            project.mkdir()
-            (project / "run.yaml").write_text(
+            (head.project / "run.yaml").write_text(
                 f"name: small\noutput_dir: {directory}/out\nmodel: {{base: {tiny_base}}}\n"
                 "stages: {sft: {data: {source: 'builtin:arithmetic', max_rows: 64}, max_steps: 2}}\n"
             )
-            yield cluster
+            head.start()
+            yield head
         finally:
-            cluster.close()
+            head.close()
 
 
-def test_a_submitted_run_trains_there_and_its_outcome_is_the_exit_code(cluster: Cluster) -> None:
+def test_a_submitted_run_trains_there_and_its_outcome_is_the_exit_code(cluster: Head) -> None:
     done = cluster.raylign("submit", "run.yaml", "--address", cluster.address)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (cluster.directory / "out" / "sft" / "adapter" / "adapter_model.safetensors").is_file()
@@ -110,7 +46,7 @@ def test_a_submitted_run_trains_there_and_its_outcome_is_the_exit_code(cluster: 
     assert "sft" in cluster.raylign("logs", "small").stdout
 
 
-def test_a_mistake_that_shows_there_comes_back_with_its_code_and_message(cluster: Cluster) -> None:
+def test_a_mistake_that_shows_there_comes_back_with_its_code_and_message(cluster: Head) -> None:
     arguments = ["name=broken", f"output_dir={cluster.directory}/broken", "model.base=/nowhere/base"]
     done = cluster.raylign("submit", "run.yaml", *arguments, "--address", cluster.address)
     assert done.returncode == 2
@@ -119,7 +55,7 @@ def test_a_mistake_that_shows_there_comes_back_with_its_code_and_message(cluster
     assert "already ended" in cluster.raylign("stop", "broken").stdout
 
 
-def test_stop_lets_the_run_save_and_a_second_submission_goes_on(cluster: Cluster) -> None:
+def test_stop_lets_the_run_save_and_a_second_submission_goes_on(cluster: Head) -> None:
     output = cluster.directory / "long"
     arguments = [
         "name=long",
@@ -149,13 +85,13 @@ def test_stop_lets_the_run_save_and_a_second_submission_goes_on(cluster: Cluster
     cluster.raylign("stop", "long", "--now")
 
 
-def test_a_missing_token_is_explained(cluster: Cluster) -> None:
+def test_a_missing_token_is_explained(cluster: Head) -> None:
     done = cluster.raylign("status", "--address", cluster.address, RAY_AUTH_MODE="disabled")
     assert done.returncode == 2
     assert "RAY_AUTH_MODE=token" in done.stderr
 
 
-def test_an_unknown_run_and_a_silent_address_are_the_users_mistakes(cluster: Cluster) -> None:
+def test_an_unknown_run_and_a_silent_address_are_the_users_mistakes(cluster: Head) -> None:
     unknown = cluster.raylign("logs", "nobody", "--address", cluster.address)
     assert unknown.returncode == 2
     assert "no job or run is named 'nobody'" in unknown.stderr
@@ -164,6 +100,30 @@ def test_an_unknown_run_and_a_silent_address_are_the_users_mistakes(cluster: Clu
     assert "ray start --head" in silent.stderr
 
 
-def test_the_command_line_goes_before_rays_own_variables(cluster: Cluster) -> None:
-    done = cluster.raylign("status", "--address", cluster.address, RAY_ADDRESS="http://127.0.0.1:1")
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("RAY_ADDRESS", "http://127.0.0.1:1"), ("RAY_API_SERVER_ADDRESS", "127.0.0.1:1"), ("RAY_ADDRESS", "")],
+)
+def test_the_command_line_goes_before_rays_own_variables(cluster: Head, variable: str, value: str) -> None:
+    done = cluster.raylign("status", "--address", cluster.address, **{variable: value})
     assert done.returncode == 0, done.stderr
+
+
+def test_the_address_of_the_head_leads_to_its_dashboard(cluster: Head) -> None:
+    for form in (f"127.0.0.1:{cluster.gcs_port}", f"127.0.0.1:{cluster.port}", f"{cluster.address}/"):
+        done = cluster.raylign("status", "--address", form)
+        assert done.returncode == 0, done.stderr
+    named = cluster.raylign("status", RAY_ADDRESS=f"127.0.0.1:{cluster.gcs_port}")
+    assert named.returncode == 0, named.stderr
+    mixed = cluster.raylign("status", RAY_ADDRESS=f"http://127.0.0.1:{cluster.gcs_port}")
+    assert mixed.returncode == 2
+    assert "RAY_ADDRESS: a cluster's head answers at" in mixed.stderr
+    assert "Traceback" not in mixed.stderr
+
+
+def test_a_proxy_that_does_not_lead_to_the_cluster_is_named(cluster: Head) -> None:
+    proxy = {"http_proxy": f"http://127.0.0.1:{free_port()}", "no_proxy": ""}
+    done = cluster.raylign("status", "--address", cluster.address, **proxy)
+    assert done.returncode == 2
+    assert f"through the proxy of http_proxy ({proxy['http_proxy']})" in done.stderr
+    assert "no_proxy=127.0.0.1" in done.stderr
