@@ -123,7 +123,7 @@ ROOMS |= {
         "pipeline.roles",
     ),
     "pipeline.planning": BELOW_PLANNING,
-    "pipeline.jobs": ("actors", "pipeline", "pipeline.config", "pipeline.data"),
+    "pipeline.jobs": ("actors", "pipeline", "pipeline.artifacts", "pipeline.config", "pipeline.data"),
     "pipeline.execution": (*BELOW_PLANNING, "pipeline.planning", "pipeline.jobs"),
     "pipeline.api": ("actors", "pipeline"),
     "pipeline.cli": ("actors", "pipeline"),

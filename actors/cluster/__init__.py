@@ -1,12 +1,24 @@
 """Ray: the cluster of a run, the processes of a role, calls into them under deadlines."""
 
-from actors.cluster.connection import check_cluster, is_local, local_resources, start_ray, stop_ray
-from actors.cluster.environment import actor_environment
+from actors.cluster.connection import (
+    asks_for_token,
+    check_cluster,
+    is_local,
+    local_resources,
+    match_tokens,
+    start_ray,
+    stop_ray,
+)
+from actors.cluster.environment import SHIPPED, actor_environment
 from actors.cluster.futures import GroupFuture, WorkerFuture
+from actors.cluster.ray_private import MODE, TRIED, head_address, private, use_token
 from actors.cluster.spec import LimitsSpec, RaySpec, RoleSpec
 from actors.cluster.worker_group import WorkerGroup
 
 __all__ = [
+    "MODE",
+    "SHIPPED",
+    "TRIED",
     "GroupFuture",
     "LimitsSpec",
     "RaySpec",
@@ -14,9 +26,14 @@ __all__ = [
     "WorkerFuture",
     "WorkerGroup",
     "actor_environment",
+    "asks_for_token",
     "check_cluster",
+    "head_address",
     "is_local",
     "local_resources",
+    "match_tokens",
+    "private",
     "start_ray",
     "stop_ray",
+    "use_token",
 ]

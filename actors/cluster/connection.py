@@ -16,7 +16,14 @@ from typing import Any
 from actors.cluster.environment import import_root, ray_environment
 from actors.cluster.fast_start import ForkServer, lean_cluster
 from actors.cluster.local_cluster import LocalCluster
-from actors.cluster.ray_private import MODE, head_address, mute_raylet, unmute_raylet, use_token
+from actors.cluster.ray_private import (
+    MODE,
+    head_address,
+    mute_raylet,
+    unmute_raylet,
+    use_token,
+    workers_import_from,
+)
 from actors.cluster.spec import RoleSpec, bundle
 from actors.errors import UserError
 
@@ -78,6 +85,7 @@ def start_ray(
     how = "was connected already"
     if not ray.is_initialized():
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+        quiet |= workers_import_from(import_root())
         if local:
             settings = quiet | {
                 "num_cpus": num_cpus if num_cpus is not None else local_resources()["CPU"],

@@ -10,12 +10,23 @@ from pathlib import Path
 
 CORE_APART = "VLLM_ENABLE_V1_MULTIPROCESSING"
 """vLLM's own variable: 1 puts an engine's core into a process of its own, as is the default on GPUs."""
+SHIPPED = "shipped-files"
+"""Folder of a job's package with the copy of the user's working directory, beside Raylign's packages. No
+import can name it."""
 
 
 def import_root() -> str:
     """The directory that `actors` is imported from: on the path of every process that a run starts."""
     package = sys.modules[__name__.partition(".")[0]]
     return str(Path(str(package.__file__)).resolve().parents[1])
+
+
+def enter_shipped_files() -> None:
+    """In a process of a job: work in the copy of the user's directory, where relative paths mean what they
+    mean to the driver. Anywhere else: nothing."""
+    place = Path(import_root()) / SHIPPED
+    if place.is_dir():
+        os.chdir(place)
 
 
 def ray_environment() -> dict[str, str]:
@@ -65,6 +76,9 @@ def actor_environment(threads: int, one_node: bool) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "PYTHONUNBUFFERED": "1",
+        # vLLM looks at a model with `python -m` in a process of its own, which would import a random.py of
+        # the working directory in place of Python's.
+        "PYTHONSAFEPATH": "1",
     }
     return env | ({"GLOO_SOCKET_IFNAME": "lo"} if one_node else {})
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from actors.errors import UserError
@@ -24,6 +25,9 @@ _CONSTANTS, _REACHABLE = "ray._private.ray_constants", "ENABLE_RAY_CLUSTER"
 _RAYLET = "ray._raylet"
 MODE = "RAY_AUTH_MODE"
 """Variable of Ray's: `token` or `disabled`; without it, Ray decides."""
+
+_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Variable that the driver of a job has."""
 
 _printed_before: Any = None
 """Ray's own function while `mute_raylet` stands in for it."""
@@ -82,6 +86,25 @@ def use_token(head: str, key: str = "ray.address") -> bool:
         return bool(use(warn_if_disabled=False))
     finally:
         log.setLevel(before)
+
+
+class _Fixed(list[str]):
+    """A list that `extend` doesn't change."""
+
+    def extend(self, more: Iterable[str], /) -> None:
+        """Nothing."""
+
+
+def workers_import_from(root: str) -> dict[str, Any]:
+    """Settings of `ray.init` with which workers import from `root` first, and not from this process's working
+    directory or script's folder.
+
+    Ray puts these first on their path: a `random.py` or `torch.py` of the user's own there would be run in
+    place of the module that is meant. In a job Ray does not, and takes other settings.
+    """
+    from ray.job_config import JobConfig
+
+    return {} if _JOB in os.environ else {"job_config": JobConfig(_py_driver_sys_path=_Fixed([root]))}
 
 
 def forget_token() -> None:

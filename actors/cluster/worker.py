@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from actors.cluster.environment import enter_shipped_files
 from actors.cluster.scratch import Scratch
 from actors.cluster.trace import CallTrace, named
 from actors.errors import RunFailure, UserError
@@ -44,6 +45,7 @@ class Worker:
         """`preload`: modules to import in the background."""
         self.who, self.log_path = who, log_path
         _die_with_parent()
+        enter_shipped_files()
         self._log = _write_everything_to(log_path, who)
         self._trace = CallTrace(Path(log_path).parent / "trace" / f"{who}.jsonl")
         # Before any library is imported: OpenMP, torch and vLLM read these once. In a forked process OpenMP

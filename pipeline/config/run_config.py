@@ -102,6 +102,18 @@ class RunConfig(Spec):
         own = self.stages[stage].seed
         return self.seed if own is None else own
 
+    def functions(self) -> dict[str, str]:
+        """Functions of the user's that the run calls: `module:function` by the key that names it."""
+        found = {
+            f"stages.{name}.rewards.{position}": reward.source
+            for name, stage in self.online_stages().items()
+            for position, reward in enumerate(stage.rewards)
+            if reward.kind == "function"
+        }
+        if self.eval is not None and ":" in self.eval.metric:
+            found["eval.metric"] = self.eval.metric
+        return found
+
     def eval_models(self) -> list[str]:
         """`base` and stages to evaluate, in order."""
         if self.eval is None:

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actors.errors import EXIT_DONE, EXIT_STOPPED, RunFailure
+from actors.errors import EXIT_DONE, EXIT_STOPPED, RunFailure, UserError
+from pipeline.artifacts.hiding import hiding_problems
 from pipeline.artifacts.manifest import versions
 from pipeline.artifacts.run_directory import RunDirectory, clear_stage, drop_previous
 from pipeline.execution.parity import check_parity
@@ -40,6 +41,8 @@ def run(config: RunConfig, *, dry_run: bool = False, until: str | None = None, f
     dry = DryRun.of(config) if dry_run else None
     if dry is not None:
         config = dry.config
+    if problems := hiding_problems(config.functions(), Path.cwd()):
+        raise UserError(problems)
     directory = RunDirectory(config.output_dir, config.name)
     with (
         directory.opened(fresh=fresh or dry_run),

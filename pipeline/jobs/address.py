@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from actors.cluster.connection import asks_for_token, match_tokens
-from actors.cluster.ray_private import head_address, private
+from actors.cluster import asks_for_token, head_address, match_tokens, private
 from actors.errors import UserError
 
 VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -32,7 +31,7 @@ class Named:
 
 
 def named(option: str | None, remembered: str | None = None) -> Named:
-    """Where a cluster is named: the option, else where the run was submitted to, else Ray's variables."""
+    """The cluster that is named: by the option, else by where the run is, else by Ray's variables."""
     if option:
         return Named(option, "--address")
     if remembered:
@@ -91,7 +90,7 @@ def _answering(url: str, cluster: Named) -> str:
 
 
 def silent(url: str, cluster: Named) -> str:
-    """What to tell where nothing that speaks HTTP answers at `url`."""
+    """The message where nothing that speaks HTTP answers at `url`."""
     parts = urlsplit(url)
     host, by = parts.hostname or "HEAD", cluster.by
     if proxy := _proxy(url):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,10 +65,12 @@ def submit(
                 f"`raylign stop {config.name}`, or rename this one"
             )
     job_id = f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    with explained(at(client)):
+    with tempfile.TemporaryDirectory() as directory, explained(at(client)):
+        archive = Path(directory) / "job.zip"
+        shipment.package.write(archive)
         client.submit_job(
             entrypoint=shipment.entrypoint(sys.executable if here else "python"),
-            runtime_env=shipment.runtime_env,
+            runtime_env=shipment.runtime_env(archive),
             metadata=shipment.metadata,
             submission_id=job_id,
         )

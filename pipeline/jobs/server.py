@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actors.cluster.ray_private import MODE, use_token
+from actors.cluster import MODE, use_token
 from actors.errors import RunFailure, UserError
 from pipeline.jobs.address import VARIABLES, Named, first_line, job_server, named
 from pipeline.jobs.shipment import NAME_KEY

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import shlex
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actors.cluster import SHIPPED
 from actors.errors import UserError
+from actors.models.spec import locate_embedded_base
+from pipeline.artifacts.hiding import hiding_problems
+from pipeline.jobs.inputs import Input, named_inputs, unshipped
+from pipeline.jobs.package import Package, collect
 
 if TYPE_CHECKING:
     from pipeline.config.run_config import RunConfig
-    from pipeline.data.spec import DataSpec
-
-EXCLUDES = (
-    "/runs/",
-    "/.venv/",
-    "/venv/",
-    ".git/",
-    "__pycache__/",
-    "*.pyc",
-    ".pytest_cache/",
-    ".mypy_cache/",
-    ".ruff_cache/",
-    "*.egg-info/",
-)
-"""Left out of the package, as are the patterns of .gitignore files: results, environments, history."""
 
 NAME_KEY, OUTPUT_KEY = "raylign_run", "raylign_output_dir"
 """Keys of the job's metadata, by which `status`, `logs` and `stop` find a run by its name."""
@@ -38,12 +27,22 @@ class Shipment:
     """Everything that a job needs."""
 
     arguments: list[str]
-    runtime_env: dict[str, Any]
+    package: Package
     metadata: dict[str, str]
 
     def entrypoint(self, python: str = "python") -> str:
-        """The shell command of the job."""
-        return shlex.join([python, "-m", "pipeline", *self.arguments])
+        """The shell command of the job. Ray starts it at the package's top, which is on Python's path.
+
+        With -P nothing else is: neither the directory that it works in nor that of a script.
+        """
+        return f"cd {SHIPPED} && exec {shlex.join([python, '-P', '-m', 'pipeline', *self.arguments])}"
+
+    def runtime_env(self, archive: Path) -> dict[str, Any]:
+        """Ray's, with the package written at `archive`."""
+        return {
+            "working_dir": str(archive),
+            "env_vars": {"PYTHONUNBUFFERED": "1", "RAY_USAGE_STATS_ENABLED": "0"},
+        }
 
 
 def plan_shipment(
@@ -56,33 +55,40 @@ def plan_shipment(
     """The job that runs `config` from a copy of `working_dir`.
 
     Raises:
-        UserError: the config, the base or data will not be where the job looks for them, or the
-            output directory is relative: it would be lost with Ray's temporary copy.
+        UserError: with everything that a job would not find where it looks for it, a relative output
+            directory, which would be lost with Ray's temporary copy, and more to ship than Ray takes.
     """
-    problems = [
-        *_output_problems(config),
-        *_missing_from_package("CONFIG", config_path, working_dir),
-        *_hidden_packages(working_dir),
-        *_embedded_base_stays(config, working_dir),
-        *(
-            p
-            for what, path in _relative_inputs(config)
-            for p in _missing_from_package(what, path, working_dir)
-        ),
+    embedded = _embedded_base(config)
+    package = collect(working_dir, [embedded] if embedded is not None else [])
+    problems = [*_output_problems(config), *hiding_problems(config.functions(), working_dir)]
+    inputs = [Input("CONFIG", config_path)]
+    inputs += named_inputs(config, working_dir, problems)
+    problems += [
+        problem
+        for found in inputs
+        if embedded is None or found.path.resolve() != embedded
+        if (problem := unshipped(found, package.lacks, working_dir)) is not None
     ]
+    problems += package.problems()
     if problems:
-        raise UserError(problems)
+        raise UserError(list(dict.fromkeys(problems)))
     inside = config_path.resolve().relative_to(working_dir.resolve())
     return Shipment(
         ["run", str(inside), *overrides, "ray.address=auto", *flags],
-        {
-            "working_dir": str(working_dir),
-            "excludes": list(EXCLUDES),
-            "env_vars": {"PYTHONUNBUFFERED": "1", "RAY_USAGE_STATS_ENABLED": "0"},
-            **_own_code(working_dir),
-        },
+        package,
         {NAME_KEY: config.name, OUTPUT_KEY: str(config.output_dir)},
     )
+
+
+def _embedded_base(config: RunConfig) -> Path | None:
+    """The directory of Raylign's own base, where the run takes it and it lies beside the packages, as in a
+    checkout; in an installed one it lies in them."""
+    try:
+        embedded = Path(locate_embedded_base()).resolve()
+    except ValueError:
+        return None
+    beside = Path(__file__).resolve().parents[2] / "assets"
+    return embedded if Path(config.model.base).resolve() == embedded and embedded.parent == beside else None
 
 
 def stop_command(output_dir: str, seconds: float, every: float = 2.0) -> str:
@@ -106,98 +112,3 @@ def _output_problems(config: RunConfig) -> Iterator[str]:
             "copy and be lost. Name a directory that outlives the job and that every node sees, e.g. "
             f"output_dir=/mnt/shared/{config.name}"
         )
-
-
-def _relative_inputs(config: RunConfig) -> Iterator[tuple[str, Path]]:
-    base = Path(config.model.base)
-    if not base.is_absolute() and base.exists():
-        yield "model.base", base
-    for name, stage in config.stages.items():
-        for field, sources in (("data", stage.data), ("eval_data", stage.eval_data or [])):
-            yield from ((f"stages.{name}.{field}", path) for spec in sources for path in _local(spec))
-    if config.eval is not None:
-        yield from (("eval.data", path) for spec in config.eval.data for path in _local(spec))
-
-
-def _local(spec: DataSpec) -> list[Path]:
-    from pipeline.data.reading.sources import local_files
-
-    if spec.source.startswith("builtin:") or Path(spec.source).expanduser().is_absolute():
-        return []
-    return local_files(spec) or []
-
-
-def _missing_from_package(what: str, path: Path, working_dir: Path) -> Iterator[str]:
-    """Problems of a file or directory that the package will not hold."""
-    resolved, root = path.resolve(), working_dir.resolve()
-    if not resolved.is_relative_to(root):
-        yield (
-            f"{what}: {path} lies outside {root}, which is what is shipped; move it there, or give an "
-            "absolute path that every node sees"
-        )
-        return
-    inside = resolved.relative_to(root)
-    top = f"/{inside.parts[0]}/" if inside.parts else ""
-    if top in EXCLUDES or any(f"{part}/" in EXCLUDES for part in inside.parts):
-        yield (
-            f"{what}: {path} is not shipped ({inside.parts[0]}/ stays here); give an absolute path that "
-            "every node sees"
-        )
-    elif _git_ignores(resolved, root):
-        yield (
-            f"{what}: {path} is not shipped, because .gitignore excludes it; move it, or give an absolute "
-            "path that every node sees"
-        )
-
-
-def _git_ignores(path: Path, root: Path) -> bool:
-    try:
-        asked = subprocess.run(
-            ["git", "-C", str(root), "check-ignore", "-q", str(path)], capture_output=True, check=False
-        )
-    except OSError:
-        return False
-    return asked.returncode == 0
-
-
-PACKAGES = ("pipeline", "actors")
-"""Raylign's. A working directory that holds both is a checkout."""
-
-
-def _hidden_packages(working_dir: Path) -> Iterator[str]:
-    """Packages of the user's that the job would import in place of Raylign's."""
-    if _is_checkout(working_dir):
-        return
-    for place in (working_dir / form for name in PACKAGES for form in (name, f"{name}.py")):
-        if place.exists():
-            yield (
-                f"{place}: hides Raylign's package `{place.stem}` from the job, which runs in a copy of this "
-                "directory; rename it, or submit from another directory"
-            )
-
-
-def _is_checkout(root: Path) -> bool:
-    return all((root / name / "__init__.py").is_file() for name in PACKAGES)
-
-
-def _embedded_base_stays(config: RunConfig, working_dir: Path) -> Iterator[str]:
-    """A checkout's embedded base, where neither the working directory nor the package holds it."""
-    import actors
-
-    root = Path(str(actors.__file__)).resolve().parents[1]
-    base = Path(config.model.base).resolve()
-    if base == root / "assets" / "tiny-moe" and not base.is_relative_to(working_dir.resolve()):
-        yield (
-            f"model.base: the embedded base lies in {root}, which is not shipped; submit from there, or copy "
-            "the base into a directory that every node sees"
-        )
-
-
-def _own_code(working_dir: Path) -> dict[str, Any]:
-    """Ships this package where the working directory does not hold it."""
-    import actors
-    import pipeline
-
-    if _is_checkout(working_dir):
-        return {}
-    return {"py_modules": [str(Path(str(package.__file__)).parent) for package in (pipeline, actors)]}

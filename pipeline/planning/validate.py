@@ -81,6 +81,7 @@ def find(config: RunConfig) -> Findings:
 
 
 def _find(config: RunConfig) -> Findings:
+    from pipeline.artifacts.hiding import hiding_problems
     from pipeline.artifacts.run_directory import RunDirectory
     from pipeline.monitoring.trackers import tracker_problems
     from pipeline.planning.resources import machine_problems, sync_bytes
@@ -89,6 +90,7 @@ def _find(config: RunConfig) -> Findings:
     findings = Findings()
     findings.attempt(RunDirectory(config.output_dir, config.name).refuse_foreign)
     findings.problems += machine_problems(config)
+    findings.problems += hiding_problems(config.functions(), Path.cwd())
     findings.problems += tracker_problems(config.logging.report_to)
     findings.problems += reward_source_problems(config, config.stages)
     tokenizer = _look_at_model(config, findings)
