@@ -106,8 +106,9 @@ BELOW_PLANNING = (
 )
 ROOMS |= {
     "pipeline.artifacts": ("actors",),
-    "pipeline.monitoring": ("actors",),
-    "pipeline.data": ("actors", "pipeline.artifacts"),
+    "pipeline.monitoring.phases": (),
+    "pipeline.monitoring": ("actors", "pipeline.monitoring.phases"),
+    "pipeline.data": ("actors", "pipeline.artifacts", "pipeline.monitoring.phases"),
     "pipeline.report": ("actors", "pipeline.monitoring"),
     "pipeline.rewards": ("actors", "pipeline.data", "pipeline.monitoring"),
     "pipeline.evaluation": ("actors", *LOW, "pipeline.rewards"),

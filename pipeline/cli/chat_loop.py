@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from actors.batches import SamplingSpec, possible_temperature
 from actors.errors import EXIT_DONE, UserError
 from pipeline.monitoring import console
+from pipeline.monitoring.progress import working
 
 if TYPE_CHECKING:
     from actors.cluster import WorkerGroup
@@ -33,9 +34,10 @@ def chat(
     Raises:
         UserError: the model can't be used, it has no chat template, or vLLM has no such temperature.
     """
-    from actors.models.base.loading import is_adapter_dir, load_tokenizer, resolve_base
-    from actors.models.spec import ModelSpec
-    from actors.models.turn_ends import turn_ends
+    with working(f"reading {model}"):
+        from actors.models.base.loading import is_adapter_dir, load_tokenizer, resolve_base
+        from actors.models.spec import ModelSpec
+        from actors.models.turn_ends import turn_ends
 
     try:
         possible_temperature(temperature, greedy=True)
@@ -71,12 +73,14 @@ def engine(model: str) -> Iterator[WorkerGroup]:
 
     threads = max(1, int(local_resources()["CPU"]))
     with tempfile.TemporaryDirectory(prefix="raylign-chat-") as logs:
-        start_ray("local")
-        group = rollout_group(RoleSpec(threads=threads), LimitsSpec(), Path(logs)).start()
+        with working("starting Ray"):
+            start_ray("local")
+            group = rollout_group(RoleSpec(threads=threads), LimitsSpec(), Path(logs)).start()
         try:
-            group.ready().build(ROLLOUT, EngineSpec()).result()
-            base = str(Path(model).absolute()) if Path(model).exists() else model
-            RolloutEngines(group).load(0, base).result()
+            with working(f"starting an engine, which loads {model}"):
+                group.ready().build(ROLLOUT, EngineSpec()).result()
+                base = str(Path(model).absolute()) if Path(model).exists() else model
+                RolloutEngines(group).load(0, base).result()
             yield group
         finally:
             group.shutdown()

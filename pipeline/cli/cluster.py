@@ -21,6 +21,7 @@ from pipeline.cli.shared import (
 )
 from pipeline.monitoring import console
 from pipeline.monitoring.printable import printable_stdout
+from pipeline.monitoring.progress import working
 
 verbs = typer.Typer()
 
@@ -56,9 +57,10 @@ def status(
     address: Address = None,
 ) -> int:
     """Show submitted runs: state, times, exit code."""
-    from pipeline.jobs import commands
+    with working("asking the cluster"):
+        from pipeline.jobs import commands
 
-    rows = commands.status_rows(commands.status(name, address=address))
+        rows = commands.status_rows(commands.status(name, address=address))
     if not rows:
         console.say("no runs on this cluster")
     console.table("Runs", ["run", "job", "state", "started", "took", "exit", "results in"], rows)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from actors.errors import EXIT_DONE, UserError
 from pipeline.monitoring import console
-from pipeline.report import read_runs, write_page
+from pipeline.monitoring.progress import working
 
 SHOWN = 15
 """Lines of a table on the screen; the page has all."""
@@ -19,9 +19,12 @@ def compare_runs(directories: Sequence[Path], out: Path) -> int:
     Raises:
         UserError: a directory that is no run, the same one twice, or a page that can't be written.
     """
-    found = read_runs(directories)
     try:
-        written = write_page(found, out)
+        with working("reading the runs, and drawing"):
+            from pipeline.report import read_runs, write_page
+
+            found = read_runs(directories)
+            written = write_page(found, out)
     except OSError as error:
         raise UserError(f"--out {out}: can't be written ({error.strerror or error})") from None
     for note in found.notes:

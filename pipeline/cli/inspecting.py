@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from actors.errors import EXIT_DONE, UserError
-from pipeline.monitoring.console import out
+from actors.errors import EXIT_DONE, EXIT_FAILED, UserError
+from pipeline.monitoring import console
+from pipeline.monitoring.progress import working
 
 if TYPE_CHECKING:
     from pipeline.config.run_config import RunConfig
@@ -15,51 +16,57 @@ if TYPE_CHECKING:
 def inspect_source(
     data: str, *, split: str, name: str | None, base: str, rows: int, max_length: int | None
 ) -> int:
-    """Show one source with the tokenizer of `base`.
+    """Show one source with the tokenizer of `base`; exit code 1 where it has rows at which a run would stop.
 
     Raises:
         UserError: the source or the base can't be read.
     """
-    from pydantic import ValidationError
+    with working(f"reading {base}"):
+        from pydantic import ValidationError
 
-    from actors.models.base.loading import load_tokenizer
-    from actors.models.spec import ModelSpec
-    from actors.models.turn_ends import vocab_size
-    from pipeline.data.inspect import inspect
-    from pipeline.data.spec import DataSpec
+        from actors.models.base.loading import load_tokenizer
+        from actors.models.spec import ModelSpec
+        from actors.models.turn_ends import vocab_size
+        from pipeline.data.inspect import inspect
+        from pipeline.data.spec import DataSpec
 
+        model = ModelSpec(base=base)
+        tokenizer, known = load_tokenizer(model), vocab_size(model.base)
     try:
         spec = DataSpec(source=data, split=split, name=name)
     except ValidationError as error:
         raise UserError(
             [str(e["ctx"]["error"]) if "ctx" in e else e["msg"] for e in error.errors()]
         ) from None
-    model = ModelSpec(base=base)
-    inspect(
+    stops = inspect(
         [spec],
-        load_tokenizer(model),
+        tokenizer,
         rows=rows,
         max_length=max_length,
-        vocab_size=vocab_size(model.base),
-        console=out,
+        vocab_size=known,
+        console=console.out,
+        reading=working(f"reading {data}"),
     )
-    return EXIT_DONE
+    return EXIT_FAILED if stops else EXIT_DONE
 
 
 def inspect_stages(config: RunConfig, stage: str | None, rows: int) -> int:
-    """Show the data of one stage of a config, or of all of them, as the stage itself reads it.
+    """Show the data of one stage of a config, or of all of them, as the stage itself reads it; exit code 1
+    where there are rows at which the run would stop.
 
     Raises:
         UserError: no such stage, or data or base that can't be read.
     """
-    from actors.models.base.loading import load_tokenizer
-    from actors.models.turn_ends import vocab_size
-    from pipeline.data.inspect import inspect
-    from pipeline.data.tokens.template_date import keep_date
-
     if stage is not None and stage not in config.stages:
         raise UserError(f"--stage {stage}: no such stage; the config has {', '.join(config.stages)}")
-    tokenizer = load_tokenizer(config.model)
+    with working(f"reading {config.model.base}"):
+        from actors.models.base.loading import load_tokenizer
+        from actors.models.turn_ends import vocab_size
+        from pipeline.data.inspect import inspect
+        from pipeline.data.tokens.template_date import keep_date
+
+        tokenizer, known = load_tokenizer(config.model), vocab_size(config.model.base)
+    stops = 0
     keep_date(tokenizer, Path(config.output_dir), write=False)
     for name in [stage] if stage else config.stages:
         spec = config.stages[name]
@@ -67,8 +74,8 @@ def inspect_stages(config: RunConfig, stage: str | None, rows: int) -> int:
             sources = getattr(spec, field)
             if not sources:
                 continue
-            out.print(f"[bold]{name}.{field}[/]")
-            inspect(
+            console.out.print(f"[bold]{name}.{field}[/]")
+            stops += inspect(
                 sources,
                 tokenizer,
                 kind=spec.records,
@@ -77,7 +84,8 @@ def inspect_stages(config: RunConfig, stage: str | None, rows: int) -> int:
                 truncation=spec.truncation_mode,
                 train_on=spec.tokens_trained,
                 seed=config.seed_of(name),
-                vocab_size=vocab_size(config.model.base),
-                console=out,
+                vocab_size=known,
+                console=console.out,
+                reading=working(f"reading {name}.{field}"),
             )
-    return EXIT_DONE
+    return EXIT_FAILED if stops else EXIT_DONE

@@ -10,6 +10,7 @@ import typer
 from actors.errors import EXIT_DONE, UserError
 from pipeline.cli.shared import Overrides, example, load
 from pipeline.monitoring import console
+from pipeline.monitoring.progress import working
 
 if TYPE_CHECKING:
     from pipeline.config.run_config import RunConfig
@@ -68,7 +69,8 @@ def evaluate(
             f"{config}: eval: missing; it names the held-out data (see `raylign init`). A reward stage is "
             "evaluated on its `eval_data`"
         )
-    from pipeline.execution.run import evaluate_only
+    with working("loading what a run needs"):
+        from pipeline.execution.run import evaluate_only
 
     return evaluate_only(loaded)
 
@@ -106,9 +108,10 @@ def merge(
     """Merge an adapter into its base: a full Hugging Face model, checked against the unmerged logits."""
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"--dtype: '{dtype}' is not one of float32, bfloat16")
-    from actors.models.lora.merge import merge_adapter
+    with working(f"merging {adapter} into its base, and comparing both"):
+        from actors.models.lora.merge import merge_adapter
 
-    done = merge_adapter(base, adapter, out, dtype)
+        done = merge_adapter(base, adapter, out, dtype)
     console.say(
         f"wrote {done.out_dir} in {done.dtype}: {done.merged_weights} tensors changed, {done.seconds:.1f} s"
     )

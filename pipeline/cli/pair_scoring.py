@@ -6,6 +6,7 @@ from pathlib import Path
 
 from actors.errors import EXIT_DONE, UserError
 from pipeline.monitoring import console
+from pipeline.monitoring.progress import working
 
 
 def eval_pairs(
@@ -34,18 +35,19 @@ def eval_pairs(
         )
     if read_head(model) is None:
         raise UserError(f"{model}: this adapter has no score head, so it is a policy and no reward model")
-    spec = ModelSpec(base=model, allow_untested=True)
-    tokenizer = load_tokenizer(spec)
-    data = DataSpec.model_validate({"source": source, "split": split, "on_bad_row": on_bad_row})
-    pairs = tokenize(
-        load_records([data], "preference", seed=0),
-        tokenizer,
-        max_length=max_length,
-        scored=True,
-        vocab_size=vocab_size(model),
-    )
-    host = ModelHost(HostSpec(model=spec))
-    scores = score_pairs(lambda batch: host.scores.scores(batch, START_ADAPTER), pairs)
+    with working(f"scoring the pairs of {source}"):
+        spec = ModelSpec(base=model, allow_untested=True)
+        tokenizer = load_tokenizer(spec)
+        data = DataSpec.model_validate({"source": source, "split": split, "on_bad_row": on_bad_row})
+        pairs = tokenize(
+            load_records([data], "preference", seed=0),
+            tokenizer,
+            max_length=max_length,
+            scored=True,
+            vocab_size=vocab_size(model),
+        )
+        host = ModelHost(HostSpec(model=spec))
+        scores = score_pairs(lambda batch: host.scores.scores(batch, START_ADAPTER), pairs)
     write_scores(out, pairs, scores, tokenizer)
     figures = pair_figures(scores)
     low, high = figures["ci95"]

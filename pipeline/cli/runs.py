@@ -11,6 +11,7 @@ from actors.errors import EXIT_DONE, UserError
 from pipeline.api import check_stage
 from pipeline.cli.shared import Config, DryRun, Fresh, Overrides, Until, example, load
 from pipeline.monitoring import console
+from pipeline.monitoring.progress import working
 
 verbs = typer.Typer()
 
@@ -61,10 +62,11 @@ def init(
 def validate(config: Config, overrides: Overrides = None) -> int:
     """List everything that is wrong with a run, and what it will need. Starts nothing."""
     loaded = load(config, overrides)
-    from pipeline.planning.resources import cluster_plan
-    from pipeline.planning.validate import find
+    with working("checking data and base"):
+        from pipeline.planning.resources import cluster_plan
+        from pipeline.planning.validate import find
 
-    findings = find(loaded)
+        findings = find(loaded)
     if findings.base is not None and findings.base.config is not None:
         console.say(f"base {loaded.model.base}: {findings.base.config.model_type}")
     for line in findings.architecture:
@@ -108,7 +110,8 @@ def run(
     """Run the stages; the same command goes on after an interruption."""
     loaded = load(config, overrides)
     check_stage(loaded, until)
-    from pipeline.execution.run import run as run_config
+    with working("loading what a run needs"):
+        from pipeline.execution.run import run as run_config
 
     return run_config(loaded, dry_run=dry_run, until=until, fresh=fresh)
 
@@ -147,17 +150,19 @@ def inspect(
 @verbs.command(epilog=example("raylign report runs/demo"))
 def report(directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's directory.")]) -> int:
     """Write report.html and its plots from what a run directory holds."""
-    from pipeline.artifacts.run_directory import RunDirectory
-    from pipeline.report import build_report
-
     try:
-        console.say(f"wrote {build_report(directory, works=RunDirectory.in_use(directory))}")
+        with working(f"reading {directory}, and drawing"):
+            from pipeline.artifacts.run_directory import RunDirectory
+            from pipeline.report import build_report
+
+            written = build_report(directory, works=RunDirectory.in_use(directory))
     except OSError as error:
         where = error.filename or directory
         raise UserError(
             f"{where}: the report can't be written ({error.strerror or error}). It goes into the run's own "
             f"directory: make that writable, or copy it and name the copy (`raylign report COPY`)"
         ) from None
+    console.say(f"wrote {written}")
     return EXIT_DONE
 
 
@@ -179,7 +184,9 @@ def compare(
 @verbs.command(epilog=example("raylign env"))
 def env() -> int:
     """Versions, cores, memory, GPUs, Ray, and where things are."""
-    from pipeline.cli.environment import describe_environment
+    with working("asking torch and the hub"):
+        from pipeline.cli.environment import describe_environment
 
-    console.table("Environment", ["", ""], describe_environment())
+        found = describe_environment()
+    console.table("Environment", ["", ""], found)
     return EXIT_DONE

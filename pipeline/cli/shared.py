@@ -10,6 +10,7 @@ import typer
 
 from actors.errors import UserError
 from pipeline.monitoring import console
+from pipeline.monitoring.progress import working
 
 if TYPE_CHECKING:
     from pipeline.config.run_config import RunConfig
@@ -41,13 +42,14 @@ def load(path: Path, overrides: list[str] | None) -> RunConfig:
 
     Values under the names of an earlier version are said, a line each.
     """
-    from actors.spec import OldValue
-    from pipeline.config.load import load_config
-
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", OldValue)
         try:
-            config = load_config(path, overrides or [])
+            with working(f"reading {path}"):
+                from actors.spec import OldValue
+                from pipeline.config.load import load_config
+
+                warnings.simplefilter("always", OldValue)
+                config = load_config(path, overrides or [])
         except UserError as error:
             raise typer.Exit(console.user_error(error, str(path))) from None
     for warning in caught:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -38,40 +40,68 @@ def inspect(
     seed: int = 0,
     vocab_size: int | None = None,
     console: Console | None = None,
-) -> None:
+    reading: AbstractContextManager[object] | None = None,
+) -> int:
     """Print `rows` rows with their tokens and loss mask, then counts, lengths and what was skipped.
 
     Without `kind` it follows from the layout. Bad rows are listed whatever `on_bad_row` says, so that they
-    can be looked at; UserError only where nothing can be shown. `vocab_size`: rows of the base's embedding.
+    can be looked at; the number of those at which a run would stop is returned. UserError only where nothing
+    can be shown. `vocab_size`: rows of the base's embedding. `reading`: entered while rows and tokens are
+    read, before anything is printed.
     """
     console = console or Console()
-    strict = any(spec.on_bad_row == "error" for spec in specs)
+    limits = {"max_length": max_length, "truncation": truncation, "train_on": train_on}
+    with reading or nullcontext():
+        kind = kind or kind_of(specs[0], seed)
+        found = _read(specs, kind, seed, tokenizer, vocab_size, limits)
+        strict = [spec for spec in specs if spec.on_bad_row == "error"]
+        stops = found.skipped.total if strict else 0
+        if 0 < len(strict) < len(specs):
+            stops = _read(strict, kind, seed, tokenizer, vocab_size, limits).skipped.total
+    if found.data is None:
+        for index in range(min(rows, len(found.records))):
+            record = found.records[index]
+            body = [_messages(record.prompt), Text(_middle_out(found.texts[index], _ANSWER), style="dim")]
+            console.print(_panel(record, index, [*body, _columns(record)]))
+        lines = [("tokens a prompt", _spread([len(x) for x in found.ids]))]
+        _print_counts(console, found.records, lines, found.skipped, stops)
+        return stops
+    console.print(_legend(console))
+    for index in range(min(rows, found.data.n_rows)):
+        record = found.records[int(found.data.record_index[index])]
+        console.print(_panel(record, index, _row(record, found.data, index, tokenizer, console)))
+    _print_counts(console, found.records, _token_lines(found.data, max_length), found.skipped, stops)
+    return stops
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Rows that can be used, those that can't, and the tokens of the former: of prompts `texts` and `ids`."""
+
+    records: Records
+    skipped: Skipped
+    data: TokenizedData | None = None
+    texts: list[str] = field(default_factory=list)
+    ids: list[list[int]] = field(default_factory=list)
+
+
+def _read(
+    specs: list[DataSpec],
+    kind: Kind,
+    seed: int,
+    tokenizer: Any,
+    vocab_size: int | None,
+    limits: dict[str, Any],
+) -> _Read:
     specs = [spec.model_copy(update={"on_bad_row": "skip"}) for spec in specs]
-    records = load_records(specs, kind or kind_of(specs[0], seed), seed=seed)
+    records = load_records(specs, kind, seed=seed)
     if records.kind == "prompt":
         records, texts, ids = prompt_rows(records, tokenizer, vocab_size)
         if not ids:
             raise UserError(f"no prompt can be used ({records.skipped.summary()})")
-        for index in range(min(rows, len(records))):
-            body = [_messages(records[index].prompt), Text(_middle_out(texts[index], _ANSWER), style="dim")]
-            console.print(_panel(records[index], index, [*body, _columns(records[index])]))
-        _print_counts(
-            console, records, [("tokens a prompt", _spread([len(x) for x in ids]))], records.skipped, strict
-        )
-        return
-    data = tokenize(
-        records,
-        tokenizer,
-        max_length=max_length,
-        truncation=truncation,
-        train_on=train_on,
-        vocab_size=vocab_size,
-    )
-    console.print(_legend(console))
-    for index in range(min(rows, data.n_rows)):
-        record = records[int(data.record_index[index])]
-        console.print(_panel(record, index, _row(record, data, index, tokenizer, console)))
-    _print_counts(console, records, _token_lines(data, max_length), data.skipped, strict)
+        return _Read(records, records.skipped, None, texts, ids)
+    data = tokenize(records, tokenizer, vocab_size=vocab_size, **limits)
+    return _Read(records, data.skipped, data)
 
 
 def kind_of(spec: DataSpec, seed: int = 0) -> Kind:
@@ -185,7 +215,7 @@ _FORMS = {"chat": "chat (through the base's template)", "text": "plain text"}
 
 
 def _print_counts(
-    console: Console, records: Records, lines: list[tuple[str, str]], skipped: Skipped, strict: bool
+    console: Console, records: Records, lines: list[tuple[str, str]], skipped: Skipped, stops: int
 ) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for use in records.sources:
@@ -202,9 +232,10 @@ def _print_counts(
         console.print(Text(f"  {row}", style="yellow"))
     if skipped.total > len(skipped.listing):
         console.print(Text(f"  ... and {skipped.total - len(skipped.listing)} more", style="yellow"))
-    if skipped.total and strict:
+    if stops:
+        which = "these rows" if stops == skipped.total else f"{stops:,} of these rows"
         console.print(
-            Text("a run stops at these rows; with `on_bad_row: skip` on their source it leaves them out")
+            Text(f"a run stops at {which}; with `on_bad_row: skip` on their source it leaves them out")
         )
 
 

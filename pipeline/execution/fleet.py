@@ -31,6 +31,7 @@ from pipeline.artifacts.run_directory import RunDirectory
 from pipeline.artifacts.weights import Weights
 from pipeline.execution.hosts import Host, fits, host_spec
 from pipeline.execution.reference_feeds import make_feed
+from pipeline.monitoring.phases import phase
 from pipeline.planning.resources import machine_problems
 from pipeline.roles import ENGINE_ROLES, POLICY, REFERENCE, ROLES, ROLLOUT, evaluation_roles, roles_of
 from pipeline.stages.offline.reference import ReferenceFeed
@@ -150,6 +151,7 @@ class Fleet:
         """
         began = time.monotonic()
         starting, self._starting = self._starting, None
+        phase("starting Ray")
         if starting is not None:
             starting.result()
         roles = self._needed(graph)
@@ -261,6 +263,7 @@ class Fleet:
 
     def ready_host(self, name: str, node: Node, weights: Weights) -> Host:
         """The role's host, loaded and set to this stage's batching; its wait is part of the start-up."""
+        phase(f"starting the processes of {name}, which load the base")
         host = self._host(name, node, weights)
         began = time.monotonic()
         host.ready()
@@ -274,6 +277,7 @@ class Fleet:
         began = time.monotonic()
         building = self._build_engines(role)
         if building is not None:
+            phase(f"starting the engines of {role}")
             building.result()
             self.startup.setdefault(f"wait for {role}", round(time.monotonic() - began, 2))
             self._engines[role] = None

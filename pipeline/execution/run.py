@@ -15,6 +15,7 @@ from pipeline.artifacts.manifest import versions
 from pipeline.artifacts.run_directory import RunDirectory, clear_stage, drop_previous
 from pipeline.execution.parity import check_parity
 from pipeline.execution.stop import StopRequests
+from pipeline.monitoring.phases import phase
 from pipeline.monitoring.progress import Progress
 from pipeline.monitoring.summary import pairs_table, results_table, say_startup
 from pipeline.report.while_running import ReportWhileRunning
@@ -102,6 +103,7 @@ class Run:
 
         with Fleet(self.config, self.directory, self.startup, self.fresh, self.progress.note) as fleet:
             with _uncollected():
+                phase("reading data")
                 fleet.preload_imports()
                 records = read_rows(self.config, until, fleet.machine_problems())
                 self.startup["imports and data"] = round(time.time() - self.began, 2)
@@ -120,6 +122,7 @@ class Run:
             if fleet.ray_line is not None:
                 self.progress.note(fleet.ray_line)
             if graph.untested and graph.pending:
+                phase("comparing an engine with the trainer")
                 check_parity(self.config.model, fleet.engines(), fleet.engine_spec(), self.progress.note)
             self.stop.arm()
             if graph.template_date is not None:
@@ -203,9 +206,13 @@ class Run:
         contexts = Contexts(fleet)
         stage = node.prepared
         if stage.online:
-            return train_rl(stage, contexts.rl_context(node, stage, events, tokenizer), node.decision)
+            online = contexts.rl_context(node, stage, events, tokenizer)
+            phase("first step: weights to the engines, samples, update")
+            return train_rl(stage, online, node.decision)
         reference = contexts.reference_feed(node)
-        manifest = train(stage, contexts.train_context(node, reference, events), node.decision)
+        offline = contexts.train_context(node, reference, events)
+        phase("first step")
+        manifest = train(stage, offline, node.decision)
         if reference is not None:
             reference.finish()
             for note in reference.notes():
@@ -232,6 +239,7 @@ class Run:
                 if changed_code(directory, name, key, code):
                     self.progress.note(f"eval {name}: runs again: changed code of {self.config.eval.metric}")
                 began = time.time()
+                phase(f"evaluating {name}")
                 result = evaluate(
                     name,
                     graph.weights[name],
@@ -260,6 +268,7 @@ class Run:
             if result is None:
                 began = time.time()
                 scorer = Contexts(fleet).pair_scorer(wanted.node, graph.weights[name])
+                phase(f"evaluating {name} on pairs")
                 result = evaluate_pairs(name, scorer, pairs, graph.tokenizer, directory, wanted.key)
                 result["seconds"] = round(time.time() - began, 1)
             self.directory.state["eval"][name] = result
@@ -269,6 +278,7 @@ class Run:
         """Print the table and write the report, also of a run that stopped or failed."""
         from pipeline.report import build_report
 
+        phase("")
         results_table(self.progress, self.directory.state, list(graph.evaluations))
         pairs_table(
             self.progress, self.directory.state, [found.node.name for found in graph.pair_evaluations]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -14,9 +15,13 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 from pipeline.monitoring.formatting import MARKS, duration
+from pipeline.monitoring.phases import shown_by
 
 PLAIN_SECONDS = 5.0
 """Without a terminal, the least time between two lines of one stage: readable in a job's log."""
+
+WORTH_SAYING_S = 0.5
+"""Seconds since the start from which a line of a phase tells them."""
 
 SHOWN = (
     ("loss", "loss {:.3f}"),
@@ -102,8 +107,12 @@ class Progress:
         self._current: StageClock | None = None
         self._printed_at = float("-inf")
         self._display: Live | None = None
+        self._phase = self._count = ""
+        self._began = self._phase_began = self._counted = clock()
+        self._heard = ExitStack()
 
     def __enter__(self) -> Progress:
+        self._heard.enter_context(shown_by(self))
         if self.live:
             from rich.live import Live
 
@@ -119,9 +128,31 @@ class Progress:
     ) -> None:
         if self._current is not None:
             self.done("failed" if kind is not None else "done")
+        self._heard.close()
+        self._phase = ""
         if self._display is not None:
             self._display.stop()
             self._display = None
+
+    def phase(self, text: str) -> None:
+        """Say what is being done where there is no step to show: live with its seconds, else in one line."""
+        if text == self._phase:
+            return
+        self._phase, self._count = text, ""
+        self._phase_began = self._counted = self._clock()
+        if not self.live and text:
+            self._print_phase(text)
+
+    def count(self, text: str) -> None:
+        """Say how far a phase is; without a terminal, every `PLAIN_SECONDS` at most."""
+        self._count, now = text, self._clock()
+        if not self.live and now - self._counted >= PLAIN_SECONDS:
+            self._counted = now
+            self._print_phase(f"{self._phase}: {text}" if self._phase else text)
+
+    def _print_phase(self, text: str) -> None:
+        passed = self._clock() - self._began
+        self.note(f"· {text}" + (f" (after {duration(passed)})" if passed >= WORTH_SAYING_S else ""))
 
     def stage(self, name: str, total: int | None = None) -> None:
         """Begin a stage of `total` steps (None: of unknown length); the one before is done."""
@@ -136,6 +167,7 @@ class Progress:
         """Report that `step` steps are done, with the latest metrics under their TRL names."""
         current = self._require_stage()
         now = self._clock()
+        self._phase = ""
         current.advance(step, metrics or {}, now)
         if self.live:
             return
@@ -194,17 +226,39 @@ class Progress:
     def _render(self) -> Table | Text:
         from rich.progress_bar import ProgressBar
         from rich.spinner import Spinner
-        from rich.table import Table
         from rich.text import Text
 
-        current = self._current
-        if current is None:
+        current, now, phase = self._current, self._clock(), self._phase
+        if current is None and not phase:
             return Text("")
-        now = self._clock()
-        cells: list[object] = [Spinner("dots", style="cyan"), Text(current.name, style="bold")]
+        cells: list[object] = [Spinner("dots", style="cyan")]
+        if current is not None:
+            cells.append(Text(current.name, style="bold"))
+        if phase or current is None:
+            text = " · ".join(
+                part for part in (phase, self._count, duration(now - self._phase_began)) if part
+            )
+            cells.append(Text(text, overflow="ellipsis", no_wrap=True))
+            return self._line(cells)
         if current.total:
             cells.append(ProgressBar(total=current.total, completed=current.step, width=24))
         cells.append(Text(" · ".join(current.parts(now)), overflow="ellipsis", no_wrap=True))
+        return self._line(cells)
+
+    @staticmethod
+    def _line(cells: Sequence[object]) -> Table:
+        from rich.table import Table
+
         grid = Table.grid(padding=(0, 1))
         grid.add_row(*cells)  # type: ignore[arg-type]
         return grid
+
+
+@contextmanager
+def working(text: str) -> Iterator[None]:
+    """Say on standard error what a command is doing until it has something to show: live on a terminal."""
+    from pipeline.monitoring.console import err
+
+    with Progress(err) as progress:
+        progress.phase(text)
+        yield

@@ -26,6 +26,7 @@ from pipeline.evaluation.held_out import (
     try_scorer,
 )
 from pipeline.evaluation.pairs import pair_key
+from pipeline.monitoring.phases import phase
 from pipeline.monitoring.trackers import tracker_problems
 from pipeline.planning.architecture_rules import architecture_problems
 from pipeline.planning.length_rules import engine_positions, held_out_problems, sample_problems
@@ -110,6 +111,7 @@ def read_graph(
     """
     from actors.models.base.loading import load_tokenizer, locate_base
 
+    phase("reading the base's tokenizer")
     began = time.monotonic()
     problems: list[str] = []
     graph = date = None
@@ -123,6 +125,7 @@ def read_graph(
         startup["tokens"] = round(time.monotonic() - began - startup["tokenizer"], 2)
     except UserError as error:
         problems = error.problems
+    phase("reading the base's config")
     began = time.monotonic()
     base = facts()
     startup["wait for what the base is"] = round(time.monotonic() - began, 2)

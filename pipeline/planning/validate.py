@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.errors import attempt
+from pipeline.monitoring.phases import phase
 
 if TYPE_CHECKING:
     from actors.models.base.loading import ResolvedBase
@@ -93,6 +94,7 @@ def _find(config: RunConfig) -> Findings:
     findings.problems += hiding_problems(config.functions(), Path.cwd())
     findings.problems += tracker_problems(config.logging.report_to)
     findings.problems += reward_source_problems(config, config.stages)
+    phase("reading the base's config and tokenizer")
     tokenizer = _look_at_model(config, findings)
     if findings.targets is not None:
         findings.sync_bytes = sync_bytes(config, findings.targets)

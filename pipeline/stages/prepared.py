@@ -19,6 +19,7 @@ from pipeline.data.tokens.batch_order import BatchOrder
 from pipeline.data.tokens.kto_pairs import with_mismatched
 from pipeline.data.tokens.prompts import PromptData, read_prompts
 from pipeline.data.tokens.tokenize import EncodedRows, TokenizedData, encode_rows, tokenize
+from pipeline.monitoring.phases import phase
 from pipeline.stages.specs.registry import (
     NamedStage,
     OfflineStage,
@@ -185,6 +186,7 @@ def read_records(stage: NamedStage, reader: Reader | None = None) -> StageRecord
     Raises:
         UserError: every row and source that can't be used, of its data and of its eval_data.
     """
+    phase(f"{stage.name}: reading its data")
     reader = reader or Reader()
     spec, seed = stage.spec, stage.seed
     problems: list[str] = []
@@ -208,6 +210,7 @@ def prepare(
     reader = reader or Reader()
     spec = stage.spec
     records = records or read_records(stage, reader)
+    phase(f"{stage.name}: tokenizing {len(records.train):,} rows")
     if spec.online:
         return _prepare_rl(stage, spec, tokenizer, records)
     known = vocab_size(stage.base)

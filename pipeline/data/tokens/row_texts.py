@@ -16,6 +16,7 @@ from pipeline.data.tokens.chat_format import WHAT_TO_DO, ChatFormat, Span, Unmas
 from pipeline.data.tokens.chat_templates import RowFormat, Templates
 from pipeline.data.tokens.completeness import Rendering, last_end
 from pipeline.data.tokens.control_tokens import ControlTokens
+from pipeline.monitoring.phases import counted
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ class TextMaker:
 
     def prompts(self, gate: RowGate) -> Iterator[tuple[int, bool, str]]:
         """(record, whether by chat template, text up to where the answer begins); bad rows go to `gate`."""
-        for index, record in enumerate(self._records.rows):
+        records = self._records.rows
+        for index, record in enumerate(counted(records, "rendered", len(records))):
             try:
                 text = self._prompt(record) if self._is_chat(record) else None
             except RowProblem as problem:
@@ -117,7 +119,8 @@ class TextMaker:
     def _training_rows(self, train_on: str) -> tuple[RowTexts, list[tuple[BadRow, str]]]:
         result = RowTexts([])
         bad: list[tuple[BadRow, str]] = []
-        for index, record in enumerate(self._records.rows):
+        records = self._records.rows
+        for index, record in enumerate(counted(records, "rendered", len(records))):
             way = self._templates.of(record.template_kwargs) if self._is_chat(record) else None
             try:
                 row = self._chat_row(index, record, way, train_on) if way else self._plain_row(index, record)

@@ -32,6 +32,7 @@ from pipeline.data.tokens.encode import TokenRow, encode, token_ids_of
 from pipeline.data.tokens.row_texts import TextMaker
 from pipeline.data.tokens.truncation import Truncation, Truncator
 from pipeline.data.tokens.vocabulary import Vocabulary
+from pipeline.monitoring.phases import counted
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def encode_rows(
     """
     gate = RowGate()
     texts = TextMaker(records, tokenizer).training_rows(gate, train_on)
-    rows = list(encode(texts.rows, tokenizer, train_on))
+    rows = list(counted(encode(texts.rows, tokenizer, train_on), "tokenized", len(texts.rows)))
     return EncodedRows(rows, gate, dict(texts.formats), texts.masking, texts.rendered)
 
 

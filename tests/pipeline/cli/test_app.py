@@ -241,3 +241,18 @@ def test_a_merge_that_rounds_the_training_away_names_float32(
 def test_chat_refuses_a_temperature_that_vllm_would_change(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", "base", "--prompt", "1+1=", "--temperature", "0.005"]) == 2
     assert "--temperature 0.005: vLLM would draw at 0.01; write 0.01 to 2, or 0" in capsys.readouterr().err
+
+
+def test_inspect_ends_with_1_where_a_run_would_stop_at_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, config = tmp_path / "a.jsonl", tmp_path / "run.yaml"
+    data.write_text('{"question": "1+1?", "answer": "2"}\n{"question": "2+2?", "answer": ""}\n')
+    assert main(["inspect", str(data)]) == 1
+    stages = {"sft": {"data": {"source": str(data), "on_bad_row": "skip"}}}
+    config.write_text(yaml.safe_dump({"name": "a", "model": {"base": "builtin:tiny-moe"}, "stages": stages}))
+    assert main(["inspect", str(config)]) == 0
+    assert "row 2: empty answer" in capsys.readouterr().out
+    data.write_text('{"question": "1+1?", "answer": "2"}\n')
+    assert main(["inspect", str(data)]) == 0
+    assert main(["inspect", str(tmp_path / "none.jsonl")]) == 2

@@ -54,6 +54,26 @@ def test_bad_rows_are_listed_with_what_a_run_would_do(tmp_path: Path) -> None:
     assert "a run stops at these rows" in text
 
 
+@pytest.mark.parametrize(
+    ("policies", "stops"), [(("error",), 1), (("skip",), 0), (("error", "skip"), 1), (("skip", "error"), 1)]
+)
+def test_the_rows_at_which_a_run_would_stop_are_counted(
+    tmp_path: Path, policies: tuple[str, ...], stops: int
+) -> None:
+    console, specs = Console(file=io.StringIO(), width=300), []
+    for at, policy in enumerate(policies):
+        bad = [{"question": "1+1?", "answer": ""}] * (at + 1 if policy == "skip" else 1)
+        rows = [{"question": "2+2?", "answer": "4"}, *bad]
+        path = tmp_path / f"{at}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        specs.append(DataSpec(source=str(path), on_bad_row=policy))  # type: ignore[arg-type]
+    assert inspect(specs, byte_tokenizer(), console=console) == stops
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert ("a run stops at" in said) == bool(stops)
+    if policies == ("error", "skip"):
+        assert "a run stops at 1 of these rows" in said
+
+
 def test_prompts_are_shown_with_their_other_columns(tmp_path: Path) -> None:
     text = shown(tmp_path / "a.jsonl", [{"prompt": "2+2?", "answer": 4}])
     assert "<|im_start|>assistant" in text

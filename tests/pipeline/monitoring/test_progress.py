@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.monitoring.formatting import duration
+from pipeline.monitoring.phases import counted, phase
 from pipeline.monitoring.progress import Progress
 
 
@@ -131,3 +132,47 @@ def test_a_step_without_a_stage_is_a_programming_error(clock: Clock) -> None:
     progress, _ = plain(clock)
     with pytest.raises(RuntimeError, match="call stage"):
         progress.step(1)
+
+
+def test_without_a_terminal_a_phase_is_a_line_and_how_far_it_is_now_and_then(clock: Clock) -> None:
+    progress, text = plain(clock)
+    progress.console.width = 200
+    with progress:
+        phase("reading data")
+        clock.now += 2.1
+        phase("sft: tokenizing 9,000 rows")
+        for _ in counted(range(9000), "tokenized", 9000):
+            clock.now += 0.002
+        phase("sft: tokenizing 9,000 rows")
+    assert text.getvalue().splitlines() == [
+        "· reading data",
+        "· sft: tokenizing 9,000 rows (after 2.1 s)",
+        "· sft: tokenizing 9,000 rows: tokenized 2,560 of 9,000 rows (after 7.2 s)",
+        "· sft: tokenizing 9,000 rows: tokenized 5,120 of 9,000 rows (after 12 s)",
+        "· sft: tokenizing 9,000 rows: tokenized 7,680 of 9,000 rows (after 17 s)",
+    ]
+
+
+def test_on_a_terminal_a_phase_is_one_live_line_with_its_seconds_until_the_first_step(clock: Clock) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    progress = Progress(console, clock=clock)
+    progress.stage("sft", total=9)
+    progress.phase("starting the engines")
+    progress.count("1 of 2")
+    clock.now += 75
+    assert "sft starting the engines · 1 of 2 · 1:15 min" in rendered(progress)
+    progress.step(1, {"loss": 2.0})
+    assert "step 1/9 · loss 2.000" in rendered(progress)
+    assert console.file.getvalue() == ""  # type: ignore[attr-defined]
+
+
+def test_what_is_said_while_nothing_shows_progress_is_said_to_nobody() -> None:
+    phase("reading data")
+    assert list(counted(range(1000), "tokenized", 1000)) == list(range(1000))
+
+
+def rendered(progress: Progress) -> str:
+    """The live line as text."""
+    console = Console(file=io.StringIO(), width=100)
+    console.print(progress._render())
+    return console.file.getvalue()  # type: ignore[attr-defined]
