@@ -12,6 +12,7 @@ from actors.cluster.connection import (
 from actors.cluster.environment import SHIPPED, actor_environment
 from actors.cluster.futures import GroupFuture, WorkerFuture
 from actors.cluster.ray_private import MODE, TRIED, head_address, private, use_token
+from actors.cluster.scratch import Scratch
 from actors.cluster.spec import LimitsSpec, RaySpec, RoleSpec
 from actors.cluster.worker_group import WorkerGroup
 
@@ -23,6 +24,7 @@ __all__ = [
     "LimitsSpec",
     "RaySpec",
     "RoleSpec",
+    "Scratch",
     "WorkerFuture",
     "WorkerGroup",
     "actor_environment",

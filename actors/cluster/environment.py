@@ -13,6 +13,8 @@ CORE_APART = "VLLM_ENABLE_V1_MULTIPROCESSING"
 SHIPPED = "shipped-files"
 """Folder of a job's package with the copy of the user's working directory, beside Raylign's packages. No
 import can name it."""
+SOCKETS = "VLLM_RPC_BASE_PATH"
+"""vLLM's own variable: where the sockets between its processes are; by default among temporary files."""
 
 
 def import_root() -> str:

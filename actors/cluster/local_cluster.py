@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from actors.cluster.environment import beside_proxies
+from actors.cluster.environment import SOCKETS, beside_proxies
 from actors.cluster.ray_private import TRIED, forget_token, on_loopback
 from actors.cluster.scratch import Scratch
 from actors.errors import RunFailure
@@ -110,6 +110,8 @@ def _advice(logs: Path | None) -> str:
 def _environment(rays: Path, files: Path) -> Iterator[None]:
     """Variables that Ray's processes, and so all actors, inherit while they are started."""
     new = {"TMPDIR": str(files)} | beside_proxies(["127.0.0.1", "localhost", "::1"]) | _token(rays)
+    if rays != files and SOCKETS not in os.environ:
+        new[SOCKETS] = str(rays)
     before = {name: os.environ.get(name) for name in {*new, *TOKEN_VARIABLES}}
     os.environ.update(new)
     try:
@@ -132,7 +134,8 @@ def _token(directory: Path) -> dict[str, str]:
     path = directory / "auth_token"
     with os.fdopen(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
-    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+    # Without RAY_AUTH_MODE: Ray sets that itself, and tells its parts that are loaded already.
+    return {"RAY_AUTH_TOKEN_PATH": str(path)}
 
 
 def _has_token() -> bool:

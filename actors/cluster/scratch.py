@@ -6,6 +6,7 @@ is removed by the next one of this machine and user that makes such a directory 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import os
@@ -31,7 +32,7 @@ REMOVAL_S = 2.0
 
 
 class Scratch:
-    """A directory of this process, made at once; `remove` it, or the next process will."""
+    """A directory of this process, made at once, and removed at its end at the latest."""
 
     def __init__(self, socket_room: int = 0) -> None:
         """`socket_room`: bytes that the longest name of a socket below it adds to its path; 0: none is made.
@@ -45,13 +46,16 @@ class Scratch:
         root = _root(socket_room)
         sweep(root)
         try:
-            self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
-            self._lock = _locked_file(self.path)
+            self.path, self._lock = _locked_directory(root)
         except OSError as error:
             raise UserError(_unusable(root, error)) from None
+        self._owner = os.getpid()
+        atexit.register(self.remove)
 
     def remove(self) -> None:
         """Remove it with all that is in it. Never raises."""
+        if os.getpid() != self._owner:  # a fork of the process
+            return
         deadline = time.monotonic() + REMOVAL_S
         while True:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -62,9 +66,15 @@ class Scratch:
 
     def leave(self) -> None:
         """Keep what is in it, until another process makes a scratch directory in the same place."""
+        atexit.unregister(self.remove)
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+def fits(root: Path, socket_room: int, more: int = OWN_NAME) -> bool:
+    """Sockets with names of `socket_room` bytes can be made below `root`, in a directory of `more` bytes."""
+    return not socket_room or len(os.fsencode(root.absolute())) + more + socket_room <= LONGEST_SOCKET
 
 
 def sweep(root: Path) -> None:
@@ -87,14 +97,19 @@ def _held_if_dead(path: Path) -> Iterator[None]:
         yield
 
 
-def _locked_file(directory: Path) -> int:
-    """Make the directory's lock, which is held from the first moment that it can be seen; its descriptor."""
-    aside = directory / f"{LOCK}.new"
-    lock = os.open(aside, os.O_CREAT | os.O_RDWR, 0o600)
-    os.write(lock, socket.gethostname().encode())
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    aside.rename(directory / LOCK)
-    return lock
+def _locked_directory(root: Path) -> tuple[Path, int]:
+    """A new directory, and the descriptor of its lock, which is held from the moment that it can be seen."""
+    directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
+    try:
+        aside = directory / f"{LOCK}.new"
+        lock = os.open(aside, os.O_CREAT | os.O_RDWR, 0o600)
+        os.write(lock, socket.gethostname().encode())
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        aside.rename(directory / LOCK)
+    except OSError:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+    return directory, lock
 
 
 def _root(socket_room: int) -> Path:
@@ -109,7 +124,7 @@ def _root(socket_room: int) -> Path:
             f"TMPDIR: no directory for temporary files can be written ({error.strerror}); set it to one"
         ) from None
     for root in (Path(usual), Path("/tmp"), Path("/var/tmp")):
-        if _fits(root, socket_room) and os.access(root, os.W_OK | os.X_OK):
+        if fits(root, socket_room) and os.access(root, os.W_OK | os.X_OK):
             return root.absolute()
     raise UserError(
         f"TMPDIR: {usual} is too long for the sockets of Ray's processes ({_longest(socket_room)} bytes are "
@@ -118,7 +133,7 @@ def _root(socket_room: int) -> Path:
 
 
 def _chosen_root(root: Path, socket_room: int) -> Path:
-    if not _fits(root, socket_room):
+    if not fits(root, socket_room):
         raise UserError(
             f"RAY_TMPDIR: {root} has {len(os.fsencode(root))} bytes, and the sockets of Ray's processes "
             f"leave room for {_longest(socket_room)}; set it to a shorter path, or unset it"
@@ -130,10 +145,6 @@ def _chosen_root(root: Path, socket_room: int) -> Path:
             f"RAY_TMPDIR: {root} can't be made ({error.strerror}); set another, or unset it"
         ) from None
     return root.absolute()
-
-
-def _fits(root: Path, socket_room: int) -> bool:
-    return not socket_room or len(os.fsencode(root.absolute())) <= _longest(socket_room)
 
 
 def _longest(socket_room: int) -> int:

@@ -9,8 +9,10 @@ traps and proves each exchange.
 from __future__ import annotations
 
 import gc
+import os
 import tempfile
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.batches.generations import Generations, SamplingSpec, sample_seed
+from actors.cluster.environment import SOCKETS
+from actors.cluster.scratch import Scratch, fits
 from actors.errors import RunFailure, UserError
 from actors.rollout.spec import EngineSpec
 from actors.rollout.vllm.processes import EngineProcesses
@@ -47,6 +51,10 @@ if TYPE_CHECKING:
 __all__ = ["EngineSpec", "Generations", "RolloutEngine", "SamplingSpec", "sample_seed"]
 
 
+SOCKET_ROOM = len(f"/{uuid.UUID(int=0)}")
+"""Bytes of the name of one of vLLM's sockets."""
+
+
 class RolloutEngine:
     """One engine in this process. Empty until `load`."""
 
@@ -61,6 +69,8 @@ class RolloutEngine:
         """By key: requests, samples per prompt, when they came (time.monotonic())."""
         self._in_use = ArchitectureInUse()
         self._processes = EngineProcesses()
+        if SOCKETS not in os.environ and not fits(Path(tempfile.gettempdir()), SOCKET_ROOM, more=0):
+            os.environ[SOCKETS] = str(Scratch(SOCKET_ROOM).path)
 
     def load(
         self, base: str, adapter: str | None = None, label: str = "", updatable: bool = False

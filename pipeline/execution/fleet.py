@@ -55,6 +55,7 @@ class Fleet:
         """`fresh`: also ignore what earlier runs left in the reference cache. `note`: says a line."""
         self.config, self.directory, self.startup, self.fresh = config, directory, startup, fresh
         self._note = note
+        self._local = is_local(config.ray.address)
         self._groups: dict[str, WorkerGroup] = {}
         self._hosts: dict[str, Host] = {}
         self.feeds: dict[str, ReferenceFeed] = {}
@@ -81,7 +82,7 @@ class Fleet:
     ) -> None:
         if self._starting is not None:
             self._starting.exception()
-        if self.config.ray.address is not None:  # A local cluster takes its actors with it.
+        if not self._local:  # A local cluster takes its actors with it.
             for group in self._groups.values():
                 group.shutdown()
         if self._ray:
@@ -106,7 +107,7 @@ class Fleet:
 
     def _why_apart(self, specs: Mapping[str, RoleSpec]) -> str | None:
         """Why each process has to make its own imports; None: one can make them for all."""
-        if not is_local(self.config.ray.address):
+        if not self._local:
             return "they run on a cluster"
         if not self.config.ray.fast_start:
             return "ray.fast_start is false"
@@ -125,7 +126,7 @@ class Fleet:
     def prestart(self) -> None:
         """On a local cluster: let Ray and the first processes' imports begin while the driver reads on."""
         roles = self._likely()
-        if not roles or self.config.ray.address is not None:
+        if not roles or not self._local:
             return
         first = [name for name in roles if name in self._first(roles)]
         self._starting = self._thread.submit(self._start_ray, first)

@@ -10,7 +10,6 @@ import contextlib
 import io
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from actors.cluster import Scratch
 from actors.errors import UserError
 from pipeline.monitoring.printable import printable
 
@@ -61,7 +61,7 @@ def drawing_style() -> Iterator[None]:
     """matplotlib's settings for every chart. UserError where matplotlib is not installed."""
     if "MPLCONFIGDIR" not in os.environ and not os.access(Path.home(), os.W_OK):
         # matplotlib otherwise complains about a home that it can't write to, as containers have.
-        os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="matplotlib-")
+        os.environ["MPLCONFIGDIR"] = str(Scratch().path)
     try:
         import matplotlib
     except ImportError:

@@ -16,12 +16,14 @@ from typing import Any
 import psutil
 import pytest
 
+from actors.cluster.environment import CORE_APART
 from tests.whole_runs import runs
 from tests.whole_runs.runs import TINY_MOE, command_of, has_done, start, when
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 NOTHING: list[Path] = []
+PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "grpc_proxy")
 
 
 @pytest.fixture
@@ -93,22 +95,30 @@ def loopback(address: str) -> bool:
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("where", ["without a home, behind a proxy", "with a long path, a core apart"])
 def test_a_run_listens_on_loopback_only_and_leaves_nothing(
-    tmp_path: Path, temporary: Path, fast: bool
+    tmp_path: Path, temporary: Path, where: str
 ) -> None:
-    whole = online(tmp_path / "run", "exact_match") | {"ray": {"fast_start": fast}}
-    process = start(command_of(tmp_path, whole), tmp_path)
+    whole = online(tmp_path / "run", "exact_match")
+    variables = {"HOME": "/proc/nohome"} | dict.fromkeys(PROXIES, "http://127.0.0.1:9")
+    if "long" in where:  # the batch system's directory of a job
+        long = tmp_path / ("scratch_of_a_batch_system_" * 3) / "job_1234567"
+        long.mkdir(parents=True)
+        variables = {"TMPDIR": str(long), "RAY_TMPDIR": str(temporary), CORE_APART: "1"}
+        whole["ray"] = {"fast_start": False}
+    process = start(command_of(tmp_path, whole), tmp_path, **variables)
     seen: dict[str, str] = {}
     while process.poll() is None:
         seen |= listening(process.pid)
         time.sleep(0.1)
     assert process.stdout is not None
-    assert process.returncode == 0, process.stdout.read()
+    said = process.stdout.read()
+    assert process.returncode == 0, said
     assert {address: name for address, name in seen.items() if not loopback(address)} == {}
     names = " ".join(seen.values())
     assert all(part in names for part in ("gcs_server", "raylet", "pipeline run", "ray::Worker"))
     assert len(seen) > 6  # Ray's own, the meeting of two ranks, gloo's, the channel of the engine
+    assert "long" not in where or list(long.iterdir()) == NOTHING
     assert left_in(temporary) == NOTHING
     assert not (tmp_path / "run" / "logs" / "ray").exists()
 
