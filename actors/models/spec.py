@@ -12,6 +12,9 @@ from actors.spec import NewNames, Spec
 EMBEDDED_BASE = "builtin:tiny-moe"
 """Value of `model.base`: the tiny trained mixture of experts that comes with Raylign."""
 
+CHECKOUT_BASE = Path("assets/tiny-moe")
+"""Place of the embedded base in a checkout; configs and results of earlier versions name it so."""
+
 TargetGroup = Literal["attention", "experts", "shared_experts", "router", "mlp"]
 
 EXPERT_IMPL = NewNames("model.lora.expert_impl", {"beside": "unmerged"})
@@ -56,7 +59,7 @@ class MoeSpec(Spec):
 class ModelSpec(Spec):
     """The model that every role starts from."""
 
-    base: str
+    base: str = Field(min_length=1)
     """Hub id or directory of the base model, or of a PEFT adapter (its base is then read from it);
     builtin:tiny-moe is the embedded base."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -94,7 +97,7 @@ def locate_embedded_base() -> str:
         ValueError: this installation came without it.
     """
     package = Path(__file__).resolve().parents[1]
-    places = [directory / "assets" / "tiny-moe" for directory in (package, package.parent)]
+    places = [directory / CHECKOUT_BASE for directory in (package, package.parent)]
     found = next((place for place in places if (place / "config.json").is_file()), None)
     if found is None:
         raise ValueError(

@@ -49,7 +49,8 @@ class DryRun:
         from actors.models.base.loading import resolve_base
         from pipeline.planning.architecture_rules import dry_run_dtype
 
-        base = resolve_base(wanted.model).checked()
+        # The twin's weights are random: config.json, and a tokenizer if there is one, are all that is read.
+        base = resolve_base(wanted.model.model_copy(update={"random_init": True})).checked()
         assert base.config is not None
         model_type = str(base.config.model_type)
         return cls(wanted, base, model_type, *shrink(wanted, dry_run_dtype(model_type)))
@@ -102,7 +103,7 @@ def shrink(config: RunConfig, dtype: str = "float32") -> tuple[RunConfig, list[l
         sampling = data["eval"]["sampling"]
         sampling["max_tokens"] = min(sampling["max_tokens"], DRY_TOKENS)
     data["logging"] |= {"report_to": [], "logging_steps": 1}
-    data["ray"] = {"address": None, "num_cpus": None, "object_store_memory": None}
+    data["ray"] |= {"address": None, "num_cpus": None, "object_store_memory": None}
     found = _differences(config.model_dump(mode="json"), data)
     changes = [[key, _in_yaml(wanted), _in_yaml(used)] for key, wanted, used in found]
     return RunConfig.model_validate(data), changes

@@ -135,8 +135,11 @@ def _problems(reward: RewardSpec, config: RunConfig) -> list[str]:
 
 def _check_reward_model(directory: Path) -> None:
     """Refuse a directory that holds no adapter with a score head."""
+    from actors.models.base.resolving import no_such_directory
     from actors.models.lora.adapters import read_head
 
+    if not directory.is_dir():
+        raise UserError(no_such_directory(str(directory)))
     if not (directory / "adapter_config.json").is_file():
         raise UserError(
             f"{directory} holds no reward model (adapter_config.json is missing); name the `adapter` "

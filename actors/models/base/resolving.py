@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 from actors.errors import UserError
 from actors.models.architectures.lookup import ARCHITECTURES, REFUSED, allow_untested, unsupported
-from actors.models.spec import ModelSpec
+from actors.models.spec import CHECKOUT_BASE, EMBEDDED_BASE, ModelSpec, locate_embedded_base
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
+_FILES = (".safetensors", ".bin", ".json", ".gguf", ".pt", ".yaml")
+_OWN_FOLDERS = (CHECKOUT_BASE.parts[0], "runs")
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,7 @@ def follow_adapter(base: str) -> tuple[str, str | None, list[str]]:
     if path.is_file():
         return base, None, [f"model.base: '{base}' is a file; name the directory of a model or an adapter"]
     if not path.is_dir():
-        looks_local = base.startswith((".", "/", "~")) or base.count("/") != 1
-        problem = f"model.base: directory '{base}' does not exist" if looks_local else None
+        problem = f"model.base: {no_such_directory(base)}" if is_path(base) else None
         return base, None, [problem] if problem else []
     if not is_adapter_dir(path):
         missing = [] if (path / "config.json").is_file() else [_no_model(path)]
@@ -98,18 +99,40 @@ def follow_adapter(base: str) -> tuple[str, str | None, list[str]]:
     return named, str(path), []
 
 
+def is_path(name: str) -> bool:
+    """True where a name that no directory here has can't be meant as a hub's `org/name`: by its form, or as
+    its first folder exists here or is one that Raylign makes."""
+    path = Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.suffix in _FILES:
+        return True
+    return path.parts[0] in _OWN_FOLDERS or Path(path.parts[0]).is_dir()
+
+
+def no_such_directory(name: str) -> str:
+    """Words for a directory that is not there: how much of its path is, and what may have been meant."""
+    if Path(name) == CHECKOUT_BASE:
+        return f"directory '{name}' does not exist here; the embedded base is {EMBEDDED_BASE}"
+    path = Path(name).expanduser()
+    there = next((parent for parent in path.parents if parent.is_dir()), Path())
+    inside = f"; '{there}' is there, without '{path.relative_to(there).parts[0]}'" if there.name else ""
+    return f"directory '{name}' does not exist{inside}"
+
+
 def _base_of_adapter(path: Path) -> tuple[str, str | None]:
     """(base that an adapter directory names, problem or None)."""
     try:
-        named = json.loads((path / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+        named = str(json.loads((path / ADAPTER_CONFIG).read_text())["base_model_name_or_path"] or "")
     except (ValueError, KeyError, TypeError) as error:
         return "", f"'{path / ADAPTER_CONFIG}' can't be read: {first_line(error)}"
     if not named:
         return "", f"adapter '{path}' does not name its base (base_model_name_or_path)"
+    if Path(named) == CHECKOUT_BASE and not Path(named).exists():
+        # Trained in a checkout, whose results name its base so that they move with it.
+        named = locate_embedded_base()
     if is_adapter_dir(named):
         return named, f"adapter '{path}' sits on another adapter, '{named}'; merge that one first"
-    if not Path(named).exists() and (named.startswith((".", "/")) or named.count("/") != 1):
-        return named, f"the base of adapter '{path}', '{named}', does not exist here"
+    if not Path(named).exists() and is_path(named):
+        return named, f"the base of adapter '{path}' is not here: {no_such_directory(named)}"
     return named, None
 
 

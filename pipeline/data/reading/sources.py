@@ -66,7 +66,7 @@ def local_files(spec: DataSpec) -> list[Path] | None:
             f"data source {source!r}: a placeholder; write your own in its place: a file, a directory, the "
             "hub's org/name, or builtin:NAME (docs/data.md)"
         )
-    if suffix_of(path) or not _HUB_ID.match(source):
+    if suffix_of(path) or not _HUB_ID.match(source) or Path(path.parts[0]).is_dir():
         raise UserError(
             f"data source {source!r}: no such file or directory (looked in {Path.cwd()}); a hub data set has "
             "the form org/name, a built-in one builtin:NAME"

@@ -163,7 +163,7 @@ def test_validate_says_what_a_sync_sends_and_which_reward_cannot_be_found(
     assert main(["validate", "run.yaml", *few, rewards]) == 2
     text = capsys.readouterr().err
     assert "- stages.ppo.rewards.1: 'nowhere:f' cannot be imported" in text
-    assert "- stages.ppo.rewards.2: nothing holds no reward model" in text
+    assert "- stages.ppo.rewards.2: directory 'nothing' does not exist" in text
 
 
 def test_validate_names_the_placeholders_of_a_starter_and_what_share_of_rows_is_used(

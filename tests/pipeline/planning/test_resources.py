@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import pytest
 
 from actors.cluster import RaySpec, local_resources
 from actors.errors import UserError
+from actors.models.base.loading import resolve_base
 from actors.models.lora.targets import resolve_targets
 from actors.models.spec import LoraSpec
 from pipeline import api
 from pipeline.config.load import validate
 from pipeline.config.run_config import RunConfig
-from pipeline.planning.dry_run import reward_twins, shrink
+from pipeline.planning.dry_run import DryRun, reward_twins, shrink
 from pipeline.planning.resources import cluster_plan, describe, machine_problems, sync_bytes, working_roles
 
 
@@ -170,3 +172,22 @@ def test_validate_and_run_say_what_this_machine_lacks_beside_what_is_wrong_with_
         said = "\n".join(problems)
         assert "roles.policy.workers 1 x cpus 1e+06" in said
         assert "nowhere.jsonl" in said
+
+
+def test_a_dry_run_needs_config_and_tokenizer_of_a_base_and_no_weights(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_base, bare, ignore=shutil.ignore_patterns("*.safetensors*"))
+    wanted = config(
+        {"sft": {"data": "builtin:arithmetic"}}, model={"base": str(bare)}, output_dir=str(tmp_path / "out")
+    )
+    assert any("has no weights" in problem for problem in api.validate(wanted).problems)
+    dry = DryRun.of(wanted)
+    assert dry.wanted.model.random_init is False
+    dry.write_twins()
+    assert not resolve_base(dry.config.model).problems
+    assert not [change for change in dry.changes if change[0].startswith("ray.")]
+    (bare / "config.json").unlink()
+    with pytest.raises(UserError, match=r"holds neither config\.json nor adapter_config\.json"):
+        DryRun.of(wanted)

@@ -52,7 +52,7 @@ def test_everything_that_is_wrong_is_listed_under_its_key(tmp_path: Path) -> Non
     assert [p.split(":")[0] for p in problems] == [f"stages.grpo.rewards.{i}" for i in (0, 2, 3)]
     assert "cannot be imported" in problems[0]
     assert "not a function" in problems[1]
-    assert "holds no reward model" in problems[2]
+    assert "does not exist" in problems[2]
 
 
 def test_a_column_that_a_reward_asks_for_and_the_data_lack_is_named(

@@ -59,7 +59,10 @@ def test_an_adapter_directory_stands_for_its_base(adapted, base_of, tmp_path):
 def test_an_adapter_whose_base_is_gone_is_named(adapted, tmp_path):
     adapters.save_adapter(adapted("qwen3_moe", LoraSpec(r=4)), "policy", tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    for named, message in (("/nowhere/base", "does not exist here"), (None, "does not name its base")):
+    for named, message in (
+        ("/nowhere/base", "directory '/nowhere/base' does not exist"),
+        (None, "does not name its base"),
+    ):
         (tmp_path / "adapter_config.json").write_text(
             json.dumps({**config, "base_model_name_or_path": named})
         )
