@@ -14,10 +14,11 @@ def json_schema() -> dict[str, Any]:
     """JSON schema (2020-12) of a run's YAML, with what the loader accepts in short.
 
     pydantic does not know that a source of data or of rewards may be a bare string or a single mapping,
-    nor that a stage's type may be left out where its name says it.
+    nor that a stage's type may be left out where its name says it, and the run's name where its file has one.
     """
     schema = RunConfig.model_json_schema()
     schema = _with_short_sources(schema)
+    schema["required"].remove("name")  # a file has one
     stages = schema["properties"]["stages"]
     kinds = {name: {"$ref": f"#/$defs/{cls.__name__}"} for name, cls in STAGE_TYPES.items()}
     stages["properties"] = kinds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 
 from actors.errors import UserError
 from pipeline.config.messages import bad_paths, explain, joined
+from pipeline.config.names import NAME_PATTERN, NAME_RULE
 from pipeline.config.problem import Problem
 from pipeline.config.rest import rules_of_the_rest
 from pipeline.config.rules.cross import cross_problems
@@ -19,12 +21,12 @@ from pipeline.config.yaml_reader import apply_overrides, read_mapping, too_large
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run that a file and `key=value` overrides describe.
+    """The run that a file and `key=value` overrides describe; its name is the file's where none is given.
 
     Raises:
         UserError: with every violation: syntax, unknown keys, types, bounds, rules between fields.
     """
-    return load_mapping(read_mapping(Path(path)), overrides)
+    return _loaded(read_mapping(Path(path)), overrides, Path(path).stem)
 
 
 def load_mapping(data: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
@@ -33,7 +35,17 @@ def load_mapping(data: dict[str, Any], overrides: Sequence[str] = ()) -> RunConf
     Raises:
         UserError: with every violation.
     """
+    return _loaded(data, overrides, None)
+
+
+def _loaded(data: dict[str, Any], overrides: Sequence[str], file: str | None) -> RunConfig:
     data, problems = apply_overrides(data, overrides)
+    if file is not None and "name" not in data:
+        fits = re.fullmatch(NAME_PATTERN, file) is not None
+        if not fits:
+            said = f"missing, and the file's own, '{file}', can't be one: {NAME_RULE}"
+            problems.append(Problem("name", said))
+        data = {"name": file if fits else "unnamed", **data}
     try:
         config, violations = validate(data)
     except RecursionError:

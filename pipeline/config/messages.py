@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable
 from typing import Any, get_origin
 
+import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.config.fields import all_paths, arms, description, fields_at, models_at, stage_types
+from pipeline.config.names import NAME_RULE
 from pipeline.config.problem import Problem
 from pipeline.config.trl_keys import INSTEAD, INSTEAD_OF_VALUE
 
@@ -119,7 +122,11 @@ def _sentence(detail: ErrorDetails, keys: list[str], model: type[BaseModel]) -> 
     if kind in ("literal_error", "enum"):
         choices = _literals(context["expected"])
         named = next((key for key in reversed(keys) if not key.isdigit()), "")
-        return f"{_shown(value)} is not one of {', '.join(choices)}{_instead_of(named, value, choices)}"
+        alone, words = _only_element(value), _words(value)
+        instead = f"; write {alone}" if alone in choices else _instead_of(named, value, choices)
+        if words and set(words) <= set(choices):
+            instead = f"; write {_in_yaml(words)}"
+        return f"{_shown(value)} is not one of {', '.join(choices)}{instead}"
     if kind == "union_tag_not_found":
         choices = stage_types(model)
         near = did_you_mean(keys[-1], choices)
@@ -129,12 +136,12 @@ def _sentence(detail: ErrorDetails, keys: list[str], model: type[BaseModel]) -> 
         given = str(context["tag"])
         return f"type '{given}' is not one of {', '.join(choices)}{_instead_of('type', given, choices)}"
     if kind in _TYPES:
-        return f"{_shown(value)} is not {_TYPES[kind]}{_quoting_hint(kind, value)}"
+        return f"{_shown(value)} is not {_TYPES[kind]}{_right_form(kind, value)}"
     if kind in _BOUNDS:
         key, word = _BOUNDS[kind]
         return f"{_shown(value)} must be {word} {context[key]:g}"
     if kind == "string_pattern_mismatch":
-        return f"{_shown(value)}: letters, digits, '.', '_' and '-' only, starting with a letter or digit"
+        return f"{_shown(value)}: {NAME_RULE}"
     if kind in ("too_short", "string_too_short"):
         return "is empty"
     return detail["msg"].removeprefix("Value error, ")
@@ -230,12 +237,54 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _quoting_hint(kind: str, value: Any) -> str:
+_SCALARS: dict[str, type | tuple[type, ...]] = {
+    "int_type": int,
+    "float_type": (int, float),
+    "bool_type": bool,
+    "string_type": str,
+    "path_type": str,
+    "is_instance_of": str,
+}
+"""Kind of error -> the values that would be right."""
+
+
+_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+"""Words for true and false, which YAML 1.2 reads as text."""
+
+
+def _right_form(kind: str, value: Any) -> str:
+    """`; write ...` with the same value in the form that its key wants, where there is one."""
+    if kind == "list_type" and isinstance(value, str | int | float):
+        return f"; write {_in_yaml(_words(value) or [value])}"
+    alone = _only_element(value)
+    if kind in _SCALARS and isinstance(alone, _SCALARS[kind]):
+        return f"; write {_in_yaml(alone)}"
+    if kind in ("int_type", "int_from_float") and isinstance(value, float) and value.is_integer():
+        return f"; write {int(value)}"
+    if kind == "bool_type" and isinstance(value, str) and value.lower() in _WORDS:
+        return f"; write {_in_yaml(_WORDS[value.lower()])}"
     if kind == "string_type" and isinstance(value, int | float | bool):
         return f"; put it in quotes: '{_shown(value)}'"
     if kind in ("int_type", "float_type") and isinstance(value, str) and _is_number(value):
         return "; take the quotes off"
     return ""
+
+
+def _words(value: Any) -> list[str]:
+    """Words of a text with commas between them; empty for anything else."""
+    words = [word.strip() for word in value.split(",")] if isinstance(value, str) else []
+    return words if len(words) > 1 and all(words) else []
+
+
+def _only_element(value: Any) -> Any:
+    """What a list of one element has; None for anything else."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else None
+
+
+def _in_yaml(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+    text = text.removesuffix("...\n").strip()
+    return (json.dumps(value, ensure_ascii=False) if "\n" in text else text)[:SHOWN_TEXT]
 
 
 def _is_number(text: str) -> bool:

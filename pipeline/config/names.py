@@ -6,7 +6,8 @@ from pipeline.rewards.functions import EXACT_MATCH
 from pipeline.roles import ROLES
 from pipeline.stages.specs.registry import STAGE_TYPES
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+NAME_RULE = "up to 100 letters, digits, '.', '_' and '-', starting with a letter or digit"
 
 
 RESERVED_NAMES = frozenset(

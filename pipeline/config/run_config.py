@@ -24,8 +24,8 @@ def _as_path(value: Any) -> Any:
 class RunConfig(Spec):
     """A run: stages over one model, in order, with the roles they use."""
 
-    name: str = Field(pattern=NAME_PATTERN, max_length=100)
-    """Name of the run, and of its directory."""
+    name: str = Field(pattern=NAME_PATTERN)
+    """Name of the run, and of its directory; left out, it is that of the config's file."""
     output_dir: Annotated[Path, BeforeValidator(_as_path, json_schema_input_type=str)] = Field(
         default_factory=lambda given: Path("runs") / given.get("name", "")
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 
 from actors.rollout.spec import DEFAULT_POSITIONS
-from pipeline.config.names import MODULE_NAMES, NAME_PATTERN, RESERVED_NAMES
+from pipeline.config.names import MODULE_NAMES, NAME_PATTERN, NAME_RULE, RESERVED_NAMES
 from pipeline.config.problem import Problem
 from pipeline.config.rules.stage import mixture_problems, stage_problems
 from pipeline.config.run_config import RunConfig
@@ -137,12 +137,8 @@ def _engine_problems(config: RunConfig) -> Iterator[Problem]:
 def _stage_graph_problems(config: RunConfig) -> Iterator[Problem]:
     names = list(config.stages)
     for position, (name, stage) in enumerate(config.stages.items()):
-        if not re.match(NAME_PATTERN, name):
-            yield Problem(
-                f"stages.{name}",
-                "a stage's name is a directory: letters, digits, '.', '_', '-' only, no "
-                "'.', '_' or '-' at the start",
-            )
+        if not re.fullmatch(NAME_PATTERN, name):
+            yield Problem(f"stages.{name}", f"a stage's name is a directory: {NAME_RULE}")
         if name in RESERVED_NAMES:
             yield Problem(f"stages.{name}", f"'{name}' is taken by the run itself; name the stage otherwise")
         if name in MODULE_NAMES or name.isdigit():

@@ -135,6 +135,8 @@ def test_editors_accept_what_the_loader_accepts(check: object) -> None:
     for kind in ("ppo", "grpo", "rloo"):
         short["stages"][kind] = {"data": "x", "rewards": ["exact_match", {"source": "m:f", "on_error": 0}]}
     short["stages"]["again"] = {"type": "ppo", "data": "x", "rewards": "exact_match"}
+    nameless = {key: value for key, value in short.items() if key != "name"}
+    assert not list(check.iter_errors(nameless)), "a file has a name"  # type: ignore[attr-defined]
     for data in (parse_yaml(starter("my-run", "some/base")), short):
         assert validate(data)[0] is not None or data is short
         assert not list(check.iter_errors(data))  # type: ignore[attr-defined]

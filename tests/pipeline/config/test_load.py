@@ -13,10 +13,10 @@ import yaml
 
 from actors.errors import UserError
 from actors.models.spec import ModelSpec, MoeSpec
-from pipeline.config.load import dump_config, load_config, validate
+from pipeline.config.load import dump_config, load_config, load_mapping, validate
 from pipeline.config.run_config import RunConfig
 from pipeline.config.trl_keys import INSTEAD
-from pipeline.config.yaml_reader import parse_yaml
+from pipeline.config.yaml_reader import parse_yaml, set_key
 from pipeline.monitoring.spec import LoggingSpec
 from pipeline.stages.specs.registry import STAGE_TYPES
 
@@ -282,3 +282,61 @@ def test_nonsense_at_the_top_is_refused_without_a_crash(key: str) -> None:
     for nonsense in (3, "x", [], {"x": {"y": 1}}, None):
         loaded, problems = validate({**copy.deepcopy(GOOD), key: nonsense})
         assert (loaded is None) == bool(problems)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "right"),
+    [
+        ("model.lora.targets", "attention", "[attention]"),
+        ("model.lora.targets", "attention, experts", "[attention, experts]"),
+        ("model.lora.r", [16], "16"),
+        ("model.dtype", ["float32"], "float32"),
+        ("logging.report_to", "tensorboard", "[tensorboard]"),
+        ("stages.grpo.stop", "\n", '["\\n"]'),
+        ("stages.grpo.stop_token_ids", 3, "[3]"),
+        ("stages.grpo.learning_rate", [1e-3], "0.001"),
+        ("stages.grpo.init", ["base"], "base"),
+        ("stages.grpo.shuffle", [True], "true"),
+        ("stages.grpo.shuffle", "yes", "true"),
+        ("stages.grpo.batch_size", 32.0, "32"),
+        ("stages.dpo.loss_type", "sigmoid, sft", "[sigmoid, sft]"),
+        ("stages.dpo.loss_weights", 1.0, "[1.0]"),
+        ("eval.models", "base", "[base]"),
+    ],
+)
+def test_a_value_in_the_wrong_form_is_told_with_the_right_one(key: str, value: Any, right: str) -> None:
+    good = {**GOOD, "eval": {"data": "held.jsonl"}}
+    good["stages"] = {"grpo": {"data": "x", "rewards": "exact_match"}, "dpo": {"data": "x"}}
+    _, problems = validate(set_key(good, key.split("."), value))
+    (problem,) = problems
+    assert problem.path == key
+    assert problem.message.endswith(f"; write {right}")
+    assert validate(set_key(good, key.split("."), parse_yaml(right)))[0] is not None
+
+
+def test_a_value_of_which_no_right_form_is_known_is_told_without(tmp_path: Path) -> None:
+    for value in ([1, 2], {"a": 1}, ["x"], [None], []):
+        assert "write" not in problems_of(seed=value)["seed"]
+
+
+def test_the_run_is_named_like_its_file_unless_it_says_otherwise(tmp_path: Path) -> None:
+    nameless = {key: value for key, value in GOOD.items() if key != "name"}
+    run = load_config(write(tmp_path / "my-run.v2.yaml", nameless))
+    assert (run.name, str(run.output_dir)) == ("my-run.v2", "runs/my-run.v2")
+    assert parse_yaml(dump_config(run))["name"] == "my-run.v2"
+    assert load_config(tmp_path / "my-run.v2.yaml", ["name=other"]).name == "other"
+    assert load_config(write(tmp_path / "b.yaml", GOOD)).name == "a-run"
+    for file in ("_a.yaml", "a b.yaml", f"{'a' * 101}.yaml"):
+        with pytest.raises(
+            UserError, match=rf"name: missing, and the file's own, '{file[:-5]}', can't be one"
+        ):
+            load_config(write(tmp_path / file, {**nameless, "seed": -1}))
+    with pytest.raises(UserError, match="name: missing"):
+        load_mapping(nameless)
+
+
+@pytest.mark.parametrize("name", ["a" * 101, "_a", "a b", "a\n", ""])
+def test_names_of_runs_and_stages_are_those_of_directories(name: str) -> None:
+    assert "up to 100 letters, digits" in problems_of(name=name)["name"]
+    said = problems_of(stages={name: {"type": "sft", "data": "x"}})
+    assert "up to 100 letters, digits" in said[f"stages.{name}"]
