@@ -135,7 +135,7 @@ def _problems(reward: RewardSpec, config: RunConfig) -> list[str]:
 
 def _check_reward_model(directory: Path) -> None:
     """Refuse a directory that holds no adapter with a score head."""
-    from actors.models.base.resolving import no_such_directory
+    from actors.models.base.loading import no_such_directory
     from actors.models.lora.adapters import read_head
 
     if not directory.is_dir():

@@ -18,6 +18,7 @@ from actors.models.base.resolving import (
     is_adapter_dir,
     local_base_dir,
     locate_base,
+    no_such_directory,
     resolve_base,
 )
 from actors.models.spec import ModelSpec
@@ -36,6 +37,7 @@ __all__ = [
     "local_base_dir",
     "locate_base",
     "no_progress_bars",
+    "no_such_directory",
     "resolve_base",
 ]
 
