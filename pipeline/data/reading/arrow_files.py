@@ -10,7 +10,10 @@ from typing import Any
 from actors.errors import UserError
 from pipeline.data.reading.bad_rows import NOT_JSON, NOT_UTF8, TOO_DEEP, WRONG_TYPE
 from pipeline.data.reading.raw_rows import MAX_DEPTH, Row, bad_row, problem_of
+from pipeline.data.reading.unpacked import Unpacked
 
+BATCH_ROWS = 512
+"""Rows of a parquet file that are unpacked at once."""
 _JSON_TYPE = "extension<arrow.json>"
 
 
@@ -18,17 +21,41 @@ def parquet_rows(file: Path) -> Iterator[Row]:
     """Rows of a parquet file.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or unpacks to too much.
     """
     import pyarrow.parquet
 
+    count = Unpacked(file)
     try:
-        # With partitioning, a folder called `a=1` above the file would become a column.
-        table = pyarrow.parquet.read_table(file, partitioning=None)
+        with pyarrow.parquet.ParquetFile(file) as opened:
+            groups = [opened.metadata.row_group(i) for i in range(opened.num_row_groups)]
+            Unpacked(file).add(sum(group.total_byte_size for group in groups), opened.metadata.num_rows)
+            # A value that is stored once for many rows has its size only when it is read.
+            batches = []
+            for batch in opened.iter_batches(BATCH_ROWS):
+                count.add(_dense_bytes(batch), batch.num_rows)
+                batches.append(batch)
+            table = pyarrow.Table.from_batches(batches, opened.schema_arrow)
+    except UserError:
+        raise
     except Exception as error:  # pyarrow's kinds, OSError, and what a damaged footer leads to
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"data source '{file}': not a readable parquet file: {said}") from error
     yield from arrow_rows(str(file), table)
+
+
+def _dense_bytes(batch: Any) -> int:
+    """Bytes of a batch, with values of a dictionary counted as often as they stand in its rows."""
+    import pyarrow
+    import pyarrow.compute
+
+    size = int(batch.nbytes)
+    for column in batch.columns:
+        texts = getattr(column.type, "value_type", None) if pyarrow.types.is_dictionary(column.type) else None
+        if texts is not None and (pyarrow.types.is_string(texts) or pyarrow.types.is_large_string(texts)):
+            lengths = pyarrow.compute.binary_length(column.dictionary)
+            size += pyarrow.compute.sum(lengths.take(column.indices)).as_py() or 0
+    return size
 
 
 def arrow_rows(file: str, table: Any, features: Any = None) -> Iterator[Row]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from actors.errors import UserError
 from pipeline.data.reading.bad_rows import NOT_UTF8, TOO_DEEP, BadRow
+from pipeline.data.reading.unpacked import gzip_bytes
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -64,11 +65,11 @@ def read_bytes(file: Path) -> bytes:
     """A text file as UTF-8 (which its rows may still break), unpacked and without a mark at its beginning.
 
     Raises:
-        UserError: it can't be opened or unpacked, or is of another encoding that can't be read.
+        UserError: it can't be opened or unpacked, holds too much, or is of another encoding that can't be
+            read.
     """
     try:
-        data = file.read_bytes()
-        data = gzip.decompress(data) if file.name.lower().endswith(".gz") else data
+        data = gzip_bytes(file) if file.name.lower().endswith(".gz") else file.read_bytes()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"data source '{file}': damaged, or not gzip: {error}") from error
     except OSError as error:
