@@ -32,8 +32,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "actors.models.attention": ("actors.errors", "actors.batches"),
     "actors.models.tiny": ("actors.errors",),
     "actors.models.files": ("actors.errors",),
+    "actors.models.template_bounds": ("actors.errors",),
     "actors.models.turn_ends": (
         "actors.errors",
+        "actors.models.template_bounds",
         "actors.batches",
         "actors.models.spec",
         "actors.models.base",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from actors.errors import UserError
 from actors.models.base.resolving import follow_adapter
+from actors.models.template_bounds import bounded
 
 if TYPE_CHECKING:
     from actors.batches.generations import SamplingSpec
@@ -158,14 +159,20 @@ def training_template(tokenizer: Any, template: str) -> str | None:
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = template
     try:
-        return get_training_chat_template(tokenizer)
+        with bounded(tokenizer):
+            return get_training_chat_template(tokenizer)
+    except UserError:
+        raise
     except Exception:  # it probes the template with tool calls, which many templates refuse
         return None
 
 
 def _after_answer(tokenizer: Any, template: str) -> str | None:
     try:
-        text = tokenizer.apply_chat_template(list(PROBE), chat_template=template, tokenize=False)
+        with bounded(tokenizer):
+            text = tokenizer.apply_chat_template(list(PROBE), chat_template=template, tokenize=False)
+    except UserError:
+        raise
     except Exception:  # a template may raise anything: its code belongs to the base
         return None
     return after_probe(text)

@@ -132,7 +132,9 @@ def _look_at_model(config: RunConfig, findings: Findings) -> Any:
     tokenizer = None if base.problems else findings.attempt(lambda: load_tokenizer(config.model))
     if tokenizer is not None:
         date = keep_date(tokenizer, Path(config.output_dir), write=False)
-        ends = turn_ends(tokenizer, config.model.base)
+        ends = findings.attempt(lambda: turn_ends(tokenizer, config.model.base))
+        if ends is None:  # Its template can't be rendered at all, so no row can.
+            return None
         findings.template = [ends.describe(tokenizer), *([date_notice(date)] if date else [])]
     return tokenizer
 

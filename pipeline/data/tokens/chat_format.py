@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from actors.errors import UserError
-from actors.models.turn_ends import PROBE, after_probe, training_template
+from actors.models.turn_ends import PROBE, after_probe, bounded, training_template
 from pipeline.data.reading.bad_rows import TEMPLATE_REFUSED, RowProblem
 from pipeline.data.reading.messages import Message
 from pipeline.data.tokens.template_date import strftime_of
@@ -93,13 +93,16 @@ class ChatFormat:
 
         messages = self.calls.fitted(messages) if fit else messages
         try:
-            texts, found = render_jinja_template(
-                conversations=[list(messages)],
-                chat_template=self._template,
-                return_assistant_tokens_mask=spans,
-                add_generation_prompt=for_generation,
-                **{**self._variables, **kwargs},
-            )
+            with bounded(self._tokenizer):
+                texts, found = render_jinja_template(
+                    conversations=[list(messages)],
+                    chat_template=self._template,
+                    return_assistant_tokens_mask=spans,
+                    add_generation_prompt=for_generation,
+                    **{**self._variables, **kwargs},
+                )
+        except UserError:
+            raise
         except Exception as error:  # a template may raise anything: its code belongs to the base
             raise RowProblem(TEMPLATE_REFUSED, _first_line(error)) from error
         return texts[0], [tuple(span) for span in found[0]] if spans else []
