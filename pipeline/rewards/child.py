@@ -18,6 +18,7 @@ import os
 import pickle
 import signal
 import sys
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from types import FrameType
@@ -48,7 +49,8 @@ def serve(connection: Connection) -> None:
     Messages are pickled tuples of Python's own types. First comes where to find the code, and its answer is
     ("loaded",) or ("failed", type and text). Then ("find", name) is answered by ("found", *taken) or
     ("failed", text); ("call", name, samples, seconds, arguments) by ("done", values, problem, bad), before
-    which ("raised", text) may come.
+    which ("raised", text) may come. Each answer comes with the time at which it was ready, by the clock that
+    all processes of a machine share.
     """
     send = _sender(connection)
     try:
@@ -111,7 +113,7 @@ def _settle(send: Callable[..., None], reply: tuple[Any, ...]) -> None:
 
 def _sender(connection: Connection) -> Callable[..., None]:
     def send(message: tuple[Any, ...]) -> None:
-        connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+        connection.send_bytes(pickle.dumps((time.monotonic(), message), pickle.HIGHEST_PROTOCOL))
 
     return send
 

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pipeline.rewards.calling import packed
 from pipeline.rewards.values import RewardCall
@@ -30,6 +30,9 @@ LOOK_S = 0.2
 by a process that it has started."""
 CLOSE_S = 5.0
 """Seconds to an idle process for what a user's module does at its exit."""
+
+CHUNK = 1 << 16
+"""Bytes that are read at once of what a process prints, and characters of a line that is not waited for."""
 
 ROOT = Path(__file__).resolve().parents[2]
 _ENTRY = "import sys; sys.path.insert(0, sys.argv.pop()); from pipeline.rewards.child import main; main()"
@@ -179,20 +182,25 @@ class FunctionProcess:
         """The next message.
 
         Raises:
-            Late: it was not there in time; one that comes late is not taken.
+            Late: it was not ready in time; one that comes late is not taken. One that was, while this
+                process stood still, is.
             Gone: the process has ended.
         """
         deadline = time.monotonic() + seconds
         try:
-            while (left := deadline - time.monotonic()) > 0:
-                if self._connection.poll(min(left, LOOK_S)):
-                    message: tuple[Any, ...] = pickle.loads(self._connection.recv_bytes())
-                    return message
+            while True:
+                left = deadline - time.monotonic()
+                if self._connection.poll(max(0.0, min(left, LOOK_S))):
+                    ready, message = pickle.loads(self._connection.recv_bytes())
+                    if ready > deadline:
+                        raise Late
+                    return cast(tuple[Any, ...], message)
+                if left <= 0:
+                    raise Late
                 if self._ended() and not self._connection.poll(0):
                     raise Gone(self._how_it_ended())
         except (EOFError, OSError):
             raise Gone(self._how_it_ended()) from None
-        raise Late
 
     def _ended(self, seconds: float = 0.0) -> bool:
         """True once the process has ended, waiting up to `seconds` for it. `_stop` reaps it: until then its
@@ -251,15 +259,25 @@ def _send_bytes(connection: Any, data: bytes) -> None:
 
 
 def _forward(pipe: Any, name: str) -> None:
-    """Text of the process to this one's stream of that name, nothing in it acting on the terminal."""
+    """Text of the process to this one's stream of that name: whole lines, since a live display breaks others,
+    and nothing that acts on the terminal."""
     import codecs
 
     from pipeline.monitoring.printable import printable_log
 
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    rest = ""
     with pipe:
-        while data := pipe.read1(1 << 16):
-            with suppress(Exception):  # the screen is gone: read on, or the function would wait for ever
-                stream = getattr(sys, name)
-                stream.write(printable_log(decoder.decode(data)))
-                stream.flush()
+        while data := pipe.read1(CHUNK):
+            text = rest + decoder.decode(data)
+            end = text.rfind("\n") + 1 or (len(text) if len(text) > CHUNK else 0)
+            text, rest = text[:end], text[end:]
+            _write(name, printable_log(text))
+    _write(name, printable_log(rest))
+
+
+def _write(name: str, text: str) -> None:
+    with suppress(Exception):  # The screen is gone: read on, or the function would wait for ever.
+        stream = getattr(sys, name)
+        stream.write(text)
+        stream.flush()

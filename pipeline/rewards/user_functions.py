@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
+from actors.errors import UserError
 from pipeline.rewards.processes import FunctionProcess, LoadedCode
 from pipeline.rewards.values import RewardCall
 
@@ -72,6 +73,9 @@ def pickled_function(function: Callable[..., Any]) -> UserFunction:
     """A function that is there as an object, served by a process that lasts as long as the object.
 
     It is pickled with what it refers to, so its module isn't imported in the process.
+
+    Raises:
+        UserError: it refers to something that can't be pickled.
     """
     with _lock:
         if id(function) not in _pickled:
@@ -88,13 +92,19 @@ def _by_value(function: Callable[..., Any]) -> bytes:
 
     inner = function.func if isinstance(function, functools.partial) else function
     module = sys.modules.get(getattr(inner, "__module__", None) or "")
-    if module is None or module.__name__ == "__main__":  # by value anyhow
-        return cast(bytes, cloudpickle.dumps(function))
-    cloudpickle.register_pickle_by_value(module)
+    apart = module is not None and module.__name__ != "__main__"  # else by value anyhow
+    if apart:
+        cloudpickle.register_pickle_by_value(module)
     try:
         return cast(bytes, cloudpickle.dumps(function))
+    except Exception as error:  # what a function refers to may refuse in any way
+        raise UserError(
+            f"{getattr(function, '__name__', function)!s} can't be carried into a process of its own "
+            f"({type(error).__name__}: {error}): put it into a module, which is imported there"
+        ) from None
     finally:
-        cloudpickle.unregister_pickle_by_value(module)
+        if apart:
+            cloudpickle.unregister_pickle_by_value(module)
 
 
 def _forget(key: int) -> None:

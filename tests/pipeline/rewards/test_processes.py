@@ -121,6 +121,12 @@ def moves(completions, **_):
     os.environ["MOVED"] = "1"
     return [0] * len(completions)
 
+def prints_pieces(completions, **_):
+    for piece in ("one ", "line", "\\n", "no end"):
+        os.write(1, piece.encode())
+        time.sleep(0.05)
+    return [0] * len(completions)
+
 def prints_much(completions, **_):
     print("y" * 3_000_000)
     sys.stderr.write("one \\x1b[2J line\\n")
@@ -284,6 +290,15 @@ def test_what_functions_print_is_on_the_screen_and_acts_on_no_terminal(
     assert printed.err == "one \\x1b[2J line\n"
 
 
+def test_lines_that_functions_print_are_written_whole(of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(sys.stdout, "write", written.append)
+    of("prints_pieces")
+    with functions_closed():
+        pass
+    assert [text for text in written if text] == ["imported\n", "one line\n", "no end"]
+
+
 def test_each_sample_of_each_call_has_arguments_of_its_own(of: Any) -> None:
     prompt, tag = [{"role": "user", "content": "q"}], {"a": 1}
     answers = [[{"role": "assistant", "content": "a"}] for _ in range(4)]
@@ -335,6 +350,47 @@ def test_no_process_outlives_the_run_that_started_it(of: Any, tmp_path: Path, nu
     assert run.returncode == -number
     pids = [int(pid) for pid in file.read_text().split()]
     assert wait_for(lambda: all(gone(pid) for pid in pids))
+
+
+SCRIPT = """
+import threading
+from actors.errors import UserError
+from pipeline.rewards.functions import Samples, call_reward_function, find_function
+factor, lock = 3, threading.Lock()
+
+def scaled(completions, **columns):
+    return [factor * len(text) for text in completions]
+
+def locked(completions, **columns):
+    with lock:
+        return scaled(completions)
+
+print(call_reward_function(find_function("__main__:scaled"), Samples(["q"], ["ab"], [[1]]), 20).values)
+try:
+    find_function("__main__:locked")
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_function_of_a_script_is_carried_into_its_process_and_nothing_of_the_script_runs_twice(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    env = os.environ | {"PYTHONPATH": f"{Path(__file__).parents[3]}"}
+    ran = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    first, second = ran.stdout.splitlines()
+    assert first == "[6.0]"
+    assert second.startswith("locked can't be carried into a process of its own (TypeError: cannot pickle")
+    assert ran.stderr == ""
+
+
+def test_an_answer_that_was_ready_in_time_is_taken_though_this_process_stood_still(of: Any) -> None:
+    of("pid")
+    own = os.getpid()
+    command = ["sh", "-c", f"sleep 0.2; kill -STOP {own}; sleep 3; kill -CONT {own}"]
+    with subprocess.Popen(command):
+        assert of("sleeps", timeout_s=2).values == [1.0] * 3
 
 
 def test_processes_are_gone_when_the_run_is_over_once_their_modules_have_put_away_their_things(
