@@ -31,7 +31,14 @@ from pipeline.roles import RolesSpec
 from pipeline.stages.specs.registry import DpoStage, GrpoStage, RlStage
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted(path for folder in ("configs", "examples") for path in (ROOT / folder).glob("*.yaml"))
+OF_OTHER_PROGRAMS = ("kuberay.yaml",)
+"""Files beside the configs that are no run; tests/examples has their tests."""
+CONFIGS = sorted(
+    path
+    for folder in ("configs", "examples")
+    for path in (ROOT / folder).glob("*.yaml")
+    if path.name not in OF_OTHER_PROGRAMS
+)
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples/README.md", *ROOT.glob("docs/*.md")]
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -40,7 +47,7 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 INLINE = re.compile(r"`((?:PYTHONPATH=\. )?(?:raylign|make|pytest|python -m) [^`]+)`")
 HEREDOC = re.compile(r"^([^\n]*<<'(\w+)')\n.*?^\2\n", re.MULTILINE | re.DOTALL)
 HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
-OTHER_PROGRAMS = ("cat", "mkdir", "pip", "ray", "source")
+OTHER_PROGRAMS = ("cat", "docker", "kubectl", "mkdir", "pip", "ray", "sbatch", "source")
 """Programs in the documentation that are not this project's."""
 SKELETON: dict[str, Any] = {"name": "docs", "model": {"base": "some/base"}, "stages": {"sft": {"data": "x"}}}
 """A run around a fragment of YAML in the documentation."""
