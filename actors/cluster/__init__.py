@@ -3,6 +3,7 @@
 from actors.cluster.connection import (
     asks_for_token,
     check_cluster,
+    import_ray,
     is_local,
     local_resources,
     match_tokens,
@@ -31,6 +32,7 @@ __all__ = [
     "asks_for_token",
     "check_cluster",
     "head_address",
+    "import_ray",
     "is_local",
     "local_resources",
     "match_tokens",

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from actors.cluster.spec import Phase
 from actors.errors import InvariantViolation, RunFailure, UserError
 
 if TYPE_CHECKING:
@@ -117,7 +118,10 @@ class _Call(Generic[T]):
     behind each other on purpose, and a queued call has not overrun anything."""
 
     def __init__(
-        self, refs: dict[int, ObjectRef], phase: str, finish: Callable[[dict[int, ObjectRef], str], list[T]]
+        self,
+        refs: dict[int, ObjectRef],
+        phase: Phase,
+        finish: Callable[[dict[int, ObjectRef], Phase], list[T]],
     ) -> None:
         self._refs, self._phase, self._finish = refs, phase, finish
         self._values: list[T] | None = None

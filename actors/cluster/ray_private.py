@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import logging
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -137,6 +138,21 @@ def on_loopback() -> Iterator[bool]:
         yield True
     finally:
         setattr(constants, _REACHABLE, before)
+
+
+@contextlib.contextmanager
+def own_sigterm() -> Iterator[None]:
+    """Keep this process's handler of SIGTERM, whatever Ray does inside: its own, of C++, prints a stack and
+    aborts the process three seconds later. There is no setting for that; Python sets handlers in the main
+    thread alone, which has other things to do."""
+    import ctypes
+
+    libc, before = ctypes.CDLL(None), ctypes.create_string_buffer(512)  # more than any `struct sigaction`
+    libc.sigaction(signal.SIGTERM, None, before)
+    try:
+        yield
+    finally:
+        libc.sigaction(signal.SIGTERM, before, None)
 
 
 def mute_raylet() -> None:

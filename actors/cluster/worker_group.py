@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +17,7 @@ from actors.cluster import futures as waiting
 from actors.cluster.environment import actor_environment
 from actors.cluster.futures import GroupFuture, WorkerFuture
 from actors.cluster.health import Members, ProcessEvent, ProcessState
+from actors.cluster.measured_limits import MeasuredLimits
 from actors.cluster.spec import LimitsSpec, Phase, RoleSpec, bundle
 from actors.cluster.worker import Worker
 from actors.errors import RunFailure
@@ -65,6 +66,8 @@ class WorkerGroup:
         self.size = role.workers
         self.fleet = Members.of(self.size)
         self.next_step = next_step
+        self.measured: MeasuredLimits | None = None
+        """Of the stage that these processes work in; None: `limits` hold."""
         self._preload = tuple(preload)
         self._env = dict(env or {})
         self._actors: list[ActorHandle] = []
@@ -129,7 +132,7 @@ class WorkerGroup:
         (seconds,) = self._finish({rank: building}, made.phase)
         return float(seconds)
 
-    def shutdown(self) -> None:
+    def shutdown(self, *, kindly: bool = True) -> None:
         """End the processes: kindly within `limits.stop`, then by force. Never raises."""
         import ray
 
@@ -138,7 +141,7 @@ class WorkerGroup:
         alive = [
             r
             for r in range(self.size)
-            if self.fleet.members[r].state in (ProcessState.STARTING, ProcessState.HEALTHY)
+            if kindly and self.fleet.members[r].state in (ProcessState.STARTING, ProcessState.HEALTHY)
         ]
         try:
             waiting.wait({r: self._actors[r].stop.remote() for r in alive}, self.limits.of("stop"))
@@ -169,14 +172,14 @@ class WorkerGroup:
         Untyped: a room that has a remote object has a face of it, whose methods say each call's types.
         """
         refs = self._send(range(self.size), method, args, phase, kwargs)
-        return GroupFuture(refs, phase, self._finisher(refs))
+        return GroupFuture(refs, phase, self._finisher(refs, method))
 
     def submit_rank(
         self, rank: int, method: str, *args: object, phase: Phase = "call", **kwargs: object
     ) -> WorkerFuture[Any]:
         """Call a method on one rank."""
         refs = self._send([rank], method, args, phase, kwargs)
-        return WorkerFuture(refs, phase, self._finisher(refs))
+        return WorkerFuture(refs, phase, self._finisher(refs, method))
 
     def submit_work(self, rank: int, target: str, *args: object, phase: Phase = "call") -> WorkerFuture[Any]:
         """Call a function (`module:function`) in the process of one rank, once its `preload`ed modules are
@@ -198,6 +201,18 @@ class WorkerGroup:
     def overrun(self, rank: int, phase: Phase, seconds: float) -> RunFailure:
         """Take a rank for suspect whose caller, with a deadline of its own, had no answer for `seconds`."""
         return self._blame_late([rank], phase, seconds)
+
+    def limit(self, phase: Phase, method: str) -> float:
+        """Deadline of a call in seconds."""
+        return self.limits.of(phase) if self.measured is None else self.measured.of(self.name, phase, method)
+
+    def look_after(self, ranks: Iterable[int]) -> None:
+        """See which of these processes, which have nothing to do, still answer: others are suspect or dead
+        after that. Never raises."""
+        asked = {rank: self._actors[rank].ping.remote() for rank in ranks if rank in self.fleet.serving}
+        for rank, ref in asked.items():
+            with contextlib.suppress(RunFailure):
+                self._finisher({rank: ref}, "ping")({rank: ref}, "call")
 
     def pids(self) -> list[int]:
         """Process id of each rank, on its own node."""
@@ -243,7 +258,7 @@ class WorkerGroup:
     ) -> dict[int, ObjectRef]:
         chosen = self._checked(ranks, phase)
         shared = [_once(arg) if len(chosen) > 1 else arg for arg in args]
-        limit = self.limits.of(phase)
+        limit = self.limit(phase, method)
         # Two threads' calls must reach all ranks in the same order: ranks meet inside of them.
         with self._order:
             return {
@@ -260,19 +275,35 @@ class WorkerGroup:
                 raise RunFailure(self.who(rank), phase, member.reason, self.next_step)
         return [self._actors[rank] for rank in ranks]
 
-    def _finisher(self, refs: Mapping[int, ObjectRef]) -> Callable[[dict[int, ObjectRef], str], list[Any]]:
+    def _finisher(
+        self, refs: Mapping[int, ObjectRef], method: str
+    ) -> Callable[[dict[int, ObjectRef], Phase], list[Any]]:
         """`_finish` of calls of the present processes: what becomes of them says nothing of later ones."""
         present = {rank: self.fleet.members[rank].generation for rank in refs}
-        return functools.partial(self._finish, generations=present)
+        sent, measured = time.monotonic(), self.measured
+
+        def finish(refs: dict[int, ObjectRef], phase: Phase) -> list[Any]:
+            answers = self._finish(refs, phase, present, self.limit(phase, method))
+            if measured is not None:
+                # From when it was sent: one that waited for others in its process seems longer than it was.
+                measured.took(self.name, phase, method, time.monotonic() - sent)
+            return answers
+
+        return finish
 
     def _finish(
-        self, refs: Mapping[int, ObjectRef], phase: str, generations: Mapping[int, int] | None = None
+        self,
+        refs: Mapping[int, ObjectRef],
+        phase: Phase,
+        generations: Mapping[int, int] | None = None,
+        limit: float | None = None,
     ) -> list[Any]:
         """Wait under the deadline of `phase`; values in rank order, or one error with a name.
 
         `generations`: restarts of each rank when it was called; without them, of the processes as they are.
+        `limit`: another deadline than the phase's, in seconds.
         """
-        limit = self.limits.of(phase)  # type: ignore[arg-type]
+        limit = self.limits.of(phase) if limit is None else limit
         began = time.monotonic()
         answers = waiting.wait(refs, limit)
         self._saw(answers.values, ProcessEvent.ANSWERED, generations=generations)

@@ -36,6 +36,9 @@ SLICE_S = 0.1
 """Seconds for which an engine generates before it looks at other calls, where samples stay in flight. A call
 costs 1 to 2 ms, so a slice loses 2 %; new weights wait for half of one on average, at each of their calls."""
 
+WHOLE = "a whole chunk"
+"""Name of the time that an engine has for a chunk, in however many slices."""
+
 MIN_CHUNK = 16
 """Samples per chunk, at least (but for the last). A decoding step of a small batch takes as long as one of
 a larger batch, so smaller chunks would cost more than the idle time that they save."""
@@ -213,7 +216,7 @@ class RolloutPool:
 
     def _collect(self, call: Call) -> None:
         """Wait a moment for answers, take those that are there, and give up on those that are overdue."""
-        limit = self.group.limits.of("generate")
+        limit = self.group.limit("generate", WHOLE)
         done = first_done({rank: one.answer for rank, one in call.assigned.items()}, POLL_S)
         for rank, assigned in list(call.assigned.items()):
             waited = time.monotonic() - assigned.since
@@ -236,6 +239,9 @@ class RolloutPool:
         except RunFailure as failure:
             self._lost(call, rank, failure)
         else:
+            if self.group.measured is not None:
+                waited = time.monotonic() - assigned.since
+                self.group.measured.took(self.group.name, "generate", WHOLE, waited)
             call.parts[assigned.chunk.start] = made
             del call.assigned[rank]
 

@@ -125,6 +125,8 @@ class WeightSync:
         old = protocol.mismatch_in_version(self.version, version)
         if old is not None:
             raise violation("trainer", version, old)
+        # One that hangs is better found now than by the trainer, which would wait for it on the channel.
+        self.rollout.look_after(rank for rank in self.engines if self.engines[rank].whole)
         replaced = self._replace_lost()
         prepared = self._prepare(version)
         watch = Stopwatch(dict(prepared.seconds))

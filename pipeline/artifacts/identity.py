@@ -18,8 +18,8 @@ from actors.models.spec import EXPERT_IMPL
 from pipeline.artifacts.manifest import MANIFEST, Manifest, fingerprint, read_manifest, recover, verify
 
 NOT_IN_IDENTITY = frozenset(
-    {"save_steps", "save_total_limit", "eval_steps", "eval_data", "keep_warm", "max_tokens_per_micro_batch"}
-    | {"sync", "mismatch_tolerance"}
+    {"save_steps", "save_minutes", "save_total_limit", "eval_steps", "eval_data", "keep_warm"}
+    | {"max_tokens_per_micro_batch", "sync", "mismatch_tolerance"}
 )
 """Stage keys that change when or how often something is done, but not the weights that come out."""
 NEW_NAMES = {EXPERT_IMPL.key: EXPERT_IMPL}

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from actors.errors import EXIT_DONE, UserError
+from actors.errors import EXIT_DONE, EXIT_STOPPED, UserError
 from pipeline.api import check_stage
 from pipeline.cli.shared import Config, DryRun, Fresh, Overrides, Until, example, load
 from pipeline.monitoring import console
@@ -108,12 +108,19 @@ def run(
     fresh: Fresh = False,
 ) -> int:
     """Run the stages; the same command goes on after an interruption."""
-    loaded = load(config, overrides)
-    check_stage(loaded, until)
-    with working("loading what a run needs"):
-        from pipeline.execution.run import run as run_config
+    from pipeline.execution.stop import StopRequests
 
-    return run_config(loaded, dry_run=dry_run, until=until, fresh=fresh)
+    with StopRequests(console.say, to_the_end=True) as stop:
+        try:
+            loaded = load(config, overrides)
+            check_stage(loaded, until)
+            with working("loading what a run needs"):
+                from pipeline.execution.run import run as run_config
+            return run_config(loaded, dry_run=dry_run, until=until, fresh=fresh, stop=stop)
+        except KeyboardInterrupt:
+            if not stop.cut:
+                raise
+            return EXIT_STOPPED
 
 
 @verbs.command(

@@ -62,7 +62,7 @@ INSTEAD: dict[str, str] = {
     "max_prompt_length": _LENGTH,
     "max_completion_length": f"{_LENGTH}; online stages have it as well",
     "padding_free": "write `packing: auto`",
-    "save_strategy": "write `save_steps`",
+    "save_strategy": "write `save_steps`, `save_minutes` or both",
     "eval_strategy": "write `eval_steps`",
     "evaluation_strategy": "write `eval_steps`",
     "logging_strategy": "write `logging.logging_steps`",

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from actors.cluster.measured_limits import MeasuredLimits
 from pipeline.artifacts.weights import Weights
 from pipeline.evaluation.pairs import Scorer
 from pipeline.execution.hosts import adapter_name, critic_name
 from pipeline.execution.stage_card import write_stage_card
 from pipeline.roles import CRITIC, POLICY, REFERENCE, REWARD
+from pipeline.stages.context import Stops
 from pipeline.stages.offline.reference import ReferenceFeed
 from pipeline.stages.offline.train import TrainContext
 from pipeline.stages.online.loop import RlContext
@@ -29,7 +31,7 @@ class Events:
 
     on_step: Callable[[int, dict[str, Any]], None]
     on_log: Callable[[dict[str, Any]], None]
-    stop_asked: Callable[[], bool]
+    stop: Stops
     note: Callable[[str], None]
 
 
@@ -83,7 +85,8 @@ class Contexts:
             "dtype": self.config.model.dtype,
             "logging_steps": self.config.logging.logging_steps,
             "starts_as_reference": node.reference == node.start,
-            "stop_asked": events.stop_asked,
+            "stop": events.stop,
+            "limits": self.fleet.measured or MeasuredLimits(self.config.limits),
             "on_step": events.on_step,
             "on_log": events.on_log,
             "card": lambda path, metrics: write_stage_card(self.config, node, path, metrics),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -15,11 +17,13 @@ from actors.cluster import (
     WorkerGroup,
     actor_environment,
     check_cluster,
+    import_ray,
     is_local,
     start_ray,
     stop_ray,
 )
 from actors.cluster.fast_start import ForkServer
+from actors.cluster.measured_limits import MeasuredLimits
 from actors.errors import UserError
 from actors.models.facts import BaseFacts, base_facts
 from actors.rollout.remote import ROLLOUT as ENGINE
@@ -62,7 +66,8 @@ class Fleet:
         """Of DPO stages, by name."""
         self._engines: dict[str, GroupFuture[float] | None] = {}
         """Roles whose engines' actors have been asked for; None: they are there."""
-        self._ray = False
+        self.measured: MeasuredLimits | None = None
+        self._ray = self._left = False
         self._starting: Future[None] | None = None
         self._facts: Future[WorkerFuture[BaseFacts]] | None = None
         self._later: list[str] = []
@@ -72,7 +77,9 @@ class Fleet:
         self._imports_apart: str | None = None
         """Why each process makes its own imports; None: the fork server makes them for all."""
         # Lives as long as the fleet: Linux ties a local cluster's end to the thread that started it.
-        self._thread = ThreadPoolExecutor(1, "start-ray")
+        # Ray starts its processes from there, and they inherit that thread's mask: a closed terminal is for
+        # the driver, which saves and then ends them. (An interrupt Ray itself keeps from them.)
+        self._thread = ThreadPoolExecutor(1, "start-ray", _block_hangup)
 
     def __enter__(self) -> Fleet:
         return self
@@ -80,11 +87,12 @@ class Fleet:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._left = True
         if self._starting is not None:
             self._starting.exception()
         if not self._local:  # A local cluster takes its actors with it.
             for group in self._groups.values():
-                group.shutdown()
+                group.shutdown(kindly=kind is not KeyboardInterrupt)
         if self._ray:
             failed = isinstance(error, Exception) and not isinstance(error, UserError)
             kept = stop_ray(failed)
@@ -92,7 +100,7 @@ class Fleet:
                 self._note(f"Ray's own logs of this run are kept in {kept}")
         if self._fork_server is not None:
             self._fork_server.stop()
-        self._thread.shutdown()
+        self._thread.shutdown(cancel_futures=True)
 
     # --- Start ----------------------------------------------------------------------------------
 
@@ -158,7 +166,8 @@ class Fleet:
         roles = self._needed(graph)
         self._later = [name for name in roles if name not in self._first(roles)]
         if roles:
-            self._start_ray([])
+            # In its thread always: in the main one Ray would take SIGTERM for itself.
+            self._thread.submit(self._start_ray, []).result()
             check_cluster(self._specs(roles))
             self._start_ray(self._first(roles))
         for name in set(self._groups) - set(roles):
@@ -186,6 +195,9 @@ class Fleet:
         return roles
 
     def _start_ray(self, roles: list[str]) -> None:
+        import_ray()
+        if self._left:  # A run that ends meanwhile starts nothing.
+            return
         if not self._ray:
             spec = self.config.ray
             self._ray = True
@@ -241,6 +253,7 @@ class Fleet:
             group = (
                 rollout_group(role, limits, logs, name) if engines else host_group(name, role, limits, logs)
             )
+            group.measured = self.measured
             self._groups[name] = group.start()
         return self._groups[name]
 
@@ -255,6 +268,21 @@ class Fleet:
         building = workers.build(spec.model_copy(update={"device": "cuda" if role.gpus > 0 else "cpu"}))
         host = self._hosts[name] = Host(workers, spec, weights, building)
         return host
+
+    @contextlib.contextmanager
+    def measuring(self, note: Callable[[str], None]) -> Iterator[None]:
+        """A stage, whose first calls give the deadlines of the later ones that the user hasn't set; a line to
+        `note` for each."""
+        self._measure(MeasuredLimits(self.config.limits, note))
+        try:
+            yield
+        finally:
+            self._measure(None)
+
+    def _measure(self, measured: MeasuredLimits | None) -> None:
+        self.measured = measured
+        for group in self._groups.values():
+            group.measured = measured
 
     def release(self) -> None:
         """End the training hosts (`keep_warm: false`); the next stage starts new ones."""
@@ -298,3 +326,7 @@ class Fleet:
             enable_return_routed_experts=self.config.model.moe.router_replay == "rollout",
             **self.config.roles.engine_of(role).model_dump(),
         )
+
+
+def _block_hangup() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,50 +14,63 @@ from pipeline.artifacts.hiding import hiding_problems
 from pipeline.artifacts.manifest import versions
 from pipeline.artifacts.run_directory import RunDirectory, clear_stage, drop_previous
 from pipeline.execution.parity import check_parity
-from pipeline.execution.stop import StopRequests
+from pipeline.execution.stop import REPORTING, StopRequests
 from pipeline.monitoring.phases import phase
 from pipeline.monitoring.progress import Progress
 from pipeline.monitoring.summary import pairs_table, results_table, say_startup
+from pipeline.monitoring.trackers import Trackers, open_trackers
 from pipeline.report.while_running import ReportWhileRunning
 
 if TYPE_CHECKING:
     from pipeline.artifacts.manifest import Manifest
     from pipeline.config.run_config import RunConfig
     from pipeline.execution.fleet import Fleet
-    from pipeline.monitoring.trackers import Trackers
     from pipeline.planning.nodes import Graph, Node
 
+GOES_ON = "The same command goes on from there."
 
-def run(config: RunConfig, *, dry_run: bool = False, until: str | None = None, fresh: bool = False) -> int:
+
+def run(
+    config: RunConfig,
+    *,
+    dry_run: bool = False,
+    until: str | None = None,
+    fresh: bool = False,
+    stop: StopRequests | None = None,
+) -> int:
     """Run a configuration; returns the exit code (0 done, 75 stopped after saving).
+
+    `stop`: entered already, by a command that can be stopped while it reads its config.
 
     Raises:
         UserError: the config, the data, the base or the cluster can't be used; nothing was started.
         RunFailure: an actor failed, overran its deadline, or an invariant did not hold.
+        KeyboardInterrupt: the second signal; nothing was saved.
     """
     from pipeline.planning.dry_run import DryRun
-    from pipeline.rewards.user_functions import functions_closed
 
+    if stop is None:
+        with StopRequests(print) as stop:
+            return run(config, dry_run=dry_run, until=until, fresh=fresh, stop=stop)
     began = time.time()
     dry = DryRun.of(config) if dry_run else None
     if dry is not None:
         config = dry.config
     if problems := hiding_problems(config.functions(), Path.cwd()):
         raise UserError(problems)
-    directory = RunDirectory(config.output_dir, config.name)
-    with (
-        directory.opened(fresh=fresh or dry_run),
-        StopRequests(directory.stop_file) as stop,
-        Progress() as progress,
-        functions_closed(),
-    ):
-        if dry is not None:
-            progress.table("Dry run: what is set differently", ["key", "yours", "here"], dry.changes)
-            dry.write_twins()
-        code = Run(config, directory, progress, stop, began, fresh).execute(until)
-        if dry is not None and code == EXIT_DONE:
-            progress.note(dry.outlook())
-    return code
+    try:
+        with _opened(config, stop, fresh=fresh or dry_run) as (directory, progress):
+            if dry is not None:
+                progress.table("Dry run: what is set differently", ["key", "yours", "here"], dry.changes)
+                dry.write_twins()
+            code = Run(config, directory, progress, stop, began, fresh).execute(until)
+            if dry is not None and code == EXIT_DONE:
+                progress.note(dry.outlook())
+        return code
+    except KeyboardInterrupt:  # While it looked at its directory.
+        if not stop.cut:
+            raise
+        return EXIT_STOPPED
 
 
 def evaluate_only(config: RunConfig) -> int:
@@ -65,17 +78,32 @@ def evaluate_only(config: RunConfig) -> int:
 
     Raises:
         UserError: a model that was asked for is not finished, or was made with other settings.
+        KeyboardInterrupt: as `run`.
     """
+    with StopRequests(print) as stop:
+        try:
+            with _opened(config, stop) as (directory, progress):
+                return Run(config, directory, progress, stop, time.time()).execute(None, train=False)
+        except KeyboardInterrupt:
+            if not stop.cut:
+                raise
+            return EXIT_STOPPED
+
+
+@contextlib.contextmanager
+def _opened(
+    config: RunConfig, stop: StopRequests, *, fresh: bool = False
+) -> Iterator[tuple[RunDirectory, Progress]]:
+    """What every run holds while it lasts; meanwhile `stop` prints where its progress does."""
     from pipeline.rewards.user_functions import functions_closed
 
     directory = RunDirectory(config.output_dir, config.name)
-    with (
-        directory.opened(),
-        StopRequests(directory.stop_file) as stop,
-        Progress() as progress,
-        functions_closed(),
-    ):
-        return Run(config, directory, progress, stop, time.time()).execute(None, train=False)
+    with directory.opened(fresh=fresh), Progress() as progress, functions_closed():
+        earlier, stop.say, stop.stop_file = stop.say, progress.note, directory.stop_file
+        try:
+            yield directory, progress
+        finally:
+            stop.say = earlier
 
 
 class Run:
@@ -93,64 +121,99 @@ class Run:
         self.config, self.directory, self.progress, self.stop = config, directory, progress, stop
         self.began, self.fresh = began, fresh
         self.startup: dict[str, float] = {}
+        self.graph: Graph | None = None
+        self.trackers = Trackers({}, progress.note)
 
     def execute(self, until: str | None, *, train: bool = True) -> int:
         """The whole graph: read, decide, start, train, evaluate, report."""
-        from pipeline.data.tokens.template_date import date_notice
         from pipeline.execution.fleet import Fleet
-        from pipeline.planning.read_graph import read_graph, read_rows
         from pipeline.stages.context import Stopped
 
-        with Fleet(self.config, self.directory, self.startup, self.fresh, self.progress.note) as fleet:
-            with _uncollected():
-                phase("reading data")
-                fleet.preload_imports()
-                records = read_rows(self.config, until, fleet.machine_problems())
-                self.startup["imports and data"] = round(time.time() - self.began, 2)
-                fleet.prestart()
-                graph = read_graph(self.config, self.directory, records, self.startup, fleet.base_facts())
-            if not train:
-                graph = graph.evaluations_only(self.config.eval_models())
-            for node in graph.nodes:
-                for name, problem in node.decision.damaged.items():
-                    self.progress.note(f"{node.name}: {name} is damaged and not gone on from: {problem}")
-            self._write_config()
-            self.directory.record(versions=versions(), error=None)
-            if graph.pending:
-                self.directory.record(began=self.began)
-            fleet.start(graph)
-            if fleet.ray_line is not None:
-                self.progress.note(fleet.ray_line)
-            if graph.untested and graph.pending:
-                phase("comparing an engine with the trainer")
-                check_parity(self.config.model, fleet.engines(), fleet.engine_spec(), self.progress.note)
-            self.stop.arm()
-            if graph.template_date is not None:
-                self.progress.note(date_notice(graph.template_date))
-            if graph.pending and graph.lora_targets is not None:
-                self.progress.note(f"LoRA trains\n{graph.lora_targets}")
-            self.trackers = self._open_trackers()
-            report = ReportWhileRunning(self.directory.path, self.progress.note)
-            try:
-                if graph.pending or graph.evaluations_pending:
-                    report.start()
-                for node in graph.nodes:
-                    self.run_stage(node, fleet, graph.tokenizer)
-                self.evaluate(graph, fleet)
-            except Stopped as stopped:
-                self.progress.note(f"stopped after saving: {stopped}. The same command goes on from there.")
-                return EXIT_STOPPED
-            except Exception as failure:
+        code = EXIT_STOPPED
+        try:
+            with (
+                Fleet(self.config, self.directory, self.startup, self.fresh, self.progress.note) as fleet,
+                self.stop.ending(),
+            ):
+                self.graph = self.begin(fleet, until, train=train)
+                self.work(self.graph, fleet)
+            code = EXIT_DONE
+        except Stopped as stopped:
+            self.progress.note(f"stopped after saving: {stopped}. {GOES_ON}")
+        except KeyboardInterrupt:
+            if not self.stop.cut:
+                raise
+            self.progress.note(f"stopped; nothing was lost. {GOES_ON}")
+        except Exception as failure:
+            if self.graph is not None:
                 what = str(failure) if isinstance(failure, RunFailure) else repr(failure)
                 self.directory.record(error=what)
-                raise
-            finally:
-                report.stop()
-                self.trackers.close()
-                if graph.pending:
-                    self.directory.record(startup=self.startup, seconds=round(time.time() - self.began, 1))
-                self.report(graph)
-        return EXIT_DONE
+                self.close(self.graph)
+            raise
+        if self.graph is not None:
+            self.close(self.graph)
+        return code
+
+    def begin(self, fleet: Fleet, until: str | None, *, train: bool) -> Graph:
+        """Read everything, decide what has to run, and have its first processes started."""
+        from pipeline.data.tokens.template_date import date_notice
+        from pipeline.planning.read_graph import read_graph, read_rows
+
+        with _uncollected():
+            phase("reading data")
+            fleet.preload_imports()
+            records = read_rows(self.config, until, fleet.machine_problems())
+            self.startup["imports and data"] = round(time.time() - self.began, 2)
+            fleet.prestart()
+            graph = read_graph(self.config, self.directory, records, self.startup, fleet.base_facts())
+        if not train:
+            graph = graph.evaluations_only(self.config.eval_models())
+        for node in graph.nodes:
+            for name, problem in node.decision.damaged.items():
+                self.progress.note(f"{node.name}: {name} is damaged and not gone on from: {problem}")
+        self._write_config()
+        self.directory.record(versions=versions(), error=None)
+        if graph.pending:
+            self.directory.record(began=self.began)
+        fleet.start(graph)
+        if fleet.ray_line is not None:
+            self.progress.note(fleet.ray_line)
+        if graph.untested and graph.pending:
+            phase("comparing an engine with the trainer")
+            check_parity(self.config.model, fleet.engines(), fleet.engine_spec(), self.progress.note)
+        if graph.template_date is not None:
+            self.progress.note(date_notice(graph.template_date))
+        if graph.pending and graph.lora_targets is not None:
+            self.progress.note(f"LoRA trains\n{graph.lora_targets}")
+        return graph
+
+    def work(self, graph: Graph, fleet: Fleet) -> None:
+        """Run the stages and evaluations.
+
+        Raises:
+            Stopped, KeyboardInterrupt: a stop was asked for.
+        """
+        from pipeline.execution.evaluations import Evaluations
+
+        self.trackers = self._open_trackers()
+        report = ReportWhileRunning(self.directory.path, self.progress.note)
+        try:
+            if graph.pending or graph.evaluations_pending:
+                report.start()
+            for node in graph.nodes:
+                self.run_stage(node, fleet, graph.tokenizer)
+            Evaluations(self.config, self.directory, self.progress.note, self.stop).run(graph, fleet)
+        finally:
+            report.stop()
+
+    def close(self, graph: Graph) -> None:
+        """Report on the run, also on one that stopped or failed, when its processes are gone."""
+        self.stop.finish(REPORTING)
+        with contextlib.suppress(KeyboardInterrupt):
+            self.trackers.close()
+            if graph.pending:
+                self.directory.record(startup=self.startup, seconds=round(time.time() - self.began, 1))
+            self.report(graph)
 
     def run_stage(self, node: Node, fleet: Fleet, tokenizer: Any) -> None:
         """Skip, continue or run one stage; afterwards its artifact is on disk and in run.json."""
@@ -167,6 +230,7 @@ class Run:
                 type=node.kind,
             )
             return
+        self.stop.begin_at_once(f"no step of {node.name} has begun, so there is nothing to save")
         if node.decision.state in ("changed", "new"):
             clear_stage(node.directory)
         self.progress.note(f"{node.name}: {node.decision.says}")
@@ -179,14 +243,12 @@ class Run:
         began = time.time()
         self.progress.stage(node.name, total)
         try:
-            manifest = self._train(node, fleet, tokenizer)
-        except Stopped:
-            self.progress.done("stopped")
-            self.directory.record_stage(node.name, state="stopped", seconds=round(time.time() - began, 1))
-            raise
-        except BaseException:
-            self.progress.done("failed")
-            self.directory.record_stage(node.name, state="failed", seconds=round(time.time() - began, 1))
+            with fleet.measuring(lambda line: self.progress.note(f"{node.name}: {line}")):
+                manifest = self._train(node, fleet, tokenizer)
+        except BaseException as error:
+            state = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
+            self.progress.done(state)
+            self.directory.record_stage(node.name, state=state, seconds=round(time.time() - began, 1))
             raise
         drop_previous(node.directory)
         if not node.spec.keep_warm:
@@ -202,7 +264,7 @@ class Run:
         from pipeline.stages.offline.train import train
         from pipeline.stages.online.train import train_rl
 
-        events = Events(self._on_step(fleet), self._on_log(node), self.stop.asked, self.progress.note)
+        events = Events(self._on_step(fleet), self._on_log(node), self.stop, self.progress.note)
         contexts = Contexts(fleet)
         stage = node.prepared
         if stage.online:
@@ -213,66 +275,11 @@ class Run:
         offline = contexts.train_context(node, reference, events)
         phase("first step")
         manifest = train(stage, offline, node.decision)
-        if reference is not None:
+        if reference is not None and not self.stop.asked():
             reference.finish()
             for note in reference.notes():
                 self.progress.note(f"{node.name}: {note}")
         return manifest
-
-    def evaluate(self, graph: Graph, fleet: Fleet) -> None:
-        """Score every model that the config asks for and that has no finished evaluation yet."""
-        from pipeline.evaluation.held_out import changed_code, evaluate, finished
-        from pipeline.stages.context import Stopped
-
-        self.evaluate_pairs(graph, fleet)
-        if graph.held_out is not None and graph.evaluations_pending:
-            for note in graph.held_out.remarks():
-                self.progress.note(note)
-        for name, key in graph.evaluations.items():
-            if self.stop.asked():
-                raise Stopped(f"before evaluating {name}")
-            assert self.config.eval is not None
-            assert graph.held_out is not None
-            code, directory = graph.held_out.code, self.directory.path / "eval"
-            result = finished(directory, name, key, code)
-            if result is None:
-                if changed_code(directory, name, key, code):
-                    self.progress.note(f"eval {name}: runs again: changed code of {self.config.eval.metric}")
-                began = time.time()
-                phase(f"evaluating {name}")
-                result = evaluate(
-                    name,
-                    graph.weights[name],
-                    graph.held_out,
-                    self.config.eval,
-                    fleet.engines(),
-                    graph.tokenizer,
-                    directory,
-                    self.config.seed,
-                )
-                result["seconds"] = round(time.time() - began, 1)
-            self.directory.state["eval"][name] = result
-            self.directory.save()
-
-    def evaluate_pairs(self, graph: Graph, fleet: Fleet) -> None:
-        """Let every reward model score its stage's held-out pairs, unless it has done so."""
-        from pipeline.evaluation.held_out import finished
-        from pipeline.evaluation.pairs import evaluate_pairs
-        from pipeline.execution.contexts import Contexts
-
-        directory = self.directory.path / "eval"
-        for wanted in graph.pair_evaluations:
-            name, pairs = wanted.node.name, wanted.node.prepared.eval_data
-            assert pairs is not None
-            result = finished(directory, name, wanted.key)
-            if result is None:
-                began = time.time()
-                scorer = Contexts(fleet).pair_scorer(wanted.node, graph.weights[name])
-                phase(f"evaluating {name} on pairs")
-                result = evaluate_pairs(name, scorer, pairs, graph.tokenizer, directory, wanted.key)
-                result["seconds"] = round(time.time() - began, 1)
-            self.directory.state["eval"][name] = result
-            self.directory.save()
 
     def report(self, graph: Graph) -> None:
         """Print the table and write the report, also of a run that stopped or failed."""
@@ -304,8 +311,6 @@ class Run:
         return lambda line: self.trackers.log(node.name, int(line["step"]), line)
 
     def _open_trackers(self) -> Trackers:
-        from pipeline.monitoring.trackers import open_trackers
-
         return open_trackers(
             self.config.logging.report_to,
             run_name=self.config.name,
@@ -321,7 +326,7 @@ class Run:
         path.write_text(dump_config(self.config))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
     """Without Python's collector of cycles, while what is made stays to the end: imports, rows and their
     tokens. Looking for garbage among them took a fifth of the driver's time, and found none."""

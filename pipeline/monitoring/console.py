@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from typing import IO, cast
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from actors.errors import EXIT_FAILED, EXIT_USER, RunFailure, UserError
+from pipeline.monitoring.lasting_output import LastingOutput
 from pipeline.monitoring.printable import PrintableConsole, printable
 
 WIDTH = 120
 """Columns where there is no terminal to ask: a table in a log or pipe is not folded at 80."""
 
 
-def console_for(stderr: bool) -> Console:
-    """A console as wide as the terminal, `WIDTH` where there is none; text can't act on it."""
-    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+def console_for(stderr: bool, *, lasting: bool = False) -> Console:
+    """A console as wide as the terminal, `WIDTH` where there is none; text can't act on it.
+
+    `lasting`: its reader may go away, and printing goes on into nothing.
+    """
+    out = sys.stderr if stderr else sys.stdout
+    terminal = out.isatty()
     width = None if terminal else WIDTH
-    return PrintableConsole(stderr=stderr, highlight=False, soft_wrap=not terminal, width=width)
+    file = cast("IO[str]", LastingOutput(out)) if lasting else None
+    return PrintableConsole(file=file, stderr=stderr, highlight=False, soft_wrap=not terminal, width=width)
 
 
 out, err = console_for(stderr=False), console_for(stderr=True)

@@ -101,7 +101,7 @@ class Progress:
     ) -> None:
         from pipeline.monitoring.console import console_for
 
-        self.console = console or console_for(stderr=False)
+        self.console = console or console_for(stderr=False, lasting=True)
         self.live = self.console.is_terminal
         self._clock = clock
         self._current: StageClock | None = None

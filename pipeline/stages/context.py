@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from actors.cluster.measured_limits import MeasuredLimits
 from actors.errors import UserError
 from pipeline.artifacts.identity import Identity, set_aside_newer
 from pipeline.artifacts.manifest import MANIFEST, Manifest, new_directory, verify, versions, write_json
@@ -20,6 +22,17 @@ class Stopped(Exception):
     """The user asked to stop and everything is saved."""
 
 
+class Stops(Protocol):
+    """Requests to stop, as a stage asks about them."""
+
+    def begin(self, answer: str) -> bool:
+        """Say what a stop comes to from now on ("stopping after step 8, then saving"); False where one was
+        asked for: then nothing must be begun."""
+
+    def asked(self) -> bool:
+        """The run should save and stop."""
+
+
 @dataclass(kw_only=True)
 class StageContext:
     """Context of a stage: what it works with beside its data and loss."""
@@ -31,9 +44,11 @@ class StageContext:
     dtype: str
     logging_steps: int
     starts_as_reference: bool
-    stop_asked: Callable[[], bool]
+    stop: Stops
     on_step: Callable[[int, dict[str, Any]], None]
     on_log: Callable[[dict[str, Any]], None]
+    limits: MeasuredLimits
+    """Deadlines of this stage, which is to say how much larger its steps can become."""
     card: Callable[[Path, dict[str, Any]], None] = field(default=lambda path, metrics: None)
 
     def manifest(self, kind: str, stage: Prepared, **more: Any) -> Manifest:
@@ -51,12 +66,32 @@ class StageContext:
         )
 
 
-def saves_at(stage: Prepared, step: int) -> bool:
-    """True where a checkpoint is due after `step` steps: every `save_steps`, and after the last one where a
-    longer stage could go on from there."""
-    if step == stage.total_steps:
-        return not stage.spec.needs_length
-    return step % stage.spec.save_steps == 0
+def begins_step(stage: Prepared, stop: Stops, step: int) -> bool:
+    """True if step number `step` (from 1) may begin; False where a stop was asked for."""
+    last = f", the last of {stage.name}, which is then saved as complete" if step == stage.total_steps else ""
+    return stop.begin(f"stopping after step {step}{last or ', then saving'}")
+
+
+class Saves:
+    """Decides when a stage writes checkpoints: every `save_steps` steps and every `save_minutes` minutes, and
+    after the last step where a longer stage could go on from there."""
+
+    def __init__(self, stage: Prepared, step: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """`step`: that it goes on from; `clock`: in seconds."""
+        self._stage, self._clock = stage, clock
+        self.made(step)
+
+    def due(self, step: int) -> bool:
+        """True where one has to be written after `step` steps."""
+        spec = self._stage.spec
+        if step == self._stage.total_steps:
+            return not spec.needs_length
+        late = spec.save_minutes is not None and self._clock() - self._since >= 60 * spec.save_minutes
+        return late or step % spec.save_steps == 0
+
+    def made(self, step: int) -> None:
+        """What was done up to `step` is on disk."""
+        self.step, self._since = step, self._clock()
 
 
 def sound_checkpoint(path: Path, manifest: Manifest) -> Path:

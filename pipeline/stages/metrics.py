@@ -34,6 +34,7 @@ class MetricsLog:
         # Days of training are in this file: it is never emptied to be written again.
         replace_text(path, "".join(json_text(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
+        self._evaluated = {line["step"] for line in kept if any(name.startswith("eval_") for name in line)}
         last = kept[-1] if kept else {}
         self.last: dict[str, Any] = {name: value for name, value in last.items() if value is not None}
 
@@ -49,6 +50,10 @@ class MetricsLog:
             line[name] = values[-1] if name in LAST else sum(values) / len(values)
         self._window.clear()
         return self.write(line)
+
+    def evaluated(self, step: int) -> bool:
+        """True if the file had a line of an evaluation after this step when it was opened."""
+        return step in self._evaluated
 
     def save(self, directory: Path) -> None:
         """Write the steps that are in no line yet."""

@@ -51,6 +51,11 @@ class PreparedStage:
     def total_steps(self) -> int:
         return len(self.order)
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the largest batch that these rows could make."""
+        return self.spec.batch_size * self.data.sequences.sequences_per_row * int(self.data.lengths.max())
+
     def batch(self, step: int) -> Batch:
         """The global batch of one optimizer step."""
         return self.data.batch(self.order[step])
@@ -89,6 +94,11 @@ class PreparedRl:
     @property
     def total_steps(self) -> int:
         return len(self.order)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that there can be: the longest prompt, and all of an answer."""
+        return max(map(len, self.data.token_ids)) + self.spec.max_completion_length
 
     @property
     def total_updates(self) -> int:

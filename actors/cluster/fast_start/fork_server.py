@@ -86,8 +86,8 @@ def serve(listener: socket.socket, driver: int, modules: Sequence[str]) -> list[
     """
     end_with(driver)
     print(f"--- fork-server pid {os.getpid()} {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
-    # As Ray's own processes: an interrupt at the terminal is for the driver, which saves and then ends them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # An interrupt at the terminal, or its end, is for the driver, which saves and then ends its processes.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     if not import_all(modules):
         return None
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no one waits for them: the kernel clears them away

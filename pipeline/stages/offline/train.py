@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
-from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from actors.algorithms import DpoLoss, KtoLoss
 from pipeline.artifacts.identity import Decision, checkpoints
 from pipeline.artifacts.manifest import Manifest, new_directory
 from pipeline.stages.checks import check_first_step, check_unmoved
+from pipeline.stages.context import (
+    Saves,
+    StageContext,
+    Stopped,
+    begins_step,
+    finish,
+    sound_checkpoint,
+)
 from pipeline.stages.metrics import MetricsLog
 from pipeline.stages.prepared import PreparedStage
+from pipeline.stages.views import put
 
 if TYPE_CHECKING:
+    from actors.batches import Batch
     from actors.cluster import GroupFuture
+    from actors.trainer.remote import SharedBatch
     from pipeline.stages.offline.reference import ReferenceFeed
-from pipeline.stages.context import StageContext, Stopped, finish, saves_at, sound_checkpoint
-
-AHEAD = 2
-"""Steps handed to the ranks before the first of them is back: the driver's work for a step (rows, the
-object store, logging) then hides behind the ranks' own. More would only delay a stop."""
 
 
 @dataclass(kw_only=True)
@@ -49,35 +55,26 @@ def train(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> Manife
         every=ctx.logging_steps,
         checkpoint=decision.checkpoint,
     )
-    in_flight: deque[tuple[int, GroupFuture[dict[str, float]]]] = deque()
-
-    def collect() -> None:
-        number, pending = in_flight.popleft()
-        metrics = pending.result()[0]
-        metrics["epoch"] = round(stage.epoch(number + 1), 4)
-        if number == 0 and isinstance(stage.loss, DpoLoss | KtoLoss) and ctx.starts_as_reference:
-            check_first_step(stage.name, stage.loss, metrics, ctx.dtype)
-        line = log.add(number + 1, metrics, final=number + 1 == stage.total_steps)
-        ctx.on_step(number + 1, metrics)
-        if line:
-            ctx.on_log(line)
-
+    steps, saves = Steps(stage, ctx), Saves(stage, step)
     try:
+        if evaluates_at(stage, step) and not log.evaluated(step):
+            evaluate(stage, ctx, step, log)  # A stop had cut this short.
         while step < stage.total_steps:
-            batch = with_reference(stage, ctx.reference, step)
-            in_flight.append((step, ctx.policy.update(batch, stage.loss, step)))
+            if not steps.running and not steps.begin(step):
+                if step > saves.step:
+                    save_checkpoint(stage, ctx, step, log)
+                raise Stopped(f"{stage.name} at step {step} of {stage.total_steps}")
+            metrics = steps.end(step)
             step += 1
-            stopping = ctx.stop_asked()
-            saving = stopping or saves_at(stage, step)
-            evaluating = bool(stage.spec.eval_steps) and step % (stage.spec.eval_steps or 1) == 0
-            while len(in_flight) > (0 if saving or evaluating or step == stage.total_steps else AHEAD):
-                collect()
-            if evaluating and step < stage.total_steps:
-                ctx.on_log(log.write({"step": step, **evaluate_loss(stage, ctx)}))
+            saving, evaluating = saves.due(step), evaluates_at(stage, step)
+            if not (saving or evaluating or step == stage.total_steps):
+                steps.begin(step)
+            check_and_log(stage, ctx, log, step, metrics)
+            if evaluating:
+                evaluate(stage, ctx, step, log)
             if saving:
                 save_checkpoint(stage, ctx, step, log)
-            if stopping and step < stage.total_steps:
-                raise Stopped(f"{stage.name} at step {step} of {stage.total_steps}")
+                saves.made(step)
         if stage.eval_data is not None:
             ctx.on_log(log.write({"step": step, **evaluate_loss(stage, ctx)}))
         check_unmoved(stage.name, frozen, ctx.policy.frozen_digest())
@@ -86,17 +83,90 @@ def train(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> Manife
         log.close()
 
 
-def with_reference(stage: PreparedStage, reference: ReferenceFeed | None, step: int) -> Any:
+class Steps:
+    """One step after the other on the ranks. The next one's rows are in the object store before the one that
+    runs is back, which hides the driver's work behind theirs. Nothing is sent ahead: it could not be
+    called back, and a stop would wait for it."""
+
+    def __init__(self, stage: PreparedStage, ctx: TrainContext) -> None:
+        self.stage, self.ctx = stage, ctx
+        self.running: GroupFuture[dict[str, float]] | None = None
+        self._ready: dict[int, SharedBatch] = {}
+
+    def begin(self, step: int) -> bool:
+        """Send step `step` (from 0); False where a stop was asked for."""
+        batch = self._batch(step)
+        if not begins_step(self.stage, self.ctx.stop, step + 1):
+            return False
+        self.running = self.ctx.policy.update(batch, self.stage.loss, step)
+        return True
+
+    def end(self, step: int) -> dict[str, float]:
+        """Metrics of step `step`, which runs, once it is back. Raises: as `GroupFuture.result`."""
+        assert self.running is not None
+        if step + 1 < self.stage.total_steps:
+            self._ready[step + 1] = self._batch(step + 1)
+        running, self.running = self.running, None
+        return running.result()[0]
+
+    def _batch(self, step: int) -> SharedBatch:
+        if step in self._ready:
+            return self._ready.pop(step)
+        batch = with_reference(self.stage, self.ctx.reference, step)
+        self.ctx.limits.saw("tokens", batch.n_tokens, self.stage.most_tokens)
+        return put(batch)
+
+
+def check_and_log(
+    stage: PreparedStage, ctx: TrainContext, log: MetricsLog, step: int, metrics: dict[str, float]
+) -> None:
+    """Take in the metrics of step `step` (from 1).
+
+    Raises:
+        InvariantViolation: the first loss is not what it has to be.
+    """
+    metrics["epoch"] = round(stage.epoch(step), 4)
+    if step == 1 and isinstance(stage.loss, DpoLoss | KtoLoss) and ctx.starts_as_reference:
+        check_first_step(stage.name, stage.loss, metrics, ctx.dtype)
+    line = log.add(step, metrics, final=step == stage.total_steps)
+    ctx.on_step(step, metrics)
+    if line:
+        ctx.on_log(line)
+
+
+def evaluates_at(stage: PreparedStage, step: int) -> bool:
+    """True where the held-out loss is due after `step` steps. After the last one it is in any case, apart."""
+    every = stage.spec.eval_steps
+    return bool(every and stage.eval_data) and 0 < step < stage.total_steps and step % (every or 1) == 0
+
+
+def evaluate(stage: PreparedStage, ctx: TrainContext, step: int, log: MetricsLog) -> None:
+    """Log the held-out loss after `step` steps. A stop cuts it short; the resumed run does it anew."""
+    with contextlib.suppress(CutEvaluation):
+        ctx.on_log(log.write({"step": step, **evaluate_loss(stage, ctx, cut=True)}))
+
+
+def with_reference(stage: PreparedStage, reference: ReferenceFeed | None, step: int) -> Batch:
     """The batch of a step, with the reference's log-probabilities where the loss wants them."""
     batch = stage.batch(step)
     return batch.with_columns(**reference.columns(stage.order[step])) if reference else batch
 
 
-def evaluate_loss(stage: PreparedStage, ctx: TrainContext) -> dict[str, float]:
-    """Loss and metrics on held-out rows, as `eval_*`, weighted by rows."""
+class CutEvaluation(Exception):
+    """A stop was asked for in the middle of an evaluation."""
+
+
+def evaluate_loss(stage: PreparedStage, ctx: TrainContext, *, cut: bool = False) -> dict[str, float]:
+    """Loss and metrics on held-out rows, as `eval_*`, weighted by rows.
+
+    Raises:
+        CutEvaluation: with `cut`, when a stop is asked for meanwhile.
+    """
     sums: dict[str, float] = {}
     rows = 0
     for chunk, held_out in stage.eval_batches():
+        if cut and ctx.stop.asked():
+            raise CutEvaluation
         batch = held_out
         if ctx.reference is not None:
             batch = held_out.with_columns(**ctx.reference.eval_columns(chunk))

@@ -113,6 +113,9 @@ class RlLoop:
         with clock("generate"):
             sampled = self.prefetcher.take(step)
         batch = trajectory_batch(sampled.prompts.token_ids, sampled.samples)
+        longest = int(np.diff(sampled.samples.offsets).max(initial=1))
+        self.ctx.limits.saw("tokens of a sample", longest, self.spec.max_completion_length)
+        self.ctx.limits.saw("tokens", batch.n_tokens, batch.n_rows * self.stage.longest)
         asked, scoring = self.submit_scores(batch, step, sampled)
         with clock("rewards"):
             texts = self.sampler.texts(sampled.samples)

@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.artifacts.identity import Decision, checkpoints
 from pipeline.artifacts.manifest import Manifest, new_directory, write_json
 from pipeline.stages.checks import check_unmoved
-from pipeline.stages.context import Stopped, finish, saves_at, sound_checkpoint
+from pipeline.stages.context import Saves, Stopped, begins_step, finish, sound_checkpoint
 from pipeline.stages.metrics import MetricsLog
 from pipeline.stages.online.loop import RlContext, RlLoop, StepResult
 from pipeline.stages.online.routing import Routing
@@ -48,8 +48,13 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
         MetricsLog(ctx.directory / name, resume_at=step, every=1)
         for name in ("samples.jsonl", "routing.jsonl")
     )
+    interrupted, saves = False, Saves(stage, step)
     try:
         while step < stage.total_steps:
+            if not begins_step(stage, ctx.stop, step + 1):
+                if step > saves.step:
+                    save_checkpoint(loop, step, log)
+                raise Stopped(f"{stage.name} at step {step} of {stage.total_steps}")
             result = loop.step(step)
             step += 1
             result.metrics["epoch"] = round(stage.epoch(step), 4)
@@ -61,16 +66,18 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
                 ctx.on_log(line)
                 keep_samples(samples, step, result, stage.spec.num_generations)
                 keep_routing(ctx.directory, routing, step, result.routing)
-            stopping = ctx.stop_asked() and step < stage.total_steps
-            if stopping or saves_at(stage, step):
+            if saves.due(step):
                 save_checkpoint(loop, step, log)
-            if stopping:
-                raise Stopped(f"{stage.name} at step {step} of {stage.total_steps}")
+                saves.made(step)
         for host, digest in frozen_digests(roles).items():
             check_unmoved(stage.name, frozen[host], digest, host)
         return finish(stage, ctx, log.last, time.monotonic() - began)
+    except KeyboardInterrupt:
+        interrupted = True
+        raise
     finally:
-        ctx.sync.close()
+        if not interrupted:  # Ranks in the middle of a step would answer when that is done.
+            ctx.sync.close()
         log.close()
         samples.close()
         routing.close()

@@ -65,6 +65,8 @@ class StageSpec(OptimSpec):
     """Tokens of one forward and backward pass per rank; bounds memory, doesn't change the result."""
     save_steps: int = Field(default=50, ge=1)
     """A checkpoint every so many steps; a killed run goes on from the last one."""
+    save_minutes: float | None = Field(default=30, gt=0, allow_inf_nan=False)
+    """A checkpoint also after the first step that ends so many minutes after the last one. Null: never so."""
     save_total_limit: int = Field(default=2, ge=1)
     """Checkpoints kept; an older one is removed after its successor is complete on disk."""
     keep_warm: bool = True

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from actors.batches.batch import Batch
+from actors.cluster import measured_limits
 from actors.cluster.health import ProcessState
+from actors.cluster.measured_limits import MeasuredLimits
 from actors.cluster.spec import LimitsSpec, RoleSpec
 from actors.cluster.worker_group import WorkerGroup
 from actors.errors import InvariantViolation, RunFailure, UserError
@@ -210,6 +212,39 @@ def test_an_overrun_names_the_late_rank_the_limit_and_leaves_its_stacks_in_the_l
     assert (caught.value.who, caught.value.phase) == ("policy-1", "update")
     assert "no answer within 2 s (limits.update)" in caught.value.reason
     assert "in sleep" in (group.log_dir / "policy-1.log").read_text()
+    assert group.fleet.members[1].state is ProcessState.SUSPECT
+
+
+def test_a_stopped_rank_is_noticed_in_what_the_first_calls_make_of_its_deadline(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measured_limits, "FLOOR_S", 2.0)
+    group, said = built(start()), []
+    group.measured = MeasuredLimits(group.limits, said.append)
+    for _ in range(3):
+        group.call("sleep", 0.01, phase="update")
+    assert [line.split(":")[0] for line in said] == ["limits.update of policy"]
+    os.kill(group.pids()[1], signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(RunFailure, match=r"policy-1 .*no answer within 2 s \(limits.update\)"):
+        group.call("sleep", 0.01, phase="update")
+    assert time.monotonic() - began < 4
+
+
+def test_a_stopped_process_that_has_nothing_to_do_is_found_by_looking_after_it(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measured_limits, "FLOOR_S", 2.0)
+    group = built(start())
+    group.measured = MeasuredLimits(group.limits)
+    for _ in range(3):
+        group.look_after(range(2))
+    assert group.fleet.serving == [0, 1]
+    os.kill(group.pids()[1], signal.SIGSTOP)
+    began = time.monotonic()
+    group.look_after(range(2))
+    assert time.monotonic() - began < 4
+    assert group.fleet.members[0].state is ProcessState.HEALTHY
     assert group.fleet.members[1].state is ProcessState.SUSPECT
 
 

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 
 from actors.batches.generations import Generations, SamplingSpec, sample_seed
+from actors.cluster import measured_limits
+from actors.cluster.measured_limits import MeasuredLimits
 from actors.cluster.spec import LimitsSpec, RoleSpec
 from actors.cluster.worker_group import WorkerGroup
 from actors.errors import InvariantViolation, RunFailure
@@ -80,11 +82,12 @@ def start(ray_cluster: None, tmp_path: Path) -> Iterator[Start]:
     def starting(
         workers: int = 2,
         seconds: float = 0.0,
-        generate: float = 60,
+        generate: float | None = 60,
         replace: Any = None,
         in_flight: bool = False,
     ) -> RolloutPool:
-        limits = LimitsSpec(start=60, generate=generate, stop=1)
+        own = {} if generate is None else {"generate": generate}
+        limits = LimitsSpec(start=60, stop=1, **own)
         group = WorkerGroup("rollout", RoleSpec(workers=workers), limits, tmp_path / "logs")
         groups.append(group)
         group.start().ready().build(
@@ -165,6 +168,22 @@ def test_an_engine_that_hangs_is_replaced_after_its_deadline(start: Start) -> No
     prompts = [[1001], *PROMPTS[1:]]
     assert rows(pool.generate(prompts, SAMPLING, SEEDS)) == expected(prompts)
     assert pool.restarts == [Restart(0, "no answer within 2 s (limits.generate)")]
+
+
+@pytest.mark.ray
+def test_a_stopped_engine_is_replaced_in_what_the_first_calls_make_of_its_deadline(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measured_limits, "FLOOR_S", 2.0)
+    pool = start(workers=1, generate=None)
+    pool.group.measured = MeasuredLimits(pool.group.limits)
+    for _ in range(3):
+        pool.generate(PROMPTS, SAMPLING, SEEDS)
+    os.kill(pool.group.pids()[0], signal.SIGSTOP)
+    began = time.monotonic()
+    assert rows(pool.generate(PROMPTS, SAMPLING, SEEDS)) == expected(PROMPTS)
+    assert pool.restarts == [Restart(0, "no answer within 2 s (limits.generate)")]
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.ray

@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Overdue
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 
 from actors.batches.generations import Generations
 from actors.cluster.health import Members, ProcessEvent
-from actors.cluster.spec import LimitsSpec
+from actors.cluster.spec import LimitsSpec, Phase
 from actors.errors import RunFailure
 from actors.sync.protocol import CommitReport, Expected, Offer, Prepared, Readback, StageAck
 
@@ -161,7 +161,7 @@ class Answer:
 class FakeEngines:
     """A `WorkerGroup` of engines."""
 
-    name, next_step = "rollout", "again"
+    name, next_step, measured = "rollout", "again", None
 
     def __init__(
         self, size: int, pause: Callable[[], None], dies_staging: Callable[[], bool] = lambda: False
@@ -201,6 +201,13 @@ class FakeEngines:
     def rebuild(self, rank: int) -> float:
         self.submit_rank(rank, "build", phase="load").result()
         return 0.0
+
+    def limit(self, phase: Phase, method: str) -> float:
+        return self.limits.of(phase)
+
+    def look_after(self, ranks: Iterable[int]) -> None:
+        """The dead are seen by those who call them."""
+        list(ranks)
 
     def overrun(self, rank: int, phase: str, seconds: float) -> RunFailure:
         raise AssertionError(f"engine {rank} did not answer in {seconds:.0f} s")

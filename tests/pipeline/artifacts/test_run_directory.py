@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,6 @@ import pytest
 from actors.errors import UserError
 from pipeline.artifacts.identity import Identity, decide
 from pipeline.artifacts.run_directory import RunDirectory, clear_stage, drop_previous
-from pipeline.execution.stop import StopRequests
 
 
 def test_state_is_written_and_read_back(tmp_path: Path) -> None:
@@ -196,17 +192,6 @@ def test_an_old_stage_is_kept_until_its_successor_is_complete(tmp_path: Path) ->
     assert (tmp_path / ".sft.previous" / "manifest.json").read_text() == "old"
     drop_previous(stage)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_signal_or_the_stop_file_asks_for_a_stop(tmp_path: Path) -> None:
-    with StopRequests(tmp_path / "STOP") as stop:
-        assert not stop.asked()
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.01)
-        assert stop.asked()
-    with StopRequests(tmp_path / "STOP") as stop:
-        (tmp_path / "STOP").touch()
-        assert stop.asked()
 
 
 def test_run_json_is_plain_json_for_programs(tmp_path: Path) -> None:

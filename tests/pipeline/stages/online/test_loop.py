@@ -14,6 +14,8 @@ import pytest
 
 from actors.batches.generations import Generations, SamplingSpec
 from actors.cluster.health import Members
+from actors.cluster.measured_limits import MeasuredLimits
+from actors.cluster.spec import LimitsSpec
 from actors.errors import InvariantViolation, RunFailure
 from actors.sync.engine_set import EngineSet
 from actors.sync.spec import SyncSpec
@@ -128,6 +130,14 @@ class Sync:
         return Report(version)
 
 
+class NeverAsked:
+    def begin(self, answer: str) -> bool:
+        return True
+
+    def asked(self) -> bool:
+        return False
+
+
 class Tokenizer:
     def batch_decode(self, ids: list[list[int]], skip_special_tokens: bool) -> list[str]:
         return ["7"] * len(ids)
@@ -149,7 +159,8 @@ def loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RlLoop:
     ranks, engines = object(), Engines()
     context = RlContext(
         directory=tmp_path, identity=Identity({}, {}, "", 3), dtype="float32",
-        logging_steps=1, starts_as_reference=True, stop_asked=lambda: False, on_step=lambda *_: None,
+        logging_steps=1, starts_as_reference=True, on_step=lambda *_: None,
+        stop=NeverAsked(), limits=MeasuredLimits(LimitsSpec()),
         on_log=lambda line: None, policy=Role(log, "policy", group=ranks), reference=Role(log, "reference"),
         critic=Role(log, "critic", group=ranks), reward_models={"judge": Role(log, "judge")},
         rollout=engines, sync=Sync(log, engines), tokenizer=Tokenizer(), note=lambda text: None,
