@@ -38,7 +38,7 @@ class StageResult:
     metrics: dict[str, float]
     """Of its last step."""
     seconds: float | None
-    """That it took when it ran."""
+    """Of its training, over all sessions that led to its result. Waiting for processes is not in it."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Traces of calls, for the report's timeline: what a process was asked for and when, a JSON line a call.
 
 Lines are {"method", "phase", "start", "end", "peak_rss"} with "step" and "role" where the call names them,
-and "error" where it raised. `peak_rss` is the most memory, in bytes, that the process has had so far. Times
-are seconds since the epoch by this machine's clock. A call that never ended (the process was killed) leaves
-no line.
+and "error" where it raised. `peak_rss` is the most memory, in bytes, that the process has had so far. `start`
+is in seconds since the epoch by this machine's clock, `end` is later by as much as a clock that nobody sets
+has counted. A call that never ended (the process was killed) leaves no line.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class CallTrace:
     @contextlib.contextmanager
     def call(self, method: str, phase: str, names: Mapping[str, int | str] | None = None) -> Iterator[None]:
         """Note what runs inside; `names`: further entries of the line."""
-        began = time.time()
+        began, since = time.time(), time.monotonic()
         line: dict[str, int | float | str] = {"method": method, "phase": phase, "start": round(began, DIGITS)}
         try:
             yield
@@ -39,7 +39,7 @@ class CallTrace:
             line["error"] = type(error).__name__
             raise
         finally:
-            line["end"] = round(time.time(), DIGITS)
+            line["end"] = round(began + time.monotonic() - since, DIGITS)
             line["peak_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
             self._append(line | dict(names or {}))
 

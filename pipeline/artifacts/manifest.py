@@ -58,6 +58,7 @@ class Manifest(BaseModel):
     metrics: dict[str, Any] = {}
     versions: dict[str, str] = {}
     seconds: float = 0.0
+    """Of the training up to this artifact, over all sessions; 0 in checkpoints of earlier versions."""
     created: str = ""
     files: dict[str, FileEntry] = {}
     """Every other file, relative to the manifest, with its size and digest."""

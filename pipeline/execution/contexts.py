@@ -12,7 +12,7 @@ from pipeline.evaluation.pairs import Scorer
 from pipeline.execution.hosts import adapter_name, critic_name
 from pipeline.execution.stage_card import write_stage_card
 from pipeline.roles import CRITIC, POLICY, REFERENCE, REWARD
-from pipeline.stages.context import Stops
+from pipeline.stages.context import Stops, WorkTime
 from pipeline.stages.offline.reference import ReferenceFeed
 from pipeline.stages.offline.train import TrainContext
 from pipeline.stages.online.loop import RlContext
@@ -32,6 +32,7 @@ class Events:
     on_step: Callable[[int, dict[str, Any]], None]
     on_log: Callable[[dict[str, Any]], None]
     stop: Stops
+    time: WorkTime
     note: Callable[[str], None]
 
 
@@ -86,6 +87,7 @@ class Contexts:
             "logging_steps": self.config.logging.logging_steps,
             "starts_as_reference": node.reference == node.start,
             "stop": events.stop,
+            "time": events.time,
             "limits": self.fleet.measured or MeasuredLimits(self.config.limits),
             "on_step": events.on_step,
             "on_log": events.on_log,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pipeline.config.run_config import RunConfig
     from pipeline.execution.fleet import Fleet
     from pipeline.planning.nodes import Graph, Node
+    from pipeline.stages.context import WorkTime
 
 GOES_ON = "The same command goes on from there."
 
@@ -52,7 +53,7 @@ def run(
     if stop is None:
         with StopRequests(print) as stop:
             return run(config, dry_run=dry_run, until=until, fresh=fresh, stop=stop)
-    began = time.time()
+    began = time.monotonic()
     dry = DryRun.of(config) if dry_run else None
     if dry is not None:
         config = dry.config
@@ -83,7 +84,7 @@ def evaluate_only(config: RunConfig) -> int:
     with StopRequests(print) as stop:
         try:
             with _opened(config, stop) as (directory, progress):
-                return Run(config, directory, progress, stop, time.time()).execute(None, train=False)
+                return Run(config, directory, progress, stop, time.monotonic()).execute(None, train=False)
         except KeyboardInterrupt:
             if not stop.cut:
                 raise
@@ -118,6 +119,7 @@ class Run:
         began: float,
         fresh: bool = False,
     ) -> None:
+        """`began`: when, by `time.monotonic`."""
         self.config, self.directory, self.progress, self.stop = config, directory, progress, stop
         self.began, self.fresh = began, fresh
         self.startup: dict[str, float] = {}
@@ -154,6 +156,10 @@ class Run:
             self.close(self.graph)
         return code
 
+    def seconds(self) -> float:
+        """Since the command began."""
+        return time.monotonic() - self.began
+
     def begin(self, fleet: Fleet, until: str | None, *, train: bool) -> Graph:
         """Read everything, decide what has to run, and have its first processes started."""
         from pipeline.data.tokens.template_date import date_notice
@@ -163,7 +169,7 @@ class Run:
             phase("reading data")
             fleet.preload_imports()
             records = read_rows(self.config, until, fleet.machine_problems())
-            self.startup["imports and data"] = round(time.time() - self.began, 2)
+            self.startup["imports and data"] = round(self.seconds(), 2)
             fleet.prestart()
             graph = read_graph(self.config, self.directory, records, self.startup, fleet.base_facts())
         if not train:
@@ -174,7 +180,7 @@ class Run:
         self._write_config()
         self.directory.record(versions=versions(), error=None)
         if graph.pending:
-            self.directory.record(began=self.began)
+            self.directory.record(began=time.time() - self.seconds())
         fleet.start(graph)
         if fleet.ray_line is not None:
             self.progress.note(fleet.ray_line)
@@ -212,12 +218,12 @@ class Run:
         with contextlib.suppress(KeyboardInterrupt):
             self.trackers.close()
             if graph.pending:
-                self.directory.record(startup=self.startup, seconds=round(time.time() - self.began, 1))
+                self.directory.record(startup=self.startup, seconds=round(self.seconds(), 1))
             self.report(graph)
 
     def run_stage(self, node: Node, fleet: Fleet, tokenizer: Any) -> None:
         """Skip, continue or run one stage; afterwards its artifact is on disk and in run.json."""
-        from pipeline.stages.context import Stopped
+        from pipeline.stages.context import Stopped, WorkTime
 
         manifest = node.decision.manifest
         if node.decision.state == "fresh" and manifest is not None:
@@ -225,7 +231,7 @@ class Run:
             self.directory.record_stage(
                 node.name,
                 state="skipped",
-                seconds=manifest.seconds,
+                seconds=round(manifest.seconds, 1),
                 metrics=manifest.metrics,
                 type=node.kind,
             )
@@ -240,31 +246,38 @@ class Run:
         self.directory.record_stage(
             node.name, state="running", type=node.kind, init=node.init, total_steps=total
         )
-        began = time.time()
+        spent, waited = WorkTime(), self.directory.state["stages"][node.name].get("wait", 0.0)
+        if node.decision.state != "partial":
+            waited = 0.0
         self.progress.stage(node.name, total)
         try:
             with fleet.measuring(lambda line: self.progress.note(f"{node.name}: {line}")):
-                manifest = self._train(node, fleet, tokenizer)
+                manifest = self._train(node, fleet, tokenizer, spent)
         except BaseException as error:
             state = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
             self.progress.done(state)
-            self.directory.record_stage(node.name, state=state, seconds=round(time.time() - began, 1))
+            seconds = {} if spent.work is None else {"seconds": round(spent.work, 1)}
+            self.directory.record_stage(node.name, state=state, wait=round(waited + spent.wait, 1), **seconds)
             raise
         drop_previous(node.directory)
         if not node.spec.keep_warm:
             fleet.release()
         self.progress.done("done")
         self.directory.record_stage(
-            node.name, state="done", seconds=round(time.time() - began, 1), metrics=manifest.metrics
+            node.name,
+            state="done",
+            seconds=round(manifest.seconds, 1),
+            wait=round(waited + spent.wait, 1),
+            metrics=manifest.metrics,
         )
 
-    def _train(self, node: Node, fleet: Fleet, tokenizer: Any) -> Manifest:
+    def _train(self, node: Node, fleet: Fleet, tokenizer: Any, spent: WorkTime) -> Manifest:
         """The stage itself, offline or online."""
         from pipeline.execution.contexts import Contexts, Events
         from pipeline.stages.offline.train import train
         from pipeline.stages.online.train import train_rl
 
-        events = Events(self._on_step(fleet), self._on_log(node), self.stop, self.progress.note)
+        events = Events(self._on_step(fleet), self._on_log(node), self.stop, spent, self.progress.note)
         contexts = Contexts(fleet)
         stage = node.prepared
         if stage.online:
@@ -290,7 +303,7 @@ class Run:
         pairs_table(
             self.progress, self.directory.state, [found.node.name for found in graph.pair_evaluations]
         )
-        say_startup(self.progress, self.startup, time.time() - self.began)
+        say_startup(self.progress, self.startup, self.seconds())
         try:
             self.progress.note(f"report: {build_report(self.directory.path)}")
         except OSError as error:
@@ -300,7 +313,7 @@ class Run:
         def on_step(step: int, metrics: dict[str, Any]) -> None:
             if "first training step" not in self.startup:
                 fleet.start_others()
-                total = time.time() - self.began
+                total = self.seconds()
                 self.startup["adapter and first step"] = round(total - sum(self.startup.values()), 2)
                 self.startup["first training step"] = round(total, 2)
             self.progress.step(step, metrics)

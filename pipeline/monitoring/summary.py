@@ -9,7 +9,8 @@ from pipeline.monitoring.progress import Progress
 
 
 def results_table(progress: Progress, state: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Accuracy of every evaluated model, with its 95 % interval and the stage's own time."""
+    """Accuracy of every evaluated model, with its 95 % interval and the seconds of its stage's training, over
+    all sessions; `wait` is what the stage waited for processes and weights."""
     rows = []
     for name in names:
         if name not in state["eval"]:
@@ -19,12 +20,11 @@ def results_table(progress: Progress, state: Mapping[str, Any], names: Sequence[
         shares = result["metric"] == "exact_match" or 0 <= low <= high <= 1
         show = (lambda v: f"{100 * v:.1f} %") if shares else (lambda v: f"{v:.3f}")
         stage = state["stages"].get(name, {})
-        seconds = f"{stage['seconds']:.0f} s" if "seconds" in stage else ""
-        rows.append([name, show(result["accuracy"]), f"{show(low)} - {show(high)}", result["n"], seconds])
+        times = [f"{stage[key]:.0f} s" if key in stage else "" for key in ("seconds", "wait")]
+        rows.append([name, show(result["accuracy"]), f"{show(low)} - {show(high)}", result["n"], *times])
     if rows:
-        progress.table(
-            "Held-out prompts", ["model", "accuracy", "95 % interval", "prompts", "training"], rows
-        )
+        columns = ["model", "accuracy", "95 % interval", "prompts", "training", "wait"]
+        progress.table("Held-out prompts", columns, rows)
 
 
 def pairs_table(progress: Progress, state: Mapping[str, Any], names: Sequence[str]) -> None:

@@ -120,6 +120,7 @@ def _read_stages(
             state=str(had.get("state") or "pending"),
             init=str(asked.get("init") or had.get("init") or policy),
             seconds=as_number(had.get("seconds")),
+            wait=as_number(had.get("wait")),
             metrics=as_mapping(had.get("metrics")),
             error=_error_text(had.get("error")),
             total_steps=as_count(had.get("total_steps")),

@@ -32,6 +32,9 @@ class StageView:
     reads: dict[str, str] = field(default_factory=dict)
     """Other stages that it reads -> what it uses each as: reference, reward model."""
     seconds: float | None = None
+    """Of training, over all sessions."""
+    wait: float | None = None
+    """Seconds before its first steps, for processes and weights."""
     metrics: dict[str, Any] = field(default_factory=dict)
     error: str = ""
     series: dict[str, Series] = field(default_factory=dict)

@@ -69,9 +69,11 @@ def wait_texts(one: Waiting) -> tuple[str, str, str]:
 
 
 def time_bars(run: RunView) -> list[TimeBar]:
-    """Start-up by cause, then stages and evaluations, each against the longest."""
+    """Start-up by cause, then stages, what these waited for, and evaluations, each against the longest."""
     causes = [(label, "start-up", seconds) for label, seconds in run.startup.items()]
-    causes += [(stage.name, "stage", stage.seconds) for stage in run.stages if stage.seconds]
+    for stage in run.stages:
+        causes += [(stage.name, "stage", stage.seconds)] if stage.seconds else []
+        causes += [(f"{stage.name}, before its first step", "wait", stage.wait)] if stage.wait else []
     causes += [(f"evaluation of {row.model}", "evaluation", row.seconds) for row in run.evals if row.seconds]
     longest = max((seconds for _, _, seconds in causes), default=0.0)
     return [

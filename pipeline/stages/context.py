@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from actors.cluster.measured_limits import MeasuredLimits
 from actors.errors import UserError
-from pipeline.artifacts.identity import Identity, set_aside_newer
+from pipeline.artifacts.identity import Decision, Identity, set_aside_newer
 from pipeline.artifacts.manifest import MANIFEST, Manifest, new_directory, verify, versions, write_json
 from pipeline.stages.prepared import Prepared
 
@@ -33,6 +33,31 @@ class Stops(Protocol):
         """The run should save and stop."""
 
 
+class WorkTime:
+    """Seconds of a stage. Work is all from the beginning of the first step to the finished artifact, over all
+    sessions that led to it; wait is what came before in this session: processes, weights, a first sync."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock`: in seconds; starts now."""
+        self._clock, self._made = clock, clock()
+        self._began: float | None = None
+        self._earlier = 0.0
+
+    def begin(self, earlier: float) -> None:
+        """The first step of this session; `earlier`: seconds of work up to the checkpoint it goes on from.
+        What came after that, and is done again, does not count twice."""
+        self._began, self._earlier = self._clock(), earlier
+
+    @property
+    def work(self) -> float | None:
+        """None before the first step."""
+        return None if self._began is None else self._earlier + self._clock() - self._began
+
+    @property
+    def wait(self) -> float:
+        return (self._clock() if self._began is None else self._began) - self._made
+
+
 @dataclass(kw_only=True)
 class StageContext:
     """Context of a stage: what it works with beside its data and loss."""
@@ -49,6 +74,7 @@ class StageContext:
     on_log: Callable[[dict[str, Any]], None]
     limits: MeasuredLimits
     """Deadlines of this stage, which is to say how much larger its steps can become."""
+    time: WorkTime
     card: Callable[[Path, dict[str, Any]], None] = field(default=lambda path, metrics: None)
 
     def manifest(self, kind: str, stage: Prepared, **more: Any) -> Manifest:
@@ -62,6 +88,7 @@ class StageContext:
             data={"fingerprint": self.identity.data, "rows": stage.data.n_rows},
             seed=stage.seed,
             versions=versions(),
+            seconds=round(self.time.work or 0.0, 3),
             **more,
         )
 
@@ -94,6 +121,12 @@ class Saves:
         self.step, self._since = step, self._clock()
 
 
+def seconds_before(decision: Decision) -> float:
+    """Seconds of work up to the checkpoint that a stage goes on from; 0 for a new one."""
+    goes_on = decision.state == "partial" and decision.manifest is not None
+    return decision.manifest.seconds if goes_on and decision.manifest is not None else 0.0
+
+
 def sound_checkpoint(path: Path, manifest: Manifest) -> Path:
     """The checkpoint at `path`, if its files are what its manifest says. Newer ones, which a run that goes
     on from this one found damaged, are set aside.
@@ -114,7 +147,7 @@ def sound_checkpoint(path: Path, manifest: Manifest) -> Path:
     return path
 
 
-def finish(stage: Prepared, ctx: StageContext, last: dict[str, Any], seconds: float) -> Manifest:
+def finish(stage: Prepared, ctx: StageContext, last: dict[str, Any]) -> Manifest:
     """Write the artifact, then the stage's manifest: only then is the stage done."""
     place = "model" if ctx.policy.role is None else "adapter"
     kind = place if stage.spec.makes == "policy" else stage.spec.makes
@@ -125,7 +158,7 @@ def finish(stage: Prepared, ctx: StageContext, last: dict[str, Any], seconds: fl
     load = ctx.policy.router_load()
     if load is not None:
         write_json(ctx.directory / "router_load.json", {"load": load.tolist()})
-    manifest = ctx.manifest(kind, stage, metrics=metrics, step=stage.total_steps, seconds=round(seconds, 3))
+    manifest = ctx.manifest(kind, stage, metrics=metrics, step=stage.total_steps)
     made = ctx.directory / place
     inner = Manifest.model_validate_json((made / MANIFEST).read_text())
     manifest.files = {f"{place}/{name}": entry for name, entry in inner.files.items()}

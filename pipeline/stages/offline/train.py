@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from pipeline.stages.context import (
     Stopped,
     begins_step,
     finish,
+    seconds_before,
     sound_checkpoint,
 )
 from pipeline.stages.metrics import MetricsLog
@@ -45,7 +45,6 @@ def train(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> Manife
         Stopped: after saving, when a stop was asked for.
         RunFailure: a rank failed, overran a deadline, or an invariant did not hold.
     """
-    began = time.monotonic()
     ctx.policy.prepare(stage.spec.optim_spec(), stage.total_steps)
     step = restore(ctx, decision)
     frozen = ctx.policy.frozen_digest()
@@ -56,6 +55,7 @@ def train(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> Manife
         checkpoint=decision.checkpoint,
     )
     steps, saves = Steps(stage, ctx), Saves(stage, step)
+    ctx.time.begin(seconds_before(decision))
     try:
         if evaluates_at(stage, step) and not log.evaluated(step):
             evaluate(stage, ctx, step, log)  # A stop had cut this short.
@@ -78,7 +78,7 @@ def train(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> Manife
         if stage.eval_data is not None:
             ctx.on_log(log.write({"step": step, **evaluate_loss(stage, ctx)}))
         check_unmoved(stage.name, frozen, ctx.policy.frozen_digest())
-        return finish(stage, ctx, log.last, time.monotonic() - began)
+        return finish(stage, ctx, log.last)
     finally:
         log.close()
 

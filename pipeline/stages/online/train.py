@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 from pipeline.artifacts.identity import Decision, checkpoints
 from pipeline.artifacts.manifest import Manifest, new_directory, write_json
 from pipeline.stages.checks import check_unmoved
-from pipeline.stages.context import Saves, Stopped, begins_step, finish, sound_checkpoint
+from pipeline.stages.context import Saves, Stopped, begins_step, finish, seconds_before, sound_checkpoint
 from pipeline.stages.metrics import MetricsLog
 from pipeline.stages.online.loop import RlContext, RlLoop, StepResult
 from pipeline.stages.online.routing import Routing
@@ -29,7 +28,6 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
         Stopped: after saving, when a stop was asked for.
         RunFailure: an actor failed beyond recovery, overran a deadline, or an invariant did not hold.
     """
-    began = time.monotonic()
     loop = RlLoop(stage, ctx)
     prepare(stage, ctx)
     step = restore(loop, decision)
@@ -49,6 +47,7 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
         for name in ("samples.jsonl", "routing.jsonl")
     )
     interrupted, saves = False, Saves(stage, step)
+    ctx.time.begin(seconds_before(decision))
     try:
         while step < stage.total_steps:
             if not begins_step(stage, ctx.stop, step + 1):
@@ -71,7 +70,7 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
                 saves.made(step)
         for host, digest in frozen_digests(roles).items():
             check_unmoved(stage.name, frozen[host], digest, host)
-        return finish(stage, ctx, log.last, time.monotonic() - began)
+        return finish(stage, ctx, log.last)
     except KeyboardInterrupt:
         interrupted = True
         raise

@@ -47,3 +47,13 @@ def test_step_and_role_are_found_by_place_or_by_name() -> None:
     assert named(update, ["b", "l", 4], {}) == {"step": 4}
     assert named(update, ["b", "l"], {"step": 4, "role": "critic"}) == {"step": 4, "role": "critic"}
     assert named(update, [], {}) == {}
+
+
+def test_a_wall_clock_that_is_set_in_the_middle_of_a_call_does_not_change_its_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = CallTrace(tmp_path / "policy-0.jsonl")
+    with trace.call("update", "update"):
+        monkeypatch.setattr("time.time", lambda: 1.6e9)
+    (line,) = lines(trace.path)
+    assert 0 <= line["end"] - line["start"] < 1  # type: ignore[operator]

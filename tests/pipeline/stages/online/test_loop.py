@@ -24,6 +24,7 @@ from pipeline.artifacts.identity import Decision, Identity
 from pipeline.data.reading.bad_rows import Skipped
 from pipeline.data.tokens.batch_order import BatchOrder
 from pipeline.data.tokens.prompts import PromptData
+from pipeline.stages.context import WorkTime
 from pipeline.stages.online import loop as rl
 from pipeline.stages.online.loop import RlContext, RlLoop
 from pipeline.stages.online.train import train_rl
@@ -160,7 +161,7 @@ def loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RlLoop:
     context = RlContext(
         directory=tmp_path, identity=Identity({}, {}, "", 3), dtype="float32",
         logging_steps=1, starts_as_reference=True, on_step=lambda *_: None,
-        stop=NeverAsked(), limits=MeasuredLimits(LimitsSpec()),
+        stop=NeverAsked(), limits=MeasuredLimits(LimitsSpec()), time=WorkTime(),
         on_log=lambda line: None, policy=Role(log, "policy", group=ranks), reference=Role(log, "reference"),
         critic=Role(log, "critic", group=ranks), reward_models={"judge": Role(log, "judge")},
         rollout=engines, sync=Sync(log, engines), tokenizer=Tokenizer(), note=lambda text: None,
