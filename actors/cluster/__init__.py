@@ -12,6 +12,7 @@ from actors.cluster.connection import (
 )
 from actors.cluster.environment import SHIPPED, actor_environment
 from actors.cluster.futures import GroupFuture, WorkerFuture
+from actors.cluster.measured_limits import MeasuredLimits
 from actors.cluster.ray_private import MODE, TRIED, head_address, private, use_token
 from actors.cluster.scratch import Scratch
 from actors.cluster.spec import LimitsSpec, RaySpec, RoleSpec
@@ -23,6 +24,7 @@ __all__ = [
     "TRIED",
     "GroupFuture",
     "LimitsSpec",
+    "MeasuredLimits",
     "RaySpec",
     "RoleSpec",
     "Scratch",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from actors.cluster.measured_limits import MeasuredLimits
+from actors.cluster import MeasuredLimits
 from pipeline.artifacts.weights import Weights
 from pipeline.evaluation.pairs import Scorer
 from pipeline.execution.hosts import adapter_name, critic_name

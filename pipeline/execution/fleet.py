@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from actors.cluster import (
     GroupFuture,
+    MeasuredLimits,
     RoleSpec,
     WorkerFuture,
     WorkerGroup,
@@ -23,7 +24,6 @@ from actors.cluster import (
     stop_ray,
 )
 from actors.cluster.fast_start import ForkServer
-from actors.cluster.measured_limits import MeasuredLimits
 from actors.errors import UserError
 from actors.models.facts import BaseFacts, base_facts
 from actors.rollout.remote import ROLLOUT as ENGINE

@@ -95,7 +95,7 @@ def evaluate_only(config: RunConfig) -> int:
 def _opened(
     config: RunConfig, stop: StopRequests, *, fresh: bool = False
 ) -> Iterator[tuple[RunDirectory, Progress]]:
-    """What every run holds while it lasts; meanwhile `stop` prints where its progress does."""
+    """Things that every run holds while it lasts; meanwhile `stop` prints where its progress does."""
     from pipeline.rewards.user_functions import functions_closed
 
     directory = RunDirectory(config.output_dir, config.name)

@@ -43,7 +43,7 @@ class Doing:
     """Work of the run, from the point of view of somebody who stops it."""
 
     answer: str
-    """What becomes of it: "stopping after step 8, then saving"."""
+    """Outcome of it: "stopping after step 8, then saving"."""
     at_once: bool = False
     """It is cut short, since nothing is lost with it."""
     ends: bool = False
@@ -77,7 +77,7 @@ class StopRequests:
         # Of the handler, which runs in the main thread between two bytecodes and can't take a lock.
         self._signals = 0
         self._stopped: Doing | None = None
-        """What the first signal found, where the handler was faster than the thread that answers it."""
+        """Work that the first signal found, where the handler was faster than the thread that answers it."""
         self._cut = self._interrupted = self._forced = self._again = False
         self._by_file = 0
         """1: the file asked first, and what comes next is the second request."""

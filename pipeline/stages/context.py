@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from actors.cluster.measured_limits import MeasuredLimits
+from actors.cluster import MeasuredLimits
 from actors.errors import UserError
 from pipeline.artifacts.identity import Decision, Identity, set_aside_newer
 from pipeline.artifacts.manifest import MANIFEST, Manifest, new_directory, verify, versions, write_json
@@ -117,7 +117,7 @@ class Saves:
         return late or step % spec.save_steps == 0
 
     def made(self, step: int) -> None:
-        """What was done up to `step` is on disk."""
+        """Note that all up to `step` is on disk."""
         self.step, self._since = step, self._clock()
 
 
