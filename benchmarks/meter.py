@@ -56,14 +56,13 @@ class Meter:
         self._began, self._cpu = time.perf_counter(), cpu_seconds(self.pids)
         self.reading = Reading()
 
-    def step(self, tokens: int, in_flight: int = 0) -> bool:
-        """Note a finished step; True when it is enough together with those in flight, yet to be noted."""
+    def step(self, tokens: int) -> bool:
+        """Note a finished step; True when it is enough."""
         now = self.reading
         now.tokens, now.steps = now.tokens + tokens, now.steps + 1
         now.seconds = time.perf_counter() - self._began
         now.cpu_seconds = cpu_seconds(self.pids) - self._cpu
-        ahead = now.seconds * (1 + in_flight / now.steps)
-        return now.steps + in_flight >= self.effort.least_steps and ahead >= self.effort.least_seconds
+        return now.steps >= self.effort.least_steps and now.seconds >= self.effort.least_seconds
 
 
 def cpu_seconds(pids: Sequence[int]) -> float:

@@ -20,13 +20,11 @@ from actors.trainer.spec import HostSpec, OptimSpec
 from benchmarks.meter import Effort, Meter, Reading, peak_rss_bytes
 from benchmarks.workloads import BETA, LEARNING_RATE, LORA_ALPHA, LORA_R, Workload, batches, make_rows
 
-AHEAD = 2
-"""Steps in flight, as in the product's training loop."""
 ROLE = "policy"
 
 
 def through_actor(workload: Workload, base: Path, effort: Effort, threads: int) -> dict[str, Any]:
-    """As `raylign run` does it: Ray, one rank in an actor of its own, steps submitted ahead."""
+    """As `raylign run` does it: Ray, one rank in an actor of its own, its next rows ready in time."""
     from actors.cluster import LimitsSpec, RoleSpec, start_ray, stop_ray
 
     start_ray()
@@ -92,18 +90,15 @@ def _train(workers: ModelWorkers, supply: Iterator[Batch], loss: Loss, meter: Me
     for batch in islice(supply, meter.effort.warm_up_steps):
         workers.update(batch, loss, step).result()
         step += 1
-    flying: deque[tuple[int, Any]] = deque()
+    upcoming = next(supply)
     meter.start()
     enough = False
-    while flying or not enough:
-        if not enough:
-            batch = next(supply)
-            flying.append((batch.n_tokens, workers.update(batch, loss, step)))
-            step += 1
-        while len(flying) > (0 if enough else AHEAD):
-            tokens, pending = flying.popleft()
-            pending.result()
-            enough = meter.step(tokens, in_flight=len(flying)) or enough
+    while not enough:
+        tokens, pending = upcoming.n_tokens, workers.update(upcoming, loss, step)
+        upcoming = next(supply)
+        pending.result()
+        step += 1
+        enough = meter.step(tokens)
     return meter.reading
 
 
