@@ -60,7 +60,7 @@ class RoleSpec(Spec):
 
 class LimitsSpec(Spec):
     """Deadlines in seconds. Past one, the run ends with the role, the rank and the phase's name, or an engine
-    is replaced. Those of `update`, `evaluate`, `logprobs` and `generate` that are left out become shorter once
+    is replaced. Those of `update`, `evaluate`, `logprobs` and `generate` that are left out get shorter once
     a stage has measured its first calls (`actors.cluster.measured_limits`)."""
 
     start: float = Field(default=180, gt=0)
