@@ -72,7 +72,7 @@ def test_shared_fields_have_the_names_that_the_installed_trl_gives_them() -> Non
 
     ours = {
         "init", "data", "eval_data", "batch_size", "shuffle", "max_tokens_per_micro_batch",
-        "keep_warm", "type", "train_on", "reference",
+        "keep_warm", "save_minutes", "type", "train_on", "reference",
     }  # fmt: skip
     for spec, theirs in ((SftStage, trl.SFTConfig), (DpoStage, trl.DPOConfig)):
         shared = set(spec.model_fields) - ours
