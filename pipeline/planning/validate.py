@@ -87,15 +87,17 @@ def _find(config: RunConfig) -> Findings:
     from pipeline.monitoring.trackers import tracker_problems
     from pipeline.planning.resources import machine_problems, sync_bytes
     from pipeline.planning.reward_rules import reward_source_problems
+    from pipeline.rewards.user_functions import start_functions
 
     findings = Findings()
+    start_functions(config.functions().values())  # Their modules are imported while the base is looked at.
     findings.attempt(RunDirectory(config.output_dir, config.name).refuse_foreign)
     findings.problems += machine_problems(config)
     findings.problems += hiding_problems(config.functions(), Path.cwd())
     findings.problems += tracker_problems(config.logging.report_to)
-    findings.problems += reward_source_problems(config, config.stages)
     phase("reading the base's config and tokenizer")
     tokenizer = _look_at_model(config, findings)
+    findings.problems += reward_source_problems(config, config.stages)
     if findings.targets is not None:
         findings.sync_bytes = sync_bytes(config, findings.targets)
     trained: dict[str, dict[int, Place]] = {}
