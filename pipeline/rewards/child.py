@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any
@@ -141,7 +142,22 @@ def _leave_watch(run: int, descriptor: int) -> None:
             code = os.waitstatus_to_exitcode(status)
             os._exit(code if code >= 0 else 128 - code)
         if os.getppid() != run:
-            os.killpg(0, signal.SIGKILL)
+            end_group(os.getpid())
+
+
+def end_group(leader: int) -> None:
+    """Kill a group of processes, and those below its leader that have left the group; the leader last."""
+    import psutil
+
+    try:
+        below = psutil.Process(leader).children(recursive=True)
+    except psutil.Error:
+        below = []
+    for process in below:
+        with suppress(psutil.Error):
+            process.kill()
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 def _go_on(number: int, frame: FrameType | None) -> None:

@@ -236,10 +236,11 @@ class FunctionProcess:
         self._start()
 
     def _stop(self) -> None:
-        """Kill the process and all of its group; its last words are on the screen afterwards."""
+        """Kill the process and all that it has started; its last words are on the screen afterwards."""
+        from pipeline.rewards.child import end_group
+
         if self._popen.returncode is None:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._popen.pid, signal.SIGKILL)
+            end_group(self._popen.pid)
             self._popen.wait()
         for thread in self._forwarders:
             thread.join(1.0)

@@ -21,6 +21,8 @@ from pipeline.rewards.values import RewardCall
 _processes: dict[LoadedCode, FunctionProcess] = {}
 _pickled: dict[int, UserFunction] = {}
 """Functions that came as objects, by their id; each is taken out when its object is gone."""
+_runs = 0
+"""Runs and checks of runs that use the processes."""
 _lock = threading.Lock()
 
 
@@ -130,13 +132,18 @@ def start_functions(sources: Iterable[str]) -> None:
 
 @contextmanager
 def functions_closed() -> Iterator[None]:
-    """End all processes of functions afterwards."""
+    """End all processes of functions afterwards, unless another run of this process still has them."""
+    global _runs
+    with _lock:
+        _runs += 1
     try:
         yield
     finally:
         with _lock:
-            processes = list(_processes.values())
-            _processes.clear()
+            _runs -= 1
+            processes = [] if _runs else list(_processes.values())
+            if not _runs:
+                _processes.clear()
         for process in processes:  # All at once, then each is waited for.
             process.hang_up()
         for process in processes:

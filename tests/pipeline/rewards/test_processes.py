@@ -69,6 +69,10 @@ def alarmed(completions, **_):
 def thread_name(completions, **_):
     return [float(threading.current_thread() is threading.main_thread())] * len(completions)
 
+def leaves_the_group(completions, answer):
+    os.setpgrp()
+    starts(completions, answer)
+
 def starts(completions, answer):
     for command in (["sleep", "77"], [sys.executable, "-c", "import time; time.sleep(77)"]):
         with open(answer[0], "a") as file:
@@ -171,6 +175,11 @@ def raises_then_hangs(completions, **_):
 SAMPLES = Samples(["q"] * 3, ["a", "bb", "ccc"], [[1], [2], [3]])
 
 
+def close_functions() -> None:
+    with functions_closed():
+        pass
+
+
 @pytest.fixture
 def of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RewardCall]]:
     (tmp_path / "functions_of_mine.py").write_text(MODULE)
@@ -180,8 +189,8 @@ def of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[...
     def call(name: str, samples: Samples = SAMPLES, timeout_s: float = 20) -> RewardCall:
         return call_reward_function(find_function(f"functions_of_mine:{name}"), samples, timeout_s)
 
-    with functions_closed():
-        yield call
+    yield call
+    close_functions()
 
 
 def gone(pid: int) -> bool:
@@ -255,9 +264,10 @@ def test_whatever_ends_a_call_is_told_and_the_next_one_works(of: Any, name: str,
     assert of("tensors").values == [0.0, 1.0, 2.0]
 
 
-def test_what_a_function_started_ends_with_it(of: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["starts", "leaves_the_group"])
+def test_what_a_function_started_ends_with_it(of: Any, tmp_path: Path, name: str) -> None:
     file = str(tmp_path / "pids")
-    found = of("starts", Samples(["q"], ["a"], [[1]], {"answer": [file]}), 1.5)
+    found = of(name, Samples(["q"], ["a"], [[1]], {"answer": [file]}), 1.5)
     assert "no answer" in found.problem
     pids = [int(pid) for pid in Path(file).read_text().split()]
     assert len(pids) == 3
@@ -282,8 +292,7 @@ def test_what_functions_print_is_on_the_screen_and_acts_on_no_terminal(
     of: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     of("prints_much")
-    with functions_closed():  # which waits for the rest
-        pass
+    close_functions()  # which waits for the rest
     printed = capsys.readouterr()
     assert printed.out.count("y") == 3_000_000
     assert printed.out.startswith("imported\n")
@@ -294,8 +303,7 @@ def test_lines_that_functions_print_are_written_whole(of: Any, monkeypatch: pyte
     written: list[str] = []
     monkeypatch.setattr(sys.stdout, "write", written.append)
     of("prints_pieces")
-    with functions_closed():
-        pass
+    close_functions()
     assert [text for text in written if text] == ["imported\n", "one line\n", "no end"]
 
 
@@ -331,7 +339,7 @@ RUN = """
 import os, sys, time
 from pipeline.rewards.functions import Samples, call_reward_function, find_function
 print(os.getpid(), flush=True)
-function = find_function("functions_of_mine:starts")
+function = find_function("functions_of_mine:leaves_the_group")
 call_reward_function(function, Samples(["q"], ["a"], [[1]], {"answer": [sys.argv[1]]}), 600)
 """
 
@@ -399,6 +407,8 @@ def test_processes_are_gone_when_the_run_is_over_once_their_modules_have_put_awa
     file = tmp_path / "pids"
     of("leaves_a_server", Samples(["q"], ["a"], [[1]], {"answer": [str(file)]}))
     with functions_closed():
+        close_functions()  # A check of another run, say.
+        assert not any(gone(int(pid)) for pid in file.read_text().split())
         start_functions(["functions_of_mine:pid"])
     pids = [int(pid) for pid in file.read_text().split()[:2]]
     assert file.read_text().split()[2:] == ["put", "away"]
