@@ -6,6 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
+BLOCK = {"cpu": 2**17}
+"""Elements of a product that are computed at once: 1 MiB in float64, which a core's cache holds."""
+LARGE_BLOCK = 2**24
+"""The same on other devices."""
+EXPONENT_BITS = 0x7F800000
+"""Of a float32: with the rest cleared, the largest power of two that is not above it."""
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -21,8 +28,41 @@ class Factors:
 
 
 def low_rank_delta(factors: Factors) -> torch.Tensor:
-    """s B A in float32, of the weight's shape. Trainer, engine and written checkpoint have the same bits
-    because all of them compute the product here."""
-    # In place: a product of this size costs less than the memory for a second one.
-    delta = (factors.b @ factors.a).mul_(factors.scaling)
+    """s B A in float32, of the weight's shape: the same bits on every device, in any order of summation.
+
+    Trainer, engine and written checkpoint compute it here, on CPUs and GPUs, with threads and in shares of
+    their own, and digests of the sums are compared. A float32 product depends on the order in which a library
+    adds (all tensors of an expert's size differ somewhere between two orders); so the terms are made such
+    that every sum of them is exact. The columns of A and the rows of B, along r, are rounded to whole
+    multiples of a power of two, to at most 24 bits each; a product then has 48, and the sum of r of them fits
+    into float64's 53 (Ozaki et al. 2012, "Error-free transformations of matrix multiplication"). What is left
+    are operations on single elements, which IEEE 754 defines to the bit. The error is that of a float32
+    product: seen 1e-7 of the largest element, 2e-7 with torch's.
+    """
+    bits = _bits(factors.a.shape[-2])
+    a, b = _on_grid(factors.a, -2, bits), _on_grid(factors.b, -1, bits)
+    delta = torch.empty((*b.shape[:-1], a.shape[-1]), dtype=torch.float32, device=a.device)
+    parts = zip(a, b, delta) if a.ndim == 3 else [(a, b, delta)]
+    rows = max(1, BLOCK.get(a.device.type, LARGE_BLOCK) // a.shape[-1])
+    if a.ndim == 3 and rows >= 2 * b.shape[1]:
+        # Many small experts: several at once.
+        several = rows // b.shape[1]
+        parts = zip(a.split(several), b.split(several), delta.split(several))
+    for one_a, one_b, one_delta in parts:
+        for lines, target in zip(one_b.split(rows, dim=-2), one_delta.split(rows, dim=-2)):
+            torch.mul(lines @ one_a, factors.scaling, out=target)
     return delta.transpose(1, 2) if factors.transposed else delta
+
+
+def _on_grid(values: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
+    """float64: rounded to multiples of 2^(e + 1 - bits), where 2^e <= the largest along `dim` < 2^(e + 1)."""
+    largest = values.abs().amax(dim, keepdim=True)
+    power = (largest.view(torch.int32) & EXPONENT_BITS).view(torch.float32).double()
+    # The last bit of this number is worth one step of the grid, and so is that of its sum with a value.
+    rounder = power.mul_(1.5 * 2.0 ** (53 - bits))
+    return values.double().add_(rounder).sub_(rounder)
+
+
+def _bits(rank: int) -> int:
+    """Of a factor, so that the sum of `rank` products of two fits into 53."""
+    return min(24, (53 - (rank - 1).bit_length()) // 2)

@@ -82,7 +82,8 @@ class Merger:
     def merged(self, payload: Payload, names: Sequence[str], targets: Targets) -> dict[str, torch.Tensor]:
         """These checkpoint tensors in the version that the payload brings, in the engine's dtype.
 
-        Names that the payload doesn't change come from the base. The sum is in float32, rounded once.
+        Names that the payload doesn't change come from the base. The sum is in float32, rounded once, and
+        taken where the payload is: on a GPU if it came over NCCL.
         """
         if payload.manifest.payload == "merged":
             sent = payload.tensors()
@@ -102,9 +103,9 @@ class Merger:
         return self._rounded(payload, name).to(self._dtype)
 
     def _rounded(self, payload: Payload, name: str) -> torch.Tensor:
-        """W0 as the trainer has it."""
+        """W0 as the trainer has it, where the payload is."""
         dtype: torch.dtype = getattr(torch, payload.manifest.base_dtype)
-        return self._base.tensor(name).to(dtype)
+        return self._base.tensor(name).to(payload.buffer.device).to(dtype)
 
     def _split(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Names in memory -> names in the checkpoint. transformers only renames, cuts and joins here, so

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from actors.errors import UserError
 from actors.models.architectures.lookup import ARCHITECTURES
 from actors.models.lora.merge import adapter_factors, merged_state
 from actors.rollout.vllm.lora_merge import BaseCheckpoint, Merger
-from actors.sync.payload import digest_of, fused_groups_of, pack_adapter
+from actors.sync.payload import Payload, digest_of, fused_groups_of, pack_adapter, pack_merged
 from actors.trainer.merged_weights import HostMerge, Tally
+from tests.actors.pretend_device import DEVICE, There, second_device
 from tests.actors.rollout.vllm.vllm_cases import ADAPTER, MERGED, Policy, write_base
 
 
@@ -135,3 +137,36 @@ def test_a_base_that_can_not_be_added_to_is_the_users_mistake(
         save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=problem):
         BaseCheckpoint(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [ADAPTER, MERGED])
+def test_what_came_over_nccl_is_merged_on_the_gpu_to_the_same_bits(policy: Policy, kind: str) -> None:
+    """The base's tensors come from files, onto the CPU."""
+    merger, base = merger_of(policy, torch.bfloat16)
+    payload = policy.payload(kind, 1, torch.bfloat16)
+    targets = merger.targets(payload)
+    names = sorted(base.shapes)
+    here = merger.merged(payload, names, targets)
+    with second_device():
+        there = merger.merged(Payload(payload.manifest, There(payload.buffer)), names, targets)
+        assert {tensor.device for tensor in there.values()} == {DEVICE}
+        assert {n: digest_of(t) for n, t in there.items()} == {n: digest_of(t) for n, t in here.items()}
+
+
+def test_a_trainer_on_a_gpu_packs_and_digests_what_one_on_a_cpu_does(policy: Policy) -> None:
+    factors = adapter_factors(policy.peft, "policy")
+    here = HostMerge(policy.peft.get_base_model(), factors, "bfloat16")
+    there = HostMerge(policy.peft.get_base_model(), factors, "bfloat16")
+    with second_device():
+        there._base = {name: There(tensor) for name, tensor in here._base.items()}
+        there._factors = {
+            name: dataclasses.replace(f, a=There(f.a), b=There(f.b)) for name, f in factors.items()
+        }
+        assert there.tally() == here.tally()
+        assert (
+            pack_adapter(1, "bfloat16", there._factors).digest == pack_adapter(1, "bfloat16", factors).digest
+        )
+        (names,) = here.parts()
+        packed = pack_merged(1, "bfloat16", there.merged(names))
+        assert packed.buffer.device == DEVICE
+        assert packed.digest == pack_merged(1, "bfloat16", here.merged(names)).digest
