@@ -16,10 +16,14 @@ import numpy as np
 
 from actors.errors import InvariantViolation
 
-RATIO_TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}
-"""Of |ratio - 1| at the worst token or sample of the first update. Seen on the tiny base in float32: 0. Other
-micro-batches may round differently (1e-6 a token, which a trajectory's ratio adds up); in bfloat16 a route
-that flips moves a token's log-probability by up to 0.4."""
+RATIO_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
+"""Of |log-ratio| / max(1, |log-probability|) of a token at the first update of a generation."""
+RATIO_BEYOND, RATIO_BEYOND_TENTH = 0.02, 0.5
+"""Shares of tokens that may be beyond the tolerance, and beyond a tenth of it: bounds of the 0.98 quantile
+and of the median. Both passes are over the same weights, in other micro-batches. Seen then on the embedded
+base in bfloat16, in bins with a dense mask as on GPUs: a median and a 0.9 quantile of 0, a 0.99 quantile of
+.003, and one token of 22,000 off by 1.1, whose route flipped. A trajectory's ratio is a product over its
+tokens and grows with them, so tokens are looked at, whatever `importance_sampling_level` is."""
 KL_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 """Of the mean k3 per token between a policy and the reference that it starts from."""
 MISMATCH_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -36,19 +40,23 @@ def check_first_ratio(metrics: Mapping[str, float], tolerance: float) -> None:
     """Hold the first update's ratios against 1.
 
     Args:
-        metrics: of that update; `ratio/max_deviation`.
-        tolerance: of |ratio - 1| at the worst token.
+        metrics: of that update; `ratio/beyond` and `ratio/beyond_tenth`, shares of tokens.
+        tolerance: that they were counted with.
 
     Raises:
         InvariantViolation: the policy that trains is not the one whose log-probabilities were stored.
     """
-    found = metrics["ratio/max_deviation"]
-    if not found <= tolerance:
+    far, near = metrics["ratio/beyond"], metrics["ratio/beyond_tenth"]
+    if not (far <= RATIO_BEYOND and near <= RATIO_BEYOND_TENTH):
         raise InvariantViolation(
-            "policy", "first update of a generation", f"a ratio is {found:.3g} away from 1 (at most "
-            f"{tolerance:g}): the old log-probabilities are of other weights, tokens or another temperature",
+            "policy",
+            "first update of a generation",
+            f"every ratio is 1 there, and {far:.1%} of the tokens (at most {RATIO_BEYOND:.0%}) are more than "
+            f"{tolerance:g} off their stored log-probability, as a share of it, {near:.1%} (at most "
+            f"{RATIO_BEYOND_TENTH:.0%}) more than {tolerance / 10:g}: what was stored is of other weights, "
+            "tokens or another temperature",
             "this is a fault of the run and not of its settings: report it with the stage's config.yaml",
-        )  # fmt: skip
+        )
 
 
 def check_first_kl(logps: np.ndarray, ref_logps: np.ndarray, tolerance: float) -> None:

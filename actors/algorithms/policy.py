@@ -48,6 +48,8 @@ class PolicyLoss(PolicySettings, SamplingTemperature, Loss):
     (`ratio/max_deviation`), and `engine_logps` is compared with it (`mismatch/...`)."""
     mismatch_limits: tuple[float, float] | None = None
     """Of on_policy: the most that `mismatch/k3` and `mismatch/beyond_2x` may be for the weights to move."""
+    ratio_tolerance: float = rl_checks.RATIO_TOLERANCE["float32"]
+    """Of `ratio/beyond`: see `rl_checks.check_first_ratio`."""
 
     @property
     def row(self) -> PolicyLossRow:
@@ -91,9 +93,12 @@ class PolicyLoss(PolicySettings, SamplingTemperature, Loss):
         metrics |= {name: ((share * weights).sum(), weights.sum()) for name, share in shares.items()}
         if self.on_policy:
             metrics |= _mismatch(view)
-            if "old_logps" in view.token_columns:
-                known = _log_ratio(view, view.logps.detach(), view.token_columns["old_logps"], weights, level)
-                metrics |= _deviation(known.exp(), weights)
+        if "old_logps" in view.token_columns:
+            known = view.token_columns["old_logps"]
+            metrics |= _beyond(view, known, weights, self.ratio_tolerance)
+            if self.on_policy:
+                log_ratio = _log_ratio(view, view.logps.detach(), known, weights, level)
+                metrics |= _deviation(log_ratio.exp(), weights)
         if self.entropy_coef > 0:
             metrics["policy_loss"] = (loss.detach(), 0.0)
             loss = loss - self.entropy_coef * (view.entropy * weights).sum() / totals["tokens"]
@@ -161,6 +166,15 @@ def _metrics(
 
 def _deviation(ratio: Tensor, weights: Tensor) -> MetricSums:
     return {"ratio/max_deviation": largest((ratio - 1).abs() * weights)}
+
+
+def _beyond(view: TokenView, old: Tensor, weights: Tensor, tolerance: float) -> MetricSums:
+    """Shares of tokens whose log-probability is farther off `old` than `tolerance` and than a tenth of it, as
+    a share of it where it is beyond 1. What is no number is beyond both."""
+    off = (view.logps.detach().double() - old).abs() / old.abs().clamp(min=1)
+    bounds = {"ratio/beyond": tolerance, "ratio/beyond_tenth": tolerance / 10}
+    tokens = weights.sum()
+    return {name: ((~(off <= bound)).double().mul(weights).sum(), tokens) for name, bound in bounds.items()}
 
 
 def _mismatch(view: TokenView) -> MetricSums:

@@ -201,7 +201,7 @@ class RlLoop:
 
     def policy_loss(self) -> Loss:
         """With what has to hold before its optimizer step."""
-        loss = self.objective.loss(self.kl.beta)
+        loss = self.objective.loss(self.kl.beta, self.ctx.dtype)
         if not self.objective.on_policy:
             return loss
         return loss.model_copy(update={"mismatch_limits": self.mismatch_limits()})
@@ -263,6 +263,10 @@ class RlLoop:
         self.num_tokens = int(state["num_tokens"])
 
 
+FIRST_ONLY = ("ratio/beyond", "ratio/beyond_tenth")
+"""Metrics that say something of the first update of a step only, where they are checked."""
+
+
 def joined(done: list[tuple[str, dict[str, float]]]) -> dict[str, float]:
     """Means over optimizer steps; the critic's share a prefix where they have a namesake."""
     own = {"critic/value_loss": "value_loss", "critic/value_clip_ratio": "value_clip_ratio"}
@@ -271,7 +275,7 @@ def joined(done: list[tuple[str, dict[str, float]]]) -> dict[str, float]:
         for name, value in metrics.items():
             key = f"{prefix}{name}"
             values.setdefault(own.get(key, key), []).append(value)
-    dropped = {"num_tokens", "critic/num_tokens", "step_seconds", "critic/step_seconds"}
+    dropped = {"num_tokens", "critic/num_tokens", "step_seconds", "critic/step_seconds", *FIRST_ONLY}
     means = {name: sum(all_) / len(all_) for name, all_ in values.items() if name not in dropped}
     return means | {name: max(values[name]) for name in ("ratio/max_deviation",) if name in values}
 

@@ -42,8 +42,8 @@ class Objective(ABC):
         """From rewards, float64 (samples,), to the rows that the loss reads."""
 
     @abstractmethod
-    def loss(self, beta: float) -> Loss:
-        """The policy's loss at the present KL coefficient."""
+    def loss(self, beta: float, dtype: str) -> Loss:
+        """The policy's loss at the present KL coefficient; `dtype`: of the policy."""
 
     @abstractmethod
     def minibatches(self, rows: int, samples: int, seed: int, step: int) -> list[np.ndarray]:
@@ -89,9 +89,13 @@ class PolicyGradient(Objective):
         spec = self.spec
         return spec.updates_per_step == 1 and spec.beta == 0 and not spec.staleness and not spec.corrected
 
-    def loss(self, beta: float) -> PolicyLoss:
-        own = {"beta": self._in_loss(beta), "on_policy": self.on_policy}
-        return PolicyLoss.from_settings(self.spec, **own)
+    def loss(self, beta: float, dtype: str) -> PolicyLoss:
+        return PolicyLoss.from_settings(
+            self.spec,
+            beta=self._in_loss(beta),
+            on_policy=self.on_policy,
+            ratio_tolerance=rl_checks.RATIO_TOLERANCE[dtype],
+        )
 
     def _in_loss(self, beta: float) -> float:
         return beta if self.spec.kl_in == "loss" else 0.0
@@ -121,7 +125,7 @@ class PreferencePairs(Objective):
     def estimate(self, batch: Batch, rewards: np.ndarray, scores: TokenScores, beta: float) -> Estimates:
         return pairs_of(self.spec, batch, rewards, scores)
 
-    def loss(self, beta: float) -> OnlineDpoLoss:
+    def loss(self, beta: float, dtype: str) -> OnlineDpoLoss:
         return OnlineDpoLoss.from_settings(self.spec)
 
     def minibatches(self, rows: int, samples: int, seed: int, step: int) -> list[np.ndarray]:
@@ -133,7 +137,7 @@ class PreferencePairs(Objective):
 
     def check_first(self, metrics: Mapping[str, float], dtype: str, at_reference: bool) -> None:
         if at_reference:
-            check_first_step(self.spec.type, self.loss(self.spec.beta), metrics, dtype)
+            check_first_step(self.spec.type, self.loss(self.spec.beta, dtype), metrics, dtype)
 
 
 def objective_of(spec: OnlineStage) -> Objective:

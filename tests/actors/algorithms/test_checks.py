@@ -25,11 +25,13 @@ from actors.algorithms.checks import (
 from actors.errors import InvariantViolation
 
 
-def test_a_ratio_away_from_1_at_the_first_update_stops_the_run() -> None:
-    check_first_ratio({"ratio/max_deviation": 9e-4}, 1e-3)
-    for wrong in (0.05, math.nan):
-        with pytest.raises(InvariantViolation, match="away from 1"):
-            check_first_ratio({"ratio/max_deviation": wrong}, 1e-3)
+@pytest.mark.parametrize("share", ["ratio/beyond", "ratio/beyond_tenth"])
+def test_ratios_away_from_1_at_the_first_update_stop_the_run(share: str) -> None:
+    well = {"ratio/beyond": 0.02, "ratio/beyond_tenth": 0.5}
+    check_first_ratio(well, 1e-3)
+    for wrong in (0.51, math.nan):
+        with pytest.raises(InvariantViolation, match="of other weights, tokens or another temperature"):
+            check_first_ratio({**well, share: wrong}, 1e-3)
 
 
 def test_a_reference_that_is_not_the_start_stops_the_run() -> None:

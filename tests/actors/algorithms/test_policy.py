@@ -11,6 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from actors.algorithms.checks import RATIO_TOLERANCE, check_first_ratio
 from actors.algorithms.loss import TokenView
 from actors.algorithms.policy import PolicyLoss
 from actors.batches.batch import Batch
@@ -316,3 +317,32 @@ def test_on_policy_says_how_far_stored_log_probabilities_and_the_engine_are() ->
     with pytest.raises(InvariantViolation, match=r"50\.00% of tokens beyond a factor of 2"):
         loss.model_copy(update={"mismatch_limits": (0.5, 0.4)}).check(means)
     assert loss.required_columns == ("engine_logps", "advantages")
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "trajectory"])
+def test_tokens_off_their_stored_log_probability_are_counted_whatever_the_ratio_is_of(level: str) -> None:
+    """Off by 0, by 0.15 of -1, by 0.15 of -30 (half a percent of it), by what is no number."""
+    logps, off = [-1.0, -1.0, -30.0, -1.0], [0.0, 0.15, 0.15, math.nan]
+    view = view_of(logps, [2, 2], old_logps=[a - b for a, b in zip(logps, off)], advantages=[1.0] * 4)
+    loss = PolicyLoss(loss_type="grpo", importance_sampling_level=level, ratio_tolerance=0.1)
+    _, sums = loss(view, {"divisor": 2.0, "tokens": 4.0})
+    assert (sums["ratio/beyond"][0], sums["ratio/beyond"][1]) == (2, 4)
+    assert sums["ratio/beyond_tenth"][0] == 2
+    _, sums = loss.model_copy(update={"ratio_tolerance": 0.04})(view, {"divisor": 2.0, "tokens": 4.0})
+    assert sums["ratio/beyond_tenth"][0] == 3
+
+
+def test_a_long_sample_whose_route_flips_once_in_bfloat16_passes_the_first_update() -> None:
+    """1,000 tokens with a noise of 0.003 each and one that is off by 1.1: their product is far from 1."""
+    generator = np.random.default_rng(0)
+    logps = -generator.uniform(0.1, 5, 1000)
+    old = logps + generator.normal(0, 0.003, 1000)
+    old[500] += 1.1
+    view = view_of(logps.tolist(), [1000], old_logps=old.tolist(), advantages=[1.0] * 1000)
+    loss = PolicyLoss(
+        loss_type="grpo", importance_sampling_level="trajectory", ratio_tolerance=RATIO_TOLERANCE["bfloat16"]
+    )
+    _, sums = loss(view, {"divisor": 1.0, "tokens": 1000.0})
+    means = {name: float(total) / float(weight) for name, (total, weight) in sums.items() if "beyond" in name}
+    assert sums["ratio/max_deviation"][0] > 0.6
+    check_first_ratio(means, RATIO_TOLERANCE["bfloat16"])

@@ -78,7 +78,8 @@ class Role:
 
     def update(self, batch: Any, loss: Any, number: int) -> Answer:
         self.log.append(f"{self.name} {number} beta {getattr(loss, 'beta', 0):.3g}")
-        return Answer({"loss": 0.0, "ratio/max_deviation": self.ratio})
+        shares = {"ratio/beyond": self.ratio, "ratio/beyond_tenth": self.ratio}
+        return Answer({"loss": 0.0, "ratio/max_deviation": self.ratio, **shares})
 
     def prepare(self, optim: Any, total: int, *, keep: bool = False) -> None:
         self.log.append(f"prepare {self.name} for {total}{' beside others' if keep else ''}")
@@ -220,7 +221,7 @@ def test_a_reward_model_that_returns_no_number_stops_the_step(loop: RlLoop) -> N
 def test_a_ratio_that_is_not_1_is_not_served(loop: RlLoop) -> None:
     loop.ctx.policy.ratio = 0.1  # type: ignore[misc]
     loop.step(0)
-    with pytest.raises(InvariantViolation, match=r"a ratio is 0\.1 away from 1"):
+    with pytest.raises(InvariantViolation, match=r"every ratio is 1 there, and 10\.0% of the tokens"):
         loop.step(1)
     assert "push 2" not in log_of(loop)
 

@@ -80,7 +80,7 @@ def test_a_row_that_was_added_trains_the_policy(tiny_base: Path, tmp_path: Path)
     spec = stage_of(tmp_path, loss_type="unclipped", num_iterations=2, learning_rate=1e-2)
     host, batch = policy_host(tiny_base), sampled()
     found = estimated(spec, batch, host.scores.token_logprobs(batch, "policy", spec.temperature))
-    loss = objective_of(spec).loss(0.0)
+    loss = objective_of(spec).loss(0.0, "float32")
     host.updates.prepare_training("policy", spec.optim_spec(), 2)
     first, second = (host.updates.update(found.batch, loss, step, "policy") for step in (0, 1))
     mean_advantage = float(found.batch.token_columns["advantages"].mean())
@@ -109,7 +109,7 @@ def test_the_samples_of_a_step_have_every_column_of_a_row(name: str) -> None:
     data = {"data": [{"source": "x"}], "rewards": [{"source": "exact_match"}]}
     spec = GrpoStage(**data, batch_size=4, num_generations=2, num_iterations=2, loss_type=name, **bound)
     batch = estimated(spec, sampled(), np.full(sum(LENGTHS), -1.0)).batch
-    loss = objective_of(spec).loss(0.0)
+    loss = objective_of(spec).loss(0.0, "float32")
     assert set(loss.required_columns) <= {*batch.columns, *batch.token_columns}
     assert loss.totals(batch)["divisor"] > 0
 

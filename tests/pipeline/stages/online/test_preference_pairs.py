@@ -86,7 +86,7 @@ def test_there_are_as_many_optimizer_steps_however_few_pairs_there_are() -> None
 
 
 def test_the_loss_is_dpos_at_the_sampling_temperature() -> None:
-    loss = objective_of(stage(temperature=0.7, beta=0.3, loss_type="ipo")).loss(0.3)
+    loss = objective_of(stage(temperature=0.7, beta=0.3, loss_type="ipo")).loss(0.3, "float32")
     assert isinstance(loss, OnlineDpoLoss)
     assert (loss.logit_temperature, loss.beta, loss.loss_type) == (0.7, 0.3, ["ipo"])
 

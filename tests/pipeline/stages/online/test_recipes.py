@@ -84,7 +84,7 @@ def test_grpo_as_published_is_the_papers_loss_and_gradient() -> None:
     zeros = torch.zeros(sum(LENGTHS))
     sequence = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
     view = TokenView(logps, sequence, len(LENGTHS), zeros, zeros.bool(), zeros, zeros, token_columns=columns)
-    loss = objective.loss(spec.beta)
+    loss = objective.loss(spec.beta, "float32")
     ours = loss(view, loss.totals(found.batch))[0]
     theirs = paper(logps, torch.tensor(old), torch.tensor(ref))
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
