@@ -10,7 +10,8 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Literal
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,9 @@ from actors.cluster.meeting_point import open_meeting_point
 from actors.errors import RunFailure
 from actors.sync.payload import Manifest, Payload
 from actors.sync.spec import Backend
+from actors.sync.transport import Operation, Transport, transport
+
+T = TypeVar("T")
 
 TRAINER, ENGINE = 0, 1
 """Ranks in the group."""
@@ -92,12 +96,12 @@ class Channel:
         """`timeout`: of every operation; `joining`: of the meeting with the other end, null for the same."""
         self.name = name
         self._peer = ENGINE if rank == TRAINER else TRAINER
-        self._timeout = timeout
-        self._device = torch.device("cuda" if backend == "nccl" else "cpu")
         self._store = store
-        self._group: Any = self._guarded(
-            lambda: _group(backend, store, rank, timeout, joining or timeout), "connect"
+        self._transport: Transport | None = None
+        self._transport = self._guarded(
+            lambda: transport(backend, store, rank, timeout, joining or timeout), "connect"
         )
+        self._device = self._transport.device
 
     def send(self, payload: Payload) -> None:
         """Hand a payload to the other end; returns when all of it is on its way.
@@ -122,20 +126,22 @@ class Channel:
 
     def close(self) -> None:
         """Drop the connection; the other end's next call fails."""
-        self._group = self._store = None
+        transport, self._transport, self._store = self._transport, None, None
+        if transport is not None:
+            transport.close()
 
-    def _each_chunk(self, tensor: torch.Tensor, operation: Literal["send", "recv"]) -> torch.Tensor:
+    def _each_chunk(self, tensor: torch.Tensor, operation: Operation) -> torch.Tensor:
         step = CHUNK_BYTES // tensor.element_size()
         for chunk in tensor.split(step):
-            self._guarded(lambda chunk=chunk: self._move(chunk, operation), operation)  # type: ignore[misc]
+            self._guarded(partial(self._move, chunk, operation), operation)
         return tensor
 
-    def _move(self, chunk: torch.Tensor, operation: str) -> None:
-        if self._group is None:
+    def _move(self, chunk: torch.Tensor, operation: Operation) -> None:
+        if self._transport is None:
             raise RuntimeError("it is closed")
-        getattr(self._group, operation)([chunk], self._peer, 0).wait(self._timeout)
+        self._transport.move(chunk, operation, self._peer)
 
-    def _guarded(self, work: Callable[[], Any], operation: str) -> Any:
+    def _guarded(self, work: Callable[[], T], operation: str) -> T:
         try:
             return work()
         except RuntimeError as error:
@@ -149,15 +155,6 @@ def own_address() -> str:
     import ray
 
     return ray.util.get_node_ip_address() if ray.is_initialized() else socket.gethostbyname("localhost")
-
-
-def _group(backend: Backend, store: Any, rank: int, timeout: timedelta, joining: timedelta) -> Any:
-    if backend == "gloo":
-        return dist.ProcessGroupGloo(store, rank, 2, joining)
-    # Nobody meets here before the first operation, of which this is the deadline.
-    options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
-    return dist.ProcessGroupNCCL(store, rank, 2, options)
 
 
 def _why(error: BaseException) -> str:

@@ -8,12 +8,15 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from actors.errors import RunFailure
-from actors.sync import channel
+from actors.sync import channel, transport
 from actors.sync.channel import CHUNK_BYTES, Channel, Connector, Listener
 from actors.sync.payload import Payload, pack_merged
 
@@ -136,3 +139,49 @@ def take_the_header_and_die(address: str) -> None:
     threading.Timer(0.5, os._exit, (9,)).start()
     joined._move(torch.empty(2, dtype=torch.int64), "recv")
     time.sleep(60)
+
+
+class HungGroup:
+    """An NCCL group whose peer died: operations never complete, and nothing is raised."""
+
+    aborted: ClassVar[list[HungGroup]] = []
+    watchdog: ClassVar[str | None] = None
+    abort_s: ClassVar[float] = 0.0
+
+    class Options:
+        """torch's."""
+
+    def __init__(self, *args: object) -> None:
+        type(self).watchdog = os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING")
+
+    def send(self, *args: object) -> mock.Mock:
+        return mock.Mock(is_completed=mock.Mock(return_value=False))
+
+    recv = send
+
+    def abort(self) -> None:
+        self.aborted.append(self)
+        time.sleep(self.abort_s)
+
+
+@pytest.mark.parametrize("abort_s", [0.0, 60.0], ids=["abort returns", "abort hangs as well"])
+def test_an_operation_that_hangs_is_aborted_at_its_deadline_and_the_process_lives(
+    monkeypatch: pytest.MonkeyPatch, abort_s: float
+) -> None:
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", HungGroup, raising=False)
+    monkeypatch.setattr(HungGroup, "abort_s", abort_s)
+    monkeypatch.setattr(HungGroup, "aborted", [])
+    monkeypatch.setitem(transport.DEVICES, "nccl", "cpu")
+    monkeypatch.setattr(transport, "ABORT_S", 0.2)
+    before = dict(os.environ)
+    trainer = Listener("127.0.0.1", 0.3).accept("engine 0", "nccl")
+    # torch's watchdog would end this process; it is off for this group, and for no other.
+    assert HungGroup.watchdog == "0"
+    assert dict(os.environ) == before
+    began = time.monotonic()
+    with pytest.raises(RunFailure, match="engine 0 failed in phase 'sync': send failed: no answer within"):
+        trainer.send(payload())
+    assert time.monotonic() - began < 5
+    assert len(HungGroup.aborted) == 1
+    with pytest.raises(RunFailure, match="closed"):
+        trainer.send(payload())
