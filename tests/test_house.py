@@ -148,6 +148,7 @@ TORCH_IN = (
     "actors.rollout.weight_updater",
     "actors.sync.channel",
     "actors.sync.payload",
+    "actors.sync.transport",
     "actors.trainer",
 )
 """Modules and rooms that may load a heavy library when they are imported. All others are light, but for what
