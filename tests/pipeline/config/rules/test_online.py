@@ -87,7 +87,7 @@ def test_the_losses_and_advantages_take_their_options_from_the_stage_under_the_s
     from pipeline.stages.specs.registry import PolicyGradientStage, PpoStage
 
     stages = [stage for stage in STAGE_TYPES.values() if issubclass(stage, PolicyGradientStage)]
-    found_by_the_loop = {"on_policy", "mismatch_limits"}
+    found_by_the_loop = {"on_policy", "mismatch_limits", "ratio_tolerance"}
     of_all_stages = set.intersection(*(set(s.model_fields) for s in stages))
     assert set(PolicyLoss.model_fields) - found_by_the_loop <= of_all_stages
     assert set(ValueLoss.model_fields) <= set(PpoStage.model_fields)
