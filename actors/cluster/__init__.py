@@ -10,7 +10,7 @@ from actors.cluster.connection import (
     start_ray,
     stop_ray,
 )
-from actors.cluster.environment import SHIPPED, actor_environment
+from actors.cluster.environment import SHIPPED, actor_environment, passed_on
 from actors.cluster.futures import GroupFuture, WorkerFuture
 from actors.cluster.measured_limits import MeasuredLimits
 from actors.cluster.ray_private import MODE, TRIED, head_address, private, use_token
@@ -38,6 +38,7 @@ __all__ = [
     "is_local",
     "local_resources",
     "match_tokens",
+    "passed_on",
     "private",
     "start_ray",
     "stop_ray",

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from actors.errors import UserError
+
 CORE_APART = "VLLM_ENABLE_V1_MULTIPROCESSING"
 """vLLM's own variable: 1 puts an engine's core into a process of its own, as is the default on GPUs."""
 SHIPPED = "shipped-files"
@@ -83,6 +85,20 @@ def actor_environment(threads: int, one_node: bool) -> dict[str, str]:
         "PYTHONSAFEPATH": "1",
     }
     return env | ({"GLOO_SOCKET_IFNAME": "lo"} if one_node else {})
+
+
+def passed_on(names: Sequence[str]) -> dict[str, str]:
+    """Variables of this process that `ray.env` passes on to actors and jobs, with their values.
+
+    Raises:
+        UserError: some are not set here; an empty one counts as set.
+    """
+    if unset := [name for name in names if name not in os.environ]:
+        raise UserError(
+            f"ray.env: {', '.join(unset)} {'is' if len(unset) == 1 else 'are'} not set here; export "
+            f"{'it' if len(unset) == 1 else 'them'} before the command, or leave the name out of ray.env"
+        )
+    return {name: os.environ[name] for name in names}
 
 
 def engine_environment(gpu: bool) -> dict[str, str]:

@@ -6,9 +6,10 @@ act on them.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+import re
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from actors.spec import Spec
 
@@ -21,6 +22,10 @@ Sharding = Literal["none", "base", "full", "experts"]
 """`none`: every rank holds all weights. `base`: the frozen base is split by torch's `fully_shard` (FSDP2),
 gathered a layer at a time; adapters stay whole. `full`: all is split, gradients and optimizer too. `experts`:
 each rank holds some experts of every layer, and tokens are sent to them; the rest is whole on every rank."""
+
+
+_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
+_OWNED, _RAYS = ("PATH", "HOME", "TMPDIR", "CUDA_VISIBLE_DEVICES"), ("RAY_", "RAYLIGN_", "PYTHON", "LD_")
 
 
 class RoleSpec(Spec):
@@ -109,3 +114,18 @@ class RaySpec(Spec):
     fast_start: bool = True
     """Start a local cluster without Ray's dashboard, log monitor and agents, and fork its workers from one
     process that has made the imports. false: Ray's own way, some seconds slower, with the same results."""
+    env: list[str] = Field(default_factory=list)
+    """Names of environment variables that the run and all its processes get, such as `HF_TOKEN`. Their values
+    are those where the command is typed, also of a submitted job, and are written nowhere."""
+
+    @field_validator("env", mode="before")
+    @classmethod
+    def _names_alone(cls, value: Any) -> Any:
+        """Refuse all but names, without a word of what was given: it may be a secret."""
+        right = "a list of names of environment variables, without values: [HF_TOKEN, WANDB_API_KEY]"
+        names: list[Any] = value if isinstance(value, list) else [None]
+        if not all(isinstance(name, str) and _NAME.match(name) for name in names):
+            raise ValueError(f"must be {right}")
+        if owned := [name for name in names if name in _OWNED or name.startswith(_RAYS)]:
+            raise ValueError(f"{', '.join(owned)}: of each machine or of Ray, not passed on; must be {right}")
+        return list(dict.fromkeys(value))

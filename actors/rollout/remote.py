@@ -6,7 +6,7 @@ names, where it is documented. All of them return at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,12 +28,15 @@ ROLLOUT_MODULES = ("torch", "vllm", "vllm.entrypoints.llm")
 
 
 def rollout_group(
-    role: RoleSpec, limits: LimitsSpec, log_dir: str | Path, name: str = "rollout"
+    role: RoleSpec,
+    limits: LimitsSpec,
+    log_dir: str | Path,
+    name: str = "rollout",
+    env: Mapping[str, str] | None = None,
 ) -> WorkerGroup:
-    """A group for `ROLLOUT`: independent vLLM engines. Not started yet."""
-    return WorkerGroup(
-        name, role, limits, log_dir, preload=ROLLOUT_MODULES, env=engine_environment(role.gpus > 0)
-    )
+    """A group for `ROLLOUT`: independent vLLM engines. Not started yet. `env`: further variables."""
+    own = engine_environment(role.gpus > 0)
+    return WorkerGroup(name, role, limits, log_dir, preload=ROLLOUT_MODULES, env={**(env or {}), **own})
 
 
 class RolloutEngines(UpdatableEngines):

@@ -5,6 +5,7 @@ Loads no torch. `tests/actors/trainer/test_remote.py` holds each signature again
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -36,9 +37,11 @@ HOST_MODULES = (
 """Modules that a rank needs before it can load a base, imported while the driver reads its data."""
 
 
-def host_group(name: str, role: RoleSpec, limits: LimitsSpec, log_dir: str | Path) -> WorkerGroup:
-    """A group for `HOST`: training ranks, reference ranks. Not started yet."""
-    return WorkerGroup(name, role, limits, log_dir, preload=HOST_MODULES)
+def host_group(
+    name: str, role: RoleSpec, limits: LimitsSpec, log_dir: str | Path, env: Mapping[str, str] | None = None
+) -> WorkerGroup:
+    """A group for `HOST`: training ranks, reference ranks. Not started yet. `env`: further variables."""
+    return WorkerGroup(name, role, limits, log_dir, preload=HOST_MODULES, env=env)
 
 
 @dataclass(frozen=True)

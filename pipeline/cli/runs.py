@@ -109,9 +109,11 @@ def run(
 ) -> int:
     """Run the stages; the same command goes on after an interruption."""
     from pipeline.execution.stop import StopRequests
+    from pipeline.jobs.handover import take_values
 
     with StopRequests(console.say, to_the_end=True) as stop:
         try:
+            take_values()
             loaded = load(config, overrides)
             check_stage(loaded, until)
             with working("loading what a run needs"):

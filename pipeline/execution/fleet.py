@@ -20,6 +20,7 @@ from actors.cluster import (
     check_cluster,
     import_ray,
     is_local,
+    passed_on,
     start_ray,
     stop_ray,
 )
@@ -250,8 +251,11 @@ class Fleet:
         if name not in self._groups:
             role, limits, logs = self.config.roles.of(name), self.config.limits, self.directory.logs
             engines = ROLES[name].holds == "engine"
+            env = passed_on(self.config.ray.env)
             group = (
-                rollout_group(role, limits, logs, name) if engines else host_group(name, role, limits, logs)
+                rollout_group(role, limits, logs, name, env)
+                if engines
+                else host_group(name, role, limits, logs, env)
             )
             group.measured = self.measured
             self._groups[name] = group.start()

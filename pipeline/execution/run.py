@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actors.cluster import passed_on
 from actors.errors import EXIT_DONE, EXIT_STOPPED, RunFailure, UserError
 from pipeline.artifacts.hiding import hiding_problems
 from pipeline.artifacts.manifest import versions
@@ -59,6 +60,7 @@ def run(
         config = dry.config
     if problems := hiding_problems(config.functions(), Path.cwd()):
         raise UserError(problems)
+    passed_on(config.ray.env)
     try:
         with _opened(config, stop, fresh=fresh or dry_run) as (directory, progress):
             if dry is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from actors.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RunFailure, UserError
 from pipeline.jobs.address import first_line
+from pipeline.jobs.handover import leave_for_job
 from pipeline.jobs.server import (
     POLL,
     at,
@@ -70,7 +71,7 @@ def submit(
         shipment.package.write(archive)
         client.submit_job(
             entrypoint=shipment.entrypoint(sys.executable if here else "python"),
-            runtime_env=shipment.runtime_env(archive),
+            runtime_env=shipment.runtime_env(archive, leave_for_job(client, shipment.values)),
             metadata=shipment.metadata,
             submission_id=job_id,
         )

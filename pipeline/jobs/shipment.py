@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actors.cluster import SHIPPED
+from actors.cluster import SHIPPED, passed_on
 from actors.errors import UserError
 from actors.models.spec import locate_embedded_base
 from pipeline.artifacts.hiding import hiding_problems
+from pipeline.jobs.handover import told_secrets
 from pipeline.jobs.inputs import Input, named_inputs, unshipped
 from pipeline.jobs.package import Package, collect
 
@@ -29,6 +30,8 @@ class Shipment:
     arguments: list[str]
     package: Package
     metadata: dict[str, str]
+    values: dict[str, str]
+    """Variables that go with the job, apart from all else."""
 
     def entrypoint(self, python: str = "python") -> str:
         """The shell command of the job. Ray starts it at the package's top, which is on Python's path.
@@ -37,12 +40,10 @@ class Shipment:
         """
         return f"cd {SHIPPED} && exec {shlex.join([python, '-P', '-m', 'pipeline', *self.arguments])}"
 
-    def runtime_env(self, archive: Path) -> dict[str, Any]:
-        """Ray's, with the package written at `archive`."""
-        return {
-            "working_dir": str(archive),
-            "env_vars": {"PYTHONUNBUFFERED": "1", "RAY_USAGE_STATS_ENABLED": "0"},
-        }
+    def runtime_env(self, archive: Path, variables: Mapping[str, str]) -> dict[str, Any]:
+        """Ray's, with the package written at `archive` and variables that everybody may see."""
+        seen = {"PYTHONUNBUFFERED": "1", "RAY_USAGE_STATS_ENABLED": "0", **variables}
+        return {"working_dir": str(archive), "env_vars": seen}
 
 
 def plan_shipment(
@@ -69,7 +70,12 @@ def plan_shipment(
         if embedded is None or found.path.resolve() != embedded
         if (problem := unshipped(found, package.lacks, working_dir)) is not None
     ]
-    problems += package.problems()
+    problems += [*package.problems(), *told_secrets(overrides, config.ray.env)]
+    values = {}
+    try:
+        values = passed_on(config.ray.env)
+    except UserError as error:
+        problems += error.problems
     if problems:
         raise UserError(list(dict.fromkeys(problems)))
     inside = config_path.resolve().relative_to(working_dir.resolve())
@@ -77,6 +83,7 @@ def plan_shipment(
         ["run", str(inside), *overrides, "ray.address=auto", *flags],
         package,
         {NAME_KEY: config.name, OUTPUT_KEY: str(config.output_dir)},
+        values,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from actors.cluster import passed_on
 from actors.errors import attempt
 from pipeline.monitoring.phases import phase
 
@@ -94,6 +95,7 @@ def _find(config: RunConfig) -> Findings:
     findings.attempt(RunDirectory(config.output_dir, config.name).refuse_foreign)
     findings.problems += machine_problems(config)
     findings.problems += hiding_problems(config.functions(), Path.cwd())
+    findings.attempt(lambda: passed_on(config.ray.env))
     findings.problems += tracker_problems(config.logging.report_to)
     phase("reading the base's config and tokenizer")
     tokenizer = _look_at_model(config, findings)
