@@ -60,10 +60,13 @@ def status(
     with working("asking the cluster"):
         from pipeline.jobs import commands
 
-        rows = commands.status_rows(commands.status(name, address=address))
+        jobs = commands.status(name, address=address)
+    rows = commands.status_rows(jobs)
     if not rows:
         console.say("no runs on this cluster")
     console.table("Runs", ["run", "job", "state", "started", "took", "exit", "results in"], rows)
+    for line in commands.failures(jobs):
+        console.say(line)
     return EXIT_DONE
 
 

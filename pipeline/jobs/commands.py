@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import signal
 import sys
 import tempfile
 import time
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
     from pipeline.config.run_config import RunConfig
 
+_COUNTED = re.compile(r"(^|: )\d+ problems?$")
+"""A command's first line where several problems follow."""
 SETTLE = 30.0
 """Seconds that a job may take to report its end after its log has ended."""
 _LOOPBACK = ("127.0.0.1", "localhost")
@@ -122,10 +126,35 @@ def exit_code(job: JobDetails) -> int:
         return EXIT_DONE
     if job.driver_exit_code is not None and job.driver_exit_code > 0:
         return int(job.driver_exit_code)
-    reason = first_line(job.message or "no reason given")
-    raise RunFailure(
-        f"job {job.submission_id}", "run", f"{job.status}: {reason}", f"raylign logs {job.submission_id}"
-    )
+    raise RunFailure(f"job {job.submission_id}", "run", reason(job), f"raylign logs {job.submission_id}")
+
+
+def reason(job: JobDetails) -> str:
+    """The line that says why a job ended as it did: its own last error, its signal, or Ray's words."""
+    lines = [line.strip() for line in (job.message or "").splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith(("error: ", "failed: "))]
+    counted = [place for place, line in enumerate(lines) if _COUNTED.search(line)]
+    code = job.driver_exit_code
+    if told:
+        return told[-1].partition(": ")[2]
+    if counted:
+        return " ".join(lines[counted[-1] : counted[-1] + 2])
+    if code is not None and code < 0:
+        extra = " (kill -9, or no memory left on its machine)" if code == -signal.SIGKILL else ""
+        return f"ended by signal {-code}{extra}"
+    if not lines:
+        return str(job.status)
+    traceback = any(line.startswith("Traceback") for line in lines)
+    return first_line(lines[-1] if traceback or code is not None else lines[0])
+
+
+def failures(jobs: Sequence[JobDetails]) -> list[str]:
+    """A line for each job that failed: its id and the reason."""
+    return [
+        f"{job.submission_id}: {reason(job)}"
+        for job in jobs
+        if str(job.status) == "FAILED" and job.driver_exit_code != EXIT_STOPPED
+    ]
 
 
 def find(client: JobSubmissionClient, run: str) -> JobDetails:

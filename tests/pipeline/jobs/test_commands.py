@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 
 from tests.pipeline.jobs.heads import Head, free_port
 
@@ -127,3 +128,28 @@ def test_a_proxy_that_does_not_lead_to_the_cluster_is_named(cluster: Head) -> No
     assert done.returncode == 2
     assert f"through the proxy of http_proxy ({proxy['http_proxy']})" in done.stderr
     assert "no_proxy=127.0.0.1" in done.stderr
+
+
+def test_values_of_variables_reach_a_job_and_are_left_nowhere(cluster: Head) -> None:
+    value, output = f"hf_{secrets.token_hex(16)}", cluster.directory / "secret"
+    arguments = ["submit", "run.yaml", "name=secret", f"output_dir={output}", "ray.env=[SOME_TOKEN]"]
+    arguments += ["--address", cluster.address]
+    unset = cluster.raylign(*arguments)
+    assert unset.returncode == 2
+    assert "ray.env: SOME_TOKEN is not set here" in unset.stderr
+    told = cluster.raylign(*arguments, f"logging.logging_steps={value}", SOME_TOKEN=value)
+    assert told.returncode == 2
+    done = cluster.raylign(*arguments, SOME_TOKEN=value)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "SOME_TOKEN" in (output / "config.yaml").read_text()
+    job = requests.get(
+        f"{cluster.address}/api/jobs/",
+        headers={"Authorization": f"Bearer {(cluster.directory / 'token').read_text()}"},
+    )
+    assert "SOME_TOKEN" not in job.text, "not even in the job's environment"
+    assert value not in job.text
+    assert "RAYLIGN_HANDOVER" in job.text
+    files = [path for path in cluster.directory.rglob("*") if path.is_file()]
+    assert [path for path in files if value.encode() in path.read_bytes()] == []
+    again = cluster.raylign("logs", "secret")
+    assert value not in again.stdout

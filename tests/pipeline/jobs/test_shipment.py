@@ -43,7 +43,7 @@ def test_the_job_runs_the_same_command_from_the_package_and_nothing_of_the_users
     assert shipment.metadata == {"raylign_run": "a", "raylign_output_dir": "/mnt/runs/a"}
     archive = project.parent / "job.zip"
     shipment.package.write(archive)
-    assert shipment.runtime_env(archive)["working_dir"] == str(archive)
+    assert shipment.runtime_env(archive, {})["working_dir"] == str(archive)
     tops = {name.partition("/")[0] for name in zipfile.ZipFile(archive).namelist()}
     assert tops == {"actors", "pipeline", "shipped-files"}
     assert not any(top.isidentifier() for top in tops - {"actors", "pipeline"})
