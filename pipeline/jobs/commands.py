@@ -62,29 +62,39 @@ def submit(
     shipment = plan_shipment(config, config_path, overrides, flags, Path.cwd())
     client = connect(address)
     here = any(host in client.get_address() for host in _LOOPBACK)
-    for job in runs_of(client):
-        if job.metadata.get(NAME_KEY) == config.name and not ended(job):
-            raise UserError(
-                f"name: the run {config.name!r} is already on this cluster as job {job.submission_id}; "
-                f"follow it with `raylign logs {config.name} --follow`, stop it with "
-                f"`raylign stop {config.name}`, or rename this one"
-            )
+    taken = next(
+        (j for j in runs_of(client) if j.metadata.get(NAME_KEY) == config.name and not ended(j)), None
+    )
+    if taken is not None:
+        raise UserError(_already(config.name, str(taken.submission_id)))
     job_id = f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     with tempfile.TemporaryDirectory() as directory, explained(at(client)):
         archive = Path(directory) / "job.zip"
         shipment.package.write(archive)
-        client.submit_job(
-            entrypoint=shipment.entrypoint(sys.executable if here else "python"),
-            runtime_env=shipment.runtime_env(archive, leave_for_job(client, shipment.values)),
-            metadata=shipment.metadata,
-            submission_id=job_id,
-        )
+        try:
+            client.submit_job(
+                entrypoint=shipment.entrypoint(sys.executable if here else "python"),
+                runtime_env=shipment.runtime_env(archive, leave_for_job(client, shipment.values)),
+                metadata=shipment.metadata,
+                submission_id=job_id,
+            )
+        except RuntimeError as error:
+            if "already" not in str(error):  # submitted twice in one second
+                raise
+            raise UserError(_already(config.name, job_id)) from None
     remember(job_id, config.name, client.get_address())
     say(f"job {job_id} on {client.get_address()}; results in {config.output_dir}")
     if not follow:
         say(f"follow it with `raylign logs {config.name} --follow`")
         return EXIT_DONE
     return follow_job(client, job_id, config.name, say)
+
+
+def _already(name: str, job_id: str) -> str:
+    return (
+        f"name: the run {name!r} is already on this cluster as job {job_id}; follow it with "
+        f"`raylign logs {name} --follow`, stop it with `raylign stop {name}`, or rename this one"
+    )
 
 
 def follow_job(client: JobSubmissionClient, job_id: str, name: str, say: Say = print) -> int:

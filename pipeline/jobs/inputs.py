@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pipeline.config.run_config import RunConfig
     from pipeline.data.spec import DataSpec
 
+CONFIG = "CONFIG"
+"""Key of the configuration itself."""
 ELSEWHERE = "give an absolute path that every node sees"
 
 
@@ -126,6 +128,8 @@ def unshipped(found: Input, lacks: Callable[[Path], list[Path]], working_dir: Pa
         return None
     root = working_dir.resolve()
     first = Path(os.path.abspath(missing[0]))
+    if not first.is_relative_to(root) and found.key == CONFIG:
+        return f"{CONFIG}: {found.path} lies outside {root}, which is what is shipped; move it there"
     if not first.is_relative_to(root):
         return (
             f"{found.key}: {found.path} lies outside {root}, which is what is shipped; move it there, or "

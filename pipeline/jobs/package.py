@@ -81,13 +81,17 @@ class Package:
 
     def problems(self) -> list[str]:
         """The refusal of a package that Ray would not take; with its largest files and what to do."""
-        most = limit()
-        if self.bytes <= most:
+        most, rest = limit(), self.bytes
+        too_much: list[str] = []
+        for name in sorted(self.sizes, key=lambda name: -self.sizes[name]):
+            if rest <= most or len(too_much) == LARGEST:
+                break
+            too_much.append(name)
+            rest -= self.sizes[name]
+        if not too_much:
             return []
-        by_size = sorted(self.sizes, key=lambda name: -self.sizes[name])
-        listed = ", ".join(f"{name} ({megabytes(self.sizes[name])})" for name in by_size[:LARGEST])
-        tops = (name.partition("/") for name in by_size[:LARGEST])
-        ignore = " ".join(dict.fromkeys(f"/{top}{slash}" for top, slash, _ in tops))
+        listed = ", ".join(f"{name} ({megabytes(self.sizes[name])})" for name in too_much)
+        ignore = " ".join(dict.fromkeys(f"/{name.rpartition('/')[0] or name}" for name in too_much))
         return [
             f"{self.root}: {megabytes(self.bytes)} in {len(self.files)} files would be shipped, and Ray "
             f"takes {megabytes(most)}. The largest: {listed}. Name what the job doesn't read in .gitignore "

@@ -13,7 +13,7 @@ from actors.errors import UserError
 from actors.models.spec import locate_embedded_base
 from pipeline.artifacts.hiding import hiding_problems
 from pipeline.jobs.handover import told_secrets
-from pipeline.jobs.inputs import Input, named_inputs, unshipped
+from pipeline.jobs.inputs import CONFIG, Input, named_inputs, unshipped
 from pipeline.jobs.package import Package, collect
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def plan_shipment(
     embedded = _embedded_base(config)
     package = collect(working_dir, [embedded] if embedded is not None else [])
     problems = [*_output_problems(config), *hiding_problems(config.functions(), working_dir)]
-    inputs = [Input("CONFIG", config_path)]
+    inputs = [Input(CONFIG, config_path)]
     inputs += named_inputs(config, working_dir, problems)
     problems += [
         problem

@@ -82,7 +82,7 @@ def test_the_limit_is_that_of_the_installed_ray() -> None:
     assert limit() < packaging.GCS_STORAGE_MAX_SIZE
 
 
-def test_too_much_is_refused_with_the_largest_files_and_what_to_ignore(project: Path) -> None:
+def test_a_merged_model_that_is_too_much_is_refused_with_its_files_and_what_to_ignore(project: Path) -> None:
     (project / "merged").mkdir()
     sizes = {
         "merged/model.safetensors": 3 * 2**30,
@@ -90,15 +90,12 @@ def test_too_much_is_refused_with_the_largest_files_and_what_to_ignore(project: 
         "data/rows.jsonl": 2 * MIB,
     }
     for name, size in sizes.items():
-        os.truncate(project / name, size) if (project / name).exists() else (project / name).touch()
+        (project / name).touch()
         os.truncate(project / name, size)  # sparse: nothing may read it
     (problem,) = collect(project).problems()
-    assert (
-        "merged/model.safetensors (3.0 GiB), merged/tokenizer.json (5.0 MiB), data/rows.jsonl (2.0 MiB)"
-        in problem
-    )
+    assert "The largest: merged/model.safetensors (3.0 GiB). Name" in problem
     assert "Ray takes 100.0 MiB" in problem
-    assert "(e.g. /merged/ /data/" in problem
+    assert "(e.g. /merged)" in problem
     (project / ".rayignore").write_text("/merged/\nbig.bin\n")
     assert collect(project).problems() == []
 
