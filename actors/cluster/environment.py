@@ -10,6 +10,8 @@ from pathlib import Path
 
 from actors.errors import UserError
 
+ALLOCATOR = "PYTORCH_ALLOC_CONF"
+"""torch's own variable. Engines don't get it: memory that vLLM gives back in its sleep can't be so."""
 CORE_APART = "VLLM_ENABLE_V1_MULTIPROCESSING"
 """vLLM's own variable: 1 puts an engine's core into a process of its own, as is the default on GPUs."""
 SHIPPED = "shipped-files"
@@ -99,6 +101,13 @@ def passed_on(names: Sequence[str]) -> dict[str, str]:
             f"{'it' if len(unset) == 1 else 'them'} before the command, or leave the name out of ray.env"
         )
     return {name: os.environ[name] for name in names}
+
+
+def trainer_environment(gpu: bool) -> dict[str, str]:
+    """For ranks of a host, on top of `actor_environment`; what the user has set is kept."""
+    # Rows change their length from one micro-batch to the next: blocks of fixed sizes would leave gaps that
+    # nothing fits into.
+    return {ALLOCATOR: os.environ.get(ALLOCATOR, "expandable_segments:True")} if gpu else {}
 
 
 def engine_environment(gpu: bool) -> dict[str, str]:

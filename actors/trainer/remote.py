@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from actors.cluster.environment import trainer_environment
 from actors.cluster.futures import GroupFuture
 from actors.cluster.spec import LimitsSpec, RoleSpec
 from actors.cluster.worker_group import WorkerGroup
@@ -41,7 +42,8 @@ def host_group(
     name: str, role: RoleSpec, limits: LimitsSpec, log_dir: str | Path, env: Mapping[str, str] | None = None
 ) -> WorkerGroup:
     """A group for `HOST`: training ranks, reference ranks. Not started yet. `env`: further variables."""
-    return WorkerGroup(name, role, limits, log_dir, preload=HOST_MODULES, env=env)
+    variables = {**trainer_environment(role.gpus > 0), **(env or {})}
+    return WorkerGroup(name, role, limits, log_dir, preload=HOST_MODULES, env=variables)
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ def configure_torch(spec: HostSpec) -> None:
     # rank of two held 2.1 GB where it holds 1.0 GB without, for 8 % less CPU time.
     if torch.device(spec.device).type == "cpu" and spec.sharding not in ("base", "full"):
         keep_freed_memory()
-    if torch.device(spec.device).type == "cpu" and torch.get_num_threads() > 1:
-        # With several threads the backward of indexing adds in any order; resumed runs then differ in the
-        # last bits. Filling fresh memory, the other half of that switch, would only cost time.
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+    # On CPUs with several threads the backward of indexing adds in any order; resumed runs then differ in the
+    # last bits. Filling fresh memory, the other half of that switch, would only cost time. The switch is the
+    # process's: it is put back for a host on a GPU, where it would cost more and is not promised.
+    several_cpu_threads = torch.device(spec.device).type == "cpu" and torch.get_num_threads() > 1
+    torch.use_deterministic_algorithms(several_cpu_threads, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = not several_cpu_threads
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
