@@ -18,7 +18,17 @@ from pipeline.stages.specs.registry import STAGE_TYPES, NamedStage, OnlineStage,
 
 
 def _as_path(value: Any) -> Any:
+    if isinstance(value, str) and ("\0" in value or not _encodes(value)):
+        raise ValueError(f"{value!r} has a character that no path has")
     return Path(value).expanduser() if isinstance(value, str) and value else value
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class RunConfig(Spec):

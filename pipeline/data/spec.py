@@ -124,7 +124,7 @@ DataSources = Annotated[
 """Type of a stage's `data:`: a string, one `DataSpec`, or a list of them (a mixture)."""
 
 
-_SPLIT = re.compile(r"^(?P<name>[\w.-]+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?$")
+_SPLIT = re.compile(r"^(?P<name>[\w.-]+)(?:\[(?P<start>-?[0-9]{1,18}%?)?:(?P<stop>-?[0-9]{1,18}%?)?\])?$")
 
 
 def parse_split(split: str) -> tuple[str, str | None, str | None]:
@@ -134,7 +134,8 @@ def parse_split(split: str) -> tuple[str, str | None, str | None]:
     """
     match = _SPLIT.match(split.strip())
     if match is None:
-        raise ValueError(f"split {split!r} is not of the form train, train[:1000] or test[10%:20%]")
+        shown = repr(split if len(split) <= 100 else f"{split[:100]}...")
+        raise ValueError(f"split {shown} is not of the form train, train[:1000] or test[10%:20%]")
     return match["name"], match["start"], match["stop"]
 
 

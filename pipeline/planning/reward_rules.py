@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,7 +139,7 @@ def _check_reward_model(directory: Path) -> None:
     from actors.models.base.loading import no_such_directory
     from actors.models.lora.adapters import read_head
 
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise UserError(no_such_directory(str(directory)))
     if not (directory / "adapter_config.json").is_file():
         raise UserError(

@@ -46,7 +46,7 @@ def test_damaged_files(feed: Feed, repository: Path, tmp_path: Path) -> None:
         path.write_bytes(content)
         accepted(load_config(path))
 
-    feed(load, damaged(configs(repository), words), inputs=250)
+    feed(load, damaged(configs(repository), words), inputs=120)
 
 
 def test_odd_values_under_known_keys(feed: Feed, repository: Path) -> None:
@@ -54,8 +54,16 @@ def test_odd_values_under_known_keys(feed: Feed, repository: Path) -> None:
     feed(
         lambda data: accepted(load_mapping(dict(data))),
         _mappings(altered(good, scalars(), keys())),
-        inputs=250,
+        inputs=120,
+        examples=[{**good[0], "seed": _levels(3000)}, {**good[0], "stages": _levels(500)}],
     )
+
+
+def _levels(number: int) -> Any:
+    value: Any = 1
+    for _ in range(number):
+        value = {"a": value}
+    return value
 
 
 def _mappings(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -73,7 +81,8 @@ def overrides() -> st.SearchStrategy[list[str]]:
     value = st.one_of(
         st.sampled_from(WORDS), st.lists(st.sampled_from(WORDS), max_size=5).map("".join), texts()
     )
-    return st.lists(st.one_of(st.builds("{}={}".format, key, value), texts()), min_size=1, max_size=4)
+    usual = st.builds("{}={}".format, key, value)
+    return st.lists(st.one_of(usual, usual, usual, texts()), min_size=1, max_size=3)
 
 
 def test_overrides(feed: Feed, repository: Path) -> None:
@@ -82,4 +91,4 @@ def test_overrides(feed: Feed, repository: Path) -> None:
     def load(given: Sequence[str]) -> None:
         accepted(load_config(path, given))
 
-    feed(load, overrides(), inputs=250)
+    feed(load, overrides(), inputs=120)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,12 +67,12 @@ def locate_base(spec: ModelSpec) -> tuple[str, str | None]:
 
 def is_adapter_dir(path: str | Path) -> bool:
     """True for a directory in PEFT's layout."""
-    return (Path(path) / ADAPTER_CONFIG).is_file()
+    return os.path.isfile(Path(path) / ADAPTER_CONFIG)
 
 
 def local_base_dir(base_path: str) -> Path:
     """The directory with the base's files; a hub id is downloaded (safetensors, configs, tokenizer)."""
-    if Path(base_path).is_dir():
+    if os.path.isdir(base_path):
         return Path(base_path)
     from huggingface_hub import snapshot_download
 
@@ -85,9 +86,10 @@ def local_base_dir(base_path: str) -> Path:
 def follow_adapter(base: str) -> tuple[str, str | None, list[str]]:
     """(base, adapter directory or None, problems) of what the user named."""
     path = Path(base).expanduser()
-    if path.is_file():
+    # os.path has no error for a name that can be none, such as one of 300 characters; pathlib has.
+    if os.path.isfile(path):
         return base, None, [f"model.base: '{base}' is a file; name the directory of a model or an adapter"]
-    if not path.is_dir():
+    if not os.path.isdir(path):
         problem = f"model.base: {no_such_directory(base)}" if is_path(base) else None
         return base, None, [problem] if problem else []
     if not is_adapter_dir(path):
@@ -105,7 +107,7 @@ def is_path(name: str) -> bool:
     path = Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.suffix in _FILES:
         return True
-    return path.parts[0] in _OWN_FOLDERS or Path(path.parts[0]).is_dir()
+    return path.parts[0] in _OWN_FOLDERS or os.path.isdir(path.parts[0])
 
 
 def no_such_directory(name: str) -> str:
@@ -113,7 +115,7 @@ def no_such_directory(name: str) -> str:
     if Path(name) == CHECKOUT_BASE:
         return f"directory '{name}' does not exist here; the embedded base is {EMBEDDED_BASE}"
     path = Path(name).expanduser()
-    there = next((parent for parent in path.parents if parent.is_dir()), Path())
+    there = next((parent for parent in path.parents if os.path.isdir(parent)), Path())
     inside = f"; '{there}' is there, without '{path.relative_to(there).parts[0]}'" if there.name else ""
     return f"directory '{name}' does not exist{inside}"
 
@@ -126,12 +128,12 @@ def _base_of_adapter(path: Path) -> tuple[str, str | None]:
         return "", f"'{path / ADAPTER_CONFIG}' can't be read: {first_line(error)}"
     if not named:
         return "", f"adapter '{path}' does not name its base (base_model_name_or_path)"
-    if Path(named) == CHECKOUT_BASE and not Path(named).exists():
+    if Path(named) == CHECKOUT_BASE and not os.path.exists(named):
         # Trained in a checkout, whose results name its base so that they move with it.
         named = locate_embedded_base()
     if is_adapter_dir(named):
         return named, f"adapter '{path}' sits on another adapter, '{named}'; merge that one first"
-    if not Path(named).exists() and is_path(named):
+    if not os.path.exists(named) and is_path(named):
         return named, f"the base of adapter '{path}' is not here: {no_such_directory(named)}"
     return named, None
 

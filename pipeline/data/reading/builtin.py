@@ -48,6 +48,8 @@ DEFAULT_ROWS = {
     "test": 500,
     "test_preference": 500,
 }
+MOST_ROWS = 1_000_000
+"""Rows that are made on request (`max_rows`): they are made in memory, a hundred thousand in a second."""
 OPERANDS = range(10, 100)
 DEMONSTRATED_SLIPS = 0.7
 """Share of demonstrations with the slip where a carry is needed. Above one half, so that a greedy SFT
@@ -226,13 +228,15 @@ def load_builtin(name: str, split: str, rows: int | None = None, seed: int = 0) 
     `pretrain` has {text}; `train` {prompt, completion}; `preference` and `test_preference` {prompt, chosen,
     rejected}; `prompts` and `test` {prompt, answer}. `answer` is a string, all else but text lists of
     messages. `rows=None` takes the split's own size. Raises UserError for a name or split that does not
-    exist.
+    exist, and for more than `MOST_ROWS`.
     """
     if name != "arithmetic":
         raise UserError(f"no built-in data set 'builtin:{name}'; there is builtin:arithmetic")
     if split not in DEFAULT_ROWS:
         raise UserError(f"builtin:{name} has no split '{split}'; it has {', '.join(sorted(DEFAULT_ROWS))}")
     count = DEFAULT_ROWS[split] if rows is None else rows
+    if count > MOST_ROWS:
+        raise UserError(f"builtin:{name}: max_rows {count:,}, but it makes {MOST_ROWS:,} rows at most")
     rng = random.Random(f"{name}/{split}/{seed}")
     if split == "test":
         return _test_rows(rng, count)

@@ -18,6 +18,8 @@ from pathlib import Path
 from actors.errors import UserError
 from pipeline.data.reading.raw_rows import SUFFIXES, stem_of, suffix_of
 
+MOST_ENTRIES = 50_000
+"""Files and folders below a folder that is looked through for data."""
 NAMED = 8
 """Files that a message names; of more it gives the number."""
 
@@ -236,6 +238,8 @@ def resolve(pattern: str, base: Path, source: str) -> list[Path]:
     from datasets.data_files import resolve_pattern
 
     absolute = Path(os.path.abspath(base))
+    if "**" in pattern:
+        _refuse_large(absolute, source)
     try:
         found = resolve_pattern(pattern, base_path=glob.escape(str(absolute)))
     except FileNotFoundError:
@@ -243,6 +247,18 @@ def resolve(pattern: str, base: Path, source: str) -> list[Path]:
     except Exception as error:  # fsspec's own kinds, for names such as a::b
         raise UserError(f"data source {source!r}: {pattern} can't be looked for: {error}") from error
     return [base / os.path.relpath(path, absolute) for path in sorted(found)]
+
+
+def _refuse_large(folder: Path, source: str) -> None:
+    """Refuse to look for data through a whole disk, which takes minutes."""
+    entries = 0
+    for _, folders, files in os.walk(folder):
+        entries += len(folders) + len(files)
+        if entries > MOST_ENTRIES:
+            raise UserError(
+                f"data source {source!r}: holds more than {MOST_ENTRIES:,} files and folders, which are not "
+                "looked through; name the folder in it that has the data, or the files"
+            )
 
 
 def overview(splits: Splits) -> str:

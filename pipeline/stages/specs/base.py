@@ -49,7 +49,7 @@ class StageSpec(OptimSpec):
     """Evaluate on `eval_data` every so many steps; null: at the end only."""
     batch_size: int = Field(default=32, ge=1)
     """Rows, pairs or samples per optimizer step, over all ranks."""
-    num_train_epochs: float = Field(default=3.0, gt=0, allow_inf_nan=False)
+    num_train_epochs: float = Field(default=3.0, gt=0, le=1e6, allow_inf_nan=False)
     """Passes over the data; `max_steps` overrides it."""
     max_steps: int = Field(default=-1, ge=-1)
     """Optimizer steps (online: rounds of sampling and updates); -1: as many as `num_train_epochs` gives."""

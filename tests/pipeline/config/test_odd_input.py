@@ -162,3 +162,18 @@ def test_a_value_over_the_file_that_is_no_yaml_says_why(tmp_path: Path) -> None:
     path.write_text("name: a\nmodel: {base: b}\nstages: {sft: {data: d}}")
     with pytest.raises(UserError, match=r"seed: '1e400' is not a YAML value: 1e400 is too large"):
         load_config(path, ["seed=1e400"])
+
+
+@pytest.mark.parametrize("directory", ["a\0b", "\ud800"])
+def test_a_run_directory_that_no_disk_has_is_refused(directory: str) -> None:
+    data = {"name": "a", "output_dir": directory, "model": {"base": "b"}, "stages": {"sft": {"data": "d"}}}
+    (problem,) = validate(data)[1]
+    assert problem.path == "output_dir"
+    assert "has a character that no path has" in problem.message
+
+
+def test_more_epochs_than_steps_can_be_counted_are_refused() -> None:
+    data = {"name": "a", "model": {"base": "b"}, "stages": {"sft": {"data": "d", "num_train_epochs": 1e18}}}
+    assert [str(problem) for problem in validate(data)[1]] == [
+        "stages.sft.num_train_epochs: 1e+18 must be at most 1e+06"
+    ]

@@ -48,6 +48,7 @@ def test_a_name_is_a_path_by_its_form_or_because_its_beginning_exists(elsewhere:
     [
         ("models/two", "directory 'models/two' does not exist; 'models' is there, without 'two'"),
         ("models/one/x/y", "directory 'models/one/x/y' does not exist; 'models/one' is there, without 'x'"),
+        ("a" * 300, f"directory '{'a' * 300}' does not exist"),
         ("runs/a/sft/adapter", "directory 'runs/a/sft/adapter' does not exist"),
         (
             "assets/tiny-moe",

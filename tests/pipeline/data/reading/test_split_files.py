@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from actors.errors import UserError
+from pipeline.data.reading import split_files
 from pipeline.data.reading.sources import local_files, read_rows
 from pipeline.data.spec import DataSpec
 
@@ -301,3 +302,15 @@ def test_relative_sources_keep_their_names(tmp_path: Path, monkeypatch: pytest.M
     assert [str(p) for p in local_files(DataSpec(source="tr*.jsonl")) or []] == ["train.jsonl"]
     monkeypatch.chdir(tmp_path / "set")
     assert [str(p) for p in local_files(DataSpec(source="../tr*.jsonl")) or []] == ["../train.jsonl"]
+
+
+def test_a_folder_with_a_whole_disk_in_it_is_not_looked_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(split_files, "MOST_ENTRIES", 3)
+    (tmp_path / "a").mkdir()
+    for number in range(3):
+        (tmp_path / "a" / f"{number}.jsonl").write_text('{"text": "a"}\n')
+    assert len(read_rows(DataSpec(source=f"{tmp_path}/a"), seed=0)) == 3
+    with pytest.raises(UserError, match="holds more than 3 files and folders"):
+        read_rows(DataSpec(source=str(tmp_path)), seed=0)
