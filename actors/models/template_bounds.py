@@ -68,7 +68,7 @@ def bounded(tokenizer: Any) -> Iterator[None]:
         setattr(tokenizer, _TOLD, told)
         raise UserError(told) from None
     finally:
-        _now.until = None
+        _now.until = _now.weights = None
 
 
 @cache
