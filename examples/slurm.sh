@@ -87,7 +87,11 @@ end_ray() {
 }
 trap end_ray EXIT
 
-address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}'):$port
+# A node's own name may lead to loopback, which the other nodes can't reach.
+ip=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --all-ip-addresses | tr ' ' '\n' |
+  awk '/^[0-9.]+$/ && !/^127\./ {print; exit}')
+ip=${RAYLIGN_HEAD_IP:-$ip} # where the first address is not that of the nodes' network
+address=${ip:-127.0.0.1}:$port
 srun --nodes=1 --ntasks=1 --nodelist="$head" "${node[@]}" --head --node-ip-address="${address%:*}" \
   --port="$port" --ray-client-server-port=$((port + 1)) --include-dashboard=false --temp-dir="$files" &
 steps+=($!)

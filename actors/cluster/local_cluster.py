@@ -7,6 +7,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from actors.cluster.environment import SOCKETS, beside_proxies
 from actors.cluster.ray_private import TRIED, forget_token, on_loopback
-from actors.cluster.scratch import Scratch
+from actors.cluster.scratch import Scratch, unfit
 from actors.errors import RunFailure
 
 SOCKET_ROOM = len("/session_2026-11-30_10-48-07_418268_1234567/sockets/plasma_store")
@@ -71,8 +72,9 @@ class LocalCluster:
                 raise RunFailure("ray", "start", reason, _advice(where)) from error
         if not loopback:
             how += f"; it listens on all of the machine's addresses, as this Ray is not {TRIED}"
-        if not _usual(self._rays) and "RAY_TMPDIR" not in os.environ:
-            how += f"; its files are in {self._rays.path}, as the path of TMPDIR is too long for its sockets"
+        unusual = unfit(Path(tempfile.gettempdir()), SOCKET_ROOM)
+        if unusual is not None and not os.environ.get("RAY_TMPDIR"):
+            how += f"; its files are in {self._rays.path}, as TMPDIR is {unusual}"
         return how
 
     def _keep_logs(self) -> Path | None:
@@ -93,8 +95,6 @@ class LocalCluster:
 
 def _usual(scratch: Scratch) -> bool:
     """It lies where this process's temporary files do."""
-    import tempfile
-
     return scratch.path.parent == Path(tempfile.gettempdir()).absolute()
 
 

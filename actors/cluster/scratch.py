@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -27,6 +28,9 @@ LONGEST_SOCKET = 107
 """Bytes of the path of a Unix socket (`sun_path` of unix(7), without the final zero)."""
 OWN_NAME = len(f"/{PREFIX}12345678")
 """Bytes that a scratch directory adds to the path it is made in."""
+PLAIN = re.compile(r"[^\x00-\x1f\x7f-\U0010ffff'\"\\\\]+")
+"""Paths that Ray takes for its files: its processes' command lines are not safe for quotes, and its encoding
+of paths is ASCII."""
 REMOVAL_S = 2.0
 """Seconds to go on removing what ending processes still write to."""
 
@@ -37,8 +41,8 @@ class Scratch:
     def __init__(self, socket_room: int = 0) -> None:
         """`socket_room`: bytes that the longest name of a socket below it adds to its path; 0: none is made.
 
-        The place is that of Python's `tempfile` (TMPDIR), or one with a shorter path where a socket would not
-        fit. For sockets RAY_TMPDIR goes first, as in Ray.
+        The place is that of Python's `tempfile` (TMPDIR), or another one where a socket would not fit. For
+        sockets RAY_TMPDIR goes first, as in Ray.
 
         Raises:
             UserError: there is no place that can be written; names the variable.
@@ -72,9 +76,16 @@ class Scratch:
             self._lock = -1
 
 
-def fits(root: Path, socket_room: int, more: int = OWN_NAME) -> bool:
-    """Sockets with names of `socket_room` bytes can be made below `root`, in a directory of `more` bytes."""
-    return not socket_room or len(os.fsencode(root.absolute())) + more + socket_room <= LONGEST_SOCKET
+def unfit(root: Path, socket_room: int, more: int = OWN_NAME) -> str | None:
+    """The reason why sockets with names of `socket_room` bytes can't be made in a directory of `more` bytes
+    below `root`; None: they can, or none is asked for."""
+    path = str(root.absolute())
+    longest = LONGEST_SOCKET - more - socket_room
+    if not socket_room:
+        return None
+    if len(os.fsencode(path)) > longest:
+        return f"longer than the {longest} bytes that its sockets leave"
+    return None if PLAIN.fullmatch(path) else "with characters that it doesn't take in the path of its files"
 
 
 def sweep(root: Path) -> None:
@@ -124,19 +135,20 @@ def _root(socket_room: int) -> Path:
             f"TMPDIR: no directory for temporary files can be written ({error.strerror}); set it to one"
         ) from None
     for root in (Path(usual), Path("/tmp"), Path("/var/tmp")):
-        if fits(root, socket_room) and os.access(root, os.W_OK | os.X_OK):
+        if unfit(root, socket_room) is None and os.access(root, os.W_OK | os.X_OK):
             return root.absolute()
+    reason = unfit(Path(usual), socket_room) or "read-only"
     raise UserError(
-        f"TMPDIR: {usual} is too long for the sockets of Ray's processes ({_longest(socket_room)} bytes are "
-        "possible), and /tmp can't be written; set RAY_TMPDIR to a directory with a short path"
+        f"TMPDIR: {usual} can't hold Ray's files: it is {reason}; and /tmp can't be written. Set RAY_TMPDIR "
+        "to a directory with a short path"
     )
 
 
 def _chosen_root(root: Path, socket_room: int) -> Path:
-    if not fits(root, socket_room):
+    reason = unfit(root, socket_room)
+    if reason is not None:
         raise UserError(
-            f"RAY_TMPDIR: {root} has {len(os.fsencode(root))} bytes, and the sockets of Ray's processes "
-            f"leave room for {_longest(socket_room)}; set it to a shorter path, or unset it"
+            f"RAY_TMPDIR: {root} can't hold Ray's files: it is {reason}; set it to another path, or unset it"
         )
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -145,10 +157,6 @@ def _chosen_root(root: Path, socket_room: int) -> Path:
             f"RAY_TMPDIR: {root} can't be made ({error.strerror}); set another, or unset it"
         ) from None
     return root.absolute()
-
-
-def _longest(socket_room: int) -> int:
-    return LONGEST_SOCKET - OWN_NAME - socket_room
 
 
 def _unusable(root: Path, error: OSError) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 
 from actors.batches.generations import Generations, SamplingSpec, sample_seed
 from actors.cluster.environment import SOCKETS
-from actors.cluster.scratch import Scratch, fits
+from actors.cluster.scratch import Scratch, unfit
 from actors.errors import RunFailure, UserError
 from actors.rollout.spec import EngineSpec
 from actors.rollout.vllm.processes import EngineProcesses
@@ -69,7 +69,7 @@ class RolloutEngine:
         """By key: requests, samples per prompt, when they came (time.monotonic())."""
         self._in_use = ArchitectureInUse()
         self._processes = EngineProcesses()
-        if SOCKETS not in os.environ and not fits(Path(tempfile.gettempdir()), SOCKET_ROOM, more=0):
+        if SOCKETS not in os.environ and unfit(Path(tempfile.gettempdir()), SOCKET_ROOM, more=0):
             os.environ[SOCKETS] = str(Scratch(SOCKET_ROOM).path)
 
     def load(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.cluster.scratch import LOCK, LONGEST_SOCKET, OWN_NAME, PREFIX, Scratch, sweep
+from actors.cluster.scratch import LOCK, LONGEST_SOCKET, OWN_NAME, PREFIX, Scratch, sweep, unfit
 from actors.errors import UserError
 
 OTHER = "from actors.cluster.scratch import Scratch; print(Scratch().path, flush=True); input()"
@@ -103,6 +103,22 @@ def test_sockets_go_where_their_paths_fit(place: Path) -> None:
     assert not longer.path.exists()
 
 
+@pytest.mark.parametrize("name", ["quote's", 'double"', "back\\slash", "fünf", "line\nbreak"])
+def test_sockets_go_elsewhere_from_a_path_that_ray_does_not_take(
+    place: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (place / name).mkdir()
+    monkeypatch.setenv("TMPDIR", str(place / name))
+    sockets, files = Scratch(8), Scratch()
+    assert (sockets.path.parent, files.path.parent) == (Path("/tmp"), place / name)
+    sockets.remove()
+    files.remove()
+
+
+def test_a_path_with_a_space_is_as_good_as_any(place: Path) -> None:
+    assert unfit(Path("/tmp/my files (2)"), 8) is None
+
+
 def test_sockets_go_where_ray_tmpdir_says_and_files_do_not(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,7 +132,14 @@ def test_sockets_go_where_ray_tmpdir_says_and_files_do_not(
 @pytest.mark.parametrize(
     ("chosen", "says"),
     [
-        ("x" * 100, r"^RAY_TMPDIR: .*leave room for 82; set it to a shorter path, or unset it$"),
+        (
+            "/" + "x" * 100,
+            r"^RAY_TMPDIR: .*: it is longer than the 82 bytes .*; set it to another path, or unset it$",
+        ),
+        (
+            "/tmp/it's",
+            r"^RAY_TMPDIR: /tmp/it's can't hold Ray's files: it is with characters that it doesn't take",
+        ),
         ("/proc/none", r"^RAY_TMPDIR: /proc/none can't be made \(No such file or directory\)"),
         ("/dev/null", r"^RAY_TMPDIR: /dev/null can't be made \(File exists\)"),
         ("/proc", r"^RAY_TMPDIR: temporary files can't be made in /proc"),
