@@ -36,9 +36,11 @@ class Shipment:
     def entrypoint(self, python: str = "python") -> str:
         """The shell command of the job. Ray starts it at the package's top, which is on Python's path.
 
-        With -P nothing else is: neither the directory that it works in nor that of a script.
+        With -P nothing else is: neither the directory that it works in nor that of a script. Where there is
+        no such `python`, as at the far end of a tunnel, which looks like this machine, Ray's is taken.
         """
-        return f"cd {SHIPPED} && exec {shlex.join([python, '-P', '-m', 'pipeline', *self.arguments])}"
+        chosen = f'p={shlex.quote(python)}; command -v "$p" > /dev/null || p=python'
+        return f'cd {SHIPPED} && {chosen}; exec "$p" {shlex.join(["-P", "-m", "pipeline", *self.arguments])}'
 
     def runtime_env(self, archive: Path, variables: Mapping[str, str]) -> dict[str, Any]:
         """Ray's, with the package written at `archive` and variables that everybody may see."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import time
@@ -35,10 +36,10 @@ def test_the_job_runs_the_same_command_from_the_package_and_nothing_of_the_users
     project: Path,
 ) -> None:
     shipment = plan(project, "stages.sft.data.columns={prompt: the question}")
-    entry, _, command = shipment.entrypoint("/some/python").partition(" && exec ")
-    assert entry == "cd shipped-files"
+    entry, _, command = shipment.entrypoint("/some/python").partition("; exec ")
+    assert entry.startswith("cd shipped-files && p=/some/python; ")
     words = shlex.split(command)
-    assert words[:6] == ["/some/python", "-P", "-m", "pipeline", "run", "run.yaml"]
+    assert words[:6] == ["$p", "-P", "-m", "pipeline", "run", "run.yaml"]
     assert words[6:] == ["stages.sft.data.columns={prompt: the question}", "ray.address=auto", "--fresh"]
     assert shipment.metadata == {"raylign_run": "a", "raylign_output_dir": "/mnt/runs/a"}
     archive = project.parent / "job.zip"
@@ -47,6 +48,27 @@ def test_the_job_runs_the_same_command_from_the_package_and_nothing_of_the_users
     tops = {name.partition("/")[0] for name in zipfile.ZipFile(archive).namelist()}
     assert tops == {"actors", "pipeline", "shipped-files"}
     assert not any(top.isidentifier() for top in tops - {"actors", "pipeline"})
+
+
+@pytest.mark.parametrize("chosen", ["python", "chosen python", "/nowhere/python"])
+def test_a_python_that_is_not_there_gives_way_to_that_of_the_path(project: Path, chosen: str) -> None:
+    (project / "shipped-files").mkdir()
+    for name in ("python", "chosen python"):
+        (project / name).write_text(f'#!/bin/sh\necho {name}: "$PWD" "$@"; exit 3\n')
+        (project / name).chmod(0o755)
+    python = str(project / chosen) if chosen == "chosen python" else chosen
+    done = subprocess.run(
+        plan(project, "seed=1").entrypoint(python),
+        shell=True,
+        cwd=project,
+        env={**os.environ, "PATH": f"{project}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    taken = chosen if chosen == "chosen python" else "python"
+    place = project / "shipped-files"
+    told = f"{taken}: {place} -P -m pipeline run run.yaml seed=1 ray.address=auto --fresh\n"
+    assert (done.returncode, done.stdout) == (3, told)
 
 
 def test_raylign_is_shipped_as_it_is_here_whatever_the_directory_holds(
