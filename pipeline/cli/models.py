@@ -13,12 +13,14 @@ from pipeline.monitoring import console
 from pipeline.monitoring.progress import working
 
 if TYPE_CHECKING:
+    from actors.models.lora.merge import MergeReport
     from pipeline.config.run_config import RunConfig
 
 verbs = typer.Typer()
 
 ROUNDED_AWAY = 0.1
-"""Share of adapted weights that a merge may leave at their old value before the user is told of float32."""
+"""Share that a merge may lose before the user is told of float32: of the adapter's effect, or of the adapted
+weights, which stay at their old value."""
 
 
 @verbs.command(
@@ -115,15 +117,39 @@ def merge(
     console.say(
         f"wrote {done.out_dir} in {done.dtype}: {done.merged_weights} tensors changed, {done.seconds:.1f} s"
     )
-    console.say(
-        f"log-probabilities differ from the unmerged model's by {done.mean_logprob_diff:.1e} on average, "
-        f"{done.max_logprob_diff:.1e} at most"
-    )
-    would = f" (in bfloat16: {done.unchanged_share_bf16:.1%})" if done.dtype != "bfloat16" else ""
-    console.say(f"adapted weights that rounding left at their old value: {done.unchanged_share:.1%}{would}")
-    if done.dtype != "float32" and done.unchanged_share > ROUNDED_AWAY:
-        console.say(f"their change is too small for {done.dtype}; `--dtype float32` keeps it")
+    for line in differences(done):
+        console.say(line)
     return EXIT_DONE
+
+
+def differences(done: MergeReport) -> list[str]:
+    """What rounding to the merged model's dtype has cost, and what to do about it, in lines."""
+    lines = [
+        f"log-probabilities differ from the unmerged model's by {done.mean_logprob_diff:.1e} on average "
+        f"(median {done.median_logprob_diff:.1e}, {done.max_logprob_diff:.1e} at most)"
+    ]
+    would = f" (in bfloat16: {done.unchanged_share_bf16:.1%})" if done.dtype != "bfloat16" else ""
+    lines.append(f"adapted weights that rounding left at their old value: {done.unchanged_share:.1%}{would}")
+    if done.dtype == "float32" or not done.adapter_effect or done.mean_logprob_diff is None:
+        return lines
+    lost = done.mean_logprob_diff / done.adapter_effect
+    lines.append(
+        f"the adapter itself moves them by {done.adapter_effect:.1e} on average: rounding to {done.dtype} "
+        f"changes {lost:.1%} as much"
+    )
+    if lost > ROUNDED_AWAY:
+        lines.append(
+            "that is much: `--dtype float32` keeps it, or serve the adapter unmerged on its base; where it "
+            f"has to be {done.dtype}, evaluate the merged model before it is used"
+        )
+    elif done.unchanged_share > ROUNDED_AWAY:
+        lines.append(
+            f"little is lost, though many single changes are too small for {done.dtype}; "
+            "`--dtype float32` keeps them"
+        )
+    else:
+        lines.append("little is lost: the merged model can be used as it is")
+    return lines
 
 
 def result_of(config: RunConfig, stage: str | None) -> str:

@@ -24,6 +24,7 @@ from pipeline.report.tolerant_reading import (
     as_mapping,
     as_number,
     as_numbers,
+    read_file,
     read_json,
     read_jsonl,
 )
@@ -80,7 +81,7 @@ def _written_last(directory: Path, stages: list[StageView]) -> float:
 def _run_json(directory: Path) -> dict[str, Any]:
     path = directory / "run.json"
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
+        run = json.loads(read_file(path))
     except FileNotFoundError:
         said = f"{directory}: no run.json in it, so this is not a run directory (runs/NAME)"
         if any(directory.glob("*/manifest.json")):
@@ -95,7 +96,7 @@ def _run_json(directory: Path) -> dict[str, Any]:
 
 def _read_config(path: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path)
         return text, as_mapping(yaml.safe_load(text))
     except FileNotFoundError:
         return "", {}

@@ -9,11 +9,23 @@ from pathlib import Path
 from typing import Any
 
 
+def read_file(path: Path, errors: str = "strict") -> str:
+    """Text of a regular file: reading a pipe would wait for ever.
+
+    Raises:
+        OSError: there is none, or it can't be read.
+        UnicodeDecodeError: it is not UTF-8, where `errors` is strict.
+    """
+    if not path.is_file() and path.exists():
+        raise OSError(f"{path.name} is no file")
+    return path.read_text(encoding="utf-8", errors=errors)
+
+
 def read_jsonl(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file; lines that can't be read are counted in a note."""
     try:
         # Not splitlines: a completion may hold U+2028, which does not end a JSON line.
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = read_file(path, "replace").split("\n")
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -36,7 +48,7 @@ def read_jsonl(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 def read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     """A JSON file that holds a mapping; empty when there is none, with a note when it can't be read."""
     try:
-        return as_mapping(json.loads(path.read_text(encoding="utf-8")))
+        return as_mapping(json.loads(read_file(path)))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:

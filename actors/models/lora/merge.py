@@ -54,6 +54,10 @@ class MergeReport:
     max_logprob_diff: float | None
     """Largest |difference| of log-probabilities, merged reloaded against unmerged; None if unchecked."""
     mean_logprob_diff: float | None
+    median_logprob_diff: float | None
+    adapter_effect: float | None
+    """Mean |difference| between the unmerged model with and without its adapter: beside it a loss is large or
+    small."""
     unchanged_share: float
     """Share of the adapted weights whose value is the base's own after rounding to `dtype`."""
     unchanged_share_bf16: float
@@ -107,15 +111,15 @@ def _merge(
     unchanged, unchanged_bf16 = _unchanged(peft, deltas, (target, torch.bfloat16))
     with writing(out_dir):
         write_model(peft, merged_state(peft, "merge", target), out_dir, base_dir)
-    largest = mean = None
-    if check:
-        largest, mean = _compare(peft, out_dir, target, base_dir)
+    found = _compare(peft, out_dir, target, base_dir) if check else None
     return MergeReport(
         str(out_dir),
         _dtype_name(target),
         len(deltas),
-        largest,
-        mean,
+        found.largest if found else None,
+        found.mean if found else None,
+        found.median if found else None,
+        found.effect if found else None,
         unchanged,
         unchanged_bf16,
         time.monotonic() - started,
@@ -200,8 +204,19 @@ def write_model(
         )
 
 
-def _compare(peft: PeftModel, out_dir: Path, target: torch.dtype, base_dir: Path) -> tuple[float, float]:
-    """(max, mean) |log-probability difference| over random tokens; beyond tolerance an error."""
+@dataclass(frozen=True)
+class _Differences:
+    """|log-probability differences| over the same tokens: merged against unmerged, and (`effect`) the mean of
+    unmerged with against without its adapter."""
+
+    largest: float
+    mean: float
+    median: float
+    effect: float
+
+
+def _compare(peft: PeftModel, out_dir: Path, target: torch.dtype, base_dir: Path) -> _Differences:
+    """Differences over random tokens; beyond tolerance an error."""
     compute = next(peft.parameters()).dtype
     vocab = peft.get_base_model().config.vocab_size
     ids = torch.randint(0, vocab, (2, 32), generator=torch.Generator().manual_seed(0))
@@ -221,7 +236,11 @@ def _compare(peft: PeftModel, out_dir: Path, target: torch.dtype, base_dir: Path
             f"log-probabilities of the merged model differ by {off:.2g} (limit {limit:g}) from the unmerged",
             "nothing was written; merge with dtype float32, and if that fails too, report the architecture",
         )
-    return largest, mean
+    with torch.no_grad(), role(peft, None):
+        bare = peft(input_ids=ids).logits.float().log_softmax(-1)
+    with torch.no_grad(), role(peft, "merge"):
+        effect = (peft(input_ids=ids).logits.float().log_softmax(-1) - bare).abs().mean()
+    return _Differences(largest, mean, float(diff.median()), float(effect))
 
 
 def _distance(

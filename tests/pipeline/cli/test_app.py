@@ -256,3 +256,25 @@ def test_inspect_ends_with_1_where_a_run_would_stop_at_rows(
     data.write_text('{"question": "1+1?", "answer": "2"}\n')
     assert main(["inspect", str(data)]) == 0
     assert main(["inspect", str(tmp_path / "none.jsonl")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("mean", "effect", "unchanged", "said"),
+    [
+        (0.2, 1.0, 0.0, "changes 20.0% as much|that is much: `--dtype float32` keeps it"),
+        (0.01, 1.0, 0.5, "changes 1.0% as much|too small for bfloat16; `--dtype float32` keeps them"),
+        (0.01, 1.0, 0.0, "changes 1.0% as much|little is lost: the merged model can be used as it is"),
+    ],
+)
+def test_a_merge_into_16_bits_says_what_its_differences_mean(
+    mean: float, effect: float, unchanged: float, said: str
+) -> None:
+    from actors.models.lora.merge import MergeReport
+    from pipeline.cli.models import differences
+
+    lines = differences(
+        MergeReport("m", "bfloat16", 3, 1.0, mean, mean / 2, effect, unchanged, unchanged, 1.0)
+    )
+    assert all(part in "\n".join(lines) for part in said.split("|"))
+    exact = differences(MergeReport("m", "float32", 3, 1e-6, 1e-7, 1e-7, effect, 0.0, unchanged, 1.0))
+    assert len(exact) == 2

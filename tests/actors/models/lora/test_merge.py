@@ -70,7 +70,7 @@ def test_merging_without_an_adapter_is_the_checkpoint(adapted, base_of):
 
 def test_what_rounding_to_bf16_loses_is_reported(adapted, tmp_path, randomise_b):
     peft = adapted("qwen3_moe", LoraSpec(r=4))
-    shares = {}
+    shares, losses = {}, {}
     for std in (1e-6, 5e-2):
         randomise_b(peft, "policy", std=std)
         adapters.save_adapter(peft, "policy", tmp_path / f"adapter-{std}")
@@ -78,9 +78,12 @@ def test_what_rounding_to_bf16_loses_is_reported(adapted, tmp_path, randomise_b)
         report = merge.merge_adapter(None, tmp_path / f"adapter-{std}", out, dtype="bfloat16")
         assert report.unchanged_share == report.unchanged_share_bf16
         shares[std] = report.unchanged_share_bf16
+        losses[std] = report.mean_logprob_diff / report.adapter_effect
+        assert report.median_logprob_diff < report.max_logprob_diff
         assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     assert shares[1e-6] > 0.9
     assert shares[5e-2] < 0.1
+    assert losses[1e-6] > 1 > losses[5e-2], "beside what the adapter does, rounding is much or little"
 
 
 def test_a_bf16_base_is_merged_in_float32(base_of, adapted, tmp_path, saved):
