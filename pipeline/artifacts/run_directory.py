@@ -206,6 +206,8 @@ def _name_in(config: Path) -> Any:
     """`name` of a written config; None where it can't be read."""
     import yaml
 
+    if not config.is_file():
+        return None
     try:
         found = yaml.safe_load(config.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError):

@@ -13,7 +13,7 @@ from itertools import pairwise
 from statistics import median_low
 from typing import Any
 
-from pipeline.report.tolerant_reading import as_number
+from pipeline.report.tolerant_reading import as_count, as_number
 
 KINDS = {
     "generate": "generate",
@@ -84,7 +84,7 @@ def to_calls(lane: str, rows: Sequence[Mapping[str, Any]]) -> list[Call]:
     calls = []
     for row in rows:
         start, end = as_number(row.get("start")), as_number(row.get("end"))
-        step, peak = as_number(row.get("step")), as_number(row.get("peak_rss"))
+        step, peak = as_number(row.get("step")), as_count(row.get("peak_rss"))
         if start is None or end is None or end < start:
             continue
         calls.append(
@@ -96,7 +96,7 @@ def to_calls(lane: str, rows: Sequence[Mapping[str, Any]]) -> list[Call]:
                 end,
                 None if step is None else int(step),
                 str(row.get("role") or ""),
-                None if peak is None else int(peak),
+                peak or None,
             )
         )
     return sorted(calls, key=lambda call: call.start)

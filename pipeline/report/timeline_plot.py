@@ -52,7 +52,7 @@ def draw_timeline(calls: Sequence[Call], window: tuple[float, float], title: str
     if len(ends) <= MARKED_SYNCS:
         for end in ends:
             axes.axvline(end, color=COLOURS["muted"], linewidth=0.6, linestyle=(0, (2, 3)), zorder=0)
-    axes.set_xlim(0, window[1] - window[0])
+    axes.set_xlim(0, (window[1] - window[0]) or 1.0)
     legend(figure, title, {call.kind for call in seen})
     return save(figure, png.parent, png.stem, title, wide=True)
 

@@ -269,7 +269,8 @@ def test_drawing_the_timeline(feed: Feed, good: Files, tmp_path: Path) -> None:
             json.dumps(chrome_trace(run.calls))
 
     lane = st.one_of(st.sampled_from(["policy-0", "rollout-1", "driver"]), st.text(max_size=5))
-    feed(draw, st.dictionaries(lane, st.lists(row, max_size=6), max_size=3), inputs=40)
+    empty = {"policy-0": [{"start": 0.0, "end": 0.0, "peak_rss": 0}]}
+    feed(draw, st.dictionaries(lane, st.lists(row, max_size=6), max_size=3), inputs=40, examples=[empty])
 
 
 def test_cards(feed: Feed) -> None:

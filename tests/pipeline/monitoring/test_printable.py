@@ -77,6 +77,21 @@ def test_notes_and_tables_of_a_run_are_printable(live: bool) -> None:
     assert "\x1b[2J" not in file.getvalue()
 
 
+@pytest.mark.parametrize("live", [True, False])
+def test_what_is_being_done_is_printable(live: bool) -> None:
+    file = io.StringIO()
+    console = PrintableConsole(file=file, force_terminal=live, color_system=None, width=200)
+    with Progress(console) as progress:
+        progress.phase(f"reading {EVIL}")
+        progress.count(f"of {EVIL}")
+        console.print(progress._render())
+    acting = ACTING.findall(re.sub("\x1b\\[[0-9;?]*[A-Za-z]|\r", "", file.getvalue()))
+    assert acting == []
+    assert "\x1b[2J" not in file.getvalue()
+    assert "\x1b]52" not in file.getvalue()
+    assert r"reading a\x1b[2Jb" in file.getvalue()
+
+
 def test_messages_of_commands_are_printable(capsys: pytest.CaptureFixture[str]) -> None:
     console.say(EVIL)
     console.table(EVIL, ["a"], [[EVIL]])
