@@ -252,16 +252,28 @@ def finished(
         code: of the scorer, where it counts. A result of a version that didn't keep it is taken as it is.
     """
     path = directory / f"{name}.json"
+    if not path.is_file():
+        return None
     try:
         result = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    if not isinstance(result, dict) or result.get("fingerprint") != key:
+    if not isinstance(result, dict) or result.get("fingerprint") != key or not _is_whole(result):
         return None
     earlier = result.get("code")
     if code is not None and earlier and earlier != code:
         return None
     return result if (directory / f"{name}.jsonl").is_file() else None
+
+
+def _is_whole(result: Mapping[str, Any]) -> bool:
+    """True for a result with all that is shown of one; a damaged one is made again."""
+    interval = result.get("ci95")
+    bounds = interval if isinstance(interval, list) and len(interval) == 2 else [None]
+    return (
+        all(type(one) in (int, float) for one in (result.get("accuracy"), *bounds))
+        and {"n", "metric"} <= result.keys()
+    )
 
 
 def changed_code(directory: Path, name: str, key: str, code: Mapping[str, str]) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.json_text import json_text
-from pipeline.artifacts.manifest import replace_text
+from pipeline.artifacts.manifest import disk_errors, replace_text
 
 LAST = ("learning_rate", "num_tokens", "epoch", "step", "sync/version", "beta")
 """Metrics of which a logging window keeps the last value; of the others it keeps the mean."""
@@ -32,8 +32,9 @@ class MetricsLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(path) if line["step"] <= resume_at] if resume_at else []
         # Days of training are in this file: it is never emptied to be written again.
-        replace_text(path, "".join(json_text(line) + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
+        with disk_errors(path, "write metrics"):
+            replace_text(path, "".join(json_text(line) + "\n" for line in kept))
+            self._file = path.open("a", encoding="utf-8")
         self._evaluated = {line["step"] for line in kept if any(name.startswith("eval_") for name in line)}
         last = kept[-1] if kept else {}
         self.last: dict[str, Any] = {name: value for name, value in last.items() if value is not None}

@@ -12,6 +12,12 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
+from pipeline.artifacts.identity import Identity, decide, identity_config
+from pipeline.artifacts.manifest import Manifest, new_directory
+from pipeline.artifacts.run_directory import RunDirectory
+from pipeline.evaluation.held_out import finished
+from pipeline.monitoring.progress import Progress
+from pipeline.monitoring.summary import results_table
 from pipeline.report import CardFacts, adapter_card, build_report, read_runs, write_page
 from pipeline.report.build import contents, headline, headline_facts, status
 from pipeline.report.comparison import Comparison
@@ -20,6 +26,7 @@ from pipeline.report.heatmaps import draw_heatmaps
 from pipeline.report.panels import charts
 from pipeline.report.plots import draw_chart
 from pipeline.report.read_run import read_run
+from pipeline.report.routing import to_routing
 from pipeline.report.run_view import RunView, StageView
 from pipeline.report.samples import samples_by_step, side_by_side, stage_samples
 from pipeline.report.series import fair_share, to_series
@@ -27,6 +34,7 @@ from pipeline.report.settings import settings
 from pipeline.report.stage_graph import stage_graph
 from pipeline.report.timeline import chrome_trace, to_calls
 from pipeline.report.times import memory_bars, time_bars, timeline
+from pipeline.stages.metrics import WINDOW, MetricsLog
 from tests.fuzz.harness import Feed
 from tests.fuzz.strategies import altered, damaged, json_scalars, scalars, values
 from tests.pipeline.report.rlhf_run import write_rlhf_run
@@ -90,11 +98,11 @@ def as_bytes(value: Any) -> bytes:
 
 
 @st.composite
-def edits(draw: st.DrawFn, good: Files) -> list[Edit]:
+def edits(draw: st.DrawFn, good: Files, lively: tuple[str, ...] = LIVELY) -> list[Edit]:
     """One to three files damaged, replaced by other values, or by something that is no file."""
     found = []
     for _ in range(draw(st.integers(1, 3))):
-        name = draw(st.sampled_from([*good, *LIVELY, *LIVELY]))
+        name = draw(st.sampled_from([*good, *lively, *lively]))
         how = draw(
             st.sampled_from(["bytes", "values", "values", "values", "gone", "directory", "loop", "pipe"])
         )
@@ -239,8 +247,6 @@ def test_drawing_heatmaps(feed: Feed, tmp_path: Path) -> None:
     )
 
     def draw(given: tuple[Any, list[dict[str, Any]], Any]) -> None:
-        from pipeline.report.routing import to_routing
-
         load, rows, engines = given
         stage = StageView(
             "a", "grpo", "done", router_load=fair_share(load), routing=to_routing(rows, engines)
@@ -290,8 +296,6 @@ def test_cards(feed: Feed) -> None:
 
 def resumed(root: Path) -> None:
     """What a run reads of its directory before it goes on."""
-    from pipeline.artifacts.run_directory import RunDirectory
-
     directory = RunDirectory(root, "synthetic")
     with directory.opened():
         directory.record(error=None)
@@ -305,3 +309,55 @@ def test_going_on_in_a_directory(feed: Feed, good: Files, tmp_path: Path) -> Non
         resumed(root)
 
     feed(go_on, edits(good), inputs=150)
+
+
+WHO = Identity(
+    identity_config({"learning_rate": 1e-4, "batch_size": 8}, {"base": "b"}), {"base": "abc"}, "data", 0
+)
+"""The work of a stage whose directory is looked at."""
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """The directory of a stage that was stopped after it had saved twice, and an evaluation of it."""
+    root = tmp_path_factory.mktemp("stage")
+    for step in (5, 10):
+        manifest = Manifest(
+            type="checkpoint",
+            stage="sft",
+            fingerprint=WHO.fingerprint,
+            inputs=WHO.inputs,
+            config=WHO.config,
+            data={"fingerprint": WHO.data},
+            seed=WHO.seed,
+            step=step,
+        )
+        with new_directory(root / f"checkpoint-{step}", manifest) as aside:
+            (aside / "weights").write_text("w")
+            (aside / WINDOW).write_text('[{"loss": 1.0}]')
+    rows = [json.dumps({"step": step, "loss": 1 / step}) for step in range(1, 11)]
+    (root / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    (root / "eval").mkdir()
+    result = {"accuracy": 0.5, "n": 2, "ci95": [0.1, 0.9], "metric": "exact_match", "fingerprint": "key"}
+    (root / "eval" / "sft.json").write_text(json.dumps({**result, "code": {}}))
+    (root / "eval" / "sft.jsonl").write_text("{}\n")
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_going_on_with_a_stage(feed: Feed, stage: Files, tmp_path: Path) -> None:
+    root = tmp_path / "sft"
+
+    def go_on(given: list[Edit]) -> None:
+        write(root, stage, given)
+        decision = decide(root, WHO)
+        assert decision.says
+        if decision.checkpoint is not None:
+            step = decision.manifest.step if decision.manifest else 0
+            MetricsLog(
+                root / "metrics.jsonl", resume_at=step or 0, every=1, checkpoint=decision.checkpoint
+            ).close()
+        result = finished(root / "eval", "sft", "key", {})
+        if result is not None:
+            results_table(Progress(), {"stages": {}, "eval": {"sft": result}}, ["sft"])
+
+    feed(go_on, edits(stage, lively=()), inputs=200)
