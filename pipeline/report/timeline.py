@@ -39,6 +39,10 @@ SLACK_S = 10.0
 """A run's own count of its seconds ends a little before its processes do."""
 
 
+LATEST_S = 1e11
+"""Seconds since the epoch, in the year 5138: what is later is no time, and sums of it overflow."""
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of a process; `start` and `end` are seconds since the epoch."""
@@ -85,7 +89,7 @@ def to_calls(lane: str, rows: Sequence[Mapping[str, Any]]) -> list[Call]:
     for row in rows:
         start, end = as_number(row.get("start")), as_number(row.get("end"))
         step, peak = as_number(row.get("step")), as_count(row.get("peak_rss"))
-        if start is None or end is None or end < start:
+        if start is None or end is None or not 0 <= start <= end <= LATEST_S:
             continue
         calls.append(
             Call(
