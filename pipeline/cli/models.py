@@ -123,7 +123,7 @@ def merge(
 
 
 def differences(done: MergeReport) -> list[str]:
-    """What rounding to the merged model's dtype has cost, and what to do about it, in lines."""
+    """Cost of rounding to the merged model's dtype, and what to do about it, in lines."""
     lines = [
         f"log-probabilities differ from the unmerged model's by {done.mean_logprob_diff:.1e} on average "
         f"(median {done.median_logprob_diff:.1e}, {done.max_logprob_diff:.1e} at most)"
