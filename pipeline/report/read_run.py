@@ -17,7 +17,7 @@ from actors.errors import UserError
 from pipeline.monitoring.formatting import local_time
 from pipeline.report.routing import to_routing
 from pipeline.report.run_view import BASE, REWARD, EvalRow, RunView, StageView
-from pipeline.report.series import fair_share, to_series
+from pipeline.report.series import beyond, fair_share, to_series
 from pipeline.report.timeline import Call, last_execution, to_calls
 from pipeline.report.tolerant_reading import (
     as_count,
@@ -150,7 +150,10 @@ def _reads(asked: dict[str, Any], init: str, earlier: list[str]) -> dict[str, st
 
 
 def _read_stage_files(directory: Path, stage: StageView, notes: list[str]) -> None:
-    stage.series = to_series(read_jsonl(directory / "metrics.jsonl", notes))
+    rows = read_jsonl(directory / "metrics.jsonl", notes)
+    stage.series = to_series(rows)
+    if count := beyond(rows):
+        notes.append(f"{stage.name}/metrics.jsonl: {count} number(s) too large for a chart left out")
     stage.samples = read_jsonl(directory / "samples.jsonl", notes)
     stage.router_load = fair_share(read_json(directory / "router_load.json", notes).get("load"))
     stage.routing = to_routing(

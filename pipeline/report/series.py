@@ -7,6 +7,10 @@ from typing import Any
 
 from pipeline.report.tolerant_reading import as_number
 
+LARGEST, MOST_STEPS = 1e60, 1e15
+"""Of a figure, and of a step's number: far beyond what training makes (its floats end at 3e38), where the
+ticks of an axis overflow or never end."""
+
 
 @dataclass
 class Series:
@@ -21,19 +25,28 @@ class Series:
 
 
 def to_series(rows: list[dict[str, Any]]) -> dict[str, Series]:
-    """Metric rows to one series a metric. A step logged again after a resume counts once, as last seen."""
+    """Metric rows to one series a metric. A step logged again after a resume counts once, as last seen; what
+    no chart can hold (`beyond`) is left out."""
     values: dict[str, dict[int, float]] = {}
     for index, row in enumerate(rows):
         step = as_number(row.get("step"))
+        if step is not None and abs(step) > MOST_STEPS:
+            continue
         at = index if step is None else int(step)
         for key, value in row.items():
             number = as_number(value)
-            if key != "step" and number is not None:
+            if key != "step" and number is not None and abs(number) <= LARGEST:
                 values.setdefault(key, {})[at] = number
     return {
         key: Series(steps=sorted(points), values=[points[step] for step in sorted(points)])
         for key, points in values.items()
     }
+
+
+def beyond(rows: list[dict[str, Any]]) -> int:
+    """Number of figures, or of whole rows, that are too large for any chart."""
+    numbers = [(key, number) for row in rows for key, value in row.items() if (number := as_number(value))]
+    return sum(abs(number) > (MOST_STEPS if key == "step" else LARGEST) for key, number in numbers)
 
 
 def fair_share(load: Any) -> list[list[float]]:

@@ -235,7 +235,15 @@ def test_drawing_curves(feed: Feed, tmp_path: Path) -> None:
             draw_chart(chart, "a", tmp_path)
 
     row = st.dictionaries(st.sampled_from(["step", "step", *KEYS]), number(), max_size=4)
-    feed(draw, st.lists(row, min_size=1, max_size=6), inputs=40)
+    mad: list[list[dict[str, Any]]] = [
+        [{"loss": 1e308}],
+        [{"loss": -1e308}, {"loss": 1e308}],
+        [{"step": 1, "loss": 1e60}, {"step": 2, "loss": -1e60}],
+        [{"step": 1e300, "loss": 1}, {"step": 2, "loss": 2}],
+        [{"step": 10**15, "loss": 1}, {"step": 2, "loss": 2}],
+        [{"step": at, "time/generate": 1e60, "time/step": 1e60} for at in (1, 2)],
+    ]
+    feed(draw, st.lists(row, min_size=1, max_size=6), inputs=40, examples=mad)
 
 
 def test_drawing_heatmaps(feed: Feed, tmp_path: Path) -> None:

@@ -24,6 +24,13 @@ def test_values_that_are_no_finite_numbers_are_left_out() -> None:
     assert to_series(rows) == {"loss": Series([2], [1.5])}
 
 
+def test_figures_that_no_chart_can_hold_are_left_out_and_counted(rlhf_run: Path) -> None:
+    rows = [{"step": 1, "loss": 1e308}, {"step": 2, "loss": 3e38}, {"step": 10**30, "loss": 1.0}]
+    assert to_series(rows) == {"loss": Series([2], [3e38])}
+    (rlhf_run / "sft" / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert "sft/metrics.jsonl: 2 number(s) too large for a chart left out" in read_run(rlhf_run).notes
+
+
 @pytest.mark.parametrize(
     ("load", "shares"),
     [
