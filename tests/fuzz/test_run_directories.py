@@ -298,7 +298,8 @@ def test_drawing_the_timeline(feed: Feed, good: Files, tmp_path: Path) -> None:
 
 def test_cards(feed: Feed) -> None:
     names = st.text(max_size=6)
-    tables = st.dictionaries(names, values(scalars()), max_size=3)
+    one = scalars()
+    tables = st.dictionaries(names, st.one_of(one, st.lists(one, max_size=3)), max_size=3)
 
     def card(given: tuple[str, list[str], dict[str, Any], dict[str, Any]]) -> str:
         name, sources, settings_, metrics = given
