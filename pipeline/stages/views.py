@@ -55,6 +55,11 @@ class View:
         """True where one call waits for the other's: the same processes do both."""
         return self.workers.group is other.workers.group
 
+    def ready(self, batch: Batch) -> SharedBatch:
+        """A batch made ready to be sent to these ranks: in the object store, if several read it. One gets it
+        with the call, a look-up sooner."""
+        return put(batch) if self.workers.group.size > 1 else batch
+
     # --- Numbers --------------------------------------------------------------------------------
 
     def token_logprobs(self, batch: SharedBatch, temperature: float) -> GroupFuture[np.ndarray]:

@@ -22,7 +22,6 @@ from pipeline.stages.context import (
 )
 from pipeline.stages.metrics import MetricsLog
 from pipeline.stages.prepared import PreparedStage
-from pipeline.stages.views import put
 
 if TYPE_CHECKING:
     from actors.batches import Batch
@@ -84,7 +83,7 @@ def train(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> Manife
 
 
 class Steps:
-    """One step after the other on the ranks. The next one's rows are in the object store before the one that
+    """One step after the other on the ranks. The next one's rows are ready to be sent before the one that
     runs is back, which hides the driver's work behind theirs. Nothing is sent ahead: it could not be
     called back, and a stop would wait for it."""
 
@@ -114,7 +113,7 @@ class Steps:
             return self._ready.pop(step)
         batch = with_reference(self.stage, self.ctx.reference, step)
         self.ctx.limits.saw("tokens", batch.n_tokens, self.stage.most_tokens)
-        return put(batch)
+        return self.ctx.policy.ready(batch)
 
 
 def check_and_log(
