@@ -78,7 +78,9 @@ class StopRequests:
         self._signals = 0
         self._stopped: Doing | None = None
         """Work that the first signal found, where the handler was faster than the thread that answers it."""
-        self._cut = self._interrupted = self._forced = self._again = False
+        self._cut = self._interrupted = self._forced = self._poked = False
+        self._again: Doing | None = None
+        """Work that was cut short, and goes on all the same."""
         self._by_file = 0
         """1: the file asked first, and what comes next is the second request."""
         self._own = False
@@ -167,14 +169,17 @@ class StopRequests:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         signal.alarm(0)  # Ray's own handler, if it was the first to know, would abort the process.
-        if number == signal.SIGHUP and self._signals:
+        if self._poked:
+            self._poked = False
+        elif number == signal.SIGHUP and self._signals:
             return
-        self._signals += 1
-        self._stopped = self._stopped or self._doing
+        else:
+            self._signals += 1
+            self._stopped = self._stopped or self._doing
         if self._doing.ends:
             return
-        if self._doing.at_once and (self._again or not self._cut):
-            self._cut, self._again = True, False
+        if self._doing.at_once and (not self._cut or self._again is self._doing):
+            self._cut, self._again = True, None
             raise KeyboardInterrupt
         if (self._signals + self._by_file > 1 or self._forced) and not self._interrupted:
             self._interrupted = True
@@ -232,14 +237,14 @@ class StopRequests:
                 self._thread.join(INSIST_S)
                 if self._doing is not doing or not self._thread.is_alive():
                     return
-            now, self._again = False, True
+            now, self._again = False, doing
             self._poke()
 
     def _poke(self) -> None:
         """Let the handler run in the main thread, whatever that waits for."""
         with self._leaving:
             if not self._left:
-                self._own = True
+                self._own = self._poked = True
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def _force(self) -> None:

@@ -165,6 +165,29 @@ def test_two_engines_of_which_one_is_killed_make_the_same_adapter(whole: Path, t
     assert repeatable(run) == repeatable(whole)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["rollout-0", "policy-1"])
+def test_a_process_that_hangs_is_noticed_in_about_a_minute_as_steps_are_short(
+    who: str, whole: Path, tmp_path: Path
+) -> None:
+    """Defaults are 900 s and more. An engine is replaced, and the adapter is the same; a rank ends the run."""
+    command, run = command_for(tmp_path), tmp_path / "run"
+    process = start(command, tmp_path)
+    when(process, lambda: (run / "ppo").is_dir() and len(lines_of(run, "ppo")) >= 3)
+    os.kill(pid_of(run, who), signal.SIGSTOP)
+    began = time.monotonic()
+    said, _ = process.communicate(timeout=400)
+    assert 60 < time.monotonic() - began < 180
+    if who == "policy-1":
+        assert process.returncode == 1
+        assert re.search(r"failed: policy.* no answer within 60 s \(limits\.(logprobs|update)\)", said), said
+        return
+    assert process.returncode == 0, said[-3000:]
+    assert "rollout-0 was replaced: no answer within" in said
+    assert adapter_digest(run, "ppo") == adapter_digest(whole, "ppo")
+    assert repeatable(run) == repeatable(whole)
+
+
 def test_an_engine_whose_core_is_apart_makes_the_same_adapter_also_when_the_core_is_killed(
     whole: Path, tmp_path: Path
 ) -> None:
