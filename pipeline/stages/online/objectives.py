@@ -106,7 +106,9 @@ class PolicyGradient(Objective):
         return [np.sort(order[i : i + size]) for order in orders for i in range(0, rows, size)]
 
     def check_first(self, metrics: Mapping[str, float], dtype: str, at_reference: bool) -> None:
-        if not self.spec.clips_to_engine:
+        # A step that takes the log-probabilities of its own pass has none that were stored before.
+        stored = not self.on_policy or "ratio/beyond" in metrics
+        if stored and not self.spec.clips_to_engine:
             rl_checks.check_first_ratio(metrics, rl_checks.RATIO_TOLERANCE[dtype])
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from actors.batches.generations import Generations
 from actors.batches.trajectories import trajectory_batch
-from actors.errors import UserError
+from actors.errors import InvariantViolation, UserError
 from pipeline.config.run_config import RunConfig
 from pipeline.data.reading.bad_rows import Skipped
 from pipeline.data.tokens.batch_order import BatchOrder
@@ -179,3 +179,18 @@ def test_a_warm_up_longer_than_the_stage_is_refused(repository: Path) -> None:
     made["stages"] = {"ppo": stage | {"critic_warmup_steps": 1}}
     config = RunConfig.model_validate(made)
     assert prepare(config.stage("ppo"), load_tokenizer(config.model)).total_steps == 2
+
+
+def test_the_first_update_of_a_step_is_checked_where_log_probabilities_were_stored() -> None:
+    within = {"ratio/beyond": 0.0, "ratio/beyond_tenth": 0.0}
+    own_pass = PolicyGradient(GrpoStage(**DATA, batch_size=8, num_generations=2, beta=0.0))
+    assert own_pass.on_policy
+    for metrics in ({}, within):  # Later steps have nothing to compare with: the ratio is 1 by definition.
+        own_pass.check_first(metrics, "float32", at_reference=False)
+    stored = PolicyGradient(GrpoStage(**DATA, batch_size=8, num_generations=2, beta=0.04))
+    stored.check_first(within, "float32", at_reference=False)
+    for objective in (own_pass, stored):
+        with pytest.raises(InvariantViolation, match="of the tokens"):
+            objective.check_first(within | {"ratio/beyond": 1.0}, "float32", at_reference=False)
+    with pytest.raises(KeyError):
+        stored.check_first({}, "float32", at_reference=False)
