@@ -46,8 +46,10 @@ for i in $(seq "$nodes"); do "$@" & done
 wait
 """,
 }
+JOB = str(os.getpid())
+"""Number of the job, of which its ports are made: other tests may run on this machine."""
 SLURM = {
-    "SLURM_JOB_ID": "4711",
+    "SLURM_JOB_ID": JOB,
     "SLURM_JOB_NODELIST": "made-up-[1-2]",
     "SLURM_JOB_NUM_NODES": "2",
     "SLURM_CPUS_PER_TASK": "1",
@@ -128,7 +130,7 @@ def test_a_job_saves_at_sigterm_is_queued_again_and_goes_on_to_its_end(
     job.send_signal(signal.SIGTERM)  # as --signal=B:TERM: the batch script alone
     said, _ = job.communicate(timeout=120)
     assert "raylign run ended with exit code 75" in said, said
-    assert (tmp_path / "queue").read_text() == "4711\n"
+    assert (tmp_path / "queue").read_text() == f"{JOB}\n"
     saved = [int(path.name.rpartition("-")[2]) for path in (run / "sft").glob("checkpoint-*")]
     assert len(saved) == 1
     assert 3 < saved[0] < 4000
@@ -147,7 +149,7 @@ def test_a_job_saves_at_sigterm_is_queued_again_and_goes_on_to_its_end(
     assert f"sft: continues from checkpoint-{saved[0]}" in said
     assert (run / "sft" / "adapter").is_dir()
     assert lines_of(run, "sft")[-1]["step"] == saved[0] + 3
-    assert (tmp_path / "queue").read_text() == "4711\n"
+    assert (tmp_path / "queue").read_text() == f"{JOB}\n"
     heads = re.findall(r"^1 made-up-1 ray start$", (tmp_path / "steps").read_text(), re.MULTILINE)
     others = re.findall(r"^1 made-up-2 ray start$", (tmp_path / "steps").read_text(), re.MULTILINE)
     assert (len(heads), len(others)) == (2, 2)
@@ -168,7 +170,7 @@ def test_a_signal_before_the_run_has_begun_queues_the_job_again(
     job.send_signal(signal.SIGTERM)
     said, _ = job.communicate(timeout=200)
     assert "missing.yaml" not in said
-    assert (tmp_path / "queue").read_text() == "4711\n"
+    assert (tmp_path / "queue").read_text() == f"{JOB}\n"
     assert not Path(cluster["RAYLIGN_RAY_FILES"]).exists()
 
 
