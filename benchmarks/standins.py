@@ -69,8 +69,8 @@ class _Weights:
         self.version = version
         return CommitReport(version, len(DIGESTS), len(DIGESTS), {})
 
-    def readback(self, version: int) -> Readback:
-        return Readback(version, DIGESTS)
+    def readback(self, version: int, known: str = "") -> Readback:
+        return Readback.of(version, DIGESTS, known)
 
     def discard(self, version: int) -> None:
         return None

@@ -16,7 +16,7 @@ from actors.errors import InvariantViolation, RunFailure
 from actors.rollout.vllm.worker_calls import ask, standing_still
 from actors.sync.channel import Backend
 from actors.sync.payload import Payload
-from actors.sync.protocol import NO_VERSION, CommitReport, Readback, StageAck
+from actors.sync.protocol import NO_VERSION, CommitReport, Readback, StageAck, digest_of_all
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -44,7 +44,8 @@ class WeightUpdater:
         self._llm = llm
         self._staged: tuple[int, int] | None = None
         """Version, and the number of its parts that are not staged."""
-        self._digests: dict[str, str] = {}
+        self._digest = digest_of_all({})
+        """Of all that the last commit bound."""
         self.version = NO_VERSION
         self.lost = ""
         """Why this engine can't be used any more."""
@@ -122,8 +123,9 @@ class WeightUpdater:
         short = min(loaded, key=lambda one: one["bound"] - one["expected"])
         return CommitReport(version, short["bound"], short["expected"], seconds, digests)
 
-    def readback(self, version: int) -> Readback:
-        """Digests of what the last commit bound, by checkpoint name.
+    def readback(self, version: int, known: str = "") -> Readback:
+        """Digests of what the last commit bound, by checkpoint name; without the list where the one of all of
+        them is `known`.
 
         Raises:
             RunFailure: another version is served.
@@ -131,7 +133,7 @@ class WeightUpdater:
         self.refuse_lost("readback")
         if version != self.version:
             raise RunFailure("rollout", "readback", f"version {self.version} is served, not {version}")
-        return Readback(version, dict(self._digests))
+        return Readback(version, self._digest, {} if self._digest == known else self._ask("bound_digests")[0])
 
     def refuse_lost(self, phase: str) -> None:
         """An engine that failed inside a commit serves nobody."""
@@ -177,8 +179,8 @@ class WeightUpdater:
         if not llm.reset_prefix_cache(reset_running_requests=keep):
             raise InvariantViolation("rollout", "commit", "samples are still being generated")
         loaded: list[dict[str, Any]] = self._ask("loaded_weights")
-        self._digests = {name: digest for one in loaded for name, digest in one["digests"].items()}
-        if any(self._digests[name] != digest for one in loaded for name, digest in one["digests"].items()):
+        self._digest = loaded[0]["digest"]
+        if any(one["digest"] != self._digest for one in loaded):
             raise InvariantViolation("rollout", "commit", "the engine's processes hold different weights")
         return loaded
 

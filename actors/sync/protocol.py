@@ -7,7 +7,9 @@ what it had. The states of one engine are in `engine_state`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import blake2b
 
 NO_VERSION = -1
 """Version of the base, which an engine holds before the first sync."""
@@ -55,10 +57,17 @@ class Readback:
     """Digests of what an engine holds after a commit, read out of the parameters that it computes with."""
 
     version: int
-    digests: dict[str, str]
-    """Checkpoint name -> `payload.digest_of` of the bound values, cut back to that tensor."""
-    unread: tuple[str, ...] = ()
-    """Names that were handed over and can't be read back."""
+    digest: str
+    """Of all names and their digests: see `digest_of_all`."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """Checkpoint name -> `payload.digest_of` of the bound values, cut back to that tensor. Empty where
+    `digest` is the one that was asked for: a list of 18,000 takes 1.6 MB and 21 ms an engine."""
+
+    @staticmethod
+    def of(version: int, digests: Mapping[str, str], known: str = "") -> Readback:
+        """`known`: digest of what whoever asks expects."""
+        digest = digest_of_all(digests)
+        return Readback(version, digest, {} if digest == known else dict(digests))
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,17 @@ class Expected:
     share_unchanged_bf16: float | None
     """Share of the adapted weights that rounding to bfloat16 would give the base's own value; None where all
     weights are trained."""
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all names and their digests."""
+        return digest_of_all(self.digests)
+
+
+def digest_of_all(digests: Mapping[str, str]) -> str:
+    """One digest of names and digests, whatever their order."""
+    lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
+    return blake2b(lines.encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,8 @@ class UpdatableEngines:
     def commit(self, rank: int, version: int, keep: bool = False) -> WorkerFuture[CommitReport]:
         return self.group.submit_rank(rank, f"{WEIGHTS}.commit", version, keep, phase="sync")
 
-    def readback(self, rank: int, version: int) -> WorkerFuture[Readback]:
-        return self.group.submit_rank(rank, f"{WEIGHTS}.readback", version, phase="sync")
+    def readback(self, rank: int, version: int, known: str = "") -> WorkerFuture[Readback]:
+        return self.group.submit_rank(rank, f"{WEIGHTS}.readback", version, known, phase="sync")
 
     def score_tokens(
         self, rank: int, token_ids: Sequence[Sequence[int]], starts: Sequence[int]

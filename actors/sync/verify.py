@@ -9,7 +9,7 @@ float32, up to .8 in bfloat16, when all is well), so quantiles decide.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -152,17 +152,19 @@ def mismatch_in_probes(
     return None
 
 
-def mismatch_in_readback(expected: Mapping[str, str], found: Readback, version: int) -> str | None:
+def mismatch_in_readback(expected: Expected, found: Readback, version: int) -> str | None:
     """Reason to distrust the tensors that an engine holds, or None."""
     if found.version != version:
         return f"read back version {found.version}, not {version}"
-    missing = sorted(name for name in expected if name not in found.digests)
+    if found.digest == expected.digest:
+        return None
+    missing = sorted(name for name in expected.digests if name not in found.digests)
     if missing:
         return f"{len(missing)} tensors are not bound in the engine, the first: {missing[0]}"
-    wrong = sorted(name for name, digest in expected.items() if found.digests[name] != digest)
+    wrong = sorted(name for name, digest in expected.digests.items() if found.digests[name] != digest)
     if wrong:
         return (
-            f"{len(wrong)} of {len(expected)} tensors in the engine differ from the trainer's merge, "
+            f"{len(wrong)} of {len(expected.digests)} tensors in the engine differ from the trainer's merge, "
             f"the first: {wrong[0]}"
         )
     return None

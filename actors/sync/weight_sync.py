@@ -203,7 +203,8 @@ class WeightSync:
             InvariantViolation: an engine holds something else.
         """
         version = reference.offer.version
-        found = self._phases.read(engines, version, self._probes, self._starts)
+        known = reference.expected.digest
+        found = self._phases.read(engines, version, known, self._probes, self._starts)
         for rank, (read, scored) in found.items():
             checked = self._check(reference, read, scored)
             if isinstance(checked, str):
@@ -213,7 +214,7 @@ class WeightSync:
 
     def _check(self, reference: Reference, read: Readback, scored: list[np.ndarray]) -> ProbeReport | str:
         """Probes of an engine that holds the reference, or how it differs."""
-        wrong = verify.mismatch_in_readback(reference.expected.digests, read, reference.offer.version)
+        wrong = verify.mismatch_in_readback(reference.expected, read, reference.offer.version)
         if wrong is not None:
             return wrong
         report = verify.compare_probes(scored, reference.logps, reference.previous, self._base)

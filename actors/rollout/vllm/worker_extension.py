@@ -18,7 +18,7 @@ from actors.rollout.vllm.weight_transfer import refusal
 from actors.rollout.vllm.worker_calls import answers, packed
 from actors.sync.channel import Backend
 from actors.sync.payload import Manifest, Payload
-from actors.sync.protocol import StageAck, mismatch_in_version
+from actors.sync.protocol import StageAck, digest_of_all, mismatch_in_version
 
 if TYPE_CHECKING:
     from actors.rollout.vllm.weight_transfer import SyncTransferEngine
@@ -93,8 +93,14 @@ class SyncWorkerExtension:
 
     @answers
     def loaded_weights(self) -> dict[str, Any]:
-        """Result of the last update in this process: `weight_transfer.Loaded`."""
-        return asdict(self.weight_transfer_engine.loaded)
+        """Result of the last update in this process: `weight_transfer.Loaded`, its digests as one."""
+        loaded = asdict(self.weight_transfer_engine.loaded)
+        return loaded | {"digest": digest_of_all(loaded.pop("digests"))}
+
+    @answers
+    def bound_digests(self) -> dict[str, str]:
+        """Checkpoint name -> digest of what the last update bound."""
+        return self.weight_transfer_engine.loaded.digests
 
     @answers
     def expert_load(self) -> list[Any] | None:

@@ -104,9 +104,9 @@ class Process:
         self.version, self.staged = version, -2
         return CommitReport(version, 1, 1, {})
 
-    def readback(self, version: int) -> Readback:
+    def readback(self, version: int, known: str = "") -> Readback:
         self.read.add(self.version)
-        return Readback(version, {"weight": str(self.version)})
+        return Readback.of(version, {"weight": str(self.version)}, known)
 
     def score_tokens(self, token_ids: list[list[int]], starts: list[int]) -> list[np.ndarray]:
         if self.version in self.read:

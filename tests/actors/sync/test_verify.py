@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from actors.sync.protocol import Readback
+from actors.sync.protocol import Expected, Readback
 from actors.sync.verify import (
     compare_probes,
     mismatch_in_probes,
@@ -25,24 +25,34 @@ def moved(values: list[np.ndarray], size: float, seed: int = 1) -> list[np.ndarr
 # --- Read back ------------------------------------------------------------------------------------
 
 
+EXPECTED = Expected({"a": "1", "b": "2"}, None)
+
+
 def test_a_readback_may_hold_more_than_expected_but_nothing_else() -> None:
-    assert mismatch_in_readback({"a": "1"}, Readback(4, {"a": "1", "b": "2"}), 4) is None
+    assert mismatch_in_readback(EXPECTED, Readback.of(4, {"a": "1", "b": "2", "c": "3"}), 4) is None
     assert "1 of 2 tensors in the engine differ" in str(
-        mismatch_in_readback({"a": "1", "b": "2"}, Readback(4, {"a": "1", "b": "3"}), 4)
+        mismatch_in_readback(EXPECTED, Readback.of(4, {"a": "1", "b": "3"}), 4)
     )
     assert "1 tensors are not bound in the engine, the first: b" in str(
-        mismatch_in_readback({"a": "1", "b": "2"}, Readback(4, {"a": "1"}), 4)
+        mismatch_in_readback(EXPECTED, Readback.of(4, {"a": "1"}), 4)
     )
-    assert "version 3, not 4" in str(mismatch_in_readback({}, Readback(3, {}), 4))
+    assert "version 3, not 4" in str(mismatch_in_readback(EXPECTED, Readback.of(3, EXPECTED.digests), 4))
 
 
 def test_swapped_tensors_have_each_others_digest_and_are_seen() -> None:
-    wrong = mismatch_in_readback({"a": "1", "b": "2"}, Readback(4, {"a": "2", "b": "1"}), 4)
+    wrong = mismatch_in_readback(EXPECTED, Readback.of(4, {"a": "2", "b": "1"}), 4)
     assert wrong is not None
     assert "2 of 2 tensors" in wrong
 
 
-# --- Probes ---------------------------------------------------------------------------------------
+def test_an_engine_sends_the_list_of_digests_only_where_they_are_not_those_that_are_known() -> None:
+    same = Readback.of(4, {"b": "2", "a": "1"}, EXPECTED.digest)
+    assert same.digests == {}
+    assert mismatch_in_readback(EXPECTED, same, 4) is None
+    other = Readback.of(4, {"a": "1", "b": "3"}, EXPECTED.digest)
+    assert other.digests == {"a": "1", "b": "3"}
+    # One that says neither is no proof.
+    assert "2 tensors are not bound" in str(mismatch_in_readback(EXPECTED, Readback(4, "another"), 4))
 
 
 def test_noise_of_the_dtype_is_within_tolerance() -> None:

@@ -19,6 +19,7 @@ from actors.errors import RunFailure
 from actors.rollout.engine import EngineSpec, SamplingSpec
 from actors.rollout.remote import ROLLOUT, rollout_group
 from actors.sync.payload import pack_adapter
+from actors.sync.protocol import digest_of_all
 from tests.actors.rollout.vllm import vllm_cases as cases
 from tests.actors.rollout.vllm.vllm_cases import ADAPTER, LONG, MERGED, SEQUENCES, STARTS, Policy, off
 
@@ -78,6 +79,8 @@ def test_versions_arrive_over_the_channel_whole_in_parts_and_as_adapter(
         assert off(now, policy.logps(SEQUENCES, STARTS)) < 1e-4
         read = group.call_rank(0, "weights.readback", version).digests
         assert read == policy.digests(read)
+        proof = group.call_rank(0, "weights.readback", version, digest_of_all(read))
+        assert (proof.digest, proof.digests) == (digest_of_all(read), {})
         before = now
 
 
