@@ -78,11 +78,28 @@ def overrides() -> st.SearchStrategy[list[str]]:
             ".".join
         ),
     )
+    usual_values = [
+        "1",
+        "2",
+        "0.5",
+        "1e-4",
+        "true",
+        "null",
+        "[1]",
+        "[base]",
+        "{source: x}",
+        "x",
+        "auto",
+        "16",
+    ]
     value = st.one_of(
-        st.sampled_from(WORDS), st.lists(st.sampled_from(WORDS), max_size=5).map("".join), texts()
+        st.sampled_from(WORDS),
+        st.lists(st.sampled_from(WORDS), max_size=5).map("".join),
+        texts(),
     )
-    usual = st.builds("{}={}".format, key, value)
-    return st.lists(st.one_of(usual, usual, usual, texts()), min_size=1, max_size=3)
+    usual = st.builds("{}={}".format, st.sampled_from(paths), st.sampled_from(usual_values))
+    odd = st.builds("{}={}".format, key, value)
+    return st.lists(st.one_of(usual, usual, odd, texts()), min_size=1, max_size=3)
 
 
 def test_overrides(feed: Feed, repository: Path) -> None:

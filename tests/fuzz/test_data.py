@@ -177,13 +177,15 @@ def test_columns_of_odd_types(feed: Feed, tmp_path: Path, tokenizer: Any) -> Non
         read([DataSpec(source=str(path))], tokenizer)
 
     columns = st.dictionaries(st.sampled_from(KEYS), st.sampled_from(COLUMNS), min_size=1, max_size=3)
+    good = {"prompt": pa.array(["a", "b", "c"]), "completion": pa.array(["d", "e", "f"])}
+    beside = columns.map(lambda odd: pa.table(good | odd))
     # Not deep: Arrow itself overflows the stack when it writes hundreds of levels.
     leaf = json_scalars()
     inner = st.recursive(leaf, lambda one: st.lists(one, max_size=3) | st.dictionaries(texts(), one))
     nested = st.lists(st.dictionaries(st.sampled_from(KEYS), inner, max_size=3), min_size=1)
     feed(
         load,
-        st.one_of(columns.map(pa.table), nested.map(_table).filter(bool)),
+        st.one_of(columns.map(pa.table), beside, beside, nested.map(_table).filter(bool)),
         inputs=60,
         examples=[pa.table({"prompt": column}) for column in COLUMNS],
     )
