@@ -39,6 +39,7 @@ from pipeline.execution.reference_feeds import make_feed
 from pipeline.monitoring.phases import phase
 from pipeline.planning.resources import machine_problems
 from pipeline.roles import ENGINE_ROLES, POLICY, REFERENCE, ROLES, ROLLOUT, evaluation_roles, roles_of
+from pipeline.stages.context import Stopped
 from pipeline.stages.offline.reference import ReferenceFeed
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Fleet:
             for group in self._groups.values():
                 group.shutdown(kindly=kind is not KeyboardInterrupt)
         if self._ray:
-            failed = isinstance(error, Exception) and not isinstance(error, UserError)
+            failed = isinstance(error, Exception) and not isinstance(error, UserError | Stopped)
             kept = stop_ray(failed)
             if kept is not None:
                 self._note(f"Ray's own logs of this run are kept in {kept}")
