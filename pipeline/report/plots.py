@@ -53,7 +53,7 @@ def draw_chart(chart: Chart, stage: str, plots_dir: Path | None) -> Drawing:
             plot_series(axes, series, colours[label], smooth=measured, dashed=is_twin(label))
     axes.margins(x=0.015, y=0.08)
     if chart.stacked:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, axes.get_ylim()[1] or 1.0)
     axes.set_xlabel("step", loc="right", labelpad=1)
     name = f"{file_name(stage)}-{chart.slug}"
     return save(figure, plots_dir, name, chart.panel.title, first=chart.first)

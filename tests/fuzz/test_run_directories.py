@@ -37,6 +37,7 @@ from pipeline.report.times import memory_bars, time_bars, timeline
 from pipeline.stages.metrics import WINDOW, MetricsLog
 from tests.fuzz.harness import Feed
 from tests.fuzz.strategies import altered, damaged, json_scalars, scalars, values
+from tests.pipeline.report.conftest import keep_metrics
 from tests.pipeline.report.rlhf_run import write_rlhf_run
 
 Files = dict[str, bytes]
@@ -51,6 +52,7 @@ LIVELY = ("run.json", "config.yaml")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Files:
     """The files of a small run of four stages."""
     root = write_rlhf_run(tmp_path_factory.mktemp("good") / "run", steps=3, offline=False)
+    keep_metrics(root / "ppo", "reward", "kl", "time/generate", "time/step")
     for name in ("base", "sft"):
         (root / "eval").mkdir(exist_ok=True)
         rows = [{"prompt": f"{at}?", "completion": "1", "answer": "1", "score": at % 2} for at in range(3)]
