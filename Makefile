@@ -1,6 +1,7 @@
 # Every target sets up what it needs: a .venv with the locked set, once.
 PYTHON ?= python3.11
 VENV ?= .venv
+GPU_PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -9,7 +10,7 @@ export OMP_WAIT_POLICY ?= passive
 export KMP_BLOCKTIME ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo base lint format test test-fast test-slow test-architectures docs bench bench-online lock clean clean-runs affected fuzz
+.PHONY: help install install-dev demo base lint format test test-fast test-slow test-architectures docs bench bench-online lock clean clean-runs affected fuzz gpu-check
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -59,6 +60,9 @@ test-fast: install-dev ## The tests that need no other process: no Ray, vLLM, TR
 
 affected: install-dev ## The tests that a change can reach, by imports; FAST=1: no Ray, no vLLM; SINCE=REVISION
 	$(BIN)/python -m tests.affected $(if $(SINCE),--since $(SINCE)) $(if $(FAST),--fast)
+
+gpu-check: ## The first run on a GPU, eight minutes at most (GPU_PYTHON: a Python with CUDA's torch)
+	$(GPU_PYTHON) -m benchmarks.gpu_check
 
 fuzz: install-dev ## Made-up configs, overrides, data and run directories, for FUZZ_SECONDS (600)
 	FUZZ_SECONDS=$(or $(FUZZ_SECONDS),600) $(BIN)/python -m pytest -q -n 2 tests/fuzz

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import pytest
 import torch
 
 from actors.models.architectures.lookup import ARCHITECTURES
@@ -167,6 +166,8 @@ def architectures(
     names: Iterable[str] = tuple(ARCHITECTURES), fast: Iterable[str] = OF_EACH_KIND
 ) -> list[Any]:
     """Parameters of a test that runs for every architecture of the table, or some; slow but for `fast`."""
+    import pytest  # here, as the models are also those of a check without pytest
+
     slow = [pytest.mark.architectures, pytest.mark.slow]
     marks = {name: slow[:1] if name in fast else slow for name in names}
     return [pytest.param(name, marks=marks[name], id=name) for name in sorted(names)]
