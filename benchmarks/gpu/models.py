@@ -88,15 +88,8 @@ def fresh_host(check: Check, lora: LoraSpec, checkpointing: bool = False, **over
         model = ModelSpec(
             base=base, dtype="bfloat16", random_init=True, lora=lora, gradient_checkpointing=checkpointing
         )
-        host = host_of(HostSpec(model=model, device=str(check.device)))
+        host = ModelHost(HostSpec(model=model, device=str(check.device)))
     host.add_adapter(ROLE)
-    return host
-
-
-def host_of(spec: HostSpec) -> ModelHost:
-    host = ModelHost(spec)
-    # A host on the CPU switches this on for the whole process, and CUDA's kernels would then be others.
-    torch.use_deterministic_algorithms(False)
     return host
 
 

@@ -8,9 +8,10 @@ import numpy as np
 
 from actors.models.base.loading import no_progress_bars
 from actors.models.spec import LoraSpec, ModelSpec
+from actors.trainer.model_host import ModelHost
 from actors.trainer.spec import HostSpec, OptimSpec
 from benchmarks.gpu.check import Check, Deviation
-from benchmarks.gpu.models import ROLE, batches, host_of
+from benchmarks.gpu.models import ROLE, batches
 from tests.actors.models.tiny_models import tiny_model
 
 Curves = dict[str, list[tuple[float, float]]]
@@ -50,7 +51,7 @@ def run(check: Check) -> None:
 def curves(base: str, device: str, dtype: str, packing: str | bool, steps: int) -> Curves:
     """What each loss does in its first steps, each from a fresh optimizer."""
     model = ModelSpec(base=base, dtype=dtype, lora=LoraSpec(r=8))  # type: ignore[arg-type]
-    host = host_of(HostSpec(model=model, device=device, packing=packing))  # type: ignore[arg-type]
+    host = ModelHost(HostSpec(model=model, device=device, packing=packing))  # type: ignore[arg-type]
     host.add_adapter(ROLE)
     found: Curves = {}
     optimizer = OptimSpec(learning_rate=1e-3, lr_scheduler_type="constant")
