@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= passive
 export KMP_BLOCKTIME ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo base lint format test test-fast test-slow test-architectures docs bench bench-online lock clean clean-runs affected fuzz gpu-check
+.PHONY: help install install-dev demo base lint format test test-fast test-slow test-architectures docs bench bench-online lock clean clean-runs affected fuzz test-gpu gpu-check
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -53,13 +53,16 @@ format: install-dev ## Put the code into the house's format
 	$(BIN)/ruff check --fix .
 
 test: lint test-fast ## Lint, then every test but the slow ones
-	$(BIN)/python -m pytest -q -m "(ray or vllm or trl or ranks) and not slow and not gpu"
+	$(BIN)/python -m pytest -q -m "(ray or vllm or trl or ranks) and not slow"
 
 test-fast: install-dev ## The tests that need no other process: no Ray, vLLM, TRL or second rank, in two processes
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu and not ray and not vllm and not trl and not ranks"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not ray and not vllm and not trl and not ranks"
 
 affected: install-dev ## The tests that a change can reach, by imports; FAST=1: no Ray, no vLLM; SINCE=REVISION
 	$(BIN)/python -m tests.affected $(if $(SINCE),--since $(SINCE)) $(if $(FAST),--fast)
+
+test-gpu: ## The tests that need a card, with GPU_PYTHON; elsewhere they are skipped and say so
+	$(GPU_PYTHON) -m pytest -q -m gpu
 
 gpu-check: ## The first run on a GPU, eight minutes at most (GPU_PYTHON: a Python with CUDA's torch)
 	$(GPU_PYTHON) -m benchmarks.gpu_check
@@ -68,11 +71,11 @@ fuzz: install-dev ## Made-up configs, overrides, data and run directories, for F
 	FUZZ_SECONDS=$(or $(FUZZ_SECONDS),600) $(BIN)/python -m pytest -q -n 2 tests/fuzz
 
 test-slow: install-dev ## The longer checks
-	$(BIN)/python -m pytest -q -m "slow and not gpu" --timeout 1800
+	$(BIN)/python -m pytest -q -m "slow" --timeout 1800
 
 test-architectures: install-dev ## Every row of the table of architectures, trainer and engine; figures go into the docs
 	RAYLIGN_ARCHITECTURE_RESULTS=$(CURDIR)/docs/architectures.json \
-	$(BIN)/python -m pytest -q -m "architectures and not gpu" --timeout 1800
+	$(BIN)/python -m pytest -q -m "architectures" --timeout 1800
 	$(MAKE) docs
 
 docs: install ## docs/architectures.md from the table and the last figures

@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("actors", "benchmarks", "examples", "pipeline", "requirements", "tests")
 EVERYTHING = ("pyproject.toml", "requirements/*.txt")
 """What every test depends on: versions of libraries, settings of pytest."""
-ONE_PROCESS = "not slow and not gpu and not ray and not vllm and not trl and not ranks"
-SEVERAL = "(ray or vllm or trl or ranks) and not slow and not gpu"
+ONE_PROCESS = "not slow and not ray and not vllm and not trl and not ranks"
+SEVERAL = "(ray or vllm or trl or ranks) and not slow"
 
 DOTTED = re.compile(r"\b[a-z_]\w*(?:\.\w+)+")
 

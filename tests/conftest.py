@@ -17,6 +17,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `gpu` run where torch finds a card, and say elsewhere why they do not."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip(f"needs a CUDA device, and torch {torch.__version__} finds none; make test-gpu")
+
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

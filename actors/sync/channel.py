@@ -31,6 +31,8 @@ CHUNK_BYTES = 64 * 2**20
 JOIN_S = 10.0
 """Longest that the trainer waits for an engine that has reached its port, and only has to say its address:
 should that one die at this very moment, the trainer is free again soon."""
+NCCL_SAYS = "Last error:"
+"""In torch's errors."""
 HEADER = 2
 """Numbers that come first: bytes of the manifest, bytes of the buffer."""
 
@@ -163,4 +165,6 @@ def _why(error: BaseException) -> str:
         return "the other end is gone"
     if "imed out" in text or "timeout" in text.lower():
         return "no answer within the deadline"
+    # NCCL's own words come last, after the place in torch's code.
+    text = text.partition(NCCL_SAYS)[2].strip() or text
     return text.splitlines()[0][:200] if text else type(error).__name__

@@ -1,9 +1,11 @@
 """Transports of a channel of two: gloo between CPUs, NCCL between GPUs, with one behaviour.
 
 An operation ends, or raises RuntimeError within its deadline, whatever the other end does, and whoever gives
-up lives on. gloo does so by itself. NCCL's `wait` only queues on a stream, a dead peer leaves its kernel
-spinning, and torch's watchdog then ends the whole process: a policy's, in the middle of a run. So completion
-is asked for here, and what does not complete is aborted here.
+up lives on. gloo does so by itself. NCCL's first operation does not return before the peer has come to it;
+later ones only queue on a stream, a dead peer leaves their kernel spinning, and torch's watchdog then ends
+the whole process: a policy's, in the middle of a run. So both ends meet at the store first, the first
+operation is begun by a thread that can be left behind, completion is asked for here, and what does not
+complete is aborted here.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -56,7 +60,7 @@ def transport(backend: Backend, store: Any, rank: int, timeout: timedelta, joini
     """
     if backend == "gloo":
         return _Gloo(store, rank, timeout, joining)
-    return _Nccl(store, rank, timeout)
+    return _Nccl(store, rank, timeout, joining)
 
 
 class _Gloo:
@@ -73,10 +77,11 @@ class _Gloo:
 
 
 class _Nccl:
-    def __init__(self, store: Any, rank: int, timeout: timedelta) -> None:
+    def __init__(self, store: Any, rank: int, timeout: timedelta, joining: timedelta) -> None:
         self.device = torch.device(DEVICES["nccl"])
         self._timeout = timeout.total_seconds()
-        # Nobody meets here before the first operation, of which the timeout is the deadline.
+        self._begun = False
+        _meet(store, rank, joining)
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
         with _environment(WATCHDOG_OFF):
@@ -84,7 +89,9 @@ class _Nccl:
 
     def move(self, chunk: torch.Tensor, operation: Operation, peer: int) -> None:
         until = time.monotonic() + self._timeout
-        work = getattr(self._group, operation)([chunk], peer, 0)
+        begin = partial(getattr(self._group, operation), [chunk], peer, 0)
+        work = begin() if self._begun else _left_behind_after(self._timeout, begin, chunk)
+        self._begun = True
         # Raises what NCCL has found out about the peer.
         while not work.is_completed():
             if time.monotonic() > until:
@@ -101,6 +108,39 @@ class _Nccl:
         aborting = threading.Thread(target=_abort, args=(group,), daemon=True, name="abort-channel")
         aborting.start()
         aborting.join(ABORT_S)
+
+
+def _meet(store: Any, rank: int, joining: timedelta) -> None:
+    """Wait for the other end.
+
+    Raises:
+        RuntimeError: it did not come.
+    """
+    store.set(f"nccl/{rank}", "here")
+    store.wait([f"nccl/{1 - rank}"], joining)
+
+
+def _left_behind_after(seconds: float, begin: Callable[[], Any], chunk: torch.Tensor) -> Any:
+    """Result of `begin`, by a thread that works on this one's stream.
+
+    Raises:
+        RuntimeError: it takes longer, and the thread is left to itself.
+    """
+    found: Future[Any] = Future()
+    stream = torch.cuda.current_stream(chunk.device) if chunk.is_cuda else None
+
+    def work() -> None:
+        try:
+            with torch.cuda.stream(stream):
+                found.set_result(begin())
+        except RuntimeError as error:
+            found.set_exception(error)
+
+    threading.Thread(target=work, daemon=True, name="first-operation-of-channel").start()
+    try:
+        return found.result(seconds)
+    except TimeoutError as error:
+        raise RuntimeError(f"timeout: the other end did not take part within {seconds:g} s") from error
 
 
 def _abort(group: Any) -> None:

@@ -157,24 +157,104 @@ class HungGroup:
     def send(self, *args: object) -> mock.Mock:
         return mock.Mock(is_completed=mock.Mock(return_value=False))
 
-    recv = send
+    def recv(self, *args: object) -> mock.Mock:
+        return self.send(*args)
 
     def abort(self) -> None:
         self.aborted.append(self)
         time.sleep(self.abort_s)
 
 
+class WaitingGroup(HungGroup):
+    """One whose peer died before the first operation, which makes the connection and does not return."""
+
+    def send(self, *args: object) -> mock.Mock:
+        time.sleep(60)
+        raise AssertionError("it was waited for")
+
+
+class RefusingGroup(HungGroup):
+    """One of two processes on the same GPU, in torch's and NCCL's words."""
+
+    def send(self, *args: object) -> mock.Mock:
+        raise RuntimeError(
+            "NCCL error in: ProcessGroupNCCL.cpp:3690, invalid usage, NCCL version 2.29.7\n"
+            "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.\n"
+            "Last error:\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA device 50000"
+        )
+
+
+@pytest.fixture
+def nccl_groups(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[HungGroup]], None]:
+    """Puts a class in the place of torch's group over NCCL."""
+
+    def use(group: type[HungGroup]) -> None:
+        monkeypatch.setattr(dist, "ProcessGroupNCCL", group, raising=False)
+        monkeypatch.setitem(transport.DEVICES, "nccl", "cpu")
+        monkeypatch.setattr(group, "aborted", [])
+
+    return use
+
+
+def trainer_over_nccl(timeout_s: float) -> Channel:
+    listener = Listener("127.0.0.1", timeout_s)
+    with ThreadPoolExecutor(1) as pool:
+        engine = pool.submit(lambda: Connector(listener.address, TIMEOUT_S).join("nccl"))
+        trainer = listener.accept("engine 0", "nccl")
+        engine.result()
+    return trainer
+
+
+def test_over_nccl_an_engine_that_never_comes_costs_the_meeting(
+    nccl_groups: Callable[[type[HungGroup]], None],
+) -> None:
+    nccl_groups(HungGroup)
+    listener = Listener("127.0.0.1", 0.3)
+    began = time.monotonic()
+    with pytest.raises(RunFailure, match="connect failed: no answer within the deadline"):
+        listener.accept("engine 0", "nccl")
+    assert time.monotonic() - began < 5
+
+
+def test_a_first_operation_over_nccl_that_never_returns_is_left_behind(
+    nccl_groups: Callable[[type[HungGroup]], None],
+) -> None:
+    nccl_groups(WaitingGroup)
+    trainer = trainer_over_nccl(0.3)
+    began = time.monotonic()
+    with pytest.raises(RunFailure, match="send failed: no answer within the deadline"):
+        trainer.send(payload())
+    assert time.monotonic() - began < 5
+    assert len(WaitingGroup.aborted) == 1
+
+
+def test_two_processes_on_one_gpu_are_told_in_nccls_words(
+    nccl_groups: Callable[[type[HungGroup]], None],
+) -> None:
+    nccl_groups(RefusingGroup)
+    with pytest.raises(RunFailure, match="send failed: Duplicate GPU detected : rank 0 and rank 1"):
+        trainer_over_nccl(TIMEOUT_S).send(payload())
+
+
+@pytest.mark.gpu
+def test_over_real_nccl_an_engine_that_never_comes_costs_the_deadline_and_the_gpu_goes_on() -> None:
+    listener = Listener("127.0.0.1", 2.0)
+    began = time.monotonic()
+    with pytest.raises(RunFailure, match="no answer within the deadline"):
+        listener.accept("engine 0", "nccl").send(payload())
+    assert time.monotonic() - began < 20
+    assert torch.ones(2, device="cuda").sum() == 2
+
+
 @pytest.mark.parametrize("abort_s", [0.0, 60.0], ids=["abort returns", "abort hangs as well"])
 def test_an_operation_that_hangs_is_aborted_at_its_deadline_and_the_process_lives(
-    monkeypatch: pytest.MonkeyPatch, abort_s: float
+    monkeypatch: pytest.MonkeyPatch, nccl_groups: Callable[[type[HungGroup]], None], abort_s: float
 ) -> None:
-    monkeypatch.setattr(dist, "ProcessGroupNCCL", HungGroup, raising=False)
+    nccl_groups(HungGroup)
     monkeypatch.setattr(HungGroup, "abort_s", abort_s)
-    monkeypatch.setattr(HungGroup, "aborted", [])
-    monkeypatch.setitem(transport.DEVICES, "nccl", "cpu")
     monkeypatch.setattr(transport, "ABORT_S", 0.2)
     before = dict(os.environ)
-    trainer = Listener("127.0.0.1", 0.3).accept("engine 0", "nccl")
+    trainer = trainer_over_nccl(0.3)
     # torch's watchdog would end this process; it is off for this group, and for no other.
     assert HungGroup.watchdog == "0"
     assert dict(os.environ) == before

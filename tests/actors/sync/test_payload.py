@@ -132,3 +132,13 @@ def test_a_digest_sees_shape_and_dtype_and_not_strides() -> None:
     assert digest_of(tensor.reshape(3, 2)) != digest_of(tensor)
     assert digest_of(torch.zeros(2)) != digest_of(torch.zeros(2, dtype=torch.int32))
     assert digest_of(torch.zeros(0)) != digest_of(torch.zeros(0, 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_digest_and_a_payload_are_the_same_on_a_card(dtype: torch.dtype) -> None:
+    here = torch.randn(40, 72, generator=torch.Generator().manual_seed(0)).to(dtype)
+    there = here.cuda()
+    assert digest_of(there) == digest_of(here)
+    assert digest_of(there.t()) == digest_of(here.t())
+    assert pack_merged(0, "bfloat16", {"w": there}).digest == pack_merged(0, "bfloat16", {"w": here}).digest

@@ -83,3 +83,12 @@ def test_nothing_stays_nothing_and_what_is_no_number_is_seen() -> None:
     broken = Factors(of.a.clone(), of.b, 1.0, False)
     broken.a[2, 5] = float("nan")
     assert torch.isnan(low_rank_delta(broken)[:, 5]).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("experts", [None, 5])
+@pytest.mark.parametrize("r", [1, 16, 64])
+def test_a_card_makes_the_same_bits(r: int, experts: int | None) -> None:
+    of = factors(r, experts, spread=6.0)
+    there = Factors(of.a.cuda(), of.b.cuda(), of.scaling, of.transposed)
+    assert torch.equal(low_rank_delta(there).cpu(), low_rank_delta(of))
