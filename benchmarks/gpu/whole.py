@@ -30,7 +30,8 @@ TINY_WAYS: tuple[tuple[int, str | bool], ...] = ((256, "auto"), (256, False))
 def run(check: Check) -> None:
     """Time every loss by micro-batch and packing; then, the model gone, the plain loop."""
     prompt, answer, n = (12, 8, 4) if check.tiny else (700, 300, 32)
-    _ours(check, prompt, answer, n)
+    with check.case(side="Raylign"):
+        _ours(check, prompt, answer, n)
     check.free()
     vocabulary = settings(check)["vocab_size"] - 1
     for micro in check.cases((256,) if check.tiny else (8_192,)):
