@@ -16,12 +16,13 @@ import torch
 
 from benchmarks.gpu import head
 from benchmarks.gpu.check import Check, Deviation
+from benchmarks.gpu.groups import Peer
 from benchmarks.gpu.updates import deviations
 from benchmarks.gpu_check import SECTIONS
 
 FIGURES = {
     "ceilings": [{"copy_tb_per_s", "bf16_tflops", "to_host_gb_per_s"}],
-    "groups": [{"sum"}, {"trainer", "engine"}, {"reason", "seconds", "works"}],
+    "groups": [{"sum"}, {"trainer", "engine"}, *[{"reason", "seconds", "works"}] * 2],
     "updates": [{"way", "sft", "dpo", "grpo"}] * 3,
     "experts": [{"base_s", "unmerged_s", "peft_s", "floor_s", "output_apart", "factors_apart"}] * 2,
     "head": [{"block", "seconds", "floor_s", "mean_difference"}] * 3,
@@ -133,6 +134,20 @@ def test_figures_that_are_wrong_fail_their_section(tmp_path: Path, monkeypatch: 
     assert Deviation.__name__ in lines(here)[-1]["failed"]
     # What was measured is told all the same.
     assert len([line for line in lines(here) if "mean_difference" in line]) == 3
+
+
+def test_kernels_are_counted_and_those_that_take_longest_are_named(tmp_path: Path) -> None:
+    square = torch.randn(256, 256)
+    found = tried(tmp_path).kernels(lambda: square @ square, most=1)
+    assert found["calls"] >= 1
+    assert [(name, calls) for name, calls, _ in found["longest"]] == [("aten::mm", 1)]
+
+
+@pytest.mark.ranks
+def test_a_process_that_says_nothing_is_ended_and_told(tmp_path: Path) -> None:
+    peer = Peer("engine", tried(tmp_path))
+    assert peer.answer(0.1) == {"hung": True}
+    peer.end()
 
 
 def test_a_deviation_is_a_share_of_what_is_right() -> None:

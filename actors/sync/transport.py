@@ -133,7 +133,7 @@ def _left_behind_after(seconds: float, begin: Callable[[], Any], chunk: torch.Te
         try:
             with torch.cuda.stream(stream):
                 found.set_result(begin())
-        except RuntimeError as error:
+        except Exception as error:
             found.set_exception(error)
 
     threading.Thread(target=work, daemon=True, name="first-operation-of-channel").start()

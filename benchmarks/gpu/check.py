@@ -72,14 +72,17 @@ class Check:
             section(self)
         self.free()
 
-    def cases(self, cases: Iterable[T]) -> Iterator[T]:
-        """The cases of a section that begin within the time; a line says which ones are left out."""
+    def cases(self, cases: Iterable[T], reserve_s: float = 0.0) -> Iterator[T]:
+        """The cases of a section that begin within the time; a line says which ones are left out.
+
+        `reserve_s`: time that is kept for what follows them.
+        """
         remaining = list(cases)
-        while remaining and not self._is_over():
+        while remaining and not self._is_over(reserve_s):
             yield remaining.pop(0)
         if remaining:
             self.left_out.append(f"{self.section}: {len(remaining)} cases")
-            self.tell(left_out=f"{self.budget_s:.0f} s were over", cases=remaining)
+            self.tell(left_out=f"{self.budget_s - reserve_s:.0f} s were over", cases=remaining)
 
     @contextlib.contextmanager
     def case(self, **case: Any) -> Iterator[None]:
@@ -105,8 +108,8 @@ class Check:
                 self.failed.append(self.section)
             self.tell(**(case or {}), failed=f"{type(error).__name__}: {str(error)[:REASON_CHARACTERS]}")
 
-    def _is_over(self) -> bool:
-        return time.monotonic() - self.began > self.budget_s
+    def _is_over(self, reserve_s: float = 0.0) -> bool:
+        return time.monotonic() - self.began > self.budget_s - reserve_s
 
     # --- Measuring ---------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Groups of processes on one device: one alone, a trainer and an engine, and a channel without its peer.
+"""Groups of processes on one device: one alone, a trainer and an engine, channels whose peer is not there.
 
 On CUDA a trainer and an engine on the same card have to be refused by NCCL at once: channels need a GPU each.
 """
@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
 from benchmarks.gpu.check import ROOT, Check, Deviation
@@ -31,7 +32,8 @@ def run(check: Check) -> None:
         wrong = [
             _one(check, peers["one"]),
             _pair(check, peers, str(ready["trainer"].get("address"))),
-            _alone(check, peers["alone"]),
+            _given_up(check, peers["alone"], "a channel whose peer never comes"),
+            _left(check, peers["alone"], peers["one"]),
         ]
     finally:
         for peer in peers.values():
@@ -61,14 +63,14 @@ class Peer:
     def answer(self, seconds: float) -> dict[str, Any]:
         """Its next line; `{"died": exit code}`, or `{"hung": True}` when none came, and it is killed."""
         assert self._process.stdout is not None
-        hung = threading.Timer(seconds, self._process.kill)
-        hung.start()
+        began, killing = time.monotonic(), threading.Timer(seconds, self._process.kill)
+        killing.start()
         line = self._process.stdout.readline()
-        hung.cancel()
+        killing.cancel()
         if line:
             return dict(json.loads(line))
         code = self._process.wait()
-        return {"hung": True} if hung.finished.is_set() and code == -9 else {"died": code}
+        return {"hung": True} if time.monotonic() - began >= seconds else {"died": code}
 
     def end(self) -> None:
         """End the process, whatever it does."""
@@ -103,8 +105,17 @@ def _pair(check: Check, peers: dict[str, Peer], address: str) -> str:
     return "" if right else f"trainer and engine on one device: {said}"
 
 
-def _alone(check: Check, peer: Peer) -> str:
-    said, deadline = peer.answer(TIMEOUT_S["alone"] + END_S), TIMEOUT_S["alone"]
-    check.tell(case="a channel whose peer never comes", deadline_s=deadline, **said)
+def _left(check: Check, peer: Peer, leaver: Peer) -> str:
+    """The peer of a channel is gone before the first operation, in which NCCL makes its own connection."""
+    leaver.go(str(peer.answer(END_S).get("address")))
+    peer.go()
+    return _given_up(check, peer, "a channel whose peer leaves at once")
+
+
+def _given_up(check: Check, peer: Peer, case: str) -> str:
+    """The process gives its channel up in time, and the device works on."""
+    deadline = TIMEOUT_S[peer.name]
+    said = peer.answer(deadline + END_S)
+    check.tell(case=case, deadline_s=deadline, **said)
     right = "reason" in said and said["seconds"] < deadline + END_S / 2 and said.get("works") == 2.0
-    return "" if right else f"a channel whose peer never comes: {said}"
+    return "" if right else f"{case}: {said}"

@@ -1,13 +1,14 @@
 """A process of the section on groups: `python -m benchmarks.gpu.peer PART DEVICE TIMEOUT_S`.
 
-Parts: `one`, alone in its group; `trainer` and `engine`, the ends of a channel; `alone`, a trainer whose
-engine never comes. It says in a line of JSON that it is ready, waits for a line, does its part, and says in a
-second one what came of it.
+Parts: `trainer` and `engine`, the ends of a channel; `alone`, a trainer whose engine never comes, and then
+one whose engine leaves before the first operation; `one`, alone in its group, and then that engine. It says
+in a line of JSON that it is ready, waits for a line, does its part, says what came of it, and so on.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -33,11 +34,16 @@ def main() -> None:
     told = sys.stdin.readline().strip()
     if part == "one":
         say(one(backend, device))
+        leave(sys.stdin.readline().strip(), backend, timeout_s)
     elif listener is None:
         say(tried(lambda: receive(told, backend, timeout_s)))
     else:
-        found = tried(lambda: send(listener, backend, device))
-        say({**found, "works": float(torch.ones(2, device=device).sum())})
+        say(tried_sending(listener, backend, device))
+    if part == "alone":
+        listener = Listener(HOST, timeout_s)
+        say({"address": listener.address})
+        sys.stdin.readline()
+        say(tried_sending(listener, backend, device))
 
 
 def say(found: dict[str, Any]) -> None:
@@ -53,6 +59,18 @@ def one(backend: Backend, device: torch.device) -> dict[str, Any]:
     found = {"sum": float(number), "seconds": time.perf_counter() - began}
     dist.destroy_process_group()
     return found
+
+
+def leave(address: str, backend: Backend, timeout_s: float) -> None:
+    """Come to a channel and end as a process that is killed."""
+    Connector(address, timeout_s).join(backend)
+    os._exit(0)
+
+
+def tried_sending(listener: Listener, backend: Backend, device: torch.device) -> dict[str, Any]:
+    """As `tried`, with a sum that the device still does."""
+    found = tried(lambda: send(listener, backend, device))
+    return {**found, "works": float(torch.ones(2, device=device).sum())}
 
 
 def tried(work: Callable[[], float]) -> dict[str, Any]:
