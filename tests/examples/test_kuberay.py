@@ -125,8 +125,10 @@ def test_its_command_is_that_of_a_submitted_job_and_parses(manifest: dict[str, A
     enter, _, command = manifest["spec"]["entrypoint"].partition(" && exec ")
     assert enter == "cd /shared/my-run"
     *python, verb, config, output, address = shlex.split(command)
-    submitted = Shipment([verb], None, {}).entrypoint()  # type: ignore[arg-type]
-    assert submitted.endswith(shlex.join(["exec", *python, verb]))
+    submitted = Shipment([verb], None, {}, {}).entrypoint()  # type: ignore[arg-type]
+    # A job's python is looked for first; in the image it is the one of the name.
+    assert python[0] == "python"
+    assert submitted.endswith(f'exec "$p" {shlex.join([*python[1:], verb])}')
     values = typer.main.get_command(app).commands[verb].make_context(verb, [config, output, address]).params
     assert values["overrides"] == ["output_dir=/shared/my-run/runs/my-run", "ray.address=auto"]
 

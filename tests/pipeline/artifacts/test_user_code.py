@@ -189,7 +189,8 @@ def test_an_evaluation_runs_again_when_its_metric_was_edited(mine: Path, tmp_pat
     (mine / "helper.py").write_text("sign = -1\n")
     after = {"mine:f": str(code_digest("mine:f"))}
     for kept, again in ((before, True), (after, False), (None, False)):
-        entry = {"fingerprint": "k", "n": 3} | ({"code": kept} if kept else {})
+        entry = {"fingerprint": "k", "n": 3, "metric": "m", "accuracy": 0.5, "ci95": [0.1, 0.9]}
+        entry |= {"code": kept} if kept else {}
         (tmp_path / "m.json").write_text(json.dumps(entry))
         assert (finished(tmp_path, "m", "k", after) is None) == again
         assert changed_code(tmp_path, "m", "k", after) == again
