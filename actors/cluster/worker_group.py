@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from actors.cluster import futures as waiting
 from actors.cluster.environment import actor_environment
 from actors.cluster.futures import GroupFuture, WorkerFuture
 from actors.cluster.health import Members, ProcessEvent, ProcessState
+from actors.cluster.liveness import Liveness
 from actors.cluster.measured_limits import MeasuredLimits
 from actors.cluster.spec import LimitsSpec, Phase, RoleSpec, bundle
 from actors.cluster.worker import Worker
@@ -64,17 +64,16 @@ class WorkerGroup:
         self.name, self.role, self.limits = name, role, limits
         self.log_dir = Path(log_dir).absolute()
         self.size = role.workers
-        self.fleet = Members.of(self.size)
         self.next_step = next_step
-        self.measured: MeasuredLimits | None = None
-        """Of the stage that these processes work in; None: `limits` hold."""
+        self.liveness = Liveness(
+            name, self.size, limits, self.log_dir, next_step, lambda: self._actors, self._unplaced
+        )
         self._preload = tuple(preload)
         self._env = dict(env or {})
         self._actors: list[ActorHandle] = []
         self._placement: PlacementGroup | None = None
         self._made: Making | None = None
-        # A process may be brought up in one thread while another one works with the others.
-        self._fleet_lock, self._order = threading.Lock(), threading.Lock()
+        self._order = threading.Lock()
 
     # --- Start and end ------------------------------------------------------------------------------
 
@@ -92,7 +91,7 @@ class WorkerGroup:
         Raises:
             RunFailure: a process died, or was not up (or not placed) within `limits.start`.
         """
-        self._finish({rank: actor.ping.remote() for rank, actor in enumerate(self._actors)}, "start")
+        self.liveness.finish({rank: actor.ping.remote() for rank, actor in enumerate(self._actors)}, "start")
         return self
 
     def build(
@@ -113,7 +112,7 @@ class WorkerGroup:
             if distributed:
                 own |= {"rank": rank, "world_size": self.size, "timeout_s": self.limits.of("update")}
             refs[rank] = actor.build.remote(target, phase, limit, where, args, own)
-        return GroupFuture(refs, phase, self._finish)
+        return GroupFuture(refs, phase, self.liveness.finish)
 
     def rebuild(self, rank: int) -> float:
         """Wait for a restarted process and make in it what the last `build` made; seconds of the making.
@@ -126,10 +125,10 @@ class WorkerGroup:
         if made is None or made.distributed:
             raise ValueError(f"{self.name} has nothing that one process alone could make again")
         (actor,) = self._checked([rank], "start")
-        self._finish({rank: actor.ping.remote()}, "start")
+        self.liveness.finish({rank: actor.ping.remote()}, "start")
         limit = self.limits.of(made.phase)
         building = actor.build.remote(made.target, made.phase, limit, None, made.args, dict(made.kwargs))
-        (seconds,) = self._finish({rank: building}, made.phase)
+        (seconds,) = self.liveness.finish({rank: building}, made.phase)
         return float(seconds)
 
     def shutdown(self, *, kindly: bool = True) -> None:
@@ -160,7 +159,7 @@ class WorkerGroup:
         """
         import ray
 
-        self._saw([rank], ProcessEvent.RESTARTED)
+        self.liveness.saw([rank], ProcessEvent.RESTARTED)
         ray.kill(self._actors[rank])
         self._actors[rank] = self._start_rank(rank)
 
@@ -172,21 +171,21 @@ class WorkerGroup:
         Untyped: a room that has a remote object has a face of it, whose methods say each call's types.
         """
         refs = self._send(range(self.size), method, args, phase, kwargs)
-        return GroupFuture(refs, phase, self._finisher(refs, method))
+        return GroupFuture(refs, phase, self.liveness.finisher(refs, method))
 
     def submit_rank(
         self, rank: int, method: str, *args: object, phase: Phase = "call", **kwargs: object
     ) -> WorkerFuture[Any]:
         """Call a method on one rank."""
         refs = self._send([rank], method, args, phase, kwargs)
-        return WorkerFuture(refs, phase, self._finisher(refs, method))
+        return WorkerFuture(refs, phase, self.liveness.finisher(refs, method))
 
     def submit_work(self, rank: int, target: str, *args: object, phase: Phase = "call") -> WorkerFuture[Any]:
         """Call a function (`module:function`) in the process of one rank, once its `preload`ed modules are
         imported; nothing has to be built there."""
         (actor,) = self._checked([rank], phase)
         refs = {rank: actor.work.remote(target, phase, self.limits.of(phase), args)}
-        return WorkerFuture(refs, phase, self._finish)
+        return WorkerFuture(refs, phase, self.liveness.finish)
 
     def call(self, method: str, *args: object, phase: Phase = "call", **kwargs: object) -> list[Any]:
         """`submit` and wait: the value of each rank. Raises as `GroupFuture.result`."""
@@ -200,11 +199,7 @@ class WorkerGroup:
 
     def overrun(self, rank: int, phase: Phase, seconds: float) -> RunFailure:
         """Take a rank for suspect whose caller, with a deadline of its own, had no answer for `seconds`."""
-        return self._blame_late([rank], phase, seconds)
-
-    def limit(self, phase: Phase, method: str) -> float:
-        """Deadline of a call in seconds."""
-        return self.limits.of(phase) if self.measured is None else self.measured.of(self.name, phase, method)
+        return self.liveness.overdue([rank], phase, seconds)
 
     def look_after(self, ranks: Iterable[int]) -> None:
         """See which of these processes, which have nothing to do, still answer: others are suspect or dead
@@ -212,20 +207,40 @@ class WorkerGroup:
         asked = {rank: self._actors[rank].ping.remote() for rank in ranks if rank in self.fleet.serving}
         for rank, ref in asked.items():
             with contextlib.suppress(RunFailure):
-                self._finisher({rank: ref}, "ping")({rank: ref}, "call")
+                self.liveness.finisher({rank: ref}, "ping")({rank: ref}, "call")
 
     def pids(self) -> list[int]:
         """Process id of each rank, on its own node."""
         asked = {rank: actor.ping.remote() for rank, actor in enumerate(self._actors)}
-        return [answer["pid"] for answer in self._finish(asked, "call")]
+        return [answer["pid"] for answer in self.liveness.finish(asked, "call")]
+
+    # --- What is known of the processes -------------------------------------------------------------
+
+    @property
+    def fleet(self) -> Members:
+        """State of each process."""
+        return self.liveness.fleet
+
+    @property
+    def measured(self) -> MeasuredLimits | None:
+        """Deadlines of the stage that these processes work in; None: `limits` hold."""
+        return self.liveness.measured
+
+    @measured.setter
+    def measured(self, measured: MeasuredLimits | None) -> None:
+        self.liveness.measured = measured
+
+    def limit(self, phase: Phase, method: str) -> float:
+        """Deadline of a call in seconds."""
+        return self.liveness.limit(phase, method)
 
     def who(self, rank: int) -> str:
         """Name of a rank in errors and log files."""
-        return f"{self.name}-{rank}"
+        return self.liveness.who(rank)
 
     def next_of(self, rank: int) -> str:
         """Advice after a failure of this rank, with its log."""
-        return f"{self.next_step}; log: {self._log(rank)}"
+        return self.liveness.next_of(rank)
 
     # --- Inside -------------------------------------------------------------------------------------
 
@@ -245,7 +260,7 @@ class WorkerGroup:
         return (
             ray.remote(Worker)
             .options(**options)
-            .remote(self.who(rank), str(self._log(rank)), env, self._preload)
+            .remote(self.who(rank), str(self.liveness.log(rank)), env, self._preload)
         )
 
     def _send(
@@ -258,7 +273,7 @@ class WorkerGroup:
     ) -> dict[int, ObjectRef]:
         chosen = self._checked(ranks, phase)
         shared = [_once(arg) if len(chosen) > 1 else arg for arg in args]
-        limit = self.limit(phase, method)
+        limit = self.liveness.limit(phase, method)
         # Two threads' calls must reach all ranks in the same order: ranks meet inside of them.
         with self._order:
             return {
@@ -269,104 +284,17 @@ class WorkerGroup:
     def _checked(self, ranks: Sequence[int] | range, phase: str) -> list[ActorHandle]:
         if not self._actors:
             raise RunFailure(self.name, phase, "its processes were not started, or are shut down")
-        for rank in ranks:
-            member = self.fleet.members[rank]
-            if member.state in (ProcessState.SUSPECT, ProcessState.DEAD):
-                raise RunFailure(self.who(rank), phase, member.reason, self.next_step)
+        self.liveness.check(ranks, phase)
         return [self._actors[rank] for rank in ranks]
 
-    def _finisher(
-        self, refs: Mapping[int, ObjectRef], method: str
-    ) -> Callable[[dict[int, ObjectRef], Phase], list[Any]]:
-        """`_finish` of calls of the present processes: what becomes of them says nothing of later ones."""
-        present = {rank: self.fleet.members[rank].generation for rank in refs}
-        sent, measured = time.monotonic(), self.measured
-
-        def finish(refs: dict[int, ObjectRef], phase: Phase) -> list[Any]:
-            answers = self._finish(refs, phase, present, self.limit(phase, method))
-            if measured is not None:
-                # From when it was sent: one that waited for others in its process seems longer than it was.
-                measured.took(self.name, phase, method, time.monotonic() - sent)
-            return answers
-
-        return finish
-
-    def _finish(
-        self,
-        refs: Mapping[int, ObjectRef],
-        phase: Phase,
-        generations: Mapping[int, int] | None = None,
-        limit: float | None = None,
-    ) -> list[Any]:
-        """Wait under the deadline of `phase`; values in rank order, or one error with a name.
-
-        `generations`: restarts of each rank when it was called; without them, of the processes as they are.
-        `limit`: another deadline than the phase's, in seconds.
-        """
-        limit = self.limits.of(phase) if limit is None else limit
-        began = time.monotonic()
-        answers = waiting.wait(refs, limit)
-        self._saw(answers.values, ProcessEvent.ANSWERED, generations=generations)
-        culprit = answers.culprit
-        if culprit is not None:
-            raise self._blame(culprit, phase, generations)
-        late = [rank for rank in refs if rank not in answers.values]
-        if late:
-            raise self._blame_late(late, phase, time.monotonic() - began, generations)
-        return [answers.values[rank] for rank in refs]
-
-    def _saw(
-        self,
-        ranks: Iterable[int],
-        event: ProcessEvent,
-        reason: str = "",
-        generations: Mapping[int, int] | None = None,
-    ) -> None:
-        with self._fleet_lock:
-            for rank in ranks:
-                self.fleet = self.fleet.after([rank], event, reason, (generations or {}).get(rank))
-
-    def _blame(
-        self, fault: waiting.Fault, phase: str, generations: Mapping[int, int] | None = None
-    ) -> BaseException:
-        rank = self._rank_of(fault)
-        if not fault.died:
-            return waiting.as_failure(fault.error, self.who(rank), phase, self.next_of(rank))
-        reason = waiting.explain_death(fault.error)
-        self._saw([rank], ProcessEvent.DIED, reason, generations)
-        return RunFailure(self.who(rank), phase, reason, self.next_of(rank))
-
-    def _blame_late(
-        self, late: list[int], phase: str, seconds: float, generations: Mapping[int, int] | None = None
-    ) -> RunFailure:
-        reason = f"no answer within {seconds:.0f} s (limits.{phase})"
-        if phase == "start" and not self._placed():
-            reason = f"not placed by Ray within {seconds:.0f} s (limits.start): {self._asks()} are not free"
-        self._saw(late, ProcessEvent.OVERDUE, reason, generations)
-        who = self.who(late[0]) if len(late) == 1 else f"{self.name} ranks {', '.join(map(str, late))}"
-        return RunFailure(who, phase, reason, self.next_of(late[0]))
-
-    def _rank_of(self, fault: waiting.Fault) -> int:
-        """The rank that died: not always the one that was asked, if its argument came from the dead one."""
-        gone = getattr(fault.error, "actor_id", None)
-        for rank, actor in enumerate(self._actors):
-            # Private, and has no public name: without it the rank that was asked is named.
-            known = getattr(actor, "_actor_id", None)
-            if gone is not None and known is not None and known.hex() == gone:
-                return rank
-        return fault.rank
-
-    def _placed(self) -> bool:
+    def _unplaced(self) -> str:
+        """Resources that the processes ask for, where Ray has not placed them."""
         from ray.util.placement_group import placement_group_table
 
-        return bool(placement_group_table(self._placement).get("state") == "CREATED")
-
-    def _asks(self) -> str:
+        if placement_group_table(self._placement).get("state") == "CREATED":
+            return ""
         each = ", ".join(f"{amount:g} {name}" for name, amount in bundle(self.role).items())
         return f"{self.size} x ({each})"
-
-    def _log(self, rank: int) -> Path:
-        return self.log_dir / f"{self.who(rank)}.log"
 
 
 def _once(value: object) -> object:

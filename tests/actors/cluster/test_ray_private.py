@@ -104,4 +104,4 @@ def test_a_handle_without_its_id_lets_the_rank_be_blamed_that_was_asked(
     group._actors = [SimpleNamespace(**{known: bytes([rank])}) for rank in range(2)]
     death = RuntimeError()
     death.actor_id = "01"  # type: ignore[attr-defined]
-    assert group._rank_of(Fault(0, death, died=True)) == blamed
+    assert group.liveness._rank_of(Fault(0, death, died=True)) == blamed
