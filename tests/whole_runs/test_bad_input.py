@@ -232,11 +232,11 @@ def test_prompts_given_to_a_reward_model(online, tmp_path, capfd) -> None:
 def test_a_metric_that_asks_for_what_an_evaluation_does_not_have(
     config, tmp_path, capfd, monkeypatch
 ) -> None:
-    (tmp_path / "asking_metric.py").write_text("def f(completions, completion_ids, **rest):\n    return []\n")
+    (tmp_path / "asking_metric.py").write_text("def f(completions, trainer_state, **rest):\n    return []\n")
     monkeypatch.syspath_prepend(tmp_path)
     data = {"source": "builtin:arithmetic", "split": "test"}
     config["eval"] = {"data": data, "metric": "asking_metric:f"}
-    assert "asks for completion_ids, which an evaluation does not have" in refused(config, tmp_path, capfd)
+    assert "asks for trainer_state, which an evaluation does not have" in refused(config, tmp_path, capfd)
 
 
 def test_a_metric_that_cannot_be_imported(config, tmp_path, capfd) -> None:

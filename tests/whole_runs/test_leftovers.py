@@ -95,7 +95,13 @@ def loopback(address: str) -> bool:
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("where", ["without a home, behind a proxy", "with a long path, a core apart"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "without a home, behind a proxy",
+        pytest.param("with a long path, a core apart", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_listens_on_loopback_only_and_leaves_nothing(
     tmp_path: Path, temporary: Path, where: str
 ) -> None:

@@ -15,7 +15,12 @@ from tests.pipeline.jobs.heads import Head
 pytestmark = pytest.mark.ray
 
 
-@pytest.fixture(params=[False, True], ids=["fresh home", "home with a token"])
+@pytest.fixture(
+    params=[
+        pytest.param(False, id="fresh home"),
+        pytest.param(True, id="home with a token", marks=pytest.mark.slow),
+    ]
+)
 def user(request: pytest.FixtureRequest, tiny_base: Path) -> Iterator[tuple[Head, Path]]:
     """A user's commands, and the file where Ray looks for a token of the user's."""
     with tempfile.TemporaryDirectory(prefix="rt-", dir="/tmp") as directory:
