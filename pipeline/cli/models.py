@@ -135,7 +135,7 @@ def differences(done: MergeReport) -> list[str]:
     lost = done.mean_logprob_diff / done.adapter_effect
     lines.append(
         f"the adapter itself moves them by {done.adapter_effect:.1e} on average: rounding to {done.dtype} "
-        f"changes {lost:.1%} as much"
+        f"changes {lost:.0%} as much"
     )
     if lost > ROUNDED_AWAY:
         lines.append(

@@ -161,7 +161,7 @@ class Progress:
         self._current = StageClock(name, total, started=self._clock())
         self._printed_at = float("-inf")
         if not self.live:
-            self._print_plain(MARKS["running"], [f"{total} steps" if total else "started"])
+            self._print_plain(MARKS["running"], [f"{total} step{'s' * (total != 1)}" if total else "started"])
 
     def step(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
         """Report that `step` steps are done, with the latest metrics under their TRL names."""

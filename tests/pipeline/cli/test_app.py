@@ -261,9 +261,9 @@ def test_inspect_ends_with_1_where_a_run_would_stop_at_rows(
 @pytest.mark.parametrize(
     ("mean", "effect", "unchanged", "said"),
     [
-        (0.2, 1.0, 0.0, "changes 20.0% as much|that is much: `--dtype float32` keeps it"),
-        (0.01, 1.0, 0.5, "changes 1.0% as much|too small for bfloat16; `--dtype float32` keeps them"),
-        (0.01, 1.0, 0.0, "changes 1.0% as much|little is lost: the merged model can be used as it is"),
+        (0.2, 1.0, 0.0, "changes 20% as much|that is much: `--dtype float32` keeps it"),
+        (0.01, 1.0, 0.5, "changes 1% as much|too small for bfloat16; `--dtype float32` keeps them"),
+        (0.01, 1.0, 0.0, "changes 1% as much|little is lost: the merged model can be used as it is"),
     ],
 )
 def test_a_merge_into_16_bits_says_what_its_differences_mean(
