@@ -161,7 +161,7 @@ def test_what_a_killed_run_left_goes_with_the_next_run(tmp_path: Path, temporary
     assert left_in(temporary) == NOTHING
 
 
-@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_no_process_outlives_a_run_that_ends_while_its_workers_start(
     tmp_path: Path, temporary: Path, fast: bool, sent: signal.Signals

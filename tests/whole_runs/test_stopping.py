@@ -203,7 +203,7 @@ START_UP: dict[str, Callable[[Marked, Path], bool]] = {
 }
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("moment", START_UP)
 def test_nothing_is_left_of_a_run_that_ends_while_its_workers_start(
     moment: str, number: int, tiny_base: Path, tmp_path: Path

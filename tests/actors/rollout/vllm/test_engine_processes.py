@@ -28,7 +28,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 CORE, WORKERS, BOTH = "core apart", "two workers", "core apart, two workers"
 LAYOUTS = {CORE: ("1", 1), WORKERS: ("0", 2), BOTH: ("1", 2)}
 """Name -> vLLM's variable, tensor-parallel workers."""
-SPREAD = [CORE, WORKERS, pytest.param(BOTH, marks=pytest.mark.slow)]
+SPREAD = [CORE, *(pytest.param(name, marks=pytest.mark.slow) for name in (WORKERS, BOTH))]
+"""Two workers are synced, read back, killed and replaced in `tests/whole_runs/test_online.py` too."""
 
 
 @pytest.fixture(scope="module", params=SPREAD)
