@@ -25,9 +25,10 @@ HEAVY = ("torch", "ray", "vllm", "transformers", "datasets", "trl", "matplotlib"
 ROOMS: dict[str, tuple[str, ...]] = {
     "actors.errors": (),
     "actors.spec": (),
+    "actors.variables": (),
     "actors.batches": ("actors.errors", "actors.spec"),
     "actors.algorithms": ("actors.errors", "actors.spec", "actors.batches"),
-    "actors.cluster": ("actors.errors", "actors.spec", "actors.batches"),
+    "actors.cluster": ("actors.errors", "actors.spec", "actors.variables", "actors.batches"),
     "actors.models.spec": ("actors.spec",),
     "actors.models.attention": ("actors.errors", "actors.batches"),
     "actors.models.tiny": ("actors.errors",),
@@ -67,7 +68,14 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "actors.models.facts": ("actors.errors", "actors.models"),
     "actors.models.twin": ("actors.errors", "actors.models"),
-    "actors.sync": ("actors.errors", "actors.spec", "actors.batches", "actors.cluster", "actors.models"),
+    "actors.sync": (
+        "actors.errors",
+        "actors.spec",
+        "actors.variables",
+        "actors.batches",
+        "actors.cluster",
+        "actors.models",
+    ),
     "actors.trainer": (
         "actors.errors",
         "actors.spec",
@@ -79,6 +87,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "actors.rollout.vllm": (
         "actors.errors",
+        "actors.variables",
         "actors.batches",
         "actors.models",
         "actors.sync",

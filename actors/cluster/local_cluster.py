@@ -17,6 +17,7 @@ from actors.cluster.environment import SOCKETS, beside_proxies
 from actors.cluster.ray_private import TRIED, forget_token, on_loopback
 from actors.cluster.scratch import Scratch, unfit
 from actors.errors import RunFailure
+from actors.variables import variables_set
 
 SOCKET_ROOM = len("/session_2026-11-30_10-48-07_418268_1234567/sockets/plasma_store")
 """Bytes that Ray adds to its directory's path, for the longest of its sockets' names."""
@@ -112,15 +113,10 @@ def _environment(rays: Path, files: Path) -> Iterator[None]:
     new = {"TMPDIR": str(files)} | beside_proxies(["127.0.0.1", "localhost", "::1"]) | _token(rays)
     if rays != files and SOCKETS not in os.environ:
         new[SOCKETS] = str(rays)
-    before = {name: os.environ.get(name) for name in {*new, *TOKEN_VARIABLES}}
-    os.environ.update(new)
-    try:
+    # Ray sets variables of its token by itself: they go too.
+    kept = {name: os.environ.get(name) for name in TOKEN_VARIABLES}
+    with variables_set({**kept, **new}):
         yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
 
 
 def _token(directory: Path) -> dict[str, str]:

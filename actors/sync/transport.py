@@ -11,10 +11,9 @@ complete is aborted here.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial
@@ -24,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from actors.sync.spec import Backend
+from actors.variables import variables_set
 
 Operation = Literal["send", "recv"]
 DEVICES = {"gloo": "cpu", "nccl": "cuda"}
@@ -84,7 +84,7 @@ class _Nccl:
         _meet(store, rank, joining)
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
-        with _environment(WATCHDOG_OFF):
+        with variables_set(WATCHDOG_OFF):
             self._group: Any = dist.ProcessGroupNCCL(store, rank, 2, options)
 
     def move(self, chunk: torch.Tensor, operation: Operation, peer: int) -> None:
@@ -146,17 +146,3 @@ def _left_behind_after(seconds: float, begin: Callable[[], Any], chunk: torch.Te
 def _abort(group: Any) -> None:
     with contextlib.suppress(RuntimeError):
         group.abort()
-
-
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.cluster.environment import import_root
+from actors.cluster.fast_start.forked_worker import end_with
 from actors.cluster.scratch import Scratch
 
 STOP_S = 2.0
@@ -159,15 +160,6 @@ def become(order: Mapping[str, Any], streams: Sequence[int], server: int) -> lis
     except BaseException:
         traceback.print_exc()
         os._exit(1)  # It must not go on as a second server.
-
-
-def end_with(parent: int) -> None:
-    """Have the kernel end this process when `parent` goes, also when that is killed."""
-    import ctypes
-
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        sys.exit("the driver is gone already")
 
 
 def main() -> None:

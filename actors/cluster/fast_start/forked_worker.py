@@ -32,15 +32,15 @@ def hand_over(address: str, command: Sequence[str]) -> bool:
         return False
 
 
-def end_with(node: int) -> None:
-    """Have the kernel end this process with the node's: the server is mostly gone because the run is, and
-    Ray's own worker would look for its node for half a minute."""
+def end_with(parent: int) -> None:
+    """Have the kernel end this process when its parent goes, also when that is killed: Ray's own worker would
+    look for its node for half a minute."""
     import ctypes
     import signal
 
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != node:
-        sys.exit("the node is gone already")
+    if os.getppid() != parent:
+        sys.exit("the process that started this one is gone already")
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from actors.models.architectures.vllm_table import vllm_row
 from actors.models.facts import max_positions
 from actors.rollout.spec import EngineSpec, positions_of
 from actors.rollout.vllm.workarounds.registry import use_only
+from actors.variables import set_variables
 
 TOKENS_PER_STEP = 8192
 """Tokens that one engine step may prefill on the CPU."""
@@ -118,19 +118,14 @@ class ArchitectureInUse:
         row = vllm_row(config.model_type)
         use_only(row.workarounds)
         variables = row.environment if current_platform.is_cpu() else {}
-        self._before = {name: os.environ.get(name) for name in variables}
-        os.environ.update(variables)
+        self._before = set_variables(variables)
         # An engine that lived here before has made vLLM remember its variables.
         vllm.envs.disable_envs_cache()
 
     def leave(self) -> None:
         """The environment as it was."""
-        while self._before:
-            name, value = self._before.popitem()
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        set_variables(self._before)
+        self._before = {}
 
 
 @contextmanager
