@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from actors.errors import UserError
 from actors.models.base.resolving import follow_adapter
-from actors.models.template_bounds import bounded
+from actors.models.template_bounds.bounded import bounded
 
 if TYPE_CHECKING:
     from actors.batches.generations import SamplingSpec

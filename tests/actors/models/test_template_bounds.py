@@ -13,8 +13,8 @@ import trl
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from actors.errors import UserError
-from actors.models import template_bounds
-from actors.models.template_bounds import bounded
+from actors.models.template_bounds import counting
+from actors.models.template_bounds.bounded import bounded
 from actors.models.turn_ends import turn_ends
 from pipeline.cli.chat_loop import question
 from pipeline.data.tokens.tokenize import tokenize
@@ -88,7 +88,7 @@ ENDED = {
 def test_a_template_that_goes_beyond_a_bound_is_ended_and_named(
     how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(template_bounds, "SECONDS", 0.3)
+    monkeypatch.setattr(counting, "SECONDS", 0.3)
     tokenizer = tokenizer_with(ENDED[how])
     tokenizer.name_or_path = "org/loops"
     begun = time.process_time()
@@ -109,7 +109,7 @@ def test_a_template_that_goes_beyond_a_bound_is_ended_and_named(
 def test_rows_and_chats_that_a_template_loops_over_end_in_the_message(
     use: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(template_bounds, "SECONDS", 0.3)
+    monkeypatch.setattr(counting, "SECONDS", 0.3)
     looping = "{% if messages[0].content == 'Rain?' %}" + ENDED["loops in loops"] + "{% endif %}" + CHATML
     tokenizer = tokenizer_with(looping)
     turn_ends(tokenizer)
