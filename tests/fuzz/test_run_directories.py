@@ -13,7 +13,7 @@ import pytest
 from hypothesis import strategies as st
 
 from pipeline.artifacts.identity import Identity, decide, identity_config
-from pipeline.artifacts.manifest import Manifest, new_directory
+from pipeline.artifacts.manifest import new_directory
 from pipeline.artifacts.run_directory import RunDirectory
 from pipeline.evaluation.held_out import finished
 from pipeline.monitoring.progress import Progress
@@ -37,6 +37,7 @@ from pipeline.report.times import memory_bars, time_bars, timeline
 from pipeline.stages.metrics import WINDOW, MetricsLog
 from tests.fuzz.harness import Feed
 from tests.fuzz.strategies import altered, damaged, json_scalars, scalars, values
+from tests.pipeline.artifacts.checkpoints import checkpoint_manifest
 from tests.pipeline.report.conftest import keep_metrics
 from tests.pipeline.report.rlhf_run import write_rlhf_run
 
@@ -342,17 +343,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Files:
     """The directory of a stage that was stopped after it had saved twice, and an evaluation of it."""
     root = tmp_path_factory.mktemp("stage")
     for step in (5, 10):
-        manifest = Manifest(
-            type="checkpoint",
-            stage="sft",
-            fingerprint=WHO.fingerprint,
-            inputs=WHO.inputs,
-            config=WHO.config,
-            data={"fingerprint": WHO.data},
-            seed=WHO.seed,
-            step=step,
-        )
-        with new_directory(root / f"checkpoint-{step}", manifest) as aside:
+        with new_directory(root / f"checkpoint-{step}", checkpoint_manifest(WHO, step)) as aside:
             (aside / "weights").write_text("w")
             (aside / WINDOW).write_text('[{"loss": 1.0}]')
     rows = [json.dumps({"step": step, "loss": 1 / step}) for step in range(1, 11)]

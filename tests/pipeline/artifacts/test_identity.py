@@ -11,6 +11,7 @@ from actors.models.spec import LoraSpec, MoeSpec
 from pipeline.artifacts.identity import Identity, Length, checkpoints, decide, identity_config
 from pipeline.artifacts.manifest import Manifest, new_directory, write_json
 from pipeline.stages.context import sound_checkpoint
+from tests.pipeline.artifacts.checkpoints import checkpoint_manifest
 
 
 def identity(**stage: object) -> Identity:
@@ -21,17 +22,7 @@ def identity(**stage: object) -> Identity:
 
 
 def saved(directory: Path, who: Identity, name: str, step: int | None = None) -> Path:
-    manifest = Manifest(
-        type="checkpoint",
-        stage="sft",
-        fingerprint=who.fingerprint,
-        inputs=who.inputs,
-        config=who.config,
-        data={"fingerprint": who.data},
-        seed=who.seed,
-        step=step,
-    )
-    with new_directory(directory / name, manifest) as aside:
+    with new_directory(directory / name, checkpoint_manifest(who, step)) as aside:
         (aside / "weights").write_text("w")
     return directory / name
 

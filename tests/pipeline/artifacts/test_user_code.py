@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pipeline.artifacts.identity import Identity, decide
-from pipeline.artifacts.manifest import Manifest, new_directory, write_json
+from pipeline.artifacts.manifest import new_directory, write_json
 from pipeline.artifacts.user_code import code_digest, code_of
 from pipeline.config.run_config import RunConfig
 from pipeline.evaluation.held_out import changed_code, finished
 from pipeline.planning.nodes import reward_functions, stage_identity
+from tests.pipeline.artifacts.checkpoints import checkpoint_manifest
 
 REWARD = (
     "from helper import sign\n\ndef f(completions, **_):\n    return [sign * len(c) for c in completions]\n"
@@ -44,16 +44,8 @@ def identity(source: str = "mine:f", stage: str = "grpo") -> Identity:
     return stage_identity(config, config.stages[stage], {"base": "abc"}, "data", 0)
 
 
-def saved(directory: Path, who: Identity, where: str = ".", **changes: Any) -> None:
-    manifest = Manifest(
-        type="checkpoint",
-        stage="grpo",
-        fingerprint=who.fingerprint,
-        inputs=who.inputs,
-        config=who.config,
-        data={"fingerprint": who.data},
-        step=4,
-    )
+def saved(directory: Path, who: Identity, where: str = ".") -> None:
+    manifest = checkpoint_manifest(who, 4, "grpo")
     if where == ".":
         write_json(directory / "manifest.json", manifest.model_dump())
     else:
