@@ -82,7 +82,7 @@ def listening(pid: int) -> dict[str, str]:
     for process in family:
         try:
             open_ones = process.net_connections("tcp")
-            name = " ".join(process.cmdline())[:80]
+            name = " ".join(process.cmdline())
         except psutil.Error:  # it has ended
             continue
         found |= {f"{c.laddr.ip}:{c.laddr.port}": name for c in open_ones if c.status == "LISTEN"}
