@@ -51,17 +51,19 @@ def without_ray(workload: Workload, base: Path, effort: Effort, threads: int) ->
         def __init__(self, value: Any) -> None:
             self._value = value
 
-        def result(self) -> list[Any]:
-            return [self._value]
+        def result(self) -> Any:
+            return self._value
 
     class Here:
         """A group of one rank that works at once, in this process."""
 
-        def submit(self, method: str, *args: Any, phase: str = "call") -> Done:
+        def submit_alike(self, method: str, *args: Any, phase: str = "call", own: Any = ()) -> Done:
             return Done(operator.attrgetter(method)(host)(*args))
 
-        def call(self, method: str, *args: Any, phase: str = "call") -> list[Any]:
-            return self.submit(method, *args).result()
+        def call_alike(self, method: str, *args: Any, phase: str = "call") -> Any:
+            return self.submit_alike(method, *args).result()
+
+        call = call_alike
 
     return measure(workload, base, effort, ModelWorkers(Here()), [os.getpid()])  # type: ignore[arg-type]
 
@@ -114,7 +116,7 @@ def _with_reference(workers: ModelWorkers, supply: Iterator[Batch]) -> Iterator[
             batch = next(supply)
             asked.append((batch, workers.logprobs(batch, None)))
         batch, pending = asked.popleft()
-        logps = pending.result()[0]
+        logps = pending.result()
         yield batch.with_columns(ref_chosen_logps=logps[0::2], ref_rejected_logps=logps[1::2])
 
 

@@ -11,7 +11,7 @@ from actors.cluster.connection import (
     stop_ray,
 )
 from actors.cluster.environment import SHIPPED, actor_environment, passed_on
-from actors.cluster.futures import GroupFuture, WorkerFuture
+from actors.cluster.futures import AgreedFuture, GroupFuture, WorkerFuture
 from actors.cluster.measured_limits import MeasuredLimits
 from actors.cluster.ray_private import MODE, TRIED, head_address, private, use_token
 from actors.cluster.scratch import Scratch
@@ -22,6 +22,7 @@ __all__ = [
     "MODE",
     "SHIPPED",
     "TRIED",
+    "AgreedFuture",
     "GroupFuture",
     "LimitsSpec",
     "MeasuredLimits",

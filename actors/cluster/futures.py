@@ -155,6 +155,14 @@ class GroupFuture(_Call[T]):
         return self._all()
 
 
+class AgreedFuture(_Call[T]):
+    """A call that was sent to every rank of a group, and whose result all of them have alike."""
+
+    def result(self) -> T:
+        """The value; raises as `GroupFuture.result`, and InvariantViolation where ranks differ."""
+        return self._all()[0]
+
+
 class WorkerFuture(_Call[T]):
     """A call that was sent to one rank, which answers with a T."""
 

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from actors.cluster.agreement import Answer, proof_of
 from actors.cluster.environment import enter_shipped_files
 from actors.cluster.scratch import Scratch
 from actors.cluster.trace import CallTrace, named
@@ -115,6 +116,22 @@ class Worker:
             work = operator.attrgetter(method)(self._object)
             with self._trace.call(method, phase, named(work, args, kwargs)):
                 return work(*args, **kwargs)
+
+    def call_alike(
+        self,
+        method: str,
+        phase: str,
+        limit_s: float,
+        kwargs: Mapping[str, object],
+        own: Sequence[str],
+        exact: bool,
+        hands_over: bool,
+        *args: object,
+    ) -> Answer:
+        """`call`, of what every rank has alike: proof of the result, and where this rank `hands_over` the
+        result. `own`, `exact`: of `proof_of`."""
+        value = self.call(method, phase, limit_s, kwargs, *args)
+        return Answer(proof_of(value, own, exact), value if hands_over else None)
 
     def work(self, target: str, phase: str, limit_s: float, args: Sequence[object]) -> object:
         """Call a function (`module:function`) that needs the preloaded imports, and no object."""

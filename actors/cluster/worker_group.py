@@ -13,8 +13,9 @@ import numpy as np
 
 from actors.batches.batch import Batch
 from actors.cluster import futures as waiting
+from actors.cluster.agreement import agreed
 from actors.cluster.environment import actor_environment
-from actors.cluster.futures import GroupFuture, WorkerFuture
+from actors.cluster.futures import AgreedFuture, GroupFuture, WorkerFuture
 from actors.cluster.health import Members, ProcessEvent, ProcessState
 from actors.cluster.liveness import Liveness
 from actors.cluster.measured_limits import MeasuredLimits
@@ -173,6 +174,22 @@ class WorkerGroup:
         refs = self._send(range(self.size), method, args, phase, kwargs)
         return GroupFuture(refs, phase, self.liveness.finisher(refs, method))
 
+    def submit_alike(
+        self, method: str, *args: object, phase: Phase = "call", own: Sequence[str] = (), **kwargs: object
+    ) -> AgreedFuture[Any]:
+        """`submit`, of a method whose result is the same on every rank: the first one hands it over, the
+        others prove that theirs is the same. `own`: keys of it that may differ.
+
+        Ranks that hold one model together compute the same rows side by side, on GPUs in any order of sums:
+        they may differ by rounding.
+        """
+        refs = self._send(range(self.size), method, args, phase, kwargs, own if self.size > 1 else None)
+        finish = self.liveness.finisher(refs, method)
+        if self.size == 1:
+            return AgreedFuture(refs, phase, finish)
+        who = [self.who(rank) for rank in refs]
+        return AgreedFuture(refs, phase, lambda sent, at: [agreed(finish(sent, at), who, method)])
+
     def submit_rank(
         self, rank: int, method: str, *args: object, phase: Phase = "call", **kwargs: object
     ) -> WorkerFuture[Any]:
@@ -190,6 +207,12 @@ class WorkerGroup:
     def call(self, method: str, *args: object, phase: Phase = "call", **kwargs: object) -> list[Any]:
         """`submit` and wait: the value of each rank. Raises as `GroupFuture.result`."""
         return self.submit(method, *args, phase=phase, **kwargs).result()
+
+    def call_alike(
+        self, method: str, *args: object, phase: Phase = "call", own: Sequence[str] = (), **kwargs: object
+    ) -> Any:
+        """`submit_alike` and wait. Raises as `AgreedFuture.result`."""
+        return self.submit_alike(method, *args, phase=phase, own=own, **kwargs).result()
 
     def call_rank(
         self, rank: int, method: str, *args: object, phase: Phase = "call", **kwargs: object
@@ -270,14 +293,23 @@ class WorkerGroup:
         args: Sequence[object],
         phase: Phase,
         kwargs: Mapping[str, object],
+        alike: Sequence[str] | None = None,
     ) -> dict[int, ObjectRef]:
+        """`alike`: only the first rank's value is wanted, and the keys in which ranks may differ."""
         chosen = self._checked(ranks, phase)
         shared = [_once(arg) if len(chosen) > 1 else arg for arg in args]
-        limit = self.liveness.limit(phase, method)
+        limit, exact = self.liveness.limit(phase, method), self.role.tensor_parallel_size == 1
         # Two threads' calls must reach all ranks in the same order: ranks meet inside of them.
         with self._order:
+            if alike is None:
+                return {
+                    rank: actor.call.remote(method, phase, limit, dict(kwargs), *shared)
+                    for rank, actor in zip(ranks, chosen)
+                }
             return {
-                rank: actor.call.remote(method, phase, limit, dict(kwargs), *shared)
+                rank: actor.call_alike.remote(
+                    method, phase, limit, dict(kwargs), alike, exact, rank == ranks[0], *shared
+                )
                 for rank, actor in zip(ranks, chosen)
             }
 

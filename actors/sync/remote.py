@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from actors.cluster.futures import GroupFuture, WorkerFuture
+from actors.cluster.futures import AgreedFuture, GroupFuture, WorkerFuture
 from actors.cluster.worker_group import WorkerGroup
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ WEIGHTS = "weights"
 
 @dataclass(frozen=True)
 class RemoteWeightSource:
-    """The policy's weights, on rank 0 of its group; calls that are collective go to all ranks."""
+    """The policy's weights, on rank 0 of its group; calls that are collective go to all ranks, of
+    which the others answer None."""
 
     group: WorkerGroup
 
@@ -57,8 +58,8 @@ class RemoteWeightSource:
 
     def token_logprobs(
         self, batch: Batch, role: str | None, temperature: float = 1.0
-    ) -> GroupFuture[np.ndarray]:
-        return self.group.submit("scores.token_logprobs", batch, role, temperature, phase="sync")
+    ) -> AgreedFuture[np.ndarray]:
+        return self.group.submit_alike("scores.token_logprobs", batch, role, temperature, phase="sync")
 
     def disconnect(self, engine: int) -> WorkerFuture[None]:
         return self.group.submit_rank(0, f"{SOURCE}.disconnect", engine, phase="sync")

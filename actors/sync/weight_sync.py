@@ -194,7 +194,7 @@ class WeightSync:
         batch = _probe_batch(self._probes, self._starts)
         logps = self._source.token_logprobs(batch, role)
         cuts = np.cumsum(batch.label_counts)[:-1]
-        return lambda: np.split(logps.result()[0], cuts)
+        return lambda: np.split(logps.result(), cuts)
 
     def _verify(self, engines: Participants, reference: Reference) -> None:
         """Compare engines with the reference; one that died over it is lost, the others serve the version.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from actors.cluster.environment import trainer_environment
-from actors.cluster.futures import GroupFuture
+from actors.cluster.futures import AgreedFuture, GroupFuture
 from actors.cluster.spec import LimitsSpec, RoleSpec
 from actors.cluster.worker_group import WorkerGroup
 
@@ -36,6 +36,8 @@ HOST_MODULES = (
     "actors.trainer.model_host",
 )
 """Modules that a rank needs before it can load a base, imported while the driver reads its data."""
+CLOCKS = ("step_seconds", "tokens_per_second")
+"""Metrics of an update that each rank has for itself."""
 
 
 def host_group(
@@ -50,8 +52,9 @@ def host_group(
 class ModelWorkers:
     """The `ModelHost`s of a group of ranks, called all together; what each call does is told there.
 
-    Calls that take long return a future with every rank's value; the others wait, and return what the ranks
-    say alike. Each raises as `GroupFuture.result` and `WorkerGroup.submit` do.
+    Calls that take long return a future; the others wait. What all ranks have alike comes from the first one,
+    with every rank's proof that it has the same: of 8 ranks' log-probabilities seven copies stay where they
+    are. Each raises as `AgreedFuture.result` and `WorkerGroup.submit` do.
     """
 
     group: WorkerGroup
@@ -64,7 +67,7 @@ class ModelWorkers:
         self.group.call("set_batching", packing, max_tokens_per_micro_batch)
 
     def frozen_digest(self) -> str:
-        return self.group.call("frozen_digest")[0]
+        return self.group.call_alike("frozen_digest")
 
     # --- Adapters -------------------------------------------------------------------------------
 
@@ -82,15 +85,15 @@ class ModelWorkers:
     def prepare_training(
         self, role: str | None, spec: OptimSpec, total_steps: int, keep: bool = False
     ) -> dict[str, int]:
-        return self.group.call("updates.prepare_training", role, spec, total_steps, keep, phase="load")[0]
+        return self.group.call_alike("updates.prepare_training", role, spec, total_steps, keep, phase="load")
 
     def update(
         self, batch: SharedBatch, loss: Loss, step: int, role: str | None = None
-    ) -> GroupFuture[dict[str, float]]:
-        return self.group.submit("updates.update", batch, loss, step, role, phase="update")
+    ) -> AgreedFuture[dict[str, float]]:
+        return self.group.submit_alike("updates.update", batch, loss, step, role, phase="update", own=CLOCKS)
 
     def evaluate(self, batch: SharedBatch, loss: Loss, role: str | None) -> dict[str, float]:
-        return self.group.call("updates.evaluate", batch, loss, role, phase="evaluate")[0]
+        return self.group.call_alike("updates.evaluate", batch, loss, role, phase="evaluate")
 
     def router_load(self, role: str | None = None) -> np.ndarray | None:
         return self.group.call_rank(0, "updates.router_load", role)
@@ -99,21 +102,21 @@ class ModelWorkers:
 
     def token_logprobs(
         self, batch: SharedBatch, role: str | None, temperature: float = 1.0
-    ) -> GroupFuture[np.ndarray]:
-        return self.group.submit("scores.token_logprobs", batch, role, temperature, phase="logprobs")
+    ) -> AgreedFuture[np.ndarray]:
+        return self.group.submit_alike("scores.token_logprobs", batch, role, temperature, phase="logprobs")
 
     def logprobs(
         self, batch: SharedBatch, role: str | None, ld_alpha: float | None = None
-    ) -> GroupFuture[np.ndarray]:
-        return self.group.submit("scores.logprobs", batch, role, ld_alpha, phase="logprobs")
+    ) -> AgreedFuture[np.ndarray]:
+        return self.group.submit_alike("scores.logprobs", batch, role, ld_alpha, phase="logprobs")
 
-    def values(self, batch: SharedBatch, role: str) -> GroupFuture[np.ndarray]:
-        return self.group.submit("scores.values", batch, role, phase="logprobs")
+    def values(self, batch: SharedBatch, role: str) -> AgreedFuture[np.ndarray]:
+        return self.group.submit_alike("scores.values", batch, role, phase="logprobs")
 
     def scores(
         self, batch: SharedBatch, role: str, *, phase: Literal["logprobs", "evaluate"] = "logprobs"
-    ) -> GroupFuture[np.ndarray]:
-        return self.group.submit("scores.scores", batch, role, phase=phase)
+    ) -> AgreedFuture[np.ndarray]:
+        return self.group.submit_alike("scores.scores", batch, role, phase=phase)
 
     def route_agreement(self) -> np.ndarray | None:
         return self.group.call_rank(0, "scores.route_agreement")
@@ -130,4 +133,4 @@ class ModelWorkers:
         self.group.call("saving.save_checkpoint", directory, role, phase="save")
 
     def load_checkpoint(self, directory: str | Path, role: str | None = None) -> int:
-        return self.group.call("saving.load_checkpoint", directory, role, phase="restore")[0]
+        return self.group.call_alike("saving.load_checkpoint", directory, role, phase="restore")

@@ -131,7 +131,7 @@ class Contexts:
         """Scores of pairs by the reward model that a stage has made, on the policy's ranks."""
         host = self.fleet.ready_host(POLICY, node, made)
         view = host.view(made, adapter_name(node.name))
-        return lambda batch: view.scores(batch, phase="evaluate").result()[0]
+        return lambda batch: view.scores(batch, phase="evaluate").result()
 
     def reference_feed(self, node: Node) -> ReferenceFeed | None:
         """Reference log-probabilities of an offline stage, already being computed; None: it needs none."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from actors.algorithms import Loss
     from actors.batches import Batch
-    from actors.cluster import GroupFuture
+    from actors.cluster import AgreedFuture
     from actors.trainer.remote import ModelWorkers, SharedBatch
     from actors.trainer.spec import OptimSpec
 
@@ -31,8 +31,8 @@ class Scorer(Protocol):
     def host(self) -> str:
         """Name of the processes that serve it."""
 
-    def scores(self, batch: SharedBatch) -> GroupFuture[np.ndarray]:
-        """float64 (samples,), from every process."""
+    def scores(self, batch: SharedBatch) -> AgreedFuture[np.ndarray]:
+        """float64 (samples,)."""
 
     def frozen_digest(self) -> str:
         """Of all that must not move in those processes."""
@@ -62,22 +62,22 @@ class View:
 
     # --- Numbers --------------------------------------------------------------------------------
 
-    def token_logprobs(self, batch: SharedBatch, temperature: float) -> GroupFuture[np.ndarray]:
-        """float64 (counted tokens,), from every rank."""
+    def token_logprobs(self, batch: SharedBatch, temperature: float) -> AgreedFuture[np.ndarray]:
+        """float64 (counted tokens,)."""
         return self.workers.token_logprobs(batch, self.role, temperature)
 
-    def logprobs(self, batch: SharedBatch, ld_alpha: float | None = None) -> GroupFuture[np.ndarray]:
-        """float64 (sequences,), from every rank: summed as a DPO loss with this `ld_alpha` sums them."""
+    def logprobs(self, batch: SharedBatch, ld_alpha: float | None = None) -> AgreedFuture[np.ndarray]:
+        """float64 (sequences,): summed as a DPO loss with this `ld_alpha` sums them."""
         return self.workers.logprobs(batch, self.role, ld_alpha)
 
-    def values(self, batch: SharedBatch) -> GroupFuture[np.ndarray]:
-        """float64 (counted tokens,): the value head at the state before each, from every rank."""
+    def values(self, batch: SharedBatch) -> AgreedFuture[np.ndarray]:
+        """float64 (counted tokens,): the value head at the state before each."""
         return self.workers.values(batch, self._adapter)
 
     def scores(
         self, batch: SharedBatch, *, phase: Literal["logprobs", "evaluate"] = "logprobs"
-    ) -> GroupFuture[np.ndarray]:
-        """float64 (samples,): the score head at each sample's last token, from every rank."""
+    ) -> AgreedFuture[np.ndarray]:
+        """float64 (samples,): the score head at each sample's last token."""
         return self.workers.scores(batch, self._adapter, phase=phase)
 
     def evaluate(self, batch: SharedBatch, loss: Loss) -> dict[str, float]:
@@ -103,8 +103,8 @@ class View:
         """Let this role train; `keep`: roles prepared before it on the same ranks train on."""
         self.workers.prepare_training(self.role, optim, total, keep)
 
-    def update(self, batch: SharedBatch, loss: Loss, number: int) -> GroupFuture[dict[str, float]]:
-        """Optimizer step `number` of this role; metrics from every rank."""
+    def update(self, batch: SharedBatch, loss: Loss, number: int) -> AgreedFuture[dict[str, float]]:
+        """Optimizer step `number` of this role; its metrics."""
         return self.workers.update(batch, loss, number, self.role)
 
     def save_checkpoint(self, directory: str | Path) -> None:

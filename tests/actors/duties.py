@@ -29,6 +29,12 @@ class Duty:
     def total(self, batch: Batch, twice: bool = False) -> int:
         return int(batch.token_ids.sum()) * (2 if twice else 1)
 
+    def megabytes(self, number: int, differs: int | None = None) -> dict[str, Any]:
+        """The same on every rank but one."""
+        found = np.arange(number * 131072, dtype=np.float64)
+        found[-1] += self.rank == differs
+        return {"values": found, "seconds": float(self.rank)}
+
     def sleep(self, seconds: float, rank: int | None = None) -> float:
         if rank is None or rank == self.rank:
             time.sleep(seconds)

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 SENT_AS = {"SharedBatch": "Batch"}
 """Annotations of arguments that Ray resolves on their way."""
-FUTURE = re.compile(r"(?:Group|Worker)Future\[(.+)\]")
+FUTURE = re.compile(r"(?:Agreed|Group|Worker)Future\[(.+)\]")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ class RecordingGroup:
         return self
 
     call = submit
+
+    def submit_alike(self, method: str, *args: Any, own: object = (), **kwargs: Any) -> RecordingGroup:
+        return self.submit(method, *args, **kwargs)
+
+    call_alike = submit_alike
 
     def submit_rank(
         self, rank: int, method: str, *args: Any, phase: str = "call", **kwargs: Any

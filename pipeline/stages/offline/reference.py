@@ -20,7 +20,7 @@ from pipeline.data.tokens.batch_order import BatchOrder
 from pipeline.data.tokens.tokenize import TokenizedData
 
 if TYPE_CHECKING:
-    from actors.cluster import GroupFuture
+    from actors.cluster import AgreedFuture
     from pipeline.stages.views import View
 
 FILE = "logps.arrow"
@@ -70,9 +70,9 @@ class ReferenceLogps:
         self._chunk_of = np.full(data.n_rows, -1, dtype=np.int64)
         for number, rows in enumerate(self._chunks):
             self._chunk_of[rows] = number
-        self._waiting: deque[tuple[np.ndarray, GroupFuture[np.ndarray]]] = deque()
+        self._waiting: deque[tuple[np.ndarray, AgreedFuture[np.ndarray]]] = deque()
         self._submitted = self._done = 0
-        self._ask: Callable[[int], GroupFuture[np.ndarray]] | None = None
+        self._ask: Callable[[int], AgreedFuture[np.ndarray]] | None = None
         self.cached = not self._chunks
 
     def _unknown(self) -> np.ndarray:
@@ -108,7 +108,7 @@ class ReferenceLogps:
         if self.cached:
             return
 
-        def ask(number: int) -> GroupFuture[np.ndarray]:
+        def ask(number: int) -> AgreedFuture[np.ndarray]:
             return view.logprobs(self.data.batch(self._chunks[number]), self.ld_alpha)
 
         self._ask = ask
@@ -131,7 +131,7 @@ class ReferenceLogps:
         self._fill(number + 1)
         while self._done <= number:
             rows, pending = self._waiting.popleft()
-            self.logps[rows] = pending.result()[0].reshape(-1, len(self._columns))
+            self.logps[rows] = pending.result().reshape(-1, len(self._columns))
             self._done += 1
         if self._done == len(self._chunks):
             self.cached = True

@@ -25,7 +25,7 @@ from pipeline.stages.prepared import PreparedStage
 
 if TYPE_CHECKING:
     from actors.batches import Batch
-    from actors.cluster import GroupFuture
+    from actors.cluster import AgreedFuture
     from actors.trainer.remote import SharedBatch
     from pipeline.stages.offline.reference import ReferenceFeed
 
@@ -89,7 +89,7 @@ class Steps:
 
     def __init__(self, stage: PreparedStage, ctx: TrainContext) -> None:
         self.stage, self.ctx = stage, ctx
-        self.running: GroupFuture[dict[str, float]] | None = None
+        self.running: AgreedFuture[dict[str, float]] | None = None
         self._ready: dict[int, SharedBatch] = {}
 
     def begin(self, step: int) -> bool:
@@ -101,12 +101,12 @@ class Steps:
         return True
 
     def end(self, step: int) -> dict[str, float]:
-        """Metrics of step `step`, which runs, once it is back. Raises: as `GroupFuture.result`."""
+        """Metrics of step `step`, which runs, once it is back. Raises: as `AgreedFuture.result`."""
         assert self.running is not None
         if step + 1 < self.stage.total_steps:
             self._ready[step + 1] = self._batch(step + 1)
         running, self.running = self.running, None
-        return running.result()[0]
+        return running.result()
 
     def _batch(self, step: int) -> SharedBatch:
         if step in self._ready:

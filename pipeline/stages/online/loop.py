@@ -33,7 +33,7 @@ from pipeline.stages.views import Scorer, View, put
 
 if TYPE_CHECKING:
     from actors.algorithms import Loss
-    from actors.cluster import GroupFuture
+    from actors.cluster import AgreedFuture
     from actors.rollout.pool import RolloutPool
     from actors.sync.report import SyncReport
     from actors.sync.weight_sync import WeightSync
@@ -121,7 +121,7 @@ class RlLoop:
             texts = self.sampler.texts(sampled.samples)
             rewards = scoring(texts)
         with clock("logprobs"):
-            scores = TokenScores(**{name: one.result()[0] for name, one in asked.items()})
+            scores = TokenScores(**{name: one.result() for name, one in asked.items()})
         estimates = self.objective.estimate(batch, rewards.values, scores, self.kl.beta)
         checked = self.check(step, sampled, batch, scores, estimates)
         self.idle = self.idle.after(estimates.signal, rewards.values, estimates.kept)
@@ -144,7 +144,7 @@ class RlLoop:
 
     def submit_scores(
         self, batch: Batch, step: int, sampled: SampledBatch
-    ) -> tuple[dict[str, GroupFuture[np.ndarray]], Callable[[list[str]], Rewards]]:
+    ) -> tuple[dict[str, AgreedFuture[np.ndarray]], Callable[[list[str]], Rewards]]:
         """Ask all models about the samples, without waiting: token scores by field, and what turns the
         samples' texts into rewards.
 
@@ -153,7 +153,7 @@ class RlLoop:
         """
         shared, ctx, temperature = put(batch), self.ctx, self.spec.temperature
         unrouted = shared if batch.experts is None else put(batch.unrouted())
-        asked: dict[str, GroupFuture[np.ndarray]] = {}
+        asked: dict[str, AgreedFuture[np.ndarray]] = {}
         if not self.objective.on_policy or not self.compared or batch.experts is not None:
             asked["old_logps"] = ctx.policy.token_logprobs(shared, temperature)
         if batch.experts is not None and ctx.replay_compare_steps and step % ctx.replay_compare_steps == 0:
@@ -210,7 +210,7 @@ class RlLoop:
         """Optimizer steps of policy and critic over the samples; means of their metrics."""
         first = self.stage.updates_before(step)
         learns = step >= self.stage.critic_warmup_steps
-        asked: list[tuple[str, GroupFuture[dict[str, float]]]] = []
+        asked: list[tuple[str, AgreedFuture[dict[str, float]]]] = []
         parts = self.objective.minibatches(estimates.batch.n_rows, samples, self.stage.seed, step)
         for number, rows in enumerate(parts, start=first):
             part = put(estimates.batch.select(rows))
@@ -219,7 +219,7 @@ class RlLoop:
                 asked.append(("", self.ctx.policy.update(part, self.policy_loss(), own)))
             if self.ctx.critic is not None:
                 asked.append(("critic/", self.ctx.critic.update(part, self.value_loss(), number)))
-        done = [(prefix, pending.result()[0]) for prefix, pending in asked]
+        done = [(prefix, pending.result()) for prefix, pending in asked]
         if learns:
             at_reference = step == 0 and self.ctx.starts_as_reference
             self.objective.check_first(done[0][1], self.ctx.dtype, at_reference)

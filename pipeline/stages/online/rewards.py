@@ -28,7 +28,7 @@ from pipeline.rewards.functions import (
 from pipeline.stages.views import Scorer
 
 if TYPE_CHECKING:
-    from actors.cluster import GroupFuture
+    from actors.cluster import AgreedFuture
     from actors.trainer.remote import SharedBatch
     from pipeline.rewards.user_functions import UserFunction
     from pipeline.stages.specs.registry import RlStage
@@ -58,13 +58,13 @@ class RewardComputer:
         self.names = reward_names(spec.rewards)
         self._functions = {one.source: function_of(one) for one in spec.rewards if one.source not in models}
 
-    def submit(self, batch: SharedBatch) -> dict[str, GroupFuture[np.ndarray]]:
+    def submit(self, batch: SharedBatch) -> dict[str, AgreedFuture[np.ndarray]]:
         """Let the reward models begin."""
         return {source: view.scores(batch) for source, view in self.models.items()}
 
     def result(
         self,
-        pending: Mapping[str, GroupFuture[np.ndarray]],
+        pending: Mapping[str, AgreedFuture[np.ndarray]],
         prompts: PromptData,
         texts: Sequence[str],
         samples: Generations,
@@ -85,7 +85,7 @@ class RewardComputer:
         rows, notes = [], []
         for one in self.spec.rewards:
             if one.source in self.models:
-                scores = pending[one.source].result()[0]
+                scores = pending[one.source].result()
                 check_scores(one, scores, asked)
                 rows.append(scores)
                 continue

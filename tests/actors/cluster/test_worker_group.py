@@ -8,12 +8,14 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from actors.batches.batch import Batch
 from actors.cluster import measured_limits
+from actors.cluster.futures import AgreedFuture, GroupFuture
 from actors.cluster.health import ProcessState
 from actors.cluster.measured_limits import MeasuredLimits
 from actors.cluster.spec import LimitsSpec, RoleSpec
@@ -98,6 +100,24 @@ def test_batches_and_arrays_travel_whole(group: WorkerGroup) -> None:
     batch = Batch.from_sequences([[1, 2, 3], [4]], [[False, True, True], [False]])
     assert group.call("total", batch, twice=True) == [20, 20]
     np.testing.assert_array_equal(group.call_rank(0, "array", 5), np.arange(5))
+
+
+def test_of_what_ranks_have_alike_one_copy_travels_and_a_rank_that_differs_is_named(
+    group: WorkerGroup,
+) -> None:
+    from ray.experimental import get_object_locations
+
+    def stored(call: GroupFuture[Any] | AgreedFuture[Any]) -> int:
+        """Bytes of the answers in the object store."""
+        found = get_object_locations(list(call._refs.values()))
+        return sum(one.get("object_size") or 0 for one in found.values())
+
+    every, first = group.submit("megabytes", 1), group.submit_alike("megabytes", 1, own=("seconds",))
+    assert (first.result()["values"] == every.result()[1]["values"]).all()
+    assert 2 * 2**20 < stored(every) < 2.1 * 2**20
+    assert 2**20 < stored(first) < 1.1 * 2**20
+    with pytest.raises(InvariantViolation, match=r"policy-1 .*another result of this call than policy-0's"):
+        group.call_alike("megabytes", 1, differs=1, own=("seconds",))
 
 
 def test_a_call_returns_at_once_and_is_waited_for_later(group: WorkerGroup) -> None:

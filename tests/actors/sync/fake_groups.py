@@ -246,6 +246,9 @@ class FakeTrainer:
     def submit(self, method: str, *args: Any, phase: str) -> Now:
         return Now([getattr(self, method.rpartition(".")[2])(*args)])
 
+    def submit_alike(self, method: str, *args: Any, phase: str) -> Now:
+        return Now(self.submit(method, *args, phase=phase).result()[0])
+
     def submit_rank(self, rank: int, method: str, *args: Any, phase: str) -> Now:
         return Now(getattr(self, method.rpartition(".")[2])(*args))
 

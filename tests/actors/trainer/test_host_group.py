@@ -52,12 +52,13 @@ def test_two_ranks_in_actors_learn_what_one_learns(hosts: dict[int, ModelWorkers
     loss = SftLoss()
     for step in range(3):
         one, two = (hosts[n].update(rows(8, step), loss, step).result() for n in (1, 2))
-        assert two[0]["loss"] == two[1]["loss"]
-        assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5)
-        assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-4)
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
     probe = rows(4, 9)
     one, two = (hosts[n].logprobs(probe, "policy").result() for n in (1, 2))
-    np.testing.assert_allclose(one[0], two[0], rtol=1e-5)
+    np.testing.assert_allclose(one, two, rtol=1e-5)
+    every = hosts[2].group.call("scores.logprobs", probe, "policy")
+    assert [rank.tolist() for rank in every] == [two.tolist()] * 2, "whoever answers, it is the same"
     for n in hosts:
         for rank in range(n):
             log = (tmp_path / f"policy{n}-{rank}.log").read_text()

@@ -28,7 +28,7 @@ class OneRank:
 
     def logprobs(self, rows: np.ndarray, ld_alpha: float | None) -> Any:
         self.asked += 1
-        return SimpleNamespace(result=lambda: [VALUES[rows].reshape(-1)])
+        return SimpleNamespace(result=lambda: VALUES[rows].reshape(-1))
 
 
 def logps(cache: Path) -> ReferenceLogps:

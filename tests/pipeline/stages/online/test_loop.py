@@ -43,8 +43,8 @@ class Answer:
 
     value: Any
 
-    def result(self) -> list[Any]:
-        return [self.value]
+    def result(self) -> Any:
+        return self.value
 
 
 @dataclass
