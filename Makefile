@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= passive
 export KMP_BLOCKTIME ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo base lint format test test-fast test-slow test-architectures docs bench bench-online lock clean clean-runs affected fuzz test-gpu gpu-check
+.PHONY: help install install-dev demo base lint format test test-fast test-slow test-architectures docs bench bench-online lock clean clean-runs affected fuzz test-gpu gpu-check triton
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -55,7 +55,12 @@ format: install-dev ## Put the code into the house's format
 test: lint test-fast ## Lint, then every test but the slow ones
 	$(BIN)/python -m pytest -q -m "(ray or vllm or trl or ranks) and not slow"
 
-test-fast: install-dev ## The tests that need no other process: no Ray, vLLM, TRL or second rank, in two processes
+triton: $(VENV)/triton/.installed ## Triton for the test of the digest kernel, beside the locked set (0.25 GB)
+$(VENV)/triton/.installed: | $(VENV)/.installed
+	@# No test but that one needs it: where it can't be had, that one is skipped and says so.
+	-@$(PIP) install -qq --no-deps --no-compile --target $(VENV)/triton triton==3.8.0 && touch $@
+
+test-fast: install-dev triton ## The tests that need no other process: no Ray, vLLM, TRL or second rank, in two processes
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not ray and not vllm and not trl and not ranks"
 
 affected: install-dev ## The tests that a change can reach, by imports; FAST=1: no Ray, no vLLM; SINCE=REVISION

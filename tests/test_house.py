@@ -156,6 +156,8 @@ TORCH_IN = (
     "actors.rollout.vllm",
     "actors.rollout.weight_updater",
     "actors.sync.channel",
+    "actors.sync.digest_kernel",
+    "actors.sync.digests",
     "actors.sync.payload",
     "actors.sync.transport",
     "actors.trainer",

@@ -44,8 +44,8 @@ class WeightUpdater:
         self._llm = llm
         self._staged: tuple[int, int] | None = None
         """Version, and the number of its parts that are not staged."""
-        self._digest = digest_of_all({})
-        """Of all that the last commit bound."""
+        self._digest, self._algorithm = digest_of_all({}), ""
+        """Of all that the last commit bound, and of the digests of its parts."""
         self.version = NO_VERSION
         self.lost = ""
         """Why this engine can't be used any more."""
@@ -133,7 +133,8 @@ class WeightUpdater:
         self.refuse_lost("readback")
         if version != self.version:
             raise RunFailure("rollout", "readback", f"version {self.version} is served, not {version}")
-        return Readback(version, self._digest, {} if self._digest == known else self._ask("bound_digests")[0])
+        digests = {} if self._digest == known else self._ask("bound_digests")[0]
+        return Readback(version, self._digest, self._algorithm, digests)
 
     def refuse_lost(self, phase: str) -> None:
         """An engine that failed inside a commit serves nobody."""
@@ -179,7 +180,7 @@ class WeightUpdater:
         if not llm.reset_prefix_cache(reset_running_requests=keep):
             raise InvariantViolation("rollout", "commit", "samples are still being generated")
         loaded: list[dict[str, Any]] = self._ask("loaded_weights")
-        self._digest = loaded[0]["digest"]
+        self._digest, self._algorithm = loaded[0]["digest"], loaded[0]["algorithm"]
         if any(one["digest"] != self._digest for one in loaded):
             raise InvariantViolation("rollout", "commit", "the engine's processes hold different weights")
         return loaded

@@ -45,14 +45,14 @@ class Listener:
         self._store = open_meeting_point(host, 0, None, self._timeout, wait=False)
         self.address = f"{host}:{self._store.port}"
 
-    def accept(self, name: str, backend: Backend = "gloo") -> Channel:
-        """The connection, once the engine, which has reached the port, has joined.
+    def accept(self, name: str, backend: Backend = "gloo", device: str = "cpu") -> Channel:
+        """The connection, once the engine, which has reached the port, has joined. `device`: of the model.
 
         Raises:
             RunFailure: it did not within `JOIN_S`.
         """
         joining = min(self._timeout, timedelta(seconds=JOIN_S))
-        return Channel(self._store, TRAINER, self._timeout, backend, name, joining)
+        return Channel(self._store, TRAINER, self._timeout, backend, name, device, joining)
 
 
 class Connector:
@@ -74,13 +74,13 @@ class Connector:
         except RuntimeError as error:
             raise RunFailure(f"channel to {name}", "sync", f"nobody listens at {address}") from error
 
-    def join(self, backend: Backend = "gloo") -> Channel:
-        """The connection, once the trainer accepts it.
+    def join(self, backend: Backend = "gloo", device: str = "cpu") -> Channel:
+        """The connection, once the trainer accepts it. `device`: of the model.
 
         Raises:
             RunFailure: it did not within the deadline; busy with other work, it may take its time.
         """
-        return Channel(self._store, ENGINE, self._timeout, backend, self._name)
+        return Channel(self._store, ENGINE, self._timeout, backend, self._name, device)
 
 
 class Channel:
@@ -93,17 +93,22 @@ class Channel:
         timeout: timedelta,
         backend: Backend,
         name: str,
+        device: str,
         joining: timedelta | None = None,
     ) -> None:
-        """`timeout`: of every operation; `joining`: of the meeting with the other end, null for the same."""
+        """`timeout`: of every operation; `device`: type of that of this end's weights, which the other end is
+        told; `joining`: of the meeting with the other end, null for the same."""
         self.name = name
         self._peer = ENGINE if rank == TRAINER else TRAINER
         self._store = store
         self._transport: Transport | None = None
+        self._guarded(lambda: store.set(f"device/{rank}", device), "connect")
         self._transport = self._guarded(
             lambda: transport(backend, store, rank, timeout, joining or timeout), "connect"
         )
         self._device = self._transport.device
+        self.peer_device: str = self._guarded(lambda: store.get(f"device/{self._peer}"), "connect").decode()
+        """Type of the device of the other end's weights."""
 
     def send(self, payload: Payload) -> None:
         """Hand a payload to the other end; returns when all of it is on its way.

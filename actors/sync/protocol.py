@@ -26,6 +26,8 @@ class Offer:
     """Of every byte."""
     manifest_digest: str
     """Of names, shapes and dtypes, those of later parts included."""
+    algorithm: str = "xxh3"
+    """Of all digests of this version: see `actors.sync.digests`."""
     parts_later: int = 0
     """Parts that are not staged: each is sent, loaded and forgotten inside the commit."""
     bytes_later: int = 0
@@ -59,15 +61,16 @@ class Readback:
     version: int
     digest: str
     """Of all names and their digests: see `digest_of_all`."""
+    algorithm: str = "xxh3"
     digests: Mapping[str, str] = field(default_factory=dict)
-    """Checkpoint name -> `payload.digest_of` of the bound values, cut back to that tensor. Empty where
+    """Checkpoint name -> `digests.digest_of` the bound values, cut back to that tensor. Empty where
     `digest` is the one that was asked for: a list of 18,000 takes 1.6 MB and 21 ms an engine."""
 
     @staticmethod
     def of(version: int, digests: Mapping[str, str], known: str = "") -> Readback:
         """`known`: digest of what whoever asks expects."""
         digest = digest_of_all(digests)
-        return Readback(version, digest, {} if digest == known else dict(digests))
+        return Readback(version, digest, digests={} if digest == known else dict(digests))
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,11 @@ class Expected:
     """Digests of what an engine has to hold once a version is loaded."""
 
     digests: dict[str, str]
-    """Checkpoint name -> `payload.digest_of` the merged tensor in the engine's dtype."""
+    """Checkpoint name -> `digests.digest_of` the merged tensor in the engine's dtype."""
     share_unchanged_bf16: float | None
     """Share of the adapted weights that rounding to bfloat16 would give the base's own value; None where all
     weights are trained."""
+    algorithm: str = "xxh3"
 
     @cached_property
     def digest(self) -> str:
@@ -152,7 +156,7 @@ def _mismatch_in_answer(offer: Offer, answer: StageAck | Failure) -> str | None:
     """Reason why an answer is not what was offered, or None."""
     if isinstance(answer, Failure):
         return answer.reason
-    for what in ("version", "tensors", "manifest_digest", "bytes", "digest"):
+    for what in ("version", "tensors", "algorithm", "manifest_digest", "bytes", "digest"):
         sent, arrived = getattr(offer, what), getattr(answer, what)
         if sent != arrived:
             return f"acknowledged {what} {arrived}, the trainer offered {sent}"

@@ -156,6 +156,8 @@ def mismatch_in_readback(expected: Expected, found: Readback, version: int) -> s
     """Reason to distrust the tensors that an engine holds, or None."""
     if found.version != version:
         return f"read back version {found.version}, not {version}"
+    if found.algorithm != expected.algorithm:
+        return f"read back digests by {found.algorithm}, the trainer's are by {expected.algorithm}"
     if found.digest == expected.digest:
         return None
     missing = sorted(name for name in expected.digests if name not in found.digests)

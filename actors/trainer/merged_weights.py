@@ -8,7 +8,6 @@ that was packed wrongly can't agree with itself.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -17,24 +16,36 @@ from transformers import PreTrainedModel
 from actors.models.lora.low_rank import Factors, low_rank_delta
 from actors.models.lora.merge import base_tensors
 from actors.models.parallel.fsdp import whole
-from actors.sync.payload import digest_of, fused_groups_of, group_of
+from actors.sync.digests import Algorithm, Digests
+from actors.sync.payload import fused_groups_of, group_of
 from actors.sync.protocol import Expected
 
 
-@dataclass
 class Tally:
-    """Digests and counts of a version, taken while it is merged."""
+    """Digests and counts of a version, taken while it is merged. A device is asked for them at the end."""
 
-    digests: dict[str, str] = field(default_factory=dict)
-    """By checkpoint name."""
-    unchanged: int = 0
-    """Adapted weights that rounding to bfloat16 gives the base's own value."""
-    adapted: int = 0
+    def __init__(self, algorithm: Algorithm = "xxh3") -> None:
+        self._digests = Digests(algorithm)
+        self._changed: list[torch.Tensor] = []
+        """Of each adapted tensor: weights that rounding to bfloat16 does not give the base's own value."""
+        self._adapted = 0
+
+    def take(self, name: str, merged: torch.Tensor) -> None:
+        """Digest a tensor under its checkpoint name."""
+        self._digests.take(name, merged)
+
+    def compare(self, merged: torch.Tensor, base: torch.Tensor) -> None:
+        """Count what rounding to bfloat16 leaves of an update."""
+        # Comparing bits and counting is three times as fast as comparing numbers and adding up.
+        changed = merged.bfloat16().view(torch.int16) != base.bfloat16().view(torch.int16)
+        self._changed.append(changed.count_nonzero())
+        self._adapted += base.numel()
 
     def expected(self) -> Expected:
         """Once all groups were merged."""
-        share = self.unchanged / self.adapted if self.adapted else None
-        return Expected(dict(sorted(self.digests.items())), share)
+        changed = int(torch.stack(self._changed).sum()) if self._changed else 0
+        share = (self._adapted - changed) / self._adapted if self._adapted else None
+        return Expected(self._digests.read(), share, self._digests.algorithm)
 
 
 class HostMerge:
@@ -76,7 +87,8 @@ class HostMerge:
                     state[name] = self._merge(name, tensor, tally)
         found = self._reverted(state)
         if tally is not None:
-            tally.digests.update({name: digest_of(tensor) for name, tensor in found.items()})
+            for name, tensor in found.items():
+                tally.take(name, tensor)
         return found
 
     def outline(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -85,9 +97,9 @@ class HostMerge:
             {n: torch.empty(self._base[n].shape, dtype=self._dtype_of(n), device="meta") for n in names}
         )
 
-    def tally(self) -> Tally:
+    def tally(self, algorithm: Algorithm = "xxh3") -> Tally:
         """Of the whole version, merged for nothing else: a group at a time."""
-        tally = Tally()
+        tally = Tally(algorithm)
         for names in self._groups():
             self.merged(names, tally)
         return tally
@@ -103,11 +115,7 @@ class HostMerge:
         exact = low_rank_delta(factors).add_(tensor)
         merged = exact.to(self._dtype)
         if tally is not None:
-            half = merged if merged.dtype == torch.bfloat16 else exact.bfloat16()
-            # Comparing bits and counting is three times as fast as comparing numbers and adding up.
-            changed = half.view(torch.int16) != tensor.bfloat16().view(torch.int16)
-            tally.adapted += tensor.numel()
-            tally.unchanged += tensor.numel() - int(changed.count_nonzero())
+            tally.compare(merged if merged.dtype == torch.bfloat16 else exact, tensor)
         return merged
 
     def _dtype_of(self, name: str) -> torch.dtype:

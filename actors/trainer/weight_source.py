@@ -19,6 +19,7 @@ from actors.errors import RunFailure, UserError
 from actors.models.lora.low_rank import Factors
 from actors.models.lora.merge import adapter_factors
 from actors.sync.channel import Channel, Listener, own_address
+from actors.sync.digests import Algorithm, algorithm_for
 from actors.sync.payload import Kind, Payload, pack_adapter, pack_merged
 from actors.sync.protocol import Expected, Offer, Prepared, SentParts
 from actors.sync.spec import Backend
@@ -40,6 +41,7 @@ class Later:
     version: int
     merge: HostMerge
     parts: list[list[str]]
+    algorithm: Algorithm
     tally: Tally | None
     """So far; None once all was sent."""
     digests: tuple[str, ...] = ()
@@ -76,7 +78,7 @@ class WeightSource:
         Raises:
             RunFailure: it did not come within the deadline.
         """
-        self._channels[engine] = self._listeners.pop(engine).accept(f"engine {engine}", backend)
+        self._channels[engine] = self._listeners.pop(engine).accept(f"engine {engine}", backend, self._device)
 
     def prepare(
         self, version: int, role: str | None, payload: Kind, dtype: str, buffer_bytes: int | None = None
@@ -102,21 +104,25 @@ class WeightSource:
         if not self._leads:
             return None
         gathered = time.perf_counter()
-        return self._prepared(pack_adapter(version, self._base_dtype(), factors), began, gathered)
+        packed = pack_adapter(version, self._base_dtype(), factors, self._algorithm())
+        return self._prepared(packed, began, gathered)
 
     def _prepare_merged(
         self, version: int, factors: Mapping[str, Factors], dtype: str, limit: int | None, began: float
     ) -> Prepared | None:
-        merge, tally = HostMerge(self._host.base, factors, dtype, self._leads), Tally()
+        algorithm = self._algorithm()
+        merge, tally = HostMerge(self._host.base, factors, dtype, self._leads), Tally(algorithm)
         first, *later = merge.parts(limit)
         tensors = merge.merged(first, tally)
         if later:
             own = {n: replace(f, a=f.a.clone(), b=f.b.clone()) for n, f in factors.items()}
-            self._later = Later(version, HostMerge(self._host.base, own, dtype, self._leads), later, tally)
+            again = HostMerge(self._host.base, own, dtype, self._leads)
+            self._later = Later(version, again, later, algorithm, tally)
         if not self._leads:
             return None
         gathered = time.perf_counter()
-        packed = pack_merged(version, self._base_dtype(), tensors, [merge.outline(part) for part in later])
+        outlines = [merge.outline(part) for part in later]
+        packed = pack_merged(version, self._base_dtype(), tensors, outlines, algorithm)
         return self._prepared(packed, began, gathered, None if later else tally.expected())
 
     def _prepared(
@@ -150,7 +156,7 @@ class WeightSource:
             tensors = later.merge.merged(names, later.tally)
             if not self._leads:
                 continue
-            part = pack_merged(later.version, self._base_dtype(), tensors)
+            part = pack_merged(later.version, self._base_dtype(), tensors, algorithm=later.algorithm)
             del tensors
             digests.append(self._offer(part).digest)
             if later.digests and later.digests[number] != digests[-1]:
@@ -179,7 +185,8 @@ class WeightSource:
         """Digests of the current weights of `role`, merged in `dtype`: an engine has to hold the same."""
         if not self._leads and not self._sharded:
             return None
-        tally = HostMerge(self._host.base, self._factors(role), dtype, self._leads).tally()
+        algorithm = self._algorithm() if self._payload is None else self._payload.manifest.algorithm
+        tally = HostMerge(self._host.base, self._factors(role), dtype, self._leads).tally(algorithm)
         return tally.expected() if self._leads else None
 
     def disconnect(self, engine: int) -> None:
@@ -217,6 +224,13 @@ class WeightSource:
             raise UserError(f"sync: the trainer has no adapter '{role}'")
         return factors
 
+    @property
+    def _device(self) -> str:
+        return next(self._host.base.parameters()).device.type
+
+    def _algorithm(self) -> Algorithm:
+        return algorithm_for([self._device, *(channel.peer_device for channel in self._channels.values())])
+
     def _base_dtype(self) -> str:
         return str(next(self._host.base.parameters()).dtype).removeprefix("torch.")
 
@@ -230,6 +244,7 @@ class WeightSource:
             tensors=len(manifest.entries),
             digest=payload.digest,
             manifest_digest=manifest.digest,
+            algorithm=manifest.algorithm,
             parts_later=len(manifest.later),
             bytes_later=manifest.nbytes_later,
             tensors_later=sum(map(len, manifest.later)),

@@ -17,6 +17,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("xla:0")
 _MOVES = ("copy_", "to", "cpu")
+_READS = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__")
+_to_host: list[list[int]] = []
+"""Of each `second_device` that is open."""
 
 
 class There(torch.Tensor):
@@ -41,11 +44,15 @@ class There(torch.Tensor):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if name not in _MOVES and any(not isinstance(one, There) and one.ndim for one in tensors):
             raise RuntimeError(f"{name}: expected all tensors to be on the same device, found {DEVICE}, cpu")
-        stays = name != "cpu"
+        stays = name not in ("cpu", *_READS)
         if name == "to" and (asked := [a for a in (*args, *kwargs.values()) if _is_device(a)]):
             stays = torch.device(asked[0]).type == DEVICE.type
             args = tuple(torch.device("cpu") if _is_device(a) else a for a in args)
             kwargs = {k: torch.device("cpu") if _is_device(v) else v for k, v in kwargs.items()}
+        if not stays or (name == "copy_" and not isinstance(args[0], There)):
+            copied = args[1] if name == "copy_" else args[0]
+            for sizes in _to_host:
+                sizes.append(copied.here.nbytes)
         found = func(*tree_map(_values, args), **tree_map(_values, kwargs))
         if found is None or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs:
             # In place, for a tensor of either device.
@@ -70,10 +77,16 @@ class _Making(TorchFunctionMode):
 
 
 @contextmanager
-def second_device() -> Iterator[None]:
-    """Tensors may be made on `DEVICE` and moved there meanwhile."""
-    with _Making():
-        yield
+def second_device() -> Iterator[list[int]]:
+    """Tensors may be made on `DEVICE` and moved there meanwhile. Noted is what is copied from there to the
+    CPU, or read as a number: bytes of each tensor."""
+    sizes: list[int] = []
+    _to_host.append(sizes)
+    try:
+        with _Making():
+            yield sizes
+    finally:
+        _to_host.remove(sizes)
 
 
 def _is_device(one: Any) -> bool:

@@ -19,9 +19,10 @@ from actors.sync.payload import Manifest, Payload
 class Intake:
     """One worker's end. All workers of an engine make the same calls."""
 
-    def __init__(self, group: Any) -> None:
-        """`group`: vLLM's `GroupCoordinator` of the engine's tensor-parallel workers."""
-        self._group = group
+    def __init__(self, group: Any, device: torch.device) -> None:
+        """`group`: vLLM's `GroupCoordinator` of the engine's tensor-parallel workers; `device`: of this
+        worker's weights."""
+        self._group, self._device = group, device
         self._connector: Connector | None = None
         self._channel: Channel | None = None
 
@@ -51,17 +52,19 @@ class Intake:
         if self._connector is None:
             raise RunFailure("rollout", "sync", "no trainer was reached", "call connect first")
         connector, self._connector = self._connector, None
-        self._channel = connector.join(backend)
+        self._channel = connector.join(backend, self._device.type)
 
     def receive(self) -> Payload:
-        """The next payload, in a buffer of this process.
+        """The next payload, in a buffer of this process, on the device of its weights.
 
         Raises:
             RunFailure: the trainer is gone, or none is connected; in all workers.
         """
         if self._group.world_size == 1:
-            return self._from_trainer()
-        return self._to_others() if self.is_first else self._from_first()
+            received = self._from_trainer()
+        else:
+            received = self._to_others() if self.is_first else self._from_first()
+        return received.to(self._device)
 
     def close(self) -> None:
         """Drop the connection."""

@@ -1,8 +1,8 @@
 """Readback: the values of an engine's parameters, cut back into checkpoint tensors.
 
 A parameter is read when vLLM hands it to its kernels: on the CPU linear layers and experts keep only a
-packed copy after that. What is read is compared bit by bit with what was handed to the loaders, and its
-digest goes to the trainer, which compares it with a merge of its own.
+packed copy after that. Its digest is compared with that of what was handed to the loaders, and goes to the
+trainer's side, where it is compared with that of another merge. Values stay on their device.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import torch
 from torch import nn
 
 from actors.rollout.vllm.parameter_map import Bindings, Piece, Region
-from actors.sync.payload import digest_of
+from actors.sync.digests import Algorithm, Digests
 
 
 class Reader:
     """Reads back the modules that one update reloads."""
 
-    def __init__(self, bindings: Bindings) -> None:
+    def __init__(self, bindings: Bindings, algorithm: Algorithm = "xxh3") -> None:
         self._bindings = bindings
+        self._bound, self._loaded = Digests(algorithm), Digests(algorithm)
         self._handed: dict[str, torch.Tensor] = {}
         self._hooked: list[tuple[nn.Module, str]] = []
         self.digests: dict[str, str] = {}
@@ -41,12 +42,14 @@ class Reader:
         self._handed.update(tensors)
 
     def finish(self, modules: Mapping[str, nn.Module]) -> None:
-        """Stop watching, and read the modules that have no kernel."""
+        """Stop watching, read the modules that have no kernel, and see what is there."""
         hooked = {path for _, path in self._hooked}
         self.release()
         for path, module in modules.items():
             if path not in hooked:
                 self._read(path, module)
+        self.digests, loaded = self._bound.read(), self._loaded.read()
+        self.differing = [name for name, digest in self.digests.items() if digest != loaded[name]]
 
     def release(self) -> None:
         """Stop watching."""
@@ -64,10 +67,8 @@ class Reader:
             handed = self._handed.pop(name, None)
             if handed is None:
                 continue
-            digest = digest_of(_found(module, pieces, handed))
-            if digest != digest_of(handed):
-                self.differing.append(name)
-            self.digests[name] = digest
+            self._bound.take(name, _found(module, pieces, handed))
+            self._loaded.take(name, handed)
 
 
 def _found(module: nn.Module, pieces: Sequence[Piece], handed: torch.Tensor) -> torch.Tensor:
@@ -78,7 +79,7 @@ def _found(module: nn.Module, pieces: Sequence[Piece], handed: torch.Tensor) -> 
     if same and pieces[0].source == whole:
         return views[0]
     # Under tensor parallelism this process holds a part; the rest counts as it was handed over.
-    found = handed.detach().clone(memory_format=torch.contiguous_format)
+    found = torch.empty(handed.shape, dtype=handed.dtype, device=views[0].device).copy_(handed)
     for piece, view in zip(pieces, views):
         piece.source.view(found).copy_(view)
     return found

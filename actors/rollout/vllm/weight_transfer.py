@@ -33,6 +33,7 @@ from actors.rollout.vllm.readback import Reader
 from actors.rollout.vllm.repack import refuse_padded_experts, repack_experts
 from actors.rollout.vllm.router_capture import RouteCounter
 from actors.rollout.vllm.workarounds import worker as worker
+from actors.sync.digests import Algorithm
 from actors.sync.payload import Payload, PayloadEntry
 
 BACKEND = "raylign"
@@ -59,6 +60,7 @@ class Loaded:
 
     bound: int = 0
     expected: int = 0
+    algorithm: Algorithm = "xxh3"
     digests: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: {"merge": 0.0, "load": 0.0})
 
@@ -82,6 +84,8 @@ class Staged:
     parts: list[Part]
     entries: tuple[tuple[PayloadEntry, ...], ...]
     """Of each part, as announced."""
+    algorithm: Algorithm
+    """Of the digests."""
     payload: Payload | None
     """None once it is loaded."""
     number: int = 0
@@ -140,7 +144,7 @@ class SyncTransferEngine(WeightTransferEngine):
                 self._refuse_incomplete(part)
         if lacking := [name for part in parts for name in sorted(part.changed & self.unbound)]:
             raise refusal(f"bound to no module of the engine: {lacking[:3]}")
-        self._staged = Staged(manifest.version, parts, entries, payload)
+        self._staged = Staged(manifest.version, parts, entries, manifest.algorithm, payload)
 
     def stage_later(self, payload: Payload) -> None:
         """Keep the next part of the version that is being loaded, in place of the one before.
@@ -168,8 +172,9 @@ class SyncTransferEngine(WeightTransferEngine):
         """Point of no return: parameters lose their storage until they are loaded."""
         if self._staged is None:
             raise RunFailure("rollout", "commit", "nothing is staged")
-        self.loaded = Loaded()
-        self._reader = Reader(self._bindings)
+        algorithm = self._staged.algorithm
+        self.loaded = Loaded(algorithm=algorithm)
+        self._reader = Reader(self._bindings, algorithm)
         self._reader.watch(self._modules())
         with without_reload_warnings():
             initialize_layerwise_reload(self.model)

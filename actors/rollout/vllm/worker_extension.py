@@ -42,7 +42,7 @@ class SyncWorkerExtension:
         """
         from vllm.distributed import get_tp_group
 
-        self._intake = Intake(get_tp_group())
+        self._intake = Intake(get_tp_group(), self.weight_transfer_engine.device)
         return self.weight_transfer_engine.held
 
     @answers
@@ -77,7 +77,8 @@ class SyncWorkerExtension:
     def stage_bytes(self, manifest: bytes, buffer: bytes, served: int) -> dict[str, Any]:
         """`stage_version`, for a payload that is here already."""
         received = torch.frombuffer(bytearray(buffer), dtype=torch.uint8)
-        return self._stage(Payload(Manifest.decode(manifest), received), served)
+        payload = Payload(Manifest.decode(manifest), received)
+        return self._stage(payload.to(self.weight_transfer_engine.device), served)
 
     @answers
     def receive_part(self) -> str:
@@ -139,5 +140,6 @@ class SyncWorkerExtension:
             tensors=len(manifest.entries),
             digest=payload.digest,
             manifest_digest=manifest.digest,
+            algorithm=manifest.algorithm,
         )
         return {"ack": asdict(ack), "parts_later": len(manifest.later)}

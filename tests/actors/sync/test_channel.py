@@ -56,6 +56,14 @@ def test_payloads_arrive_byte_for_byte_one_after_the_other() -> None:
     assert (second.manifest, second.digest) == (two.manifest, two.digest)
 
 
+def test_each_end_is_told_on_what_device_the_others_weights_are() -> None:
+    listener = Listener("127.0.0.1", TIMEOUT_S)
+    with ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(lambda: Connector(listener.address, TIMEOUT_S).join(device="cuda"))
+        trainer = listener.accept("engine 0")
+        assert (trainer.peer_device, joining.result().peer_device) == ("cuda", "cpu")
+
+
 def test_more_than_a_chunk_arrives_whole() -> None:
     big = payload(CHUNK_BYTES // 4 + 17)
     assert len(big.buffer) > CHUNK_BYTES

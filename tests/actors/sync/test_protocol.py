@@ -34,7 +34,14 @@ def test_all_commit_when_every_engine_acknowledged_exactly_what_was_offered() ->
 
 @pytest.mark.parametrize(
     ("what", "value"),
-    [("version", 2), ("tensors", 3), ("manifest_digest", "x"), ("bytes", 639), ("digest", "x")],
+    [
+        ("version", 2),
+        ("tensors", 3),
+        ("algorithm", "sums"),
+        ("manifest_digest", "x"),
+        ("bytes", 639),
+        ("digest", "x"),
+    ],
 )
 def test_one_differing_acknowledgement_keeps_everybody_from_committing(what: str, value: object) -> None:
     decision = decide(OFFER, {0: ack(), 1: ack(**{what: value})})

@@ -55,6 +55,13 @@ def test_an_engine_sends_the_list_of_digests_only_where_they_are_not_those_that_
     assert "2 tensors are not bound" in str(mismatch_in_readback(EXPECTED, Readback(4, "another"), 4))
 
 
+def test_digests_of_another_algorithm_are_told_apart_from_other_weights() -> None:
+    found = Readback(4, EXPECTED.digest, "sums", EXPECTED.digests)
+    assert mismatch_in_readback(EXPECTED, found, 4) == (
+        "read back digests by sums, the trainer's are by xxh3"
+    )
+
+
 def test_noise_of_the_dtype_is_within_tolerance() -> None:
     fine = compare_probes(moved(TRAINER, 5e-7), TRAINER)
     assert mismatch_in_probes(fine, "float32") is None

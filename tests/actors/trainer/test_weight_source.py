@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from actors.errors import RunFailure
+from actors.sync.digests import Algorithm
+from actors.sync.payload import Kind, Payload
 from actors.sync.protocol import SentParts
 from actors.trainer.weight_source import WeightSource
 from tests.actors.rollout.vllm.vllm_cases import Policy, write_base
@@ -80,3 +82,33 @@ def test_a_version_of_all_weights_that_is_gone_is_not_sent_as_another(
         policy.peft.get_base_model().get_parameter("model.layers.1.self_attn.k_norm.weight").add_(1e-3)
     with pytest.raises(RunFailure, match=r"(?s)version 1 can't be sent again.*packed_buffer_size_bytes"):
         source.send_later([0])
+
+
+@pytest.mark.parametrize(("device", "algorithm"), [("cpu", "xxh3"), ("cuda", "sums")])
+@pytest.mark.parametrize(("kind", "limit"), [("adapter", None), ("merged", None), ("merged", SMALL)])
+def test_all_digests_of_a_version_are_by_what_trainer_and_engines_can_both_take(
+    source: WeightSource, device: str, algorithm: Algorithm, kind: Kind, limit: int | None
+) -> None:
+    source._channels = {0: SentTo("cpu"), 1: SentTo(device)}  # type: ignore[dict-item]
+    prepared = source.prepare(1, "policy", kind, "float32", limit)
+    source.send([0, 1])
+    sent = source.send_later([0, 1])
+    assert prepared is not None
+    expected = prepared.expected if sent is None else sent.expected
+    # Another engine in a place doesn't change what a version was digested by.
+    source._channels = {0: SentTo("cpu")}  # type: ignore[dict-item]
+    asked = source.expected("policy", "float32")
+    assert expected in (None, asked)
+    assert asked is not None
+    assert (prepared.offer.algorithm, asked.algorithm) == (algorithm, algorithm)
+    assert {len(digest) for digest in asked.digests.values()} == {32}
+
+
+class SentTo:
+    """A channel's end, whose other end is somewhere."""
+
+    def __init__(self, device: str) -> None:
+        self.peer_device = device
+
+    def send(self, payload: Payload) -> None:
+        self.sent = payload.manifest.algorithm

@@ -18,6 +18,7 @@ from actors.cluster.worker_group import WorkerGroup
 from actors.errors import RunFailure
 from actors.rollout.engine import EngineSpec, SamplingSpec
 from actors.rollout.remote import ROLLOUT, rollout_group
+from actors.sync.digests import Algorithm
 from actors.sync.payload import pack_adapter
 from actors.sync.protocol import digest_of_all
 from tests.actors.rollout.vllm import vllm_cases as cases
@@ -69,19 +70,21 @@ def test_versions_arrive_over_the_channel_whole_in_parts_and_as_adapter(
     before = cases.scores(group)
     for version, kind in enumerate([ADAPTER, MERGED]):
         policy.change(seed=version)
+        # Of the adapter as a trainer on a GPU would ask for it.
+        algorithm: Algorithm = "sums" if kind == ADAPTER else "xxh3"
         report = (
             cases.push_parts(group, policy, version)
             if kind == MERGED
-            else cases.push(group, policy.payload(kind, version))
+            else cases.push(group, policy.payload(kind, version, algorithm=algorithm))
         )
         assert report.bound == report.expected > 0
         now = cases.scores(group)
         assert off(now, before) > 1e-2
         assert off(now, policy.logps(SEQUENCES, STARTS)) < 1e-4
         read = group.call_rank(0, "weights.readback", version).digests
-        assert read == policy.digests(read)
+        assert read == policy.digests(read, algorithm=algorithm)
         proof = group.call_rank(0, "weights.readback", version, digest_of_all(read))
-        assert (proof.digest, proof.digests) == (digest_of_all(read), {})
+        assert (proof.digest, proof.algorithm, proof.digests) == (digest_of_all(read), algorithm, {})
         before = now
 
 

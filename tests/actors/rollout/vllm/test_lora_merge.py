@@ -15,7 +15,8 @@ from actors.errors import UserError
 from actors.models.architectures.lookup import ARCHITECTURES
 from actors.models.lora.merge import adapter_factors, merged_state
 from actors.rollout.vllm.lora_merge import BaseCheckpoint, Merger
-from actors.sync.payload import Payload, digest_of, fused_groups_of, pack_adapter, pack_merged
+from actors.sync.digests import Digests, digest_of
+from actors.sync.payload import fused_groups_of, pack_adapter, pack_merged
 from actors.trainer.merged_weights import HostMerge, Tally
 from tests.actors.pretend_device import DEVICE, There, second_device
 from tests.actors.rollout.vllm.vllm_cases import ADAPTER, MERGED, Policy, write_base
@@ -73,7 +74,7 @@ def check_parts(policy: Policy, state: dict[str, torch.Tensor], dtype: torch.dty
         made |= merged
     assert sorted(made) == fused_groups_of(made, state), "whole groups as an engine loads them"
     assert all(torch.equal(made[name], state[name]) for name in made)
-    assert tally == merge.tally()
+    assert tally.expected() == merge.tally().expected()
     assert tally.expected().digests == {name: digest_of(state[name]) for name in made}
 
 
@@ -146,27 +147,35 @@ def test_what_came_over_nccl_is_merged_on_the_gpu_to_the_same_bits(policy: Polic
     payload = policy.payload(kind, 1, torch.bfloat16)
     targets = merger.targets(payload)
     names = sorted(base.shapes)
-    here = merger.merged(payload, names, targets)
-    with second_device():
-        there = merger.merged(Payload(payload.manifest, There(payload.buffer)), names, targets)
+    here, digests = merger.merged(payload, names, targets), Digests("sums")
+    with second_device() as copied:
+        there = merger.merged(payload.to(DEVICE), names, targets)
         assert {tensor.device for tensor in there.values()} == {DEVICE}
-        assert {n: digest_of(t) for n, t in there.items()} == {n: digest_of(t) for n, t in here.items()}
+        for name, tensor in there.items():
+            digests.take(name, tensor)
+        assert digests.read() == {name: digest_of(tensor, "sums") for name, tensor in here.items()}
+        assert copied == [16 * len(names)], "sums, and no tensor"
 
 
 def test_a_trainer_on_a_gpu_packs_and_digests_what_one_on_a_cpu_does(policy: Policy) -> None:
     factors = adapter_factors(policy.peft, "policy")
     here = HostMerge(policy.peft.get_base_model(), factors, "bfloat16")
     there = HostMerge(policy.peft.get_base_model(), factors, "bfloat16")
-    with second_device():
+    with second_device() as copied:
         there._base = {name: There(tensor) for name, tensor in here._base.items()}
         there._factors = {
             name: dataclasses.replace(f, a=There(f.a), b=There(f.b)) for name, f in factors.items()
         }
-        assert there.tally() == here.tally()
-        assert (
-            pack_adapter(1, "bfloat16", there._factors).digest == pack_adapter(1, "bfloat16", factors).digest
-        )
-        (names,) = here.parts()
-        packed = pack_merged(1, "bfloat16", there.merged(names))
-        assert packed.buffer.device == DEVICE
-        assert packed.digest == pack_merged(1, "bfloat16", here.merged(names)).digest
+        expected = there.tally("sums").expected()
+        assert copied == [8, 16 * len(expected.digests)], "how many weights have changed, and sums"
+        assert expected == here.tally("sums").expected()
+        pairs = [(pack_adapter(1, "bfloat16", f, "sums") for f in (there._factors, factors))]
+        for names in here.parts(limit_bytes=50_000):
+            merged = (merge.merged(names) for merge in (there, here))
+            pairs.append(pack_merged(1, "bfloat16", tensors, algorithm="sums") for tensors in merged)
+        copied.clear()
+        for on_device, right in pairs:
+            assert on_device.buffer.device == DEVICE
+            assert on_device.digest == right.digest
+        assert copied == [16] * len(pairs)
+        assert len(pairs) > 4

@@ -20,7 +20,8 @@ from actors.rollout.parity import ParityReport, probe_engine
 from actors.rollout.remote import ROLLOUT
 from actors.rollout.weight_updater import WeightUpdater
 from actors.sync.channel import Channel, Listener
-from actors.sync.payload import Payload, digest_of, fused_groups_of, pack_adapter, pack_merged
+from actors.sync.digests import Algorithm, digest_of
+from actors.sync.payload import Payload, fused_groups_of, pack_adapter, pack_merged
 from actors.trainer.merged_weights import HostMerge
 from tests.actors.models.tiny_models import GROUPS, tiny_model
 from tests.architecture_results import record
@@ -110,18 +111,29 @@ class Policy:
         """All merged weights under checkpoint names."""
         return merged_state(self.peft, "policy", dtype)
 
-    def payload(self, kind: str, version: int, dtype: torch.dtype = torch.float32) -> Payload:
+    def payload(
+        self,
+        kind: str,
+        version: int,
+        dtype: torch.dtype = torch.float32,
+        algorithm: Algorithm = "xxh3",
+    ) -> Payload:
         if kind == ADAPTER:
-            return pack_adapter(version, "float32", adapter_factors(self.peft, "policy"))
+            return pack_adapter(version, "float32", adapter_factors(self.peft, "policy"), algorithm)
         state, base = self.state(dtype), merged_state(self.peft)
         touched = [name for name in state if not torch.equal(state[name], base[name].to(dtype))]
         return pack_merged(
-            version, "float32", {name: state[name] for name in fused_groups_of(touched, state)}
+            version,
+            "float32",
+            {name: state[name] for name in fused_groups_of(touched, state)},
+            algorithm=algorithm,
         )
 
-    def digests(self, names: Any, dtype: torch.dtype = torch.float32) -> dict[str, str]:
+    def digests(
+        self, names: Any, dtype: torch.dtype = torch.float32, algorithm: Algorithm = "xxh3"
+    ) -> dict[str, str]:
         state = self.state(dtype)
-        return {name: digest_of(state[name]) for name in names}
+        return {name: digest_of(state[name], algorithm) for name in names}
 
     def write(self, path: Path, dtype: torch.dtype) -> Path:
         """The merged model as a checkpoint."""
