@@ -53,7 +53,7 @@ format: install-dev ## Put the code into the house's format
 	$(BIN)/ruff check --fix .
 
 test: lint test-fast ## Lint, then every test but the slow ones
-	$(BIN)/python -m pytest -q -m "(ray or vllm or trl or ranks) and not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "(ray or vllm or trl or ranks) and not slow"
 
 triton: $(VENV)/triton/.installed ## Triton for the test of the digest kernel, beside the locked set (0.25 GB)
 $(VENV)/triton/.installed: | $(VENV)/.installed

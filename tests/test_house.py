@@ -33,6 +33,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "actors.models.attention": ("actors.errors", "actors.batches"),
     "actors.models.tiny": ("actors.errors",),
     "actors.models.files": ("actors.errors",),
+    "actors.models.shards": ("actors.models.files",),
     "actors.models.template_bounds": ("actors.errors",),
     "actors.models.turn_ends": (
         "actors.errors",
@@ -60,6 +61,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "actors.errors",
         "actors.models.spec",
         "actors.models.files",
+        "actors.models.shards",
         "actors.models.turn_ends",
         "actors.models.architectures",
         "actors.models.parallel",
@@ -155,6 +157,7 @@ TORCH_IN = (
     "actors.models.twin",
     "actors.rollout.vllm",
     "actors.rollout.weight_updater",
+    "actors.models.shards",
     "actors.sync.channel",
     "actors.sync.digest_kernel",
     "actors.sync.digests",

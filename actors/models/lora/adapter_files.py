@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -114,7 +114,21 @@ def load_adapter_weights(peft: PeftModel, adapter_name: str, directory: str | Pa
         for name, parameter in expected.items():
             put_(parameter, saved[name])
         return
+    if any(tensor.is_meta for tensor in expected.values()):
+        _put_in(peft, adapter_name, saved)
+        return
     set_peft_model_state_dict(peft, saved, adapter_name=adapter_name)
+
+
+def _put_in(peft: PeftModel, adapter_name: str, saved: Mapping[str, torch.Tensor]) -> None:
+    """Saved tensors in place of those of an adapter without storage, which it has on a base without storage
+    (PEFT would take them there)."""
+    for name, module in peft.named_modules():
+        if not name.endswith(f".{adapter_name}"):
+            continue
+        for leaf, _ in list(module.named_parameters(recurse=False)):
+            parameter = nn.Parameter(saved[f"{name.removesuffix(f'.{adapter_name}')}.{leaf}"], False)
+            setattr(module, leaf, parameter)
 
 
 def check_adapter_matches_base(

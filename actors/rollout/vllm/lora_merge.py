@@ -6,50 +6,17 @@ the base and the last payload alone, and no rounding adds up over versions.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from actors.errors import UserError
-from actors.models.lora.merge import low_rank_delta
+from actors.models.base.checkpoint import BaseCheckpoint
+from actors.models.lora.low_rank import low_rank_delta
 from actors.sync.payload import Payload, PayloadEntry
-
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""safetensors' names of what can be added to; quantised bases are refused."""
-_INDEX = "model.safetensors.index.json"
-
 
 Targets = dict[str, dict[str, tuple[int, ...]]]
 """Name in a payload -> checkpoint tensors that it changes, with their shapes."""
-
-
-class BaseCheckpoint:
-    """The tensors of a base on disk, read when asked for."""
-
-    def __init__(self, directory: str | Path) -> None:
-        """Open the files; no weights are read.
-
-        Raises:
-            UserError: no safetensors, or weights that are quantised.
-        """
-        from safetensors import safe_open
-
-        self._files: dict[str, Any] = {}
-        self.shapes: dict[str, torch.Tensor] = {}
-        """Checkpoint name -> a tensor without storage, of its shape and dtype."""
-        for path in _files(Path(directory)):
-            file = safe_open(path, "pt")
-            for name in file.keys():  # noqa: SIM118  it is no dict
-                self._files[name] = file
-                self.shapes[name] = _without_storage(file.get_slice(name), name, directory)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, as it is on disk."""
-        found: torch.Tensor = self._files[name].get_tensor(name)
-        return found
 
 
 class Merger:
@@ -114,27 +81,6 @@ class Merger:
 
         found: dict[str, torch.Tensor] = revert_weight_conversion(self._model, tensors)
         return found
-
-
-def _files(directory: Path) -> list[Path]:
-    index = directory / _INDEX
-    if index.is_file():
-        names = set(json.loads(index.read_text())["weight_map"].values())
-        return [directory / name for name in sorted(names)]
-    found = sorted(directory.glob("*.safetensors"))
-    if not found:
-        raise UserError(f"model.base: '{directory}' has no safetensors, which a weight sync merges into")
-    return found
-
-
-def _without_storage(header: Any, name: str, directory: str | Path) -> torch.Tensor:
-    dtype = _DTYPES.get(header.get_dtype())
-    if dtype is None:
-        raise UserError(
-            f"model.base: '{directory}' holds {name} as {header.get_dtype()}; a weight sync needs a base in "
-            f"{', '.join(_DTYPES)}"
-        )
-    return torch.empty(header.get_shape(), dtype=dtype, device="meta")
 
 
 def _delta_shape(a: torch.Size, b: torch.Size, transposed: bool) -> tuple[int, ...]:

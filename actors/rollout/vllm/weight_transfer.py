@@ -27,7 +27,8 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 )
 
 from actors.errors import InvariantViolation, RunFailure
-from actors.rollout.vllm.lora_merge import BaseCheckpoint, Merger, Targets
+from actors.models.base.checkpoint import BaseCheckpoint
+from actors.rollout.vllm.lora_merge import Merger, Targets
 from actors.rollout.vllm.parameter_map import record_bindings, without_reload_warnings
 from actors.rollout.vllm.readback import Reader
 from actors.rollout.vllm.repack import refuse_padded_experts, repack_experts

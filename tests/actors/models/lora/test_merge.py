@@ -1,15 +1,26 @@
 from __future__ import annotations
 
 import json
+import resource
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from actors.errors import RunFailure, UserError
+from actors.models import shards
 from actors.models.base.loading import load_base
-from actors.models.lora import adapters, merge
+from actors.models.lora import adapters, merge, merge_check, merge_files
 from actors.models.spec import LoraSpec, ModelSpec
 from tests.actors.models.tiny_models import architectures
 from tests.architecture_results import record
@@ -101,7 +112,7 @@ def test_a_bf16_base_is_merged_in_float32(base_of, adapted, tmp_path, saved):
 
 
 def test_large_models_are_written_in_shards(adapted, base_of, tmp_path, monkeypatch, ids):
-    monkeypatch.setattr(merge, "MAX_SHARD_SIZE", "500KB")
+    monkeypatch.setattr(shards, "MAX_SHARD_SIZE", "500KB")
     peft = adapted("qwen3_moe", LoraSpec(r=4))
     merge.write_model(peft, merge.merged_state(peft, "policy"), tmp_path, base_of("qwen3_moe"))
     assert (tmp_path / "model.safetensors.index.json").is_file()
@@ -111,8 +122,8 @@ def test_large_models_are_written_in_shards(adapted, base_of, tmp_path, monkeypa
 
 
 def test_a_merge_that_went_wrong_is_an_error(saved, tmp_path, monkeypatch):
-    right = merge.adapter_deltas
-    monkeypatch.setattr(merge, "adapter_deltas", lambda *a: {n: 2 * d for n, d in right(*a).items()})
+    right = merge_files.low_rank_delta
+    monkeypatch.setattr(merge_files, "low_rank_delta", lambda factors: 2 * right(factors))
     with pytest.raises(RunFailure, match="log-probabilities of the merged model differ by"):
         merge.merge_adapter(None, saved, tmp_path / "merged")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -120,10 +131,10 @@ def test_a_merge_that_went_wrong_is_an_error(saved, tmp_path, monkeypatch):
 
 def test_a_base_that_rounding_alone_moves_far_is_merged_all_the_same(saved, tmp_path, monkeypatch):
     """What a trained base with unlikely tokens is: beyond the tolerance by its own rounding."""
-    monkeypatch.setattr(merge, "ROUNDED_TOLERANCE", 0.0)
+    monkeypatch.setattr(merge_check, "ROUNDED_TOLERANCE", 0.0)
     assert merge.merge_adapter(None, saved, tmp_path / "merged", dtype="bfloat16").mean_logprob_diff > 0
-    right = merge.adapter_deltas
-    monkeypatch.setattr(merge, "adapter_deltas", lambda *a: {n: -20 * d for n, d in right(*a).items()})
+    right = merge_files.low_rank_delta
+    monkeypatch.setattr(merge_files, "low_rank_delta", lambda factors: -20 * right(factors))
     with pytest.raises(RunFailure, match="log-probabilities of the merged model differ by"):
         merge.merge_adapter(None, saved, tmp_path / "wrong", dtype="bfloat16")
 
@@ -147,11 +158,97 @@ def test_an_empty_directory_is_filled_and_others_may_read_the_files(saved, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
 
 
-def test_a_full_disk_while_a_model_is_written_is_said_and_leaves_nothing(saved, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(merge, "save_tensors", full)
-    with pytest.raises(RunFailure, match="No space left on device"):
-        merge.merge_adapter(None, saved, tmp_path / "merged")
+def test_a_full_disk_while_a_model_is_written_is_said_and_leaves_nothing(saved, tmp_path):
+    size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, unlimited[1]))
+    try:
+        with pytest.raises(RunFailure, match=r"cannot write .*: File too large"):
+            merge.merge_adapter(None, saved, tmp_path / "merged")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "granitemoe", "llama"])
+def test_files_are_merged_into_what_a_loaded_model_is_merged_into(model_type, adapted, groups_of, tmp_path):
+    peft = adapted(model_type, LoraSpec(r=4, targets=groups_of(model_type)))
+    adapters.save_adapter(peft, "policy", tmp_path / "adapter")
+    for dtype in (torch.float32, torch.bfloat16):
+        merge.merge_adapter(None, tmp_path / "adapter", tmp_path / str(dtype), str(dtype)[6:], check=False)
+        merged = load_file(tmp_path / str(dtype) / "model.safetensors")
+        state = merge.merged_state(peft, "policy", dtype)
+        assert merged.keys() == state.keys()
+        assert all(torch.equal(merged[name], state[name]) for name in state)
+
+
+def test_a_base_whose_files_have_other_names_is_merged_as_transformers_loads_it(tmp_path, ids):
+    """An encoder saved alone has names without the prefix, and no head of its own."""
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=512,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).model.save_pretrained(tmp_path / "base")
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path / "base")
+    base = load_base(ModelSpec(base=str(tmp_path / "base")))
+    peft = adapters.attach_lora(base, LoraSpec(r=2, targets=["attention"]), "policy")
+    for name, parameter in adapters.adapter_parameters(peft, "policy").items():
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    adapters.save_adapter(peft, "policy", tmp_path / "adapter")
+    report = merge.merge_adapter(None, tmp_path / "adapter", tmp_path / "merged")
+    assert report.merged_weights == 8
+    assert 0 < report.max_logprob_diff < 1e-5 < report.adapter_effect
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=ids).logits
+        assert torch.allclose(merged, peft(input_ids=ids).logits, atol=1e-5)
+
+
+def test_a_merge_takes_a_part_of_the_base_and_its_check_the_base_once(base_of, tmp_path):
+    """Of memory that is no cache of files, by a process of its own: at most .5 and 1.7 of a small base, as
+    some 100 MiB do not grow with it."""
+    config = Qwen3MoeConfig.from_pretrained(base_of("qwen3_moe"))
+    config.update({"hidden_size": 256, "num_hidden_layers": 24, "num_experts": 32, "vocab_size": 512})
+    config.update({"moe_intermediate_size": 256, "head_dim": 32, "dtype": "bfloat16"})
+    model = Qwen3MoeForCausalLM(config).bfloat16()
+    model.save_pretrained(tmp_path / "base")
+    peft = adapters.attach_lora(model, LoraSpec(r=2), "policy")
+    adapters.save_adapter(peft, "policy", tmp_path / "adapter")
+    size = sum(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors"))
+    assert size > 250 * 2**20
+    for check, share in ((False, 0.5), (True, 1.7)):
+        script = (PEAK, tmp_path / "base", tmp_path / "adapter", tmp_path / f"merged-{check}", check)
+        found = subprocess.run(
+            [sys.executable, "-c", *map(str, script)], capture_output=True, text=True, check=True
+        )
+        assert int(found.stdout) < share * size, (int(found.stdout) / size, check)
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from threading import Event, Thread
+import peft, transformers.models.qwen3_moe.modeling_qwen3_moe
+from actors.models.lora import merge, merge_check
+
+def memory():
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+def watch():
+    while not done.wait(.002):
+        peak.append(memory())
+
+merge_check.LOAD_IN_FP32_BYTES = 0  # as for a base of some gigabytes
+before, peak, done = memory(), [], Event()
+watching = Thread(target=watch)
+watching.start()
+try:
+    merge.merge_adapter(*sys.argv[1:4], check=sys.argv[4] == "True")
+finally:
+    done.set()
+print(max(peak) - before)
+"""

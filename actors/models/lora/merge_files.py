@@ -1,0 +1,114 @@
+"""W0 + s B A from a base's files into new ones, a tensor at a time: no model is ever whole in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from actors.errors import UserError
+from actors.models.architectures.meta_model import meta_model
+from actors.models.base.checkpoint import BaseCheckpoint
+from actors.models.lora.low_rank import Factors, low_rank_delta
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass
+class Unchanged:
+    """Adapted weights whose value is the base's own after rounding, by dtype."""
+
+    dtypes: Sequence[torch.dtype]
+    adapted: int = 0
+    same: dict[torch.dtype, int] = field(default_factory=dict)
+
+    def count(self, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Add one tensor's, both in float32."""
+        self.adapted += before.numel()
+        for dtype in self.dtypes:
+            same = int((after.to(dtype) == before.to(dtype)).sum())
+            self.same[dtype] = self.same.get(dtype, 0) + same
+
+    def share(self, dtype: torch.dtype) -> float:
+        return self.same.get(dtype, 0) / max(self.adapted, 1)
+
+
+class FileMerge:
+    """The merged tensors of a base's files and an adapter's factors."""
+
+    def __init__(
+        self,
+        base: BaseCheckpoint,
+        config: PretrainedConfig,
+        factors: Mapping[str, Factors],
+        dtype: torch.dtype,
+    ) -> None:
+        """`factors`: by name in the bare base in memory; `dtype`: of floating-point tensors that are made."""
+        self._base, self._factors, self._dtype = base, factors, dtype
+        # transformers' conversions of names need the model, not its weights.
+        self._model = meta_model(config)
+
+    @staticmethod
+    def of(
+        directory: Path, config: PretrainedConfig, factors: Mapping[str, Factors], dtype: torch.dtype
+    ) -> FileMerge | None:
+        """None where the files hold the adapted weights in another form than transformers writes: quantised,
+        or under names of an older version. Only a loaded model knows then what they are."""
+        try:
+            merge = FileMerge(BaseCheckpoint(directory), config, factors, dtype)
+        except UserError:
+            return None
+        shapes = merge._base.shapes
+        targets = merge._targets()
+        fits = all(name in shapes and shapes[name].shape == shape for name, shape in targets.items())
+        return merge if fits else None
+
+    def outline(self) -> dict[str, torch.Tensor]:
+        """Checkpoint name -> a tensor without storage, of the shape and dtype that it will have."""
+        return {name: tensor.to(self._dtype_of(tensor)) for name, tensor in self._base.shapes.items()}
+
+    def tensors(self, unchanged: Unchanged) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor, under its checkpoint name: those of each adapted weight, then the rest.
+
+        Sums are in float32 and rounded once.
+        """
+        left = set(self._base.shapes)
+        for name, factors in self._factors.items():
+            deltas = self._reverted(name, low_rank_delta(factors))
+            for target in sorted(deltas):
+                left.remove(target)
+                before = self._base.tensor(target).float()
+                after = deltas.pop(target).add_(before)
+                unchanged.count(before, after)
+                yield target, after.to(self._dtype)
+            self._base.release()
+        for name in sorted(left):
+            tensor = self._base.tensor(name)
+            yield name, tensor.to(self._dtype_of(tensor))
+            self._base.release()
+
+    def _targets(self) -> dict[str, torch.Size]:
+        """Shapes of what adapted weights are in a checkpoint."""
+        found = {}
+        for name, factors in self._factors.items():
+            shape = (*factors.b.shape[:-1], factors.a.shape[-1])
+            if factors.transposed:
+                shape = (*shape[:-2], shape[-1], shape[-2])
+            outlined = self._reverted(name, torch.empty(shape, device="meta"))
+            found.update({target: tensor.shape for target, tensor in outlined.items()})
+        return found
+
+    def _reverted(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One weight in memory as what it is in a checkpoint: renamed, cut or joined, so that a sum may be
+        taken after it."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        found: dict[str, torch.Tensor] = revert_weight_conversion(self._model, {name: tensor})
+        return found
+
+    def _dtype_of(self, tensor: torch.Tensor) -> torch.dtype:
+        return self._dtype if tensor.is_floating_point() else tensor.dtype
