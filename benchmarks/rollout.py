@@ -1,7 +1,8 @@
 """Generation through the rollout actor against vLLM alone in one process, in turns.
 
-python -m benchmarks.rollout            # on a 59 M-parameter MoE and on the embedded base
-python -m benchmarks.rollout --quick    # the embedded base, two turns: does it run?
+python -m benchmarks.rollout                # on a 59 M-parameter MoE and on the embedded base
+python -m benchmarks.rollout --engines 2    # two engines, with half the threads each
+python -m benchmarks.rollout --quick        # the embedded base, two turns: does it run?
 
 Both draw the same samples from the same prompts and seeds: the same work, token by token.
 """
@@ -29,25 +30,30 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--engines", type=int, default=1)
     parser.add_argument("--workloads", nargs="+", choices=TURNS, default=list(TURNS))
     args = parser.parse_args()
     execution, found = Execution("rollout", args.quick), []
     with tempfile.TemporaryDirectory(prefix="raylign-rollout-") as scratch:
         for name in ["tiny"] if args.quick else args.workloads:
-            found += compare(WORKLOADS[name], 2 if args.quick else TURNS[name], Path(scratch) / name)
+            found += compare(
+                WORKLOADS[name], 2 if args.quick else TURNS[name], args.engines, Path(scratch) / name
+            )
     execution.end([ratio for name in TURNS for ratio in ratios_of(name, found)], turns=found)
 
 
-def compare(workload: OnlineWorkload, turns: int, scratch: Path) -> list[dict[str, Any]]:
+def compare(workload: OnlineWorkload, turns: int, engines: int, scratch: Path) -> list[dict[str, Any]]:
     """The same samples from both sides, turn by turn."""
     base, prompts = prepare(workload, scratch)
     found: list[dict[str, Any]] = []
     with ExitStack() as stack:
         sides = []
         for name in ("actor", "bare"):
+            threads = workload.threads if name == "bare" else max(1, workload.threads // engines)
             command = [
                 "-m", "benchmarks.rollout_side", "--side", name, "--workload", workload.name,
-                "--base", str(base), "--prompts", str(prompts), "--threads", str(workload.threads),
+                "--base", str(base), "--prompts", str(prompts), "--threads", str(threads),
+                "--engines", str(engines),
             ]  # fmt: skip
             sides.append(stack.enter_context(Side(name, command, {}, scratch / f"{name}.log")).ready())
         for turn in range(-WARM_UP, turns):

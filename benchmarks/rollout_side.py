@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--base", required=True)
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--engines", type=int, default=1)
     args = parser.parse_args()
     workload = WORKLOADS[args.workload]
     gate = Gate()
@@ -39,7 +40,7 @@ def main() -> None:
     start_ray()
     with tempfile.TemporaryDirectory(prefix="raylign-bench-") as logs:
         try:
-            turns(gate, workload, args, actor(workload, args.base, args.threads, logs))
+            turns(gate, workload, args, actor(workload, args.base, args.threads, args.engines, logs))
         finally:
             stop_ray()
 
@@ -92,8 +93,8 @@ def bare(workload: OnlineWorkload, base: str, threads: int) -> Draw:
     return draw
 
 
-def actor(workload: OnlineWorkload, base: str, threads: int, logs: str) -> Draw:
-    """The pool of one engine, loaded as an online stage loads it."""
+def actor(workload: OnlineWorkload, base: str, threads: int, engines: int, logs: str) -> Draw:
+    """The pool, its engines loaded as an online stage loads them."""
     from actors.batches import SamplingSpec
     from actors.cluster import LimitsSpec, RoleSpec
     from actors.rollout.pool import RolloutPool
@@ -101,9 +102,11 @@ def actor(workload: OnlineWorkload, base: str, threads: int, logs: str) -> Draw:
     from actors.rollout.spec import EngineSpec
     from actors.sync.engine_set import EngineSet
 
-    group = rollout_group(RoleSpec(threads=threads), LimitsSpec(), logs).start().ready()
+    role = RoleSpec(workers=engines, threads=threads)
+    group = rollout_group(role, LimitsSpec(), logs).start().ready()
     group.build(ROLLOUT, EngineSpec(max_model_len=POSITIONS)).result()
-    RolloutEngines(group).load(0, base, updatable=True).result()
+    for loading in [RolloutEngines(group).load(rank, base, updatable=True) for rank in range(engines)]:
+        loading.result()
 
     def replace(rank: int) -> None:
         raise RuntimeError("an engine was lost")

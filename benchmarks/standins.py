@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from actors.batches import Generations, SamplingSpec
+from actors.batches import Generations
+from actors.batches.slices import Asked, Progress, Work
 from actors.sync.protocol import CommitReport, Expected, Offer, Prepared, Readback, StageAck
 
 LOGP = -1.0
@@ -31,9 +32,12 @@ class Engine:
     def load(self, base: str, adapter: None, label: str, updatable: bool) -> dict[str, float]:
         return {}
 
-    def generate(self, prompts: Sequence[Any], sampling: SamplingSpec, seeds: Sequence[int]) -> Generations:
-        n = len(seeds)
-        return Generations(
+    def advance(
+        self, key: int, seconds: float | None, asked: Asked | None = None, give_back: Sequence[int] = ()
+    ) -> Progress:
+        assert asked is not None
+        n = len(asked.numbers)
+        made = Generations(
             token_ids=np.full(n * self.tokens, TOKEN, np.int32),
             logprobs=np.full(n * self.tokens, LOGP, np.float32),
             offsets=np.arange(n + 1, dtype=np.int64) * self.tokens,
@@ -43,6 +47,7 @@ class Engine:
             seconds=0.0,
             token_versions=np.full(n * self.tokens, self.weights.version, np.int32),
         )
+        return Progress(list(asked.numbers), made, {}, [], 0.0, Work())
 
     def score_tokens(self, token_ids: Sequence[Sequence[int]], starts: Sequence[int]) -> list[np.ndarray]:
         return [np.full(len(ids) - start, LOGP) for ids, start in zip(token_ids, starts)]

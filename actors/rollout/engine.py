@@ -14,13 +14,14 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from actors.batches.generations import Generations, SamplingSpec, sample_seed
+from actors.batches.slices import Asked, Progress
 from actors.cluster.environment import SOCKETS
 from actors.cluster.scratch import Scratch, unfit
 from actors.errors import RunFailure, UserError
@@ -55,6 +56,16 @@ SOCKET_ROOM = len(f"/{uuid.UUID(int=0)}")
 """Bytes of the name of one of vLLM's sockets."""
 
 
+@dataclass
+class _Sliced:
+    """A call whose samples are drawn in slices."""
+
+    since: float
+    """When the last slice ended, or the first one began (time.monotonic())."""
+    names: dict[int, str] = field(default_factory=dict)
+    """Sample that has not ended -> its request."""
+
+
 class RolloutEngine:
     """One engine in this process. Empty until `load`."""
 
@@ -65,8 +76,8 @@ class RolloutEngine:
         self._llm: LLM | None = None
         self._updater: WeightUpdater | None = None
         self._stepper: Stepper
-        self._started: dict[int, tuple[list[str], int, float]] = {}
-        """By key: requests, samples per prompt, when they came (time.monotonic())."""
+        self._calls: dict[int, _Sliced] = {}
+        """By key."""
         self._in_use = ArchitectureInUse()
         self._processes = EngineProcesses()
         if SOCKETS not in os.environ and unfit(Path(tempfile.gettempdir()), SOCKET_ROOM, more=0):
@@ -105,39 +116,42 @@ class RolloutEngine:
             RunFailure: nothing is loaded.
         """
         began = time.monotonic()
-        names = self._ask(prompts, sampling, seeds)
-        outputs = self._stepper.run(names)
-        assert outputs is not None
+        outputs = self._outputs(self._ask(prompts, sampling, seeds))
         return self._made(outputs, sampling.n, time.monotonic() - began)
 
-    def start_requests(
-        self,
-        key: int,
-        seconds: float,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingSpec,
-        seeds: Sequence[int],
-    ) -> Generations | None:
-        """`generate` in slices of `seconds`, between which other calls come in, also with new weights: the
-        first slice. `key` names these samples in later calls; samples of several keys run together.
+    def advance(
+        self, key: int, seconds: float | None, asked: Asked | None = None, give_back: Sequence[int] = ()
+    ) -> Progress:
+        """Go on with the samples of a call, named `key`, for about `seconds` (None: until all have ended), in
+        which other calls' samples go on with them. Between two slices other work comes in, also new weights.
 
-        Returns None until all samples are there; then `poll` continues.
+        Args:
+            asked: samples to begin.
+            give_back: numbers of samples to forget, where they have not ended.
 
         Raises: as `generate`.
         """
-        names = self._ask(prompts, sampling, seeds)
-        self._started[key] = names, sampling.n, time.monotonic()
-        return self.poll(key, seconds)
-
-    def poll(self, key: int, seconds: float) -> Generations | None:
-        """Run for at most `seconds`; the samples of `key` once all of them are there, else None."""
         self._running("generate")
-        names, n, began = self._started[key]
-        outputs = self._stepper.run(names, seconds)
-        if outputs is None:
-            return None
-        del self._started[key]
-        return self._made(outputs, n, time.monotonic() - began)
+        call = self._calls.setdefault(key, _Sliced(time.monotonic()))
+        returned = [n for n in give_back if n in call.names and not self._stepper.has_ended(call.names[n])]
+        self._drop([call.names.pop(number) for number in returned])
+        if asked is not None:
+            names = self._ask(asked.prompts, asked.sampling, asked.seeds)
+            call.names |= dict(zip(asked.numbers, names, strict=True))
+        work = self._stepper.run(list(call.names.values()), seconds)
+        ended = [number for number, name in call.names.items() if self._stepper.has_ended(name)]
+        outputs = self._stepper.take([call.names.pop(number) for number in ended])
+        since, call.since = call.since, time.monotonic()
+        if not call.names:
+            del self._calls[key]
+        return Progress(
+            ended=ended,
+            made=self._made(outputs, 1, 0.0) if ended else None,
+            so_far={number: self._stepper.so_far(name) for number, name in call.names.items()},
+            returned=returned,
+            seconds=call.since - since,
+            work=work,
+        )
 
     def score_tokens(self, token_ids: Sequence[Sequence[int]], starts: Sequence[int]) -> list[np.ndarray]:
         """float64 (tokens from `start` on,) per sequence: log-probabilities of its tokens, at temperature 1.
@@ -152,8 +166,7 @@ class RolloutEngine:
         self._running("score_tokens")
         self._check_lengths(token_ids)
         requests = [{"prompt_token_ids": list(map(int, ids))} for ids in token_ids]
-        outputs = self._stepper.run(self._stepper.add(requests, scoring_params()))
-        assert outputs is not None
+        outputs = self._outputs(self._stepper.add(requests, scoring_params()))
         return [
             scores_of(output.prompt_logprobs, ids, start)
             for output, ids, start in zip(outputs, token_ids, starts, strict=True)
@@ -260,6 +273,21 @@ class RolloutEngine:
             raise ValueError(f"{len(seeds)} seeds for {len(requests)} samples")
         return self._stepper.add(requests, [sampling_params(sampling, seed) for seed in seeds])
 
+    def _outputs(self, names: Sequence[str]) -> list[Any]:
+        """Outputs of requests, once all of them have ended."""
+        self._stepper.run(names)
+        return self._stepper.take(names)
+
+    def _drop(self, names: Sequence[str]) -> None:
+        if not names:
+            return
+        self._stepper.drop(names)
+        if self._updater is not None and self.spec.enable_return_routed_experts:
+            from actors.rollout.vllm.router_capture import forget_experts
+
+            assert self._llm is not None
+            forget_experts(self._llm, names)
+
     def _made(self, outputs: Sequence[Any], n: int, seconds: float) -> Generations:
         ended = [output.outputs[0] for output in outputs]
         made = Generations.of([sample_of(one) for one in ended], n, self.label, seconds)
@@ -295,7 +323,7 @@ class RolloutEngine:
             self._in_use.enter(config)
             self._llm = LLM(model=model, **settings)
         self._processes.watch()
-        self._stepper, self._started = Stepper(self._llm), {}
+        self._stepper, self._calls = Stepper(self._llm), {}
         self.label, self.max_model_len = label or model, settings["max_model_len"]
         return time.monotonic() - began
 

@@ -1,12 +1,13 @@
-"""Engines that share the samples of one call: whoever is free takes the next chunk.
+"""Engines that share the samples of one call; `Shares` decides who draws which.
 
 - A sample is decided by its prompt, its seed and the weights alone; which engine makes it, with which others,
   in which order or when, changes nothing.
-- Every sample is in exactly one place: queued, with one engine, or done.
-- An engine that dies or overruns its deadline is replaced while the others go on (`EngineSet.replace`); its
-  chunk goes back to the front of the queue. A call returns only when every engine that it lost serves again.
-- Several calls may go on at once, from threads of the caller, where engines generate in slices: an engine
-  then advances the samples of all of them together.
+- Engines draw in slices of time, so that they can be given more samples, or asked to give some back, and so
+  that weights can change meanwhile. One that is alone, with weights that stay, draws all in a single slice.
+- An engine that dies or overruns its deadline is replaced while the others go on (`EngineSet.replace`); what
+  it had not finished is queued again. A call returns only when every engine that it lost serves again.
+- Several calls may go on at once, from threads of the caller, where weights change meanwhile: an engine then
+  advances the samples of all of them together.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from actors.batches.generations import Generations, SamplingSpec
+from actors.batches.slices import Asked, Progress
 from actors.cluster.futures import POLL_S, WorkerFuture, first_done
 from actors.errors import InvariantViolation, RunFailure
+from actors.rollout.lengths import Lengths
+from actors.rollout.pace import Pace
 from actors.rollout.remote import RolloutEngines
+from actors.rollout.shares import Shares
 from actors.sync.engine_set import EngineSet, Replacement, Restart
 from actors.sync.engine_state import WeightsState
 
@@ -33,98 +38,70 @@ MAX_RESTARTS = 2
 """Restarts of one engine within one call. A third loss is no accident: something in the call kills it."""
 
 SLICE_S = 0.1
-"""Seconds for which an engine generates before it looks at other calls, where samples stay in flight. A call
-costs 1 to 2 ms, so a slice loses 2 %; new weights wait for half of one on average, at each of their calls."""
+"""Seconds for which an engine generates before it looks at other calls. A call costs 1 to 2 ms, so a slice
+loses 2 %; new weights wait for half of one on average, at each of their calls."""
 
-WHOLE = "a whole chunk"
-"""Name of the time that an engine has for a chunk, in however many slices."""
+SLICE_SHARE = 0.02
+"""Slices grow with the time that a call has taken so far, to this share of it, where no weights wait for
+their end: all that does then is an engine that is done before the others."""
 
-MIN_CHUNK = 16
-"""Samples per chunk, at least (but for the last). A decoding step of a small batch takes as long as one of
-a larger batch, so smaller chunks would cost more than the idle time that they save."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Samples `start` to `stop` (exclusive) of a call."""
-
-    start: int
-    stop: int
-
-
-class Queue:
-    """Samples that no engine has yet. The first chunks are large, the last ones small, so that all engines
-    end at nearly the same time (guided self-scheduling, Polychronopoulos & Kuck 1987)."""
-
-    def __init__(self, samples: int, engines: int) -> None:
-        self._next, self._samples, self._engines = 0, samples, engines
-        self._returned: list[Chunk] = []
-
-    def __bool__(self) -> bool:
-        return bool(self._returned) or self._next < self._samples
-
-    def take(self) -> Chunk:
-        """The next chunk: a returned one, else half of an engine's fair share of what is left.
-
-        A single engine takes all: it has nobody to share with, and one large batch is the fastest.
-        """
-        if self._returned:
-            return self._returned.pop(0)
-        left = self._samples - self._next
-        share = left if self._engines == 1 else -(-left // (2 * self._engines))
-        chunk = Chunk(self._next, min(self._samples, self._next + max(MIN_CHUNK, share)))
-        self._next = chunk.stop
-        return chunk
-
-    def give_back(self, chunk: Chunk) -> None:
-        """The engine that had it is lost."""
-        self._returned.append(chunk)
+WHOLE = "a whole share"
+"""Name of the time that an engine has for the samples that it was given, in however many slices."""
 
 
 @dataclass(frozen=True)
-class Assigned:
-    """A chunk that an engine is working on."""
+class Slice:
+    """An engine at work, or between two slices of it."""
 
-    chunk: Chunk
-    answer: WorkerFuture[Generations] | WorkerFuture[Generations | None]
+    answer: WorkerFuture[Progress] | None
     since: float
-    """time.monotonic()"""
+    """When it was given samples last (time.monotonic())."""
     generation: int
-    """Of the engine that got it."""
-    key: int
-    """Names the chunk in the engine, where it generates in slices."""
+    """Of the engine that got them."""
 
 
 @dataclass
 class Call:
     """State of one call of `RolloutPool.generate`."""
 
+    key: int
+    """Names it in the engines."""
     requests: list[Sequence[int]]
     """Prompt of every sample."""
     sampling: SamplingSpec
     seeds: Sequence[int]
-    queue: Queue
-    assigned: dict[int, Assigned] = field(default_factory=dict)
-    """By rank, as are the next two."""
+    shares: Shares
+    began: float
+    slices: dict[int, Slice] = field(default_factory=dict)
+    """Of engines that have samples. By rank, as are the next two."""
     replacing: dict[int, Replacement] = field(default_factory=dict)
     """Engines that this call waits for."""
     restarts: Counter[int] = field(default_factory=Counter)
-    parts: dict[int, Generations] = field(default_factory=dict)
-    """By first sample."""
+    parts: list[tuple[list[int], Generations]] = field(default_factory=list)
+    """Samples that ended, with their numbers."""
+    seconds: float = 0.0
+    """Of all engines."""
 
     @property
-    def open(self) -> bool:
-        return bool(self.queue or self.assigned or self.replacing)
+    def busy(self) -> dict[int, WorkerFuture[Progress]]:
+        """Answers that engines owe."""
+        return {rank: one.answer for rank, one in self.slices.items() if one.answer is not None}
+
+    def asked(self, numbers: Sequence[int]) -> Asked:
+        return Asked(
+            numbers, [self.requests[n] for n in numbers], self.sampling, [self.seeds[n] for n in numbers]
+        )
 
 
 class RolloutPool:
     """The engines of a rollout group as one engine."""
 
     def __init__(self, engines: EngineSet, *, in_flight: bool = False) -> None:
-        """`in_flight`: engines generate in slices, so that weights can change while samples are in flight."""
+        """`in_flight`: weights can change while samples are in flight."""
         self.engines, self.group, self.in_flight = engines, engines.group, in_flight
-        self._calls = RolloutEngines(self.group)
+        self._remote = RolloutEngines(self.group)
         self._keys = itertools.count()
+        self._lengths, self._paces = Lengths(), [Pace() for _ in range(self.group.size)]
 
     @property
     def restarts(self) -> list[Restart]:
@@ -146,10 +123,12 @@ class RolloutPool:
         requests = [prompt for prompt in prompts for _ in range(sampling.n)]
         if len(seeds) != len(requests):
             raise ValueError(f"{len(seeds)} seeds for {len(requests)} samples")
+        hashes = [key for key in (hash(tuple(prompt)) for prompt in prompts) for _ in range(sampling.n)]
+        shares = Shares(hashes, sampling.max_tokens, self._lengths, self.group.size)
         one_each = sampling.model_copy(update={"n": 1})
-        call = Call(requests, one_each, seeds, Queue(len(requests), self.group.size))
+        call = Call(next(self._keys), requests, one_each, seeds, shares, time.monotonic())
         self._replace_lost(call)
-        while call.open:
+        while call.shares or call.replacing:
             self._hand_out(call)
             self._collect(call)
             self._rejoin(call)
@@ -161,15 +140,24 @@ class RolloutPool:
         Raises:
             RunFailure: an engine is gone.
         """
-        return [load for load in self._calls.expert_load().result() if load is not None]
+        return [load for load in self._remote.expert_load().result() if load is not None]
 
     # --- One turn of a call ---------------------------------------------------------------------
 
     def _hand_out(self, call: Call) -> None:
+        """Let every engine that is between two slices begin the next one."""
+        # The generation first: an engine that takes its place meanwhile is another one.
+        present = {rank: self.engines[rank].generation for rank in self.engines}
+        ready = [rank for rank in present if self.engines.ready(rank, unproved=self.in_flight)]
+        busy = call.busy.keys()
+        dealt = call.shares.deal(
+            [rank for rank in ready if rank not in busy], [rank for rank in ready if rank in busy]
+        )
         for rank in self.engines:
-            if call.queue and rank not in call.assigned and self.engines.ready(rank, unproved=self.in_flight):
-                self._send(call, rank, call.queue.take())
-        if call.queue and not (call.assigned or call.replacing):
+            if rank in dealt or (call.shares.held(rank) and rank not in busy):
+                begun = call.slices.get(rank) or Slice(None, 0.0, present[rank])
+                self._send(call, rank, begun, dealt.get(rank, []), ready)
+        if call.shares.queue and not (call.slices or call.replacing):
             self._find_engines(call)
 
     def _find_engines(self, call: Call) -> None:
@@ -192,68 +180,78 @@ class RolloutPool:
             raise RunFailure(self.group.name, "generate", f"no engine serves: {states}", self.group.next_step)
         time.sleep(POLL_S)
 
-    def _send(self, call: Call, rank: int, chunk: Chunk) -> None:
-        part, key = slice(chunk.start, chunk.stop), next(self._keys)
-        generation = self.engines[rank].generation
-        prompts, sampling, seeds = call.requests[part], call.sampling, call.seeds[part]
-        answer: WorkerFuture[Generations] | WorkerFuture[Generations | None]
+    def _send(self, call: Call, rank: int, last: Slice, numbers: Sequence[int], ready: Sequence[int]) -> None:
+        """Begin the next slice of an engine, with samples that it is given or asked for."""
+        back = [] if numbers else call.shares.ask_back(rank, ready, self._paces, begun=not self.in_flight)
+        # What is asked back is waited for.
+        seconds = 0.0 if back else self._slice_seconds(call)
+        asked = call.asked(numbers) if numbers else None
         try:
-            if self.in_flight:
-                answer = self.engines.submit(
-                    rank,
-                    generation,
-                    lambda r: self._calls.start_requests(r, key, SLICE_S, prompts, sampling, seeds),
-                )
-            else:
-                answer = self.engines.submit(
-                    rank, generation, lambda r: self._calls.generate(r, prompts, sampling, seeds)
-                )
+            answer = self.engines.submit(
+                rank, last.generation, lambda r: self._remote.advance(r, call.key, seconds, asked, back)
+            )
         except RunFailure as failure:  # Another thread has just seen it die.
-            call.queue.give_back(chunk)
-            self._replace(call, rank, generation, failure.reason)
+            self._take_back(call, rank, last.generation, failure)
             return
-        call.assigned[rank] = Assigned(chunk, answer, time.monotonic(), generation, key)
+        since = time.monotonic() if numbers else last.since
+        call.slices[rank] = replace(last, answer=answer, since=since)
+
+    def _slice_seconds(self, call: Call) -> float | None:
+        if self.in_flight:
+            return SLICE_S
+        elapsed = time.monotonic() - call.began
+        return None if self.group.size == 1 else max(SLICE_S, SLICE_SHARE * elapsed)
 
     def _collect(self, call: Call) -> None:
         """Wait a moment for answers, take those that are there, and give up on those that are overdue."""
         limit = self.group.limit("generate", WHOLE)
-        done = first_done({rank: one.answer for rank, one in call.assigned.items()}, POLL_S)
-        for rank, assigned in list(call.assigned.items()):
-            waited = time.monotonic() - assigned.since
+        done = first_done(call.busy, POLL_S)
+        for rank in call.busy:
+            one = call.slices[rank]
+            waited = time.monotonic() - one.since
             if rank in done:
-                self._take(call, rank, assigned)
-            elif assigned.generation != self.engines[rank].generation:
+                self._take(call, rank, one)
+            elif one.generation != self.engines[rank].generation:
                 self._lost(call, rank, RunFailure(self.group.who(rank), "generate", "it was replaced"))
             elif waited > limit:
                 self._lost(call, rank, self.group.overrun(rank, "generate", waited))
 
-    def _take(self, call: Call, rank: int, assigned: Assigned) -> None:
+    def _take(self, call: Call, rank: int, one: Slice) -> None:
+        assert one.answer is not None
         try:
-            made = assigned.answer.result()
-            if made is None:
-                again = self.engines.submit(
-                    rank, assigned.generation, lambda r: self._calls.poll(r, assigned.key, SLICE_S)
-                )
-                call.assigned[rank] = replace(assigned, answer=again)
-                return
+            progress = one.answer.result()
         except RunFailure as failure:
             self._lost(call, rank, failure)
-        else:
+            return
+        if progress.made is not None:
+            call.parts.append((progress.ended, progress.made))
+        call.seconds += progress.seconds
+        lengths = [] if progress.made is None else [len(ids) for ids in progress.made.sequences()]
+        waits = call.shares.waits(rank)
+        call.shares.returned(rank, progress.returned)
+        call.shares.saw(rank, dict(zip(progress.ended, lengths, strict=True)), progress.so_far)
+        if not waits:
+            self._paces[rank] = self._paces[rank].after(progress.work)
+        call.slices[rank] = replace(one, answer=None)
+        if not call.shares.held(rank):
+            del call.slices[rank]
             if self.group.measured is not None:
-                waited = time.monotonic() - assigned.since
+                waited = time.monotonic() - one.since
                 self.group.measured.took(self.group.name, "generate", WHOLE, waited)
-            call.parts[assigned.chunk.start] = made
-            del call.assigned[rank]
 
     def _lost(self, call: Call, rank: int, failure: RunFailure) -> None:
-        """Queue a lost engine's chunk again. One that lives has failed by itself: that ends the call."""
-        assigned = call.assigned[rank]
-        if self.engines.is_alive(rank, assigned.generation):
+        """Queue a lost engine's samples again. One that lives has failed by itself: that ends the call."""
+        generation = call.slices[rank].generation
+        if self.engines.is_alive(rank, generation):
             raise failure
-        call.queue.give_back(call.assigned.pop(rank).chunk)
-        self._replace(call, rank, assigned.generation, failure.reason)
+        self._take_back(call, rank, generation, failure)
 
     # --- Engines that are replaced --------------------------------------------------------------
+
+    def _take_back(self, call: Call, rank: int, generation: int, failure: RunFailure) -> None:
+        call.slices.pop(rank, None)
+        call.shares.lost(rank)
+        self._replace(call, rank, generation, failure.reason)
 
     def _replace_lost(self, call: Call) -> None:
         for rank in self.engines.lost():
@@ -274,7 +272,7 @@ class RolloutPool:
 
     def _rejoin(self, call: Call) -> None:
         """Take back engines that were replaced; waits only where nothing else is going on."""
-        if call.replacing and not call.assigned:
+        if call.replacing and not call.slices:
             wait([replacement.done for replacement in call.replacing.values()], POLL_S, FIRST_COMPLETED)
         for rank, replacement in list(call.replacing.items()):
             if not replacement.done.done():
@@ -288,8 +286,14 @@ class RolloutPool:
             self._replace(call, rank, replacement.generation, self.engines[rank].reason or str(error))
 
     def _joined(self, call: Call, n: int) -> Generations:
-        parts = [call.parts[start] for start in sorted(call.parts)]
         try:
-            return Generations.join(parts, n, mixed=self.in_flight)
+            made = Generations.join([part for _, part in call.parts], n, mixed=self.in_flight)
         except ValueError as error:
             raise InvariantViolation(self.group.name, "generate", str(error), self.group.next_step) from None
+        made = replace(made, seconds=call.seconds)
+        numbers = [number for ended, _ in call.parts for number in ended]
+        return (
+            made
+            if numbers == sorted(numbers)
+            else made.select(sorted(range(len(numbers)), key=numbers.__getitem__))
+        )

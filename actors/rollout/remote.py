@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from actors.batches.generations import Generations, SamplingSpec
+    from actors.batches.slices import Asked, Progress
 
 
 ROLLOUT = "actors.rollout.engine:RolloutEngine"
@@ -51,21 +52,15 @@ class RolloutEngines(UpdatableEngines):
     ) -> WorkerFuture[Generations]:
         return self.group.submit_rank(rank, "generate", prompts, sampling, seeds, phase="generate")
 
-    def start_requests(
+    def advance(
         self,
         rank: int,
         key: int,
-        seconds: float,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingSpec,
-        seeds: Sequence[int],
-    ) -> WorkerFuture[Generations | None]:
-        return self.group.submit_rank(
-            rank, "start_requests", key, seconds, prompts, sampling, seeds, phase="generate"
-        )
-
-    def poll(self, rank: int, key: int, seconds: float) -> WorkerFuture[Generations | None]:
-        return self.group.submit_rank(rank, "poll", key, seconds, phase="generate")
+        seconds: float | None,
+        asked: Asked | None = None,
+        give_back: Sequence[int] = (),
+    ) -> WorkerFuture[Progress]:
+        return self.group.submit_rank(rank, "advance", key, seconds, asked, give_back, phase="generate")
 
     def expert_load(self) -> GroupFuture[np.ndarray | None]:
         return self.group.submit("expert_load", phase="call")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.batches.generations import SamplingSpec
+from actors.batches.slices import Work
 from actors.errors import RunFailure
 from actors.sync.protocol import NO_VERSION
 
@@ -78,20 +79,40 @@ class Stepper:
         # enqueue answers with vLLM's inner names; outputs carry the outer ones.
         return [states[name].external_req_id for name in self._llm.enqueue(requests, params, use_tqdm=False)]
 
-    def run(self, names: Sequence[str], seconds: float | None = None) -> list[Any] | None:
-        """Outputs of these requests, in order, once all have ended; None if they have not in `seconds`."""
-        engine, until = self._llm.llm_engine, None if seconds is None else time.monotonic() + seconds
+    def run(self, names: Sequence[str], seconds: float | None = None) -> Work:
+        """Step until these requests have ended, for no more than `seconds` and one step."""
+        engine, began = self._llm.llm_engine, time.monotonic()
         missing = set(names) - self._ended.keys()
+        steps = tokens = 0
         while missing:
             if not self.busy:
                 raise RuntimeError(f"the engine has nothing to do, and {len(missing)} requests did not end")
-            for output in engine.step():
+            outputs = engine.step()
+            steps, tokens = steps + 1, tokens + len(outputs)
+            for output in outputs:
                 if output.finished:
                     self._ended[output.request_id] = output
                     missing.discard(output.request_id)
-            if missing and until is not None and time.monotonic() >= until:
-                return None
+            if seconds is not None and time.monotonic() - began >= seconds:
+                break
+        return Work(steps, tokens, time.monotonic() - began)
+
+    def take(self, names: Sequence[str]) -> list[Any]:
+        """Outputs of these requests, which have ended, in order."""
         return [self._ended.pop(name) for name in names]
+
+    def has_ended(self, name: str) -> bool:
+        return name in self._ended
+
+    def so_far(self, name: str) -> int:
+        """Tokens of a request that has not ended."""
+        processor = self._llm.llm_engine.output_processor
+        (inner,) = processor.external_req_ids[name]
+        return int(processor.request_states[inner].detokenizer.num_output_tokens())
+
+    def drop(self, names: Sequence[str]) -> None:
+        """Forget requests that have not ended: whatever was computed of them is lost."""
+        self._llm.llm_engine.abort_request(list(names))
 
 
 def token_versions(output: Any) -> np.ndarray:

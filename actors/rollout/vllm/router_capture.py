@@ -118,6 +118,13 @@ class RouteKeeper:
             raise RunFailure("rollout", "generate", f"no experts were kept of requests {missing[:3]}")
         return [self._ended.pop(by_number[number]) for number in requests]
 
+    def forget(self, requests: Sequence[str]) -> None:
+        """Nobody will take what was kept of these."""
+        gone = set(requests)
+        for kept in (self._live, self._ended):
+            for key in [key for key in kept if _outer(key) in gone]:
+                del kept[key]
+
     def _keep(self, experts: np.ndarray) -> None:
         """Write a step's choices, after collecting what ended before it: its slots may be new owners'."""
         runner = self._runner
@@ -160,6 +167,14 @@ def keep_experts(llm: LLM) -> None:
 
     if current_platform.is_cpu():
         ask(llm, "keep_routes")
+
+
+def forget_experts(llm: LLM, requests: Sequence[str]) -> None:
+    """The experts of samples that end before their time are not asked for."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        ask(llm, "forget_routes", list(requests))
 
 
 def routed_experts(llm: LLM, outputs: Sequence[RequestOutput]) -> RoutedExperts:

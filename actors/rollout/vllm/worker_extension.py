@@ -123,6 +123,13 @@ class SyncWorkerExtension:
         return [packed(one) for one in taken] if self._intake.is_first else []
 
     @answers
+    def forget_routes(self, requests: list[str]) -> None:
+        """See `RouteKeeper.forget`."""
+        keeper = self.weight_transfer_engine.routes.keeper
+        assert keeper is not None
+        keeper.forget(requests)
+
+    @answers
     def moe_layers(self) -> list[int]:
         """See `actors.rollout.vllm.router_capture.moe_layers`."""
         return moe_layers(self.weight_transfer_engine.model)

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.batches.generations import Generations, SamplingSpec
+from actors.batches.generations import Generations
+from actors.batches.slices import Asked, Progress, Work
 
 HANG, DIE, DIE_ALWAYS, FAIL = 1001, 1002, 1003, 1004
 """First tokens of prompts that bring a fault: the first two once in all processes together."""
@@ -22,8 +23,8 @@ class FakeEngine:
 
     def __init__(self, directory: str, seconds: float = 0.0) -> None:
         self.directory, self.version = Path(directory), 0
-        self.waiting: dict[int, list[tuple[Any, SamplingSpec, Any]]] = {}
-        self.made: dict[int, list[Generations]] = {}
+        self.waiting: dict[int, dict[int, tuple[Any, int]]] = {}
+        """Call -> number of a sample -> prompt and seed."""
         self.seconds = seconds * 10 if self._first("slow") else seconds
 
     def load(self, version: int) -> None:
@@ -32,37 +33,29 @@ class FakeEngine:
     def die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingSpec, seeds: Sequence[int]
-    ) -> Generations:
+    def advance(
+        self, key: int, seconds: float | None, asked: Asked | None = None, give_back: Sequence[int] = ()
+    ) -> Progress:
+        """One sample after the other."""
         began = time.time()
-        for prompt in prompts:
+        waiting = self.waiting.setdefault(key, {})
+        returned = [number for number in give_back if waiting.pop(number, None)]
+        if asked is not None:
+            waiting |= dict(zip(asked.numbers, zip(asked.prompts, asked.seeds)))
+        made = {}
+        while waiting and (seconds is None or not made or time.time() - began < seconds):
+            number = next(iter(waiting))
+            prompt, seed = waiting.pop(number)
             self._fault(prompt[0])
             time.sleep(self.seconds)
-        samples = [([seed % 97, sum(prompt), 3], [-0.5] * 3, "stop") for prompt, seed in zip(prompts, seeds)]
+            made[number] = ([seed % 97, sum(prompt), 3], [-0.5] * 3, "stop")
+        spent = time.time() - began
         with (self.directory / "calls.jsonl").open("a") as log:
-            row = {"pid": os.getpid(), "samples": len(prompts), "start": began, "end": time.time()}
-            log.write(json.dumps(row) + "\n")
-        return Generations.of(samples, sampling.n, "fake", time.time() - began, self.version)
-
-    def start_requests(
-        self,
-        key: int,
-        seconds: float,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingSpec,
-        seeds: Sequence[int],
-    ) -> Generations | None:
-        """Eight samples a slice."""
-        self.waiting[key] = [
-            (prompts[i : i + 8], sampling, seeds[i : i + 8]) for i in range(0, len(prompts), 8)
-        ]
-        self.made[key] = []
-        return self.poll(key, seconds)
-
-    def poll(self, key: int, seconds: float) -> Generations | None:
-        self.made[key].append(self.generate(*self.waiting[key].pop(0)))
-        return None if self.waiting[key] else Generations.join(self.made[key], 1, mixed=True)
+            row = {"pid": os.getpid(), "samples": len(made), "start": began, "end": time.time()}
+            log.write(json.dumps(row | {"returned": len(returned)}) + "\n")
+        drawn = Generations.of(list(made.values()), 1, "fake", 0.0, self.version) if made else None
+        work = Work(3 * len(made), 3 * len(made), spent)
+        return Progress(list(made), drawn, dict.fromkeys(waiting, 0), returned, spent, work)
 
     def _fault(self, token: int) -> None:
         if token == HANG and self._first("hang"):
@@ -88,9 +81,9 @@ class ServedEngine(FakeEngine):
     def load(self, base: str, adapter: str | None, label: str, updatable: bool) -> None:  # type: ignore[override]
         self.served = f"{label} on {base}"
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingSpec, seeds: Sequence[int]
-    ) -> Generations:
+    def advance(
+        self, key: int, seconds: float | None, asked: Asked | None = None, give_back: Sequence[int] = ()
+    ) -> Progress:
         if not self.served:
             raise ValueError("nothing is loaded")
-        return super().generate(prompts, sampling, seeds)
+        return super().advance(key, seconds, asked, give_back)

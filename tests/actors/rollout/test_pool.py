@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,8 +23,9 @@ from actors.cluster.measured_limits import MeasuredLimits
 from actors.cluster.spec import LimitsSpec, RoleSpec
 from actors.cluster.worker_group import WorkerGroup
 from actors.errors import InvariantViolation, RunFailure
-from actors.rollout.pool import MIN_CHUNK, Chunk, Queue, RolloutPool
+from actors.rollout.pool import RolloutPool
 from actors.rollout.remote import ROLLOUT, rollout_group
+from actors.rollout.shares import Shares
 from actors.rollout.spec import EngineSpec
 from actors.sync.engine_set import EngineSet, Restart
 
@@ -31,42 +33,6 @@ SAMPLING = SamplingSpec(temperature=1, n=2)
 PROMPTS = [[i, i + 1] for i in range(48)]
 SEEDS = [sample_seed(0, 7, p, s) for p in range(48) for s in range(2)]
 DIED = "its process died (killed, crashed, or out of memory)"
-
-
-# --- The queue ------------------------------------------------------------------------------------
-
-
-def drained(queue: Queue) -> list[Chunk]:
-    chunks = []
-    while queue:
-        chunks.append(queue.take())
-    return chunks
-
-
-@pytest.mark.parametrize(("samples", "engines"), [(1, 3), (96, 2), (100, 3), (4096, 8), (0, 2)])
-def test_every_sample_is_in_exactly_one_chunk(samples: int, engines: int) -> None:
-    chunks = drained(Queue(samples, engines))
-    assert [i for chunk in chunks for i in range(chunk.start, chunk.stop)] == list(range(samples))
-
-
-def test_chunks_start_at_half_of_a_fair_share_and_shrink_to_the_smallest() -> None:
-    sizes = [chunk.stop - chunk.start for chunk in drained(Queue(1000, 4))]
-    assert sizes[:3] == [125, 110, 96]
-    assert sizes == sorted(sizes, reverse=True)
-    assert set(sizes[-4:-1]) == {MIN_CHUNK}
-
-
-def test_a_single_engine_takes_all_at_once() -> None:
-    assert drained(Queue(1000, 1)) == [Chunk(0, 1000)]
-
-
-def test_the_chunk_of_a_lost_engine_comes_first() -> None:
-    queue = Queue(96, 2)
-    lost, kept = queue.take(), queue.take()
-    queue.give_back(lost)
-    assert (lost, kept) == (Chunk(0, 24), Chunk(24, 42))
-    assert queue.take() == lost
-    assert queue.take() == Chunk(42, 58)
 
 
 # --- Faults, with engines that have them on purpose -----------------------------------------------
@@ -120,12 +86,16 @@ def test_the_fast_engine_takes_what_the_slow_one_does_not_get_to(start: Start, t
     made = pool.generate(PROMPTS, SAMPLING, SEEDS)
     assert rows(made) == expected(PROMPTS)
     assert (made.n, made.version, made.label) == (2, 3, "fake")
-    by_engine: dict[int, list[int]] = {}
+    drawn, returned = Counter[int](), Counter[int]()
     for call in calls(tmp_path):
-        by_engine.setdefault(call["pid"], []).append(call["samples"])
-    slow, fast = sorted(by_engine.values(), key=sum)
-    assert len(slow) == 1
-    assert sum(fast) == 96 - slow[0]
+        drawn[call["pid"]] += call["samples"]
+        returned[call["pid"]] += call["returned"]
+    (fast, many), (slow, few) = drawn.most_common()
+    assert many + few == 96
+    # Each was dealt one half, and this one has a tenth of the other's speed.
+    assert few < 24
+    assert returned[slow] == 48 - few
+    assert returned[fast] == 0
 
 
 @pytest.mark.ray
@@ -144,20 +114,19 @@ def test_calls_side_by_side_share_the_engines_and_the_replacement_of_a_lost_one(
 
 @pytest.mark.ray
 def test_while_an_engine_is_replaced_the_other_goes_on(start: Start, tmp_path: Path) -> None:
-    times: list[float] = []
+    served_again: list[float] = []
 
     def replace(rank: int) -> None:
-        times.append(time.time())
         time.sleep(2)
         pool.group.call_rank(rank, "load", 3)
-        times.append(time.time())
+        served_again.append(time.time())
 
     pool = start(seconds=0.004, replace=replace)
     prompts = [[1002, 5], *PROMPTS[1:]]
     assert rows(pool.generate(prompts, SAMPLING, SEEDS)) == expected(prompts)
     assert [restart.reason for restart in pool.restarts] == [DIED]
-    began, ended = times
-    assert any(began < call["start"] and call["end"] < ended for call in calls(tmp_path))
+    died, (ended,) = (tmp_path / "die").stat().st_mtime, served_again
+    assert any(died < call["start"] and call["end"] < ended for call in calls(tmp_path))
     assert time.time() > ended
     assert pool.group.call("load", 4) == [None, None]
 
@@ -295,3 +264,45 @@ def test_three_engines_one_killed_while_generating_draw_what_one_engine_draws(
     assert rows(pool.generate(prompts, sampling, seeds)) == rows(alone)
     assert pool.restarts == [Restart(1, DIED)]
     assert rows(pool.generate(prompts[:12], sampling, seeds[:48])) == rows(alone)[:48]
+
+
+@pytest.mark.ray
+@pytest.mark.vllm
+def test_samples_that_engines_begin_for_each_other_are_those_of_one_engine(
+    engines: WorkerGroup, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One engine has all of them before the others come: what waits there moves, and what was begun."""
+    prompts, sampling = [[5 + i, 7, 9] for i in range(24)], SamplingSpec(temperature=1, max_tokens=200, n=4)
+    seeds = [sample_seed(0, 2, p, s) for p in range(24) for s in range(4)]
+    alone = engines.call_rank(0, "generate", prompts, sampling, seeds, phase="generate")
+    moved: list[int] = []
+    """Tokens that each of the samples that changed hands had."""
+
+    def ask_back(shares: Shares, donor: int, *args: Any, **kwargs: Any) -> list[int]:
+        held = dict(shares.shares[donor].held)
+        found = own_ask_back(shares, donor, *args, **kwargs)
+        moved.extend(held[number] for number in found)
+        return found
+
+    own_ask_back = Shares.ask_back
+    monkeypatch.setattr(Shares, "ask_back", ask_back)
+    for in_flight in (False, True):
+        served = LateEngines(
+            engines, functools.partial(engines.call_rank, method="load", base=str(tiny_base))
+        )
+        pool = RolloutPool(served, in_flight=in_flight)
+        assert rows(pool.generate(prompts, sampling, seeds)) == rows(alone)
+        assert moved
+        assert in_flight <= (not any(moved))
+        moved.clear()
+
+
+class LateEngines(EngineSet):
+    """All but the first serve a second later."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.since = time.monotonic()
+
+    def ready(self, rank: int, *, unproved: bool = False) -> bool:
+        return (rank == 0 or time.monotonic() > self.since + 1) and super().ready(rank, unproved=unproved)

@@ -24,7 +24,7 @@ def test_every_call_of_engines_fits_the_method_that_it_names() -> None:
     assert mismatches(RolloutEngines, RolloutEngine, parts=PARTS) == {}
     of_sync = {"load", "connect", "open_channel", "stage", "discard", "commit", "readback", "score_tokens"}
     assert set(calls_of(UpdatableEngines)) == of_sync
-    assert set(calls_of(RolloutEngines)) == of_sync | {"generate", "start_requests", "poll", "expert_load"}
+    assert set(calls_of(RolloutEngines)) == of_sync | {"generate", "advance", "expert_load"}
 
 
 def test_every_call_of_the_weight_source_fits_the_method_that_it_names() -> None:

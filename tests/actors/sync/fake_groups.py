@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Overdue
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from actors.batches.generations import Generations
+from actors.batches.slices import Asked, Progress, Work
 from actors.cluster.health import Members, ProcessEvent
 from actors.cluster.spec import LimitsSpec, Phase
 from actors.errors import RunFailure
@@ -56,6 +57,8 @@ class Process:
         self.built = False
         self.version = self.staged = -2
         self.read: set[int] = set()
+        self.waiting: dict[int, dict[int, list[Any]]] = {}
+        """Call -> number of a sample -> prompt, seed and tokens so far."""
         self.wire: queue.SimpleQueue[int] = queue.SimpleQueue()
         self.work = ThreadPoolExecutor(1)
 
@@ -67,7 +70,7 @@ class Process:
         return found
 
     def build(self) -> None:
-        self.built, self.version, self.staged = True, -2, -2
+        self.built, self.version, self.staged, self.waiting = True, -2, -2, {}
 
     def load(self, base: str, adapter: str | None, label: str, updatable: bool) -> dict[str, float]:
         if not self.built:
@@ -113,15 +116,26 @@ class Process:
             self.log.verified.add((self.rank, self.generation, self.version))
         return logps(self.version, token_ids, starts)
 
-    def generate(self, prompts: list[list[int]], sampling: Any, seeds: list[int]) -> Generations:
+    def advance(
+        self, key: int, seconds: float | None, asked: Asked | None = None, give_back: Sequence[int] = ()
+    ) -> Progress:
+        """A token of up to two each, of a few samples a slice."""
         if self.version < 0:
             self.log.note("generated with nothing", self.version, self)
         self.pause()
-        made = [([seed % 97, sum(prompt)], [-0.5] * 2, "stop") for prompt, seed in zip(prompts, seeds)]
-        return Generations.of(made, 1, "fake", 0.0, self.version)
-
-    def start_requests(self, key: int, seconds: float, *asked: Any) -> Generations:
-        return self.generate(*asked)
+        waiting = self.waiting.setdefault(key, {})
+        returned = [number for number in give_back if waiting.pop(number, None)]
+        if asked is not None:
+            waiting |= {n: [p, s, 0] for n, p, s in zip(asked.numbers, asked.prompts, asked.seeds)}
+        ended, drawn = {}, len(waiting)
+        for number in list(waiting)[:8]:
+            waiting[number][2] += 1
+            if waiting[number][2] == 2:
+                prompt, seed, _ = waiting.pop(number)
+                ended[number] = ([seed % 97, sum(prompt)], [-0.5] * 2, "stop")
+        made = Generations.of(list(ended.values()), 1, "fake", 0.0, self.version) if ended else None
+        so_far = {number: tokens for number, (_, _, tokens) in waiting.items()}
+        return Progress(list(ended), made, so_far, returned, 0.0, Work(1, drawn, 0.2 * drawn))
 
     def _received(self) -> int:
         until = time.monotonic() + PATIENCE_S

@@ -21,6 +21,7 @@ from actors.rollout.remote import ROLLOUT, rollout_group
 from actors.sync.digests import Algorithm
 from actors.sync.payload import pack_adapter
 from actors.sync.protocol import digest_of_all
+from tests.actors.rollout.sliced import begin, finish
 from tests.actors.rollout.vllm import vllm_cases as cases
 from tests.actors.rollout.vllm.vllm_cases import ADAPTER, LONG, MERGED, SEQUENCES, STARTS, Policy, off
 
@@ -105,13 +106,11 @@ def test_what_can_not_be_loaded_is_refused_with_the_reason_and_the_engine_serves
 def test_a_version_can_be_loaded_while_samples_are_in_flight(spread: tuple[WorkerGroup, Policy]) -> None:
     group, policy = spread
     policy.change(seed=7)
-    sampling = SamplingSpec(max_tokens=200, n=2)
-    first = group.call_rank(0, "start_requests", 1, 0.05, [LONG, *SEQUENCES[1:]], sampling, list(range(8)))
-    assert first is None
+    sampling = SamplingSpec(max_tokens=200)
+    first = begin(group, 1, [LONG, *SEQUENCES[1:]], sampling, list(range(4)), seconds=0.05)
+    assert first.so_far
     cases.push(group, policy.payload(ADAPTER, 60), keep=True)
-    made = None
-    while made is None:
-        made = group.call_rank(0, "poll", 1, 1.0)
+    made, _ = finish(group, 1, first, seconds=1.0)
     assert made.token_versions[-1] == 60
     assert len(set(made.token_versions.tolist())) == 2
     assert off(cases.scores(group), policy.logps(SEQUENCES, STARTS)) < 1e-4

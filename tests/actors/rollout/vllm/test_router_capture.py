@@ -21,6 +21,7 @@ from actors.models.moe.router_stats import routers_of
 from actors.rollout.engine import EngineSpec, SamplingSpec
 from actors.rollout.remote import ROLLOUT
 from actors.trainer.model_host import ModelHost
+from tests.actors.rollout.sliced import STEP, begin, finish
 from tests.actors.rollout.vllm.vllm_cases import ADAPTER, LONG, SEQUENCES, Policy, push, write_base
 from tests.actors.trainer.host_cases import LORA, host_spec
 
@@ -111,15 +112,16 @@ def test_samples_that_outlive_a_sync_come_with_the_experts_of_the_new_weights(
 ) -> None:
     base = base_of("qwen3_moe", torch.float32)
     policy, engine = Policy(base, "qwen3_moe"), engine_on(process, base, "float32")
-    sampling, made = SamplingSpec(max_tokens=24), None
-    assert engine.call_rank(0, "start_requests", 0, 0.0, PROMPTS, sampling, list(range(len(PROMPTS)))) is None
+    seeds = list(range(len(PROMPTS)))
+    begin(engine, 0, PROMPTS, SamplingSpec(max_tokens=24), seeds)
     for _ in range(3):
-        assert engine.call_rank(0, "poll", 0, 0.0) is None
+        first = engine.call_rank(0, "advance", 0, STEP)
+        assert not first.ended
     policy.change(seed=3)
     push(engine, policy.payload(ADAPTER, 7), keep=True)
-    while made is None:
-        made = engine.call_rank(0, "poll", 0, 0.0)
-    batch = trajectory_batch(PROMPTS, made)
+    # One is given back: the others' experts stay theirs.
+    made, _ = finish(engine, 0, first, give_back=[len(PROMPTS) - 1])
+    batch = trajectory_batch(PROMPTS[:-1], made)
     assert set(made.token_versions.tolist()) == {-1, 7}
     assert_chosen_by(policy, "policy", batch)
 
