@@ -54,5 +54,9 @@ class RunFailure(Exception):
         return f"{text}\n  next: {self.next_step}" if self.next_step else text
 
 
+class LinkFailure(RunFailure):
+    """A connection failed: nothing is said of whoever is at its ends."""
+
+
 class InvariantViolation(RunFailure):
     """A known invariant did not hold (first DPO loss = ln 2, frozen weights unmoved, ...)."""

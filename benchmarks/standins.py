@@ -9,7 +9,7 @@ import numpy as np
 
 from actors.batches import Generations
 from actors.batches.slices import Asked, Progress, Work
-from actors.sync.protocol import CommitReport, Expected, Offer, Prepared, Readback, StageAck
+from actors.sync.protocol import CommitReport, EngineFacts, Expected, Offer, Prepared, Readback, StageAck
 
 LOGP = -1.0
 """Log-probability of every token, everywhere."""
@@ -61,13 +61,22 @@ class _Weights:
 
     version = -1
 
-    def connect(self, address: str, timeout_s: float) -> str:
-        return "float32"
+    def describe(self) -> EngineFacts:
+        return EngineFacts("float32", "here")
+
+    def listen(self, engines: Sequence[int], timeout_s: float) -> dict[int, str]:
+        return dict.fromkeys(engines, "nowhere:0")
+
+    def accept(self, engines: Sequence[int], backend: str = "gloo") -> dict[int, str]:
+        return {}
+
+    def connect(self, address: str, timeout_s: float) -> None:
+        return None
 
     def open_channel(self, backend: str = "gloo") -> None:
         return None
 
-    def stage(self, version: int) -> StageAck:
+    def stage(self, version: int, pass_on_to: Sequence[int] = ()) -> StageAck:
         return StageAck(**_facts(version))
 
     def commit(self, version: int, keep: bool = False) -> CommitReport:
@@ -84,11 +93,11 @@ class _Weights:
 class _Source:
     """The trainer's end of a sync."""
 
-    def listen(self, engine: int, timeout_s: float) -> str:
-        return "nowhere:0"
+    def listen(self, engines: Sequence[int], timeout_s: float) -> dict[int, str]:
+        return dict.fromkeys(engines, "nowhere:0")
 
-    def accept(self, engine: int, backend: str = "gloo") -> None:
-        return None
+    def accept(self, engines: Sequence[int], backend: str = "gloo") -> dict[int, str]:
+        return {}
 
     def prepare(
         self, version: int, role: str | None, payload: str, dtype: str, buffer_bytes: int | None = None

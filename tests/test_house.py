@@ -159,6 +159,7 @@ TORCH_IN = (
     "actors.rollout.weight_updater",
     "actors.models.shards",
     "actors.sync.channel",
+    "actors.sync.outlets",
     "actors.sync.digest_kernel",
     "actors.sync.digests",
     "actors.sync.payload",

@@ -61,7 +61,8 @@ def _precedence(fault: Fault) -> tuple[int, int]:
 
 
 def wait(refs: Mapping[int, ObjectRef], limit_s: float) -> Answers:
-    """Wait for one reference per rank, at most `limit_s` seconds; a fault ends the wait early."""
+    """Wait for one reference per rank, at most `limit_s` seconds; a fault ends the wait early. What is there
+    already is taken in any case."""
     import ray
 
     answers = Answers()
@@ -70,9 +71,9 @@ def wait(refs: Mapping[int, ObjectRef], limit_s: float) -> Answers:
     deadline = time.monotonic() + limit_s
     while open_refs:
         left = deadline - time.monotonic()
-        if left <= 0:
+        done, open_refs = ray.wait(open_refs, num_returns=1, timeout=max(0.0, min(POLL_S, left)))
+        if not done and left <= 0:
             break
-        done, open_refs = ray.wait(open_refs, num_returns=1, timeout=min(POLL_S, left))
         if open_refs:
             # All that came meanwhile at once: each look at n references costs as much as n of them.
             more, open_refs = ray.wait(open_refs, num_returns=len(open_refs), timeout=0)
@@ -121,14 +122,14 @@ class _Call(Generic[T]):
         self,
         refs: dict[int, ObjectRef],
         phase: Phase,
-        finish: Callable[[dict[int, ObjectRef], Phase], list[T]],
+        finish: Callable[[dict[int, ObjectRef], Phase, float | None], list[T]],
     ) -> None:
         self._refs, self._phase, self._finish = refs, phase, finish
         self._values: list[T] | None = None
 
-    def _all(self) -> list[T]:
+    def _all(self, since: float | None = None) -> list[T]:
         if self._values is None:
-            self._values = self._finish(self._refs, self._phase)
+            self._values = self._finish(self._refs, self._phase, since)
         return self._values
 
     def done(self) -> bool:
@@ -172,9 +173,10 @@ class WorkerFuture(_Call[T]):
         (ref,) = self._refs.values()
         return ref
 
-    def result(self) -> T:
-        """That rank's value; raises as `GroupFuture.result`."""
-        return self._all()[0]
+    def result(self, since: float | None = None) -> T:
+        """That rank's value; raises as `GroupFuture.result`. `since` (time.monotonic()): when the deadline
+        began, for whoever waits for several calls one after the other."""
+        return self._all(since)[0]
 
 
 def first_done(calls: Mapping[int, WorkerFuture], limit_s: float) -> list[int]:

@@ -67,13 +67,13 @@ class Liveness:
 
     def finisher(
         self, refs: Mapping[int, ObjectRef], method: str
-    ) -> Callable[[dict[int, ObjectRef], Phase], list[Any]]:
+    ) -> Callable[[dict[int, ObjectRef], Phase, float | None], list[Any]]:
         """`finish` of calls of the present processes: what becomes of them says nothing of later ones."""
         present = {rank: self.fleet.members[rank].generation for rank in refs}
         sent, measured = time.monotonic(), self.measured
 
-        def finish(refs: dict[int, ObjectRef], phase: Phase) -> list[Any]:
-            answers = self.finish(refs, phase, present, self.limit(phase, method))
+        def finish(refs: dict[int, ObjectRef], phase: Phase, since: float | None = None) -> list[Any]:
+            answers = self.finish(refs, phase, since, present, self.limit(phase, method))
             if measured is not None:
                 # From when it was sent: one that waited for others in its process seems longer than it was.
                 measured.took(self.name, phase, method, time.monotonic() - sent)
@@ -85,17 +85,19 @@ class Liveness:
         self,
         refs: Mapping[int, ObjectRef],
         phase: Phase,
+        since: float | None = None,
         generations: Mapping[int, int] | None = None,
         limit: float | None = None,
     ) -> list[Any]:
         """Wait under the deadline of `phase`; values in rank order, or one error with a name.
 
-        `generations`: restarts of each rank when it was called; without them, of the processes as they are.
-        `limit`: another deadline than the phase's, in seconds.
+        `since` (time.monotonic()): when the deadline began; None: now. `generations`: restarts of each rank
+        when it was called; without them, of the processes as they are. `limit`: another deadline than the
+        phase's, in seconds.
         """
         limit = self.limits.of(phase) if limit is None else limit
-        began = time.monotonic()
-        answers = waiting.wait(refs, limit)
+        began = time.monotonic() if since is None else since
+        answers = waiting.wait(refs, began + limit - time.monotonic())
         self.saw(answers.values, ProcessEvent.ANSWERED, generations=generations)
         culprit = answers.culprit
         if culprit is not None:

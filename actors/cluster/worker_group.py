@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +189,7 @@ class WorkerGroup:
         if self.size == 1:
             return AgreedFuture(refs, phase, finish)
         who = [self.who(rank) for rank in refs]
-        return AgreedFuture(refs, phase, lambda sent, at: [agreed(finish(sent, at), who, method)])
+        return AgreedFuture(refs, phase, lambda *sent: [agreed(finish(*sent), who, method)])
 
     def submit_rank(
         self, rank: int, method: str, *args: object, phase: Phase = "call", **kwargs: object
@@ -228,9 +229,10 @@ class WorkerGroup:
         """See which of these processes, which have nothing to do, still answer: others are suspect or dead
         after that. Never raises."""
         asked = {rank: self._actors[rank].ping.remote() for rank in ranks if rank in self.fleet.serving}
+        began = time.monotonic()
         for rank, ref in asked.items():
             with contextlib.suppress(RunFailure):
-                self.liveness.finisher({rank: ref}, "ping")({rank: ref}, "call")
+                self.liveness.finisher({rank: ref}, "ping")({rank: ref}, "call", began)
 
     def pids(self) -> list[int]:
         """Process id of each rank, on its own node."""

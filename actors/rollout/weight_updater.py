@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from actors.errors import InvariantViolation, RunFailure
 from actors.rollout.vllm.worker_calls import ask, standing_still
-from actors.sync.channel import Backend
+from actors.sync.channel import Backend, own_address
 from actors.sync.payload import Payload
-from actors.sync.protocol import NO_VERSION, CommitReport, Readback, StageAck, digest_of_all
+from actors.sync.protocol import NO_VERSION, CommitReport, EngineFacts, Readback, StageAck, digest_of_all
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -58,31 +59,44 @@ class WeightUpdater:
                 whole[name] = all_of_it
         self._ask("refuse_names", [name for name, size in whole.items() if held[name] < size])
 
-    def connect(self, address: str, timeout_s: float) -> str:
-        """Reach the trainer that listens at `address`; returns the engine's dtype. An earlier connection is
-        dropped.
+    def describe(self) -> EngineFacts:
+        """Facts that a trainer needs before the first version."""
+        return EngineFacts(self._dtype, own_address())
+
+    def listen(self, engines: Sequence[int], timeout_s: float) -> dict[int, str]:
+        """Addresses at which engines are waited for that get what comes from this one: `Outlets.listen`."""
+        return dict(self._ask("listen_for", list(engines), own_address(), timeout_s)[0])
+
+    def accept(self, engines: Sequence[int], backend: Backend = "gloo") -> dict[int, str]:
+        """Reasons of engines that were told addresses of `listen` and did not come: `Outlets.accept`."""
+        return dict(self._ask("accept_engines", list(engines), backend)[0])
+
+    def connect(self, address: str, timeout_s: float) -> None:
+        """Reach whoever sends to this engine, at `address`. An earlier connection is dropped.
 
         Raises:
-            RunFailure: nobody listens there.
+            LinkFailure: nobody listens there.
         """
-        self._ask("connect_trainer", address, timeout_s)
-        return self._dtype
+        self._ask("connect_sender", address, timeout_s)
 
     def open_channel(self, backend: Backend = "gloo") -> None:
-        """Connect to the trainer that was reached.
+        """Connect to whoever was reached.
 
         Raises:
-            RunFailure: none was, or it does not accept.
+            LinkFailure: nobody was, or it does not accept.
         """
         self._ask("open_channel", backend)
 
-    def stage(self, version: int) -> StageAck:
-        """Receive a version and keep it next to the served weights.
+    def stage(self, version: int, pass_on_to: Sequence[int] = ()) -> StageAck:
+        """Receive a version, pass it on to these engines, and keep it next to the served weights.
+
+        An engine that does not take it says so itself, as it has nothing to acknowledge.
 
         Raises:
-            RunFailure: the trainer is gone, or this can't be loaded; the engine serves on.
+            LinkFailure: whoever sends is gone; the engine serves on.
+            RunFailure: this can't be loaded; the engine serves on.
         """
-        return self._stage("stage_version", version)
+        return self._stage("stage_version", version, list(pass_on_to))
 
     def stage_payload(self, payload: Payload) -> StageAck:
         """`stage`, for a payload that is here already."""
@@ -142,13 +156,13 @@ class WeightUpdater:
             raise RunFailure("rollout", phase, f"the engine is lost: {self.lost}", "restart this engine")
 
     def close(self) -> None:
-        """Drop the connection."""
+        """Drop the connections."""
         self._ask("close_channel")
 
     def _stage(self, method: str, *args: Any) -> StageAck:
         self.refuse_lost("stage")
         self._staged = None
-        found = self._ask(method, *args, self.version)
+        found = self._ask(method, self.version, *args)
         if any(one != found[0] for one in found):
             self._ask("discard_weights")
             raise InvariantViolation("rollout", "stage", "the engine's processes received different bytes")

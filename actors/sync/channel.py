@@ -1,8 +1,9 @@
-"""A connection of two, trainer and one engine, that carries payloads over gloo or nccl.
+"""A connection of two, of one that sends and one engine, that carries payloads over gloo or nccl.
 
-Each engine has a group of its own: a collective over all of them would hang everyone when one dies. The
-group is an object (no default group is touched, so it does not disturb the ranks' own), and is thrown away
-after any error; a restarted engine gets a new one.
+The trainer sends, or an engine that passes on what it got: here it is called the trainer. Each engine has a
+group of its own: a collective over all of them would hang everyone when one dies. The group is an object (no
+default group is touched, so it does not disturb the ranks' own), and is thrown away after any error; a
+restarted engine gets a new one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from actors.cluster.meeting_point import open_meeting_point
-from actors.errors import RunFailure
+from actors.errors import LinkFailure
 from actors.sync.payload import Manifest, Payload
 from actors.sync.spec import Backend
 from actors.sync.transport import Operation, Transport, transport
@@ -49,7 +50,7 @@ class Listener:
         """The connection, once the engine, which has reached the port, has joined. `device`: of the model.
 
         Raises:
-            RunFailure: it did not within `JOIN_S`.
+            LinkFailure: it did not within `JOIN_S`.
         """
         joining = min(self._timeout, timedelta(seconds=JOIN_S))
         return Channel(self._store, TRAINER, self._timeout, backend, name, device, joining)
@@ -65,20 +66,20 @@ class Connector:
         """Connect to a `Listener`'s address.
 
         Raises:
-            RunFailure: nobody listens there, or not within the deadline.
+            LinkFailure: nobody listens there, or not within the deadline.
         """
         host, _, port = address.rpartition(":")
         self._name, self._timeout = name, timedelta(seconds=timeout_s)
         try:
             self._store = dist.TCPStore(host, int(port), None, False, self._timeout)
         except RuntimeError as error:
-            raise RunFailure(f"channel to {name}", "sync", f"nobody listens at {address}") from error
+            raise LinkFailure(f"channel to {name}", "sync", f"nobody listens at {address}") from error
 
     def join(self, backend: Backend = "gloo", device: str = "cpu") -> Channel:
         """The connection, once the trainer accepts it. `device`: of the model.
 
         Raises:
-            RunFailure: it did not within the deadline; busy with other work, it may take its time.
+            LinkFailure: it did not within the deadline; busy with other work, it may take its time.
         """
         return Channel(self._store, ENGINE, self._timeout, backend, self._name, device)
 
@@ -114,9 +115,9 @@ class Channel:
         """Hand a payload to the other end; returns when all of it is on its way.
 
         Raises:
-            RunFailure: the peer is gone, or did not take it within the deadline.
+            LinkFailure: the peer is gone, or did not take it within the deadline.
         """
-        manifest = torch.frombuffer(bytearray(payload.manifest.encode()), dtype=torch.uint8)
+        manifest = torch.frombuffer(bytearray(payload.manifest.encoded), dtype=torch.uint8)
         header = torch.tensor([len(manifest), len(payload.buffer)], dtype=torch.int64)
         for tensor in (header, manifest, payload.buffer):
             self._each_chunk(tensor.to(self._device), "send")
@@ -154,7 +155,7 @@ class Channel:
         except RuntimeError as error:
             self.close()
             reason = f"{operation} failed: {_why(error)}"
-            raise RunFailure(f"channel to {self.name}", "sync", reason) from error
+            raise LinkFailure(f"channel to {self.name}", "sync", reason) from error
 
 
 def own_address() -> str:

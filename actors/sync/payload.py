@@ -96,7 +96,12 @@ class Manifest:
     @cached_property
     def digest(self) -> str:
         """Of names, shapes, dtypes, scalings and version."""
-        return blake2b(self.encode(), digest_size=16).hexdigest()
+        return blake2b(self.encoded, digest_size=16).hexdigest()
+
+    @cached_property
+    def encoded(self) -> bytes:
+        """`encode`, once for all engines."""
+        return self.encode()
 
     def encode(self) -> bytes:
         """JSON, the same bytes for equal manifests."""

@@ -1,34 +1,31 @@
-"""Phases of a weight sync over the engines that take part: connect, stage, commit, read back.
+"""Phases of a weight sync over the engines that take part: load, connect, stage, commit, read back.
 
 Each phase asks all of its engines before it waits for any, and one that fails hides nothing of what the
-others did. What follows from the answers is decided in `protocol`; what becomes of an engine is noted in
-`EngineSet`.
+others did (`asking`). What follows from the answers is decided in `protocol`; what becomes of an engine is
+noted in `EngineSet`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from actors.cluster.futures import GroupFuture, WorkerFuture
 from actors.cluster.worker_group import WorkerGroup
-from actors.errors import InvariantViolation, RunFailure, UserError
+from actors.errors import InvariantViolation, RunFailure
 from actors.sync import protocol
+from actors.sync.asking import Asked, Participants, answers, ask
 from actors.sync.engine_set import EngineSet
 from actors.sync.engine_state import WeightsEvent
-from actors.sync.protocol import Failure, Offer, Readback, SentParts
+from actors.sync.links import Links
+from actors.sync.protocol import Decision, Failure, Offer, Readback, SentParts
+from actors.sync.relay_tree import TOP, children
 from actors.sync.remote import RemoteWeightSource, UpdatableEngines
 from actors.sync.spec import Backend
 
 if TYPE_CHECKING:
     import numpy as np
-
-CHANNEL_SHARE = 0.8
-"""Of `limits.sync`: deadline inside a channel, so that who waits in vain for a peer says so itself."""
-
-Participants = Mapping[int, int]
-"""Engines that take part: generation by rank."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Loading:
 
     version: int
     engines: Participants
-    asked: dict[int, WorkerFuture | Failure]
+    asked: Asked
     later: GroupFuture[SentParts | None] | None
     """Parts that the trainer sends meanwhile."""
 
@@ -49,52 +46,83 @@ class Phases:
     """
 
     def __init__(
-        self, policy: WorkerGroup, engines: EngineSet, base_dir: str, backend: Backend, keeps: bool
+        self,
+        policy: WorkerGroup,
+        engines: EngineSet,
+        base_dir: str,
+        backend: Backend,
+        fan_out: int,
+        keeps: bool,
     ) -> None:
-        """`keeps`: samples stay in flight over a sync."""
+        """`fan_out`: of `relay_tree`; `keeps`: samples stay in flight over a sync."""
         self.source, self.engines = RemoteWeightSource(policy), engines
         self._calls, self._rollout = UpdatableEngines(engines.group), engines.group
-        self._base_dir, self._backend, self._keeps = base_dir, backend, keeps
+        self._links = Links(self.source, engines, backend, fan_out)
+        self._base_dir, self._keeps = base_dir, keeps
         self.dtype = ""
         """Of the engines; known once one is connected."""
 
     # --- Connections ----------------------------------------------------------------------------
 
-    def load_and_connect(self, rank: int, generation: int) -> None:
-        """Give an engine that was just made the base, and connect it to the trainer.
+    def load(self, rank: int, generation: int) -> None:
+        """Give an engine that was just made the base.
 
         Raises:
-            RunFailure: it did not load, did not reach the trainer, or was replaced.
+            RunFailure: it did not load, or was replaced.
             UserError: it can't load this base.
         """
         load = self._calls.load
         self.engines.submit(rank, generation, lambda r: load(r, self._base_dir, updatable=True)).result()
-        self.connect(rank, generation)
+        failed = self.welcome({rank: generation})
+        if failed:
+            raise RunFailure(
+                self._rollout.who(rank), "sync", failed[rank].reason, self._rollout.next_of(rank)
+            )
 
-    def connect(self, rank: int, generation: int) -> None:
-        """Connect an engine that has loaded the base. Raises as `load_and_connect`."""
-        timeout_s = CHANNEL_SHARE * self._rollout.limits.of("sync")
-        submit, calls = self.engines.submit, self._calls
-        address = self.source.listen(rank, timeout_s).result()
-        # The trainer waits only for an engine that has reached its port: one that dies before keeps nobody.
-        self.dtype = submit(rank, generation, lambda r: calls.connect(r, address, timeout_s)).result()
-        joining = submit(rank, generation, lambda r: calls.open_channel(r, self._backend))
-        accepting = self.source.accept(rank, self._backend)
-        joining.result()
-        accepting.result()
-        self.engines.saw(rank, generation, WeightsEvent.LOADED)
+    def welcome(self, engines: Participants) -> dict[int, Failure]:
+        """Ask engines that have loaded the base for what has to be known of them; who failed over it."""
+        failed = {}
+        for rank, facts in self._links.learn(engines).items():
+            if isinstance(facts, Failure):
+                failed[rank] = facts
+            else:
+                self.dtype = facts.dtype
+                self.engines.saw(rank, engines[rank], WeightsEvent.LOADED)
+        return failed
+
+    def connect(self, engines: Participants, leaves: Collection[int] = ()) -> Decision | None:
+        """Connect engines as a version would go to them; None if that is done, else what follows.
+
+        `leaves`: pass nothing on.
+        """
+        wanted = self._links.plan(engines, leaves)
+        failed = self._links.make(engines, wanted)
+        parents = {rank: link.parent for rank, link in wanted.items()}
+        return protocol.decide_links(failed, parents) if failed else None
 
     # --- Stage and commit -----------------------------------------------------------------------
 
-    def stage(self, engines: Participants, offer: Offer) -> protocol.Decision:
-        """Send to these engines; where not all staged, those that did forget it again."""
-        asked = self._ask(engines, lambda rank: self._calls.stage(rank, offer.version))
-        unreached = self.source.send([*engines]).result()
+    def stage(self, engines: Participants, offer: Offer, leaves: Collection[int] = ()) -> Decision:
+        """Send to these engines, connected where they are not; where not all staged, those that did forget it
+        again. `leaves`: pass nothing on.
+
+        Parts that come inside the commit come from the trainer: there nobody can go back, and one that dies
+        would take all with it to whom it passes on.
+        """
+        wanted = self._links.plan(engines, leaves, direct=offer.parts_later > 0)
+        parents = {rank: link.parent for rank, link in wanted.items()}
+        failed = self._links.make(engines, wanted)
+        if failed:
+            return protocol.decide_links(failed, parents)
+        below = children(parents, [TOP, *engines])
+        asked = self._ask(engines, lambda rank: self._calls.stage(rank, offer.version, below[rank]))
+        unreached = self.source.send(below[TOP]).result()
         answers = self._answers(engines, asked)
         for rank, reason in unreached.items():
             # Whatever it says itself: without a connection it has to be brought up again.
             answers[rank] = Failure(reason, died=True)
-        decision = protocol.decide(offer, answers)
+        self._links.forget([rank for rank, answer in answers.items() if isinstance(answer, Failure)])
+        decision = protocol.decide(offer, answers, parents)
         if decision.commit:
             self._saw(engines, WeightsEvent.ACKNOWLEDGED)
         forgetting = {rank: engines[rank] for rank in decision.discard}
@@ -169,11 +197,11 @@ class Phases:
 
     def begin_scoring(
         self, engines: Participants, probes: Sequence[Sequence[int]], starts: Sequence[int]
-    ) -> dict[int, WorkerFuture | Failure]:
+    ) -> Asked:
         """Ask for log-probabilities of tokens of each probe, from `starts` on."""
         return self._ask(engines, lambda rank: self._calls.score_tokens(rank, probes, starts))
 
-    def wait(self, engines: Participants, asked: Mapping[int, WorkerFuture | Failure]) -> None:
+    def wait(self, engines: Participants, asked: Asked) -> None:
         """Wait for answers, whatever they are."""
         self._answers(engines, asked)
 
@@ -190,28 +218,11 @@ class Phases:
         for rank, generation in engines.items():
             self.engines.saw(rank, generation, event, reason)
 
-    def _ask(
-        self, engines: Participants, call: Callable[[int], WorkerFuture[Any]]
-    ) -> dict[int, WorkerFuture | Failure]:
-        """A call of each engine, or why it can't be called any more."""
-        asked: dict[int, WorkerFuture | Failure] = {}
-        for rank, generation in engines.items():
-            try:
-                asked[rank] = self.engines.submit(rank, generation, call)
-            except RunFailure as failure:
-                asked[rank] = Failure(failure.reason, died=True)
-        return asked
+    def _ask(self, engines: Participants, call: Callable[[int], WorkerFuture[Any]]) -> Asked:
+        return ask(self.engines, engines, call)
 
-    def _answers(self, engines: Participants, asked: Mapping[int, WorkerFuture | Failure]) -> dict[int, Any]:
-        """Each engine's answer, or why there is none: one that fails doesn't hide what the others did."""
-        answers: dict[int, Any] = {}
-        for rank, call in asked.items():
-            try:
-                answers[rank] = call if isinstance(call, Failure) else call.result()
-            except (RunFailure, UserError) as error:
-                reason = error.reason if isinstance(error, RunFailure) else str(error)
-                answers[rank] = Failure(reason, died=not self.engines.is_alive(rank, engines[rank]))
-        return answers
+    def _answers(self, engines: Participants, asked: Asked) -> dict[int, Any]:
+        return answers(self.engines, engines, asked)
 
 
 def violation(who: str, version: int, reason: str, offer: Offer | None = None) -> InvariantViolation:

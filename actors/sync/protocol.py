@@ -11,8 +11,20 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
 
+from actors.sync.relay_tree import TOP
+
 NO_VERSION = -1
 """Version of the base, which an engine holds before the first sync."""
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """Facts of an engine that has loaded the base."""
+
+    dtype: str
+    """In which it computes."""
+    address: str
+    """Of its node, as other nodes reach it."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +138,8 @@ class Failure:
     reason: str
     died: bool
     """Its process is gone or does not answer; else it refused, and can be asked again."""
+    link: bool = False
+    """It lives, and the connection failed over which the version should have come."""
 
 
 @dataclass(frozen=True)
@@ -140,16 +154,50 @@ class Decision:
     """Engines that have to be replaced before the version is offered again."""
     refusals: tuple[str, ...]
     """Why engines refused: not to be cured by offering it again."""
+    not_passed_on: tuple[tuple[int, int], ...] = ()
+    """(engine that should have passed the version on, engine that did not get it); the first one had it. It
+    passes on no more, and the other gets the version by another way."""
 
 
-def decide(offer: Offer, answers: Mapping[int, StageAck | Failure]) -> Decision:
-    """All commit or nobody does."""
+def decide(
+    offer: Offer, answers: Mapping[int, StageAck | Failure], parents: Mapping[int, int] | None = None
+) -> Decision:
+    """All commit or nobody does. `parents`: who sent to each engine (`relay_tree`); None: the trainer to all.
+
+    An engine that the trainer itself can't reach is as good as dead: it has to be brought up again.
+    """
+    ways = dict.fromkeys(answers, TOP) if parents is None else parents
     wrong = {rank: _mismatch_in_answer(offer, answer) for rank, answer in answers.items()}
-    dead = tuple(rank for rank, answer in answers.items() if isinstance(answer, Failure) and answer.died)
-    refusals = tuple(f"engine {rank}: {why}" for rank, why in wrong.items() if why and rank not in dead)
+    failures = {rank: answer for rank, answer in answers.items() if isinstance(answer, Failure)}
+    astray = {rank: ways[rank] for rank, failure in failures.items() if failure.link and not failure.died}
+    dead = [rank for rank, failure in failures.items() if failure.died or astray.get(rank) == TOP]
+    refusals = [
+        f"engine {rank}: {why}{_by_way_of(ways[rank], wrong)}"
+        for rank, why in wrong.items()
+        if why and rank not in dead and rank not in astray
+    ]
+    not_passed = [
+        (parent, rank) for rank, parent in astray.items() if parent != TOP and parent not in failures
+    ]
     staged = tuple(rank for rank, answer in answers.items() if isinstance(answer, StageAck))
     commit = not any(wrong.values())
-    return Decision(commit, () if commit else staged, dead, refusals)
+    return Decision(commit, () if commit else staged, tuple(dead), tuple(refusals), tuple(not_passed))
+
+
+def decide_links(failures: Mapping[int, Failure], parents: Mapping[int, int]) -> Decision:
+    """Consequence of connections that could not be made: nothing was offered yet, and nobody commits."""
+    lost = {rank for rank, failure in failures.items() if failure.died or parents[rank] == TOP}
+    not_passed = [
+        (parents[rank], rank) for rank in failures if rank not in lost and parents[rank] not in failures
+    ]
+    return Decision(False, (), tuple(sorted(lost)), (), tuple(not_passed))
+
+
+def _by_way_of(parent: int, wrong: Mapping[int, str | None]) -> str:
+    """Name of an engine that passed on something else than it acknowledged."""
+    if parent == TOP or wrong.get(parent):
+        return ""
+    return f"; it came by way of engine {parent}, which had acknowledged what was offered"
 
 
 def _mismatch_in_answer(offer: Offer, answer: StageAck | Failure) -> str | None:

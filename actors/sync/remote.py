@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from actors.batches.batch import Batch
     from actors.sync.channel import Backend
     from actors.sync.payload import Kind
-    from actors.sync.protocol import CommitReport, Expected, Prepared, Readback, SentParts, StageAck
+    from actors.sync.protocol import (
+        CommitReport,
+        EngineFacts,
+        Expected,
+        Prepared,
+        Readback,
+        SentParts,
+        StageAck,
+    )
 
 SOURCE = "weight_source"
 """Path of the weight source in a model worker."""
@@ -34,11 +42,11 @@ class RemoteWeightSource:
 
     group: WorkerGroup
 
-    def listen(self, engine: int, timeout_s: float) -> WorkerFuture[str]:
-        return self.group.submit_rank(0, f"{SOURCE}.listen", engine, timeout_s, phase="sync")
+    def listen(self, engines: Sequence[int], timeout_s: float) -> WorkerFuture[dict[int, str]]:
+        return self.group.submit_rank(0, f"{SOURCE}.listen", engines, timeout_s, phase="sync")
 
-    def accept(self, engine: int, backend: Backend = "gloo") -> WorkerFuture[None]:
-        return self.group.submit_rank(0, f"{SOURCE}.accept", engine, backend, phase="sync")
+    def accept(self, engines: Sequence[int], backend: Backend = "gloo") -> WorkerFuture[dict[int, str]]:
+        return self.group.submit_rank(0, f"{SOURCE}.accept", engines, backend, phase="sync")
 
     def prepare(
         self, version: int, role: str | None, payload: Kind, dtype: str, buffer_bytes: int | None = None
@@ -79,14 +87,25 @@ class UpdatableEngines:
     ) -> WorkerFuture[dict[str, float]]:
         return self.group.submit_rank(rank, "load", base, adapter, label, updatable, phase="load")
 
-    def connect(self, rank: int, address: str, timeout_s: float) -> WorkerFuture[str]:
+    def describe(self, rank: int) -> WorkerFuture[EngineFacts]:
+        return self.group.submit_rank(rank, f"{WEIGHTS}.describe", phase="sync")
+
+    def listen(self, rank: int, engines: Sequence[int], timeout_s: float) -> WorkerFuture[dict[int, str]]:
+        return self.group.submit_rank(rank, f"{WEIGHTS}.listen", engines, timeout_s, phase="sync")
+
+    def accept(
+        self, rank: int, engines: Sequence[int], backend: Backend = "gloo"
+    ) -> WorkerFuture[dict[int, str]]:
+        return self.group.submit_rank(rank, f"{WEIGHTS}.accept", engines, backend, phase="sync")
+
+    def connect(self, rank: int, address: str, timeout_s: float) -> WorkerFuture[None]:
         return self.group.submit_rank(rank, f"{WEIGHTS}.connect", address, timeout_s, phase="sync")
 
     def open_channel(self, rank: int, backend: Backend = "gloo") -> WorkerFuture[None]:
         return self.group.submit_rank(rank, f"{WEIGHTS}.open_channel", backend, phase="sync")
 
-    def stage(self, rank: int, version: int) -> WorkerFuture[StageAck]:
-        return self.group.submit_rank(rank, f"{WEIGHTS}.stage", version, phase="sync")
+    def stage(self, rank: int, version: int, pass_on_to: Sequence[int] = ()) -> WorkerFuture[StageAck]:
+        return self.group.submit_rank(rank, f"{WEIGHTS}.stage", version, pass_on_to, phase="sync")
 
     def discard(self, rank: int, version: int) -> WorkerFuture[None]:
         return self.group.submit_rank(rank, f"{WEIGHTS}.discard", version, phase="sync")

@@ -26,6 +26,8 @@ class SyncReport:
     weights are trained."""
     replaced: tuple[int, ...] = ()
     """Engines that were lost on the way and brought up again."""
+    withheld: tuple[int, ...] = ()
+    """Engines that had the version and did not pass it on; from here on they pass nothing on."""
 
     def metrics(self) -> dict[str, float]:
         """For a step's log line, in seconds and bytes."""

@@ -29,6 +29,9 @@ class SyncSpec(Spec):
     in_flight: Literal["wait", "keep"] = "wait"
     """Samples in flight for later steps (`staleness` above 0) when new weights come: `wait` until they are
     done, so that a run can be repeated, or `keep` them, so that they go on with the new weights."""
+    fan_out: int = Field(default=4, ge=2)
+    """Engines that the trainer sends to by itself. Of more, one on each node passes on what it got, to its
+    node and to so many other nodes. Merged weights in parts always come from the trainer."""
     probes: int = Field(default=4, ge=1)
     """Sequences whose log-probabilities engine and trainer compare after a sync."""
     probe_tokens: int = Field(default=32, ge=1)

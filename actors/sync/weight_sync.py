@@ -21,17 +21,16 @@ from actors.cluster.futures import POLL_S, WorkerFuture
 from actors.cluster.worker_group import WorkerGroup
 from actors.errors import RunFailure
 from actors.sync import protocol, verify
+from actors.sync.asking import Participants
 from actors.sync.engine_set import EngineSet
 from actors.sync.engine_state import WeightsEvent
-from actors.sync.phases import Participants, Phases, violation
-from actors.sync.protocol import NO_VERSION, Offer, Prepared, Readback, SentParts
+from actors.sync.phases import Phases, violation
+from actors.sync.protocol import NO_VERSION, Prepared, Readback, SentParts
 from actors.sync.remote import UpdatableEngines
 from actors.sync.report import Stopwatch, SyncReport
+from actors.sync.rounds import Rounds
 from actors.sync.spec import Backend, SyncSpec
 from actors.sync.verify import ProbeReport, Reference
-
-STAGE_ROUNDS = 3
-"""Offers of one version, if engines die while staging and are replaced in between."""
 
 
 def load_base(rollout: WorkerGroup, base_dir: str) -> dict[int, WorkerFuture[dict[str, float]]]:
@@ -60,7 +59,8 @@ class WeightSync:
         self.policy, self.engines, self.rollout = policy, engines, engines.group
         self.spec, self.role, self.base_dir = spec, role, base_dir
         self._keeps = spec.in_flight == "keep"
-        self._phases = Phases(policy, engines, base_dir, backend, self._keeps)
+        self._phases = Phases(policy, engines, base_dir, backend, spec.fan_out, self._keeps)
+        self._rounds = Rounds(self._phases, engines)
         self._source = self._phases.source
         self._probes = [list(map(int, probe)) for probe in probes]
         self._starts = [max(1, len(probe) - spec.probe_tokens) for probe in self._probes]
@@ -83,15 +83,8 @@ class WeightSync:
             UserError: it can't load this base.
         """
         with self.engines.turn:
-            for rank, loading in (self._loading or load_base(self.rollout, self.base_dir)).items():
-                generation = self.engines[rank].generation
-                try:
-                    loading.result()
-                    self._phases.connect(rank, generation)
-                except RunFailure as failure:
-                    if self.engines.is_alive(rank, generation):
-                        raise
-                    self.engines.replace_here(rank, generation, failure.reason, self._phases.load_and_connect)
+            self._welcome(self._loading or load_base(self.rollout, self.base_dir))
+            self._rounds.connect(self._replace_here)
             # An engine's first pass over tokens is slow; this one delays no step.
             everyone = {rank: self.engines[rank].generation for rank in self.engines}
             warming = self._phases.begin_scoring(everyone, self._probes, self._starts)
@@ -118,6 +111,25 @@ class WeightSync:
         with contextlib.suppress(RunFailure):
             self._source.close().result()
 
+    def _welcome(self, loading: dict[int, WorkerFuture[dict[str, float]]]) -> None:
+        """Wait for engines that load the base, all under one deadline; replace those that die over it."""
+        began = time.monotonic()
+        loaded = {}
+        for rank, call in loading.items():
+            generation = self.engines[rank].generation
+            try:
+                call.result(began)
+                loaded[rank] = generation
+            except RunFailure as failure:
+                if self.engines.is_alive(rank, generation):
+                    raise
+                self.engines.saw(rank, generation, WeightsEvent.FAILED, failure.reason)
+        for rank, failed in self._phases.welcome(loaded).items():
+            if not failed.died:
+                raise RunFailure(self.rollout.who(rank), "sync", failed.reason, self.rollout.next_of(rank))
+            self.engines.saw(rank, loaded[rank], WeightsEvent.FAILED, failed.reason)
+        self._replace_here()
+
     # --- The phases of a push -------------------------------------------------------------------
 
     def _push(self, version: int) -> tuple[SyncReport | None, list[int]]:
@@ -130,7 +142,7 @@ class WeightSync:
         replaced = self._replace_lost()
         prepared = self._prepare(version)
         watch = Stopwatch(dict(prepared.seconds))
-        engines, more = self._stage_everywhere(prepared.offer)
+        engines, more, withheld = self._rounds.stage(prepared.offer, self._replace_lost)
         watch.part("wire")
         loading = self._phases.begin_commit(engines, prepared.offer)
         asked = self._ask_reference(prepared)
@@ -145,7 +157,7 @@ class WeightSync:
         watch.part("verify")
         self._reference = reference
         probes = [self._probed[rank] for rank in self.engines if self.engines[rank].version == version]
-        return self._report(watch.seconds, probes, {*replaced}) if probes else None, absent
+        return self._report(watch.seconds, probes, {*replaced}, withheld) if probes else None, absent
 
     def _prepare(self, version: int) -> Prepared:
         # Every rank: a sharded policy's weights are gathered from all; the first one answers.
@@ -155,22 +167,6 @@ class WeightSync:
         ).result()[0]
         assert prepared is not None
         return prepared
-
-    def _stage_everywhere(self, offer: Offer) -> tuple[Participants, list[int]]:
-        """All engines stage what is offered, or this raises: who they are, and who of them was replaced."""
-        replaced: list[int] = []
-        for _ in range(STAGE_ROUNDS):
-            engines = {r: self.engines[r].generation for r in self.engines if self.engines[r].whole}
-            decision = self._phases.stage(engines, offer)
-            if decision.commit:
-                return engines, replaced
-            if decision.refusals:
-                raise violation("rollout", offer.version, "; ".join(decision.refusals), offer)
-            for rank in decision.dead:
-                self.engines.saw(rank, engines[rank], WeightsEvent.FAILED, "it died while it staged")
-            replaced += self._replace_lost()
-        reason = f"engines {replaced} died while they staged version {offer.version}, replaced each time"
-        raise RunFailure("rollout", "sync", reason, self.rollout.next_step)
 
     def _ask_reference(self, prepared: Prepared) -> Callable[[SentParts | None], Reference]:
         """The trainer's account of this version; what it did not find out while it merged and sent is
@@ -223,6 +219,14 @@ class WeightSync:
 
     # --- Engines that are replaced --------------------------------------------------------------
 
+    def _replace_here(self) -> list[int]:
+        """Fresh engines in place of those that are lost, before there is any version."""
+        lost = self.engines.lost()
+        for rank in lost:
+            engine = self.engines[rank]
+            self.engines.replace_here(rank, engine.generation, engine.reason, self._phases.load)
+        return lost
+
     def _replace_lost(self) -> list[int]:
         """Fresh engines in place of those that are lost, also where another call has seen them die."""
         lost = [rank for rank in self.engines if not self.engines[rank].whole]
@@ -232,7 +236,7 @@ class WeightSync:
                 continue
             # One that an earlier push left in the middle holds no whole version.
             reason = engine.reason or f"it was left {engine.state}"
-            self.engines.replace_here(rank, engine.generation, reason, self._phases.load_and_connect)
+            self.engines.replace_here(rank, engine.generation, reason, self._phases.load)
         return lost
 
     def _replace_with(self, rank: int, reference: Reference) -> bool:
@@ -242,7 +246,7 @@ class WeightSync:
         engine = self.engines[rank]
 
         def load(rank: int, generation: int) -> None:
-            self._phases.load_and_connect(rank, generation)
+            self._phases.load(rank, generation)
             self._bring_up(rank, generation, reference)
 
         self.engines.replace_here(rank, engine.generation, engine.reason, load)
@@ -260,7 +264,7 @@ class WeightSync:
             time.sleep(POLL_S)
         free.result()
         with self.engines.turn:
-            self._phases.load_and_connect(rank, generation)
+            self._phases.load(rank, generation)
             if self._reference is not None:
                 self._bring_up(rank, generation, self._reference)
 
@@ -278,7 +282,13 @@ class WeightSync:
             reason = f"it was replaced, and lost again on its way to version {offer.version}: {again}"
             raise RunFailure(self.rollout.who(rank), "sync", reason, self.rollout.next_of(rank))
 
-    def _report(self, seconds: dict[str, float], probes: list[ProbeReport], replaced: set[int]) -> SyncReport:
+    def _report(
+        self,
+        seconds: dict[str, float],
+        probes: list[ProbeReport],
+        replaced: set[int],
+        withheld: Sequence[int] = (),
+    ) -> SyncReport:
         assert self._reference is not None
         offer = self._reference.offer
         return SyncReport(
@@ -291,6 +301,7 @@ class WeightSync:
             probe=max(probes, key=lambda probe: probe.mean),
             share_unchanged_bf16=self._reference.expected.share_unchanged_bf16,
             replaced=tuple(sorted(replaced)),
+            withheld=tuple(withheld),
         )
 
 

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from actors.errors import RunFailure, UserError
 from actors.models.lora.low_rank import Factors
 from actors.models.lora.merge import adapter_factors
-from actors.sync.channel import Channel, Listener, own_address
+from actors.sync.channel import own_address
 from actors.sync.digests import Algorithm, algorithm_for
+from actors.sync.outlets import Outlets
 from actors.sync.payload import Kind, Payload, pack_adapter, pack_merged
 from actors.sync.protocol import Expected, Offer, Prepared, SentParts
 from actors.sync.spec import Backend
@@ -58,27 +59,17 @@ class WeightSource:
     def __init__(self, host: Holder, leads: bool = True, sharded: bool = False) -> None:
         """`leads`: this rank talks to the engines."""
         self._host, self._leads, self._sharded = host, leads, sharded
-        self._listeners: dict[int, Listener] = {}
-        self._channels: dict[int, Channel] = {}
+        self._outlets = Outlets()
         self._payload: Payload | None = None
         self._later: Later | None = None
 
-    def listen(self, engine: int, timeout_s: float) -> str:
-        """Open a port for an engine, in place of an earlier connection to it; its address.
+    def listen(self, engines: Sequence[int], timeout_s: float) -> dict[int, str]:
+        """Addresses at which engines are waited for: see `Outlets.listen`."""
+        return self._outlets.listen(engines, own_address(), timeout_s)
 
-        Every wait on this connection ends after `timeout_s`.
-        """
-        self.disconnect(engine)
-        self._listeners[engine] = Listener(own_address(), timeout_s)
-        return self._listeners[engine].address
-
-    def accept(self, engine: int, backend: Backend = "gloo") -> None:
-        """Wait for the engine that was told the address of `listen`.
-
-        Raises:
-            RunFailure: it did not come within the deadline.
-        """
-        self._channels[engine] = self._listeners.pop(engine).accept(f"engine {engine}", backend, self._device)
+    def accept(self, engines: Sequence[int], backend: Backend = "gloo") -> dict[int, str]:
+        """Reasons of engines that were told addresses of `listen` and did not come: see `Outlets.accept`."""
+        return self._outlets.accept(engines, backend, self._device)
 
     def prepare(
         self, version: int, role: str | None, payload: Kind, dtype: str, buffer_bytes: int | None = None
@@ -191,30 +182,15 @@ class WeightSource:
 
     def disconnect(self, engine: int) -> None:
         """Forget an engine."""
-        self._listeners.pop(engine, None)
-        channel = self._channels.pop(engine, None)
-        if channel is not None:
-            channel.close()
+        self._outlets.disconnect(engine)
 
     def close(self) -> None:
         """Forget all engines and the last payload."""
-        for engine in {*self._listeners, *self._channels}:
-            self.disconnect(engine)
+        self._outlets.close()
         self._payload = self._later = None
 
     def _send_each(self, payload: Payload, engines: Sequence[int]) -> dict[int, str]:
-        failed = {}
-        for engine in engines:
-            try:
-                self._channel(engine).send(payload)
-            except RunFailure as error:
-                failed[engine] = error.reason
-        return failed
-
-    def _channel(self, engine: int) -> Channel:
-        if engine not in self._channels:
-            raise RunFailure(f"channel to engine {engine}", "sync", "it is not connected")
-        return self._channels[engine]
+        return self._outlets.send(payload, engines)
 
     def _factors(self, role: str | None) -> dict[str, Factors]:
         if role is None:
@@ -229,7 +205,7 @@ class WeightSource:
         return next(self._host.base.parameters()).device.type
 
     def _algorithm(self) -> Algorithm:
-        return algorithm_for([self._device, *(channel.peer_device for channel in self._channels.values())])
+        return algorithm_for([self._device, *self._outlets.devices])
 
     def _base_dtype(self) -> str:
         return str(next(self._host.base.parameters()).dtype).removeprefix("torch.")

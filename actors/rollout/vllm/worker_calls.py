@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actors.errors import InvariantViolation, RunFailure, UserError
+from actors.errors import InvariantViolation, LinkFailure, RunFailure, UserError
 from actors.rollout.vllm.workarounds.registry import LEANT_ON
 
 if TYPE_CHECKING:
     from vllm import LLM
 
 _ERRORS: dict[str, type[Exception]] = {
-    error.__name__: error for error in (UserError, RunFailure, InvariantViolation)
+    error.__name__: error for error in (UserError, RunFailure, LinkFailure, InvariantViolation)
 }
 
 

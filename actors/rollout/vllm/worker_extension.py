@@ -51,7 +51,17 @@ class SyncWorkerExtension:
         self.weight_transfer_engine.unbound = frozenset(names)
 
     @answers
-    def connect_trainer(self, address: str, timeout_s: float) -> None:
+    def listen_for(self, engines: list[int], host: str, timeout_s: float) -> list[list[Any]]:
+        """See `Intake.listen`; as pairs."""
+        return [[*pair] for pair in self._intake.listen(engines, host, timeout_s).items()]
+
+    @answers
+    def accept_engines(self, engines: list[int], backend: Backend) -> list[list[Any]]:
+        """See `Intake.accept`; as pairs."""
+        return [[*pair] for pair in self._intake.accept(engines, backend).items()]
+
+    @answers
+    def connect_sender(self, address: str, timeout_s: float) -> None:
         """See `Intake.connect`."""
         self._intake.connect(address, timeout_s)
 
@@ -66,15 +76,16 @@ class SyncWorkerExtension:
         self._intake.close()
 
     @answers
-    def stage_version(self, version: int, served: int) -> dict[str, Any]:
-        """Receive `version`, to be kept next to the served one: a `StageAck`, and how many parts follow."""
-        payload = self._intake.receive()
-        if payload.manifest.version != version:
-            raise RunFailure("rollout", "stage", f"got version {payload.manifest.version}, not {version}")
-        return self._stage(payload, served)
+    def stage_version(self, served: int, version: int, pass_on_to: list[int]) -> dict[str, Any]:
+        """Receive `version`, to be kept next to the served one, and pass it on: a `StageAck`, and how many
+        parts follow."""
+        with self._intake.passing_on(pass_on_to) as payload:
+            if payload.manifest.version != version:
+                raise RunFailure("rollout", "stage", f"got version {payload.manifest.version}, not {version}")
+            return self._stage(payload, served)
 
     @answers
-    def stage_bytes(self, manifest: bytes, buffer: bytes, served: int) -> dict[str, Any]:
+    def stage_bytes(self, served: int, manifest: bytes, buffer: bytes) -> dict[str, Any]:
         """`stage_version`, for a payload that is here already."""
         received = torch.frombuffer(bytearray(buffer), dtype=torch.uint8)
         payload = Payload(Manifest.decode(manifest), received)

@@ -232,7 +232,11 @@ class RlLoop:
         lost = [
             f"rollout-{one.rank} was replaced: {one.reason}; its samples were drawn again" for one in restarts
         ]
-        return lost + [f"rollout-{rank} was replaced before it took new weights" for rank in report.replaced]
+        lost += [f"rollout-{rank} was replaced before it took new weights" for rank in report.replaced]
+        return lost + [
+            f"rollout-{rank} did not pass new weights on to engines below it: others do so now"
+            for rank in report.withheld
+        ]
 
     def routing(self, sampled: SampledBatch, batch: Batch) -> Routing:
         """Routing of this step, in the engines and in the trainer."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -17,15 +17,17 @@ from actors.batches.generations import SamplingSpec
 from actors.errors import RunFailure
 from actors.rollout import pool as pool_module
 from actors.rollout.pool import RolloutPool
-from actors.sync import weight_sync
+from actors.sync import asking, weight_sync
 from actors.sync.engine_set import EngineSet
 from actors.sync.engine_state import WeightsState
 from actors.sync.spec import SyncSpec
 from actors.sync.weight_sync import WeightSync
-from tests.actors.sync.fake_groups import PATIENCE_S, Answer, FakeEngines, FakeTrainer, pauses
+from tests.actors.sync.fake_groups import PATIENCE_S, FakeEngines, FakeTrainer, first_done, pauses
 
 ENGINES, PUSHES, DEATHS, DOOMED = 3, 6, 3, 2
 """Of the deaths these come at any time; the doomed die while they stage a version."""
+FAN_OUTS = (4, 2)
+"""With the second one engine passes versions on to the others."""
 PROMPTS = [[i, 7] for i in range(40)]
 SEEDS = list(range(100, 140))
 EXPECTED = [[seed % 97, sum(prompt)] for prompt, seed in zip(PROMPTS, SEEDS)]
@@ -35,26 +37,21 @@ EXPECTED = [[seed % 97, sum(prompt)] for prompt, seed in zip(PROMPTS, SEEDS)]
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls are looked at every few milliseconds, and without Ray."""
 
-    def first_done(calls: Mapping[int, Answer], limit_s: float) -> list[int]:
-        until = time.monotonic() + limit_s
-        while calls and time.monotonic() < until and not any(call.done() for call in calls.values()):
-            time.sleep(0.0005)
-        return [rank for rank, call in calls.items() if call.done()]
-
-    monkeypatch.setattr(pool_module, "first_done", first_done)
-    for module in (pool_module, weight_sync):
+    for module in (pool_module, asking):
+        monkeypatch.setattr(module, "first_done", first_done)
+    for module in (pool_module, weight_sync, asking):
         monkeypatch.setattr(module, "POLL_S", 0.01)
 
 
 class World:
     """A trainer, engines that die, and what the product makes of them."""
 
-    def __init__(self, seed: int, in_flight: str) -> None:
+    def __init__(self, seed: int, in_flight: str, fan_out: int = 4) -> None:
         self.generator, self.keeps = random.Random(seed), in_flight == "keep"
         self.doomed = 0
         self.group = FakeEngines(ENGINES, pauses(seed), self.dies_staging)
         self.engines = EngineSet(self.group)  # type: ignore[arg-type]
-        spec = SyncSpec(in_flight=in_flight)  # type: ignore[arg-type]
+        spec = SyncSpec(in_flight=in_flight, fan_out=fan_out)  # type: ignore[arg-type]
         trainer = FakeTrainer(self.group)
         self.sync = WeightSync(
             trainer, self.engines, spec, "base", "policy", [[1, 2, 3]]  # type: ignore[arg-type]
@@ -178,7 +175,7 @@ def run(work: Callable[[], None], name: str) -> threading.Thread:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_engines_die_while_samples_are_in_flight_over_syncs(seed: int) -> None:
-    world = World(seed, "keep")
+    world = World(seed, "keep", FAN_OUTS[seed % 2])
     world.sync.connect()
     world.sync.push(0)
     stop = threading.Event()
@@ -206,7 +203,7 @@ def test_engines_die_while_samples_are_in_flight_over_syncs(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_engines_die_while_they_generate_and_while_they_are_synced(seed: int) -> None:
-    world = World(seed, "wait")
+    world = World(seed, "wait", FAN_OUTS[seed % 2])
     world.sync.connect()
 
     def work() -> None:

@@ -22,7 +22,8 @@ PARTS = {WEIGHTS: WeightUpdater}
 
 def test_every_call_of_engines_fits_the_method_that_it_names() -> None:
     assert mismatches(RolloutEngines, RolloutEngine, parts=PARTS) == {}
-    of_sync = {"load", "connect", "open_channel", "stage", "discard", "commit", "readback", "score_tokens"}
+    of_sync = {"load", "describe", "listen", "accept", "connect", "open_channel", "stage", "discard"}
+    of_sync |= {"commit", "readback", "score_tokens"}
     assert set(calls_of(UpdatableEngines)) == of_sync
     assert set(calls_of(RolloutEngines)) == of_sync | {"generate", "advance", "expert_load"}
 

@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Overdue
 from typing import Any
@@ -22,11 +22,13 @@ from actors.batches.generations import Generations
 from actors.batches.slices import Asked, Progress, Work
 from actors.cluster.health import Members, ProcessEvent
 from actors.cluster.spec import LimitsSpec, Phase
-from actors.errors import RunFailure
-from actors.sync.protocol import CommitReport, Expected, Offer, Prepared, Readback, StageAck
+from actors.errors import LinkFailure, RunFailure
+from actors.sync.protocol import CommitReport, EngineFacts, Expected, Offer, Prepared, Readback, StageAck
 
 PATIENCE_S = 20.0
 """Longest wait for any answer: a test that needs it has found something that waits for ever."""
+TRAINER = "trainer"
+"""Its address."""
 
 
 class Died(Exception):
@@ -60,6 +62,10 @@ class Process:
         self.waiting: dict[int, dict[int, list[Any]]] = {}
         """Call -> number of a sample -> prompt, seed and tokens so far."""
         self.wire: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.sender: Process | None = None
+        """The engine at the other end of its connection; None: the trainer."""
+        self.cut = False
+        """The other end has dropped the connection."""
         self.work = ThreadPoolExecutor(1)
 
     def call(self, method: str, args: tuple[Any, ...]) -> Any:
@@ -78,21 +84,40 @@ class Process:
         self.version, self.wire = -1, queue.SimpleQueue()
         return {}
 
-    def connect(self, address: str, timeout_s: float) -> str:
-        return "float32"
+    def describe(self) -> EngineFacts:
+        return EngineFacts("float32", "here")
+
+    def listen(self, engines: list[int], timeout_s: float) -> dict[int, str]:
+        return dict.fromkeys(engines, f"{self.rank} {self.generation}")
+
+    def accept(self, engines: list[int], backend: str) -> dict[int, str]:
+        return {}
+
+    def connect(self, address: str, timeout_s: float) -> None:
+        self.wire, self.sender, self.cut = queue.SimpleQueue(), None, False
+        if address != TRAINER:
+            rank, generation = map(int, address.split())
+            self.sender = self.group.processes[rank]
+            self.cut = self.sender.generation != generation
 
     def open_channel(self, backend: str) -> None:
         return None
 
-    def stage(self, version: int) -> StageAck:
+    def stage(self, version: int, pass_on_to: list[int]) -> StageAck:
+        below = [self.group.processes[rank] for rank in pass_on_to]
         try:
             self.staged = self._received()
             if self.group.dies_staging():
                 self.group.kill(self.rank)
             self._live()
-        except Died:
+        except (Died, LinkFailure):
             self.log.note("not staged", version, self)
+            for process in below:
+                process.cut = process.sender is self
             raise
+        for process in below:
+            if process.sender is self:
+                process.wire.put(self.staged)
         self.log.note("staged", version, self)
         return StageAck(**vars(offer(self.staged)))
 
@@ -144,7 +169,8 @@ class Process:
             try:
                 return self.wire.get(timeout=0.002)
             except queue.Empty:
-                continue
+                if self.cut or (self.sender is not None and not self.sender.alive):
+                    raise LinkFailure("channel", "sync", "the other end is gone") from None
         raise ValueError("nothing was sent")
 
     def _live(self) -> None:
@@ -161,14 +187,20 @@ class Answer:
     def done(self) -> bool:
         return self._future.done()
 
-    def result(self) -> Any:
-        rank = self._process.rank
+    def result(self, since: float | None = None) -> Any:
+        rank, limit = self._process.rank, self._group.deadline_s
+        left = (
+            PATIENCE_S if limit is None else max(0.0, (since or time.monotonic()) + limit - time.monotonic())
+        )
         try:
-            return self._future.result(PATIENCE_S)
+            return self._future.result(left)
         except Died:
             self._group.saw(self._process, ProcessEvent.DIED)
             raise RunFailure(self._group.who(rank), self._phase, "its process died") from None
         except Overdue:
+            if limit is not None:
+                self._group.saw(self._process, ProcessEvent.OVERDUE)
+                raise RunFailure(self._group.who(rank), self._phase, "no answer") from None
             raise AssertionError(f"{self._phase} of engine {rank} never came back") from None
 
 
@@ -176,6 +208,8 @@ class FakeEngines:
     """A `WorkerGroup` of engines."""
 
     name, next_step, measured = "rollout", "again", None
+    deadline_s: float | None = None
+    """Of every call; None: a call that never comes back is the test's failure."""
 
     def __init__(
         self, size: int, pause: Callable[[], None], dies_staging: Callable[[], bool] = lambda: False
@@ -183,12 +217,15 @@ class FakeEngines:
         """`dies_staging`: asked by an engine that has received a version."""
         self.size, self.limits, self.log, self.pause = size, LimitsSpec(), Log(), pause
         self.fleet, self.dies_staging = Members.of(size), dies_staging
-        self.processes = [Process(rank, 0, self) for rank in range(size)]
+        self.processes = [self.process(rank, 0) for rank in range(size)]
         for process in self.processes:
             process.build()
         self.killed: Counter[int] = Counter()
         self.channels: dict[int, Process] = {}
         self._lock = threading.Lock()
+
+    def process(self, rank: int, generation: int) -> Process:
+        return Process(rank, generation, self)
 
     def kill(self, rank: int) -> None:
         process = self.processes[rank]
@@ -210,7 +247,7 @@ class FakeEngines:
         with self._lock:
             self.fleet = self.fleet.after([rank], ProcessEvent.RESTARTED)
             generation = self.fleet.members[rank].generation
-            self.processes[rank] = Process(rank, generation, self)
+            self.processes[rank] = self.process(rank, generation)
 
     def rebuild(self, rank: int) -> float:
         self.submit_rank(rank, "build", phase="load").result()
@@ -266,12 +303,14 @@ class FakeTrainer:
     def submit_rank(self, rank: int, method: str, *args: Any, phase: str) -> Now:
         return Now(getattr(self, method.rpartition(".")[2])(*args))
 
-    def listen(self, engine: int, timeout_s: float) -> str:
-        self.disconnect(engine)
-        return "here:1"
+    def listen(self, engines: list[int], timeout_s: float) -> dict[int, str]:
+        for engine in engines:
+            self.disconnect(engine)
+        return dict.fromkeys(engines, TRAINER)
 
-    def accept(self, engine: int, backend: str) -> None:
-        self.engines.channels[engine] = self.engines.processes[engine]
+    def accept(self, engines: list[int], backend: str) -> dict[int, str]:
+        self.engines.channels |= {engine: self.engines.processes[engine] for engine in engines}
+        return {}
 
     def prepare(self, version: int, *_: Any) -> Prepared:
         self.version = version
@@ -293,6 +332,14 @@ class FakeTrainer:
     def token_logprobs(self, batch: Any, role: str | None, temperature: float) -> np.ndarray:
         version = -1 if role is None else self.version
         return np.full(sum(batch.label_counts), value_of(version))
+
+
+def first_done(calls: Mapping[int, Answer], limit_s: float) -> list[int]:
+    """In place of `actors.cluster.futures.first_done`."""
+    until = time.monotonic() + limit_s
+    while calls and time.monotonic() < until and not any(call.done() for call in calls.values()):
+        time.sleep(0.0005)
+    return [rank for rank, call in calls.items() if call.done()]
 
 
 def offer(version: int) -> Offer:

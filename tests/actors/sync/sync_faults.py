@@ -220,10 +220,10 @@ class FaultyUpdater(WeightUpdater):
         super().__init__(llm, base, engine.spec.dtype)
         self._engine = engine
 
-    def stage(self, version: int) -> StageAck:
+    def stage(self, version: int, pass_on_to: Sequence[int] = ()) -> StageAck:
         self._engine.calls.append(f"stage {version}")
         self._die_if("dies while staging")
-        return super().stage(version)
+        return super().stage(version, pass_on_to)
 
     def discard(self, version: int) -> None:
         self._engine.calls.append(f"discard {version}")
@@ -247,9 +247,9 @@ class FaultyUpdater(WeightUpdater):
                 return super().commit(version, keep)
         return super().commit(version, keep)
 
-    def connect(self, address: str, timeout_s: float) -> str:
+    def connect(self, address: str, timeout_s: float) -> None:
         self._die_if("dies on its way to the trainer")
-        return super().connect(address, timeout_s)
+        super().connect(address, timeout_s)
 
     def _break(self, fault: str) -> None:
         self._engine.fault = fault

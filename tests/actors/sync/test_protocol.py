@@ -12,9 +12,11 @@ from actors.sync.protocol import (
     Offer,
     StageAck,
     decide,
+    decide_links,
     mismatch_in_commit,
     mismatch_in_version,
 )
+from actors.sync.relay_tree import TOP
 
 OFFER = Offer(version=3, bytes=640, tensors=4, digest="d", manifest_digest="m")
 
@@ -61,6 +63,49 @@ def test_an_engine_that_refuses_is_not_asked_again() -> None:
     decision = decide(OFFER, {0: Failure("half a group", died=False), 1: ack()})
     assert (decision.commit, decision.dead, decision.discard) == (False, (), (1,))
     assert decision.refusals == ("engine 0: half a group",)
+
+
+CHAIN = {0: TOP, 1: 0, 2: 1, 3: 1}
+"""Who sends to each engine."""
+GONE = Failure("the other end is gone", died=False, link=True)
+
+
+def test_those_below_a_dead_engine_are_neither_dead_nor_refuse() -> None:
+    decision = decide(OFFER, {0: ack(), 1: Failure("died", died=True), 2: GONE, 3: GONE}, CHAIN)
+    assert (decision.commit, decision.dead, decision.refusals, decision.discard) == (False, (1,), (), (0,))
+    assert decision.not_passed_on == (), "the dead one is to blame"
+
+
+def test_an_engine_that_had_the_version_and_did_not_pass_it_on_is_named_once_for_each_below_it() -> None:
+    decision = decide(OFFER, {0: ack(), 1: ack(), 2: GONE, 3: GONE}, CHAIN)
+    assert (decision.dead, decision.refusals, decision.discard) == ((), (), (0, 1))
+    assert decision.not_passed_on == ((1, 2), (1, 3))
+    deeper = decide(OFFER, {0: ack(), 1: GONE, 2: GONE, 3: GONE}, CHAIN)
+    assert deeper.not_passed_on == ((0, 1),), "who had nothing could pass nothing on"
+
+
+def test_an_engine_that_the_trainer_itself_can_not_reach_is_as_good_as_dead() -> None:
+    assert decide(OFFER, {0: GONE, 1: ack()}).dead == (0,)
+    assert decide(OFFER, {0: GONE, 1: GONE, 2: GONE, 3: GONE}, CHAIN).dead == (0,)
+
+
+def test_other_bytes_are_told_of_whoever_passed_them_on() -> None:
+    decision = decide(OFFER, {0: ack(), 1: ack(), 2: ack(), 3: ack(digest="x")}, CHAIN)
+    assert decision.refusals == (
+        "engine 3: acknowledged digest x, the trainer offered d; it came by way of engine 1, which had "
+        "acknowledged what was offered",
+    )
+    wrong = dict.fromkeys((1, 2, 3), ack(digest="x"))
+    named = decide(OFFER, {0: ack(), **wrong}, CHAIN).refusals
+    assert ["by way of" in one for one in named] == [True, False, False]
+
+
+def test_connections_that_can_not_be_made_cost_whoever_the_trainer_can_not_reach() -> None:
+    died = Failure("its process died", died=True)
+    decision = decide_links({1: died, 2: GONE, 3: GONE}, CHAIN)
+    assert (decision.commit, decision.dead, decision.not_passed_on) == (False, (1,), ())
+    assert decide_links({0: GONE}, CHAIN).dead == (0,)
+    assert decide_links({2: GONE}, CHAIN).not_passed_on == ((1, 2),)
 
 
 def test_a_commit_has_to_bind_every_tensor_of_its_version() -> None:

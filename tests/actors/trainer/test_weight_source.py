@@ -89,14 +89,15 @@ def test_a_version_of_all_weights_that_is_gone_is_not_sent_as_another(
 def test_all_digests_of_a_version_are_by_what_trainer_and_engines_can_both_take(
     source: WeightSource, device: str, algorithm: Algorithm, kind: Kind, limit: int | None
 ) -> None:
-    source._channels = {0: SentTo("cpu"), 1: SentTo(device)}  # type: ignore[dict-item]
+    source._outlets._channels = {0: SentTo(), 1: SentTo()}  # type: ignore[dict-item]
+    source._outlets.devices = {"cpu", device}
     prepared = source.prepare(1, "policy", kind, "float32", limit)
     source.send([0, 1])
     sent = source.send_later([0, 1])
     assert prepared is not None
     expected = prepared.expected if sent is None else sent.expected
     # Another engine in a place doesn't change what a version was digested by.
-    source._channels = {0: SentTo("cpu")}  # type: ignore[dict-item]
+    source._outlets.devices = {"cpu"}
     asked = source.expected("policy", "float32")
     assert expected in (None, asked)
     assert asked is not None
@@ -105,10 +106,7 @@ def test_all_digests_of_a_version_are_by_what_trainer_and_engines_can_both_take(
 
 
 class SentTo:
-    """A channel's end, whose other end is somewhere."""
-
-    def __init__(self, device: str) -> None:
-        self.peer_device = device
+    """A channel's end."""
 
     def send(self, payload: Payload) -> None:
         self.sent = payload.manifest.algorithm

@@ -112,6 +112,7 @@ class Engines:
 class Report:
     version: int
     replaced: tuple[int, ...] = ()
+    withheld: tuple[int, ...] = ()
 
     def metrics(self) -> dict[str, float]:
         return {"sync/version": self.version}

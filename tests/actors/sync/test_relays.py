@@ -1,0 +1,148 @@
+"""Versions on their way to many engines, over real gloo: bytes, faults of engines that pass on, hangs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from actors.errors import InvariantViolation
+from actors.sync import asking, channel
+from actors.sync.engine_set import EngineSet
+from actors.sync.spec import SyncSpec
+from actors.sync.weight_sync import WeightSync
+from tests.actors.sync.fake_groups import first_done
+from tests.actors.sync.standin_engines import StandIns, Trainer, bytes_sent
+
+NUMBERS = 50_000
+PAYLOAD = 4 * NUMBERS
+ON_A_NODE = 8
+
+
+class World:
+    """A trainer and stand-ins, connected."""
+
+    def __init__(self, engines: int, fan_out: int = 4, sync_s: float = 60.0, **faults: str) -> None:
+        self.group = StandIns(engines, ON_A_NODE, sync_s)
+        self.group.faults = {int(rank.removeprefix("e")): fault for rank, fault in faults.items()}
+        self.trainer = Trainer(self.group, NUMBERS)
+        self.engines = EngineSet(self.group)  # type: ignore[arg-type]
+        spec = SyncSpec(payload="merged", fan_out=fan_out)
+        self.sync = WeightSync(
+            self.trainer, self.engines, spec, "base", "policy", [[1, 2, 3]]  # type: ignore[arg-type]
+        )  # fmt: skip
+        self.sync.connect()
+
+    def served(self) -> set[int]:
+        return {self.engines[rank].version for rank in self.engines}
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., World]]:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setattr(asking, "first_done", first_done)
+    monkeypatch.setattr(asking, "POLL_S", 0.05)
+    monkeypatch.setattr(channel, "JOIN_S", 5.0)
+    made: list[World] = []
+
+    def make(*args: int, **more: int | float | str) -> World:
+        made.append(World(*args, **more))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.sync.close()
+        one.group.close()
+
+
+def copies(sent: int) -> int:
+    """How many payloads these bytes are; each has a manifest of less than a tenth of it."""
+    assert sent % PAYLOAD < PAYLOAD / 2
+    return sent // PAYLOAD
+
+
+def test_to_64_engines_on_8_nodes_the_trainer_sends_as_many_copies_as_the_fan_out(
+    world: Callable[..., World],
+) -> None:
+    relayed = world(64)
+    with bytes_sent(relayed.trainer) as sent:
+        assert relayed.sync.push(0).withheld == ()
+    assert (copies(sent["trainer"]), copies(sent["engines"])) == (4, 60)
+    assert relayed.served() == {0}
+    direct = world(16, fan_out=16)
+    with bytes_sent(direct.trainer) as sent:
+        direct.sync.push(0)
+    assert (copies(sent["trainer"]), copies(sent["engines"])) == (16, 0)
+
+
+def test_one_that_passes_on_other_bytes_than_it_got_is_named(world: Callable[..., World]) -> None:
+    corrupt = world(16, e8="corrupts")
+    with pytest.raises(InvariantViolation) as caught:
+        corrupt.sync.push(0)
+    refusals = caught.value.reason.partition(": engine ")[2].split("; engine ")
+    assert [int(one.partition(":")[0]) for one in refusals] == list(range(9, 16))
+    named = ["by way of engine 8, which had acknowledged what was offered" in one for one in refusals]
+    assert named == [True] * 4 + [False] * 3, "whoever got it so from another is no culprit"
+    assert corrupt.served() == {-1}, "nobody committed"
+
+
+def test_those_below_one_that_dies_get_the_version_by_another_way(world: Callable[..., World]) -> None:
+    dying = world(16)
+    dying.sync.push(0)
+    dying.group.faults[8] = "dies in stage"
+    report = dying.sync.push(1)
+    assert (report.replaced, report.withheld) == ((8,), ())
+    assert dying.served() == {1}
+    generations = [dying.engines[rank].generation for rank in dying.engines]
+    assert generations == [int(rank == 8) for rank in range(16)], "it cost nobody else"
+    with bytes_sent(dying.trainer) as sent:
+        dying.sync.push(2)
+    assert copies(sent["trainer"]) == 2, "one on each node passes it on again"
+
+
+def test_one_that_passes_nothing_on_is_named_and_passes_nothing_on_from_then_on(
+    world: Callable[..., World],
+) -> None:
+    silent = world(16, sync_s=4.0, e8="drops")
+    report = silent.sync.push(0)
+    assert (report.replaced, report.withheld) == ((), (8,))
+    assert silent.served() == {0}
+    began = time.monotonic()
+    assert silent.sync.push(1).withheld == ()
+    assert time.monotonic() - began < 2, "it is not waited for again"
+
+
+@pytest.mark.parametrize("rank", [8, 15], ids=["one that passes on", "one that doesn't"])
+def test_one_that_hangs_costs_a_deadline_and_itself(world: Callable[..., World], rank: int) -> None:
+    hanging = world(16, sync_s=4.0)
+    hanging.sync.push(0)
+    hanging.group.faults[rank] = "hangs in stage"
+    began = time.monotonic()
+    assert hanging.sync.push(1).replaced == (rank,)
+    assert time.monotonic() - began < 2 * 4.0
+    assert hanging.served() == {1}
+    assert sum(hanging.engines[rank].generation for rank in hanging.engines) == 1
+
+
+@pytest.mark.parametrize("where", ["hangs in connect", "hangs in open", "dies in connect"])
+def test_engines_that_hang_while_they_connect_hold_up_nobody_else_and_are_replaced(
+    world: Callable[..., World], where: str
+) -> None:
+    began = time.monotonic()
+    connected = world(16, fan_out=16, sync_s=2.0, e3=where, e4=where, e9=where)
+    seconds = time.monotonic() - began
+    generations = [connected.engines[rank].generation for rank in connected.engines]
+    assert [rank for rank, generation in enumerate(generations) if generation] == [3, 4, 9]
+    assert seconds < 2 * 2.0, "they are waited for at the same time"
+    assert connected.sync.push(0).replaced == ()
+    assert connected.served() == {0}
+
+
+def test_what_was_connected_once_stays_connected(world: Callable[..., World]) -> None:
+    steady = world(12)
+    listeners = steady.trainer.source._outlets._channels.copy()
+    for version in range(3):
+        steady.sync.push(version)
+    assert steady.trainer.source._outlets._channels == listeners
+    assert len(listeners) == 2
