@@ -7,6 +7,7 @@ from actors.cluster.connection import (
     is_local,
     local_resources,
     match_tokens,
+    ray_lost,
     start_ray,
     stop_ray,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "match_tokens",
     "passed_on",
     "private",
+    "ray_lost",
     "start_ray",
     "stop_ray",
     "use_token",

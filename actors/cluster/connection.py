@@ -27,7 +27,7 @@ from actors.cluster.ray_private import (
     workers_import_from,
 )
 from actors.cluster.spec import RoleSpec, bundle
-from actors.errors import UserError
+from actors.errors import RunFailure, UserError
 
 OBJECT_STORE_BYTES = 512 * 2**20
 """Object store of a local cluster. Batches are small and what doesn't fit is spilled to disk; Ray's own
@@ -134,6 +134,12 @@ def stop_ray(failed: bool = False) -> Path | None:
             ray.shutdown()
         unmute_raylet()
     return kept
+
+
+def ray_lost() -> RunFailure | None:
+    """The failure of a cluster that `start_ray` started and that can't go on, which is behind whatever else
+    fails then; None while all is well."""
+    return _local.lost if _local is not None else None
 
 
 def check_cluster(roles: Mapping[str, RoleSpec], *, num_cpus: float | None = None) -> None:

@@ -8,19 +8,23 @@ import os
 import secrets
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from actors.cluster.environment import SOCKETS, beside_proxies
-from actors.cluster.ray_private import TRIED, forget_token, on_loopback
+from actors.cluster.ray_private import TRIED, forget_token, on_loopback, own_processes
+from actors.cluster.ray_watch import GOES_ON, RayWatch
 from actors.cluster.scratch import Scratch, unfit
 from actors.errors import RunFailure
 from actors.variables import variables_set
 
 SOCKET_ROOM = len("/session_2026-11-30_10-48-07_418268_1234567/sockets/plasma_store")
 """Bytes that Ray adds to its directory's path, for the longest of its sockets' names."""
+SHUTDOWN_S = 20.0
+"""Longest wait for Ray's shutdown, which takes a tenth of a second, before its processes are killed."""
 TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
@@ -40,14 +44,20 @@ class LocalCluster:
         self._keep = keep
         self._rays = Scratch(SOCKET_ROOM)
         self._files = self._rays if _usual(self._rays) else Scratch()
+        self._watch: RayWatch | None = None
         self.how = self._start(settings, starting)
         """One line for the log: started fast or plain, and what is not as usual."""
+        self._watch = RayWatch(own_processes())
+
+    @property
+    def lost(self) -> RunFailure | None:
+        """The failure behind whatever fails once a process of Ray's is lost without which nothing goes on."""
+        reason = self._watch.lost if self._watch is not None else None
+        return None if reason is None else RunFailure("ray", "run", reason, GOES_ON)
 
     def end(self, failed: bool = False) -> Path | None:
         """End it and remove its files; of a `failed` run Ray's logs are kept: returns their directory."""
-        import ray
-
-        ray.shutdown()
+        self._shut_down()
         forget_token()
         kept = self._keep_logs() if failed else None
         for scratch in {self._rays, self._files}:
@@ -56,6 +66,23 @@ class LocalCluster:
             else:
                 scratch.remove()
         return kept
+
+    def _shut_down(self) -> None:
+        """Ray's own shutdown asks the raylet, without a deadline: what is stopped is killed past ours."""
+        import ray
+
+        if self._watch is None:
+            ray.shutdown()
+            return
+        self._watch.end()
+        # Ray allows its shutdown in any thread.
+        ending = threading.Thread(target=ray.shutdown, daemon=True, name="stop-ray")
+        ending.start()
+        ending.join(SHUTDOWN_S)
+        if ending.is_alive():
+            self._watch.kill()
+            ending.join(SHUTDOWN_S)
+        self._watch.unwound()
 
     def _start(self, settings: Mapping[str, Any], starting: AbstractContextManager[str]) -> str:
         import ray

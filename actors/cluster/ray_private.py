@@ -155,6 +155,14 @@ def own_sigterm() -> Iterator[None]:
         libc.sigaction(signal.SIGTERM, before, None)
 
 
+def own_processes() -> dict[str, int]:
+    """Pids of the processes that a local cluster of this process can't do without, by what they are; empty
+    with a Ray that lacks the name."""
+    node = getattr(private(_WORKER, "_global_node"), "all_processes", {})
+    names = {"raylet": "the raylet of this machine", "gcs_server": "the GCS"}
+    return {names[kind]: node[kind][0].process.pid for kind in names if node.get(kind)}
+
+
 def mute_raylet() -> None:
     """Keep Ray's half page per dead worker off the terminal until `unmute_raylet`: whoever waits for the
     worker reports its death.

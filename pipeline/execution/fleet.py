@@ -21,6 +21,7 @@ from actors.cluster import (
     import_ray,
     is_local,
     passed_on,
+    ray_lost,
     start_ray,
     stop_ray,
 )
@@ -95,14 +96,19 @@ class Fleet:
         if not self._local:  # A local cluster takes its actors with it.
             for group in self._groups.values():
                 group.shutdown(kindly=kind is not KeyboardInterrupt)
+        failed, lost = False, None
         if self._ray:
             failed = isinstance(error, Exception) and not isinstance(error, UserError | Stopped)
+            lost = ray_lost()
             kept = stop_ray(failed)
             if kept is not None:
                 self._note(f"Ray's own logs of this run are kept in {kept}")
         if self._fork_server is not None:
             self._fork_server.stop()
         self._thread.shutdown(cancel_futures=True)
+        if failed and lost is not None:
+            # Actors die with it, and a call that waited for it fails in whatever way.
+            raise lost from error
 
     # --- Start ----------------------------------------------------------------------------------
 

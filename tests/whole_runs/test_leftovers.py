@@ -143,6 +143,21 @@ def test_a_failed_run_keeps_rays_logs_and_says_where(tmp_path: Path, temporary: 
     assert left_in(temporary) == NOTHING
 
 
+def test_a_run_that_loses_a_part_of_ray_says_so_and_ends(tmp_path: Path, temporary: Path) -> None:
+    whole = config(tmp_path / "run")
+    whole["stages"]["sft"]["max_steps"] = 10_000
+    process = start(command_of(tmp_path, whole), tmp_path)
+    when(process, (tmp_path / "run" / "sft" / "metrics.jsonl").is_file)
+    family = psutil.Process(process.pid).children(recursive=True)
+    (lost,) = [one for one in family if titled(one, "/gcs_server ")]
+    lost.kill()
+    said, _ = process.communicate(timeout=100)
+    assert process.returncode == 1, said
+    assert "failed: ray failed in phase 'run': the GCS has died" in said
+    assert (tmp_path / "run" / "logs" / "ray" / "gcs_server.out").is_file()
+    assert left_in(temporary) == NOTHING
+
+
 def test_a_stopped_run_leaves_nothing_and_keeps_no_logs_of_ray(tmp_path: Path, temporary: Path) -> None:
     process = start(command_of(tmp_path, config(tmp_path / "run")), tmp_path)
     when(process, has_done(tmp_path / "run", "policy-1", "build", 1))
