@@ -18,8 +18,8 @@ from collections.abc import Mapping
 import psutil
 
 LOOK_S = 0.2
-"""Pause between two looks, at 0.1 ms each. Ray may end the driver sooner, where it waits for a raylet that dies:
-then with exit code 1 and without a word."""
+"""Pause between two looks, of 0.1 ms. A driver that waits for a raylet that dies may be ended by Ray sooner,
+with exit code 1 and without a word."""
 STOPPED_S = 30.0
 """A process that was stopped (SIGSTOP) for longer is lost. One that a debugger looks at goes on sooner."""
 UNWIND_S = 60.0
