@@ -3,6 +3,7 @@
 python -m benchmarks.sync            # five bases, five syncs of each payload, in turns
 python -m benchmarks.sync --quick    # the smallest base, two syncs of each: does it run?
 python -m benchmarks.sync --bases 190m --payloads parts    # one payload alone: what memory it takes
+python -m benchmarks.sync --base DIRECTORY --payloads adapter    # a base of your own, expert_rank r/top_k
 
 Trainer and engine are the product's own, one process each; between two syncs the trainer takes an optimizer
 step. The proof of each sync (read-back digests, probes) is part of its time.
@@ -52,11 +53,14 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES))
+    parser.add_argument("--base", type=Path, help="directory of another base, in place of these")
+    parser.add_argument("--turns", type=int, default=TURNS)
     parser.add_argument("--payloads", nargs="+", choices=PAYLOADS, default=["adapter", "merged"])
     args = parser.parse_args()
-    whole = (args.bases, args.payloads) == (list(BASES), ["adapter", "merged"])
+    whole = (args.base, args.bases, args.payloads) == (None, list(BASES), ["adapter", "merged"])
     execution = Execution("sync" if whole else "sync-some", args.quick)
-    found = measure(["1m"] if args.quick else args.bases, args.payloads, 2 if args.quick else TURNS)
+    names = [str(args.base)] if args.base else ["1m"] if args.quick else args.bases
+    found = measure(names, args.payloads, 2 if args.quick else args.turns)
     show(found)
     execution.end(ratios_of(found), syncs=found)
 
@@ -78,7 +82,8 @@ def measure(bases: list[str], payloads: list[str], turns: int) -> list[dict[str,
         try:
             rollout.ready().build(ROLLOUT, EngineSpec(max_model_len=512)).result()
             for name in bases:
-                base = write_tiny_base(Path(scratch) / name, **BASES[name])
+                made = name in BASES
+                base = write_tiny_base(Path(scratch) / name, **BASES[name]) if made else Path(name)
                 found += _syncs(name, base, policy, rollout, payloads, turns)
         finally:
             stop_ray()
@@ -97,7 +102,12 @@ def _syncs(
     from actors.trainer.remote import ModelWorkers
     from actors.trainer.spec import HostSpec, OptimSpec
 
-    lora = LoraSpec(r=LORA_R, lora_alpha=LORA_ALPHA, targets=["attention", "experts"])
+    lora = LoraSpec(
+        r=LORA_R,
+        lora_alpha=LORA_ALPHA,
+        targets=["attention", "experts"],
+        expert_rank="r" if name in BASES else "r/top_k",
+    )
     model = ModelSpec(base=str(base), lora=lora, moe=MoeSpec(router_aux_loss_coef=0.0))
     workers = ModelWorkers(policy)
     workers.build(HostSpec(model=model)).result()

@@ -172,17 +172,16 @@ class Phases:
         engines: Participants,
         version: int,
         known: str,
-        probes: Sequence[Sequence[int]],
-        starts: Sequence[int],
+        scoring: Mapping[int, WorkerFuture | Failure],
     ) -> dict[int, tuple[Readback, list[np.ndarray]]]:
         """Digests of what engines hold after a commit, and the probes' log-probabilities, by rank.
-        One that died over it is lost and left out. `known`: digest of all digests that they should have.
+        One that died over it is lost and left out. `known`: digest of all digests that they should have;
+        `scoring`: of `begin_scoring`.
 
         Raises:
             InvariantViolation: one that lives can't say.
         """
         reading = self._ask(engines, lambda rank: self._calls.readback(rank, version, known))
-        scoring = self.begin_scoring(engines, probes, starts)
         read, scored = self._answers(engines, reading), self._answers(engines, scoring)
         found = {}
         for rank, generation in engines.items():

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from actors.sync.asking import Participants
 from actors.sync.engine_set import EngineSet
 from actors.sync.engine_state import WeightsEvent
 from actors.sync.phases import Phases, violation
-from actors.sync.protocol import NO_VERSION, Prepared, Readback, SentParts
+from actors.sync.protocol import NO_VERSION, Failure, Prepared, Readback, SentParts
 from actors.sync.remote import UpdatableEngines
 from actors.sync.report import Stopwatch, SyncReport
 from actors.sync.rounds import Rounds
@@ -148,8 +148,10 @@ class WeightSync:
         asked = self._ask_reference(prepared)
         committed, sent = self._phases.end_commit(loading)
         watch.part("load")
+        # Not only when the trainer has its own scores: both compute at the same time.
+        scoring = self._phases.begin_scoring(committed, self._probes, self._starts)
         reference = asked(sent)
-        self._verify(committed, reference)
+        self._verify(committed, reference, scoring)
         absent = [rank for rank in self.engines if self.engines[rank].version != version]
         replaced += more + absent
         if not self._keeps:
@@ -192,15 +194,18 @@ class WeightSync:
         cuts = np.cumsum(batch.label_counts)[:-1]
         return lambda: np.split(logps.result(), cuts)
 
-    def _verify(self, engines: Participants, reference: Reference) -> None:
-        """Compare engines with the reference; one that died over it is lost, the others serve the version.
+    def _verify(
+        self, engines: Participants, reference: Reference, scoring: Mapping[int, WorkerFuture | Failure]
+    ) -> None:
+        """Compare engines, whose `scoring` has begun, with the reference; one that died over it is lost, the
+        others serve the version.
 
         Raises:
             InvariantViolation: an engine holds something else.
         """
         version = reference.offer.version
         known = reference.expected.digest
-        found = self._phases.read(engines, version, known, self._probes, self._starts)
+        found = self._phases.read(engines, version, known, scoring)
         for rank, (read, scored) in found.items():
             checked = self._check(reference, read, scored)
             if isinstance(checked, str):
@@ -275,7 +280,9 @@ class WeightSync:
         if decision.refusals:
             raise violation(self.rollout.who(rank), offer.version, "; ".join(decision.refusals), offer)
         if decision.commit:
-            self._verify(self._phases.end_commit(self._phases.begin_commit(engines, offer))[0], reference)
+            committed, _ = self._phases.end_commit(self._phases.begin_commit(engines, offer))
+            scoring = self._phases.begin_scoring(committed, self._probes, self._starts)
+            self._verify(committed, reference, scoring)
         engine = self.engines[rank]
         if (engine.generation, engine.version) != (generation, offer.version):
             again = engine.reason or "its process died while it staged"

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from actors.errors import RunFailure, UserError
 from actors.models.lora.low_rank import Factors
 from actors.models.lora.merge import adapter_factors
+from actors.models.lora.pieces import Pieces
 from actors.sync.channel import own_address
 from actors.sync.digests import Algorithm, algorithm_for
 from actors.sync.outlets import Outlets
@@ -60,6 +61,7 @@ class WeightSource:
         """`leads`: this rank talks to the engines."""
         self._host, self._leads, self._sharded = host, leads, sharded
         self._outlets = Outlets()
+        self._pieces: Pieces | None = None
         self._payload: Payload | None = None
         self._later: Later | None = None
 
@@ -102,13 +104,12 @@ class WeightSource:
         self, version: int, factors: Mapping[str, Factors], dtype: str, limit: int | None, began: float
     ) -> Prepared | None:
         algorithm = self._algorithm()
-        merge, tally = HostMerge(self._host.base, factors, dtype, self._leads), Tally(algorithm)
+        merge, tally = self._merge(factors, dtype), Tally(algorithm)
         first, *later = merge.parts(limit)
         tensors = merge.merged(first, tally)
         if later:
             own = {n: replace(f, a=f.a.clone(), b=f.b.clone()) for n, f in factors.items()}
-            again = HostMerge(self._host.base, own, dtype, self._leads)
-            self._later = Later(version, again, later, algorithm, tally)
+            self._later = Later(version, self._merge(own, dtype), later, algorithm, tally)
         if not self._leads:
             return None
         gathered = time.perf_counter()
@@ -177,7 +178,7 @@ class WeightSource:
         if not self._leads and not self._sharded:
             return None
         algorithm = self._algorithm() if self._payload is None else self._payload.manifest.algorithm
-        tally = HostMerge(self._host.base, self._factors(role), dtype, self._leads).tally(algorithm)
+        tally = self._merge(self._factors(role), dtype).tally(algorithm)
         return tally.expected() if self._leads else None
 
     def disconnect(self, engine: int) -> None:
@@ -206,6 +207,11 @@ class WeightSource:
 
     def _algorithm(self) -> Algorithm:
         return algorithm_for([self._device, *self._outlets.devices])
+
+    def _merge(self, factors: Mapping[str, Factors], dtype: str) -> HostMerge:
+        if self._pieces is None:
+            self._pieces = Pieces(self._host.base)
+        return HostMerge(self._host.base, factors, dtype, self._leads, self._pieces)
 
     def _base_dtype(self) -> str:
         return str(next(self._host.base.parameters()).dtype).removeprefix("torch.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,19 +40,52 @@ def low_rank_delta(factors: Factors) -> torch.Tensor:
     are operations on single elements, which IEEE 754 defines to the bit. The error is that of a float32
     product: seen 1e-7 of the largest element, 2e-7 with torch's.
     """
-    bits = _bits(factors.a.shape[-2])
-    a, b = _on_grid(factors.a, -2, bits), _on_grid(factors.b, -1, bits)
+    product = LowRank(factors)
+    a, b = product.a, product.b
     delta = torch.empty((*b.shape[:-1], a.shape[-1]), dtype=torch.float32, device=a.device)
     parts = zip(a, b, delta) if a.ndim == 3 else [(a, b, delta)]
-    rows = max(1, BLOCK.get(a.device.type, LARGE_BLOCK) // a.shape[-1])
+    rows = product.rows_at_once
     if a.ndim == 3 and rows >= 2 * b.shape[1]:
         # Many small experts: several at once.
         several = rows // b.shape[1]
         parts = zip(a.split(several), b.split(several), delta.split(several))
     for one_a, one_b, one_delta in parts:
         for lines, target in zip(one_b.split(rows, dim=-2), one_delta.split(rows, dim=-2)):
-            torch.mul(lines @ one_a, factors.scaling, out=target)
+            product.write(lines, one_a, target)
     return delta.transpose(1, 2) if factors.transposed else delta
+
+
+class LowRank:
+    """s B A of one weight, of which parts can be asked for: see `low_rank_delta`."""
+
+    def __init__(self, factors: Factors) -> None:
+        bits = _bits(factors.a.shape[-2])
+        self.a, self.b = _on_grid(factors.a, -2, bits), _on_grid(factors.b, -1, bits)
+        self._scaling: float | None = factors.scaling
+        if abs(math.frexp(factors.scaling)[0]) == 0.5:
+            # A power of two changes no bit of a mantissa: alpha / r is one as a rule, and B is small.
+            self.b.mul_(factors.scaling)
+            self._scaling = None
+        self.rows_at_once = max(1, BLOCK.get(self.a.device.type, LARGE_BLOCK) // self.a.shape[-1])
+
+    def added_to(self, base: torch.Tensor, expert: int | None, rows: slice) -> torch.Tensor:
+        """float32 (rows, in): `base`, those rows of the weight or of one expert, and their s B A.
+
+        Product and sum are taken a block at a time, which stays in the cache.
+        """
+        a, b = (self.a, self.b) if expert is None else (self.a[expert], self.b[expert])
+        result = torch.empty(base.shape, dtype=torch.float32, device=base.device)
+        step = self.rows_at_once
+        for lines, target, values in zip(b[rows].split(step), result.split(step), base.split(step)):
+            self.write(lines, a, target)
+            target.add_(values)
+        return result
+
+    def write(self, lines: torch.Tensor, a: torch.Tensor, target: torch.Tensor) -> None:
+        """s times rows of B and A, both on the grid, into float32."""
+        product = lines @ a
+        # In its own dtype: into another one torch multiplies at half the speed, to the same bits.
+        target.copy_(product if self._scaling is None else product.mul_(self._scaling))
 
 
 def _on_grid(values: torch.Tensor, dim: int, bits: int) -> torch.Tensor:

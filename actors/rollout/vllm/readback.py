@@ -40,6 +40,9 @@ class Reader:
     def hand(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Say what is about to be loaded."""
         self._handed.update(tensors)
+        # Now, while they are in the cache.
+        for name, tensor in tensors.items():
+            self._loaded.take(name, tensor)
 
     def finish(self, modules: Mapping[str, nn.Module]) -> None:
         """Stop watching, read the modules that have no kernel, and see what is there."""
@@ -68,7 +71,6 @@ class Reader:
             if handed is None:
                 continue
             self._bound.take(name, _found(module, pieces, handed))
-            self._loaded.take(name, handed)
 
 
 def _found(module: nn.Module, pieces: Sequence[Piece], handed: torch.Tensor) -> torch.Tensor:

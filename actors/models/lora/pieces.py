@@ -1,0 +1,78 @@
+"""Places of checkpoint tensors in a model's weights, where they are rows of these: then a merge can be taken
+tensor by tensor, and nothing has to be cut and copied afterwards.
+
+transformers keeps the experts of a layer in one tensor, and cuts it up for a checkpoint. Its rules are not
+written down here a second time: numbers of rows are sent through them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from actors.models.lora.low_rank import Factors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of an adapted weight that are one tensor in a checkpoint."""
+
+    expert: int | None
+    """None: the weight is no stack of experts."""
+    rows: slice
+    """Of B, and of the weight or the expert."""
+
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        """These rows."""
+        return (weight if self.expert is None else weight[self.expert])[self.rows]
+
+
+class Pieces:
+    """Pieces of a model's weights; each weight is looked at once."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._known: dict[str, dict[str, Piece]] = {}
+
+    def of(self, name: str, factors: Factors) -> dict[str, Piece]:
+        """Checkpoint name -> its rows of the adapted weight `name` in memory. Empty: it is not cut into rows
+        of single experts, but kept whole, turned round or put together anew."""
+        if name not in self._known:
+            self._known[name] = {} if factors.transposed else self._find(name, factors)
+        return self._known[name]
+
+    def _find(self, name: str, factors: Factors) -> dict[str, Piece]:
+        *experts, out, _ = factors.b.shape
+        count = out * (experts[0] if experts else 1)
+        # Two columns: transformers drops a dimension of one.
+        numbers = torch.arange(count).view(*experts, out, 1).expand(*experts, out, 2)
+        cut = checkpoint_tensors(self._model, {name: numbers})
+        pieces = {there: _piece(rows, out, bool(experts)) for there, rows in cut.items()}
+        found = {there: piece for there, piece in pieces.items() if piece is not None}
+        whole = sum(piece.rows.stop - piece.rows.start for piece in found.values()) == count
+        return found if whole and len(found) == len(pieces) else {}
+
+
+def checkpoint_tensors(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names in memory -> names in a checkpoint. transformers renames, cuts and joins."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    found: dict[str, torch.Tensor] = revert_weight_conversion(model, tensors) if tensors else {}
+    return found
+
+
+def _piece(numbers: torch.Tensor, out: int, stacked: bool) -> Piece | None:
+    """`numbers`: of the rows that a checkpoint tensor has, (rows, 2) where it can be a piece."""
+    if numbers.ndim != 2 or numbers.shape[1] != 2:
+        return None
+    in_order = numbers[0, 0] + torch.arange(len(numbers))[:, None].expand(-1, 2)
+    if not torch.equal(numbers, in_order):
+        return None
+    expert, first = divmod(int(numbers[0, 0]), out)
+    rows = slice(first, first + len(numbers))
+    return Piece(expert if stacked else None, rows) if rows.stop <= out else None
