@@ -172,7 +172,7 @@ class Phases:
         engines: Participants,
         version: int,
         known: str,
-        scoring: Mapping[int, WorkerFuture | Failure],
+        scoring: Asked,
     ) -> dict[int, tuple[Readback, list[np.ndarray]]]:
         """Digests of what engines hold after a commit, and the probes' log-probabilities, by rank.
         One that died over it is lost and left out. `known`: digest of all digests that they should have;

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -21,11 +21,11 @@ from actors.cluster.futures import POLL_S, WorkerFuture
 from actors.cluster.worker_group import WorkerGroup
 from actors.errors import RunFailure
 from actors.sync import protocol, verify
-from actors.sync.asking import Participants
+from actors.sync.asking import Asked, Participants
 from actors.sync.engine_set import EngineSet
 from actors.sync.engine_state import WeightsEvent
 from actors.sync.phases import Phases, violation
-from actors.sync.protocol import NO_VERSION, Failure, Prepared, Readback, SentParts
+from actors.sync.protocol import NO_VERSION, Prepared, Readback, SentParts
 from actors.sync.remote import UpdatableEngines
 from actors.sync.report import Stopwatch, SyncReport
 from actors.sync.rounds import Rounds
@@ -194,9 +194,7 @@ class WeightSync:
         cuts = np.cumsum(batch.label_counts)[:-1]
         return lambda: np.split(logps.result(), cuts)
 
-    def _verify(
-        self, engines: Participants, reference: Reference, scoring: Mapping[int, WorkerFuture | Failure]
-    ) -> None:
+    def _verify(self, engines: Participants, reference: Reference, scoring: Asked) -> None:
         """Compare engines, whose `scoring` has begun, with the reference; one that died over it is lost, the
         others serve the version.
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from actors.models.lora.low_rank import Factors, LowRank, low_rank_delta
+from actors.models.lora.low_rank import ExactProduct, Factors, low_rank_delta
 from actors.models.lora.merge import base_tensors
 from actors.models.lora.pieces import Pieces, checkpoint_tensors
 from actors.models.parallel.fsdp import whole
@@ -128,7 +128,7 @@ class HostMerge:
             if factors is None:
                 state[name] = tensor.to(self._dtype_of(name))
             elif pieces := self._pieces.of(name, factors):
-                product = LowRank(factors)
+                product = ExactProduct(factors)
                 for there, piece in pieces.items():
                     rows = piece.of(tensor)
                     exact = product.added_to(rows, piece.expert, piece.rows)

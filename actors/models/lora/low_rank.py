@@ -40,7 +40,7 @@ def low_rank_delta(factors: Factors) -> torch.Tensor:
     are operations on single elements, which IEEE 754 defines to the bit. The error is that of a float32
     product: seen 1e-7 of the largest element, 2e-7 with torch's.
     """
-    product = LowRank(factors)
+    product = ExactProduct(factors)
     a, b = product.a, product.b
     delta = torch.empty((*b.shape[:-1], a.shape[-1]), dtype=torch.float32, device=a.device)
     parts = zip(a, b, delta) if a.ndim == 3 else [(a, b, delta)]
@@ -55,7 +55,7 @@ def low_rank_delta(factors: Factors) -> torch.Tensor:
     return delta.transpose(1, 2) if factors.transposed else delta
 
 
-class LowRank:
+class ExactProduct:
     """s B A of one weight, of which parts can be asked for: see `low_rank_delta`."""
 
     def __init__(self, factors: Factors) -> None:

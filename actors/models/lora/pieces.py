@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Piece:
+class WeightRows:
     """Rows of an adapted weight that are one tensor in a checkpoint."""
 
     expert: int | None
@@ -37,16 +37,16 @@ class Pieces:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._known: dict[str, dict[str, Piece]] = {}
+        self._known: dict[str, dict[str, WeightRows]] = {}
 
-    def of(self, name: str, factors: Factors) -> dict[str, Piece]:
+    def of(self, name: str, factors: Factors) -> dict[str, WeightRows]:
         """Checkpoint name -> its rows of the adapted weight `name` in memory. Empty: it is not cut into rows
         of single experts, but kept whole, turned round or put together anew."""
         if name not in self._known:
             self._known[name] = {} if factors.transposed else self._find(name, factors)
         return self._known[name]
 
-    def _find(self, name: str, factors: Factors) -> dict[str, Piece]:
+    def _find(self, name: str, factors: Factors) -> dict[str, WeightRows]:
         *experts, out, _ = factors.b.shape
         count = out * (experts[0] if experts else 1)
         # Two columns: transformers drops a dimension of one.
@@ -66,7 +66,7 @@ def checkpoint_tensors(model: PreTrainedModel, tensors: dict[str, torch.Tensor])
     return found
 
 
-def _piece(numbers: torch.Tensor, out: int, stacked: bool) -> Piece | None:
+def _piece(numbers: torch.Tensor, out: int, stacked: bool) -> WeightRows | None:
     """`numbers`: of the rows that a checkpoint tensor has, (rows, 2) where it can be a piece."""
     if numbers.ndim != 2 or numbers.shape[1] != 2:
         return None
@@ -75,4 +75,4 @@ def _piece(numbers: torch.Tensor, out: int, stacked: bool) -> Piece | None:
         return None
     expert, first = divmod(int(numbers[0, 0]), out)
     rows = slice(first, first + len(numbers))
-    return Piece(expert if stacked else None, rows) if rows.stop <= out else None
+    return WeightRows(expert if stacked else None, rows) if rows.stop <= out else None

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from actors.models.base.checkpoint import BaseCheckpoint
-from actors.models.lora.low_rank import LowRank, low_rank_delta
-from actors.models.lora.pieces import Piece, Pieces, checkpoint_tensors
+from actors.models.lora.low_rank import ExactProduct, low_rank_delta
+from actors.models.lora.pieces import Pieces, WeightRows, checkpoint_tensors
 from actors.sync.payload import Payload, PayloadEntry
 
 if TYPE_CHECKING:
@@ -64,11 +64,11 @@ class Merger:
         wanted = set(names)
         factors = payload.factors()
         touched = [name for name, of in targets.items() if wanted.intersection(of)]
-        pieces: dict[str, tuple[LowRank, Piece]] = {}
+        pieces: dict[str, tuple[ExactProduct, WeightRows]] = {}
         others: dict[str, torch.Tensor] = {}
         for name in touched:
             if found := self._pieces.of(name, factors[name]):
-                product = LowRank(factors[name])
+                product = ExactProduct(factors[name])
                 pieces |= {there: (product, piece) for there, piece in found.items()}
             else:
                 others[name] = low_rank_delta(factors[name])

@@ -61,6 +61,7 @@ class Process:
         self.read: set[int] = set()
         self.waiting: dict[int, dict[int, list[Any]]] = {}
         """Call -> number of a sample -> prompt, seed and tokens so far."""
+        self.scored: set[int] = set()
         self.wire: queue.SimpleQueue[int] = queue.SimpleQueue()
         self.sender: Process | None = None
         """The engine at the other end of its connection; None: the trainer."""
@@ -134,11 +135,12 @@ class Process:
 
     def readback(self, version: int, known: str = "") -> Readback:
         self.read.add(self.version)
+        self._note_proof()
         return Readback.of(version, {"weight": str(self.version)}, known)
 
     def score_tokens(self, token_ids: list[list[int]], starts: list[int]) -> list[np.ndarray]:
-        if self.version in self.read:
-            self.log.verified.add((self.rank, self.generation, self.version))
+        self.scored.add(self.version)
+        self._note_proof()
         return logps(self.version, token_ids, starts)
 
     def advance(
@@ -161,6 +163,11 @@ class Process:
         made = Generations.of(list(ended.values()), 1, "fake", 0.0, self.version) if ended else None
         so_far = {number: tokens for number, (_, _, tokens) in waiting.items()}
         return Progress(list(ended), made, so_far, returned, 0.0, Work(1, drawn, 0.2 * drawn))
+
+    def _note_proof(self) -> None:
+        """A version is verified once it was read back and scored, in any order."""
+        if self.version in self.read & self.scored:
+            self.log.verified.add((self.rank, self.generation, self.version))
 
     def _received(self) -> int:
         until = time.monotonic() + PATIENCE_S

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from actors.models.lora import low_rank
-from actors.models.lora.low_rank import Factors, low_rank_delta
+from actors.models.lora.low_rank import ExactProduct, Factors, low_rank_delta
 
 
 def factors(r: int = 16, experts: int | None = None, spread: float = 0.0, seed: int = 0) -> Factors:
@@ -66,6 +68,25 @@ def test_the_error_is_that_of_a_float32_product(r: int) -> None:
     plain = (2.0 * (of.b @ of.a) - exact).abs().max() / exact.abs().max()
     assert error < 2e-7 * max(1, r / 32)
     assert error < 4 * plain
+
+
+@pytest.mark.parametrize("scaling", [2.0, -0.25, 0.7, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_are_added_to_a_base_have_the_bits_of_the_whole_sum(
+    scaling: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(low_rank.BLOCK, "cpu", 1000)
+    for experts in (None, 3):
+        of = dataclasses.replace(factors(8, experts=experts), scaling=scaling)
+        bits = low_rank._bits(8)
+        exact = low_rank._on_grid(of.b, -1, bits) @ low_rank._on_grid(of.a, -2, bits)
+        delta = (exact * scaling).float()
+        assert torch.equal(low_rank_delta(of), delta)
+        base = torch.randn(delta.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        product, rows = ExactProduct(of), slice(20, 90)
+        for expert in [None] if experts is None else range(experts):
+            own, added = (base, delta) if expert is None else (base[expert], delta[expert])
+            assert torch.equal(product.added_to(own[rows], expert, rows), own[rows].float() + added[rows])
 
 
 def test_a_weight_that_is_stored_the_other_way_round_gets_its_own_shape() -> None:
