@@ -15,6 +15,7 @@ from actors.cluster.environment import SHIPPED, actor_environment, passed_on
 from actors.cluster.futures import AgreedFuture, GroupFuture, WorkerFuture
 from actors.cluster.measured_limits import MeasuredLimits
 from actors.cluster.ray_private import MODE, TRIED, head_address, private, use_token
+from actors.cluster.room import by_size
 from actors.cluster.scratch import Scratch
 from actors.cluster.spec import LimitsSpec, RaySpec, RoleSpec
 from actors.cluster.worker_group import WorkerGroup
@@ -34,6 +35,7 @@ __all__ = [
     "WorkerGroup",
     "actor_environment",
     "asks_for_token",
+    "by_size",
     "check_cluster",
     "head_address",
     "import_ray",

@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from actors.cluster.ray_private import (
     use_token,
     workers_import_from,
 )
-from actors.cluster.spec import RoleSpec, bundle
+from actors.cluster.room import shortages
+from actors.cluster.spec import RoleSpec
 from actors.errors import RunFailure, UserError
 
 OBJECT_STORE_BYTES = 512 * 2**20
@@ -158,47 +159,6 @@ def check_cluster(roles: Mapping[str, RoleSpec], *, num_cpus: float | None = Non
     problems = shortages(roles, nodes, where)
     if problems:
         raise UserError(problems)
-
-
-def shortages(
-    roles: Mapping[str, RoleSpec], nodes: Sequence[Mapping[str, float]], where: str = "the cluster"
-) -> list[str]:
-    """Resources that `nodes` lack to hold `roles`, one line each: sums over the cluster, then per process.
-    `where`: what has the nodes, in words."""
-    own = {name: role for name, role in roles.items() if role.share is None}
-    problems = []
-    for resource in sorted({resource for role in own.values() for resource in bundle(role)}):
-        parts = {name: role.workers * bundle(role).get(resource, 0.0) for name, role in own.items()}
-        needed, there = sum(parts.values()), sum(node.get(resource, 0.0) for node in nodes)
-        if needed > there + 1e-6:
-            key = {"CPU": "cpus", "GPU": "gpus"}.get(resource, f"resources.{resource}")
-            terms = " + ".join(
-                f"roles.{name}.workers {own[name].workers} x {key} {bundle(own[name])[resource]:g}"
-                for name, part in parts.items()
-                if part
-            )
-            right = f"lower workers or {key} to {there:g} together" if there else f"leave {key} out"
-            problems.append(
-                f"roles: {needed:g} {resource} asked for ({terms}), {where} has {_or_none(there)}; {right}, "
-                "or name a cluster that has them (ray.address)"
-            )
-    problems += [
-        f"roles.{name}.placement: strict_spread puts {role.workers} workers on as many nodes, {where} has "
-        f"{len(nodes)}; lower workers, or take spread or pack"
-        for name, role in own.items()
-        if role.placement == "strict_spread" and role.workers > len(nodes)
-    ]
-    if problems:
-        return problems
-    for name, role in own.items():
-        if not any(all(node.get(r, 0.0) + 1e-6 >= v for r, v in bundle(role).items()) for node in nodes):
-            asked = ", ".join(f"{value:g} {resource}" for resource, value in bundle(role).items())
-            problems.append(f"roles.{name}: no single node has {asked}, which each of its processes needs")
-    return problems
-
-
-def _or_none(amount: float) -> str:
-    return f"{amount:g}" if amount else "none"
 
 
 def local_resources() -> dict[str, float]:

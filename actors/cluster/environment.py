@@ -12,6 +12,8 @@ from actors.errors import UserError
 
 ALLOCATOR = "PYTORCH_ALLOC_CONF"
 """torch's own variable. Engines don't get it: memory that vLLM gives back in its sleep can't be so."""
+DEVICES = "CUDA_VISIBLE_DEVICES"
+"""CUDA's own variable. Ray sets it for an actor with GPUs, and leaves it alone for one without."""
 CORE_APART = "VLLM_ENABLE_V1_MULTIPROCESSING"
 """vLLM's own variable: 1 puts an engine's core into a process of its own, as is the default on GPUs."""
 SHIPPED = "shipped-files"
@@ -105,9 +107,12 @@ def passed_on(names: Sequence[str]) -> dict[str, str]:
 
 def trainer_environment(gpu: bool) -> dict[str, str]:
     """For ranks of a host, on top of `actor_environment`; what the user has set is kept."""
+    if not gpu:
+        # It would see all GPUs of its node, and could take memory on those of others.
+        return {DEVICES: ""}
     # Rows change their length from one micro-batch to the next: blocks of fixed sizes would leave gaps that
     # nothing fits into.
-    return {ALLOCATOR: os.environ.get(ALLOCATOR, "expandable_segments:True")} if gpu else {}
+    return {ALLOCATOR: os.environ.get(ALLOCATOR, "expandable_segments:True")}
 
 
 def engine_environment(gpu: bool) -> dict[str, str]:

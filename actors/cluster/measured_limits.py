@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from actors.cluster.spec import LimitsSpec, Phase
 
 MEASURED: frozenset[Phase] = frozenset({"update", "evaluate", "logprobs", "generate", "call"})
+CUT = frozenset({"advance"})
+"""Methods that may answer after a slice of their work: who cuts it says how long all of it took."""
 CALLS = 3
 FACTOR = 10.0
 SPARE = 3.0

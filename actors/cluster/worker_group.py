@@ -79,11 +79,17 @@ class WorkerGroup:
 
     # --- Start and end ------------------------------------------------------------------------------
 
-    def start(self) -> WorkerGroup:
-        """Ask Ray for the processes; returns at once."""
+    def reserve(self) -> WorkerGroup:
+        """Ask Ray for room on its nodes alone; returns at once."""
         from ray.util.placement_group import placement_group
 
-        self._placement = placement_group([bundle(self.role)] * self.size, self.role.placement.upper())
+        if self._placement is None:
+            self._placement = placement_group([bundle(self.role)] * self.size, self.role.placement.upper())
+        return self
+
+    def start(self) -> WorkerGroup:
+        """Ask Ray for the processes; returns at once."""
+        self.reserve()
         self._actors = [self._start_rank(rank) for rank in range(self.size)]
         return self
 
@@ -137,7 +143,7 @@ class WorkerGroup:
         """End the processes: kindly within `limits.stop`, then by force. Never raises."""
         import ray
 
-        if not self._actors or not ray.is_initialized():
+        if self._placement is None or not ray.is_initialized():
             return
         alive = [
             r
@@ -149,8 +155,7 @@ class WorkerGroup:
         finally:
             for actor in self._actors:
                 ray.kill(actor)
-            if self._placement is not None:
-                ray.util.remove_placement_group(self._placement)
+            ray.util.remove_placement_group(self._placement)
             self._actors, self._placement = [], None
 
     def restart(self, rank: int) -> None:
@@ -240,6 +245,11 @@ class WorkerGroup:
         return [answer["pid"] for answer in self.liveness.finish(asked, "call")]
 
     # --- What is known of the processes -------------------------------------------------------------
+
+    @property
+    def started(self) -> bool:
+        """Ray was asked for the processes, and they were not shut down."""
+        return bool(self._actors)
 
     @property
     def fleet(self) -> Members:

@@ -45,7 +45,7 @@ SLICE_SHARE = 0.02
 """Slices grow with the time that a call has taken so far, to this share of it, where no weights wait for
 their end: all that does then is an engine that is done before the others."""
 
-WHOLE = "a whole share"
+WHOLE = "advance"
 """Name of the time that an engine has for the samples that it was given, in however many slices."""
 
 

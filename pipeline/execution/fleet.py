@@ -17,6 +17,7 @@ from actors.cluster import (
     WorkerFuture,
     WorkerGroup,
     actor_environment,
+    by_size,
     check_cluster,
     import_ray,
     is_local,
@@ -177,6 +178,8 @@ class Fleet:
             # In its thread always: in the main one Ray would take SIGTERM for itself.
             self._thread.submit(self._start_ray, []).result()
             check_cluster(self._specs(roles))
+            for name in by_size(self._specs(roles)):
+                self._made(name).reserve()
             self._start_ray(self._first(roles))
         for name in set(self._groups) - set(roles):
             self._groups.pop(name).shutdown()
@@ -255,6 +258,11 @@ class Fleet:
         return self.config.roles.with_processes(wanted)
 
     def _group(self, name: str) -> WorkerGroup:
+        group = self._made(name)
+        return group if group.started else group.start()
+
+    def _made(self, name: str) -> WorkerGroup:
+        """A role's group, whose processes were perhaps not started yet."""
         if name not in self._groups:
             role, limits, logs = self.config.roles.of(name), self.config.limits, self.directory.logs
             engines = ROLES[name].holds == "engine"
@@ -265,7 +273,7 @@ class Fleet:
                 else host_group(name, role, limits, logs, env)
             )
             group.measured = self.measured
-            self._groups[name] = group.start()
+            self._groups[name] = group
         return self._groups[name]
 
     def _host(self, name: str, node: Node, weights: Weights) -> Host:

@@ -26,6 +26,12 @@ class Duty:
     def environment(self, name: str) -> str | None:
         return os.environ.get(name)
 
+    def place(self) -> tuple[str, str | None]:
+        """The node, and the GPUs that this process and all that it starts can see there."""
+        import ray
+
+        return ray.get_runtime_context().get_node_id(), os.environ.get("CUDA_VISIBLE_DEVICES")
+
     def total(self, batch: Batch, twice: bool = False) -> int:
         return int(batch.token_ids.sum()) * (2 if twice else 1)
 

@@ -68,7 +68,7 @@ def _role_problems(config: RunConfig) -> Iterator[Problem]:
         )
     yield from _sharding_problems(config)
     yield from _tensor_parallel_problems(config)
-    yield from _engine_problems(config)
+    yield from _gpu_problems(config)
 
 
 def _sharding_problems(config: RunConfig) -> Iterator[Problem]:
@@ -123,7 +123,7 @@ def _tensor_parallel_problems(config: RunConfig) -> Iterator[Problem]:
             )
 
 
-def _engine_problems(config: RunConfig) -> Iterator[Problem]:
+def _gpu_problems(config: RunConfig) -> Iterator[Problem]:
     for role in ENGINE_ROLES:
         parallel, gpus = config.roles.engine_of(role).tensor_parallel_size, config.roles.of(role).gpus
         # On CPUs its processes share what cores there are.
@@ -131,6 +131,19 @@ def _engine_problems(config: RunConfig) -> Iterator[Problem]:
             yield Problem(
                 f"roles.{role}.engine.tensor_parallel_size",
                 f"an engine on {parallel} GPUs, but roles.{role}.gpus is {gpus:g}; set it to {parallel}",
+            )
+        elif gpus > parallel:
+            yield Problem(
+                f"roles.{role}.gpus",
+                f"an engine uses as many as its engine.tensor_parallel_size ({parallel}), the rest of "
+                f"{gpus:g} would stand idle; set both to one number",
+            )
+    for role in MODEL_ROLES:
+        if config.roles.of(role).gpus > 1:
+            yield Problem(
+                f"roles.{role}.gpus",
+                f"is for each of its workers, and one computes on one GPU; write workers: "
+                f"{config.roles.of(role).gpus:g} and gpus: 1",
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from actors.cluster.environment import ALLOCATOR, CORE_APART, engine_environment, trainer_environment
+from actors.cluster.environment import ALLOCATOR, CORE_APART, DEVICES, engine_environment, trainer_environment
 
 
 @pytest.fixture(autouse=True)
@@ -15,8 +15,13 @@ def _unset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_memory_of_ranks_on_gpus_grows_in_place_and_that_of_engines_does_not() -> None:
     assert trainer_environment(gpu=True) == {ALLOCATOR: "expandable_segments:True"}
-    assert trainer_environment(gpu=False) == {}
+    assert ALLOCATOR not in trainer_environment(gpu=False)
     assert ALLOCATOR not in engine_environment(gpu=True)
+
+
+def test_a_rank_on_the_cpu_sees_no_gpus_of_its_node() -> None:
+    assert trainer_environment(gpu=False) == {DEVICES: ""}
+    assert DEVICES not in {**trainer_environment(gpu=True), **engine_environment(gpu=True)}, "Ray sets it"
 
 
 def test_an_allocator_of_the_users_own_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -153,6 +154,20 @@ def test_a_stopped_engine_is_replaced_in_what_the_first_calls_make_of_its_deadli
     assert rows(pool.generate(PROMPTS, SAMPLING, SEEDS)) == expected(PROMPTS)
     assert pool.restarts == [Restart(0, "no answer within 2 s (limits.generate)")]
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.ray
+def test_a_deadline_is_of_all_that_an_engine_was_given_and_not_of_a_slice(start: Start) -> None:
+    said: list[str] = []
+    pool = start(workers=1, generate=None, in_flight=True, seconds=0.005)
+    pool.group.measured = MeasuredLimits(pool.group.limits, said.append)
+    for _ in range(3):
+        pool.generate(PROMPTS[:6], SAMPLING, SEEDS[:12])
+    (line,) = said
+    longest = re.search(r"longest of 3 calls \((.*) s\)", line)
+    # Twelve samples of 0.05 s, in slices of 0.1.
+    assert longest is not None
+    assert float(longest[1]) >= 0.6
 
 
 @pytest.mark.ray

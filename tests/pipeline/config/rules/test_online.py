@@ -245,6 +245,12 @@ def test_an_engine_over_several_gpus_asks_for_as_many() -> None:
     assert not problems_of(roles={"rollout": spread})
 
 
+def test_gpus_that_nobody_would_use_are_refused() -> None:
+    assert set(problems_of(roles={"rollout": {"gpus": 2}})) == {"roles.rollout.gpus"}
+    assert set(problems_of(roles={"policy": {"gpus": 4}})) == {"roles.policy.gpus"}
+    assert not problems_of(roles={"policy": {"workers": 4, "gpus": 1}, "rollout": {"gpus": 1}})
+
+
 def test_what_a_sample_may_take_fits_into_an_engine() -> None:
     short = {"rollout": {"engine": {"max_model_len": 512}}}
     assert set(of("grpo", max_length=4097)) == {"max_length"}
