@@ -124,7 +124,7 @@ def test_a_finished_run_is_skipped(whole: Path) -> None:
 
 MOMENTS = {
     "generate": ("rollout-0", "readback", 4),
-    "update": ("rollout-0", "generate", 3),
+    "update": ("rollout-0", "advance", 3),
     "sync": ("policy-0", "weight_source.prepare", 1),
 }
 """What a process has done, and how often in this life of the run, just before a phase begins."""
@@ -173,7 +173,7 @@ def test_a_process_that_hangs_is_noticed_in_about_a_minute_as_steps_are_short(
     """Defaults are 900 s and more. An engine is replaced, with the same adapter; a rank ends the run."""
     command, run = command_for(tmp_path), tmp_path / "run"
     process = start(command, tmp_path)
-    when(process, lambda: calls(run, "rollout-0", "generate") >= 4)
+    when(process, lambda: calls(run, "rollout-0", "advance") >= 4)
     os.kill(pid_of(run, who), signal.SIGSTOP)
     began = time.monotonic()
     said, _ = process.communicate(timeout=400)
@@ -245,7 +245,7 @@ def test_roles_on_hosts_of_their_own_make_the_same_adapter(whole: Path, tmp_path
 def test_a_dead_policy_rank_ends_the_run_with_its_name(tmp_path: Path) -> None:
     command, run = command_for(tmp_path), tmp_path / "run"
     process = start(command, tmp_path)
-    when(process, lambda: calls(run, "rollout-0", "generate") == 3)
+    when(process, lambda: calls(run, "rollout-0", "advance") == 3)
     os.kill(pid_of(run, "policy-1"), signal.SIGKILL)
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 1, said[-3000:]

@@ -160,7 +160,7 @@ def test_samples_in_flight_outlive_a_sync_and_a_lost_engine(tmp_path: Path) -> N
     process = start(command, tmp_path)
     when(
         process,
-        lambda: calls(run, "rollout-1", "weights.commit") >= 3 and calls(run, "rollout-1", "poll") >= 4,
+        lambda: calls(run, "rollout-1", "weights.commit") >= 3 and calls(run, "rollout-1", "advance") >= 4,
     )
     os.kill(pid_of(run, "rollout-1"), signal.SIGKILL)
     said, _ = process.communicate(timeout=400)
