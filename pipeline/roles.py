@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from actors.cluster import RoleSpec
+from actors.cluster import Offload, RoleSpec
 from actors.rollout.spec import EngineOptions
 from actors.spec import Spec
 from pipeline.stages.specs.registry import StageSpec
@@ -33,6 +33,8 @@ class Role:
     """Each of its processes is a rank of model workers, or a vLLM engine."""
     may_share: str | None = None
     """Role whose processes can serve it too, as they do by default; None: it has its own."""
+    may_alternate: str | None = None
+    """Role on whose devices its processes can be too, in turns; None: they have their own."""
     evaluates: bool = False
     """Evaluation on held-out prompts asks it."""
 
@@ -65,6 +67,7 @@ ROLES: dict[str, Role] = {
         "vLLM engines, for the online stages and for evaluation.",
         works_in=lambda stage: stage.online,
         holds="engine",
+        may_alternate=POLICY,
         evaluates=True,
     ),
 }
@@ -78,8 +81,17 @@ ENGINE_ROLES = tuple(name for name, role in ROLES.items() if role.holds == "engi
 class RolloutRoleSpec(RoleSpec):
     """Engines: a process each, and how each is built."""
 
+    share: str | None = None
+    """`policy`: take turns with the policy on its devices, engine i on that of rank i; `workers` is then by
+    default one for each rank. Excludes what the policy's processes reserve. Null: devices of their own."""
     engine: EngineOptions = Field(default_factory=EngineOptions)
     """Options of each engine, by vLLM's field names."""
+    offload: Offload = "auto"
+    """With `share`: what of the policy goes to the host while engines are awake: `none`, `optimizer`
+    (gradients and moments), `all` (weights too), or `auto`, the least that makes room for the engine."""
+
+    beside_share: ClassVar[tuple[str, ...]] = ("share", "workers", "threads", "engine", "offload")
+    shares: ClassVar[str] = "devices"
 
 
 def _key(role: str) -> Any:
@@ -113,12 +125,26 @@ class RolesSpec(Spec):
 
     def server_of(self, role: str) -> str:
         """The role whose processes serve `role`: another one where it is a view."""
+        return role if role in ENGINE_ROLES else self.of(role).share or role
+
+    def host_of(self, role: str) -> str:
+        """The role whose devices `role` is on."""
         return self.of(role).share or role
 
+    def gpus_of(self, role: str) -> float:
+        """GPUs that each process of a role has, alone or in turns."""
+        return self.of(self.host_of(role)).gpus
+
+    def alternates(self, role: str) -> bool:
+        """True where the processes of a role take turns with those of another one."""
+        return role in ENGINE_ROLES and self.of(role).share is not None
+
     def with_processes(self, roles: Iterable[str]) -> list[str]:
-        """Of these roles, those with processes of their own, in the order of the configuration."""
+        """Processes that these roles need, by role, in the order of the configuration: their own, and those
+        that they take turns with."""
         wanted = set(roles)
-        return [name for name in ROLES if name in wanted and self.of(name).share is None]
+        wanted |= {self.host_of(name) for name in wanted if self.alternates(name)}
+        return [name for name in ROLES if name in wanted and self.server_of(name) == name]
 
 
 def roles_of(stage: StageSpec) -> set[str]:

@@ -163,6 +163,7 @@ TORCH_IN = (
     "actors.sync.digest_kernel",
     "actors.sync.digests",
     "actors.sync.payload",
+    "actors.sync.shared_memory",
     "actors.sync.transport",
     "actors.trainer",
 )

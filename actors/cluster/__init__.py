@@ -18,6 +18,8 @@ from actors.cluster.ray_private import MODE, TRIED, head_address, private, use_t
 from actors.cluster.room import by_size
 from actors.cluster.scratch import Scratch
 from actors.cluster.spec import LimitsSpec, RaySpec, RoleSpec
+from actors.cluster.turn_plan import EngineBytes, Offload
+from actors.cluster.turns import OneDevice, OwnDevices, Turns
 from actors.cluster.worker_group import WorkerGroup
 
 __all__ = [
@@ -25,12 +27,17 @@ __all__ = [
     "SHIPPED",
     "TRIED",
     "AgreedFuture",
+    "EngineBytes",
     "GroupFuture",
     "LimitsSpec",
     "MeasuredLimits",
+    "Offload",
+    "OneDevice",
+    "OwnDevices",
     "RaySpec",
     "RoleSpec",
     "Scratch",
+    "Turns",
     "WorkerFuture",
     "WorkerGroup",
     "actor_environment",

@@ -105,11 +105,15 @@ def passed_on(names: Sequence[str]) -> dict[str, str]:
     return {name: os.environ[name] for name in names}
 
 
-def trainer_environment(gpu: bool) -> dict[str, str]:
-    """For ranks of a host, on top of `actor_environment`; what the user has set is kept."""
+def trainer_environment(gpu: bool, has_guests: bool = False) -> dict[str, str]:
+    """For ranks of a host, on top of `actor_environment`; what the user has set is kept. `has_guests`:
+    engines take turns with them on the GPU."""
     if not gpu:
         # It would see all GPUs of its node, and could take memory on those of others.
         return {DEVICES: ""}
+    if has_guests:
+        # CUDA's handles of memory that grows in place need rights over the other process.
+        return {}
     # Rows change their length from one micro-batch to the next: blocks of fixed sizes would leave gaps that
     # nothing fits into.
     return {ALLOCATOR: os.environ.get(ALLOCATOR, "expandable_segments:True")}

@@ -7,7 +7,7 @@ act on them.
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -36,7 +36,8 @@ class RoleSpec(Spec):
     cpus: float = Field(default=0.25, gt=0)
     """CPUs that Ray reserves for each process; a fraction lets roles share a core."""
     gpus: float = Field(default=0, ge=0)
-    """GPUs that Ray reserves for each process; a fraction lets roles share a GPU."""
+    """GPUs that Ray reserves for each process; a fraction is for processes that exchange nothing over NCCL.
+    Trainer and engines have one GPU in turns by `share: policy` of the rollout role."""
     resources: dict[str, float] = Field(default_factory=dict)
     """Custom Ray resources that each process asks for, e.g. `{"big-memory-node": 1}`."""
     threads: int = Field(default=1, ge=1)
@@ -52,12 +53,17 @@ class RoleSpec(Spec):
     share: str | None = None
     """Be a view of that role's host (no processes, no second base in memory). Excludes the others."""
 
+    beside_share: ClassVar[tuple[str, ...]] = ("share",)
+    """Keys that can be set together with `share`."""
+    shares: ClassVar[str] = "processes"
+    """Of the other role, with `share`."""
+
     @model_validator(mode="after")
     def _share_takes_nothing(self) -> Self:
-        others = sorted(self.model_fields_set - {"share"})
+        others = sorted(self.model_fields_set - {*self.beside_share})
         if self.share is not None and others:
             raise ValueError(
-                f"share: {self.share} puts this role on the processes of {self.share}, so it can't set "
+                f"share: {self.share} puts this role on the {self.shares} of {self.share}, so it can't set "
                 f"{', '.join(others)}: set them on {self.share}, or leave share out"
             )
         return self

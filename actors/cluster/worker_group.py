@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
     from ray.util.placement_group import PlacementGroup
 
+GUEST_SHARE = 0.5
+"""Of a GPU, in Ray's count, for a process that takes turns with the one whose bundle it is in. Ray puts two
+processes on one GPU only where each asks for a part of it."""
 AGAIN = "run the same command again: it goes on from the last checkpoint"
 
 
@@ -60,9 +63,13 @@ class WorkerGroup:
         preload: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         next_step: str = AGAIN,
+        beside: WorkerGroup | None = None,
+        has_guests: bool = False,
     ) -> None:
         """`name` is the role, as it appears in errors and log files; `preload`: modules to import early;
-        `env`: variables on top of `actor_environment`."""
+        `env`: variables on top of `actor_environment`; `beside`: a group, started before, with whose
+        processes these take turns, rank i in the bundle and on the GPU of its rank i; `has_guests`: another
+        group is `beside` this one."""
         self.name, self.role, self.limits = name, role, limits
         self.log_dir = Path(log_dir).absolute()
         self.size = role.workers
@@ -72,6 +79,7 @@ class WorkerGroup:
         )
         self._preload = tuple(preload)
         self._env = dict(env or {})
+        self._beside, self._has_guests = beside, has_guests
         self._actors: list[ActorHandle] = []
         self._placement: PlacementGroup | None = None
         self._made: Making | None = None
@@ -83,7 +91,9 @@ class WorkerGroup:
         """Ask Ray for room on its nodes alone; returns at once."""
         from ray.util.placement_group import placement_group
 
-        if self._placement is None:
+        if self._placement is None and self._beside is not None:
+            self._placement = self._beside.reserve()._placement
+        elif self._placement is None:
             self._placement = placement_group([bundle(self.role)] * self.size, self.role.placement.upper())
         return self
 
@@ -147,7 +157,7 @@ class WorkerGroup:
             return
         alive = [
             r
-            for r in range(self.size)
+            for r in range(len(self._actors))
             if kindly and self.fleet.members[r].state in (ProcessState.STARTING, ProcessState.HEALTHY)
         ]
         try:
@@ -155,7 +165,8 @@ class WorkerGroup:
         finally:
             for actor in self._actors:
                 ray.kill(actor)
-            ray.util.remove_placement_group(self._placement)
+            if self._beside is None:
+                ray.util.remove_placement_group(self._placement)
             self._actors, self._placement = [], None
 
     def restart(self, rank: int) -> None:
@@ -283,7 +294,7 @@ class WorkerGroup:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        wanted = bundle(self.role)
+        wanted = self._asked()
         options = {
             "num_cpus": wanted.pop("CPU", 0),
             "num_gpus": wanted.pop("GPU", 0),
@@ -297,6 +308,17 @@ class WorkerGroup:
             .options(**options)
             .remote(self.who(rank), str(self.liveness.log(rank)), env, self._preload)
         )
+
+    def _asked(self) -> dict[str, float]:
+        """Resources that one process asks Ray for, within its bundle."""
+        if self._beside is not None:
+            # All else is its host's, which computes nothing meanwhile.
+            gpus = self._beside.role.gpus * GUEST_SHARE
+            return {"GPU": gpus} if gpus else {}
+        asked = bundle(self.role)
+        if self._has_guests and "GPU" in asked:
+            asked["GPU"] *= 1 - GUEST_SHARE
+        return asked
 
     def _send(
         self,

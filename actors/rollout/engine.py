@@ -24,6 +24,7 @@ from actors.batches.generations import Generations, SamplingSpec, sample_seed
 from actors.batches.slices import Asked, Progress
 from actors.cluster.environment import SOCKETS
 from actors.cluster.scratch import Scratch, unfit
+from actors.cluster.turn_plan import both_awake
 from actors.errors import RunFailure, UserError
 from actors.rollout.spec import EngineSpec
 from actors.rollout.vllm.processes import EngineProcesses
@@ -43,6 +44,7 @@ from actors.rollout.vllm.settings import (
     read_config,
     without_remains,
 )
+from actors.rollout.vllm.sleeping import fall_asleep, is_asleep, wake
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -75,6 +77,7 @@ class RolloutEngine:
         self.max_model_len = 0
         self._llm: LLM | None = None
         self._updater: WeightUpdater | None = None
+        self._asleep = False
         self._stepper: Stepper
         self._calls: dict[int, _Sliced] = {}
         """By key."""
@@ -172,6 +175,23 @@ class RolloutEngine:
             for output, ids, start in zip(outputs, token_ids, starts, strict=True)
         ]
 
+    # --- Turns with a trainer on the same device --------------------------------------------------
+
+    def sleep(self) -> bool:
+        """Give the device's memory back (`vllm.sleeping`); what is loaded stays so. True if it is awake
+        afterwards."""
+        if self._llm is not None and not self._asleep:
+            fall_asleep(self._llm)
+            self._asleep = True
+        return self._llm is not None and not is_asleep(self._llm)
+
+    def wake_up(self) -> bool:
+        """Take the device: weights are as they were, the cache is empty. True if it is awake afterwards."""
+        if self._llm is not None and self._asleep:
+            wake(self._llm)
+            self._asleep = False
+        return self._llm is None or not is_asleep(self._llm)
+
     # --- Weights that a trainer keeps up to date --------------------------------------------------
 
     @property
@@ -183,6 +203,7 @@ class RolloutEngine:
         """
         if self._updater is None:
             raise RunFailure("rollout", "sync", "this engine can't be updated", "load it with updatable=True")
+        self._refuse_asleep()
         return self._updater
 
     @property
@@ -199,7 +220,8 @@ class RolloutEngine:
             return None
         from actors.rollout.vllm.worker_calls import ask, unpacked
 
-        load = ask(self._running("expert_load"), "expert_load")[0]
+        # Counts of what was generated, also when it sleeps by now.
+        load = ask(self._loaded("expert_load"), "expert_load")[0]
         return None if load is None else unpacked(load)
 
     def make_updater(self, llm: LLM, base: str) -> WeightUpdater:
@@ -213,6 +235,7 @@ class RolloutEngine:
         if self._updater is not None:
             self._updater.close()
         llm, self._llm, self._updater, self.label = self._llm, None, None, ""
+        self._asleep = False
         self._in_use.leave()
         if llm is None:
             return
@@ -306,6 +329,14 @@ class RolloutEngine:
         return made.with_experts(routed_experts(self._llm, outputs))
 
     def _running(self, phase: str) -> LLM:
+        self._refuse_asleep()
+        return self._loaded(phase)
+
+    def _refuse_asleep(self) -> None:
+        if self._asleep:
+            raise both_awake("rollout", "it was asked to compute while it sleeps and the policy is awake")
+
+    def _loaded(self, phase: str) -> LLM:
         if self._llm is None:
             raise RunFailure("rollout", phase, "no model is loaded")
         if self._updater is not None:

@@ -34,10 +34,13 @@ def rollout_group(
     log_dir: str | Path,
     name: str = "rollout",
     env: Mapping[str, str] | None = None,
+    beside: WorkerGroup | None = None,
 ) -> WorkerGroup:
-    """A group for `ROLLOUT`: independent vLLM engines. Not started yet. `env`: further variables."""
-    own = engine_environment(role.gpus > 0)
-    return WorkerGroup(name, role, limits, log_dir, preload=ROLLOUT_MODULES, env={**(env or {}), **own})
+    """A group for `ROLLOUT`: independent vLLM engines. Not started yet. `env`: further variables; `beside`:
+    the ranks with which they take turns."""
+    gpus = role.gpus if beside is None else beside.role.gpus
+    variables = {**(env or {}), **engine_environment(gpus > 0)}
+    return WorkerGroup(name, role, limits, log_dir, preload=ROLLOUT_MODULES, env=variables, beside=beside)
 
 
 class RolloutEngines(UpdatableEngines):

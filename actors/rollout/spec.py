@@ -42,5 +42,7 @@ class EngineSpec(EngineOptions):
     """Dtype of weights and activations in the engine."""
     trust_remote_code: bool = False
     """Allow the base's own Python code."""
+    enable_sleep_mode: bool = False
+    """It takes turns with a trainer on its device."""
     enable_return_routed_experts: bool = False
     """Samples of an engine that a trainer keeps up to date come with the experts of every position."""

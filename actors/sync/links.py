@@ -18,7 +18,7 @@ from actors.sync.engine_set import EngineSet
 from actors.sync.protocol import EngineFacts, Failure
 from actors.sync.relay_tree import TOP, levels, relay_tree
 from actors.sync.remote import RemoteWeightSource, UpdatableEngines
-from actors.sync.spec import Backend
+from actors.sync.spec import Backend, Backends
 
 CHANNEL_SHARE = 0.8
 """Of `limits.sync`: deadline inside of channels, so that who waits in vain for a peer says so itself."""
@@ -47,9 +47,9 @@ class Links:
     """The connections of the engines of a group."""
 
     def __init__(
-        self, source: RemoteWeightSource, engines: EngineSet, backend: Backend, fan_out: int
+        self, source: RemoteWeightSource, engines: EngineSet, backends: Backends, fan_out: int
     ) -> None:
-        self._source, self._engines, self._backend, self._fan_out = source, engines, backend, fan_out
+        self._source, self._engines, self._backends, self._fan_out = source, engines, backends, fan_out
         self._calls = UpdatableEngines(engines.group)
         self._facts: dict[int, tuple[int, EngineFacts]] = {}
         self._made: dict[int, Link] = {}
@@ -93,7 +93,11 @@ class Links:
         for some in as_answered(self._engines, reaching, calls):
             failed |= {rank: answer for rank, answer in some.items() if isinstance(answer, Failure)}
             there = {rank: engines[rank] for rank in some if rank not in failed}
-            opening |= ask(self._engines, there, lambda rank: self._calls.open_channel(rank, self._backend))
+            opening |= ask(
+                self._engines,
+                there,
+                lambda rank: self._calls.open_channel(rank, self._backends.of(rank, lacking[rank].parent)),
+            )
             accepting += self._accept(engines, there, lacking)
         opened = answers(self._engines, {rank: engines[rank] for rank in opening}, opening)
         # One that died says more than whoever waited for it.
@@ -130,14 +134,24 @@ class Links:
     ) -> list[_Accepting]:
         """Let whoever sends to these engines, which have reached it, accept them."""
         asked = []
-        for parent, below in _by_parent(there, lacking).items():
+        for (parent, backend), below in self._alike(there, lacking).items():
             if parent == TOP:
-                asked.append(_Accepting(parent, below, self._source.accept(below, self._backend)))
+                asked.append(_Accepting(parent, below, self._source.accept(below, backend)))
                 continue
-            accept = partial(self._calls.accept, engines=below, backend=self._backend)
+            accept = partial(self._calls.accept, engines=below, backend=backend)
             call = ask(self._engines, {parent: engines[parent]}, accept)[parent]
             asked.append(_Accepting(parent, below, call))
         return asked
+
+    def _alike(
+        self, engines: Iterable[int], links: Mapping[int, Link]
+    ) -> dict[tuple[int, Backend], list[int]]:
+        """Engines of which whoever sends can accept some together."""
+        found: dict[tuple[int, Backend], list[int]] = defaultdict(list)
+        for rank in engines:
+            parent = links[rank].parent
+            found[parent, self._backends.of(rank, parent)].append(rank)
+        return found
 
     def _not_accepted(self, engines: Participants, accepting: Sequence[_Accepting]) -> dict[int, Failure]:
         """Reasons of engines that were not accepted. Raises: RunFailure: the trainer failed."""

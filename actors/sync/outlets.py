@@ -39,7 +39,7 @@ class Outlets:
     ) -> dict[int, str]:
         """Wait for engines that have reached their addresses; why others did not come within the deadline.
         `device`: type of that of the weights here."""
-        self._together = backend != "nccl"
+        self._together = self._together and backend != "nccl"
 
         def accepted(engine: int) -> None:
             listener = self._listeners.pop(engine, None)

@@ -22,7 +22,7 @@ from actors.sync.links import Links
 from actors.sync.protocol import Decision, Failure, Offer, Readback, SentParts
 from actors.sync.relay_tree import TOP, children
 from actors.sync.remote import RemoteWeightSource, UpdatableEngines
-from actors.sync.spec import Backend
+from actors.sync.spec import Backends
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,14 +50,14 @@ class Phases:
         policy: WorkerGroup,
         engines: EngineSet,
         base_dir: str,
-        backend: Backend,
+        backends: Backends,
         fan_out: int,
         keeps: bool,
     ) -> None:
         """`fan_out`: of `relay_tree`; `keeps`: samples stay in flight over a sync."""
         self.source, self.engines = RemoteWeightSource(policy), engines
         self._calls, self._rollout = UpdatableEngines(engines.group), engines.group
-        self._links = Links(self.source, engines, backend, fan_out)
+        self._links = Links(self.source, engines, backends, fan_out)
         self._base_dir, self._keeps = base_dir, keeps
         self.dtype = ""
         """Of the engines; known once one is connected."""

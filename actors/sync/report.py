@@ -18,7 +18,8 @@ class SyncReport:
     tensors: int
     digest: str
     seconds: dict[str, float]
-    """gather, pack, wire (until all had staged), load (until all had committed), verify."""
+    """gather, pack, wire (until all had staged), load (until all had committed), verify; turn (from trainer
+    to engines) where they share a device."""
     probe: ProbeReport
     """Of the engine that is farthest from the trainer."""
     share_unchanged_bf16: float | None
@@ -49,6 +50,10 @@ class Stopwatch:
 
     seconds: dict[str, float] = field(default_factory=dict)
     _since: float = field(default_factory=time.perf_counter)
+
+    def skip(self) -> None:
+        """All that passed since the last part counts for none."""
+        self._since = time.perf_counter()
 
     def part(self, name: str) -> None:
         """All that passed since the last part was this one."""

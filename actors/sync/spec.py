@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from actors.spec import Spec
+from actors.sync.relay_tree import TOP
 
-Backend = Literal["gloo", "nccl"]
-"""Transport of tensors between trainer and engine: gloo on CPUs, nccl between GPUs."""
+Backend = Literal["gloo", "nccl", "shared", "ipc"]
+"""Transport of tensors between trainer and engine: gloo on CPUs, nccl between GPUs; where both are on one
+device, `shared` memory of the machine on CPUs and `ipc`, CUDA's handles of device memory, on a GPU."""
+
+
+@dataclass(frozen=True)
+class Backends:
+    """Transports of the connections of a group."""
+
+    between: Backend = "gloo"
+    nearest: Backend | None = None
+    """Between the trainer's first rank and the first engine, where both are on one device."""
+
+    def of(self, engine: int, sender: int) -> Backend:
+        """Transport to an engine; `sender`: as in `relay_tree`."""
+        if self.nearest is not None and (engine, sender) == (0, TOP):
+            return self.nearest
+        return self.between
+
+
+OVER_GLOO = Backends()
+
+
+def backends_for(trainer_gpus: float, engine_gpus: float, one_device: bool = False) -> Backends:
+    """Transports between a trainer and engines with so many GPUs each; `one_device`: engine i takes turns
+    with rank i on its device. Other engines than the first may be on other nodes."""
+    nearest: Backend = "ipc" if trainer_gpus > 0 else "shared"
+    return Backends(backend_for(trainer_gpus, engine_gpus), nearest if one_device else None)
 
 
 def backend_for(trainer_gpus: float, engine_gpus: float) -> Backend:
-    """The backend between a trainer and an engine with so many GPUs each."""
+    """The backend between a trainer and an engine with so many GPUs each, on devices of their own."""
     return "nccl" if trainer_gpus > 0 and engine_gpus > 0 else "gloo"
 
 

@@ -1,4 +1,5 @@
-"""Transports of a channel of two: gloo between CPUs, NCCL between GPUs, with one behaviour.
+"""Transports of a channel of two: gloo between CPUs, NCCL between GPUs, the memory that both have where they
+take turns on one device; with one behaviour.
 
 An operation ends, or raises RuntimeError within its deadline, whatever the other end does, and whoever gives
 up lives on. gloo does so by itself. NCCL's first operation does not return before the peer has come to it;
@@ -22,11 +23,12 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.distributed as dist
 
+from actors.sync.shared_memory import DeviceMemory, HostMemory, SharedMemory
 from actors.sync.spec import Backend
 from actors.variables import variables_set
 
 Operation = Literal["send", "recv"]
-DEVICES = {"gloo": "cpu", "nccl": "cuda"}
+DEVICES = {"gloo": "cpu", "nccl": "cuda", "shared": "cpu", "ipc": "cuda"}
 """Place of the tensors that a backend carries."""
 ABORT_S = 10.0
 """Longest wait for an abort. One that hangs is left to itself: the group is not used again."""
@@ -58,9 +60,10 @@ def transport(backend: Backend, store: Any, rank: int, timeout: timedelta, joini
     Raises:
         RuntimeError: the other end did not come.
     """
-    if backend == "gloo":
-        return _Gloo(store, rank, timeout, joining)
-    return _Nccl(store, rank, timeout, joining)
+    if backend in ("shared", "ipc"):
+        memory = HostMemory() if backend == "shared" else DeviceMemory()
+        return SharedMemory(memory, store, rank, timeout, joining)
+    return (_Gloo if backend == "gloo" else _Nccl)(store, rank, timeout, joining)
 
 
 class _Gloo:

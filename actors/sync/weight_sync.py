@@ -18,6 +18,7 @@ import numpy as np
 
 from actors.batches.batch import Batch
 from actors.cluster.futures import POLL_S, WorkerFuture
+from actors.cluster.turns import OwnDevices, Turns
 from actors.cluster.worker_group import WorkerGroup
 from actors.errors import RunFailure
 from actors.sync import protocol, verify
@@ -29,7 +30,7 @@ from actors.sync.protocol import NO_VERSION, Prepared, Readback, SentParts
 from actors.sync.remote import UpdatableEngines
 from actors.sync.report import Stopwatch, SyncReport
 from actors.sync.rounds import Rounds
-from actors.sync.spec import Backend, SyncSpec
+from actors.sync.spec import OVER_GLOO, Backends, SyncSpec
 from actors.sync.verify import ProbeReport, Reference
 
 
@@ -50,16 +51,18 @@ class WeightSync:
         base_dir: str,
         role: str | None,
         probes: Sequence[Sequence[int]],
-        backend: Backend = "gloo",
+        backends: Backends = OVER_GLOO,
         loading: dict[int, WorkerFuture[dict[str, float]]] | None = None,
+        turns: Turns | None = None,
     ) -> None:
         """`base_dir`: the bare base, as engines load it; `role`: the adapter that is sent; `probes`: token
         ids, at least two each, of which the last `spec.probe_tokens` are compared; `loading`: of `load_base`,
-        where it was called already."""
+        where it was called already; `turns`: where policy and engines share a device."""
         self.policy, self.engines, self.rollout = policy, engines, engines.group
         self.spec, self.role, self.base_dir = spec, role, base_dir
         self._keeps = spec.in_flight == "keep"
-        self._phases = Phases(policy, engines, base_dir, backend, spec.fan_out, self._keeps)
+        self._turns = turns or OwnDevices()
+        self._phases = Phases(policy, engines, base_dir, backends, spec.fan_out, self._keeps)
         self._rounds = Rounds(self._phases, engines)
         self._source = self._phases.source
         self._probes = [list(map(int, probe)) for probe in probes]
@@ -83,11 +86,15 @@ class WeightSync:
             UserError: it can't load this base.
         """
         with self.engines.turn:
+            self._turns.to_engines()
             self._welcome(self._loading or load_base(self.rollout, self.base_dir))
             self._rounds.connect(self._replace_here)
             # An engine's first pass over tokens is slow; this one delays no step.
             everyone = {rank: self.engines[rank].generation for rank in self.engines}
             warming = self._phases.begin_scoring(everyone, self._probes, self._starts)
+            if self._turns.alternate:
+                self._phases.wait(everyone, warming)
+                self._turns.to_policy()
             self._base = self._trainer_logps(None)()
             self._phases.wait(everyone, warming)
 
@@ -137,20 +144,29 @@ class WeightSync:
         old = protocol.mismatch_in_version(self.version, version)
         if old is not None:
             raise violation("trainer", version, old)
+        self._turns.to_policy()
+        known, prepared = None, self._prepare(version)
+        watch = Stopwatch(dict(prepared.seconds))
+        if self._turns.alternate:
+            # All that the trainer has to say of this version, while its weights are there.
+            known = self._ask_reference(prepared)(None)
+            watch.part("pack")
+            self._turns.to_engines()
+            watch.part("turn")
         # One that hangs is better found now than by the trainer, which would wait for it on the channel.
         self.rollout.look_after(rank for rank in self.engines if self.engines[rank].whole)
         replaced = self._replace_lost()
-        prepared = self._prepare(version)
-        watch = Stopwatch(dict(prepared.seconds))
+        watch.skip()
         engines, more, withheld = self._rounds.stage(prepared.offer, self._replace_lost)
         watch.part("wire")
         loading = self._phases.begin_commit(engines, prepared.offer)
-        asked = self._ask_reference(prepared)
+        asked = self._ask_reference(prepared) if known is None else None
         committed, sent = self._phases.end_commit(loading)
         watch.part("load")
         # Not only when the trainer has its own scores: both compute at the same time.
         scoring = self._phases.begin_scoring(committed, self._probes, self._starts)
-        reference = asked(sent)
+        reference = asked(sent) if asked is not None else known
+        assert reference is not None
         self._verify(committed, reference, scoring)
         absent = [rank for rank in self.engines if self.engines[rank].version != version]
         replaced += more + absent
@@ -164,9 +180,9 @@ class WeightSync:
     def _prepare(self, version: int) -> Prepared:
         # Every rank: a sharded policy's weights are gathered from all; the first one answers.
         spec, dtype = self.spec, self._phases.dtype
-        prepared = self._source.prepare(
-            version, self.role, spec.payload, dtype, spec.packed_buffer_size_bytes
-        ).result()[0]
+        # In its own turn the trainer can't merge parts inside a commit: a version is then sent whole.
+        limit = None if self._turns.alternate else spec.packed_buffer_size_bytes
+        prepared = self._source.prepare(version, self.role, spec.payload, dtype, limit).result()[0]
         assert prepared is not None
         return prepared
 

@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from actors.cluster.turn_plan import both_awake
 from actors.errors import InvariantViolation, UserError
 from actors.models.architectures.lookup import architecture_of
 from actors.models.base.loading import load_base
@@ -39,19 +40,48 @@ class HostState:
         self.architecture = architecture_of(resolved.config)
         holds_slices = spec.sharding != "none" and ranks.world_size > 1
         split: Literal["layers", "experts"] = "experts" if spec.sharding == "experts" else "layers"
-        self.base: PreTrainedModel = load_base(
+        self.parked = False
+        """Weights have left the device, which an engine has: nobody may ask for them (`residence`)."""
+        self._base: PreTrainedModel = load_base(
             spec.model, spec.device, spec.seed, ranks.world_size if holds_slices else 1, split, ranks.mesh
         )
-        """The transformers model, its layers wrapped by PEFT once there is an adapter."""
         self.base.requires_grad_(False)
-        self.model: PreTrainedModel | PeftModel = self.base
-        """The PeftModel around `base`, or `base` itself without adapters."""
+        self._model: PreTrainedModel | PeftModel = self.base
         self.config = self.base.config
         self.heads: dict[str, nn.Linear] = {}
         """Scalar heads by role."""
         self.runner = self._runner(lockstep=holds_slices)
         self.find_dropouts()
         self.base.eval()
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model, its layers wrapped by PEFT once there is an adapter.
+
+        Raises:
+            InvariantViolation: it is parked.
+        """
+        self.refuse_parked()
+        return self._base
+
+    @property
+    def model(self) -> PreTrainedModel | PeftModel:
+        """The PeftModel around `base`, or `base` itself without adapters. Raises as `base`."""
+        self.refuse_parked()
+        return self._model
+
+    @model.setter
+    def model(self, model: PeftModel) -> None:
+        self._model = model
+
+    def refuse_parked(self) -> None:
+        """Stop whoever computes while an engine has the device.
+
+        Raises:
+            InvariantViolation: the weights are parked.
+        """
+        if self.parked:
+            raise both_awake(self.who, "it was asked for weights that are parked while engines are awake")
 
     def _runner(self, lockstep: bool) -> PassRunner:
         spec, scorer = self.spec, TokenScorer(self.base)

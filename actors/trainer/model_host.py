@@ -23,6 +23,7 @@ from actors.models.parallel.fsdp import shard_with_layers
 from actors.models.spec import LoraSpec
 from actors.trainer.host_state import START_ADAPTER, HostState
 from actors.trainer.process_groups import Ranks
+from actors.trainer.residence import Residence
 from actors.trainer.saving import Saving
 from actors.trainer.scores import Scores
 from actors.trainer.spec import HostSpec
@@ -44,6 +45,7 @@ class ModelHost:
     scores: Scores
     saving: Saving
     weight_source: WeightSource
+    residence: Residence
 
     def __init__(
         self,
@@ -65,6 +67,7 @@ class ModelHost:
         self.scores = Scores(self.state)
         self.updates = Updates(self.state, self.scores)
         self.saving = Saving(self.state, self.updates)
+        self.residence = Residence(self.state, self.updates)
         self.weight_source = WeightSource(self.state, leads=rank == 0, sharded=self.state.sharded)
         if resolved.adapter_path is not None:
             self.add_adapter(START_ADAPTER, resolved.adapter_path, trainable=False)

@@ -41,11 +41,19 @@ CLOCKS = ("step_seconds", "tokens_per_second")
 
 
 def host_group(
-    name: str, role: RoleSpec, limits: LimitsSpec, log_dir: str | Path, env: Mapping[str, str] | None = None
+    name: str,
+    role: RoleSpec,
+    limits: LimitsSpec,
+    log_dir: str | Path,
+    env: Mapping[str, str] | None = None,
+    has_guests: bool = False,
 ) -> WorkerGroup:
-    """A group for `HOST`: training ranks, reference ranks. Not started yet. `env`: further variables."""
-    variables = {**trainer_environment(role.gpus > 0), **(env or {})}
-    return WorkerGroup(name, role, limits, log_dir, preload=HOST_MODULES, env=variables)
+    """A group for `HOST`: training ranks, reference ranks. Not started yet. `env`: further variables;
+    `has_guests`: engines take turns with them."""
+    variables = {**trainer_environment(role.gpus > 0, has_guests), **(env or {})}
+    return WorkerGroup(
+        name, role, limits, log_dir, preload=HOST_MODULES, env=variables, has_guests=has_guests
+    )
 
 
 @dataclass(frozen=True)

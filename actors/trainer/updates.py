@@ -96,12 +96,14 @@ class Updates:
     @property
     def training(self) -> Training:
         """Of the role that was prepared last."""
+        self._state.refuse_parked()
         if not self.trainings:
             raise RuntimeError("prepare_training comes before update, save_checkpoint and load_checkpoint")
         return next(reversed(self.trainings.values()))
 
     def training_of(self, role: str | None) -> Training:
         """Of a role that was prepared; None: the one prepared last."""
+        self._state.refuse_parked()
         if role is not None and role not in self.trainings:
             raise RuntimeError(f"prepare_training comes before anything that trains '{role}'")
         return self.training if role is None else self.trainings[role]

@@ -31,8 +31,13 @@ from actors.trainer.merged_weights import HostMerge, Tally
 class Holder(Protocol):
     """The model whose weights are sent, as `actors.trainer.host_state.HostState` has it."""
 
-    base: PreTrainedModel
-    model: PreTrainedModel | PeftModel
+    @property
+    def base(self) -> PreTrainedModel:
+        """Raises: InvariantViolation: it is parked."""
+
+    @property
+    def model(self) -> PreTrainedModel | PeftModel:
+        """Raises: InvariantViolation: it is parked."""
 
 
 @dataclass
@@ -62,6 +67,8 @@ class WeightSource:
         self._host, self._leads, self._sharded = host, leads, sharded
         self._outlets = Outlets()
         self._pieces: Pieces | None = None
+        self._device = next(host.base.parameters()).device.type
+        """Known also while weights are parked, when engines that are replaced connect."""
         self._payload: Payload | None = None
         self._later: Later | None = None
 
@@ -200,10 +207,6 @@ class WeightSource:
         if not factors:
             raise UserError(f"sync: the trainer has no adapter '{role}'")
         return factors
-
-    @property
-    def _device(self) -> str:
-        return next(self._host.base.parameters()).device.type
 
     def _algorithm(self) -> Algorithm:
         return algorithm_for([self._device, *self._outlets.devices])

@@ -84,7 +84,7 @@ def resolved(config: RunConfig) -> dict[str, Any]:
     data = config.model_dump(mode="json")
     for name, role in data["roles"].items():
         if role["share"] is not None:
-            data["roles"][name] = {"share": role["share"]}
+            data["roles"][name] = {key: role[key] for key in config.roles.of(name).beside_share}
     return data
 
 

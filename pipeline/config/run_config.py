@@ -75,6 +75,9 @@ class RunConfig(Spec):
         """Fill defaults that depend on other sections."""
         if self.model.lora is None and "reference" not in self.roles.model_fields_set:
             self.roles.reference = RoleSpec()
+        rollout = self.roles.rollout
+        if rollout.share is not None and "workers" not in rollout.model_fields_set:
+            rollout.workers = self.roles.policy.workers
         return self
 
     def init_of(self, stage: str) -> str:

@@ -11,7 +11,7 @@ from pipeline.artifacts.weights import Weights
 from pipeline.evaluation.pairs import Scorer
 from pipeline.execution.hosts import adapter_name, critic_name
 from pipeline.execution.stage_card import write_stage_card
-from pipeline.roles import CRITIC, POLICY, REFERENCE, REWARD
+from pipeline.roles import CRITIC, POLICY, REFERENCE, REWARD, ROLLOUT
 from pipeline.stages.context import Stops, WorkTime
 from pipeline.stages.offline.reference import ReferenceFeed
 from pipeline.stages.offline.train import TrainContext
@@ -50,18 +50,28 @@ class Contexts:
         """A view for every role of an online stage, the engines, and the sync between policy and engines."""
         from actors.rollout.pool import RolloutPool
         from actors.sync.engine_set import EngineSet
-        from actors.sync.spec import backend_for
+        from actors.sync.spec import backends_for
         from actors.sync.weight_sync import WeightSync, load_base
 
-        # The engines read the base while the ranks do.
-        rollout, wanted = self.fleet.engines(), stage.spec.sync
-        loading = load_base(rollout, node.start.base)
+        turns, wanted = self.fleet.turns, stage.spec.sync
+        rollout = self.fleet.engine_processes()
+        # The engines read the base while the ranks do, unless both want the same memory for it.
+        loading = None if turns.alternate else load_base(rollout, node.start.base)
         policy = self._policy(node)
         probes = probes_of(stage.data.token_ids, wanted, stage.sampling.max_tokens)
-        backend = backend_for(self.config.roles.policy.gpus, self.config.roles.rollout.gpus)
+        roles = self.config.roles
+        backends = backends_for(roles.gpus_of(POLICY), roles.gpus_of(ROLLOUT), turns.alternate)
         engines = EngineSet(rollout)
         sync = WeightSync(
-            policy.workers.group, engines, wanted, node.start.base, policy.role, probes, backend, loading
+            policy.workers.group,
+            engines,
+            wanted,
+            node.start.base,
+            policy.role,
+            probes,
+            backends,
+            loading,
+            turns,
         )
         pool = RolloutPool(engines, in_flight=wanted.in_flight == "keep")
         return RlContext(
@@ -75,6 +85,7 @@ class Contexts:
             sync=sync,
             tokenizer=tokenizer,
             note=events.note,
+            turns=turns,
             replay_compare_steps=self.config.model.moe.router_replay_compare_steps,
         )
 

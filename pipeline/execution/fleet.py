@@ -38,6 +38,7 @@ from pipeline.artifacts.run_directory import RunDirectory
 from pipeline.artifacts.weights import Weights
 from pipeline.execution.hosts import Host, fits, host_spec
 from pipeline.execution.reference_feeds import make_feed
+from pipeline.execution.turns import turns_of
 from pipeline.monitoring.phases import phase
 from pipeline.planning.resources import machine_problems
 from pipeline.roles import ENGINE_ROLES, POLICY, REFERENCE, ROLES, ROLLOUT, evaluation_roles, roles_of
@@ -84,6 +85,7 @@ class Fleet:
         # Ray starts its processes from there, and they inherit that thread's mask: a closed terminal is for
         # the driver, which saves and then ends them. (An interrupt Ray itself keeps from them.)
         self._thread = ThreadPoolExecutor(1, "start-ray", _block_hangup)
+        self.turns = turns_of(config.roles, self.policy_workers, self.built_engines, note)
 
     def __enter__(self) -> Fleet:
         return self
@@ -95,7 +97,8 @@ class Fleet:
         if self._starting is not None:
             self._starting.exception()
         if not self._local:  # A local cluster takes its actors with it.
-            for group in self._groups.values():
+            # Last started, first ended: some are in the bundles of others.
+            for group in reversed(self._groups.values()):
                 group.shutdown(kindly=kind is not KeyboardInterrupt)
         failed, lost = False, None
         if self._ray:
@@ -223,7 +226,7 @@ class Fleet:
             self.ray_line = cluster.how
             if spec.fast_start and self._imports_apart is not None:
                 self.ray_line += f"; processes make their own imports: {self._imports_apart}"
-        # An engine has most to import: its process comes first.
+        # An engine has most to import: its process comes first, unless it is in another one's bundle.
         for name in sorted(roles, key=lambda name: ROLES[name].holds != "engine"):
             self._group(name)
 
@@ -264,14 +267,14 @@ class Fleet:
     def _made(self, name: str) -> WorkerGroup:
         """A role's group, whose processes were perhaps not started yet."""
         if name not in self._groups:
-            role, limits, logs = self.config.roles.of(name), self.config.limits, self.directory.logs
-            engines = ROLES[name].holds == "engine"
-            env = passed_on(self.config.ray.env)
-            group = (
-                rollout_group(role, limits, logs, name, env)
-                if engines
-                else host_group(name, role, limits, logs, env)
-            )
+            roles, limits, logs = self.config.roles, self.config.limits, self.directory.logs
+            role, env = roles.of(name), passed_on(self.config.ray.env)
+            if name in ENGINE_ROLES:
+                beside = self._made(roles.host_of(name)) if roles.alternates(name) else None
+                group = rollout_group(role, limits, logs, name, env, beside)
+            else:
+                guests = any(roles.alternates(one) and roles.host_of(one) == name for one in ROLES)
+                group = host_group(name, role, limits, logs, env, guests)
             group.measured = self.measured
             self._groups[name] = group
         return self._groups[name]
@@ -284,8 +287,12 @@ class Fleet:
         if host is not None and fits(host, spec, weights):
             return host
         workers = ModelWorkers(self._group(name))
+        if name == POLICY:
+            self.turns.to_policy()
         building = workers.build(spec.model_copy(update={"device": "cuda" if role.gpus > 0 else "cpu"}))
         host = self._hosts[name] = Host(workers, spec, weights, building)
+        if name == POLICY:
+            self.turns.policy_built()
         return host
 
     @contextlib.contextmanager
@@ -304,14 +311,20 @@ class Fleet:
             group.measured = measured
 
     def release(self) -> None:
-        """End the training hosts (`keep_warm: false`); the next stage starts new ones."""
-        for name in list(self._hosts):
-            self._hosts.pop(name)
+        """End the training hosts (`keep_warm: false`), and engines in their bundles; the next stage starts
+        new ones."""
+        guests = [name for name in self._groups if self.config.roles.alternates(name)]
+        for name in [*guests, *self._hosts]:
             self._groups.pop(name).shutdown()
+            self._engines.pop(name, None)
+        self._hosts.clear()
+        self.turns.gone()
 
     def ready_host(self, name: str, node: Node, weights: Weights) -> Host:
         """The role's host, loaded and set to this stage's batching; its wait is part of the start-up."""
         phase(f"starting the processes of {name}, which load the base")
+        if name == POLICY:
+            self.turns.to_policy()
         host = self._host(name, node, weights)
         began = time.monotonic()
         host.ready()
@@ -321,7 +334,14 @@ class Fleet:
         return host
 
     def engines(self, role: str = ROLLOUT) -> WorkerGroup:
-        """The engines of a role, ready to load a model."""
+        """The engines of a role, ready to load a model; it is their turn, where they take any."""
+        group = self.engine_processes(role)
+        if self.config.roles.alternates(role):
+            self.turns.to_engines()
+        return group
+
+    def engine_processes(self, role: str = ROLLOUT) -> WorkerGroup:
+        """The processes of a role's engines, whoever's turn it is."""
         began = time.monotonic()
         building = self._build_engines(role)
         if building is not None:
@@ -330,6 +350,19 @@ class Fleet:
             self.startup.setdefault(f"wait for {role}", round(time.monotonic() - began, 2))
             self._engines[role] = None
         return self._group(role)
+
+    def policy_workers(self) -> WorkerGroup | None:
+        """The policy's ranks, once their base is loaded; None where none was asked for."""
+        host = self._hosts.get(POLICY)
+        if host is None:
+            return None
+        host.ready()
+        return host.workers.group
+
+    def built_engines(self) -> WorkerGroup | None:
+        """The engines that take turns with the policy, once their processes have one each; None: there are
+        none yet."""
+        return self.engine_processes() if ROLLOUT in self._engines else None
 
     def _build_engines(self, role: str) -> GroupFuture[float] | None:
         """Let the actors of a role's engines be made, unless they were; None when that is done."""
@@ -342,6 +375,7 @@ class Fleet:
         return EngineSpec(
             dtype=self.config.model.dtype,
             trust_remote_code=self.config.model.trust_remote_code,
+            enable_sleep_mode=self.config.roles.alternates(role),
             enable_return_routed_experts=self.config.model.moe.router_replay == "rollout",
             **self.config.roles.engine_of(role).model_dump(),
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from actors.models.facts import ARCHITECTURES, VllmRow, replay_problem, vllm_row, why_not_split
-from pipeline.roles import MODEL_ROLES, ROLES
+from pipeline.roles import MODEL_ROLES, ROLES, ROLLOUT
 
 if TYPE_CHECKING:
     from actors.models.facts import Architecture
@@ -142,7 +142,7 @@ def _why_not_by_experts(config: RunConfig, row: Architecture | None, model_type:
 def _engine_problems(config: RunConfig, model_type: str, names: list[str]) -> list[str]:
     generates = config.eval is not None or any(config.stages[name].online for name in names)
     engine, dtype = vllm_row(model_type), config.model.dtype
-    if not generates or config.roles.rollout.gpus > 0 or dtype in engine.dtypes:
+    if not generates or config.roles.gpus_of(ROLLOUT) > 0 or dtype in engine.dtypes:
         return []
     return [
         f"model.dtype: {dtype}, but on the CPU vLLM computes a {model_type} model in "

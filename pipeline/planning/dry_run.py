@@ -156,13 +156,18 @@ def _rename_reward(stage: dict[str, Any], source: str, twin: str) -> None:
 
 
 def _shrink_role(role: dict[str, Any]) -> dict[str, Any]:
-    if role["share"] is not None:
+    from pipeline.roles import RolloutRoleSpec
+
+    if role["share"] is not None and "engine" not in role:
         return {"share": role["share"]}
     small = {"workers": min(role["workers"], DRY_WORKERS), "cpus": min(role["cpus"], 0.25), "threads": 1}
     small["sharding"] = role["sharding"]
     small["tensor_parallel_size"] = min(role["tensor_parallel_size"], DRY_WORKERS)
     if "engine" in role:
         small["engine"] = role["engine"] | {"tensor_parallel_size": 1, "kv_cache_gib": None}
+        if role["share"] is not None:
+            small |= {"share": role["share"], "offload": role["offload"]}
+            return {key: small[key] for key in RolloutRoleSpec.beside_share}
     return small
 
 

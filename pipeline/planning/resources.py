@@ -51,6 +51,8 @@ class RolePlan:
 
     @classmethod
     def of(cls, role: RoleSpec) -> RolePlan:
+        if role.share is not None and role.shares == "devices":
+            return cls(role.workers, role.share, f"in turns on {role.share}'s devices", {})
         if role.share is not None:
             return cls(0, role.share, f"on {role.share}'s processes", {})
         asked = {"CPU": role.cpus, "GPU": role.gpus, **role.resources}

@@ -95,7 +95,8 @@ PANELS = (
     Panel(
         "Seconds of a step",
         tuple(
-            f"time/{part}" for part in ("generate", "rewards", "logprobs", "values", "update", "wait", "sync")
+            f"time/{part}"
+            for part in ("generate", "rewards", "logprobs", "values", "update", "wait", "turn", "sync")
         ),
         total="time/step",
         first=True,

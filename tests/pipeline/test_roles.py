@@ -42,6 +42,16 @@ def test_views_share_by_default_and_all_other_roles_have_processes_of_their_own(
     assert roles.engine_of("rollout") == roles.rollout.engine
 
 
+def test_engines_in_turns_have_processes_beside_those_whose_devices_they_have() -> None:
+    roles = RolesSpec(policy={"workers": 2, "gpus": 1}, rollout={"share": "policy", "threads": 2})
+    assert roles.server_of("rollout") == "rollout"
+    assert roles.host_of("rollout") == "policy"
+    assert roles.alternates("rollout")
+    assert not roles.alternates("critic")
+    assert roles.gpus_of("rollout") == roles.gpus_of("reference") == 1
+    assert roles.with_processes(["rollout"]) == ["policy", "rollout"]
+
+
 @pytest.mark.parametrize(
     ("kind", "needs"),
     [

@@ -215,6 +215,50 @@ def test_a_tensor_parallel_engine_is_synced_and_replaced_when_a_worker_is_killed
     assert all(line["mismatch/max"] < 1e-4 and line["sync/probe_max"] < 1e-4 for line in lines)
 
 
+def on_one_device(directory: Path, **rollout: Any) -> list[str]:
+    """The command of a run in whose turns everything of the policy moves."""
+    command_for(directory)
+    shared = config(directory / "run")
+    shared["roles"]["rollout"] = {"share": "policy", "offload": "all", **rollout}
+    return command_of(directory, shared)
+
+
+def test_policy_and_engines_in_turns_on_one_device_make_the_same_adapter_also_when_engines_are_killed(
+    whole: Path, tmp_path: Path
+) -> None:
+    """One while it generates, one while it sleeps and the policy is awake."""
+    process, run = start(on_one_device(tmp_path), tmp_path), tmp_path / "run"
+    when(process, lambda: calls(run, "rollout-1", "wake_up") >= 3)
+    os.kill(pid_of(run, "rollout-1"), signal.SIGKILL)
+    when(process, lambda: calls(run, "rollout-0", "sleep") >= 6)
+    os.kill(pid_of(run, "rollout-0"), signal.SIGKILL)
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, said[-3000:]
+    assert "policy and rollout take turns" in said
+    assert len(re.findall(r"rollout-[01] was replaced", said)) == 2
+    assert adapter_digest(run, "ppo") == adapter_digest(whole, "ppo")
+    assert repeatable(run) == repeatable(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", ["core apart", "two workers", "as the plan says"])
+def test_engines_of_several_processes_take_turns_with_the_policy_too(
+    spread: str, whole: Path, tmp_path: Path
+) -> None:
+    """Two workers compute other last digits, which enter no loss here."""
+    options: dict[str, Any] = {"workers": 1}
+    if spread == "two workers":
+        options["engine"] = {"tensor_parallel_size": 2}
+    if spread == "as the plan says":
+        options["offload"] = "auto"
+    process = start(
+        on_one_device(tmp_path, **options), tmp_path, **{CORE_APART: "01"[spread == "core apart"]}
+    )
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, said[-3000:]
+    assert adapter_digest(tmp_path / "run", "ppo") == adapter_digest(whole, "ppo")
+
+
 def killed_in_version_one(
     process: subprocess.Popen[str], run: Path, which: Callable[[psutil.Process], bool]
 ) -> str:

@@ -48,7 +48,7 @@ def llm_settings(config: Any, spec: EngineSpec) -> dict[str, Any]:
     """
     from vllm.platforms import current_platform
 
-    from actors.rollout.vllm.workarounds.worker import EXTENSION
+    from actors.rollout.vllm.worker_extension import EXTENSION
 
     row = vllm_row(config.model_type)
     length = positions_of(spec.max_model_len, max_positions(config))
@@ -71,6 +71,7 @@ def llm_settings(config: Any, spec: EngineSpec) -> dict[str, Any]:
     if row.transformers_backend:
         settings["model_impl"] = "transformers"
     if not current_platform.is_cpu():
+        settings["enable_sleep_mode"] = spec.enable_sleep_mode
         return settings | {"gpu_memory_utilization": spec.gpu_memory_utilization}
     if spec.dtype not in row.dtypes:
         raise UserError(

@@ -14,6 +14,7 @@ import torch
 from actors.errors import RunFailure
 from actors.rollout.vllm.intake import Intake
 from actors.rollout.vllm.router_capture import moe_layers
+from actors.rollout.vllm.sleeping import drop_pages
 from actors.rollout.vllm.weight_transfer import refusal
 from actors.rollout.vllm.worker_calls import answers, packed
 from actors.sync.channel import Backend
@@ -27,10 +28,11 @@ EXTENSION = f"{__name__}.SyncWorkerExtension"
 
 
 class SyncWorkerExtension:
-    """Base of a worker that a trainer keeps up to date."""
+    """Base of every worker; most of it is for one that a trainer keeps up to date."""
 
     weight_transfer_engine: SyncTransferEngine
     model_runner: Any
+    vllm_config: Any
     _intake: Intake
 
     @answers
@@ -144,6 +146,12 @@ class SyncWorkerExtension:
     def moe_layers(self) -> list[int]:
         """See `actors.rollout.vllm.router_capture.moe_layers`."""
         return moe_layers(self.weight_transfer_engine.model)
+
+    @answers
+    def drop_cache(self) -> int:
+        """Give the memory of keys and values on the CPU back to the machine; bytes."""
+        layers = self.vllm_config.compilation_config.static_forward_context.values()
+        return drop_pages(getattr(layer, "kv_cache", None) for layer in layers)
 
     def _stage(self, payload: Payload, served: int) -> dict[str, Any]:
         self.weight_transfer_engine.discard()

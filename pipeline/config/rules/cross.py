@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from actors.rollout.spec import DEFAULT_POSITIONS
 from pipeline.config.names import MODULE_NAMES, NAME_PATTERN, NAME_RULE, RESERVED_NAMES
 from pipeline.config.problem import Problem
+from pipeline.config.rules.devices import device_problems
 from pipeline.config.rules.stage import mixture_problems, stage_problems
 from pipeline.config.run_config import RunConfig
 from pipeline.rewards.functions import EXACT_MATCH, FUNCTION
@@ -52,9 +53,15 @@ def _model_problems(config: RunConfig) -> Iterator[Problem]:
 def _role_problems(config: RunConfig) -> Iterator[Problem]:
     for name, role in ROLES.items():
         share = config.roles.of(name).share
-        if share is None or share == role.may_share:
+        if share is None or share in (role.may_share, role.may_alternate):
             continue
-        if role.may_share is None:
+        if role.may_alternate is not None:
+            yield Problem(
+                f"roles.{name}.share",
+                f"'{share}' is no role whose devices engines can have in turns; write `share: "
+                f"{role.may_alternate}`",
+            )
+        elif role.may_share is None:
             yield Problem(f"roles.{name}.share", f"only {', '.join(VIEWS)} can be views of another role")
         else:
             yield Problem(
@@ -69,6 +76,7 @@ def _role_problems(config: RunConfig) -> Iterator[Problem]:
     yield from _sharding_problems(config)
     yield from _tensor_parallel_problems(config)
     yield from _gpu_problems(config)
+    yield from device_problems(config)
 
 
 def _sharding_problems(config: RunConfig) -> Iterator[Problem]:
@@ -126,6 +134,8 @@ def _tensor_parallel_problems(config: RunConfig) -> Iterator[Problem]:
 def _gpu_problems(config: RunConfig) -> Iterator[Problem]:
     for role in ENGINE_ROLES:
         parallel, gpus = config.roles.engine_of(role).tensor_parallel_size, config.roles.of(role).gpus
+        if config.roles.alternates(role):
+            continue
         # On CPUs its processes share what cores there are.
         if parallel > 1 and gpus not in (0, parallel):
             yield Problem(

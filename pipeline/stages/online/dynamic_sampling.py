@@ -14,6 +14,7 @@ import numpy as np
 
 from actors.algorithms import without_spread
 from actors.batches import Generations, trajectory_batch
+from actors.cluster import Turns
 from pipeline.stages.online.rewards import Rewards
 from pipeline.stages.online.sampler import SampledBatch, Sampler
 from pipeline.stages.views import put
@@ -88,14 +89,22 @@ class DynamicSampler(Sampler):
     def _score(self, rows: np.ndarray, samples: Generations) -> Rewards:
         prompts = self.stage.data.select(rows, copies=samples.n)
         batch = trajectory_batch(prompts.token_ids, samples)
+        if self.rewards.models:
+            self.turns.to_policy()
         asked = self.rewards.submit(put(batch.unrouted())) if self.rewards.models else {}
         return self.rewards.result(asked, prompts, self.texts(samples), samples, batch)
 
 
-def sampler_of(stage: PreparedRl, rollout: RolloutPool, rewards: RewardComputer, tokenizer: Any) -> Sampler:
-    """The sampler that a stage's settings ask for."""
+def sampler_of(
+    stage: PreparedRl,
+    rollout: RolloutPool,
+    rewards: RewardComputer,
+    tokenizer: Any,
+    turns: Turns | None = None,
+) -> Sampler:
+    """The sampler that a stage's settings ask for; `turns`: where policy and engines share a device."""
     kind = DynamicSampler if stage.spec.max_resampling_rounds else Sampler
-    return kind(stage, rollout, rewards, tokenizer)
+    return kind(stage, rollout, rewards, tokenizer, turns)
 
 
 def substitutes(n_rows: int, used: set[int], wanted: int, seed: tuple[int, int, int]) -> np.ndarray:

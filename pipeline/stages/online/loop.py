@@ -20,6 +20,7 @@ import numpy as np
 from actors.algorithms import ValueLoss
 from actors.algorithms import checks as rl_checks
 from actors.batches import Batch, Generations, trajectory_batch
+from actors.cluster import OwnDevices, Turns
 from pipeline.data.tokens.prompts import PromptData
 from pipeline.stages.context import StageContext
 from pipeline.stages.online.dynamic_sampling import sampler_of
@@ -52,6 +53,8 @@ class RlContext(StageContext):
     tokenizer: Any
     note: Callable[[str], None]
     """Tells the user."""
+    turns: Turns = field(default_factory=OwnDevices)
+    """Of policy and engines, where they share a device."""
     replay_compare_steps: int = 0
     """Steps between those that also compute the policy's log-probabilities without router replay; 0: none."""
 
@@ -95,7 +98,7 @@ class RlLoop:
     def __init__(self, stage: PreparedRl, ctx: RlContext) -> None:
         self.stage, self.ctx, self.spec = stage, ctx, stage.spec
         self.rewards = RewardComputer(stage.spec, ctx.reward_models)
-        self.sampler = sampler_of(stage, ctx.rollout, self.rewards, ctx.tokenizer)
+        self.sampler = sampler_of(stage, ctx.rollout, self.rewards, ctx.tokenizer, ctx.turns)
         together = stage.spec.sync.in_flight == "keep"
         self.prefetcher = Prefetcher(
             self.sampler.sample, stage.spec.staleness, stage.total_steps, together=together
@@ -112,6 +115,9 @@ class RlLoop:
         clock = Clock()
         with clock("generate"):
             sampled = self.prefetcher.take(step)
+        if self.ctx.turns.alternate:
+            with clock("turn"):
+                self.ctx.turns.to_policy()
         batch = trajectory_batch(sampled.prompts.token_ids, sampled.samples)
         longest = int(np.diff(sampled.samples.offsets).max(initial=1))
         self.ctx.limits.saw("tokens of a sample", longest, self.spec.max_completion_length)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.batches import Generations, sample_seed
+from actors.cluster import OwnDevices, Turns
 from actors.errors import RunFailure
 from pipeline.data.tokens.prompts import PromptData
 from pipeline.stages.online.rewards import Rewards
@@ -58,9 +59,15 @@ class Sampler:
     """
 
     def __init__(
-        self, stage: PreparedRl, rollout: RolloutPool, rewards: RewardComputer, tokenizer: Any
+        self,
+        stage: PreparedRl,
+        rollout: RolloutPool,
+        rewards: RewardComputer,
+        tokenizer: Any,
+        turns: Turns | None = None,
     ) -> None:
         self.stage, self.rollout, self.rewards, self.tokenizer = stage, rollout, rewards, tokenizer
+        self.turns = turns or OwnDevices()
         self._count_experts = True
 
     def sample(self, step: int) -> SampledBatch:
@@ -80,6 +87,7 @@ class Sampler:
             seeds += [sample_seed(stage.seed, step, row, i, stage.name, attempt) for i in numbers]
             asked_before[row] += n
         asked = [stage.data.token_ids[row] for row in rows]
+        self.turns.to_engines()
         return self.rollout.generate(asked, stage.sampling, seeds)
 
     def texts(self, samples: Generations) -> list[str]:

@@ -68,6 +68,7 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
             if saves.due(step):
                 save_checkpoint(loop, step, log)
                 saves.made(step)
+        ctx.turns.to_policy()
         for host, digest in frozen_digests(roles).items():
             check_unmoved(stage.name, frozen[host], digest, host)
         return finish(stage, ctx, log.last)
@@ -114,6 +115,7 @@ def save_checkpoint(loop: RlLoop, step: int, log: MetricsLog) -> None:
     """Write policy, critic, the loop's state and prefetched samples, then remove those beyond
     `save_total_limit`."""
     ctx, stage = loop.ctx, loop.stage
+    ctx.turns.to_policy()
     path = ctx.directory / f"checkpoint-{step}"
     with new_directory(path, ctx.manifest("checkpoint", stage, step=step)) as aside:
         for name, view in (("policy", ctx.policy), ("critic", ctx.critic)):

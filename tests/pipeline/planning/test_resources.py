@@ -69,6 +69,26 @@ def test_a_dry_run_takes_engines_off_the_gpus() -> None:
     assert ["stages.grpo.data[0].max_rows", "null", "64"] in changes
 
 
+def test_a_dry_run_keeps_the_turns_of_policy_and_engines() -> None:
+    roles = {
+        "policy": {"workers": 4, "gpus": 1},
+        "rollout": {"share": "policy", "engine": {"max_model_len": 2048}},
+    }
+    small, _ = shrink(config(online(), roles=roles))
+    policy, rollout = small.roles.policy, small.roles.rollout
+    assert (policy.workers, policy.gpus) == (2, 0)
+    assert (rollout.share, rollout.workers, rollout.engine.max_model_len) == ("policy", 2, 2048)
+
+
+def test_engines_that_take_turns_are_processes_and_ask_for_nothing() -> None:
+    roles = {"policy": {"workers": 2, "cpus": 1, "gpus": 1}, "rollout": {"share": "policy"}}
+    rows = describe(config(online(), roles=roles))
+    assert rows[2:] == [
+        ["rollout", "in turns on policy's devices", "2", ""],
+        ["together", "", "4", "2 CPU, 2 GPU"],
+    ]
+
+
 def test_a_reward_models_directory_becomes_a_twin_in_the_dry_run() -> None:
     rewards = ["exact_match", {"source": "runs/other/reward/adapter", "weight": 2}]
     wanted = config(online(rewards=rewards))

@@ -33,7 +33,7 @@ def test_a_reference_cannot_share_a_base_that_full_fine_tuning_moves() -> None:
 
 def test_only_the_reference_shares_and_only_with_the_policy() -> None:
     assert set(problems_of(roles={"policy": {"share": "rollout"}})) == {"roles.policy.share"}
-    assert set(problems_of(roles={"rollout": {"share": "policy"}})) == {"roles.rollout.share"}
+    assert set(problems_of(roles={"rollout": {"share": "reference"}})) == {"roles.rollout.share"}
     assert set(problems_of(roles={"reference": {"share": "rollout"}})) == {"roles.reference.share"}
 
 

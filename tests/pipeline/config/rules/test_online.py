@@ -232,7 +232,7 @@ def test_every_answer_names_keys_that_exist() -> None:
 
 def test_views_share_the_policy_only() -> None:
     assert set(problems_of(roles={"critic": {"share": "reward"}})) == {"roles.critic.share"}
-    assert set(problems_of(roles={"rollout": {"share": "policy"}})) == {"roles.rollout.share"}
+    assert set(problems_of(roles={"rollout": {"share": "critic"}})) == {"roles.rollout.share"}
     assert not problems_of(roles={"critic": {"workers": 2}, "reward": {"workers": 1}})
 
 
