@@ -118,13 +118,35 @@ class _LabelStatistics(torch.autograd.Function):
             return None, None, None, None
         gradient, ctx.probabilities = ctx.probabilities, None
         assert gradient is not None, "the graph of label_statistics can be walked once only"
-        by_logp = torch.zeros_like(gradient[:, 0]) if grads[0] is None else grads[0] / ctx.temperature
-        if grads[1] is None:
-            gradient.mul_(-by_logp[:, None])
-        else:
-            _with_entropy_gradient_(gradient, by_logp, grads[1] / ctx.temperature, ctx.entropy)
-        gradient.scatter_add_(1, ctx.labels[:, None], by_logp[:, None])
-        return gradient.to(ctx.dtype), None, None, None
+        return (
+            gradient_(gradient, ctx.labels, grads[0], grads[1], ctx.entropy, ctx.temperature).to(ctx.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def gradient_(
+    probabilities: Tensor,
+    labels: Tensor,
+    by_logp: Tensor | None,
+    by_entropy: Tensor | None,
+    entropy: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    """Turn float32 (T, V) probabilities into the gradient by the logits.
+
+    dlogp / dz_j = [j is the label] - p_j; dH / dz_j = -p_j (log p_j + H); each divided by the temperature.
+
+    `by_logp`, `by_entropy` (T,): the loss's gradient by the outputs, None for zero; `entropy` (T,): H.
+    """
+    of_logp = torch.zeros_like(probabilities[:, 0]) if by_logp is None else by_logp / temperature
+    if by_entropy is None:
+        probabilities.mul_(-of_logp[:, None])
+    else:
+        assert entropy is not None
+        _with_entropy_gradient_(probabilities, of_logp, by_entropy / temperature, entropy)
+    return probabilities.scatter_add_(1, labels[:, None], of_logp[:, None])
 
 
 def _with_entropy_gradient_(p: Tensor, by_logp: Tensor, by_entropy: Tensor, entropy: Tensor) -> None:

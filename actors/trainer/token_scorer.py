@@ -7,6 +7,7 @@ soft cap) is done here too. A scalar head reads the trunk's hidden states, and n
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -15,13 +16,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from actors.algorithms.chunked_logprob import HEAD_BLOCK_ELEMENTS, head_logps, head_statistics
+from actors.algorithms.chunked_logprob import (
+    block_elements,
+    has_float32_products,
+    head_logps,
+    head_statistics,
+)
 from actors.algorithms.logprob import LabelStatistics, label_logps, label_statistics
 from actors.batches.packing import MicroBatch
 from actors.models.attention import Gather, Sequences, no_mask, use_by_sequence
 from actors.models.moe.experts_forward import last_experts, only, use_fused
 from actors.models.moe.router_replay import RouteReplay
 from actors.models.parallel.fsdp import is_managed
+
+BLOCKS_MADE_AGAIN = 8
+"""Logits of more blocks than this are made again in the backward pass, where they are needed there. Against
+keeping them that took a quarter to a half longer on a CPU, and a quarter of the memory."""
 
 
 class TokenScorer:
@@ -38,8 +48,9 @@ class TokenScorer:
         """Of several rows transformers' flash attention reads no position ids that restart: sequences of a
         bin would see each other."""
         self.head = head
-        self.logits_are_heads = _logits_are_heads(model, head)
-        """The model does nothing to its head's outputs: they need not be made whole."""
+        self.logit_scale = _logit_scale(model, head)
+        """Number by which the model multiplies its head's outputs, which then need not be made whole; None
+        where it does something else to them."""
         use_fused(model)
         self.last_experts = last_experts(model)
         self.replay: RouteReplay | None = None
@@ -53,26 +64,35 @@ class TokenScorer:
     ) -> LabelStatistics:
         """Log-probabilities (with gradient where enabled) and statistics of T counted labels."""
         labels = torch.from_numpy(micro.labels).to(self.model.device)
-        if self._by_blocks(micro) and not entropy_gradient:
-            return head_statistics(self._hidden(micro), self.head.weight, labels, temperature)
+        again = torch.is_grad_enabled() and (entropy_gradient or self.head.weight.requires_grad)
+        scale = self._scale_by_blocks(micro, BLOCKS_MADE_AGAIN if again else 1)
+        if scale is not None:
+            hidden, weight = self._hidden(micro), self.head.weight
+            return head_statistics(hidden, weight, labels, temperature / scale, entropy_gradient)
         return label_statistics(self._logits(micro), labels, temperature, entropy_gradient)
 
     def logps(self, micro: MicroBatch, temperature: float = 1.0) -> Tensor:
         """float32 (T,) log-probabilities, without gradient."""
         labels = torch.from_numpy(micro.labels).to(self.model.device)
         with torch.no_grad():
-            if self._by_blocks(micro):
-                return head_logps(self._hidden(micro), self.head.weight, labels, temperature)
+            scale = self._scale_by_blocks(micro)
+            if scale is not None:
+                hidden, weight = self._hidden(micro), self.head.weight
+                return head_logps(hidden, weight, labels, temperature / scale)
             return label_logps(self._logits(micro), labels, temperature)
 
-    def _by_blocks(self, micro: MicroBatch) -> bool:
-        """True where whole logits exceed a block; below, blocks save no memory and take a little longer.
+    def _scale_by_blocks(self, micro: MicroBatch, whole_up_to: int = 1) -> float | None:
+        """The scale of logits that are made by blocks; None where the model makes them whole.
 
-        A head that trains needs a gradient by its weights.
+        By blocks where whole logits exceed `whole_up_to` blocks (below, they save no memory and take a little
+        longer), and where products in float32 are to be had, which the model's own head doesn't give. Not for
+        a head that trains under FSDP, which gathers gradients in its own pass.
         """
-        if not self.logits_are_heads or self.head.weight.requires_grad:
-            return False
-        return len(micro.labels) * len(self.head.weight) > HEAD_BLOCK_ELEMENTS
+        weight = self.head.weight
+        if self.logit_scale is None or (weight.requires_grad and is_managed(self.model)):
+            return None
+        large = len(micro.labels) * len(weight) > whole_up_to * block_elements(weight.device)
+        return self.logit_scale if large or has_float32_products(weight) else None
 
     def _hidden(self, micro: MicroBatch) -> Tensor:
         """(T, H): what the head reads at predicting positions; it is itself handed no rows."""
@@ -146,19 +166,36 @@ class TokenScorer:
         return (hidden[None], *args[1:])
 
 
-def _logits_are_heads(model: PreTrainedModel, head: nn.Module) -> bool:
-    """True if the model hands out its head's product as it is; tried on one token."""
+def _logit_scale(model: PreTrainedModel, head: nn.Module) -> float | None:
+    """The scale between a head's outputs and the model's logits, tried on one token; None: there is none."""
     if type(head) is not nn.Linear or head.bias is not None:
-        return False
+        return None
     made: list[Tensor] = []
     hook = head.register_forward_hook(lambda module, args, output: made.append(output))
     try:
         with torch.no_grad():
             token = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
-            output = model(input_ids=token, use_cache=False)
+            logits = model(input_ids=token, use_cache=False).logits
     finally:
         hook.remove()
-    return len(made) == 1 and output.logits is made[0]
+    if len(made) != 1:
+        return None
+    if logits is made[0]:
+        return 1.0
+    for scale in _scales(model):
+        # One rounding of the model's own.
+        if torch.allclose(logits, made[0] * scale, rtol=2 * torch.finfo(logits.dtype).eps, atol=0.0):
+            return scale
+    return None
+
+
+def _scales(model: PreTrainedModel) -> Iterator[float]:
+    """Scales of logits that configs name: Granite divides by the first, Cohere multiplies by the second."""
+    config = model.config.get_text_config()
+    if getattr(config, "logits_scaling", None):
+        yield 1 / config.logits_scaling
+    if getattr(config, "logit_scale", None):
+        yield config.logit_scale
 
 
 def _attention(micro: MicroBatch, device: torch.device) -> dict[str, object]:

@@ -14,7 +14,7 @@ from benchmarks.gpu.check import Check, Deviation
 from benchmarks.gpu.models import settings
 
 BLOCKS = (2**23, 2**25, 2**27, 2**28, 2**29)
-"""Logits of one block; the first is the product's own."""
+"""Logits of one block."""
 WHOLE = "whole"
 COMPARED = 64
 """Rows that are compared with float32."""
@@ -34,7 +34,10 @@ def run(check: Check) -> None:
     exact = torch.log_softmax(logits, -1).gather(1, labels[few, None])[:, 0]
     far = []
     for block in check.cases((*BLOCKS[:2], WHOLE) if check.tiny else (*BLOCKS, WHOLE)):
-        with check.case(block=block), mock.patch.object(chunked_logprob, "HEAD_BLOCK_ELEMENTS", block):
+        with (
+            check.case(block=block),
+            mock.patch.object(chunked_logprob, "block_elements", return_value=block),
+        ):
             logps = _logps(block, weight)
             check.watch_memory()
             seconds = check.seconds(lambda: _pass(logps, states, labels), 3, 1)  # noqa: B023  used here

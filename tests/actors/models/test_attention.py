@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -182,7 +183,23 @@ def test_logits_by_blocks_equal_whole_ones(model_type, base_of, monkeypatch) -> 
     model.get_output_embeddings().weight.requires_grad_(False)
     scorer, whole = TokenScorer(model), partial(lay_out_padding_free, share_prompts=True)
     wanted, wanted_gradient = logps_and_gradient(scorer, pairs(130), whole)
-    monkeypatch.setattr(scoring, "HEAD_BLOCK_ELEMENTS", 0)
+    monkeypatch.setattr(scoring, "block_elements", lambda _: 0)
+    monkeypatch.setattr(head_logprob, "HEAD_BLOCK_ELEMENTS", 3000)
+    found, gradient = logps_and_gradient(scorer, pairs(130), whole)
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert torch.allclose(gradient, wanted_gradient, atol=1e-4 * wanted_gradient.abs().max())
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_logits_that_a_model_scales_are_made_by_blocks_too(trains, base_of, monkeypatch) -> None:
+    config = AutoConfig.from_pretrained(base_of("granitemoe"))
+    config.logits_scaling = 6.0
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.get_output_embeddings().weight.requires_grad_(trains)
+    scorer, whole = TokenScorer(model), partial(lay_out_padding_free, share_prompts=True)
+    assert scorer.logit_scale == pytest.approx(1 / 6)
+    wanted, wanted_gradient = logps_and_gradient(scorer, pairs(130), whole)
+    monkeypatch.setattr(scoring, "block_elements", lambda _: 0)
     monkeypatch.setattr(head_logprob, "HEAD_BLOCK_ELEMENTS", 3000)
     found, gradient = logps_and_gradient(scorer, pairs(130), whole)
     assert torch.allclose(found, wanted, atol=1e-5)
