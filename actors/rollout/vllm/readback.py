@@ -7,7 +7,8 @@ trainer's side, where it is compared with that of another merge. Values stay on 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,16 +26,19 @@ class Reader:
         self._bound, self._loaded = Digests(algorithm), Digests(algorithm)
         self._handed: dict[str, torch.Tensor] = {}
         self._hooked: list[tuple[nn.Module, str]] = []
+        self._then: Callable[[nn.Module], object] = lambda module: None
         self.digests: dict[str, str] = {}
         """Of what was read, by checkpoint name."""
         self.differing: list[str] = []
         """Names whose bound values are not those that were handed over."""
 
-    def watch(self, modules: Mapping[str, nn.Module]) -> None:
-        """Read each module when its kernel takes its weights."""
+    def watch(self, modules: Mapping[str, nn.Module], then: Callable[[nn.Module], object]) -> None:
+        """Read each module when its kernel takes its weights; `then` is called when it has taken them."""
+        self._then = then
         for path, module in modules.items():
             if _method(module) is not None:
-                _hook(module, lambda path=path, module=module: self._read(path, module))
+                read = partial(self._read, path, module)
+                _hook(module, read, partial(then, module))
                 self._hooked.append((module, path))
 
     def hand(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -51,6 +55,7 @@ class Reader:
         for path, module in modules.items():
             if path not in hooked:
                 self._read(path, module)
+                self._then(module)
         self.digests, loaded = self._bound.read(), self._loaded.read()
         self.differing = [name for name, digest in self.digests.items() if digest != loaded[name]]
 
@@ -95,7 +100,7 @@ def _method(module: nn.Module) -> Any:
     return method if isinstance(method, QuantizeMethodBase) else None
 
 
-def _hook(module: nn.Module, read: Any) -> None:
+def _hook(module: nn.Module, read: Callable[[], None], then: Callable[[], object]) -> None:
     method = _method(module)
     process = method.process_weights_after_loading
 
@@ -103,6 +108,8 @@ def _hook(module: nn.Module, read: Any) -> None:
         if layer is module:
             read()
         process(layer)
+        if layer is module:
+            then()
 
     method.__dict__["process_weights_after_loading"] = read_then_process
 

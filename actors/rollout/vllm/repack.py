@@ -1,4 +1,4 @@
-"""Experts into the layout of vLLM's CPU kernel, after a reload that left them in the checkpoint's.
+"""Experts into the layout of vLLM's CPU kernel, in a reload that leaves them in the checkpoint's.
 
 vLLM (seen in 0.32) packs the experts of a layer only when it builds the layer's kernel, which a reload
 does not do again: the packed kernel then computes with plain weights, off by .07 to 1.7 in log-probability
@@ -10,7 +10,9 @@ then.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+import torch
 from torch import nn
 
 from actors.errors import UserError
@@ -45,7 +47,8 @@ def refuse_padded_experts(model: nn.Module) -> None:
 
 
 def repack_experts(modules: Iterable[nn.Module]) -> int:
-    """Pack those of the reloaded modules that are experts on the CPU; returns how many."""
+    """Pack those of these modules that are experts on the CPU; returns how many. Each was just loaded, and is
+    still in the checkpoint's layout."""
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.platforms import current_platform
 
@@ -54,5 +57,27 @@ def repack_experts(modules: Iterable[nn.Module]) -> int:
     # Subclasses exist (GptOssRoutedExperts and others): the type's name would miss them.
     experts = [module for module in modules if isinstance(module, RoutedExperts)]
     for module in experts:
-        module.quant_method.moe_kernel.fused_experts.process_weights_after_loading(module)
+        kernel = module.quant_method.moe_kernel.fused_experts
+        if not _packed_into_the_kernels_memory(module, kernel):
+            kernel.process_weights_after_loading(module)
     return len(experts)
+
+
+def _packed_into_the_kernels_memory(module: nn.Module, kernel: Any) -> bool:
+    """Pack as vLLM does, but to where a reload would then copy it; False where another way is vLLM's.
+
+    vLLM's own takes new memory. Experts are most of a mixture: that copy was a tenth of a commit.
+    """
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    own = CPUUnquantizedExperts.process_weights_after_loading
+    held = get_layerwise_info(module).kernel_tensors
+    if held is None or type(kernel).process_weights_after_loading is not own or kernel._use_zentorch:
+        return False
+    for name in ("w13_weight", "w2_weight"):
+        loaded, packed = getattr(module, name), held[0][name]
+        torch.ops._C.prepack_moe_weight(loaded.data, packed.data, kernel.isa)
+        delattr(module, name)
+        module.register_parameter(name, packed)
+    return True

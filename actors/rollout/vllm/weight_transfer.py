@@ -176,7 +176,8 @@ class SyncTransferEngine(WeightTransferEngine):
         algorithm = self._staged.algorithm
         self.loaded = Loaded(algorithm=algorithm)
         self._reader = Reader(self._bindings, algorithm)
-        self._reader.watch(self._modules())
+        # Each one as soon as it is loaded, while it is in the cache.
+        self._reader.watch(self._modules(), then=lambda module: repack_experts([module]))
         with without_reload_warnings():
             initialize_layerwise_reload(self.model)
 
@@ -200,7 +201,7 @@ class SyncTransferEngine(WeightTransferEngine):
             yield from tensors.items()
 
     def finish_weight_update(self) -> None:
-        """Put the model together again, read back what is bound, pack the experts.
+        """Put the model together again, read back what is bound.
 
         Raises:
             InvariantViolation: bound values are not those that were handed over.
@@ -210,7 +211,6 @@ class SyncTransferEngine(WeightTransferEngine):
         with without_reload_warnings():
             finalize_layerwise_reload(self.model, self.model_config)
         self._reader.finish(modules)
-        repack_experts(modules.values())
         self.loaded.digests = self._reader.digests
         self.loaded.bound = len(self._reader.digests)
         self.loaded.seconds["load"] += time.monotonic() - began

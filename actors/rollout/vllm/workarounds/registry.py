@@ -145,8 +145,11 @@ _ALL = (
         "experts are packed for the CPU kernel only when it is first built, so that a reload leaves them in "
         "another layout and every token is wrong (fused_moe/unquantized_fused_moe_method.py)",
         _SEEN,
-        # Done by actors/rollout/vllm/repack.py after every commit; nothing of vLLM is replaced.
-        {f"{_MOE}.unquantized_fused_moe_method:UnquantizedFusedMoEMethod._setup_kernel": "b36952d2781c"},
+        # Done by actors/rollout/vllm/repack.py in every commit; nothing of vLLM is replaced.
+        {
+            f"{_MOE}.unquantized_fused_moe_method:UnquantizedFusedMoEMethod._setup_kernel": "b36952d2781c",
+            f"{_MOE}.experts.cpu_moe:CPUUnquantizedExperts.process_weights_after_loading": "4950c1f610b6",
+        },
         cpu_only=True,
     ),
     Workaround(
