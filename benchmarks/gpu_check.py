@@ -8,6 +8,7 @@ the exit code is 1 then. Sections, in this order:
 
     ceilings  bandwidth of copies, rate of bfloat16 products, bytes to the host
     groups    NCCL on one card: a process alone, two that it has to refuse, a channel without its peer
+    turns     memory that two processes on the card have; a trainer whose weights leave it and come back
     updates   SFT, DPO and GRPO updates in float32 and bfloat16, against the CPU's in float32
     experts   LoRA beside the product of one layer's experts, against PEFT's W + BA
     head      log-probabilities of 8,192 tokens over a vocabulary of 152 k
@@ -30,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from benchmarks.gpu.check import Check
 
-SECTIONS = ("ceilings", "groups", "updates", "experts", "head", "weights", "whole")
+SECTIONS = ("ceilings", "groups", "turns", "updates", "experts", "head", "weights", "whole")
 ABSENT = ("ray", "vllm")
 """Nothing here may need these."""
 BUDGET_S = 420.0
@@ -92,9 +93,9 @@ def _default_out(tiny: bool) -> Path:
 
 
 def _sections() -> dict[str, Callable[[Check], None]]:
-    from benchmarks.gpu import ceilings, experts, groups, head, updates, weights, whole
+    from benchmarks.gpu import ceilings, experts, groups, head, turns, updates, weights, whole
 
-    modules: tuple[Any, ...] = (ceilings, groups, updates, experts, head, weights, whole)
+    modules: tuple[Any, ...] = (ceilings, groups, turns, updates, experts, head, weights, whole)
     return {name: module.run for name, module in zip(SECTIONS, modules, strict=True)}
 
 

@@ -23,6 +23,7 @@ from benchmarks.gpu_check import SECTIONS
 FIGURES = {
     "ceilings": [{"copy_tb_per_s", "bf16_tflops", "to_host_gb_per_s"}],
     "groups": [{"sum"}, {"trainer", "engine"}, *[{"reason", "seconds", "works"}] * 2],
+    "turns": [{"lender", "borrower"}, {"gb", "park_s", "wake_s", "share_that_stays", "different"}],
     "updates": [{"way", "sft", "dpo", "grpo"}] * 3,
     "experts": [{"base_s", "unmerged_s", "peft_s", "floor_s", "output_apart", "factors_apart"}] * 2,
     "head": [{"block", "seconds", "floor_s", "mean_difference"}] * 3,

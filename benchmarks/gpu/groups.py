@@ -45,12 +45,13 @@ def run(check: Check) -> None:
 class Peer:
     """A process of `benchmarks.gpu.peer`."""
 
-    def __init__(self, name: str, check: Check) -> None:
-        """Start it; it does its imports and waits."""
+    def __init__(self, name: str, check: Check, timeout_s: float | None = None, **variables: str) -> None:
+        """Start it, with further variables of the environment; it does its imports and waits."""
         self.name = name
-        command = [sys.executable, "-m", "benchmarks.gpu.peer", name, str(check.device), str(TIMEOUT_S[name])]
+        seconds = str(TIMEOUT_S[name] if timeout_s is None else timeout_s)
+        command = [sys.executable, "-m", "benchmarks.gpu.peer", name, str(check.device), seconds]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        env = {"GLOO_SOCKET_IFNAME": "lo", **os.environ, "PYTHONPATH": path}
+        env = {"GLOO_SOCKET_IFNAME": "lo", **os.environ, "PYTHONPATH": path, **variables}
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=pipe, stdout=pipe, text=True)
 

@@ -1,8 +1,9 @@
-"""A process of the section on groups: `python -m benchmarks.gpu.peer PART DEVICE TIMEOUT_S`.
+"""A process of the sections on groups and turns: `python -m benchmarks.gpu.peer PART DEVICE TIMEOUT_S`.
 
-Parts: `trainer` and `engine`, the ends of a channel; `alone`, a trainer whose engine never comes, and then
-one whose engine leaves before the first operation; `one`, alone in its group, and then that engine. It says
-in a line of JSON that it is ready, waits for a line, does its part, says what came of it, and so on.
+Parts: `trainer` and `engine`, the ends of a channel; `lender` and `borrower`, the same through memory that
+both have; `alone`, a trainer whose engine never comes, and then one whose engine leaves before the first
+operation; `one`, alone in its group, and then that engine. It says in a line of JSON that it is ready, waits
+for a line, does its part, says what came of it, and so on.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ HOST = "127.0.0.1"
 
 def main() -> None:
     part, device, timeout_s = sys.argv[1], torch.device(sys.argv[2]), float(sys.argv[3])
-    backend: Backend = "nccl" if device.type == "cuda" else "gloo"
-    listener = Listener(HOST, timeout_s) if part in ("trainer", "alone") else None
+    on_cuda = device.type == "cuda"
+    backend: Backend = "nccl" if on_cuda else "gloo"
+    if part in ("lender", "borrower"):
+        backend = "ipc" if on_cuda else "shared"
+    listener = Listener(HOST, timeout_s) if part in ("trainer", "lender", "alone") else None
     torch.ones(1, device=device)  # the context of CUDA, which takes seconds
     say({"ready": part, "address": listener.address if listener else None})
     told = sys.stdin.readline().strip()
