@@ -4,6 +4,7 @@ python -m benchmarks.sync            # five bases, five syncs of each payload, i
 python -m benchmarks.sync --quick    # the smallest base, two syncs of each: does it run?
 python -m benchmarks.sync --bases 190m --payloads parts    # one payload alone: what memory it takes
 python -m benchmarks.sync --base DIRECTORY --payloads adapter    # a base of your own, expert_rank r/top_k
+python -m benchmarks.sync --payloads adapter lora    # LoRA on attention alone, merged and in slots
 
 Trainer and engine are the product's own, one process each; between two syncs the trainer takes an optimizer
 step. The proof of each sync (read-back digests, probes) is part of its time.
@@ -37,8 +38,11 @@ PAYLOADS: dict[str, dict[str, Any]] = {
     "adapter": {"payload": "adapter"},
     "merged": {"payload": "merged"},
     "parts": {"payload": "merged", "packed_buffer_size_bytes": 64 * 2**20},
+    "lora": {"payload": "lora"},
 }
-"""`SyncSpec` of each; `parts`: merged weights of which no more than a buffer is held at once."""
+"""`SyncSpec` of each; `parts`: merged weights of which no more than a buffer is held at once; `lora`: slots.
+Experts have none on the CPU, so that with it all payloads are of LoRA on attention alone."""
+SLOTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 PARTS = ("gather", "pack", "wire", "load", "verify")
 SIDES = ("trainer", "engine")
 TURNS, WARM_UP = 5, 1
@@ -77,71 +81,96 @@ def measure(bases: list[str], payloads: list[str], turns: int) -> list[dict[str,
     start_ray()
     with tempfile.TemporaryDirectory(prefix="raylign-sync-") as scratch:
         role, limits = RoleSpec(threads=THREADS), LimitsSpec()
-        policy = host_group(ROLE, role, limits, scratch).start()
-        rollout = rollout_group(role, limits, scratch).start()
+        groups = {}
+        # An engine takes versions of its weights or into slots: a trainer and an engine for each.
+        for slots in {payload == "lora" for payload in payloads}:
+            policy = host_group(f"{ROLE}{'-slots' * slots}", role, limits, scratch).start()
+            groups[slots] = policy, rollout_group(role, limits, scratch, f"rollout{'-slots' * slots}").start()
         try:
-            rollout.ready().build(ROLLOUT, EngineSpec(max_model_len=512)).result()
+            for _, rollout in groups.values():
+                rollout.ready().build(ROLLOUT, EngineSpec(max_model_len=512)).result()
             for name in bases:
                 made = name in BASES
                 base = write_tiny_base(Path(scratch) / name, **BASES[name]) if made else Path(name)
-                found += _syncs(name, base, policy, rollout, payloads, turns)
+                targets = ["attention"] if "lora" in payloads else ["attention", "experts"]
+                sides = {slots: Side(base, *both, slots, targets, made) for slots, both in groups.items()}
+                found += _syncs(name, base, sides, payloads, turns)
         finally:
             stop_ray()
     return found
 
 
-def _syncs(
-    name: str, base: Path, policy: Any, rollout: Any, payloads: list[str], turns: int
-) -> list[dict[str, Any]]:
-    from actors.algorithms.sft import SftLoss
-    from actors.batches import Batch
-    from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
-    from actors.sync.engine_set import EngineSet
-    from actors.sync.spec import SyncSpec
-    from actors.sync.weight_sync import WeightSync
-    from actors.trainer.remote import ModelWorkers
-    from actors.trainer.spec import HostSpec, OptimSpec
+class Side:
+    """A trainer and an engine, connected, on one base."""
 
-    lora = LoraSpec(
-        r=LORA_R,
-        lora_alpha=LORA_ALPHA,
-        targets=["attention", "experts"],
-        expert_rank="r" if name in BASES else "r/top_k",
-    )
-    model = ModelSpec(base=str(base), lora=lora, moe=MoeSpec(router_aux_loss_coef=0.0))
-    workers = ModelWorkers(policy)
-    workers.build(HostSpec(model=model)).result()
-    workers.add_adapter(ROLE)
-    optim = OptimSpec(learning_rate=LEARNING_RATE, lr_scheduler_type="constant")
-    workers.prepare_training(ROLE, optim, 1_000)
-    generator = np.random.default_rng(0)
-    probes = generator.integers(3, 256, size=(PROBES, PROBE_TOKENS)).tolist()
-    batch = Batch.from_sequences(probes, [np.arange(PROBE_TOKENS) > 0] * PROBES)
-    sync = WeightSync(policy, EngineSet(rollout), SyncSpec(), str(base), ROLE, probes)
-    sync.connect()
+    def __init__(
+        self, base: Path, policy: Any, rollout: Any, slots: bool, targets: list[Any], made: bool
+    ) -> None:
+        """`slots`: the engine takes LoRA in slots; `targets`: of LoRA; `made`: the base is one of `BASES`."""
+        from actors.batches import Batch
+        from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
+        from actors.sync.engine_set import EngineSet
+        from actors.sync.spec import SlotSpec, SyncSpec
+        from actors.sync.weight_sync import WeightSync
+        from actors.trainer.remote import ModelWorkers
+        from actors.trainer.spec import HostSpec, OptimSpec
+
+        lora = LoraSpec(
+            r=LORA_R, lora_alpha=LORA_ALPHA, targets=targets, expert_rank="r" if made else "r/top_k"
+        )
+        model = ModelSpec(base=str(base), lora=lora, moe=MoeSpec(router_aux_loss_coef=0.0))
+        self.workers = ModelWorkers(policy)
+        self.workers.build(HostSpec(model=model)).result()
+        self.workers.add_adapter(ROLE)
+        optim = OptimSpec(learning_rate=LEARNING_RATE, lr_scheduler_type="constant")
+        self.workers.prepare_training(ROLE, optim, 1_000)
+        generator = np.random.default_rng(0)
+        probes = generator.integers(3, 256, size=(PROBES, PROBE_TOKENS)).tolist()
+        self.batch = Batch.from_sequences(probes, [np.arange(PROBE_TOKENS) > 0] * PROBES)
+        room = SlotSpec(LORA_R, SLOTS) if slots else None
+        spec = SyncSpec(payload="lora") if slots else SyncSpec()
+        self.sync = WeightSync(policy, EngineSet(rollout), spec, str(base), ROLE, probes, slots=room)
+        self.sync.connect()
+        self.pids = {"trainer": policy.pids(), "engine": rollout.pids()}
+
+    def push(self, payload: str, version: int) -> dict[str, Any]:
+        """An optimizer step and a sync; what the sync took."""
+        from actors.algorithms.sft import SftLoss
+        from actors.sync.spec import SyncSpec
+
+        self.workers.update(self.batch, SftLoss(), version).result()
+        self.sync.spec = SyncSpec(**PAYLOADS[payload])
+        before = {side: cpu_seconds(self.pids[side]) for side in self.pids}
+        began = time.perf_counter()
+        report = self.sync.push(version)
+        seconds = time.perf_counter() - began
+        cpu = {side: cpu_seconds(self.pids[side]) - before[side] for side in self.pids}
+        return {
+            "payload": payload,
+            "bytes": report.bytes,
+            "seconds": seconds,
+            "cpu_seconds": cpu,
+            "parts": report.seconds,
+            "peak_rss_bytes": {side: peak_rss_bytes(self.pids[side]) for side in self.pids},
+        }
+
+
+def _syncs(
+    name: str, base: Path, sides: dict[bool, Side], payloads: list[str], turns: int
+) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     version = 0
-    pids = {"trainer": policy.pids(), "engine": rollout.pids()}
     for turn in range(-WARM_UP, turns):
         for payload in payloads if turn % 2 else reversed(payloads):
-            workers.update(batch, SftLoss(), version).result()
-            sync.spec = SyncSpec(**PAYLOADS[payload])
             version += 1
-            before = {side: cpu_seconds(pids[side]) for side in pids}
-            began = time.perf_counter()
-            report = sync.push(version)
-            seconds = time.perf_counter() - began
-            cpu = {side: cpu_seconds(pids[side]) - before[side] for side in pids}
-            found.append(
-                {"base": name, "payload": payload, "turn": turn, "bytes": report.bytes, "seconds": seconds,
-                 "cpu_seconds": cpu, "parts": report.seconds, "base_bytes": _bytes_of(base),
-                 "peak_rss_bytes": {side: peak_rss_bytes(pids[side]) for side in pids}}
-            )  # fmt: skip
+            one = sides[payload == "lora"].push(payload, version)
+            found.append({"base": name, "turn": turn, "base_bytes": _bytes_of(base), **one})
             if turn >= 0:
                 console.print(
-                    f"{name} {payload} #{turn + 1}: {seconds:.3f} s, {report.bytes / 2**20:,.1f} MiB"
+                    f"{name} {payload} #{turn + 1}: {one['seconds']:.3f} s, {one['bytes'] / 2**20:,.1f} MiB"
                 )
-    sync.close()
+    for side in sides.values():
+        side.sync.close()
     return [one for one in found if one["turn"] >= 0]
 
 
@@ -179,18 +208,19 @@ def show(found: list[dict[str, Any]]) -> None:
 
 
 def ratios_of(found: list[dict[str, Any]]) -> list[Ratio]:
-    """Merged over adapter, in seconds; total over wire time."""
+    """Merged and LoRA in slots over the adapter, in seconds; total over wire time."""
     made = []
     for name in dict.fromkeys(one["base"] for one in found):
         by = {(one["turn"], one["payload"]): one for one in found if one["base"] == name}
         turns = sorted({turn for turn, _ in by})
         payloads = {payload for _, payload in by}
-        if {"adapter", "merged"} <= payloads:
-            seconds, cpu = (
-                [_of(by[t, "merged"], what) / _of(by[t, "adapter"], what) for t in turns]
-                for what in ("seconds", "cpu_seconds")
-            )
-            made.append(Ratio(f"sync of merged weights / of the adapter, seconds, {name}", seconds, cpu=cpu))
+        for payload, what in (("merged", "merged weights"), ("lora", "LoRA in slots")):
+            if {"adapter", payload} <= payloads:
+                seconds, cpu = (
+                    [_of(by[t, payload], of) / _of(by[t, "adapter"], of) for t in turns]
+                    for of in ("seconds", "cpu_seconds")
+                )
+                made.append(Ratio(f"sync of {what} / of the adapter, seconds, {name}", seconds, cpu=cpu))
         if "adapter" in payloads:
             total = [by[t, "adapter"]["seconds"] / by[t, "adapter"]["parts"]["wire"] for t in turns]
             made.append(Ratio(f"adapter sync, total / wire, {name}", total))

@@ -156,6 +156,7 @@ TORCH_IN = (
     "actors.models.parallel",
     "actors.models.twin",
     "actors.rollout.vllm",
+    "actors.rollout.slot_updater",
     "actors.rollout.weight_updater",
     "actors.models.shards",
     "actors.sync.channel",

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from vllm import LLM
 
     from actors.rollout.weight_updater import WeightUpdater
+    from actors.sync.spec import SlotSpec
 
 __all__ = ["EngineSpec", "Generations", "RolloutEngine", "SamplingSpec", "sample_seed"]
 
@@ -87,19 +88,24 @@ class RolloutEngine:
             os.environ[SOCKETS] = str(Scratch(SOCKET_ROOM).path)
 
     def load(
-        self, base: str, adapter: str | None = None, label: str = "", updatable: bool = False
+        self,
+        base: str,
+        adapter: str | None = None,
+        label: str = "",
+        updatable: bool = False,
+        slots: SlotSpec | None = None,
     ) -> dict[str, float]:
         """Serve `base`, with `adapter` merged into it (out of place), in place of what was served before.
 
         An adapter directory as `base` stands for itself on the base that it names. With `updatable` the
-        base alone is served, at version -1, and a trainer brings new versions (`weights`). Returns
-        seconds of merge and engine start.
+        base alone is served, at version -1, and a trainer brings new versions (`weights`): of its weights,
+        or, with `slots`, of LoRA beside them. Returns seconds of merge and engine start.
 
         Raises:
             UserError: base or adapter can't be used.
         """
         if updatable:
-            return self._load_updatable(base, label)
+            return self._load_updatable(base, label, slots)
         if adapter is None and (Path(base) / "adapter_config.json").is_file():
             return self._load_merged(None, base, label)
         if adapter is not None:
@@ -156,20 +162,24 @@ class RolloutEngine:
             work=work,
         )
 
-    def score_tokens(self, token_ids: Sequence[Sequence[int]], starts: Sequence[int]) -> list[np.ndarray]:
+    def score_tokens(
+        self, token_ids: Sequence[Sequence[int]], starts: Sequence[int], version: int | None = None
+    ) -> list[np.ndarray]:
         """float64 (tokens from `start` on,) per sequence: log-probabilities of its tokens, at temperature 1.
 
         Args:
             token_ids: sequences that leave at least one of the model's positions free.
             starts: per sequence, the first token that counts; at least 1, as the first has nothing before it.
+            version: the one by which they are scored, if that is staged in a LoRA slot; None: the served one.
 
         Raises:
-            RunFailure: nothing is loaded.
+            RunFailure: nothing is loaded, or another version.
         """
         self._running("score_tokens")
         self._check_lengths(token_ids)
         requests = [{"prompt_token_ids": list(map(int, ids))} for ids in token_ids]
-        outputs = self._outputs(self._stepper.add(requests, scoring_params()))
+        slot = None if self._updater is None else self._updater.slot(version)
+        outputs = self._outputs(self._stepper.add(requests, scoring_params(), slot))
         return [
             scores_of(output.prompt_logprobs, ids, start)
             for output, ids, start in zip(outputs, token_ids, starts, strict=True)
@@ -230,6 +240,12 @@ class RolloutEngine:
 
         return WeightUpdater(llm, base, self.spec.dtype)
 
+    def make_slot_updater(self, llm: LLM, base: str) -> WeightUpdater:
+        """Versions in the LoRA slots of `llm`, beside the checkpoint in directory `base`."""
+        from actors.rollout.slot_updater import SlotUpdater
+
+        return SlotUpdater(llm, base, self.spec.dtype)
+
     def unload(self) -> None:
         """Give the engine's memory back."""
         if self._updater is not None:
@@ -258,9 +274,10 @@ class RolloutEngine:
             seconds = time.monotonic() - began
             return {"merge": seconds, "engine": self._start(str(merged), label)}
 
-    def _load_updatable(self, base: str, label: str) -> dict[str, float]:
+    def _load_updatable(self, base: str, label: str, slots: SlotSpec | None) -> dict[str, float]:
         from actors.models.base.loading import local_base_dir, resolve_base
         from actors.models.spec import ModelSpec
+        from actors.rollout.slot_updater import slot_settings
         from actors.rollout.vllm.router_capture import capture_settings, keep_experts
         from actors.rollout.weight_updater import engine_settings
 
@@ -269,11 +286,13 @@ class RolloutEngine:
         resolved = resolve_base(spec).checked()
         directory = str(local_base_dir(resolved.base_path))
         keeps = self.spec.enable_return_routed_experts
-        settings = engine_settings() | (capture_settings() if keeps else {})
+        settings = engine_settings() if slots is None else slot_settings(slots, resolved.config)
+        settings |= capture_settings() if keeps else {}
         seconds = self._start(directory, label or base, settings)
         assert self._llm is not None
         try:
-            self._updater = self.make_updater(self._llm, directory)
+            make = self.make_updater if slots is None else self.make_slot_updater
+            self._updater = make(self._llm, directory)
             if keeps:
                 keep_experts(self._llm)
         except Exception:
@@ -294,7 +313,8 @@ class RolloutEngine:
         requests = [{"prompt_token_ids": list(map(int, ids))} for ids in prompts for _ in range(sampling.n)]
         if len(seeds) != len(requests):
             raise ValueError(f"{len(seeds)} seeds for {len(requests)} samples")
-        return self._stepper.add(requests, [sampling_params(sampling, seed) for seed in seeds])
+        slot = None if self._updater is None else self._updater.slot()
+        return self._stepper.add(requests, [sampling_params(sampling, seed) for seed in seeds], slot)
 
     def _outputs(self, names: Sequence[str]) -> list[Any]:
         """Outputs of requests, once all of them have ended."""
@@ -316,7 +336,7 @@ class RolloutEngine:
         made = Generations.of([sample_of(one) for one in ended], n, self.label, seconds)
         if self._updater is None or not ended:
             return made
-        versions = [token_versions(one) for one in ended]
+        versions = [token_versions(output) for output in outputs]
         return self._with_experts(replace(made, token_versions=np.concatenate(versions)), outputs)
 
     def _with_experts(self, made: Generations, outputs: Sequence[Any]) -> Generations:

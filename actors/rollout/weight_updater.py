@@ -21,6 +21,7 @@ from actors.sync.protocol import NO_VERSION, CommitReport, EngineFacts, Readback
 
 if TYPE_CHECKING:
     from vllm import LLM
+    from vllm.lora.request import LoRARequest
 
 
 def engine_settings() -> dict[str, Any]:
@@ -50,7 +51,21 @@ class WeightUpdater:
         self.version = NO_VERSION
         self.lost = ""
         """Why this engine can't be used any more."""
-        llm.init_weight_transfer_engine({"init_info": {"base": base}})
+        self._open(base)
+
+    def slot(self, version: int | None = None) -> LoRARequest | None:
+        """The LoRA slot in which a version (None: the served one) is computed; None where weights are loaded.
+
+        Raises:
+            RunFailure: this version can't be computed.
+        """
+        if version not in (None, self.version):
+            raise RunFailure("rollout", "score_tokens", f"version {self.version} is served, not {version}")
+        return None
+
+    def _open(self, base: str) -> None:
+        """Let the workers get ready for versions."""
+        self._llm.init_weight_transfer_engine({"init_info": {"base": base}})
         held: Counter[str] = Counter()
         whole: dict[str, int] = {}
         for found in self._ask("open_intake"):

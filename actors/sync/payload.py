@@ -24,9 +24,9 @@ import torch
 from actors.models.lora.low_rank import Factors
 from actors.sync.digests import Algorithm, digest_of
 
-Kind = Literal["adapter", "merged"]
+Kind = Literal["adapter", "merged", "lora"]
 """`adapter`: LoRA's A and B, by the adapted weight's name in the bare base. `merged`: whole tensors, by
-their names in the checkpoint."""
+their names in the checkpoint. `lora`: A and s B in the engine's dtype, named like `adapter`."""
 
 ALIGNMENT = 64
 """Bytes. Products of views that are aligned as torch's own allocations have the same bits on both sides."""
@@ -138,7 +138,7 @@ class Payload:
         return self._views
 
     def factors(self) -> dict[str, Factors]:
-        """Adapted weight -> its A and B, of a payload `adapter`."""
+        """Adapted weight -> its A and B, of a payload `adapter` or `lora`."""
         return self._factors
 
     @cached_property
@@ -155,14 +155,18 @@ class Payload:
 
 
 def pack_adapter(
-    version: int, base_dtype: str, factors: Mapping[str, Factors], algorithm: Algorithm = "xxh3"
+    version: int,
+    base_dtype: str,
+    factors: Mapping[str, Factors],
+    algorithm: Algorithm = "xxh3",
+    kind: Kind = "adapter",
 ) -> Payload:
-    """The A and B of every adapted weight in one buffer."""
+    """The A and B of every adapted weight in one buffer; for a payload `lora` they are `Factors.scaled`."""
     tensors = {(name, "A"): f.a for name, f in factors.items()}
     tensors |= {(name, "B"): f.b for name, f in factors.items()}
     scalings = {name: f.scaling for name, f in factors.items()}
     transposed = sorted(name for name, f in factors.items() if f.transposed)
-    return _pack(version, "adapter", base_dtype, tensors, algorithm, scalings, transposed)
+    return _pack(version, kind, base_dtype, tensors, algorithm, scalings, transposed)
 
 
 def pack_merged(
@@ -178,6 +182,11 @@ def pack_merged(
     """
     parts = tuple(_layout(_whole(part)) for part in later)
     return _pack(version, "merged", base_dtype, _whole(tensors), algorithm, later=parts)
+
+
+def factor_name(name: str, part: str) -> str:
+    """The name of an adapted weight's A or B among the digests of a payload `lora`."""
+    return f"{name} {part}"
 
 
 def group_of(name: str) -> str:

@@ -22,7 +22,7 @@ from actors.sync.links import Links
 from actors.sync.protocol import Decision, Failure, Offer, Readback, SentParts
 from actors.sync.relay_tree import TOP, children
 from actors.sync.remote import RemoteWeightSource, UpdatableEngines
-from actors.sync.spec import Backends
+from actors.sync.spec import Backends, SlotSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,12 +53,14 @@ class Phases:
         backends: Backends,
         fan_out: int,
         keeps: bool,
+        slots: SlotSpec | None = None,
     ) -> None:
-        """`fan_out`: of `relay_tree`; `keeps`: samples stay in flight over a sync."""
+        """`fan_out`: of `relay_tree`; `keeps`: samples stay in flight over a sync; `slots`: engines keep
+        versions as LoRA beside the base."""
         self.source, self.engines = RemoteWeightSource(policy), engines
         self._calls, self._rollout = UpdatableEngines(engines.group), engines.group
         self._links = Links(self.source, engines, backends, fan_out)
-        self._base_dir, self._keeps = base_dir, keeps
+        self._base_dir, self._keeps, self._slots = base_dir, keeps, slots
         self.dtype = ""
         """Of the engines; known once one is connected."""
 
@@ -72,7 +74,9 @@ class Phases:
             UserError: it can't load this base.
         """
         load = self._calls.load
-        self.engines.submit(rank, generation, lambda r: load(r, self._base_dir, updatable=True)).result()
+        self.engines.submit(
+            rank, generation, lambda r: load(r, self._base_dir, updatable=True, slots=self._slots)
+        ).result()
         failed = self.welcome({rank: generation})
         if failed:
             raise RunFailure(
@@ -126,9 +130,16 @@ class Phases:
         if decision.commit:
             self._saw(engines, WeightsEvent.ACKNOWLEDGED)
         forgetting = {rank: engines[rank] for rank in decision.discard}
-        discards = self._ask(forgetting, lambda rank: self._calls.discard(rank, offer.version))
-        self._answers(forgetting, discards)
+        self._forget(forgetting, offer.version)
         return decision
+
+    def discard(self, engines: Participants, version: int) -> None:
+        """Let engines that staged a version forget it: they go on with what they serve."""
+        self._forget(engines, version)
+        self._saw(engines, WeightsEvent.DISCARDED)
+
+    def _forget(self, engines: Participants, version: int) -> None:
+        self._answers(engines, self._ask(engines, lambda rank: self._calls.discard(rank, version)))
 
     def begin_commit(self, engines: Participants, offer: Offer) -> Loading:
         """Let engines load what they staged, while the trainer sends them what was not staged."""
@@ -173,17 +184,13 @@ class Phases:
         version: int,
         known: str,
         scoring: Asked,
-    ) -> dict[int, tuple[Readback, list[np.ndarray]]]:
-        """Digests of what engines hold after a commit, and the probes' log-probabilities, by rank.
-        One that died over it is lost and left out. `known`: digest of all digests that they should have;
-        `scoring`: of `begin_scoring`.
-
-        Raises:
-            InvariantViolation: one that lives can't say.
-        """
+    ) -> dict[int, tuple[Readback, list[np.ndarray]] | str]:
+        """Digests of what engines hold of a version, and the probes' log-probabilities by it; or why one that
+        lives can't say. By rank; one that died over it is lost and left out. `known`: digest of all digests
+        that they should have; `scoring`: of `begin_scoring`."""
         reading = self._ask(engines, lambda rank: self._calls.readback(rank, version, known))
         read, scored = self._answers(engines, reading), self._answers(engines, scoring)
-        found = {}
+        found: dict[int, tuple[Readback, list[np.ndarray]] | str] = {}
         for rank, generation in engines.items():
             failure = next((a for a in (read[rank], scored[rank]) if isinstance(a, Failure)), None)
             if failure is None:
@@ -191,14 +198,19 @@ class Phases:
             elif failure.died:
                 self.engines.saw(rank, generation, WeightsEvent.FAILED, failure.reason)
             else:
-                raise self.lose(rank, generation, version, failure.reason)
+                found[rank] = failure.reason
         return found
 
     def begin_scoring(
-        self, engines: Participants, probes: Sequence[Sequence[int]], starts: Sequence[int]
+        self,
+        engines: Participants,
+        probes: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        version: int | None = None,
     ) -> Asked:
-        """Ask for log-probabilities of tokens of each probe, from `starts` on."""
-        return self._ask(engines, lambda rank: self._calls.score_tokens(rank, probes, starts))
+        """Ask for log-probabilities of tokens of each probe, from `starts` on, by a version (None: what is
+        served)."""
+        return self._ask(engines, lambda rank: self._calls.score_tokens(rank, probes, starts, version))
 
     def wait(self, engines: Participants, asked: Asked) -> None:
         """Wait for answers, whatever they are."""

@@ -90,10 +90,11 @@ class Expected:
     """Digests of what an engine has to hold once a version is loaded."""
 
     digests: dict[str, str]
-    """Checkpoint name -> `digests.digest_of` the merged tensor in the engine's dtype."""
+    """Checkpoint name -> `digests.digest_of` the merged tensor in the engine's dtype; of a payload `lora`:
+    `payload.factor_name` -> that of A or s B."""
     share_unchanged_bf16: float | None
     """Share of the adapted weights that rounding to bfloat16 would give the base's own value; None where all
-    weights are trained."""
+    weights are trained, or nothing is merged."""
     algorithm: str = "xxh3"
 
     @cached_property
@@ -116,7 +117,7 @@ class Prepared:
     seconds: dict[str, float]
     """`gather` and `pack`."""
     expected: Expected | None = None
-    """Found on the way for merged weights that are staged whole; else None."""
+    """Found on the way for merged weights that are staged whole, and for LoRA slots; else None."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         SentParts,
         StageAck,
     )
+    from actors.sync.spec import SlotSpec
 
 SOURCE = "weight_source"
 """Path of the weight source in a model worker."""
@@ -83,9 +84,15 @@ class UpdatableEngines:
     group: WorkerGroup
 
     def load(
-        self, rank: int, base: str, adapter: str | None = None, label: str = "", updatable: bool = False
+        self,
+        rank: int,
+        base: str,
+        adapter: str | None = None,
+        label: str = "",
+        updatable: bool = False,
+        slots: SlotSpec | None = None,
     ) -> WorkerFuture[dict[str, float]]:
-        return self.group.submit_rank(rank, "load", base, adapter, label, updatable, phase="load")
+        return self.group.submit_rank(rank, "load", base, adapter, label, updatable, slots, phase="load")
 
     def describe(self, rank: int) -> WorkerFuture[EngineFacts]:
         return self.group.submit_rank(rank, f"{WEIGHTS}.describe", phase="sync")
@@ -117,6 +124,10 @@ class UpdatableEngines:
         return self.group.submit_rank(rank, f"{WEIGHTS}.readback", version, known, phase="sync")
 
     def score_tokens(
-        self, rank: int, token_ids: Sequence[Sequence[int]], starts: Sequence[int]
+        self,
+        rank: int,
+        token_ids: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        version: int | None = None,
     ) -> WorkerFuture[list[np.ndarray]]:
-        return self.group.submit_rank(rank, "score_tokens", token_ids, starts, phase="sync")
+        return self.group.submit_rank(rank, "score_tokens", token_ids, starts, version, phase="sync")

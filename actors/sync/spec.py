@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from actors.spec import Spec
 from actors.sync.relay_tree import TOP
@@ -48,8 +48,9 @@ def backend_for(trainer_gpus: float, engine_gpus: float) -> Backend:
 class SyncSpec(Spec):
     """Transport of new weights to the engines, and proof of their arrival."""
 
-    payload: Literal["adapter", "merged"] = "adapter"
-    """Content of a sync: LoRA's A and B, merged by the engine into its untouched base, or merged weights."""
+    payload: Literal["adapter", "merged", "lora"] = "adapter"
+    """Content of a sync: LoRA's A and B, merged by the engine into its untouched base; merged weights; or A
+    and B for a LoRA slot of vLLM, beside the base, which is left as it is."""
     packed_buffer_size_bytes: int = Field(default=2**30, ge=1)
     """Merged weights that are larger are sent in parts of about this size, whole groups of a layer each: the
     first is staged, the others are loaded as they come. Whoever fails after the first has to be replaced, and
@@ -68,12 +69,21 @@ class SyncSpec(Spec):
     """Largest |difference| / max(1, |log-probability|) that nine of ten probe tokens may show between engine
     and trainer (the median: a fifth of it). Null: by the engine's dtype, 1e-4 in float32, 0.6 in bfloat16."""
 
-    @field_validator("payload", mode="before")
-    @classmethod
-    def _no_slots(cls, value: Any) -> Any:
-        if value == "lora":
-            raise ValueError(
-                "vLLM's own LoRA slots are no payload: its experts don't run with them on the CPU (they need "
-                "Triton), and on GPUs it was not tried; `adapter` sends the same bytes, and the engine merges"
-            )
-        return value
+
+SLOT_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of vLLM's `max_lora_rank` (config/lora.py): a slot has room for one of these."""
+
+
+@dataclass(frozen=True)
+class SlotSpec:
+    """Room that an engine keeps for LoRA beside its base."""
+
+    rank: int
+    """Largest rank of an adapter."""
+    modules: tuple[str, ...]
+    """Last parts of the adapted modules' names in a checkpoint; no other module gets room."""
+
+    @property
+    def max_lora_rank(self) -> int | None:
+        """The smallest of `SLOT_RANKS` that is enough, or None."""
+        return next((room for room in SLOT_RANKS if room >= self.rank), None)

@@ -166,7 +166,7 @@ def mismatch_in_readback(expected: Expected, found: Readback, version: int) -> s
     wrong = sorted(name for name, digest in expected.digests.items() if found.digests[name] != digest)
     if wrong:
         return (
-            f"{len(wrong)} of {len(expected.digests)} tensors in the engine differ from the trainer's merge, "
+            f"{len(wrong)} of {len(expected.digests)} tensors in the engine differ from the trainer's, "
             f"the first: {wrong[0]}"
         )
     return None

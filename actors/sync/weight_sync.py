@@ -1,4 +1,5 @@
-"""Weight sync from the driver: stage everywhere, commit everywhere, verify everywhere.
+"""Weight sync from the driver: stage everywhere, commit everywhere, verify everywhere; with LoRA slots, which
+can be read while another version is served, verify before the commit.
 
 Invariants: an engine serves a version only after that was verified on it; nobody commits unless all staged
 what the trainer offered; whatever goes wrong, an engine holds one whole version or is replaced.
@@ -16,28 +17,31 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from actors.batches.batch import Batch
 from actors.cluster.futures import POLL_S, WorkerFuture
 from actors.cluster.turns import OwnDevices, Turns
 from actors.cluster.worker_group import WorkerGroup
 from actors.errors import RunFailure
-from actors.sync import protocol, verify
-from actors.sync.asking import Asked, Participants
+from actors.sync import protocol
+from actors.sync.asking import Participants
 from actors.sync.engine_set import EngineSet
 from actors.sync.engine_state import WeightsEvent
 from actors.sync.phases import Phases, violation
-from actors.sync.protocol import NO_VERSION, Prepared, Readback, SentParts
+from actors.sync.proof import EngineProof
+from actors.sync.protocol import NO_VERSION, Prepared, SentParts
 from actors.sync.remote import UpdatableEngines
 from actors.sync.report import Stopwatch, SyncReport
 from actors.sync.rounds import Rounds
-from actors.sync.spec import OVER_GLOO, Backends, SyncSpec
+from actors.sync.spec import OVER_GLOO, Backends, SlotSpec, SyncSpec
 from actors.sync.verify import ProbeReport, Reference
 
 
-def load_base(rollout: WorkerGroup, base_dir: str) -> dict[int, WorkerFuture[dict[str, float]]]:
-    """Let all engines load the bare base, ready for updates; returns at once. By rank."""
+def load_base(
+    rollout: WorkerGroup, base_dir: str, slots: SlotSpec | None = None
+) -> dict[int, WorkerFuture[dict[str, float]]]:
+    """Let all engines load the bare base, ready for updates; returns at once. By rank. `slots`: for updates
+    by LoRA beside it."""
     engines = UpdatableEngines(rollout)
-    return {rank: engines.load(rank, base_dir, updatable=True) for rank in range(rollout.size)}
+    return {rank: engines.load(rank, base_dir, updatable=True, slots=slots) for rank in range(rollout.size)}
 
 
 class WeightSync:
@@ -54,22 +58,21 @@ class WeightSync:
         backends: Backends = OVER_GLOO,
         loading: dict[int, WorkerFuture[dict[str, float]]] | None = None,
         turns: Turns | None = None,
+        slots: SlotSpec | None = None,
     ) -> None:
         """`base_dir`: the bare base, as engines load it; `role`: the adapter that is sent; `probes`: token
         ids, at least two each, of which the last `spec.probe_tokens` are compared; `loading`: of `load_base`,
-        where it was called already; `turns`: where policy and engines share a device."""
+        where it was called already; `turns`: where policy and engines share a device; `slots`: of
+        engines, for a payload `lora`."""
         self.policy, self.engines, self.rollout = policy, engines, engines.group
         self.spec, self.role, self.base_dir = spec, role, base_dir
         self._keeps = spec.in_flight == "keep"
-        self._turns = turns or OwnDevices()
-        self._phases = Phases(policy, engines, base_dir, backends, spec.fan_out, self._keeps)
+        self._turns, self._slots = turns or OwnDevices(), slots
+        self._phases = Phases(policy, engines, base_dir, backends, spec.fan_out, self._keeps, slots)
         self._rounds = Rounds(self._phases, engines)
         self._source = self._phases.source
-        self._probes = [list(map(int, probe)) for probe in probes]
-        self._starts = [max(1, len(probe) - spec.probe_tokens) for probe in self._probes]
         self._loading = loading
-        self._probed: dict[int, ProbeReport] = {}
-        self._base: list[np.ndarray] = []
+        self._proof = EngineProof(self._phases, self.spec, probes)
         self._reference: Reference | None = None
         engines.load_with(self._restore)
 
@@ -87,15 +90,15 @@ class WeightSync:
         """
         with self.engines.turn:
             self._turns.to_engines()
-            self._welcome(self._loading or load_base(self.rollout, self.base_dir))
+            self._welcome(self._loading or load_base(self.rollout, self.base_dir, self._slots))
             self._rounds.connect(self._replace_here)
             # An engine's first pass over tokens is slow; this one delays no step.
             everyone = {rank: self.engines[rank].generation for rank in self.engines}
-            warming = self._phases.begin_scoring(everyone, self._probes, self._starts)
+            warming = self._proof.begin_scoring(everyone)
             if self._turns.alternate:
                 self._phases.wait(everyone, warming)
                 self._turns.to_policy()
-            self._base = self._trainer_logps(None)()
+            self._proof.base = self._trainer_logps(None)()
             self._phases.wait(everyone, warming)
 
     def push(self, version: int) -> SyncReport:
@@ -110,7 +113,9 @@ class WeightSync:
             report, absent = self._push(version)
         for rank in absent:
             self.engines.bring_back(rank)
-        return report if report is not None else self._report({}, list(self._probed.values()), {*absent})
+        return (
+            report if report is not None else self._report({}, list(self._proof.probed.values()), {*absent})
+        )
 
     def close(self) -> None:
         """Drop the connections; a trainer that is gone has none. The engines keep what they serve."""
@@ -159,23 +164,47 @@ class WeightSync:
         watch.skip()
         engines, more, withheld = self._rounds.stage(prepared.offer, self._replace_lost)
         watch.part("wire")
-        loading = self._phases.begin_commit(engines, prepared.offer)
-        asked = self._ask_reference(prepared) if known is None else None
-        committed, sent = self._phases.end_commit(loading)
-        watch.part("load")
-        # Not only when the trainer has its own scores: both compute at the same time.
-        scoring = self._phases.begin_scoring(committed, self._probes, self._starts)
-        reference = asked(sent) if asked is not None else known
-        assert reference is not None
-        self._verify(committed, reference, scoring)
+        bring = self._load_and_verify if self._slots is None else self._verify_and_switch
+        reference = bring(engines, prepared, known, watch)
         absent = [rank for rank in self.engines if self.engines[rank].version != version]
         replaced += more + absent
         if not self._keeps:
             absent = [rank for rank in absent if not self._replace_with(rank, reference)]
         watch.part("verify")
         self._reference = reference
-        probes = [self._probed[rank] for rank in self.engines if self.engines[rank].version == version]
+        probes = [self._proof.probed[rank] for rank in self.engines if self.engines[rank].version == version]
         return self._report(watch.seconds, probes, {*replaced}, withheld) if probes else None, absent
+
+    def _load_and_verify(
+        self, engines: Participants, prepared: Prepared, known: Reference | None, watch: Stopwatch
+    ) -> Reference:
+        """`known`: the reference, where the trainer can't be asked while engines compute."""
+        loading = self._phases.begin_commit(engines, prepared.offer)
+        asked = self._ask_reference(prepared) if known is None else None
+        committed, sent = self._phases.end_commit(loading)
+        watch.part("load")
+        # Not only when the trainer has its own scores: both compute at the same time.
+        scoring = self._proof.begin_scoring(committed)
+        reference = asked(sent) if asked is not None else known
+        assert reference is not None
+        self._proof.verify(committed, reference, scoring)
+        return reference
+
+    def _verify_and_switch(
+        self, engines: Participants, prepared: Prepared, known: Reference | None, watch: Stopwatch
+    ) -> Reference:
+        """As `_load_and_verify`, of LoRA in slots."""
+        scoring = self._proof.begin_scoring(engines, prepared.offer.version)
+        asked = self._ask_reference(prepared) if known is None else None
+        assert prepared.expected is not None
+        found = self._proof.read(engines, prepared.offer, prepared.expected, scoring)
+        reference = asked(None) if asked is not None else known
+        assert reference is not None
+        proved = self._proof.of_staged(engines, reference, found)
+        watch.part("verify")
+        self._proof.switch(engines, proved, reference.offer)
+        watch.part("load")
+        return reference
 
     def _prepare(self, version: int) -> Prepared:
         # Every rank: a sharded policy's weights are gathered from all; the first one answers.
@@ -205,36 +234,10 @@ class WeightSync:
 
     def _trainer_logps(self, role: str | None) -> Callable[[], list[np.ndarray]]:
         """The trainer's log-probabilities of each probe's tokens; asked for at once."""
-        batch = _probe_batch(self._probes, self._starts)
+        batch = self._proof.batch()
         logps = self._source.token_logprobs(batch, role)
         cuts = np.cumsum(batch.label_counts)[:-1]
         return lambda: np.split(logps.result(), cuts)
-
-    def _verify(self, engines: Participants, reference: Reference, scoring: Asked) -> None:
-        """Compare engines, whose `scoring` has begun, with the reference; one that died over it is lost, the
-        others serve the version.
-
-        Raises:
-            InvariantViolation: an engine holds something else.
-        """
-        version = reference.offer.version
-        known = reference.expected.digest
-        found = self._phases.read(engines, version, known, scoring)
-        for rank, (read, scored) in found.items():
-            checked = self._check(reference, read, scored)
-            if isinstance(checked, str):
-                raise self._phases.lose(rank, engines[rank], version, checked, reference.offer)
-            self._probed[rank] = checked
-            self.engines.saw(rank, engines[rank], WeightsEvent.VERIFIED, version=version)
-
-    def _check(self, reference: Reference, read: Readback, scored: list[np.ndarray]) -> ProbeReport | str:
-        """Probes of an engine that holds the reference, or how it differs."""
-        wrong = verify.mismatch_in_readback(reference.expected, read, reference.offer.version)
-        if wrong is not None:
-            return wrong
-        report = verify.compare_probes(scored, reference.logps, reference.previous, self._base)
-        unchanged = reference.expected.share_unchanged_bf16 or 0.0
-        return verify.mismatch_in_probes(report, self._phases.dtype, self.spec.tolerance, unchanged) or report
 
     # --- Engines that are replaced --------------------------------------------------------------
 
@@ -293,10 +296,13 @@ class WeightSync:
         decision = self._phases.stage(engines, offer)
         if decision.refusals:
             raise violation(self.rollout.who(rank), offer.version, "; ".join(decision.refusals), offer)
-        if decision.commit:
+        if decision.commit and self._slots is not None:
+            scoring = self._proof.begin_scoring(engines, offer.version)
+            found = self._proof.read(engines, offer, reference.expected, scoring)
+            self._proof.switch(engines, self._proof.of_staged(engines, reference, found), offer)
+        elif decision.commit:
             committed, _ = self._phases.end_commit(self._phases.begin_commit(engines, offer))
-            scoring = self._phases.begin_scoring(committed, self._probes, self._starts)
-            self._verify(committed, reference, scoring)
+            self._proof.verify(committed, reference, self._proof.begin_scoring(committed))
         engine = self.engines[rank]
         if (engine.generation, engine.version) != (generation, offer.version):
             again = engine.reason or "its process died while it staged"
@@ -324,8 +330,3 @@ class WeightSync:
             replaced=tuple(sorted(replaced)),
             withheld=tuple(withheld),
         )
-
-
-def _probe_batch(probes: Sequence[Sequence[int]], starts: Sequence[int]) -> Batch:
-    masks = [np.arange(len(probe)) >= start for probe, start in zip(probes, starts)]
-    return Batch.from_sequences(probes, masks)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -20,9 +21,9 @@ from actors.models.lora.low_rank import Factors
 from actors.models.lora.merge import adapter_factors
 from actors.models.lora.pieces import Pieces
 from actors.sync.channel import own_address
-from actors.sync.digests import Algorithm, algorithm_for
+from actors.sync.digests import Algorithm, Digests, algorithm_for
 from actors.sync.outlets import Outlets
-from actors.sync.payload import Kind, Payload, pack_adapter, pack_merged
+from actors.sync.payload import Kind, Payload, factor_name, pack_adapter, pack_merged
 from actors.sync.protocol import Expected, Offer, Prepared, SentParts
 from actors.sync.spec import Backend
 from actors.trainer.merged_weights import HostMerge, Tally
@@ -92,8 +93,8 @@ class WeightSource:
             UserError: there is no adapter to send.
         """
         began = time.perf_counter()
-        if payload == "adapter" and role is None:
-            raise UserError("sync.payload: adapter needs LoRA; with model.lora: null set it to merged")
+        if payload != "merged" and role is None:
+            raise UserError(f"sync.payload: {payload} needs LoRA; with model.lora: null set it to merged")
         if not self._leads and not self._sharded:
             return None
         factors = self._factors(role)
@@ -104,6 +105,8 @@ class WeightSource:
         if not self._leads:
             return None
         gathered = time.perf_counter()
+        if payload == "lora":
+            return self._prepare_slots(version, factors, dtype, began, gathered)
         packed = pack_adapter(version, self._base_dtype(), factors, self._algorithm())
         return self._prepared(packed, began, gathered)
 
@@ -123,6 +126,18 @@ class WeightSource:
         outlines = [merge.outline(part) for part in later]
         packed = pack_merged(version, self._base_dtype(), tensors, outlines, algorithm)
         return self._prepared(packed, began, gathered, None if later else tally.expected())
+
+    def _prepare_slots(
+        self, version: int, factors: Mapping[str, Factors], dtype: str, began: float, gathered: float
+    ) -> Prepared:
+        """A and s B as a slot has to hold them. Their digests are taken before anything packs them."""
+        scaled = {name: f.scaled(getattr(torch, dtype)) for name, f in factors.items()}
+        digests = Digests(self._algorithm())
+        for name, f in scaled.items():
+            digests.take(factor_name(name, "A"), f.a)
+            digests.take(factor_name(name, "B"), f.b)
+        packed = pack_adapter(version, self._base_dtype(), scaled, digests.algorithm, "lora")
+        return self._prepared(packed, began, gathered, Expected(digests.read(), None, digests.algorithm))
 
     def _prepared(
         self, payload: Payload, began: float, gathered: float, expected: Expected | None = None

@@ -147,9 +147,13 @@ class Decision:
 def identity_config(stage: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
     """The keys of a stage and of the model that its result depends on."""
     kept = {key: value for key, value in stage.items() if key not in NOT_IN_IDENTITY | {"data", "seed"}}
-    # The way in which weights are synced doesn't matter, but that samples go on with new ones does.
-    if (stage.get("sync") or {}).get("in_flight") == "keep":
+    # The way in which weights are synced doesn't matter, but that samples go on with new ones does, and that
+    # LoRA is computed beside them: its sums are rounded otherwise than merged weights.
+    sync = stage.get("sync") or {}
+    if sync.get("in_flight") == "keep":
         kept["in_flight"] = "keep"
+    if sync.get("payload") == "lora":
+        kept["payload"] = "lora"
     return {"stage": kept, "model": model}
 
 

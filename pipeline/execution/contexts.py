@@ -10,6 +10,7 @@ from actors.cluster import MeasuredLimits
 from pipeline.artifacts.weights import Weights
 from pipeline.evaluation.pairs import Scorer
 from pipeline.execution.hosts import adapter_name, critic_name
+from pipeline.execution.slots import slots_of
 from pipeline.execution.stage_card import write_stage_card
 from pipeline.roles import CRITIC, POLICY, REFERENCE, REWARD, ROLLOUT
 from pipeline.stages.context import Stops, WorkTime
@@ -55,8 +56,9 @@ class Contexts:
 
         turns, wanted = self.fleet.turns, stage.spec.sync
         rollout = self.fleet.engine_processes()
+        slots = slots_of(node.start, self.config.model) if wanted.payload == "lora" else None
         # The engines read the base while the ranks do, unless both want the same memory for it.
-        loading = None if turns.alternate else load_base(rollout, node.start.base)
+        loading = None if turns.alternate else load_base(rollout, node.start.base, slots)
         policy = self._policy(node)
         probes = probes_of(stage.data.token_ids, wanted, stage.sampling.max_tokens)
         roles = self.config.roles
@@ -72,6 +74,7 @@ class Contexts:
             backends,
             loading,
             turns,
+            slots,
         )
         pool = RolloutPool(engines, in_flight=wanted.in_flight == "keep")
         return RlContext(

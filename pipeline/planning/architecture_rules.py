@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from actors.models.facts import ARCHITECTURES, VllmRow, replay_problem, vllm_row, why_not_split
+from actors.sync.spec import SLOT_RANKS
 from pipeline.roles import MODEL_ROLES, ROLES, ROLLOUT
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def architecture_problems(
     names = list(names)
     problems = [problem for name in names for problem in _stage_problems(config, row, model_type, name)]
     problems += _engine_problems(config, model_type, names)
+    problems += [problem for name in names for problem in _slot_problems(config, model_type, name)]
     problems += _sharding_problems(config, row, model_type, n_experts)
     problems += _tensor_parallel_problems(config, row, model_type, split_sizes)
     asked = config.model.moe.router_aux_loss_coef
@@ -148,6 +150,34 @@ def _engine_problems(config: RunConfig, model_type: str, names: list[str]) -> li
         f"model.dtype: {dtype}, but on the CPU vLLM computes a {model_type} model in "
         f"{' or '.join(engine.dtypes)} only: {engine.note}"
     ]
+
+
+def _slot_problems(config: RunConfig, model_type: str, name: str) -> Iterator[str]:
+    """Why the LoRA of an online stage can't be in slots of vLLM."""
+    stage, lora = config.stages[name], config.model.lora
+    if not stage.online or stage.sync.payload != "lora" or lora is None:
+        return
+    key, instead = f"stages.{name}.sync.payload: lora, but ", "set it to adapter"
+    row = vllm_row(model_type)
+    if not row.supports_lora:
+        yield f"{key}vLLM has no LoRA for a {model_type} model; {instead}"
+        return
+    if lora.r > SLOT_RANKS[-1]:
+        yield f"{key}model.lora.r is {lora.r}, and a slot has {SLOT_RANKS[-1]}; lower it, or {instead}"
+    if config.roles.rollout.share is not None:
+        yield f"{key}slots were not tried in engines that sleep (roles.rollout.share); {instead}"
+    if "experts" in lora.targets and not config.roles.gpus_of(ROLLOUT):
+        yield (
+            f"{key}vLLM computes experts with LoRA in Triton kernels, which a CPU has not; take `experts` "
+            f"out of model.lora.targets, or {instead}"
+        )
+    seen = f"on {', '.join(row.slots)} was" if row.slots else "none was"
+    for group in lora.targets:
+        if group not in row.slots:
+            yield (
+                f"{key}LoRA on {group} of a {model_type} model was not seen to be right in slots of vLLM, "
+                f"{seen}; {instead}"
+            )
 
 
 def dry_run_dtype(model_type: str | None) -> str:

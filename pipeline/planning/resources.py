@@ -163,10 +163,9 @@ def _step(stage: AnyStage) -> str:
 def sync_bytes(config: RunConfig, targets: Targets) -> dict[str, int]:
     """Bytes that each sync of an online stage sends to one engine, by stage.
 
-    `adapter`: A and B in float32. `merged`: every weight of the touched groups in the base's dtype.
+    `adapter`: A and B in float32. `lora`: A and B in the base's dtype. `merged`: every weight of the touched
+    groups in the base's dtype.
     """
     size = 4 if config.model.dtype == "float32" else 2
-    return {
-        name: targets.bytes if stage.sync.payload == "adapter" else targets.adapted * size
-        for name, stage in config.online_stages().items()
-    }
+    sizes = {"adapter": targets.bytes, "lora": targets.parameters * size, "merged": targets.adapted * size}
+    return {name: sizes[stage.sync.payload] for name, stage in config.online_stages().items()}

@@ -44,7 +44,9 @@ loss. `head`: where a reward model or critic keeps its score, a `classifier` tha
 ENGINE = """\
 ## In vLLM
 `code`: vLLM's own class, or transformers' modules in vLLM's frame. Keys are given to vLLM's config, \
-variables to its environment; they and the workarounds act in our engines only, by themselves."""
+variables to its environment; they and the workarounds act in our engines only, by themselves. `LoRA slots`: \
+target groups that `sync.payload: lora` can bring, as tests on the CPU have shown (experts up to their \
+kernel, which is for GPUs and was not run)."""
 CAUSES = """\
 ## Workarounds
 Each was written for the vLLM named and is refused by name where vLLM's code there has changed."""
@@ -73,8 +75,8 @@ def page(results: Results) -> str:
         "\n".join(f"- {line}" for row in moe for line in _limits(row)),
         ENGINE,
         _table(
-            ["`model_type`", "code", "set for it", "workarounds", "CPU dtypes"],
-            (_vllm_row(row.model_type, VLLM_ROWS[row.model_type]) for row in [*moe, *dense]),
+            ["`model_type`", "code", "set for it", "workarounds", "CPU dtypes", "LoRA slots"],
+            (_vllm_row(row, VLLM_ROWS[row.model_type]) for row in [*moe, *dense]),
         ),
         "\n".join(f"- `{name}`: {engine.note}." for name, engine in VLLM_ROWS.items() if engine.note),
         CAUSES,
@@ -117,7 +119,7 @@ def _limits(row: Architecture) -> list[str]:
     return [f"`{row.model_type}`: {text}" for text in (*only, *refused, *whole, *row.limits)]
 
 
-def _vllm_row(name: str, engine: VllmRow) -> list[str]:
+def _vllm_row(row: Architecture, engine: VllmRow) -> list[str]:
     settings = [f"`{key}={value}`" for key, value in {**engine.hf_overrides, **engine.environment}.items()]
     settings += [
         f"`{key}`" if callable(value) else f"`{key}={value}`" for key, value in engine.config_extras.items()
@@ -125,11 +127,12 @@ def _vllm_row(name: str, engine: VllmRow) -> list[str]:
     if engine.attention_backend is not None:
         settings.append(f"`attention_config.backend={engine.attention_backend}`")
     return [
-        f"`{name}`",
+        f"`{row.model_type}`",
         "transformers'" if engine.transformers_backend else "its own",
         ", ".join(settings),
         ", ".join(f"`{one}`" for one in engine.workarounds),
         ", ".join(engine.dtypes),
+        ", ".join(engine.slots),
     ]
 
 

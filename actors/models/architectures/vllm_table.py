@@ -9,8 +9,10 @@ workarounds that rows name are in `actors.rollout.vllm.workarounds.registry`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from actors.models.spec import TargetGroup
 
 EngineDtype = Literal["float32", "bfloat16"]
 ConfigExtra = Callable[[Any], Any] | str | int | float | bool
@@ -37,6 +39,10 @@ class VllmRow:
     """Dtypes that the engine's kernels compute in on the CPU."""
     transformers_backend: bool = False
     """vLLM has no class of its own for it and runs transformers' modules."""
+    supports_lora: bool = True
+    """vLLM's class takes LoRA beside its weights (SupportsLoRA)."""
+    slots: tuple[TargetGroup, ...] = ()
+    """LoRA groups that were seen to be right in slots of vLLM, experts up to their kernel: a CPU has none."""
     note: str = ""
     """A limit that users should know, in one sentence."""
 
@@ -58,68 +64,75 @@ def _rotary_dim(config: Any) -> int:
     return int(head_dim * share)
 
 
-_REPACK = "repacked_experts"
-_MOE = VllmRow(workarounds=(_REPACK,))
+_EXPERTS = ("repacked_experts", "experts_without_slots")
+_MOE = VllmRow(workarounds=_EXPERTS)
+_DENSE = VllmRow(slots=("attention", "mlp"))
+_BESIDE_EXPERTS: tuple[TargetGroup, ...] = ("attention", "router", "shared_experts", "mlp")
 _NO_MLA = {"VLLM_MLA_DISABLE": "1"}
 _MLA_NOTE = (
     "on the CPU its latent attention runs as plain attention: vLLM's kernel for AMX takes bfloat16 only and "
     "frees weights that an update needs"
 )
 _TRANSFORMERS = VllmRow(
-    workarounds=(_REPACK,),
+    workarounds=_EXPERTS,
     transformers_backend=True,
     note="vLLM has no class of its own for it and runs transformers' modules in its place",
 )
 
 VLLM_ROWS: dict[str, VllmRow] = {
-    "llama": VllmRow(),
-    "mistral": VllmRow(),
-    "qwen2": VllmRow(),
-    "qwen3": VllmRow(),
-    "qwen3_moe": _MOE,
-    "qwen2_moe": _MOE,
-    "mixtral": _MOE,
-    "olmoe": _MOE,
-    "granitemoe": _MOE,
-    "glm4_moe": _MOE,
-    "dots1": _TRANSFORMERS,
-    "flex_olmo": _TRANSFORMERS,
-    "hunyuan_v1_moe": _TRANSFORMERS,
-    "gpt_oss": VllmRow(workarounds=(_REPACK, "gpt_oss_loaders")),
+    "llama": _DENSE,
+    "mistral": _DENSE,
+    "qwen2": _DENSE,
+    "qwen3": _DENSE,
+    "qwen3_moe": replace(_MOE, slots=("attention", "experts", "router")),
+    "qwen2_moe": replace(_MOE, slots=("attention", "experts", "router", "shared_experts", "mlp")),
+    "mixtral": replace(_MOE, slots=("attention", "experts", "router")),
+    "olmoe": replace(_MOE, slots=("attention", "router")),
+    "granitemoe": replace(_MOE, slots=("attention",)),
+    "glm4_moe": replace(_MOE, slots=_BESIDE_EXPERTS),
+    "dots1": replace(_TRANSFORMERS, slots=("attention", "mlp")),
+    "flex_olmo": replace(_TRANSFORMERS, slots=("attention", "router")),
+    "hunyuan_v1_moe": replace(_TRANSFORMERS, slots=("attention", "router")),
+    "gpt_oss": VllmRow(workarounds=(*_EXPERTS, "gpt_oss_loaders")),
     "deepseek_v2": VllmRow(
-        environment=_NO_MLA, workarounds=(_REPACK, "rotary_queries_by_head"), note=_MLA_NOTE
+        environment=_NO_MLA,
+        workarounds=(*_EXPERTS, "rotary_queries_by_head"),
+        note=_MLA_NOTE,
+        slots=_BESIDE_EXPERTS,
     ),
     "deepseek_v3": VllmRow(
         # transformers 5 dropped both keys from its config class; without them vLLM builds no correction bias
         # and takes a softmax.
         config_extras={"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
         environment=_NO_MLA,
-        workarounds=(_REPACK, "rotary_queries_by_head"),
+        workarounds=(*_EXPERTS, "rotary_queries_by_head"),
         note=_MLA_NOTE,
+        slots=_BESIDE_EXPERTS,
     ),
     "phimoe": VllmRow(
         # transformers writes PhimoeForCausalLM, which vLLM does not know by that spelling.
         hf_overrides={"architectures": ["PhiMoEForCausalLM"]},
-        workarounds=(_REPACK, "phimoe_head_bias"),
+        workarounds=(*_EXPERTS, "phimoe_head_bias"),
         note="vLLM routes with a jitter of 0.01 whatever router_jitter_noise says: keep it at 0.01",
     ),
-    "ernie4_5_moe": VllmRow(workarounds=(_REPACK, "router_bias")),
+    "ernie4_5_moe": VllmRow(workarounds=(*_EXPERTS, "router_bias"), slots=_BESIDE_EXPERTS),
     "minimax_m2": VllmRow(
         config_extras={"rotary_dim": _rotary_dim, "scoring_func": "sigmoid", "use_routing_bias": True},
-        workarounds=(_REPACK, "router_bias", "named_loaders"),
+        workarounds=(*_EXPERTS, "router_bias", "named_loaders"),
+        slots=("attention", "router"),
     ),
-    "dbrx": VllmRow(workarounds=(_REPACK, "dbrx_expert_names")),
+    "dbrx": VllmRow(workarounds=(*_EXPERTS, "dbrx_expert_names"), supports_lora=False),
     "qwen3_next": VllmRow(
         # Prefix caching of a recurrent state needs prompts in chunks, and these lose their seeds on the CPU.
         engine_args={"enable_prefix_caching": False},
-        workarounds=(_REPACK,),
+        workarounds=_EXPERTS,
         dtypes=("bfloat16",),
         note="vLLM's linear attention on the CPU takes bfloat16 only; heads of 64 and 128 work, 32 does not",
     ),
 }
 """By `model_type`."""
 
-UNTESTED = VllmRow(workarounds=(_REPACK,), note="untested: a parity probe at the start decides")
+UNTESTED = VllmRow(workarounds=_EXPERTS, note="untested: a parity probe at the start decides")
 """For an architecture without a row of its own."""
 
 

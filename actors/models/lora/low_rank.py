@@ -27,6 +27,10 @@ class Factors:
     transposed: bool
     """The weight is stored as ([experts,] in, out)."""
 
+    def scaled(self, dtype: torch.dtype) -> Factors:
+        """A and s B, each rounded once to `dtype`: a scaling of 1 is left."""
+        return Factors(self.a.to(dtype), (self.b * self.scaling).to(dtype), 1.0, self.transposed)
+
 
 def low_rank_delta(factors: Factors) -> torch.Tensor:
     """s B A in float32, of the weight's shape: the same bits on every device, in any order of summation.

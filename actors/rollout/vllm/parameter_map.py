@@ -38,7 +38,7 @@ class Region:
 
     def view(self, whole: torch.Tensor) -> torch.Tensor:
         """This part of a contiguous tensor."""
-        return whole.as_strided(self.shape, self.strides, self.offset)
+        return whole.as_strided(self.shape, self.strides, whole.storage_offset() + self.offset)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from actors.sync.protocol import NO_VERSION
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
 
 def sampling_params(sampling: SamplingSpec, seed: int) -> SamplingParams:
@@ -71,13 +72,19 @@ class Stepper:
         """True while requests are in the engine."""
         return bool(self._llm.llm_engine.has_unfinished_requests())
 
-    def add(self, requests: Sequence[Any], params: Sequence[SamplingParams] | SamplingParams) -> list[str]:
-        """Give requests to the engine; their names, in order."""
+    def add(
+        self,
+        requests: Sequence[Any],
+        params: Sequence[SamplingParams] | SamplingParams,
+        slot: LoRARequest | None = None,
+    ) -> list[str]:
+        """Give requests to the engine; their names, in order. `slot`: LoRA that they are computed with."""
         if not requests:
             return []
         states = self._llm.llm_engine.output_processor.request_states
         # enqueue answers with vLLM's inner names; outputs carry the outer ones.
-        return [states[name].external_req_id for name in self._llm.enqueue(requests, params, use_tqdm=False)]
+        names = self._llm.enqueue(requests, params, lora_request=slot, use_tqdm=False)
+        return [states[name].external_req_id for name in names]
 
     def run(self, names: Sequence[str], seconds: float | None = None) -> Work:
         """Step until these requests have ended, for no more than `seconds` and one step."""
@@ -115,12 +122,30 @@ class Stepper:
         self._llm.llm_engine.abort_request(list(names))
 
 
+def slot_request(version: int, number: int) -> LoRARequest:
+    """Name of a version in a slot. Both numbers are in the name, by which vLLM keeps its prefix caches apart:
+    a version that was staged anew finds no keys of what had its number before."""
+    from vllm.lora.request import LoRARequest
+
+    # The path is never read: what is not in a slot is no request's.
+    return LoRARequest(f"v{version}.{number}", number, lora_path="in a slot")
+
+
+def version_in_slot(slot: LoRARequest) -> int:
+    """The inverse of `slot_request`."""
+    return int(slot.lora_name.removeprefix("v").partition(".")[0])
+
+
 def token_versions(output: Any) -> np.ndarray:
-    """int32 (tokens,): version of the weights that drew each token of a vLLM completion; -1 is the base.
+    """int32 (tokens,): version of the weights that drew each token of a vLLM output of one completion; -1 is
+    the base.
 
     vLLM labels spans of tokens with the name that `finish_weight_update` got, here `v` and the version, and
-    with `default` before the first of them.
+    with `default` before the first of them. A sample of a LoRA slot is of that one to its end.
     """
+    slot, output = output.lora_request, output.outputs[0]
+    if slot is not None:
+        return np.full(len(output.token_ids), version_in_slot(slot), np.int32)
     found = np.full(len(output.token_ids), NO_VERSION, np.int32)
     for span in output.weight_versions or []:
         if span.version.startswith("v"):

@@ -32,7 +32,6 @@ from actors.rollout.vllm.lora_merge import Merger, Targets
 from actors.rollout.vllm.parameter_map import record_bindings, without_reload_warnings
 from actors.rollout.vllm.readback import Reader
 from actors.rollout.vllm.repack import refuse_padded_experts, repack_experts
-from actors.rollout.vllm.router_capture import RouteCounter
 from actors.rollout.vllm.workarounds import worker as worker
 from actors.sync.digests import Algorithm
 from actors.sync.payload import Payload, PayloadEntry
@@ -117,7 +116,6 @@ class SyncTransferEngine(WeightTransferEngine):
                 init_info.base, trust_remote_code=self.model_config.trust_remote_code
             )
             self._merger = Merger(base, config, self.model_config.dtype)
-        self.routes = RouteCounter(self.model)
         self._shapes = base.shapes
         self.held = {name: [elements[name], tensor.numel()] for name, tensor in base.shapes.items()}
         """Checkpoint tensor -> how many of its elements this process holds, and how many it has."""
@@ -136,6 +134,8 @@ class SyncTransferEngine(WeightTransferEngine):
                 of a group.
         """
         manifest = payload.manifest
+        if manifest.payload == "lora":
+            raise refusal("this engine was loaded without LoRA slots, and was sent a payload 'lora'")
         entries = (manifest.entries, *manifest.later)
         later = [{entry.name: {entry.name: entry.shape} for entry in part} for part in manifest.later]
         parts = [self._part(targets) for targets in (self._merger.targets(payload), *later)]

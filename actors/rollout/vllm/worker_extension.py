@@ -1,4 +1,5 @@
-"""Calls into a vLLM worker besides vLLM's own: versions of its weights, and what its routers chose.
+"""Calls into a vLLM worker besides vLLM's own: versions of its weights or of LoRA beside them, and what its
+routers chose.
 
 vLLM imports this module in every worker, because `EXTENSION` is named in `worker_extension_cls`, and makes
 the class below a base of the worker. Arguments and answers are plain values, see `worker_calls`.
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from actors.errors import RunFailure
+from actors.rollout.vllm.adapter_slots import AdapterSlots, slots_of_worker
 from actors.rollout.vllm.intake import Intake
-from actors.rollout.vllm.router_capture import moe_layers
+from actors.rollout.vllm.router_capture import RouteCounter, moe_layers
 from actors.rollout.vllm.sleeping import drop_pages
 from actors.rollout.vllm.weight_transfer import refusal
 from actors.rollout.vllm.worker_calls import answers, packed
@@ -34,6 +36,9 @@ class SyncWorkerExtension:
     model_runner: Any
     vllm_config: Any
     _intake: Intake
+    _routes: RouteCounter
+    _versions: SyncTransferEngine | AdapterSlots
+    """Keeps what is staged."""
 
     @answers
     def open_intake(self) -> dict[str, list[int]]:
@@ -44,8 +49,19 @@ class SyncWorkerExtension:
         """
         from vllm.distributed import get_tp_group
 
-        self._intake = Intake(get_tp_group(), self.weight_transfer_engine.device)
+        self._intake = Intake(get_tp_group(), self.model_runner.device)
+        self._versions = self.weight_transfer_engine
+        self._routes = RouteCounter(self.weight_transfer_engine.model)
         return self.weight_transfer_engine.held
+
+    @answers
+    def open_slots(self, base: str) -> None:
+        """Get ready for versions in LoRA slots beside the base in this directory."""
+        from vllm.distributed import get_tp_group
+
+        self._intake = Intake(get_tp_group(), self.model_runner.device)
+        self._routes = RouteCounter(self.model_runner.model)
+        self._versions = slots_of_worker(self.model_runner, base)
 
     @answers
     def refuse_names(self, names: list[str]) -> None:
@@ -91,7 +107,7 @@ class SyncWorkerExtension:
         """`stage_version`, for a payload that is here already."""
         received = torch.frombuffer(bytearray(buffer), dtype=torch.uint8)
         payload = Payload(Manifest.decode(manifest), received)
-        return self._stage(payload.to(self.weight_transfer_engine.device), served)
+        return self._stage(payload.to(self.model_runner.device), served)
 
     @answers
     def receive_part(self) -> str:
@@ -102,8 +118,42 @@ class SyncWorkerExtension:
 
     @answers
     def discard_weights(self) -> None:
-        """See `SyncTransferEngine.discard`."""
-        self.weight_transfer_engine.discard()
+        """Forget what is staged."""
+        self._versions.discard()
+
+    @answers
+    def slots_in_use(self, names: list[str]) -> None:
+        """See `AdapterSlots.in_use`."""
+        self._slots.in_use = names
+
+    @answers
+    def staged_slot(self) -> dict[str, Any]:
+        """The staged version in its slot: `number`, `bound`, `expected`, `partial` and `seconds`, see
+        `AdapterSlots`."""
+        slots = self._slots
+        bound, expected = slots.bound()
+        assert slots.staged is not None
+        number, seconds = slots.staged.number, slots.staged.seconds
+        partial = slots.partial()
+        return {
+            "number": number, "seconds": seconds, "bound": bound, "expected": expected, "partial": partial
+        }  # fmt: skip
+
+    @answers
+    def read_slot(self, version: int) -> list[str]:
+        """The digest of all digests of `AdapterSlots.read`, and their algorithm."""
+        algorithm, digests = self._slots.read(version)
+        return [digest_of_all(digests), algorithm]
+
+    @answers
+    def slot_digests(self, version: int) -> dict[str, str]:
+        """See `AdapterSlots.read`."""
+        return self._slots.read(version)[1]
+
+    @answers
+    def switch_slot(self, version: int) -> None:
+        """See `AdapterSlots.switch`."""
+        self._slots.switch(version)
 
     @answers
     def loaded_weights(self) -> dict[str, Any]:
@@ -119,18 +169,18 @@ class SyncWorkerExtension:
     @answers
     def expert_load(self) -> list[Any] | None:
         """See `RouteCounter.take`; packed."""
-        load = self.weight_transfer_engine.routes.take()
+        load = self._routes.take()
         return None if load is None else packed(load)
 
     @answers
     def keep_routes(self) -> None:
         """See `RouteCounter.keep`."""
-        self.weight_transfer_engine.routes.keep(self.model_runner)
+        self._routes.keep(self.model_runner)
 
     @answers
     def take_routes(self, requests: list[str]) -> list[list[Any]]:
         """See `RouteKeeper.take`; packed, and empty but in the first worker: all of them chose the same."""
-        keeper = self.weight_transfer_engine.routes.keeper
+        keeper = self._routes.keeper
         assert keeper is not None
         taken = keeper.take(requests)
         return [packed(one) for one in taken] if self._intake.is_first else []
@@ -145,7 +195,12 @@ class SyncWorkerExtension:
     @answers
     def moe_layers(self) -> list[int]:
         """See `actors.rollout.vllm.router_capture.moe_layers`."""
-        return moe_layers(self.weight_transfer_engine.model)
+        return moe_layers(self.model_runner.model)
+
+    @property
+    def _slots(self) -> AdapterSlots:
+        assert isinstance(self._versions, AdapterSlots)
+        return self._versions
 
     @answers
     def drop_cache(self) -> int:
@@ -154,12 +209,12 @@ class SyncWorkerExtension:
         return drop_pages(getattr(layer, "kv_cache", None) for layer in layers)
 
     def _stage(self, payload: Payload, served: int) -> dict[str, Any]:
-        self.weight_transfer_engine.discard()
+        self._versions.discard()
         manifest = payload.manifest
         wrong = mismatch_in_version(served, manifest.version)
         if wrong is not None:
             raise refusal(wrong)
-        self.weight_transfer_engine.stage(payload)
+        self._versions.stage(payload)
         ack = StageAck(
             version=manifest.version,
             bytes=payload.buffer.numel(),

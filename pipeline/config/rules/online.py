@@ -89,6 +89,12 @@ def staleness_problems(stage: OnlineStage) -> Iterator[Problem]:
             "keep: with staleness 0 nothing is being sampled when new weights come; set staleness to 1 or "
             "more, or leave in_flight out",
         )
+    if stage.sync.in_flight == "keep" and stage.sync.payload == "lora":
+        yield Problem(
+            "sync.in_flight",
+            "keep: a sample that is half generated keeps the LoRA slot that it began with (vLLM has one for "
+            "each request), so it would not go on with the new weights; set wait, or sync.payload to adapter",
+        )
     if stage.learns_from == "advantages":
         yield from _correction_problems(stage)
 

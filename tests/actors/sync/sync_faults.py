@@ -19,11 +19,12 @@ from actors.models.lora.low_rank import Factors
 from actors.models.spec import LoraSpec, ModelSpec
 from actors.rollout.engine import EngineSpec, RolloutEngine
 from actors.rollout.remote import rollout_group
+from actors.rollout.slot_updater import SlotUpdater
 from actors.rollout.weight_updater import WeightUpdater
 from actors.sync.engine_set import EngineSet
 from actors.sync.payload import Payload, PayloadEntry, pack_adapter, pack_merged
-from actors.sync.protocol import CommitReport, Prepared, StageAck
-from actors.sync.spec import SyncSpec
+from actors.sync.protocol import CommitReport, Prepared, Readback, StageAck
+from actors.sync.spec import SlotSpec, SyncSpec
 from actors.sync.weight_sync import WeightSync
 from actors.trainer.model_host import ModelHost
 from actors.trainer.remote import host_group
@@ -38,12 +39,14 @@ PARTS, PART_BYTES = "parts", 2**20
 Tamper = Callable[[Payload], Payload]
 
 
-def started(base: Path, logs: Path, engines: int) -> tuple[WorkerGroup, WorkerGroup]:
+def started(
+    base: Path, logs: Path, engines: int, lora: LoraSpec | None = None
+) -> tuple[WorkerGroup, WorkerGroup]:
     """A trainer with an adapter `policy`, and engines that are built and still empty."""
     limits = LimitsSpec(start=120, load=120, sync=30, stop=5)
     policy = host_group("policy", RoleSpec(), limits, logs).start()
     rollout = rollout_group(RoleSpec(workers=engines), limits, logs).start()
-    spec = HostSpec(model=ModelSpec(base=str(base), lora=LoraSpec(r=4)))
+    spec = HostSpec(model=ModelSpec(base=str(base), lora=lora or LoraSpec(r=4)))
     here = "tests.actors.sync.sync_faults"
     building = [
         policy.build(f"{here}:FaultyHost", spec, distributed=True),
@@ -55,12 +58,18 @@ def started(base: Path, logs: Path, engines: int) -> tuple[WorkerGroup, WorkerGr
     return policy, rollout
 
 
-def connected(base: Path, policy: WorkerGroup, rollout: WorkerGroup, payload: str = "adapter") -> WeightSync:
+def connected(
+    base: Path,
+    policy: WorkerGroup,
+    rollout: WorkerGroup,
+    payload: str = "adapter",
+    slots: SlotSpec | None = None,
+) -> WeightSync:
     """A sync whose engines hold the base, after a first, faultless version 0. `PARTS`: `merged`, in parts."""
     size = PART_BYTES if payload == PARTS else SyncSpec().packed_buffer_size_bytes
     kind = "merged" if payload == PARTS else payload
     spec = SyncSpec(payload=kind, packed_buffer_size_bytes=size)  # type: ignore[arg-type]
-    sync = WeightSync(policy, EngineSet(rollout), spec, str(base), "policy", PROBES)
+    sync = WeightSync(policy, EngineSet(rollout), spec, str(base), "policy", PROBES, slots=slots)
     sync.connect()
     policy.call("nudge", 0)
     sync.push(0)
@@ -129,14 +138,16 @@ def _without(payload: Payload, *gone: str) -> Payload:
 
 
 def _weights(payload: Payload) -> dict[str, Factors] | dict[str, torch.Tensor]:
-    if payload.manifest.payload == "adapter":
+    if payload.manifest.payload != "merged":
         return payload.factors()
     return {name: tensor for (name, _), tensor in payload.tensors().items()}
 
 
 def _packed(like: Payload, weights: dict) -> Payload:
-    pack = pack_adapter if like.manifest.payload == "adapter" else pack_merged
-    return pack(like.manifest.version, like.manifest.base_dtype, weights)
+    version, dtype, kind = like.manifest.version, like.manifest.base_dtype, like.manifest.payload
+    if kind == "merged":
+        return pack_merged(version, dtype, weights)
+    return pack_adapter(version, dtype, weights, kind=kind)
 
 
 def _swapped(payload: Payload) -> Payload:
@@ -211,6 +222,41 @@ class FaultyEngine(RolloutEngine):
 
     def make_updater(self, llm: Any, base: str) -> WeightUpdater:
         return FaultyUpdater(self, llm, base)
+
+    def make_slot_updater(self, llm: Any, base: str) -> WeightUpdater:
+        return FaultySlots(self, llm, base)
+
+
+class FaultySlots(SlotUpdater):
+    """Versions in the slots of a `FaultyEngine`."""
+
+    def __init__(self, engine: FaultyEngine, llm: Any, base: str) -> None:
+        super().__init__(llm, base, engine.spec.dtype)
+        self._engine = engine
+
+    def stage(self, version: int, pass_on_to: Sequence[int] = ()) -> StageAck:
+        self._engine.calls.append(f"stage {version}")
+        return super().stage(version, pass_on_to)
+
+    def readback(self, version: int, known: str = "") -> Readback:
+        self._engine.calls.append(f"readback {version}")
+        if self._engine.fault == "other LoRA in the slot":
+            self._engine.fault = ""
+            worker = self._llm.llm_engine.model_executor.driver_worker.worker  # type: ignore[attr-defined]
+            manager = worker._versions._manager
+            index = manager.lora_index_to_id.index(worker._versions.staged.number)
+            manager.modules["model.layers.1.self_attn.o_proj"].lora_b_stacked[0][index, 0, 0, 0] += 1e-7
+        return super().readback(version, known)
+
+    def discard(self, version: int) -> None:
+        self._engine.calls.append(f"discard {version}")
+        super().discard(version)
+
+    def commit(self, version: int, keep: bool = False) -> CommitReport:
+        self._engine.calls.append(f"commit {version}")
+        if self._engine.fault == "dies before it switches":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().commit(version, keep)
 
 
 class FaultyUpdater(WeightUpdater):

@@ -17,7 +17,7 @@ from actors.sync.payload import (
     pack_adapter,
     pack_merged,
 )
-from actors.sync.spec import SyncSpec
+from actors.sync.spec import SlotSpec
 from tests.actors.pretend_device import DEVICE, second_device
 
 QWEN = [
@@ -59,9 +59,22 @@ def test_one_expert_takes_all_experts_of_its_layer_along_and_no_other() -> None:
     assert together == sorted(name for name in QWEN if ".experts." in name)
 
 
-def test_vllms_own_lora_slots_are_refused_with_what_to_write_instead() -> None:
-    with pytest.raises(ValueError, match=r"need Triton.*`adapter` sends the same bytes"):
-        SyncSpec.model_validate({"payload": "lora"})
+def test_a_slot_has_the_smallest_room_of_vllms_that_is_enough() -> None:
+    rooms = [SlotSpec(rank, ()).max_lora_rank for rank in (1, 2, 8, 9, 300, 512, 513)]
+    assert rooms == [1, 8, 8, 16, 320, 512, None]
+
+
+def test_a_payload_for_slots_has_its_scaling_in_b_and_the_engines_dtype() -> None:
+    b = torch.tensor([[1.0], [1.0035]])
+    factors = {"layer.o_proj.weight": Factors(torch.full((1, 2), 0.1), b, 1.5, False)}
+    scaled = {name: f.scaled(torch.bfloat16) for name, f in factors.items()}
+    payload = pack_adapter(3, "float32", scaled, kind="lora")
+    assert payload.manifest.payload == "lora"
+    found = payload.factors()["layer.o_proj.weight"]
+    assert (found.scaling, found.a.dtype, found.b.dtype) == (1.0, torch.bfloat16, torch.bfloat16)
+    # Rounded once: 1.0035 in bfloat16 is 1.
+    assert found.b.flatten().tolist() == [1.5, 1.5078125]
+    assert Manifest.decode(payload.manifest.encode()) == payload.manifest
 
 
 @pytest.mark.parametrize(

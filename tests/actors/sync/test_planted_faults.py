@@ -70,9 +70,9 @@ REFUSED_BEFORE_LOADING = [
     ("byte flipped", "sent", "merged", "acknowledged digest"),
 ]
 SEEN_AFTER_LOADING = [
-    ("tensors swapped", "packed", "merged", "2 of 56 tensors in the engine differ from the trainer's merge"),
-    ("tensors swapped", "packed", "adapter", "2 of 56 tensors in the engine differ from the trainer's merge"),
-    ("half a group", "packed", "adapter", "1 of 56 tensors in the engine differ from the trainer's merge"),
+    ("tensors swapped", "packed", "merged", "2 of 56 tensors in the engine differ from the trainer's, "),
+    ("tensors swapped", "packed", "adapter", "2 of 56 tensors in the engine differ from the trainer's, "),
+    ("half a group", "packed", "adapter", "1 of 56 tensors in the engine differ from the trainer's, "),
     (
         "tensor dropped",
         "packed",

@@ -7,8 +7,9 @@ import types
 import pytest
 import torch
 
-from actors.errors import RunFailure
-from actors.sync.digests import Algorithm
+from actors.errors import RunFailure, UserError
+from actors.models.lora.merge import adapter_factors
+from actors.sync.digests import Algorithm, digest_of
 from actors.sync.payload import Kind, Payload
 from actors.sync.protocol import SentParts
 from actors.trainer.weight_source import WeightSource
@@ -41,6 +42,24 @@ def test_what_fits_a_buffer_is_known_from_the_one_merge_that_packed_it(source: W
     assert whole is not None
     assert whole.expected == source.expected("policy", "float32")
     assert (whole.offer.parts_later, whole.offer.bytes_later, source.send_later([])) == (0, 0, None)
+
+
+def test_what_slots_have_to_hold_is_known_from_the_adapter_not_from_what_was_packed(
+    source: WeightSource, policy: Policy
+) -> None:
+    prepared = source.prepare(1, "policy", "lora", "bfloat16")
+    assert prepared is not None
+    assert prepared.expected is not None
+    factors = adapter_factors(policy.peft, "policy")
+    assert prepared.offer.tensors == 2 * len(factors)
+    right = {}
+    for name, f in factors.items():
+        right[f"{name} A"] = digest_of(f.a.bfloat16())
+        right[f"{name} B"] = digest_of((f.b * f.scaling).bfloat16())
+    assert prepared.expected.digests == right
+    assert prepared.expected.share_unchanged_bf16 is None
+    with pytest.raises(UserError, match=r"sync\.payload: lora needs LoRA"):
+        source.prepare(2, None, "lora", "float32")
 
 
 def test_parts_are_announced_before_they_are_merged_and_add_up_to_the_version(source: WeightSource) -> None:

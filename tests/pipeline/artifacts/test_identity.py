@@ -48,6 +48,15 @@ def test_a_key_that_does_not_change_the_result_keeps_it_fresh(tmp_path: Path) ->
     assert decide(tmp_path, identity(save_steps=50)).state == "fresh"
 
 
+def test_lora_beside_the_weights_is_another_way_to_compute_and_the_other_payloads_are_not(
+    tmp_path: Path,
+) -> None:
+    finished(tmp_path, identity(sync={"payload": "adapter"}))
+    assert decide(tmp_path, identity(sync={"payload": "merged"})).state == "fresh"
+    lora = replace(identity(sync={"payload": "lora"}), chosen=frozenset({"stage.payload"}))
+    assert decide(tmp_path, lora).changed == ["stage.payload"]
+
+
 def test_a_changed_key_is_named(tmp_path: Path) -> None:
     finished(tmp_path, identity(learning_rate=1e-4))
     decision = decide(tmp_path, identity(learning_rate=2e-4))

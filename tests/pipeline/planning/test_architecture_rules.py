@@ -82,7 +82,7 @@ def test_an_auxiliary_loss_that_the_architecture_lacks_is_refused_before_anythin
 def test_the_row_is_told_with_its_limits_and_vllms_settings() -> None:
     text = "\n".join(describe_architecture("dbrx"))
     assert "LoRA groups attention; not experts (its experts read each other's weights" in text
-    assert "workarounds for 0.32.0: repacked_experts, dbrx_expert_names" in text
+    assert "workarounds for 0.32.0: repacked_experts, experts_without_slots, dbrx_expert_names" in text
     text = "\n".join(describe_architecture("qwen3_next"))
     assert "rows are padded; trains by sft only" in text
     assert "vLLM: on the CPU in bfloat16 only" in text
@@ -132,3 +132,41 @@ def test_validation_lists_what_the_architecture_forbids_and_says_its_row(tmp_pat
     assert "stages.grpo.type: 'grpo' can't train a qwen3_next model" in findings.problems[0]
     assert findings.architecture == describe_architecture("qwen3_next")
     assert findings.targets is not None
+
+
+SLOTS = {**GRPO, "sync": {"payload": "lora"}}
+
+
+def test_lora_that_can_not_be_in_slots_is_refused_with_every_reason() -> None:
+    lora = {"r": 600, "targets": ["attention", "experts", "router"]}
+    rank, kernel, *unseen = problems("granitemoe", {"grpo": SLOTS}, lora=lora)
+    key = "stages.grpo.sync.payload: lora, but "
+    assert rank == f"{key}model.lora.r is 600, and a slot has 512; lower it, or set it to adapter"
+    assert kernel.startswith(f"{key}vLLM computes experts with LoRA in Triton kernels, which a CPU has not")
+    assert unseen == [
+        f"{key}LoRA on {group} of a granitemoe model was not seen to be right in slots of vLLM, on attention "
+        "was; set it to adapter"
+        for group in ("experts", "router")
+    ]
+    (none,) = problems("dbrx", {"grpo": SLOTS}, lora={"targets": ["attention"]})
+    assert none == f"{key}vLLM has no LoRA for a dbrx model; set it to adapter"
+
+
+def test_experts_have_slots_where_engines_have_gpus() -> None:
+    config = run_of({"grpo": SLOTS}, lora={"targets": ["attention", "experts"]})
+    (problem,) = architecture_problems(config, "qwen3_moe", ["grpo"])
+    assert "Triton" in problem
+    config.roles.rollout.gpus = 1
+    assert architecture_problems(config, "qwen3_moe", ["grpo"]) == []
+    config.roles.rollout.share = "policy"
+    assert "not tried in engines that sleep" in architecture_problems(config, "qwen3_moe", ["grpo"])[0]
+
+
+def test_lora_that_slots_take_is_allowed_and_other_payloads_are_not_asked() -> None:
+    lora = {"r": 512, "use_rslora": True, "targets": ["attention", "router"]}
+    assert problems("qwen3_moe", {"grpo": SLOTS}, lora=lora) == []
+    assert problems("granitemoe", {"grpo": GRPO, "sft": SFT}) == []
+    (untried,) = problems("unheard_of", {"grpo": SLOTS}, lora={"targets": ["attention"]})
+    assert (
+        "LoRA on attention of a unheard_of model was not seen to be right in slots of vLLM, none" in untried
+    )

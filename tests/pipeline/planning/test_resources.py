@@ -147,6 +147,9 @@ def test_a_sync_of_adapters_sends_a_and_b_and_a_merged_one_the_weights(tiny_base
     weights = layers * 2 * hidden * (heads + keys)
     factors = layers * 4 * (2 * (hidden + heads) + 2 * (hidden + keys))
     assert sync_bytes(wide, targets) == {"grpo": factors * 4, "rloo": weights * 2}
+    assert sync_bytes(
+        config(online(sync={"payload": "lora"}), model={"base": "b", "dtype": "bfloat16"}), targets
+    ) == {"grpo": factors * 2}
 
 
 def test_what_is_asked_for_is_held_against_this_machine_unless_a_cluster_is_named(

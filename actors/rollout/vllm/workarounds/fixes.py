@@ -51,6 +51,18 @@ def router_bias(patches: Patches) -> None:
     patches.set(cpu_router.CPURouter, "_compute_routing", compute_routing)
 
 
+def experts_without_slots(patches: Patches) -> None:
+    """Experts get the kernel that they would have without LoRA; they are given none of it."""
+    from vllm.model_executor.layers.fused_moe import layer
+
+    config = layer.FusedMoEConfig
+
+    def without_lora(**settings: Any) -> Any:
+        return config(**{**settings, "is_lora_enabled": False})
+
+    patches.set(layer, "FusedMoEConfig", without_lora)
+
+
 _STACKED = re.compile(r"\.mlp\.experts\.(w13_weight|w2_weight|w13_bias|w2_bias)$")
 
 

@@ -153,6 +153,18 @@ _ALL = (
         cpu_only=True,
     ),
     Workaround(
+        "experts_without_slots",
+        "with LoRA anywhere in a model its experts are given a kernel for LoRA, also where they have none; "
+        "that of a CPU needs Triton (fused_moe/layer.py)",
+        _SEEN,
+        {
+            f"{_MOE}.layer:FusedMoEFactory": "4ac79d113402",
+            f"{_MOE}.oracle.unquantized:select_unquantized_moe_backend": "973c98c8448c",
+        },
+        "experts_without_slots",
+        cpu_only=True,
+    ),
+    Workaround(
         "gpt_oss_loaders",
         "experts, their biases and the attention sinks are copied past their weight loaders, so that a "
         "reload drops them with a warning only (models/gpt_oss.py)",
@@ -212,7 +224,7 @@ _ALL = (
 WORKAROUNDS: dict[str, Workaround] = {one.name: one for one in _ALL}
 """By name, as rows of the engines' table name them."""
 
-_ENGINE, _WORKER = "vllm.v1.engine", "vllm.v1.worker"
+_ENGINE, _WORKER, _LORA = "vllm.v1.engine", "vllm.v1.worker", "vllm.lora"
 _RELOAD = "vllm.model_executor.model_loader.reload"
 
 _LEANT_ON = (
@@ -248,6 +260,27 @@ _LEANT_ON = (
             f"{_RELOAD}.layerwise:initialize_layerwise_reload": "634440eafbaa",
             f"{_RELOAD}.layerwise:_get_original_loader": "b3e3da6d37f1",
             f"{_RELOAD}.utils:get_layer_tensors": "63d508715fb8",
+        },
+    ),
+    Workaround(
+        "lora_slots",
+        "vLLM takes LoRA from files and doesn't say what its layers hold of it, so its manager is given "
+        "tensors, and the layers' slots are read (lora/model_manager.py)",
+        _SEEN,
+        # Done by actors/rollout/vllm/adapter_slots.py and slot_places.py.
+        {
+            f"{_LORA}.model_manager:LoRAModelManager.activate_adapter": "00c24ea8fb4c",
+            f"{_LORA}.model_manager:LoRAModelManager._create_merged_loras_inplace": "2f6e458f6ca4",
+            f"{_LORA}.model_manager:LoRAModelManager.remove_adapter": "10ffe22afca7",
+            f"{_LORA}.model_manager:LRUCacheLoRAModelManager": "417c1ce92834",
+            f"{_LORA}.layers.base_linear:BaseLinearLayerWithLoRA": "9d924af48ac5",
+            f"{_LORA}.layers.column_parallel_linear:MergedColumnParallelLinearWithLoRA": "71f2459248d8",
+            f"{_LORA}.layers.column_parallel_linear:MergedQKVParallelLinearWithLoRA": "9e275c218962",
+            f"{_LORA}.layers.row_parallel_linear:RowParallelLinearWithLoRA": "17c25b871eac",
+            f"{_LORA}.lora_weights:LoRALayerWeights": "746d7e9e7eec",
+            f"{_LORA}.lora_weights:PackedLoRALayerWeights.pack": "2a9e816a58ad",
+            f"{_LORA}.punica_wrapper.punica_cpu:PunicaWrapperCPU": "59a30d65d9d2",
+            "vllm.v1.core.kv_cache_utils:_gen_lora_extra_hash_keys": "36278b7eac60",
         },
     ),
     Workaround(

@@ -23,6 +23,7 @@ from actors.sync.payload import pack_adapter
 from actors.sync.protocol import digest_of_all
 from tests.actors.rollout.sliced import begin, finish
 from tests.actors.rollout.vllm import vllm_cases as cases
+from tests.actors.rollout.vllm.slot_engines import ATTENTION, MLP, SlotPolicy, slots
 from tests.actors.rollout.vllm.vllm_cases import ADAPTER, LONG, MERGED, SEQUENCES, STARTS, Policy, off
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
@@ -131,6 +132,37 @@ def test_the_routers_choices_and_loads_come_back_as_those_of_transformers(
     n_layers, n_experts = load.shape
     by_layer = [np.bincount(kept[:, layer].reshape(-1), minlength=n_experts) for layer in range(n_layers)]
     assert np.array_equal(by_layer, load)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [CORE, WORKERS])
+def test_lora_slots_of_several_processes_are_read_back_together(
+    ray_cluster: None, base_of: Callable[..., Path], tmp_path: Path, layout: str
+) -> None:
+    apart, workers = LAYOUTS[layout]
+    policy = SlotPolicy(base_of("qwen3"), ["attention", "mlp"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CORE_APART, apart)
+        group = rollout_group(RoleSpec(), LimitsSpec(stop=10), tmp_path)
+    group.start().ready()
+    spec = EngineSpec(max_num_seqs=16, max_model_len=512, tensor_parallel_size=workers)
+    group.build(ROLLOUT, spec).result()
+    room = slots((*ATTENTION, *MLP))
+    group.call_rank(0, "load", str(policy.base), updatable=True, slots=room, phase="load")
+    assert processes_of(group)
+    for version in range(3):
+        policy.change(seed=version)
+        before = cases.scores(group)
+        group.call_rank(0, "weights.stage_payload", policy.staged(version), phase="sync")
+        assert group.call_rank(0, "weights.readback", version).digests == policy.slot_digests()
+        staged = group.call_rank(0, "score_tokens", SEQUENCES, STARTS, version)
+        assert off(staged, policy.logps(SEQUENCES, STARTS)) < 1e-4
+        assert off(cases.scores(group), before) == 0.0
+        report = group.call_rank(0, "weights.commit", version, phase="sync")
+        assert report.bound == report.expected == len(policy.slot_digests())
+        assert off(cases.scores(group), staged) == 0.0
+    assert cases.samples(group, [LONG]).version == 2
+    group.shutdown()
 
 
 def test_an_engine_dies_with_any_of_its_processes_and_they_with_it(

@@ -16,7 +16,13 @@ from actors.cluster.worker_group import WorkerGroup
 from actors.errors import RunFailure, UserError
 from actors.models.architectures.lookup import ARCHITECTURES
 from actors.models.architectures.vllm_table import VLLM_ROWS
+from actors.rollout.engine import EngineSpec
+from actors.rollout.remote import ROLLOUT
+from actors.sync.spec import SlotSpec
+from pipeline.artifacts.weights import Weights
+from pipeline.execution.slots import slots_of
 from tests.actors.rollout.vllm import vllm_cases as cases
+from tests.actors.rollout.vllm.slot_engines import SlotPolicy
 from tests.actors.rollout.vllm.test_vllm_updates import PROVED
 from tests.actors.rollout.vllm.vllm_cases import ADAPTER, MERGED, SEQUENCES, STARTS, Policy, off, scores
 
@@ -42,6 +48,35 @@ def test_in_bfloat16_an_updated_engine_is_exactly_a_fresh_one(
     policy = Policy(base_of(architecture, torch.bfloat16), architecture)
     rollout = cases.updatable(process, policy.base, "bfloat16")
     cases.check_fresh_equal(rollout, policy, kind, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", [name for name in FLOAT32 if VLLM_ROWS[name].slots])
+def test_lora_of_every_group_that_the_table_names_comes_in_slots(
+    process: WorkerGroup, base_of: Callable[..., Path], architecture: str
+) -> None:
+    policy = SlotPolicy(base_of(architecture), [g for g in VLLM_ROWS[architecture].slots if g != "experts"])
+    process.build(ROLLOUT, EngineSpec(max_num_seqs=16, max_model_len=512)).result()
+    room = slots_of(Weights(str(policy.base), None, ""), policy.spec)
+    process.call_rank(0, "load", str(policy.base), updatable=True, slots=room, phase="load")
+    for version in range(3):
+        policy.change(seed=version)
+        process.call_rank(0, "weights.stage_payload", policy.staged(version), phase="sync")
+        assert process.call_rank(0, "weights.readback", version).digests == policy.slot_digests()
+        process.call_rank(0, "weights.commit", version, phase="sync")
+        assert off(scores(process), policy.logps(SEQUENCES, STARTS)) < 1e-5
+
+
+@pytest.mark.parametrize("architecture", [n for n, row in VLLM_ROWS.items() if not row.supports_lora])
+def test_an_architecture_without_lora_in_vllm_is_refused_before_the_engine_starts(
+    process: WorkerGroup, base_of: Callable[..., Path], architecture: str
+) -> None:
+    process.build(ROLLOUT, EngineSpec(max_num_seqs=16, max_model_len=512)).result()
+    room, base = SlotSpec(600, ("o_proj",)), str(base_of(architecture))
+    with pytest.raises(UserError) as refused:
+        process.call_rank(0, "load", base, updatable=True, slots=room, phase="load")
+    rank, lora = refused.value.problems
+    assert "rank 600; a slot of vLLM has 512 at most" in rank
+    assert f"vLLM has no LoRA for a {architecture} model" in lora
 
 
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in FLOAT32])

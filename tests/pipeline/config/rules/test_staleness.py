@@ -49,3 +49,9 @@ def test_a_correction_that_bounds_nothing_is_refused() -> None:
 
 def test_keeping_what_is_not_in_flight_is_refused() -> None:
     assert "staleness 0" in of(sync={"in_flight": "keep"})["sync.in_flight"]
+
+
+def test_samples_in_flight_can_not_change_their_lora_slot() -> None:
+    found = of(staleness=1, sync={"in_flight": "keep", "payload": "lora"})
+    assert "keeps the LoRA slot that it began with" in found["sync.in_flight"]
+    assert of(staleness=1, sync={"payload": "lora"}) == {}
