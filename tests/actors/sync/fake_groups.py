@@ -79,7 +79,9 @@ class Process:
     def build(self) -> None:
         self.built, self.version, self.staged, self.waiting = True, -2, -2, {}
 
-    def load(self, base: str, adapter: str | None, label: str, updatable: bool) -> dict[str, float]:
+    def load(
+        self, base: str, adapter: str | None, label: str, updatable: bool, slots: None
+    ) -> dict[str, float]:
         if not self.built:
             raise ValueError("it was asked to load before it was built")
         self.version, self.wire = -1, queue.SimpleQueue()
@@ -138,7 +140,7 @@ class Process:
         self._note_proof()
         return Readback.of(version, {"weight": str(self.version)}, known)
 
-    def score_tokens(self, token_ids: list[list[int]], starts: list[int]) -> list[np.ndarray]:
+    def score_tokens(self, token_ids: list[list[int]], starts: list[int], version: None) -> list[np.ndarray]:
         self.scored.add(self.version)
         self._note_proof()
         return logps(self.version, token_ids, starts)
