@@ -1,10 +1,12 @@
-"""Cost of the driver per online step, with 1 to 64 rollout actors and 64 to 4,096 samples.
+"""Cost of the driver per online step: 1 to 64 rollout actors, 64 to 4,096 samples; then 1,000 engines.
 
 python -m benchmarks.driver            # all of it
-python -m benchmarks.driver --quick    # 1 and 2 actors: does it run?
+python -m benchmarks.driver --only packed    # the second part: 64 to 1,000 engines, 1 and 128 policy ranks
+python -m benchmarks.driver --quick    # 1 and 2 actors, 8 packed ones: does it run?
 
 The loop, the pool, the groups and the weight sync are the product's own; engines and trainer are actors that
-answer at once (standins.py). So a step's time is the driver's work, Ray's, and copies of the samples.
+answer at once (standins.py). So a step's time is the driver's work, Ray's, and copies of the samples. In the
+second part many of them share a process (packed.py), and a version has 18,000 tensors.
 """
 
 from __future__ import annotations
@@ -24,6 +26,10 @@ GROUP = 8
 """Samples of a prompt."""
 PROMPT_TOKENS, ANSWER_TOKENS = 128, 64
 STEPS, WARM_UP = 7, 2
+PACKED = ((64, 1), (250, 1), (1000, 1), (1000, 128))
+"""Engines and policy ranks that share processes."""
+SYNC = ("sync/wire", "sync/load", "sync/verify")
+PACKED_SAMPLES, PACKED_TENSORS = 1024, 18_000
 
 
 def main() -> None:
@@ -32,11 +38,40 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--actors", nargs="+", type=int, default=ACTORS)
+    parser.add_argument("--only", choices=("actors", "packed"))
     args = parser.parse_args()
-    execution = Execution("driver", args.quick)
-    found = measure((1, 2) if args.quick else args.actors, SAMPLES[:2] if args.quick else SAMPLES)
+    execution = Execution("driver" if args.only != "packed" else "driver-packed", args.quick)
+    found: list[dict[str, Any]] = []
+    if args.only != "packed":
+        found += measure((1, 2) if args.quick else args.actors, SAMPLES[:2] if args.quick else SAMPLES)
+    if args.only != "actors":
+        found += measure_packed(((8, 4),) if args.quick else PACKED)
     show(found)
     execution.end([], steps=found)
+
+
+def measure_packed(sizes: Any) -> list[dict[str, Any]]:
+    """Steps with so many engines and policy ranks, in a few processes."""
+    from actors.cluster import LimitsSpec, RoleSpec, start_ray, stop_ray
+    from benchmarks.packed import PackedGroup
+
+    found: list[dict[str, Any]] = []
+    start_ray()
+    with tempfile.TemporaryDirectory(prefix="raylign-driver-") as scratch:
+        try:
+            for n, ranks in sizes:
+                policy, rollout = (
+                    PackedGroup(name, RoleSpec(workers=workers), LimitsSpec(), scratch).start().ready()
+                    for name, workers in (("policy", ranks), ("rollout", n))
+                )
+                policy.build("benchmarks.standins:Trainer", PACKED_TENSORS).result()
+                rollout.build("benchmarks.standins:Engine", ANSWER_TOKENS, PACKED_TENSORS).result()
+                found += steps(policy, rollout, PACKED_SAMPLES, Path(scratch))
+                for group in (policy, rollout):
+                    group.shutdown()
+        finally:
+            stop_ray()
+    return found
 
 
 def measure(actors: Any, sizes: Any) -> list[dict[str, Any]]:
@@ -68,11 +103,13 @@ def steps(policy: Any, rollout: Any, samples: int, scratch: Path) -> list[dict[s
     """A few steps of the online loop."""
     from transformers import AutoTokenizer
 
+    from actors.cluster import MeasuredLimits
     from actors.rollout.pool import RolloutPool
     from actors.sync.engine_set import EngineSet
     from actors.sync.spec import SyncSpec
     from actors.sync.weight_sync import WeightSync
     from actors.trainer.remote import ModelWorkers
+    from pipeline.stages.context import WorkTime
     from pipeline.stages.online.loop import RlContext, RlLoop
     from pipeline.stages.views import View
 
@@ -83,26 +120,37 @@ def steps(policy: Any, rollout: Any, samples: int, scratch: Path) -> list[dict[s
     view = View(ModelWorkers(policy), "policy")
     ctx = RlContext(
         directory=scratch, identity=None, dtype="float32", logging_steps=1,
-        starts_as_reference=True, stop_asked=lambda: False, on_step=_nothing, on_log=_nothing,
+        starts_as_reference=True, stop=None, on_step=_nothing, on_log=_nothing,
+        limits=MeasuredLimits(rollout.limits), time=WorkTime(),
         policy=view, reference=view, critic=None, reward_models={}, sync=sync,
         rollout=RolloutPool(engines),
         tokenizer=AutoTokenizer.from_pretrained(TRAINED_TINY), note=_nothing,
     )  # fmt: skip
     loop = RlLoop(stage, ctx)
+    began = time.perf_counter()
     sync.connect()
+    connect = time.perf_counter() - began
     sync.push(0)
     found = []
     for step in range(WARM_UP + STEPS):
         cpu = time.process_time()
         metrics = loop.step(step).metrics
-        parts = {name: value for name, value in metrics.items() if name.startswith("time/")}
+        parts = {name: value for name, value in metrics.items() if name.startswith("time/") or name in SYNC}
         if step >= WARM_UP:
             found.append(
-                {"actors": rollout.size, "samples": samples, "parts": parts,
-                 "driver_cpu_seconds": time.process_time() - cpu}
+                {"actors": rollout.size, "ranks": policy.size, "samples": samples, "parts": parts,
+                 "driver_cpu_seconds": time.process_time() - cpu, "connect_seconds": connect,
+                 "driver_bytes": memory_bytes()}
             )  # fmt: skip
     sync.close()
     return found
+
+
+def memory_bytes() -> int:
+    """Resident memory of this process."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
 
 
 def _nothing(*args: Any) -> None:
@@ -137,19 +185,26 @@ def prepared(samples: int) -> Any:
 
 def show(found: list[dict[str, Any]]) -> None:
     """Milliseconds per step, medians, by part."""
-    names = list(dict.fromkeys(name for one in found for name in one["parts"]))
+    names = [f"time/{part}" for part in ("generate", "rewards", "logprobs", "update")]
+    names += [*SYNC, "time/sync", "time/step"]
     lines = []
-    for actors, samples in dict.fromkeys((one["actors"], one["samples"]) for one in found):
-        same = [one for one in found if (one["actors"], one["samples"]) == (actors, samples)]
+    for key in dict.fromkeys((one["actors"], one["ranks"], one["samples"]) for one in found):
+        same = [one for one in found if (one["actors"], one["ranks"], one["samples"]) == key]
 
         def middle(name: str, same: list[dict[str, Any]] = same) -> float:
             return 1000 * median(one["parts"].get(name, 0.0) for one in same)
 
         cpu = 1000 * median(one["driver_cpu_seconds"] for one in same)
-        per_sample = 1000 * middle("time/step") / samples
-        lines.append([f"{actors} actors, {samples} samples", *map(middle, names), cpu, per_sample])
-    columns = [name.removeprefix("time/") for name in names]
-    rows("Driver: milliseconds per step, medians", ["", *columns, "driver's CPU", "us a sample"], lines)
+        connect = 1000 * same[0]["connect_seconds"]
+        memory = max(one["driver_bytes"] for one in same) // 2**20
+        label = "{} / {} / {}".format(*key)
+        lines.append([label, *map(middle, names), cpu, connect, memory])
+    columns = [name.removeprefix("time/").removeprefix("sync/") for name in names]
+    rows(
+        "Driver: milliseconds per step, medians",
+        ["engines / ranks / samples", *columns, "driver's CPU", "connect", "MiB"],
+        lines,
+    )
 
 
 if __name__ == "__main__":

@@ -9,25 +9,41 @@ import numpy as np
 
 from actors.batches import Generations
 from actors.batches.slices import Asked, Progress, Work
-from actors.sync.protocol import CommitReport, EngineFacts, Expected, Offer, Prepared, Readback, StageAck
+from actors.sync.protocol import (
+    CommitReport,
+    EngineFacts,
+    Expected,
+    Offer,
+    Prepared,
+    Readback,
+    StageAck,
+    digest_of_all,
+)
 
 LOGP = -1.0
 """Log-probability of every token, everywhere."""
 TOKEN = 65
-DIGESTS = {f"model.layers.{i}.weight": "same" for i in range(100)}
+TENSORS = 100
 
 
-def _facts(version: int) -> dict[str, Any]:
+def _digests(tensors: int) -> dict[str, str]:
+    """As long as real ones are: 18,000 of them take 1.6 MB."""
     return {
-        "version": version, "bytes": 1 << 20, "tensors": len(DIGESTS), "digest": "d", "manifest_digest": "m"
+        f"model.layers.{i % 48}.mlp.experts.{i // 48}.gate_proj.weight": f"{i:032x}" for i in range(tensors)
+    }
+
+
+def _facts(version: int, tensors: int) -> dict[str, Any]:
+    return {
+        "version": version, "bytes": 1 << 20, "tensors": tensors, "digest": "d", "manifest_digest": "m"
     }  # fmt: skip
 
 
 class Engine:
     """A rollout engine whose samples all have `tokens` tokens."""
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens, self.weights = tokens, _Weights()
+    def __init__(self, tokens: int, tensors: int = TENSORS) -> None:
+        self.tokens, self.weights = tokens, _Weights(tensors)
 
     def load(self, base: str, adapter: None, label: str, updatable: bool) -> dict[str, float]:
         return {}
@@ -61,6 +77,10 @@ class _Weights:
 
     version = -1
 
+    def __init__(self, tensors: int) -> None:
+        self.digests = _digests(tensors)
+        self.all_digests = digest_of_all(self.digests)
+
     def describe(self) -> EngineFacts:
         return EngineFacts("float32", "here")
 
@@ -77,14 +97,16 @@ class _Weights:
         return None
 
     def stage(self, version: int, pass_on_to: Sequence[int] = ()) -> StageAck:
-        return StageAck(**_facts(version))
+        return StageAck(**_facts(version, len(self.digests)))
 
     def commit(self, version: int, keep: bool = False) -> CommitReport:
         self.version = version
-        return CommitReport(version, len(DIGESTS), len(DIGESTS), {})
+        return CommitReport(version, len(self.digests), len(self.digests), {})
 
     def readback(self, version: int, known: str = "") -> Readback:
-        return Readback.of(version, DIGESTS, known)
+        # What it takes to digest the digests is the engine's.
+        assert known == self.all_digests
+        return Readback(version, known)
 
     def discard(self, version: int) -> None:
         return None
@@ -92,6 +114,9 @@ class _Weights:
 
 class _Source:
     """The trainer's end of a sync."""
+
+    def __init__(self, tensors: int, leads: bool) -> None:
+        self.digests, self.leads = _digests(tensors), leads
 
     def listen(self, engines: Sequence[int], timeout_s: float) -> dict[int, str]:
         return dict.fromkeys(engines, "nowhere:0")
@@ -101,14 +126,15 @@ class _Source:
 
     def prepare(
         self, version: int, role: str | None, payload: str, dtype: str, buffer_bytes: int | None = None
-    ) -> Prepared:
-        return Prepared(Offer(**_facts(version)), {"gather": 0.0, "pack": 0.0})
+    ) -> Prepared | None:
+        offer = Offer(**_facts(version, len(self.digests)))
+        return Prepared(offer, {"gather": 0.0, "pack": 0.0}) if self.leads else None
 
     def send(self, engines: Sequence[int]) -> dict[int, str]:
         return {}
 
-    def expected(self, role: str | None, dtype: str) -> Expected:
-        return Expected(DIGESTS, 0.0)
+    def expected(self, role: str | None, dtype: str) -> Expected | None:
+        return Expected(self.digests, 0.0) if self.leads else None
 
     def close(self) -> None:
         return None
@@ -117,8 +143,8 @@ class _Source:
 class Trainer:
     """A policy rank."""
 
-    def __init__(self) -> None:
-        self.weight_source = _Source()
+    def __init__(self, tensors: int = TENSORS, rank: int = 0) -> None:
+        self.weight_source = _Source(tensors, leads=rank == 0)
         self.scores = self.updates = self
 
     def token_logprobs(self, batch: Any, role: str | None, temperature: float = 1.0) -> np.ndarray:
