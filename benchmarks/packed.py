@@ -34,26 +34,16 @@ class Packed:
         self._objects[rank] = made(*args, **kwargs, **({"rank": rank} if name == "Trainer" else {}))
         return 0.0
 
-    def call(self, rank: int, method: str, phase: str, limit_s: float, kwargs: Any, *args: Any) -> Any:
+    def call(self, rank: int, asked: Any, *args: Any) -> Any:
         import operator
 
+        method, _, _, kwargs = asked
         return operator.attrgetter(method)(self._objects[rank])(*args, **kwargs)
 
-    def call_alike(
-        self,
-        rank: int,
-        method: str,
-        phase: str,
-        limit_s: float,
-        kwargs: Any,
-        own: Any,
-        exact: bool,
-        hands_over: bool,
-        *args: Any,
-    ) -> Any:
+    def call_alike(self, rank: int, asked: Any, own: Any, exact: bool, hands_over: bool, *args: Any) -> Any:
         from actors.cluster.agreement import Answer, proof_of
 
-        value = self.call(rank, method, phase, limit_s, kwargs, *args)
+        value = self.call(rank, asked, *args)
         return Answer(proof_of(value, own, exact), value if hands_over else None)
 
 

@@ -188,7 +188,8 @@ def first_done(calls: Mapping[int, WorkerFuture], limit_s: float) -> list[int]:
         return []
     ray.wait(refs, num_returns=1, timeout=limit_s)
     done, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
-    return [rank for rank, call in calls.items() if call.ref in done]
+    there = set(done)
+    return [rank for rank, call in calls.items() if call.ref in there]
 
 
 def explain_death(error: BaseException) -> str:

@@ -108,6 +108,10 @@ class Members:
         """Ranks that are in one of `states`."""
         return [rank for rank, member in enumerate(self.members) if member.state in states]
 
+    def serves(self, rank: int) -> bool:
+        """True if this rank may be asked for work; to ask for each of many costs less than `serving`."""
+        return self.members[rank].state in (ProcessState.STARTING, ProcessState.HEALTHY)
+
     @property
     def serving(self) -> list[int]:
         """Ranks that may be asked for work."""

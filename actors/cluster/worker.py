@@ -35,6 +35,10 @@ RENDEZVOUS_PORTS = range(20_000, 32_768)
 """Below Linux's ephemeral range: a port picked there can't be taken by an outgoing connection (Ray opens
 hundreds) between the moment when it is picked and the moment when torch listens on it."""
 
+Asked = tuple[str, str, float, dict[str, object]]
+"""Method, phase, deadline in seconds and keyword arguments of a call. One argument to Ray, which serialises
+and checks each by itself: of a call without large arguments that is a quarter of the driver's time."""
+
 DUMP_AFTER_S = 1.0
 """A rank dumps its stacks this long before its caller's deadline, so that the log says where it hung."""
 
@@ -100,9 +104,7 @@ class Worker:
             self._object = getattr(importlib.import_module(module), name)(*args, **kwargs)
         return time.monotonic() - began
 
-    def call(
-        self, method: str, phase: str, limit_s: float, kwargs: Mapping[str, object], *args: object
-    ) -> object:
+    def call(self, asked: Asked, *args: object) -> object:
         """Call a method of the object (`part.method` of a part of it). `args` come last, where Ray resolves
         references.
 
@@ -110,6 +112,7 @@ class Worker:
             UserError, RunFailure: as the method raised them; anything else becomes a RunFailure with the
                 last line of the error and the log file, which has the traceback.
         """
+        method, phase, limit_s, kwargs = asked
         with self._reported(phase, limit_s):
             if self._object is None:
                 raise RuntimeError(f"{self.who} was asked to {method} before it was built")
@@ -118,19 +121,11 @@ class Worker:
                 return work(*args, **kwargs)
 
     def call_alike(
-        self,
-        method: str,
-        phase: str,
-        limit_s: float,
-        kwargs: Mapping[str, object],
-        own: Sequence[str],
-        exact: bool,
-        hands_over: bool,
-        *args: object,
+        self, asked: Asked, own: Sequence[str], exact: bool, hands_over: bool, *args: object
     ) -> Answer:
         """`call`, of what every rank has alike: proof of the result, and where this rank `hands_over` the
         result. `own`, `exact`: of `proof_of`."""
-        value = self.call(method, phase, limit_s, kwargs, *args)
+        value = self.call(asked, *args)
         return Answer(proof_of(value, own, exact), value if hands_over else None)
 
     def work(self, target: str, phase: str, limit_s: float, args: Sequence[object]) -> object:

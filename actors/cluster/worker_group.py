@@ -244,7 +244,7 @@ class WorkerGroup:
     def look_after(self, ranks: Iterable[int]) -> None:
         """See which of these processes, which have nothing to do, still answer: others are suspect or dead
         after that. Never raises."""
-        asked = {rank: self._actors[rank].ping.remote() for rank in ranks if rank in self.fleet.serving}
+        asked = {rank: self._actors[rank].ping.remote() for rank in ranks if self.fleet.serves(rank)}
         began = time.monotonic()
         for rank, ref in asked.items():
             with contextlib.suppress(RunFailure):
@@ -332,18 +332,14 @@ class WorkerGroup:
         """`alike`: only the first rank's value is wanted, and the keys in which ranks may differ."""
         chosen = self._checked(ranks, phase)
         shared = [_once(arg) if len(chosen) > 1 else arg for arg in args]
-        limit, exact = self.liveness.limit(phase, method), self.role.tensor_parallel_size == 1
+        asked = method, phase, self.liveness.limit(phase, method), dict(kwargs)
+        exact = self.role.tensor_parallel_size == 1
         # Two threads' calls must reach all ranks in the same order: ranks meet inside of them.
         with self._order:
             if alike is None:
-                return {
-                    rank: actor.call.remote(method, phase, limit, dict(kwargs), *shared)
-                    for rank, actor in zip(ranks, chosen)
-                }
+                return {rank: actor.call.remote(asked, *shared) for rank, actor in zip(ranks, chosen)}
             return {
-                rank: actor.call_alike.remote(
-                    method, phase, limit, dict(kwargs), alike, exact, rank == ranks[0], *shared
-                )
+                rank: actor.call_alike.remote(asked, alike, exact, rank == ranks[0], *shared)
                 for rank, actor in zip(ranks, chosen)
             }
 

@@ -189,7 +189,7 @@ class EngineSet:
 
     def _process_serves(self, rank: int) -> bool:
         member = self.group.fleet.members[rank]
-        return rank in self.group.fleet.serving and member.generation == self._engines[rank].process
+        return self.group.fleet.serves(rank) and member.generation == self._engines[rank].process
 
     def _claim(self, rank: int, generation: int, reason: str) -> tuple[Replacement, bool]:
         """The replacement of an engine, and whether it is this caller's to carry out."""
@@ -197,7 +197,7 @@ class EngineSet:
             engine = self._engines[rank].after(WeightsEvent.FAILED, reason=reason, generation=generation)
             if engine.generation != generation:
                 return self._replacements[rank], False
-            if rank not in self.group.fleet.serving:
+            if not self.group.fleet.serves(rank):
                 # A suspect process may answer at this very moment: then the engine is made anew inside of it.
                 with contextlib.suppress(ValueError):
                     self.group.restart(rank)
