@@ -17,14 +17,17 @@ from tests.actors.sync.standin_engines import StandIns, Trainer, bytes_sent
 
 NUMBERS = 50_000
 PAYLOAD = 4 * NUMBERS
-ON_A_NODE = 8
+DEADLINE_S = 5.0
+"""Of tests in which it passes; torch's store alone needs a second where the machine is busy."""
 
 
 class World:
     """A trainer and stand-ins, connected."""
 
-    def __init__(self, engines: int, fan_out: int = 4, sync_s: float = 60.0, **faults: str) -> None:
-        self.group = StandIns(engines, ON_A_NODE, sync_s)
+    def __init__(
+        self, engines: int, on_a_node: int, fan_out: int = 4, sync_s: float = 60.0, **faults: str
+    ) -> None:
+        self.group = StandIns(engines, on_a_node, sync_s)
         self.group.faults = {int(rank.removeprefix("e")): fault for rank, fault in faults.items()}
         self.trainer = Trainer(self.group, NUMBERS)
         self.engines = EngineSet(self.group)  # type: ignore[arg-type]
@@ -62,22 +65,23 @@ def copies(sent: int) -> int:
     return sent // PAYLOAD
 
 
-def test_to_64_engines_on_8_nodes_the_trainer_sends_as_many_copies_as_the_fan_out(
-    world: Callable[..., World],
+@pytest.mark.parametrize("engines", [16, pytest.param(64, marks=pytest.mark.slow)])
+def test_to_engines_on_8_nodes_the_trainer_sends_as_many_copies_as_the_fan_out(
+    world: Callable[..., World], engines: int
 ) -> None:
-    relayed = world(64)
+    relayed = world(engines, engines // 8)
     with bytes_sent(relayed.trainer) as sent:
         assert relayed.sync.push(0).withheld == ()
-    assert (copies(sent["trainer"]), copies(sent["engines"])) == (4, 60)
+    assert (copies(sent["trainer"]), copies(sent["engines"])) == (4, engines - 4)
     assert relayed.served() == {0}
-    direct = world(16, fan_out=16)
+    direct = world(engines, engines // 8, fan_out=engines)
     with bytes_sent(direct.trainer) as sent:
         direct.sync.push(0)
-    assert (copies(sent["trainer"]), copies(sent["engines"])) == (16, 0)
+    assert (copies(sent["trainer"]), copies(sent["engines"])) == (engines, 0)
 
 
 def test_one_that_passes_on_other_bytes_than_it_got_is_named(world: Callable[..., World]) -> None:
-    corrupt = world(16, e8="corrupts")
+    corrupt = world(16, 8, e8="corrupts")
     with pytest.raises(InvariantViolation) as caught:
         corrupt.sync.push(0)
     refusals = caught.value.reason.partition(": engine ")[2].split("; engine ")
@@ -88,7 +92,7 @@ def test_one_that_passes_on_other_bytes_than_it_got_is_named(world: Callable[...
 
 
 def test_those_below_one_that_dies_get_the_version_by_another_way(world: Callable[..., World]) -> None:
-    dying = world(16)
+    dying = world(16, 8)
     dying.sync.push(0)
     dying.group.faults[8] = "dies in stage"
     report = dying.sync.push(1)
@@ -104,43 +108,56 @@ def test_those_below_one_that_dies_get_the_version_by_another_way(world: Callabl
 def test_one_that_passes_nothing_on_is_named_and_passes_nothing_on_from_then_on(
     world: Callable[..., World],
 ) -> None:
-    silent = world(16, sync_s=4.0, e8="drops")
+    silent = world(8, 4, sync_s=DEADLINE_S, e4="drops")
     report = silent.sync.push(0)
-    assert (report.replaced, report.withheld) == ((), (8,))
+    assert (report.replaced, report.withheld) == ((), (4,))
     assert silent.served() == {0}
     began = time.monotonic()
     assert silent.sync.push(1).withheld == ()
-    assert time.monotonic() - began < 2, "it is not waited for again"
+    assert time.monotonic() - began < 0.8 * DEADLINE_S, "it is not waited for again"
 
 
-@pytest.mark.parametrize("rank", [8, 15], ids=["one that passes on", "one that doesn't"])
+@pytest.mark.parametrize(
+    "rank",
+    [
+        pytest.param(4, id="one that passes on"),
+        pytest.param(7, id="one that doesn't", marks=pytest.mark.slow),
+    ],
+)
 def test_one_that_hangs_costs_a_deadline_and_itself(world: Callable[..., World], rank: int) -> None:
-    hanging = world(16, sync_s=4.0)
+    hanging = world(8, 4, sync_s=DEADLINE_S)
     hanging.sync.push(0)
     hanging.group.faults[rank] = "hangs in stage"
     began = time.monotonic()
     assert hanging.sync.push(1).replaced == (rank,)
-    assert time.monotonic() - began < 2 * 4.0
+    assert time.monotonic() - began < 2 * DEADLINE_S
     assert hanging.served() == {1}
     assert sum(hanging.engines[rank].generation for rank in hanging.engines) == 1
 
 
-@pytest.mark.parametrize("where", ["hangs in connect", "hangs in open", "dies in connect"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "hangs in open",
+        pytest.param("hangs in connect", marks=pytest.mark.slow),
+        pytest.param("dies in connect", marks=pytest.mark.slow),
+    ],
+)
 def test_engines_that_hang_while_they_connect_hold_up_nobody_else_and_are_replaced(
     world: Callable[..., World], where: str
 ) -> None:
     began = time.monotonic()
-    connected = world(16, fan_out=16, sync_s=2.0, e3=where, e4=where, e9=where)
+    connected = world(8, 4, fan_out=8, sync_s=DEADLINE_S, e3=where, e4=where, e5=where, e6=where)
     seconds = time.monotonic() - began
     generations = [connected.engines[rank].generation for rank in connected.engines]
-    assert [rank for rank, generation in enumerate(generations) if generation] == [3, 4, 9]
-    assert seconds < 2 * 2.0, "they are waited for at the same time"
+    assert [rank for rank, generation in enumerate(generations) if generation] == [3, 4, 5, 6]
+    assert seconds < 3 * DEADLINE_S, "they are waited for at the same time"
     assert connected.sync.push(0).replaced == ()
     assert connected.served() == {0}
 
 
 def test_what_was_connected_once_stays_connected(world: Callable[..., World]) -> None:
-    steady = world(12)
+    steady = world(12, 8)
     listeners = steady.trainer.source._outlets._channels.copy()
     for version in range(3):
         steady.sync.push(version)
