@@ -6,18 +6,22 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from actors.cluster.environment import CORE_APART
 from actors.cluster.spec import LimitsSpec, RoleSpec
 from actors.cluster.worker_group import WorkerGroup
-from actors.errors import RunFailure
+from actors.errors import LinkFailure, RunFailure
 from actors.rollout.engine import EngineSpec, SamplingSpec
 from actors.rollout.remote import ROLLOUT, rollout_group
+from actors.rollout.vllm.intake import Intake
 from actors.sync.digests import Algorithm
 from actors.sync.payload import pack_adapter
 from actors.sync.protocol import digest_of_all
@@ -115,6 +119,31 @@ def test_a_version_can_be_loaded_while_samples_are_in_flight(spread: tuple[Worke
     assert made.token_versions[-1] == 60
     assert len(set(made.token_versions.tolist())) == 2
     assert off(cases.scores(group), policy.logps(SEQUENCES, STARTS)) < 1e-4
+
+
+def test_a_version_is_passed_on_to_another_engine_byte_for_byte(spread: tuple[WorkerGroup, Policy]) -> None:
+    group, policy = spread
+    policy.change(seed=5)
+    payload = policy.payload(ADAPTER, 65)
+    trainer = cases.connect(group)
+    address = group.call_rank(0, "weights.listen", [1], cases.CHANNEL_S, phase="sync")[1]
+    other = Intake(SimpleNamespace(world_size=1, rank_in_group=0), torch.device("cpu"))
+    other.connect(address, cases.CHANNEL_S)
+    accepting = group.submit_rank(0, "weights.accept", [1], phase="sync")
+    other.open("gloo")
+    assert accepting.result() == {}
+    staging = group.submit_rank(0, "weights.stage", 65, [1], phase="sync")
+    with ThreadPoolExecutor(1) as thread:
+        passed_on = thread.submit(other.receive)
+        trainer.send(payload)
+        assert staging.result().digest == payload.digest
+        assert passed_on.result().digest == payload.digest
+    assert passed_on.result().manifest == payload.manifest
+    group.call_rank(0, "weights.discard", 65, phase="sync")
+    other.close()
+    trainer.close()
+    with pytest.raises(LinkFailure):
+        group.call_rank(0, "weights.stage", 66, [1], phase="sync")
 
 
 def test_the_routers_choices_and_loads_come_back_as_those_of_transformers(
