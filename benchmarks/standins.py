@@ -45,7 +45,7 @@ class Engine:
     def __init__(self, tokens: int, tensors: int = TENSORS) -> None:
         self.tokens, self.weights = tokens, _Weights(tensors)
 
-    def load(self, base: str, adapter: None, label: str, updatable: bool) -> dict[str, float]:
+    def load(self, base: str, *how: object) -> dict[str, float]:
         return {}
 
     def advance(
@@ -65,7 +65,9 @@ class Engine:
         )
         return Progress(list(asked.numbers), made, {}, [], 0.0, Work())
 
-    def score_tokens(self, token_ids: Sequence[Sequence[int]], starts: Sequence[int]) -> list[np.ndarray]:
+    def score_tokens(
+        self, token_ids: Sequence[Sequence[int]], starts: Sequence[int], *how: object
+    ) -> list[np.ndarray]:
         return [np.full(len(ids) - start, LOGP) for ids, start in zip(token_ids, starts)]
 
     def expert_load(self) -> None:

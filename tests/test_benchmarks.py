@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import operator
 import re
 import subprocess
 import sys
@@ -10,6 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from actors.rollout.remote import RolloutEngines
+from actors.sync.remote import RemoteWeightSource
+from actors.trainer.remote import ModelWorkers
+from benchmarks import standins
+from tests.actors.faces import RecordingGroup, calls_of
 from tests.affected import python_files
 
 SCRIPTS = ("benchmarks", "examples")
@@ -29,6 +36,32 @@ def test_a_benchmark_runs_as_a_module(repository: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.startup", "--help"]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
     assert "--against" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("face", "standin"),
+    [
+        (RolloutEngines, standins.Engine(1)),
+        (RemoteWeightSource, standins.Trainer()),
+        (ModelWorkers, standins.Trainer()),
+    ],
+)
+def test_stand_ins_take_what_engines_and_trainers_are_sent(face: type, standin: object) -> None:
+    taken = 0
+    for name in calls_of(face):
+        group = RecordingGroup()
+        needed = list(inspect.signature(getattr(face, name)).parameters.values())[1:]
+        getattr(face(group), name)(**{one.name: 0 for one in needed if one.name != "phase"})
+        (sent,) = group.sent
+        try:
+            method = operator.attrgetter(sent.path)(standin)
+        except AttributeError:
+            continue  # No call of an online step.
+        if not callable(method):
+            continue
+        inspect.signature(method).bind(*sent.args, **sent.kwargs)
+        taken += 1
+    assert taken > 2
 
 
 @pytest.mark.parametrize("package", SCRIPTS)
