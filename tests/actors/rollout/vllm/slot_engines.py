@@ -100,7 +100,12 @@ class UncomputedExperts(UnaidedEngine, SpoiltSlots):
         """One element of what the up projection of an expert has of A, which gate has too."""
         slots = self._worker()._versions
         index = slots._manager.lora_index_to_id.index(slots.staged.number)
-        layer = slots._manager.modules["model.layers.1.mlp.experts"]
+        # Mixtral's checkpoints, and vLLM, have another name between.
+        (layer,) = (
+            layer
+            for path, layer in slots._manager.modules.items()
+            if path.startswith("model.layers.1.") and path.endswith(".experts")
+        )
         layer.w13_lora_a_stacked[1][index, 5, 1, 7] += 1e-6
 
 
