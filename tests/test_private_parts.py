@@ -44,6 +44,7 @@ ATTRIBUTES = {
         "_name_or_path",
         "_tp_plan",
         "_tp_size",
+        "_weight_conversions",
     },
 }
 """Private attributes of objects of other packages, by package."""
@@ -52,6 +53,8 @@ OF_PYTHON = {"_HANDLER", "_exit", "_replace"}
 """Of signal's stubs, os, and named tuples."""
 
 OF_VLLM = {
+    "_C",  # its operators in torch
+    "_adapter_manager",
     "_apply_gate",  # of transformers' experts
     "_compute_routing",
     "_copy_to_expert",
@@ -59,9 +62,15 @@ OF_VLLM = {
     "_grouped_topk",
     "_load_unquantized_expert",
     "_load_weights_other",
+    "_map_name",
     "_narrow_for_rank",
     "_registry",
     "_setup_kernel",
+    "_slice_w13_a",
+    "_slice_w13_b",
+    "_slice_w2_a",
+    "_slice_w2_b",
+    "_w13_slices",
 }
 
 
