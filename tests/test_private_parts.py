@@ -70,6 +70,7 @@ OF_VLLM = {
     "_slice_w13_b",
     "_slice_w2_a",
     "_slice_w2_b",
+    "_use_zentorch",
     "_w13_slices",
 }
 
