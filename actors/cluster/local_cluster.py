@@ -44,10 +44,12 @@ class LocalCluster:
         self._keep = keep
         self._rays = Scratch(SOCKET_ROOM)
         self._files = self._rays if _usual(self._rays) else Scratch()
+        import ray
+
         self._watch: RayWatch | None = None
         self.how = self._start(settings, starting)
         """One line for the log: started fast or plain, and what is not as usual."""
-        self._watch = RayWatch(own_processes())
+        self._watch = RayWatch(own_processes(), ray.is_initialized)
 
     @property
     def lost(self) -> RunFailure | None:

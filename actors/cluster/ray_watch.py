@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import psutil
 
@@ -30,11 +30,13 @@ GOES_ON = "run the same command again: it goes on from the last checkpoint"
 class RayWatch:
     """The watch over some processes, from when it is made until `end`."""
 
-    def __init__(self, processes: Mapping[str, int]) -> None:
-        """`processes`: pid of each, by its name."""
+    def __init__(self, processes: Mapping[str, int], in_use: Callable[[], bool] = lambda: True) -> None:
+        """`processes`: pid of each, by its name; `in_use`: False once this process has done with them in
+        another way than by `end`, as a program does that calls Ray's own shutdown."""
         self.lost: str | None = None
         """What became of a process that is lost, with its name."""
         self._processes = {name: _found(pid) for name, pid in processes.items()}
+        self._in_use = in_use
         self._ending, self._unwound = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True, name="watch-ray")
         self._thread.start()
@@ -59,16 +61,20 @@ class RayWatch:
         while self.lost is None:
             if self._ending.wait(LOOK_S):
                 return
+            lost = None
             for name, process in self._processes.items():
                 status = _status(process)
                 if status == psutil.STATUS_STOPPED:
                     since = stopped.setdefault(name, time.monotonic())
                     if time.monotonic() - since > STOPPED_S:
-                        self.lost = f"{name} was stopped (SIGSTOP) for {STOPPED_S:g} s"
+                        lost = f"{name} was stopped (SIGSTOP) for {STOPPED_S:g} s"
                 else:
                     stopped.pop(name, None)
                 if status == psutil.STATUS_ZOMBIE:
-                    self.lost = f"{name} has died (killed, crashed, or out of memory)"
+                    lost = f"{name} has died (killed, crashed, or out of memory)"
+            if lost is not None and not self._in_use():
+                return
+            self.lost = lost
         # Now, as Ray may end this process as soon as its connection to the raylet breaks.
         sys.stderr.write(f"ray: {self.lost}; the run ends. {GOES_ON.capitalize()}\n")
         sys.stderr.flush()

@@ -76,6 +76,32 @@ def test_a_process_that_goes_on_in_time_or_ends_with_the_run_is_not_lost(
     assert sleepers["the raylet"].poll() is None
 
 
+def test_processes_that_this_one_has_done_with_may_end(
+    sleepers: dict[str, subprocess.Popen[bytes]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    watching = RayWatch({name: process.pid for name, process in sleepers.items()}, lambda: False)
+    sleepers["the GCS"].kill()
+    watching._thread.join(20)
+    assert not watching._thread.is_alive()
+    assert watching.lost is None
+    assert sleepers["the raylet"].poll() is None
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.ray
+def test_a_program_may_call_rays_own_shutdown() -> None:
+    script = (
+        "import time, ray\n"
+        "from actors.cluster import ray_watch, start_ray\n"
+        "ray_watch.UNWIND_S = 0.2\n"
+        "start_ray(num_cpus=1)\n"
+        "ray.shutdown()\n"
+        "time.sleep(2)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_a_driver_that_does_not_come_back_is_ended() -> None:
     script = (
         "import sys, time\n"
