@@ -188,7 +188,7 @@ class SyncWorkerExtension:
     @answers
     def forget_routes(self, requests: list[str]) -> None:
         """See `RouteKeeper.forget`."""
-        keeper = self.weight_transfer_engine.routes.keeper
+        keeper = self._routes.keeper
         assert keeper is not None
         keeper.forget(requests)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from actors.batches.generations import Generations
 from actors.batches.slices import Asked, Progress, Work
+from actors.sync.spec import SlotSpec
 
 HANG, DIE, DIE_ALWAYS, FAIL = 1001, 1002, 1003, 1004
 """First tokens of prompts that bring a fault: the first two once in all processes together."""
@@ -78,7 +79,9 @@ class ServedEngine(FakeEngine):
 
     served = ""
 
-    def load(self, base: str, adapter: str | None, label: str, updatable: bool) -> None:  # type: ignore[override]
+    def load(  # type: ignore[override]
+        self, base: str, adapter: str | None, label: str, updatable: bool, slots: SlotSpec | None
+    ) -> None:
         self.served = f"{label} on {base}"
 
     def advance(
