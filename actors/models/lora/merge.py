@@ -137,7 +137,7 @@ def _weights(
     """What to write, a tensor at a time where the base's files allow it."""
     model = meta_model(config)
     factors = adapter_factors(attach_saved(model, adapter_dir, "merge", trainable=False), "merge")
-    unchanged = Unchanged((target, torch.bfloat16))
+    unchanged = Unchanged({target, torch.bfloat16})
     merge = FileMerge.of(base_dir, config, factors, target)
     if merge is not None:
         return _Weights(merge.outline(), merge.tensors(unchanged), unchanged, len(factors), type(model))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Unchanged:
     """Adapted weights whose value is the base's own after rounding, by dtype."""
 
-    dtypes: Sequence[torch.dtype]
+    dtypes: Collection[torch.dtype]
+    """Each once."""
     adapted: int = 0
     same: dict[torch.dtype, int] = field(default_factory=dict)
 

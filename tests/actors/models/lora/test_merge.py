@@ -92,7 +92,7 @@ def test_what_rounding_to_bf16_loses_is_reported(adapted, tmp_path, randomise_b)
         losses[std] = report.mean_logprob_diff / report.adapter_effect
         assert report.median_logprob_diff < report.max_logprob_diff
         assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
-    assert shares[1e-6] > 0.9
+    assert 1 >= shares[1e-6] > 0.9
     assert shares[5e-2] < 0.1
     assert losses[1e-6] > 1 > losses[5e-2], "beside what the adapter does, rounding is much or little"
 
