@@ -33,7 +33,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "actors.models.attention": ("actors.errors", "actors.batches"),
     "actors.models.tiny": ("actors.errors",),
     "actors.models.files": ("actors.errors",),
-    "actors.models.shards": ("actors.models.files",),
+    "actors.models.tensor_file": (),
+    "actors.models.shards": ("actors.models.files", "actors.models.tensor_file"),
     "actors.models.template_bounds": ("actors.errors",),
     "actors.models.turn_ends": (
         "actors.errors",
@@ -52,6 +53,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "actors.models.base": (
         "actors.errors",
+        "actors.models.tensor_file",
         "actors.models.spec",
         "actors.models.architectures",
         "actors.models.parallel",
@@ -159,6 +161,7 @@ TORCH_IN = (
     "actors.rollout.slot_updater",
     "actors.rollout.weight_updater",
     "actors.models.shards",
+    "actors.models.tensor_file",
     "actors.sync.channel",
     "actors.sync.outlets",
     "actors.sync.digest_kernel",

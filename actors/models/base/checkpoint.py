@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from actors.errors import UserError
+from actors.models.tensor_file import DTYPE_NAMES
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPES = {DTYPE_NAMES[dtype]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 """safetensors' names of what can be added to; quantised bases are refused."""
 _INDEX = "model.safetensors.index.json"
 
