@@ -34,7 +34,7 @@ class TensorFile:
     """One file, while it is written."""
 
     def __init__(self, file: Path, outline: Mapping[str, torch.Tensor]) -> None:
-        """Write the header. `outline`: names, shapes and dtypes of all tensors, in the file's order; storage is
+        """Write the header. `outline`: names, shapes and dtypes of all tensors, in order; storage is
         not needed.
 
         Raises:

@@ -27,6 +27,13 @@ class Factors:
     transposed: bool
     """The weight is stored as ([experts,] in, out)."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight, as it is stored."""
+        *experts, out, _ = self.b.shape
+        into = self.a.shape[-1]
+        return (*experts, into, out) if self.transposed else (*experts, out, into)
+
     def scaled(self, dtype: torch.dtype) -> Factors:
         """A and s B, each rounded once to `dtype`: a scaling of 1 is left."""
         return Factors(self.a.to(dtype), (self.b * self.scaling).to(dtype), 1.0, self.transposed)

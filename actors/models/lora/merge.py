@@ -27,6 +27,7 @@ from actors.models.lora.adapters import attach_saved, check_adapter_matches_base
 from actors.models.lora.low_rank import Factors, low_rank_delta
 from actors.models.lora.merge_check import compare, compute_dtype
 from actors.models.lora.merge_files import FileMerge, Unchanged
+from actors.models.lora.pieces import checkpoint_tensors
 from actors.models.parallel.fsdp import whole
 from actors.models.shards import ShardedWeights
 from actors.models.spec import ModelSpec
@@ -160,8 +161,6 @@ def merged_state(
     `dtype` (None: the base's) is their own. Adapted ones are computed in float32 and rounded once, and
     counted in `unchanged`.
     """
-    from transformers.core_model_loading import revert_weight_conversion
-
     base = _base_of(model)
     deltas = adapter_deltas(model, adapter_name) if adapter_name else {}
     state = {}
@@ -178,7 +177,7 @@ def merged_state(
             unchanged.count(before, after)
     if deltas:
         raise RunFailure("merge", "merge", f"no base tensor for {sorted(deltas)[:3]}")
-    return revert_weight_conversion(base, state)
+    return checkpoint_tensors(base, state)
 
 
 def adapter_deltas(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:

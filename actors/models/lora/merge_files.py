@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from actors.errors import UserError
-from actors.models.architectures.meta_model import meta_model
 from actors.models.base.checkpoint import BaseCheckpoint
-from actors.models.lora.low_rank import Factors, low_rank_delta
+from actors.models.lora.low_rank import Factors
+from actors.models.lora.pieces import Pieces, checkpoint_shapes, conversion_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -50,8 +50,7 @@ class FileMerge:
     ) -> None:
         """`factors`: by name in the bare base in memory; `dtype`: of floating-point tensors that are made."""
         self._base, self._factors, self._dtype = base, factors, dtype
-        # transformers' conversions of names need the model, not its weights.
-        self._model = meta_model(config)
+        self._model = conversion_model(config)
 
     @staticmethod
     def of(
@@ -64,8 +63,8 @@ class FileMerge:
         except UserError:
             return None
         shapes = merge._base.shapes
-        targets = merge._targets()
-        fits = all(name in shapes and shapes[name].shape == shape for name, shape in targets.items())
+        targets = [checkpoint_shapes(merge._model, name, f) for name, f in factors.items()]
+        fits = all(n in shapes and shapes[n].shape == shape for of in targets for n, shape in of.items())
         return merge if fits else None
 
     def outline(self) -> dict[str, torch.Tensor]:
@@ -78,12 +77,12 @@ class FileMerge:
         Sums are in float32 and rounded once.
         """
         left = set(self._base.shapes)
+        pieces = Pieces(self._model)
         for name, factors in self._factors.items():
-            deltas = self._reverted(name, low_rank_delta(factors))
-            for target in sorted(deltas):
+            for target, add in sorted(pieces.adding({name: factors}).items()):
                 left.remove(target)
                 before = self._base.tensor(target).float()
-                after = deltas.pop(target).add_(before)
+                after = add(before)
                 unchanged.count(before, after)
                 yield target, after.to(self._dtype)
             self._base.release()
@@ -91,25 +90,6 @@ class FileMerge:
             tensor = self._base.tensor(name)
             yield name, tensor.to(self._dtype_of(tensor))
             self._base.release()
-
-    def _targets(self) -> dict[str, torch.Size]:
-        """Shapes of what adapted weights are in a checkpoint."""
-        found = {}
-        for name, factors in self._factors.items():
-            shape = (*factors.b.shape[:-1], factors.a.shape[-1])
-            if factors.transposed:
-                shape = (*shape[:-2], shape[-1], shape[-2])
-            outlined = self._reverted(name, torch.empty(shape, device="meta"))
-            found.update({target: tensor.shape for target, tensor in outlined.items()})
-        return found
-
-    def _reverted(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        """One weight in memory as what it is in a checkpoint: renamed, cut or joined, so that a sum may be
-        taken after it."""
-        from transformers.core_model_loading import revert_weight_conversion
-
-        found: dict[str, torch.Tensor] = revert_weight_conversion(self._model, {name: tensor})
-        return found
 
     def _dtype_of(self, tensor: torch.Tensor) -> torch.dtype:
         return self._dtype if tensor.is_floating_point() else tensor.dtype

@@ -7,15 +7,18 @@ written down here a second time: numbers of rows are sent through them.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from actors.models.lora.low_rank import Factors
+from actors.models.architectures.meta_model import meta_model
+from actors.models.lora.low_rank import ExactProduct, Factors, low_rank_delta
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,21 @@ class Pieces:
             self._known[name] = {} if factors.transposed else self._find(name, factors)
         return self._known[name]
 
+    def adding(self, factors: Mapping[str, Factors]) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+        """Checkpoint name -> what makes W0 + s B A of W0, in float32 and once; of all that these adapted
+        weights are in a checkpoint."""
+        found: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+        whole: dict[str, torch.Tensor] = {}
+        for name, one in factors.items():
+            pieces = self.of(name, one)
+            if not pieces:
+                whole[name] = low_rank_delta(one)
+                continue
+            product = ExactProduct(one)
+            for there, piece in pieces.items():
+                found[there] = partial(product.added_to, expert=piece.expert, rows=piece.rows)
+        return found | {there: delta.add_ for there, delta in checkpoint_tensors(self._model, whole).items()}
+
     def _find(self, name: str, factors: Factors) -> dict[str, WeightRows]:
         *experts, out, _ = factors.b.shape
         count = out * (experts[0] if experts else 1)
@@ -56,6 +74,24 @@ class Pieces:
         found = {there: piece for there, piece in pieces.items() if piece is not None}
         whole = sum(piece.rows.stop - piece.rows.start for piece in found.values()) == count
         return found if whole and len(found) == len(pieces) else {}
+
+
+def conversion_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A base's model for `checkpoint_tensors`: names and shapes alone. transformers need not look its
+    conversions up anew whenever it converts: 4 ms each time."""
+    from transformers.conversion_mapping import PrefixChange, get_model_conversion_mapping
+
+    model = meta_model(config)
+    found = get_model_conversion_mapping(model, add_legacy=False)
+    # As transformers leaves them out for a model that it did not load.
+    model._weight_conversions = [one for one in found if not isinstance(one, PrefixChange)] or None
+    return model
+
+
+def checkpoint_shapes(model: PreTrainedModel, name: str, factors: Factors) -> dict[str, tuple[int, ...]]:
+    """Shapes of what the adapted weight `name` is in a checkpoint, by their names there."""
+    weight = torch.empty(factors.shape, device="meta")
+    return {there: tuple(one.shape) for there, one in checkpoint_tensors(model, {name: weight}).items()}
 
 
 def checkpoint_tensors(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ import torch
 
 from actors.errors import InvariantViolation, RunFailure
 from actors.models.lora.low_rank import Factors
+from actors.models.lora.pieces import conversion_model
 from actors.rollout.vllm.slot_places import DOWN, GATE_UP, Homes, Place, SlotMap, slots_of, whole_slot
 from actors.rollout.vllm.workarounds.registry import LEANT_ON
 from actors.sync.digests import Algorithm, Digests
@@ -231,13 +232,11 @@ def slots_of_worker(runner: Any, base: str) -> AdapterSlots:
     from transformers import AutoConfig
     from vllm.config import set_current_vllm_config
 
-    from actors.models.architectures.meta_model import meta_model
-
     LEANT_ON["lora_slots"].check()
     config = AutoConfig.from_pretrained(base, trust_remote_code=runner.model_config.trust_remote_code)
     # vLLM's transformers backend derives transformers' classes from its own, which ask for its config.
     with set_current_vllm_config(runner.vllm_config):
-        meta = meta_model(config)
+        meta = conversion_model(config)
     return AdapterSlots(runner.lora_manager._adapter_manager, meta, runner.model_config.dtype)
 
 

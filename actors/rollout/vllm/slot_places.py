@@ -17,6 +17,7 @@ from torch import nn
 
 from actors.errors import RunFailure
 from actors.models.lora.low_rank import Factors
+from actors.models.lora.pieces import checkpoint_shapes
 from actors.rollout.vllm.parameter_map import Region
 
 LINEAR = ("lora_a_stacked", "lora_b_stacked")
@@ -164,11 +165,7 @@ class SlotMap:
 
     def _module_of(self, name: str, factors: Factors) -> str:
         """vLLM's name for the module of an adapted weight, whether it has such a module or not."""
-        from transformers.core_model_loading import revert_weight_conversion
-
-        shape = (*factors.b.shape[:-1], factors.a.shape[-1])
-        weight = torch.empty((*shape[:-2], *shape[:-3:-1]) if factors.transposed else shape, device="meta")
-        in_checkpoint = sorted(revert_weight_conversion(self._meta, {name: weight}))
+        in_checkpoint = sorted(checkpoint_shapes(self._meta, name, factors))
         if factors.a.ndim == 3:
             module = in_checkpoint[0].rpartition(".experts.")[0] + ".experts"
         elif len(in_checkpoint) == 1:

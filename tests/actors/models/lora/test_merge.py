@@ -4,6 +4,7 @@ import json
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from transformers import (
 from actors.errors import RunFailure, UserError
 from actors.models import shards
 from actors.models.base.loading import load_base
-from actors.models.lora import adapters, merge, merge_check, merge_files
+from actors.models.lora import adapters, merge, merge_check
 from actors.models.spec import LoraSpec, ModelSpec
 from tests.actors.models.tiny_models import architectures
 from tests.architecture_results import record
@@ -121,9 +122,14 @@ def test_large_models_are_written_in_shards(adapted, base_of, tmp_path, monkeypa
         assert (model(input_ids=ids).logits - peft(input_ids=ids).logits).abs().max() < 1e-4
 
 
+def times(factor):
+    """The adapter's factors, with another scaling than its own."""
+    right = merge.adapter_factors
+    return lambda *a: {n: replace(f, scaling=factor * f.scaling) for n, f in right(*a).items()}
+
+
 def test_a_merge_that_went_wrong_is_an_error(saved, tmp_path, monkeypatch):
-    right = merge_files.low_rank_delta
-    monkeypatch.setattr(merge_files, "low_rank_delta", lambda factors: 2 * right(factors))
+    monkeypatch.setattr(merge, "adapter_factors", times(2))
     with pytest.raises(RunFailure, match="log-probabilities of the merged model differ by"):
         merge.merge_adapter(None, saved, tmp_path / "merged")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -133,8 +139,7 @@ def test_a_base_that_rounding_alone_moves_far_is_merged_all_the_same(saved, tmp_
     """What a trained base with unlikely tokens is: beyond the tolerance by its own rounding."""
     monkeypatch.setattr(merge_check, "ROUNDED_TOLERANCE", 0.0)
     assert merge.merge_adapter(None, saved, tmp_path / "merged", dtype="bfloat16").mean_logprob_diff > 0
-    right = merge_files.low_rank_delta
-    monkeypatch.setattr(merge_files, "low_rank_delta", lambda factors: -20 * right(factors))
+    monkeypatch.setattr(merge, "adapter_factors", times(-20))
     with pytest.raises(RunFailure, match="log-probabilities of the merged model differ by"):
         merge.merge_adapter(None, saved, tmp_path / "wrong", dtype="bfloat16")
 
