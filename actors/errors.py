@@ -14,6 +14,9 @@ EXIT_USER = 2
 EXIT_STOPPED = 75
 """EX_TEMPFAIL: stopped by a signal after saving; the same command goes on from there."""
 
+AGAIN = "run the same command again: it goes on from the last checkpoint"
+"""Next step after most failures at run time."""
+
 
 class UserError(Exception):
     """A mistake of the user's, with every violation found, never only the first.

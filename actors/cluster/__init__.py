@@ -19,7 +19,7 @@ from actors.cluster.room import by_size
 from actors.cluster.scratch import Scratch
 from actors.cluster.spec import LimitsSpec, RaySpec, RoleSpec
 from actors.cluster.turn_plan import EngineBytes, Offload
-from actors.cluster.turns import OneDevice, OwnDevices, Turns
+from actors.cluster.turns import OneDevice, Turns
 from actors.cluster.worker_group import WorkerGroup
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "MeasuredLimits",
     "Offload",
     "OneDevice",
-    "OwnDevices",
     "RaySpec",
     "RoleSpec",
     "Scratch",

@@ -115,4 +115,4 @@ class Members:
     @property
     def serving(self) -> list[int]:
         """Ranks that may be asked for work."""
-        return self.ranks(ProcessState.STARTING, ProcessState.HEALTHY)
+        return [rank for rank in range(len(self.members)) if self.serves(rank)]

@@ -16,9 +16,9 @@ from typing import Any
 
 from actors.cluster.environment import SOCKETS, beside_proxies
 from actors.cluster.ray_private import TRIED, forget_token, on_loopback, own_processes
-from actors.cluster.ray_watch import GOES_ON, RayWatch
+from actors.cluster.ray_watch import RayWatch
 from actors.cluster.scratch import Scratch, unfit
-from actors.errors import RunFailure
+from actors.errors import AGAIN, RunFailure
 from actors.variables import variables_set
 
 SOCKET_ROOM = len("/session_2026-11-30_10-48-07_418268_1234567/sockets/plasma_store")
@@ -55,7 +55,7 @@ class LocalCluster:
     def lost(self) -> RunFailure | None:
         """The failure behind whatever fails once a process of Ray's is lost without which nothing goes on."""
         reason = self._watch.lost if self._watch is not None else None
-        return None if reason is None else RunFailure("ray", "run", reason, GOES_ON)
+        return None if reason is None else RunFailure("ray", "run", reason, AGAIN)
 
     def end(self, failed: bool = False) -> Path | None:
         """End it and remove its files; of a `failed` run Ray's logs are kept: returns their directory."""

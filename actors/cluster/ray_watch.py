@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping
 
 import psutil
 
+from actors.errors import AGAIN
+
 LOOK_S = 0.2
 """Pause between two looks, of 0.1 ms. A driver that waits for a raylet that dies may be ended by Ray sooner,
 with exit code 1 and without a word."""
@@ -24,7 +26,6 @@ STOPPED_S = 30.0
 """A process that was stopped (SIGSTOP) for longer is lost. One that a debugger looks at goes on sooner."""
 UNWIND_S = 60.0
 """Time for the driver to end once a process is lost; past it, it is ended."""
-GOES_ON = "run the same command again: it goes on from the last checkpoint"
 
 
 class RayWatch:
@@ -76,7 +77,7 @@ class RayWatch:
                 return
             self.lost = lost
         # Now, as Ray may end this process as soon as its connection to the raylet breaks.
-        sys.stderr.write(f"ray: {self.lost}; the run ends. {GOES_ON.capitalize()}\n")
+        sys.stderr.write(f"ray: {self.lost}; the run ends. {AGAIN.capitalize()}\n")
         sys.stderr.flush()
         self.kill()
         if not self._unwound.wait(UNWIND_S):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from actors.cluster.futures import GroupFuture, WorkerFuture
 from actors.cluster.health import ProcessState
@@ -59,10 +58,10 @@ class SleepingEngines:
         return self.group.submit_rank(rank, "wake_up", phase="sync")
 
 
-class Turns(Protocol):
-    """Turns on a device."""
+class Turns:
+    """Turns of policy and engines, here of those that have devices of their own: nobody waits for anybody."""
 
-    alternate: bool
+    alternate = False
     """Policy and engines share a device."""
 
     def to_policy(self) -> None:
@@ -78,25 +77,7 @@ class Turns(Protocol):
         """Note that no process of either side is left."""
 
 
-class OwnDevices:
-    """Policy and engines that never wait for each other's memory."""
-
-    alternate = False
-
-    def to_policy(self) -> None:
-        """Nothing to do."""
-
-    def to_engines(self) -> None:
-        """Nothing to do."""
-
-    def policy_built(self) -> None:
-        """Nothing to do."""
-
-    def gone(self) -> None:
-        """Nothing to do."""
-
-
-class OneDevice:
+class OneDevice(Turns):
     """Turns of a policy and engines that sit on the same devices, over all stages of a run."""
 
     alternate = True
@@ -157,8 +138,7 @@ class OneDevice:
             if self._moves is None:
                 self._moves = self._planned(group)
             self._refuse_awake(group, SleepingRanks(group).park(self._moves).result())
-        self._device = self._device.with_(policy=False)
-        self._device = self._device.with_(engines=True)
+        self._device = self._device.with_(policy=False, engines=True)
         engines = self._engines()
         if engines is not None:
             self._asked(engines, SleepingEngines(engines).wake_up)
@@ -185,13 +165,13 @@ class OneDevice:
         """What each engine says, asked all at once; None of one whose process is gone or does not answer."""
         asked: list[WorkerFuture[bool] | None] = []
         for rank in range(engines.size):
-            asked.append(call(rank) if rank in engines.fleet.serving else None)
+            asked.append(call(rank) if engines.fleet.serves(rank) else None)
         answers: list[bool | None] = []
         for rank, one in enumerate(asked):
             try:
                 answers.append(None if one is None else one.result())
             except RunFailure:
-                if rank in engines.fleet.serving:
+                if engines.fleet.serves(rank):
                     raise
                 answers.append(None)
         return answers

@@ -22,7 +22,7 @@ from actors.cluster.liveness import Liveness
 from actors.cluster.measured_limits import MeasuredLimits
 from actors.cluster.spec import LimitsSpec, Phase, RoleSpec, bundle
 from actors.cluster.worker import Worker
-from actors.errors import RunFailure
+from actors.errors import AGAIN, RunFailure
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 GUEST_SHARE = 0.5
 """Of a GPU, in Ray's count, for a process that takes turns with the one whose bundle it is in. Ray puts two
 processes on one GPU only where each asks for a part of it."""
-AGAIN = "run the same command again: it goes on from the last checkpoint"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from actors.cluster.futures import POLL_S, WorkerFuture
-from actors.cluster.turns import OwnDevices, Turns
+from actors.cluster.turns import Turns
 from actors.cluster.worker_group import WorkerGroup
 from actors.errors import RunFailure
 from actors.sync import protocol
@@ -67,7 +67,7 @@ class WeightSync:
         self.policy, self.engines, self.rollout = policy, engines, engines.group
         self.spec, self.role, self.base_dir = spec, role, base_dir
         self._keeps = spec.in_flight == "keep"
-        self._turns, self._slots = turns or OwnDevices(), slots
+        self._turns, self._slots = turns or Turns(), slots
         self._phases = Phases(policy, engines, base_dir, backends, spec.fan_out, self._keeps, slots)
         self._rounds = Rounds(self._phases, engines)
         self._source = self._phases.source

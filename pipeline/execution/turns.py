@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from actors.cluster import EngineBytes, OneDevice, OwnDevices, Turns, WorkerGroup
+from actors.cluster import EngineBytes, OneDevice, Turns, WorkerGroup
 from pipeline.roles import ROLLOUT, RolesSpec
 
 
@@ -17,7 +17,7 @@ def turns_of(
     """Turns of a run's processes; nothing where each role has devices of its own. Arguments as of
     `OneDevice`."""
     if not roles.alternates(ROLLOUT):
-        return OwnDevices()
+        return Turns()
     share = roles.rollout.engine.gpu_memory_utilization
     offload = roles.rollout.offload
     return OneDevice(policy, engines, offload, lambda rank: EngineBytes.by_share(share, rank), note)

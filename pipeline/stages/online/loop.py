@@ -20,7 +20,7 @@ import numpy as np
 from actors.algorithms import ValueLoss
 from actors.algorithms import checks as rl_checks
 from actors.batches import Batch, Generations, trajectory_batch
-from actors.cluster import OwnDevices, Turns
+from actors.cluster import Turns
 from pipeline.data.tokens.prompts import PromptData
 from pipeline.stages.context import StageContext
 from pipeline.stages.online.dynamic_sampling import sampler_of
@@ -53,7 +53,7 @@ class RlContext(StageContext):
     tokenizer: Any
     note: Callable[[str], None]
     """Tells the user."""
-    turns: Turns = field(default_factory=OwnDevices)
+    turns: Turns = field(default_factory=Turns)
     """Of policy and engines, where they share a device."""
     replay_compare_steps: int = 0
     """Steps between those that also compute the policy's log-probabilities without router replay; 0: none."""

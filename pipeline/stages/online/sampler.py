@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.batches import Generations, sample_seed
-from actors.cluster import OwnDevices, Turns
+from actors.cluster import Turns
 from actors.errors import RunFailure
 from pipeline.data.tokens.prompts import PromptData
 from pipeline.stages.online.rewards import Rewards
@@ -67,7 +67,7 @@ class Sampler:
         turns: Turns | None = None,
     ) -> None:
         self.stage, self.rollout, self.rewards, self.tokenizer = stage, rollout, rewards, tokenizer
-        self.turns = turns or OwnDevices()
+        self.turns = turns or Turns()
         self._count_experts = True
 
     def sample(self, step: int) -> SampledBatch:

@@ -13,6 +13,7 @@ import pytest
 
 from actors.cluster import ray_watch
 from actors.cluster.ray_watch import RayWatch
+from actors.errors import AGAIN
 
 
 @pytest.fixture
@@ -120,4 +121,4 @@ def test_a_driver_that_does_not_come_back_is_ended() -> None:
     _, said = driver.communicate(timeout=60)
     assert driver.returncode == 1
     assert "the raylet has died" in said
-    assert ray_watch.GOES_ON.capitalize() in said
+    assert AGAIN.capitalize() in said
