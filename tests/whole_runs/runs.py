@@ -78,6 +78,20 @@ def kill_when(command: list[str], directory: Path, reached: Callable[[], bool]) 
     process.communicate()
 
 
+def kill_an_engine_as_it_generates(process: subprocess.Popen[str], run: Path) -> None:
+    """Kill the second of two engines while it generates with version 1; the run goes on with another one in
+    its place, to its end."""
+    # It scores when it connects, for version 0, and for version 1: then it generates, for .1 s.
+    when(process, lambda: calls(run, "rollout-1", "score_tokens") >= 3)
+    time.sleep(0.02)
+    os.kill(pid_of(run, "rollout-1"), signal.SIGKILL)
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, said[-3000:]
+    assert "rollout-1 was replaced" in said
+    lives = re.findall(r"--- rollout-1 pid", (run / "logs" / "rollout-1.log").read_text())
+    assert len(lives) == 2
+
+
 def calls(run: Path, who: str, method: str) -> int:
     """How many calls of a method a process has finished, by its trace; all its lives together."""
     path = run / "logs" / "trace" / f"{who}.jsonl"

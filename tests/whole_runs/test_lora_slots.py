@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +10,11 @@ import pytest
 from tests.whole_runs.runs import (
     TINY_MOE,
     adapter_digest,
-    calls,
     command_of,
     complete,
+    kill_an_engine_as_it_generates,
     lines_of,
-    pid_of,
     start,
-    when,
 )
 from tests.whole_runs.test_online import REWARD
 
@@ -56,16 +50,8 @@ def test_two_engines_with_slots_of_which_one_is_killed_make_the_adapter_of_one(t
     whole, run = tmp_path / "whole", tmp_path / "run"
     complete(command_of(tmp_path, config(whole, engines=1)), tmp_path)
     process = start(command_of(tmp_path, config(run, engines=2)), tmp_path)
-    # When it connects, for version 0, and for version 1: then it generates.
-    when(process, lambda: calls(run, "rollout-1", "score_tokens") >= 3)
-    time.sleep(0.02)
-    os.kill(pid_of(run, "rollout-1"), signal.SIGKILL)
-    said, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, said[-3000:]
-    assert "rollout-1 was replaced" in said
+    kill_an_engine_as_it_generates(process, run)
     assert adapter_digest(run, "grpo") == adapter_digest(whole, "grpo")
-    lives = re.findall(r"--- rollout-1 pid", (run / "logs" / "rollout-1.log").read_text())
-    assert len(lives) == 2
     assert lines_of(run, "grpo")[-1]["grad_norm"] > 0
     for lines in (lines_of(whole, "grpo"), lines_of(run, "grpo")):
         assert [line["sync/version"] for line in lines] == [1, 2, 3]

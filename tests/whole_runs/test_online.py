@@ -27,6 +27,7 @@ from tests.whole_runs.runs import (
     command_of,
     complete,
     has_done,
+    kill_an_engine_as_it_generates,
     kill_when,
     lines_of,
     pid_of,
@@ -152,15 +153,7 @@ def test_a_run_killed_in_these_phases_ends_with_the_same_adapter(
 def test_two_engines_of_which_one_is_killed_make_the_same_adapter(whole: Path, tmp_path: Path) -> None:
     command, run = command_for(tmp_path, engines=2), tmp_path / "run"
     process = start(command, tmp_path)
-    # When it connects, for version 0, and for version 1: then it generates, for a tenth of a second.
-    when(process, lambda: calls(run, "rollout-1", "score_tokens") >= 3)
-    time.sleep(0.02)
-    os.kill(pid_of(run, "rollout-1"), signal.SIGKILL)
-    said, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, said[-3000:]
-    assert "rollout-1 was replaced" in said
-    lives = re.findall(r"--- rollout-1 pid", (run / "logs" / "rollout-1.log").read_text())
-    assert len(lives) == 2
+    kill_an_engine_as_it_generates(process, run)
     assert adapter_digest(run, "ppo") == adapter_digest(whole, "ppo")
     assert repeatable(run) == repeatable(whole)
 

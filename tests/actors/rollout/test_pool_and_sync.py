@@ -15,14 +15,12 @@ import pytest
 
 from actors.batches.generations import SamplingSpec
 from actors.errors import RunFailure
-from actors.rollout import pool as pool_module
 from actors.rollout.pool import RolloutPool
-from actors.sync import asking, weight_sync
 from actors.sync.engine_set import EngineSet
 from actors.sync.engine_state import WeightsState
 from actors.sync.spec import SyncSpec
 from actors.sync.weight_sync import WeightSync
-from tests.actors.sync.fake_groups import PATIENCE_S, FakeEngines, FakeTrainer, first_done, pauses
+from tests.actors.sync.fake_groups import PATIENCE_S, FakeEngines, FakeTrainer, look_often, pauses
 
 ENGINES, PUSHES, DEATHS, DOOMED = 3, 6, 3, 2
 """Of the deaths these come at any time; the doomed die while they stage a version."""
@@ -36,11 +34,7 @@ EXPECTED = [[seed % 97, sum(prompt)] for prompt, seed in zip(PROMPTS, SEEDS)]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls are looked at every few milliseconds, and without Ray."""
-
-    for module in (pool_module, asking):
-        monkeypatch.setattr(module, "first_done", first_done)
-    for module in (pool_module, weight_sync, asking):
-        monkeypatch.setattr(module, "POLL_S", 0.01)
+    look_often(monkeypatch)
 
 
 class World:

@@ -17,12 +17,15 @@ from concurrent.futures import TimeoutError as Overdue
 from typing import Any
 
 import numpy as np
+import pytest
 
 from actors.batches.generations import Generations
 from actors.batches.slices import Asked, Progress, Work
 from actors.cluster.health import Members, ProcessEvent
 from actors.cluster.spec import LimitsSpec, Phase
 from actors.errors import LinkFailure, RunFailure
+from actors.rollout import pool as pool_module
+from actors.sync import asking, weight_sync
 from actors.sync.protocol import CommitReport, EngineFacts, Expected, Offer, Prepared, Readback, StageAck
 
 PATIENCE_S = 20.0
@@ -362,6 +365,14 @@ def value_of(version: int) -> float:
 
 def logps(version: int, token_ids: list[list[int]], starts: list[int]) -> list[np.ndarray]:
     return [np.full(len(ids) - start, value_of(version)) for ids, start in zip(token_ids, starts)]
+
+
+def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls are looked at every few milliseconds, and without Ray."""
+    for module in (pool_module, asking):
+        monkeypatch.setattr(module, "first_done", first_done)
+    for module in (pool_module, weight_sync, asking):
+        monkeypatch.setattr(module, "POLL_S", 0.01)
 
 
 def pauses(seed: int) -> Callable[[], None]:

@@ -13,13 +13,11 @@ import pytest
 from actors.batches.generations import SamplingSpec
 from actors.cluster.turn_plan import EngineBytes, TrainerBytes
 from actors.cluster.turns import OneDevice
-from actors.rollout import pool as pool_module
 from actors.rollout.pool import RolloutPool
-from actors.sync import asking, weight_sync
 from actors.sync.engine_set import EngineSet
 from actors.sync.spec import SyncSpec, backends_for
 from actors.sync.weight_sync import WeightSync
-from tests.actors.sync.fake_groups import FakeEngines, FakeTrainer, Process, first_done, pauses
+from tests.actors.sync.fake_groups import FakeEngines, FakeTrainer, Process, look_often, pauses
 
 ENGINES, STEPS = 2, 4
 PROMPTS, SEEDS = [[1, 2], [3, 4], [5, 6]], [7, 8, 9]
@@ -28,10 +26,7 @@ PROMPTS, SEEDS = [[1, 2], [3, 4], [5, 6]], [7, 8, 9]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls are looked at every few milliseconds, and without Ray."""
-    for module in (pool_module, asking):
-        monkeypatch.setattr(module, "first_done", first_done)
-    for module in (pool_module, weight_sync, asking):
-        monkeypatch.setattr(module, "POLL_S", 0.01)
+    look_often(monkeypatch)
 
 
 class Device:
