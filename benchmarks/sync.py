@@ -5,6 +5,7 @@ python -m benchmarks.sync --quick    # the smallest base, two syncs of each: doe
 python -m benchmarks.sync --bases 190m --payloads parts    # one payload alone: what memory it takes
 python -m benchmarks.sync --base DIRECTORY --payloads adapter    # a base of your own, expert_rank r/top_k
 python -m benchmarks.sync --payloads adapter lora    # LoRA on attention alone, merged and in slots
+python -m benchmarks.sync --threads 2    # of trainer and engine each
 
 Trainer and engine are the product's own, one process each; between two syncs the trainer takes an optimizer
 step. The proof of each sync (read-back digests, probes) is part of its time.
@@ -60,16 +61,22 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="directory of another base, in place of these")
     parser.add_argument("--turns", type=int, default=TURNS)
     parser.add_argument("--payloads", nargs="+", choices=PAYLOADS, default=["adapter", "merged"])
+    parser.add_argument("--threads", type=int, default=THREADS)
     args = parser.parse_args()
-    whole = (args.base, args.bases, args.payloads) == (None, list(BASES), ["adapter", "merged"])
+    whole = (args.base, args.bases, args.payloads, args.threads) == (
+        None,
+        [*BASES],
+        ["adapter", "merged"],
+        THREADS,
+    )
     execution = Execution("sync" if whole else "sync-some", args.quick)
     names = [str(args.base)] if args.base else ["1m"] if args.quick else args.bases
-    found = measure(names, args.payloads, 2 if args.quick else args.turns)
+    found = measure(names, args.payloads, 2 if args.quick else args.turns, args.threads)
     show(found)
     execution.end(ratios_of(found), syncs=found)
 
 
-def measure(bases: list[str], payloads: list[str], turns: int) -> list[dict[str, Any]]:
+def measure(bases: list[str], payloads: list[str], turns: int, threads: int) -> list[dict[str, Any]]:
     """Syncs of all payloads on each base, one after the other in the same two processes."""
     from actors.cluster import LimitsSpec, RoleSpec, start_ray, stop_ray
     from actors.models.tiny import write_tiny_base
@@ -80,7 +87,7 @@ def measure(bases: list[str], payloads: list[str], turns: int) -> list[dict[str,
     found: list[dict[str, Any]] = []
     start_ray()
     with tempfile.TemporaryDirectory(prefix="raylign-sync-") as scratch:
-        role, limits = RoleSpec(threads=THREADS), LimitsSpec()
+        role, limits = RoleSpec(threads=threads), LimitsSpec()
         groups = {}
         # An engine takes versions of its weights or into slots: a trainer and an engine for each.
         for slots in {payload == "lora" for payload in payloads}:

@@ -43,6 +43,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "actors.models.spec",
         "actors.models.base",
     ),
+    "actors.models.threads": (),
     "actors.models.parallel": ("actors.errors", "actors.models.files"),
     "actors.models.architectures": ("actors.errors", "actors.models.spec"),
     "actors.models.moe": (
@@ -50,6 +51,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "actors.models.spec",
         "actors.models.architectures",
         "actors.models.parallel",
+        "actors.models.threads",
     ),
     "actors.models.base": (
         "actors.errors",
@@ -151,6 +153,7 @@ TORCH_IN = (
     "actors.algorithms.logprob",
     "actors.algorithms.preference",
     "actors.models.attention",
+    "actors.models.threads",
     "actors.models.architectures",
     "actors.models.base",
     "actors.models.lora",

@@ -7,7 +7,7 @@ that was packed wrongly can't agree with itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from actors.models.lora.low_rank import ExactProduct, Factors, low_rank_delta
 from actors.models.lora.merge import base_tensors
-from actors.models.lora.pieces import Pieces, checkpoint_tensors
+from actors.models.lora.pieces import Pieces, WeightRows, checkpoint_tensors
 from actors.models.parallel.fsdp import whole
+from actors.models.threads import each, one_thread
 from actors.sync.digests import Algorithm, Digests
 from actors.sync.payload import fused_groups_of, group_of
 from actors.sync.protocol import Expected
@@ -27,16 +28,14 @@ COMPARED_AT_ONCE = 2**17
 
 
 class Tally:
-    """Digests and counts of a version, taken while it is merged. A device is asked for them at the end."""
+    """Digests and counts of a version, taken while it is merged, by any number of threads. A device is asked
+    for them at the end."""
 
     def __init__(self, algorithm: Algorithm = "xxh3") -> None:
         self._digests = Digests(algorithm)
-        self._changed: list[torch.Tensor] = []
-        """Of each adapted tensor on a device: weights that rounding to bfloat16 does not give the base's own
-        value."""
-        self._changed_here = 0
-        """Of all adapted tensors on the CPU."""
-        self._adapted = 0
+        self._compared: list[tuple[int, int | torch.Tensor]] = []
+        """Of each adapted tensor: the number of its weights, and of those that rounding to bfloat16 makes
+        others than the base's."""
 
     def take(self, name: str, merged: torch.Tensor) -> None:
         """Digest a tensor under its checkpoint name."""
@@ -44,17 +43,17 @@ class Tally:
 
     def compare(self, merged: torch.Tensor, base: torch.Tensor) -> None:
         """Count what rounding to bfloat16 leaves of an update."""
-        self._adapted += base.numel()
         if base.device.type == "cpu":
-            self._changed_here += _differing_bfloat16(merged, base)
+            self._compared.append((base.numel(), _differing_bfloat16(merged, base)))
             return
         changed = merged.bfloat16().view(torch.int16) != base.bfloat16().view(torch.int16)
-        self._changed.append(changed.count_nonzero())
+        self._compared.append((base.numel(), changed.count_nonzero()))
 
     def expected(self) -> Expected:
         """Once all groups were merged."""
-        changed = self._changed_here + (int(torch.stack(self._changed).sum()) if self._changed else 0)
-        share = (self._adapted - changed) / self._adapted if self._adapted else None
+        adapted = sum(count for count, _ in self._compared)
+        changed = int(sum(count for _, count in self._compared))
+        share = (adapted - changed) / adapted if adapted else None
         return Expected(self._digests.read(), share, self._digests.algorithm)
 
 
@@ -96,7 +95,9 @@ class HostMerge:
 
     def merged(self, names: Sequence[str], tally: Tally | None = None) -> dict[str, torch.Tensor]:
         """These weights (whole groups), under their checkpoint names."""
-        return dict(self._each(names, tally))
+        made: dict[str, torch.Tensor] = {}
+        self._merge(names, tally, made)
+        return made
 
     def outline(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Names, shapes and dtypes of what `merged` would give, on the meta device."""
@@ -109,8 +110,7 @@ class HostMerge:
         """Of the whole version, merged for nothing else: a group at a time."""
         tally = Tally(algorithm)
         for names in self._groups():
-            for _ in self._each(names, tally):
-                pass
+            self._merge(names, tally, None)
         return tally
 
     def _groups(self) -> Iterator[list[str]]:
@@ -118,31 +118,54 @@ class HostMerge:
             yield sorted(names)
 
     @torch.no_grad()
-    def _each(self, names: Sequence[str], tally: Tally | None) -> Iterator[tuple[str, torch.Tensor]]:
-        """Weights by checkpoint name, each taken by the tally while it is in the cache."""
+    def _merge(
+        self, names: Sequence[str], tally: Tally | None, made: MutableMapping[str, torch.Tensor] | None
+    ) -> None:
+        """Put weights into `made` by checkpoint name; the tally takes each one while it is in the cache."""
         state = {}
-        for name in names:
-            tensor, factors = whole(self._base[name]), self._factors.get(name)
-            if not self._leads:
-                continue
-            if factors is None:
-                state[name] = tensor.to(self._dtype_of(name))
-            elif pieces := self._pieces.of(name, factors):
-                product = ExactProduct(factors)
-                for there, piece in pieces.items():
-                    rows = piece.of(tensor)
-                    exact = product.added_to(rows, piece.expert, piece.rows)
-                    yield self._taken(there, self._rounded(exact, rows, tally), tally)
-            else:
-                exact = low_rank_delta(factors).add_(tensor)
-                state[name] = self._rounded(exact, tensor, tally)
-        for there, merged in checkpoint_tensors(self._model, state).items():
-            yield self._taken(there, merged, tally)
+        with one_thread() as threads:
+            for name in names:
+                tensor, factors = whole(self._base[name]), self._factors.get(name)
+                if not self._leads:
+                    continue
+                if factors is None:
+                    state[name] = tensor.to(self._dtype_of(name))
+                elif pieces := self._pieces.of(name, factors):
+                    self._merge_pieces(tensor, factors, pieces, tally, made, threads)
+                else:
+                    exact = low_rank_delta(factors).add_(tensor)
+                    state[name] = self._rounded(exact, tensor, tally)
+            for there, merged in checkpoint_tensors(self._model, state).items():
+                if tally is not None:
+                    tally.take(there, merged)
+                if made is not None:
+                    made[there] = merged
 
-    def _taken(self, name: str, merged: torch.Tensor, tally: Tally | None) -> tuple[str, torch.Tensor]:
-        if tally is not None:
-            tally.take(name, merged)
-        return name, merged
+    def _merge_pieces(
+        self,
+        tensor: torch.Tensor,
+        factors: Factors,
+        pieces: Mapping[str, WeightRows],
+        tally: Tally | None,
+        made: MutableMapping[str, torch.Tensor] | None,
+        threads: int,
+    ) -> None:
+        """The pieces of one weight: on a CPU several at a time, each on one thread."""
+        product, names = ExactProduct(factors), list(pieces)
+        found: list[torch.Tensor | None] = [None] * len(names)
+
+        def merge(i: int) -> None:
+            piece = pieces[names[i]]
+            rows = piece.of(tensor)
+            merged = self._rounded(product.added_to(rows, piece.expert, piece.rows), rows, tally)
+            if tally is not None:
+                tally.take(names[i], merged)
+            if made is not None:
+                found[i] = merged
+
+        each(range(len(names)), merge, threads if tensor.device.type == "cpu" else 1)
+        if made is not None:
+            made.update((name, merged) for name, merged in zip(names, found) if merged is not None)
 
     def _rounded(self, exact: torch.Tensor, tensor: torch.Tensor, tally: Tally | None) -> torch.Tensor:
         merged = exact.to(self._dtype)

@@ -1,7 +1,7 @@
 """Gated expert MLP over rows grouped by expert, with gradients for LoRA factors, inputs and route weights.
 
 For the CPU. The experts' own weights are frozen and get no gradient. Each expert's rows go through the whole
-MLP on one thread (`actors.models.moe.threads`), gathered, multiplied and gated while they are in its cache;
+MLP on one thread (`actors.models.threads`), gathered, multiplied and gated while they are in its cache;
 experts share nothing, so any number of threads gives the same bits. Each row's gate and up values and its
 low-rank products are kept for the backward pass, nothing of the hidden size.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag, silu
 
-from actors.models.moe import threads as workers
+from actors.models import threads as workers
 
 
 class LowRank(NamedTuple):

@@ -13,6 +13,7 @@ import torch
 
 from actors.models.base.checkpoint import BaseCheckpoint
 from actors.models.lora.pieces import Pieces, checkpoint_shapes, conversion_model
+from actors.models.threads import each
 from actors.sync.payload import Payload, PayloadEntry
 
 Targets = dict[str, dict[str, tuple[int, ...]]]
@@ -41,11 +42,13 @@ class Merger:
         self._last = entries, found
         return found
 
-    def merged(self, payload: Payload, names: Sequence[str], targets: Targets) -> dict[str, torch.Tensor]:
+    def merged(
+        self, payload: Payload, names: Sequence[str], targets: Targets, threads: int = 1
+    ) -> dict[str, torch.Tensor]:
         """These checkpoint tensors in the version that the payload brings, in the engine's dtype.
 
         Names that the payload doesn't change come from the base. The sum is in float32, rounded once, and
-        taken where the payload is: on a GPU if it came over NCCL.
+        taken where the payload is: on a GPU if it came over NCCL; on a CPU `threads` tensors at a time.
         """
         if payload.manifest.payload == "merged":
             sent = payload.tensors()
@@ -54,11 +57,14 @@ class Merger:
         factors = payload.factors()
         touched = {name: factors[name] for name, of in targets.items() if wanted.intersection(of)}
         adding = self._pieces.adding(touched)
-        made = {}
-        for n in names:
-            base = self._rounded(payload, n)
-            made[n] = (adding[n](base) if n in adding else base).to(self._dtype)
-        return made
+        made: dict[str, torch.Tensor] = {}
+
+        def merge(i: int) -> None:
+            name, base = names[i], self._rounded(payload, names[i])
+            made[name] = (adding[name](base) if name in adding else base).to(self._dtype)
+
+        each(range(len(names)), merge, threads if payload.buffer.device.type == "cpu" else 1)
+        return {name: made[name] for name in names}
 
     def _unchanged(self, payload: Payload, name: str) -> torch.Tensor:
         return self._rounded(payload, name).to(self._dtype)

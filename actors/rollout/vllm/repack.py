@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from actors.errors import UserError
+from actors.models.threads import each
 
 
 def refuse_padded_experts(model: nn.Module) -> None:
@@ -46,9 +47,9 @@ def refuse_padded_experts(model: nn.Module) -> None:
                 )
 
 
-def repack_experts(modules: Iterable[nn.Module]) -> int:
-    """Pack those of these modules that are experts on the CPU; returns how many. Each was just loaded, and is
-    still in the checkpoint's layout."""
+def repack_experts(modules: Iterable[nn.Module], threads: int = 1) -> int:
+    """Pack those of these modules that are experts on the CPU, `threads` experts at a time; returns how many
+    modules. Each was just loaded, and is still in the checkpoint's layout."""
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.platforms import current_platform
 
@@ -58,12 +59,12 @@ def repack_experts(modules: Iterable[nn.Module]) -> int:
     experts = [module for module in modules if isinstance(module, RoutedExperts)]
     for module in experts:
         kernel = module.quant_method.moe_kernel.fused_experts
-        if not _packed_into_the_kernels_memory(module, kernel):
+        if not _packed_into_the_kernels_memory(module, kernel, threads):
             kernel.process_weights_after_loading(module)
     return len(experts)
 
 
-def _packed_into_the_kernels_memory(module: nn.Module, kernel: Any) -> bool:
+def _packed_into_the_kernels_memory(module: nn.Module, kernel: Any, threads: int) -> bool:
     """Pack as vLLM does, but to where a reload would then copy it; False where another way is vLLM's.
 
     vLLM's own takes new memory. Experts are most of a mixture: that copy was a tenth of a commit.
@@ -77,7 +78,16 @@ def _packed_into_the_kernels_memory(module: nn.Module, kernel: Any) -> bool:
         return False
     for name in ("w13_weight", "w2_weight"):
         loaded, packed = getattr(module, name), held[0][name]
-        torch.ops._C.prepack_moe_weight(loaded.data, packed.data, kernel.isa)
+        _pack(loaded.data, packed.data, kernel.isa, threads)
         delattr(module, name)
         module.register_parameter(name, packed)
     return True
+
+
+def _pack(loaded: torch.Tensor, packed: torch.Tensor, isa: str, threads: int) -> None:
+    """Each expert by itself, as the kernel does it."""
+
+    def pack(i: int) -> None:
+        torch.ops._C.prepack_moe_weight(loaded[i : i + 1], packed[i : i + 1], isa)
+
+    each(range(len(loaded)), pack, threads)

@@ -28,6 +28,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 
 from actors.errors import InvariantViolation, RunFailure
 from actors.models.base.checkpoint import BaseCheckpoint
+from actors.models.threads import one_thread
 from actors.rollout.vllm.lora_merge import Merger, Targets
 from actors.rollout.vllm.parameter_map import record_bindings, without_reload_warnings
 from actors.rollout.vllm.readback import Reader
@@ -124,6 +125,8 @@ class SyncTransferEngine(WeightTransferEngine):
         self._order = {path: i for i, (path, _) in enumerate(self.model.named_modules())}
         self._staged: Staged | None = None
         self._reader = Reader({})
+        self._threads = 1
+        """Tensors that are merged or packed at a time."""
         self.loaded = Loaded()
 
     def stage(self, payload: Payload) -> None:
@@ -177,7 +180,7 @@ class SyncTransferEngine(WeightTransferEngine):
         self.loaded = Loaded(algorithm=algorithm)
         self._reader = Reader(self._bindings, algorithm)
         # Each one as soon as it is loaded, while it is in the cache.
-        self._reader.watch(self._modules(), then=lambda module: repack_experts([module]))
+        self._reader.watch(self._modules(), then=lambda module: repack_experts([module], self._threads))
         with without_reload_warnings():
             initialize_layerwise_reload(self.model)
 
@@ -187,14 +190,18 @@ class SyncTransferEngine(WeightTransferEngine):
         began, merging = time.monotonic(), seconds["merge"]
         if staged.payload is None:
             raise RunFailure("rollout", "commit", f"part {staged.number + 1} is loaded already")
-        self.model.load_weights(self._merged(staged.payload, staged.parts[staged.number]))
+        # Tensors are too small to be split: two threads wait for each other at each of its copies and sums,
+        # for milliseconds where the trainer's threads want the cores as well.
+        with one_thread() as self._threads:
+            self.model.load_weights(self._merged(staged.payload, staged.parts[staged.number]))
         staged.payload = None
         seconds["load"] += time.monotonic() - began - (seconds["merge"] - merging)
 
     def _merged(self, payload: Payload, part: Part) -> Iterator[tuple[str, torch.Tensor]]:
         for path in part.modules:
             began = time.monotonic()
-            tensors = self._merger.merged(payload, list(self._bindings[path]), part.targets)
+            names = list(self._bindings[path])
+            tensors = self._merger.merged(payload, names, part.targets, self._threads)
             self.loaded.seconds["merge"] += time.monotonic() - began
             self.loaded.expected += len(tensors)
             self._reader.hand(tensors)
@@ -208,9 +215,9 @@ class SyncTransferEngine(WeightTransferEngine):
         """
         began = time.monotonic()
         modules = self._modules()
-        with without_reload_warnings():
+        with without_reload_warnings(), one_thread() as self._threads:
             finalize_layerwise_reload(self.model, self.model_config)
-        self._reader.finish(modules)
+            self._reader.finish(modules)
         self.loaded.digests = self._reader.digests
         self.loaded.bound = len(self._reader.digests)
         self.loaded.seconds["load"] += time.monotonic() - began

@@ -289,7 +289,7 @@ class FaultyUpdater(WeightUpdater):
                 return super().commit(version, keep)
         if fault:
             # From inside: the old weights are gone, the new ones are not there.
-            with mock.patch.object(vllm_side, "repack_experts", side_effect=lambda _: self._break(fault)):
+            with mock.patch.object(vllm_side, "repack_experts", side_effect=lambda *_: self._break(fault)):
                 return super().commit(version, keep)
         return super().commit(version, keep)
 

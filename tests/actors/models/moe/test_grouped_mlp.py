@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from actors.models.moe import threads as workers
+from actors.models import threads as workers
 from actors.models.moe.grouped_mlp import LowRank, Routes, expert_mlp
 
 N, K, E, H, INNER, R = 11, 2, 5, 6, 4, 3

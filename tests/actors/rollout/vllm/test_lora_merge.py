@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from threading import get_ident
 
 import pytest
 import torch
@@ -94,6 +95,33 @@ def test_a_version_owes_nothing_to_the_one_before(policy: Policy) -> None:
     merger.merged(policy.payload(ADAPTER, 2), names, targets)
     again = merger.merged(payload, names, targets)
     assert all(torch.equal(first[name], again[name]) for name in names)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_any_number_of_threads_makes_the_same_version_and_leaves_torchs_as_they_were(
+    policy: Policy, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merger, _ = merger_of(policy, torch.float32)
+    payload, before = policy.payload(ADAPTER, 1), torch.get_num_threads()
+    targets = merger.targets(payload)
+    names = [name for of in targets.values() for name in of]
+    used = set()
+    real = Digests.take
+    monkeypatch.setattr(
+        Digests, "take", lambda *args: (used.add((get_ident(), torch.get_num_threads())), real(*args))
+    )
+    torch.set_num_threads(threads)
+    try:
+        factors = adapter_factors(policy.peft, "policy")
+        expected = HostMerge(policy.peft.get_base_model(), factors, "float32").tally().expected()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    made = merger.merged(payload, names, targets, threads)
+    assert list(made) == names
+    assert {name: digest_of(made[name]) for name in names} == expected.digests
+    assert {of_torch for _, of_torch in used} == {1}, "threads that split a tensor wait for each other"
+    assert (len(used) > 1) == (threads > 1)
 
 
 def test_the_base_is_rounded_as_the_trainer_holds_it(policy: Policy) -> None:

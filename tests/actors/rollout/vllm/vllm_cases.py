@@ -253,7 +253,7 @@ class UnpackedUpdater(WeightUpdater):
     def commit(self, version: int, keep: bool = False) -> Any:
         from actors.rollout.vllm import weight_transfer as vllm_side
 
-        real, vllm_side.repack_experts = vllm_side.repack_experts, lambda modules: 0
+        real, vllm_side.repack_experts = vllm_side.repack_experts, lambda modules, threads: 0
         try:
             return super().commit(version, keep)
         finally:

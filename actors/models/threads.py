@@ -1,16 +1,17 @@
-"""Python threads that each compute with one thread of torch: for many products too small to be split.
+"""Python threads that each compute with one thread of torch: for many operations too small to be split.
 
 A product of 256 rows by 512 columns takes a millisecond; split in two, its halves wait for each other every
-time. With whole products shared out to threads, the threads wait once, at the end. torch releases the
-interpreter's lock while it computes.
+time, and for a core where another process computes as well. With whole products shared out to threads, the
+threads wait once, at the end. torch releases the interpreter's lock while it computes.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 
@@ -19,12 +20,13 @@ _POOLS: dict[int, ThreadPoolExecutor] = {}
 os.register_at_fork(after_in_child=_POOLS.clear)
 
 
-def each(items: Sequence[int], work: Callable[[int], None]) -> None:
-    """Call `work` on every item, in any order, on as many threads as torch has here; without gradients.
+def each(items: Sequence[int], work: Callable[[int], None], threads: int | None = None) -> None:
+    """Call `work` on every item, in any order, on so many threads (None: as torch has here); without
+    gradients.
 
     What one item's work computes depends neither on the number of threads nor on the order.
     """
-    threads = min(torch.get_num_threads(), len(items))
+    threads = min(threads or torch.get_num_threads(), len(items))
     left = list(reversed(items))
 
     def run() -> None:
@@ -41,6 +43,17 @@ def each(items: Sequence[int], work: Callable[[int], None]) -> None:
         return
     for done in [_pool(threads).submit(run) for _ in range(threads)]:
         done.result()
+
+
+@contextmanager
+def one_thread() -> Iterator[int]:
+    """The calling thread computes with one thread of torch; how many it had."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield before
+    finally:
+        torch.set_num_threads(before)
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:
