@@ -32,6 +32,7 @@ __all__ = [
     "BaseFacts",
     "VllmRow",
     "base_facts",
+    "describe_small",
     "has_sequence_classifier",
     "max_positions",
     "n_experts",
@@ -75,10 +76,33 @@ def n_experts(config: PretrainedConfig) -> int | None:
     return row.n_experts(config) or None if row is not None else None
 
 
+def describe_small(config: PretrainedConfig, spec: ModelSpec) -> list[str]:
+    """Lines for users: memory of a base with `model.quantization`, and that experts in MXFP4 are dequantised.
+
+    Raises:
+        UserError: it can't be quantised.
+    """
+    import torch
+
+    from actors.models.base.mxfp4 import is_mxfp4
+    from actors.models.quantization.layout import quantised_sizes
+
+    lines = []
+    if is_mxfp4(config):
+        lines.append("experts in MXFP4: dequantised into 16 bits while they are read, four times their size")
+    if spec.quantization is not None:
+        sizes = quantised_sizes(config, spec.quantization, getattr(torch, spec.dtype))
+        lines.append(
+            f"model.quantization {spec.quantization}: {sizes} ({spec.dtype}); engines hold the whole base in "
+            f"{spec.dtype}"
+        )
+    return lines
+
+
 def base_facts(spec: ModelSpec) -> BaseFacts:
     """Look at `spec.base` and resolve `spec.lora`. Never raises for what a user can get wrong."""
     from actors.models.base.loading import local_base_dir, resolve_base
-    from actors.models.lora.adapters import check_adapter_matches_base
+    from actors.models.lora.adapters import check_adapter_matches_base, quantization_problems
     from actors.models.lora.targets import resolve_targets
 
     base = resolve_base(spec)
@@ -90,6 +114,7 @@ def base_facts(spec: ModelSpec) -> BaseFacts:
         if base.adapter_path is not None:
             local = str(local_base_dir(base.base_path))
             found = check_adapter_matches_base(base.adapter_path, config, local)
+            found = found or quantization_problems(base.adapter_path, spec.quantization)
             problems += [f"model.base: {problem}" for problem in found]
         if spec.lora is not None and not problems:
             targets = str(resolve_targets(config, spec.lora.targets, spec.lora))

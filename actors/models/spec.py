@@ -17,6 +17,9 @@ CHECKOUT_BASE = Path("assets/tiny-moe")
 
 TargetGroup = Literal["attention", "experts", "shared_experts", "router", "mlp"]
 
+Quantization = Literal["nf4", "int8"]
+"""Codecs of `actors.models.quantization`."""
+
 EXPERT_IMPL = NewNames("model.lora.expert_impl", {"beside": "unmerged"})
 """Values of `expert_impl` that earlier versions called otherwise."""
 
@@ -64,6 +67,9 @@ class ModelSpec(Spec):
     builtin:tiny-moe is the embedded base."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the frozen base."""
+    quantization: Quantization | None = None
+    """Hold linear layers and experts of the frozen base in 4 bits (QLoRA's NF4, double quantised) or 8 bits;
+    they are computed with in `dtype`."""
     trust_remote_code: bool = False
     """Allow the base's own Python code. Off: code from a hub is not run."""
     allow_untested: bool = False

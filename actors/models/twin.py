@@ -14,6 +14,7 @@ from actors.errors import UserError
 from actors.models.architectures.lookup import architecture_of
 from actors.models.architectures.row import config_value
 from actors.models.base.loading import load_base, resolve_base
+from actors.models.lora.adapter_files import base_quantization
 from actors.models.lora.adapters import attach_config, read_head, save_adapter, saved_config
 from actors.models.lora.heads import make_head
 from actors.models.lora.merge import merged_state, write_model
@@ -100,11 +101,14 @@ def write_twin(base: str | Path | PretrainedConfig, out_dir: str | Path, seed: i
 def write_adapter_twin(
     adapter_dir: str | Path, twin_dir: str | Path, out_dir: str | Path, seed: int = 0
 ) -> None:
-    """A fresh adapter (B zero) with the targets and ranks of a saved one, for a twin of its base.
+    """A fresh adapter (B zero) with the targets and ranks of a saved one, for a twin of its base, which is
+    quantised as its base was.
 
     A reward model's twin has a fresh score head.
     """
-    model = load_base(ModelSpec(base=str(twin_dir), allow_untested=True))
+    trained_on = base_quantization(adapter_dir)
+    kind = None if trained_on is None else trained_on[0]
+    model = load_base(ModelSpec(base=str(twin_dir), quantization=kind, allow_untested=True))
     try:
         peft = attach_config(model, saved_config(adapter_dir), "twin", seed)
     except ValueError as error:

@@ -49,6 +49,7 @@ from actors.rollout.vllm.sleeping import fall_asleep, is_asleep, wake
 if TYPE_CHECKING:
     from vllm import LLM
 
+    from actors.models.spec import Quantization
     from actors.rollout.weight_updater import WeightUpdater
     from actors.sync.spec import SlotSpec
 
@@ -110,7 +111,7 @@ class RolloutEngine:
             return self._load_merged(None, base, label)
         if adapter is not None:
             return self._load_merged(base, adapter, label)
-        return {"merge": 0.0, "engine": self._start(base, label)}
+        return {"merge": 0.0, "engine": self._start(base, label, quantization=self.spec.quantization)}
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingSpec, seeds: Sequence[int] | None = None
@@ -238,7 +239,7 @@ class RolloutEngine:
         """Versions of the weights of `llm`, which has loaded the checkpoint in directory `base`."""
         from actors.rollout.weight_updater import WeightUpdater
 
-        return WeightUpdater(llm, base, self.spec.dtype)
+        return WeightUpdater(llm, base, self.spec.dtype, self.spec.quantization)
 
     def make_slot_updater(self, llm: LLM, base: str) -> WeightUpdater:
         """Versions in the LoRA slots of `llm`, beside the checkpoint in directory `base`."""
@@ -288,7 +289,7 @@ class RolloutEngine:
         keeps = self.spec.enable_return_routed_experts
         settings = engine_settings() if slots is None else slot_settings(slots, resolved.config)
         settings |= capture_settings() if keeps else {}
-        seconds = self._start(directory, label or base, settings)
+        seconds = self._start(directory, label or base, settings, self.spec.quantization)
         assert self._llm is not None
         try:
             make = self.make_updater if slots is None else self.make_slot_updater
@@ -363,13 +364,22 @@ class RolloutEngine:
             self._updater.refuse_lost(phase)
         return self._llm
 
-    def _start(self, model: str, label: str, more: Mapping[str, Any] | None = None) -> float:
+    def _start(
+        self,
+        model: str,
+        label: str,
+        more: Mapping[str, Any] | None = None,
+        quantization: Quantization | None = None,
+    ) -> float:
+        """`quantization`: of the base; a merged model has the dequantised weights in its files."""
         from vllm import LLM
+
+        from actors.rollout.vllm.base_loader import loader_settings
 
         began = time.monotonic()
         self.unload()
         config = read_config(model, self.spec)
-        settings = llm_settings(config, self.spec) | dict(more or {})
+        settings = llm_settings(config, self.spec) | loader_settings(config, quantization) | dict(more or {})
         with no_collections(), without_remains():
             self._in_use.enter(config)
             self._llm = LLM(model=model, **settings)

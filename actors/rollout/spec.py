@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from actors.models.spec import Quantization
 from actors.spec import Spec
 
 DEFAULT_POSITIONS = 4096
@@ -42,6 +43,8 @@ class EngineSpec(EngineOptions):
     """Dtype of weights and activations in the engine."""
     trust_remote_code: bool = False
     """Allow the base's own Python code."""
+    quantization: Quantization | None = None
+    """`model.quantization`: the base is served as the trainer computes with it, quantised and dequantised."""
     enable_sleep_mode: bool = False
     """It takes turns with a trainer on its device."""
     enable_return_routed_experts: bool = False

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
+    from actors.models.spec import Quantization
+
 
 def engine_settings() -> dict[str, Any]:
     """Arguments of vLLM's `LLM` without which an engine can't be updated."""
@@ -40,9 +42,10 @@ def engine_settings() -> dict[str, Any]:
 class WeightUpdater:
     """Versions of the weights of one vLLM engine, which was started with `engine_settings`."""
 
-    def __init__(self, llm: LLM, base: str, dtype: str) -> None:
-        """`base`: directory of the checkpoint that the engine has loaded; `dtype`: in which it computes."""
-        self._dtype = dtype
+    def __init__(self, llm: LLM, base: str, dtype: str, quantization: Quantization | None = None) -> None:
+        """`base`: directory of the checkpoint that the engine has loaded; `dtype`: in which it computes;
+        `quantization`: `model.quantization`."""
+        self._dtype, self._quantization = dtype, quantization
         self._llm = llm
         self._staged: tuple[int, int] | None = None
         """Version, and the number of its parts that are not staged."""
@@ -65,7 +68,8 @@ class WeightUpdater:
 
     def _open(self, base: str) -> None:
         """Let the workers get ready for versions."""
-        self._llm.init_weight_transfer_engine({"init_info": {"base": base}})
+        info = {"base": base, "quantization": self._quantization}
+        self._llm.init_weight_transfer_engine({"init_info": info})
         held: Counter[str] = Counter()
         whole: dict[str, int] = {}
         for found in self._ask("open_intake"):

@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from actors.models.architectures.conversion import checkpoint_tensors
 from actors.models.lora.low_rank import ExactProduct, Factors, low_rank_delta
 from actors.models.lora.merge import base_tensors
-from actors.models.lora.pieces import Pieces, WeightRows, checkpoint_tensors
+from actors.models.lora.pieces import Pieces, WeightRows
 from actors.models.parallel.fsdp import whole
+from actors.models.quantization.quantised_tensor import plain
 from actors.models.threads import each, one_thread
 from actors.sync.digests import Algorithm, Digests
 from actors.sync.payload import fused_groups_of, group_of
@@ -129,10 +131,13 @@ class HostMerge:
                 if not self._leads:
                     continue
                 if factors is None:
-                    state[name] = tensor.to(self._dtype_of(name))
+                    state[name] = plain(tensor).to(self._dtype_of(name))
                 elif pieces := self._pieces.of(name, factors):
+                    # Of a quantised stack each piece dequantises its expert.
+                    tensor = tensor if tensor.ndim == 3 else plain(tensor)
                     self._merge_pieces(tensor, factors, pieces, tally, made, threads)
                 else:
+                    tensor = plain(tensor)
                     exact = low_rank_delta(factors).add_(tensor)
                     state[name] = self._rounded(exact, tensor, tally)
             for there, merged in checkpoint_tensors(self._model, state).items():

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from actors.cluster.turn_plan import Moves, TrainerBytes
 from actors.models.parallel.fsdp import own_slice
+from actors.models.quantization.quantised_tensor import held
 from actors.trainer.host_state import HostState
 from actors.trainer.updates import Updates
 
@@ -103,10 +104,10 @@ class Residence:
 
 
 def _storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
-    """Memory behind tensors, each once: parameters are views of flat buffers."""
+    """Memory behind tensors, each once: parameters are views of flat buffers; quantised ones have parts."""
     found = {}
-    for tensor in tensors:
-        storage = own_slice(tensor).untyped_storage()
+    for part in (part for tensor in tensors for part in held(tensor)):
+        storage = own_slice(part).untyped_storage()
         if storage.nbytes():
             found[storage._cdata] = storage
     return list(found.values())

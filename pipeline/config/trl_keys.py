@@ -42,6 +42,7 @@ _LOSSES = list(POLICY_LOSSES)
 _OTHER_LOSS = f"a loss that is not offered; `loss_type` takes {', '.join(_LOSSES[:-1])} and {_LOSSES[-1]}"
 _ENTROPY = "not offered; `entropy_coef` is the weight of an entropy bonus that stays as it is"
 _ONE_PATTERN = "not offered: every target has rank `r` and `lora_alpha`, experts by `expert_rank`"
+_EXPERTS_TOO = "it holds for stacked experts too, which bitsandbytes leaves in 16 bits without a word"
 _HUB = "leave it out; an adapter directory is in PEFT's layout, ready for `hf upload`"
 
 INSTEAD: dict[str, str] = {
@@ -94,8 +95,12 @@ INSTEAD: dict[str, str] = {
     "use_dora": "DoRA fails on expert parameters in PEFT and is not offered",
     "init_lora_weights": "only PEFT's default initialisation works on expert parameters; leave it out",
     "modules_to_save": "whole modules beside LoRA are not offered; `model.lora: null` trains everything",
-    "load_in_4bit": "quantised bases are not there yet",
-    "load_in_8bit": "quantised bases are not there yet",
+    "load_in_4bit": f"write `model.quantization: nf4`: {_EXPERTS_TOO}",
+    "load_in_8bit": f"write `model.quantization: int8`: {_EXPERTS_TOO}",
+    "bnb_4bit_quant_type": "write `model.quantization: nf4`, which is that of bitsandbytes",
+    "bnb_4bit_use_double_quant": "leave it out: `model.quantization: nf4` quantises its scales too",
+    "bnb_4bit_compute_dtype": "write `model.dtype: {value}`",
+    "quantization_config": f"write `model.quantization: nf4` (or int8): {_EXPERTS_TOO}",
     "output_router_logits": "write `model.moe.router_aux_loss_coef`",
     "dataset": _DATA,
     "datasets": _DATA,

@@ -375,6 +375,7 @@ class Fleet:
         return EngineSpec(
             dtype=self.config.model.dtype,
             trust_remote_code=self.config.model.trust_remote_code,
+            quantization=self.config.model.quantization,
             enable_sleep_mode=self.config.roles.alternates(role),
             enable_return_routed_experts=self.config.model.moe.router_replay == "rollout",
             **self.config.roles.engine_of(role).model_dump(),

@@ -38,6 +38,7 @@ def architecture_problems(
     problems += [problem for name in names for problem in _slot_problems(config, model_type, name)]
     problems += _sharding_problems(config, row, model_type, n_experts)
     problems += _tensor_parallel_problems(config, row, model_type, split_sizes)
+    problems += _quantization_problems(config, row, model_type)
     asked = config.model.moe.router_aux_loss_coef
     defined = row is not None and row.router is not None and row.router.has_aux_loss
     if asked and not defined:
@@ -91,6 +92,19 @@ def _sharding_problems(
             *_uneven(n_experts, config.roles.of(name).workers),
         ]
     ]
+
+
+def _quantization_problems(config: RunConfig, row: Architecture | None, model_type: str) -> Iterator[str]:
+    kind = config.model.quantization
+    if kind is None:
+        return
+    if row is None:
+        yield f"model.quantization: {kind}, but a {model_type} model is not in the table; leave it out"
+    elif row.is_moe and not row.grouped_experts:
+        yield (
+            f"model.quantization: {kind}, but transformers runs the experts of a {model_type} model in a "
+            "loop of its own, so that they would stay in 16 bits; leave it out"
+        )
 
 
 def _tensor_parallel_problems(

@@ -83,7 +83,7 @@ def reward_base_problems(
     if not any(config.reward_models_of(name) for name in names):
         return []
     from actors.models.base.loading import resolve_base
-    from actors.models.lora.adapters import check_adapter_matches_base
+    from actors.models.lora.adapters import check_adapter_matches_base, quantization_problems
 
     base = base or resolve_base(config.model)
     if base.config is None:
@@ -96,6 +96,7 @@ def reward_base_problems(
             directory = reward.kind == "model" and reward.source not in config.stages
             if directory and not _problems(reward, config):
                 found = check_adapter_matches_base(reward.source, base.config, local)
+                found = found or quantization_problems(reward.source, config.model.quantization)
                 found = found or _target_problems(config, reward.source, base.config)
                 problems += [f"stages.{name}.rewards.{position}: {problem}" for problem in found]
     return problems

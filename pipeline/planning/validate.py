@@ -112,7 +112,7 @@ def _find(config: RunConfig) -> Findings:
 def _look_at_model(config: RunConfig, findings: Findings) -> Any:
     """Base and targets into the findings; the tokenizer, or None."""
     from actors.models.base.loading import load_tokenizer, resolve_base
-    from actors.models.facts import n_experts, split_sizes
+    from actors.models.facts import describe_small, n_experts, split_sizes
     from actors.models.lora.targets import resolve_targets
     from actors.models.turn_ends import turn_ends
     from pipeline.data.tokens.template_date import date_notice, keep_date
@@ -133,6 +133,7 @@ def _look_at_model(config: RunConfig, findings: Findings) -> Any:
             config, base.config.model_type, config.stages, experts, split_sizes(base.config)
         )
         findings.architecture = describe_architecture(base.config.model_type)
+        findings.architecture += findings.attempt(lambda: describe_small(base.config, config.model)) or []
     tokenizer = None if base.problems else findings.attempt(lambda: load_tokenizer(config.model))
     if tokenizer is not None:
         date = keep_date(tokenizer, Path(config.output_dir), write=False)

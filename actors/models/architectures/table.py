@@ -182,7 +182,7 @@ ROWS = (
         limits=(
             "Attention has sinks: on CPUs `attn_implementation: sdpa` is ours, which takes packed rows; on "
             "GPUs transformers' eager one, and rows are padded.",
-            "Checkpoints in MXFP4 are refused; convert them to bf16 first.",
+            "Experts in MXFP4, as it is published, are dequantised into 16 bits while they are read.",
         ),
     ),
     Architecture(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from actors.models.parallel.fsdp import whole
+from actors.models.quantization.quantised_tensor import held
 
 FULL_DIGEST_BYTES = 4 * 2**30
 """Up to here every byte is hashed (about 1 GB/s); above it, evenly spaced blocks of every tensor."""
@@ -28,7 +29,8 @@ def frozen_digest(model: nn.Module, max_bytes: int = FULL_DIGEST_BYTES) -> str:
     """
     tensors = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
     tensors += list(model.named_buffers())
-    return _digest(tensors, max_bytes)
+    parts = [(f"{n}[{i}]" if i else n, part) for n, t in tensors for i, part in enumerate(held(t))]
+    return _digest(parts, max_bytes)
 
 
 def adapter_digest(model: nn.Module, adapter_name: str) -> str:

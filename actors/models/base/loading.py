@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from actors.errors import UserError
 from actors.models.architectures.lookup import architecture_of
+from actors.models.base.mxfp4 import dequantized_mxfp4, is_mxfp4, without_quantization
 from actors.models.base.resolving import (
     ADAPTER_CONFIG,
     ResolvedBase,
@@ -109,9 +110,11 @@ def load_base(
     the ranks of the process group, each reads and holds only its slices: of all weights, gathered by layers
     (`actors.models.parallel.fsdp`), or of stacks of experts alone (`actors.models.moe.expert_parallel`).
     With `mesh` the ranks on it hold one model together (`actors.models.parallel.tensor_parallel`).
+    With `spec.quantization` a whole base holds quantised weights (`actors.models.quantization`).
 
     Raises:
-        UserError: the base can't be found, is no causal LM, or is an architecture without a row.
+        UserError: the base can't be found, is no causal LM, or is an architecture without a row; it is to be
+            quantised and split, or is of an architecture where it can't be.
     """
     import torch
     from safetensors import SafetensorError
@@ -121,7 +124,7 @@ def load_base(
     from actors.models.parallel.fsdp import load_weights, shard_loaded
 
     resolved = resolve_base(spec).checked()
-    how = _arguments(spec, resolved.config)
+    how = _arguments(spec, resolved.config) | _of_quantized(spec, resolved, device, shards, mesh)
     if spec.random_init:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -143,6 +146,9 @@ def load_base(
         except (OSError, SafetensorError) as error:
             problem = f"model.base: '{resolved.base_path}' did not load: {first_line(error)}"
             raise UserError(problem) from error
+    if is_mxfp4(resolved.config):
+        model = model.to(how["dtype"])  # Dequantised into bfloat16.
+        model._weight_conversions = None  # They are not what it is saved by, as transformers would have it.
     model.config.use_cache = False
     # With router logits in the outputs transformers adds its auxiliary loss, also to a frozen router.
     model.config.output_router_logits = False
@@ -166,6 +172,28 @@ def _arguments(spec: ModelSpec, config: Any) -> dict[str, Any]:
     if row is not None and row.is_moe and row.grouped_experts:
         how["experts_implementation"] = spec.moe.experts_implementation
     return how
+
+
+def _of_quantized(
+    spec: ModelSpec, resolved: ResolvedBase, device: str | torch.device, shards: int, mesh: DeviceMesh | None
+) -> dict[str, Any]:
+    """Further arguments for a base that is quantised here, or comes in MXFP4."""
+    assert resolved.config is not None
+    comes_small = is_mxfp4(resolved.config) and not spec.random_init
+    if spec.quantization is None and not comes_small:
+        return {}
+    small = f"model.quantization: {spec.quantization}" if spec.quantization else "model.base: MXFP4"
+    if spec.random_init:
+        raise UserError(f"{small} is of a base that is read from files; leave out random_init")
+    if shards > 1 or mesh is not None:
+        whole = "set sharding: none and tensor_parallel_size: 1"
+        raise UserError(f"{small} is of a base that each rank reads whole; {whole}")
+    if spec.quantization is None:
+        return dequantized_mxfp4(resolved.base_path)
+    from actors.models.quantization.loading import FrozenBaseConfig
+
+    how: dict[str, Any] = {"quantization_config": FrozenBaseConfig(spec.quantization, device, comes_small)}
+    return how | ({"config": without_quantization(resolved.config)} if comes_small else {})
 
 
 def _load_split_layers(resolved: ResolvedBase, mesh: DeviceMesh, how: dict[str, Any]) -> PreTrainedModel:

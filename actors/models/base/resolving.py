@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from actors.errors import UserError
 from actors.models.architectures.lookup import ARCHITECTURES, REFUSED, allow_untested, unsupported
+from actors.models.base.mxfp4 import quant_method
 from actors.models.spec import CHECKOUT_BASE, EMBEDDED_BASE, ModelSpec, locate_embedded_base
 
 if TYPE_CHECKING:
@@ -170,9 +171,20 @@ def _check_config(config: PretrainedConfig, base: str, may_be_untested: bool) ->
         kind = ", ".join(classes) or config.model_type
         return [f"model.base: '{base}' is no causal language model ({kind})"]
     problems = _row_problems(config, may_be_untested)
-    if getattr(config, "quantization_config", None):
-        problems.append(f"model.base: '{base}' is quantised; use its bf16 or fp32 weights")
-    return problems
+    return problems + _quantized_problems(config, base)
+
+
+def _quantized_problems(config: PretrainedConfig, base: str) -> list[str]:
+    method = quant_method(config)
+    if method is None or (method == "mxfp4" and config.model_type == "gpt_oss"):
+        return []
+    instead = "use its bf16 or fp32 weights, with `model.quantization: nf4` where memory is short"
+    if method == "bitsandbytes":
+        return [
+            f"model.base: '{base}' is quantised by bitsandbytes, which leaves stacked experts in 16 bits and "
+            f"writes linear layers in a layout of its own; {instead}"
+        ]
+    return [f"model.base: '{base}' is quantised ({method}); {instead}"]
 
 
 def _row_problems(config: PretrainedConfig, may_be_untested: bool) -> list[str]:

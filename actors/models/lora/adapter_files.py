@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +20,8 @@ from actors.models.base.loading import ADAPTER_CONFIG
 from actors.models.files import save_tensors
 from actors.models.lora.heads import HEAD_FILE, HEAD_NAME, SCORE_KEY, has_sequence_classifier
 from actors.models.parallel.fsdp import is_sharded, put_, whole
+from actors.models.quantization.quantised_tensor import quantization_of
+from actors.models.spec import Quantization
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _FINGERPRINT_KEY = "base_fingerprint"
+_QUANTIZATION_KEY, _DTYPE_KEY = "base_quantization", "base_dtype"
+"""In the metadata of an adapter on a quantised base: `model.quantization` and `model.dtype`."""
 
 
 def save_adapter(
@@ -38,7 +42,8 @@ def save_adapter(
 ) -> None:
     """Write one adapter in PEFT's layout (config and safetensors), byte for byte reproducible.
 
-    The fingerprint of the base's files goes into the metadata, for `check_adapter_matches_base`. With a
+    The fingerprint of the base's files goes into the metadata, for `check_adapter_matches_base`, and with a
+    quantised base, how that was done. With a
     `head` (1, hidden) it is the adapter of a sequence classifier, as PEFT writes one; for architectures
     of which transformers has no such class, the head is a file of its own next to a plain adapter.
 
@@ -63,6 +68,9 @@ def save_adapter(
     base = peft.get_base_model().config._name_or_path
     fingerprint = base_fingerprint(base) if base and Path(base).is_dir() else None
     metadata = {"format": "pt"} | ({_FINGERPRINT_KEY: fingerprint} if fingerprint else {})
+    if kind := quantization_of(peft):
+        dtype = str(peft.get_base_model().dtype).removeprefix("torch.")
+        metadata |= {_QUANTIZATION_KEY: kind, _DTYPE_KEY: dtype}
     save_tensors(tensors, directory / ADAPTER_WEIGHTS, metadata)
     _sort_metadata(directory / ADAPTER_WEIGHTS)
     config = copy.deepcopy(peft.peft_config[adapter_name])
@@ -160,6 +168,30 @@ def check_adapter_matches_base(
     return []
 
 
+def quantization_problems(adapter_dir: str | Path, kind: Quantization | None) -> list[str]:
+    """Problems of an adapter on a base with `model.quantization: kind`: it was trained on other weights."""
+    trained_on = base_quantization(adapter_dir)
+    there = None if trained_on is None else trained_on[0]
+    if there == kind:
+        return []
+    wanted = f"model.quantization: {there or 'null'}"
+    return [
+        f"adapter '{adapter_dir}' was trained with {wanted}, and on the weights of a base with "
+        f"{kind or 'none'} it would be another model; set {wanted}, or merge it into its base first "
+        "(raylign merge)"
+    ]
+
+
+def base_quantization(adapter_dir: str | Path) -> tuple[Quantization, torch.dtype] | None:
+    """Quantization of the base that a saved adapter was trained on, and the dtype that it was computed with;
+    None: it was not quantised."""
+    found = _metadata_of(Path(adapter_dir))
+    if _QUANTIZATION_KEY not in found:
+        return None
+    kind: Any = found[_QUANTIZATION_KEY]
+    return kind, getattr(torch, found[_DTYPE_KEY])
+
+
 def saved_config(directory: str | Path) -> LoraConfig:
     """PEFT's config of a saved adapter, as one of a causal model: a head of its is loaded by `read_head`.
 
@@ -225,10 +257,17 @@ def _sort_metadata(file: Path) -> None:
 
 
 def _fingerprint_of(directory: Path) -> str | None:
+    return _metadata_of(directory).get(_FINGERPRINT_KEY)
+
+
+def _metadata_of(directory: Path) -> dict[str, str]:
+    """Empty where there is no adapter."""
     from safetensors import safe_open
 
+    if not (directory / ADAPTER_WEIGHTS).is_file():
+        return {}
     with safe_open(directory / ADAPTER_WEIGHTS, "pt") as file:
-        return (file.metadata() or {}).get(_FINGERPRINT_KEY)
+        return file.metadata() or {}
 
 
 def _compare_shapes(

@@ -19,6 +19,7 @@ from actors.errors import UserError
 from actors.models.lora.linear import wrap_linears
 from actors.models.moe.experts_forward import _FACTORS, UNMERGED, _experts_forward
 from actors.models.parallel.fsdp import is_managed, is_sharded, own_part, split_dims
+from actors.models.quantization.quantised_tensor import QuantisedTensor
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,7 +30,7 @@ def select(peft: PeftModel, impl: str) -> str:
 
     Raises:
         UserError: `unmerged` was asked for with another experts implementation than grouped_mm, or `peft` for
-            experts that are split among ranks.
+            experts that are split among ranks or quantised.
     """
     wrap_linears(peft)
     base = peft.get_base_model()
@@ -44,6 +45,13 @@ def select(peft: PeftModel, impl: str) -> str:
             "model.lora: experts that ranks share out have unmerged LoRA only, with which each rank computes "
             "its own; set model.lora.expert_impl: auto and model.moe.experts_implementation: grouped_mm"
         )
+    small = any(isinstance(m.get_param(), QuantisedTensor) for m in stacks)
+    if small and (impl == "peft" or now not in ("grouped_mm", UNMERGED)):
+        raise UserError(
+            "model.lora: experts that are quantised have unmerged LoRA only, as PEFT's W + BA is a layer of "
+            "experts in 16 or 32 bits; set model.lora.expert_impl: auto and "
+            "model.moe.experts_implementation: grouped_mm"
+        )
     if impl == "peft":
         if now == UNMERGED:
             base.set_experts_implementation("grouped_mm")
@@ -55,7 +63,7 @@ def select(peft: PeftModel, impl: str) -> str:
                 f"not '{now}'"
             )
         return "peft"
-    if impl == "auto" and not split and not unmerged_is_faster(stacks[0].get_param()):
+    if impl == "auto" and not (split or small) and not unmerged_is_faster(stacks[0].get_param()):
         return select(peft, "peft")
     base.set_experts_implementation(UNMERGED)
     wrap_experts(peft)

@@ -23,9 +23,13 @@ from actors.models.parallel.tensor_parallel import (
     split_dim,
     takes_over_latent,
 )
+from actors.models.quantization.quantised_tensor import QuantisedTensor
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+_PLAIN = (Tensor, nn.Parameter, QuantisedTensor)
+"""Types of tensors that products take as they are."""
 
 
 def lora_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -45,6 +49,13 @@ def wrap_linears(peft: PeftModel) -> None:
             module.__class__ = _SplitLinear if type(module) is Linear else _SplitParamWrapper
         elif type(module) is Linear:
             module.__class__ = _FusedLinear
+        elif type(module) is ParamWrapper and _is_quantised_linear(module):
+            module.__class__ = _QuantisedParamWrapper
+
+
+def _is_quantised_linear(layer: Any) -> bool:
+    """True where PEFT's `target_parameters` name the quantised weight of a linear layer."""
+    return layer.num_experts == 1 and isinstance(layer.get_param(), QuantisedTensor)
 
 
 class _FusedLinear(Linear):
@@ -62,7 +73,7 @@ class _FusedLinear(Linear):
         dropout = self.lora_dropout[name]
         drops = not isinstance(dropout, nn.Identity) and dropout.training
         tensors = (x, base.weight, a.weight, b.weight)
-        if drops or any(t.dtype != torch.float32 or type(t) not in (Tensor, nn.Parameter) for t in tensors):
+        if drops or any(t.dtype != torch.float32 or type(t) not in _PLAIN for t in tensors):
             return super().forward(x)
         return lora_linear(*tensors, self.scaling[name])
 
@@ -79,6 +90,19 @@ class _SplitParamWrapper(ParamWrapper):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return _split_forward(self, x, *args, **kwargs)
+
+
+class _QuantisedParamWrapper(ParamWrapper):
+    """PEFT's wrapper of a linear layer's quantised weight: its W + BA would be kept in 16 or 32 bits."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base: Any = self.get_base_layer()
+        if self.disable_adapters or not any(name in self.lora_A for name in self.active_adapters):
+            return base(x, *args, **kwargs)
+        if args or kwargs or self.merged:
+            raise NotImplementedError("a quantised layer has plain LoRA only")
+        y = _product(self, x, base.weight, slice(None), slice(None))
+        return y if base.bias is None else y + base.bias
 
 
 def _split_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -122,7 +146,7 @@ class _LatentLinear(_FusedLinear):
 
 # PEFT and its users know the layers by these names.
 _FusedLinear.__name__ = _SplitLinear.__name__ = _LatentLinear.__name__ = "Linear"
-_SplitParamWrapper.__name__ = "ParamWrapper"
+_SplitParamWrapper.__name__ = _QuantisedParamWrapper.__name__ = "ParamWrapper"
 
 
 class _LoraLinear(torch.autograd.Function):

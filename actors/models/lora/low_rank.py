@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
+from actors.models.exact_sums import MANTISSA, on_grid
+
 BLOCK = {"cpu": 2**17}
 """Elements of a product that are computed at once: 1 MiB in float64, which a core's cache holds."""
 LARGE_BLOCK = 2**24
 """The same on other devices."""
-EXPONENT_BITS = 0x7F800000
-"""Of a float32: with the rest cleared, the largest power of two that is not above it."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class ExactProduct:
 
     def __init__(self, factors: Factors) -> None:
         bits = _bits(factors.a.shape[-2])
-        self.a, self.b = _on_grid(factors.a, -2, bits), _on_grid(factors.b, -1, bits)
+        self.a, self.b = on_grid(factors.a, -2, bits), on_grid(factors.b, -1, bits)
         self._scaling: float | None = factors.scaling
         if abs(math.frexp(factors.scaling)[0]) == 0.5:
             # A power of two changes no bit of a mantissa: alpha / r is one as a rule, and B is small.
@@ -99,15 +99,6 @@ class ExactProduct:
         target.copy_(product if self._scaling is None else product.mul_(self._scaling))
 
 
-def _on_grid(values: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
-    """float64: rounded to multiples of 2^(e + 1 - bits), where 2^e <= the largest along `dim` < 2^(e + 1)."""
-    largest = values.abs().amax(dim, keepdim=True)
-    power = (largest.view(torch.int32) & EXPONENT_BITS).view(torch.float32).double()
-    # The last bit of this number is worth one step of the grid, and so is that of its sum with a value.
-    rounder = power.mul_(1.5 * 2.0 ** (53 - bits))
-    return values.double().add_(rounder).sub_(rounder)
-
-
 def _bits(rank: int) -> int:
-    """Of a factor, so that the sum of `rank` products of two fits into 53."""
-    return min(24, (53 - (rank - 1).bit_length()) // 2)
+    """Of a factor, so that the sum of `rank` products of two fits into a float64."""
+    return min(24, (MANTISSA - (rank - 1).bit_length()) // 2)

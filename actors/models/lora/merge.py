@@ -20,15 +20,18 @@ import torch
 from torch import nn
 
 from actors.errors import RunFailure, UserError
+from actors.models.architectures.conversion import checkpoint_tensors
 from actors.models.architectures.meta_model import meta_model
 from actors.models.base.loading import load_base, local_base_dir, resolve_base
 from actors.models.files import new_model, writing
+from actors.models.lora.adapter_files import base_quantization
 from actors.models.lora.adapters import attach_saved, check_adapter_matches_base, read_head
 from actors.models.lora.low_rank import Factors, low_rank_delta
 from actors.models.lora.merge_check import compare, compute_dtype
 from actors.models.lora.merge_files import FileMerge, Unchanged
-from actors.models.lora.pieces import checkpoint_tensors
 from actors.models.parallel.fsdp import whole
+from actors.models.quantization.layout import Rounding
+from actors.models.quantization.quantised_tensor import plain
 from actors.models.shards import ShardedWeights
 from actors.models.spec import ModelSpec
 from actors.models.turn_ends import write_turn_ends
@@ -84,6 +87,9 @@ def merge_adapter(
 ) -> MergeReport:
     """Write base + adapter as a full Hugging Face model (safetensors, checkpoint names, tokenizer).
 
+    An adapter that was trained on a quantised base is added to that base dequantised, bit for bit what the
+    trainer computed with.
+
     Args:
         base: directory or hub id; None takes the one that the adapter names.
         dtype: of the output; None keeps the base's.
@@ -117,7 +123,9 @@ def _merge(
     weights = _weights(base_dir, resolved.config, adapter_dir, own, target)
     with writing(out_dir):
         _write(weights.outline, weights.tensors, weights.model, out_dir, base_dir)
-    found = compare(base_dir, adapter_dir, out_dir, own, target) if check else None
+    trained_on = base_quantization(adapter_dir)
+    kind = None if trained_on is None else trained_on[0]
+    found = compare(base_dir, adapter_dir, out_dir, own, target, kind) if check else None
     return MergeReport(
         str(out_dir),
         _dtype_name(target),
@@ -139,11 +147,14 @@ def _weights(
     model = meta_model(config)
     factors = adapter_factors(attach_saved(model, adapter_dir, "merge", trainable=False), "merge")
     unchanged = Unchanged({target, torch.bfloat16})
-    merge = FileMerge.of(base_dir, config, factors, target)
+    trained_on = base_quantization(adapter_dir)
+    rounding = None if trained_on is None else Rounding(trained_on[0], config, trained_on[1])
+    merge = FileMerge.of(base_dir, config, factors, target, rounding)
     if merge is not None:
         return _Weights(merge.outline(), merge.tensors(unchanged), unchanged, len(factors), type(model))
-    dtype: Any = _dtype_name(compute_dtype(base_dir, own, target))
-    loaded = load_base(ModelSpec(base=str(base_dir), dtype=dtype, allow_untested=True))
+    dtype: Any = _dtype_name(compute_dtype(base_dir, own, target) if rounding is None else rounding.dtype)
+    kind = None if rounding is None else rounding.kind
+    loaded = load_base(ModelSpec(base=str(base_dir), dtype=dtype, quantization=kind, allow_untested=True))
     peft = attach_saved(loaded, adapter_dir, "merge", trainable=False)
     state = merged_state(peft, "merge", target, unchanged)
     return _Weights(state, state.items(), unchanged, len(factors), type(model))
@@ -164,7 +175,8 @@ def merged_state(
     base = _base_of(model)
     deltas = adapter_deltas(model, adapter_name) if adapter_name else {}
     state = {}
-    for name, tensor in base_tensors(base).items():
+    for name, held in base_tensors(base).items():
+        tensor = plain(held)
         to = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         delta = deltas.pop(name, None)
         if delta is None:
@@ -226,6 +238,7 @@ def _write(
             shutil.copyfile(file, out_dir / file.name)
     config = json.loads((base_dir / "config.json").read_text())
     config.pop("torch_dtype", None)
+    config.pop("quantization_config", None)  # What came in MXFP4 is dequantised.
     config["dtype"] = _dtype_name(next(t.dtype for t in outline.values() if t.is_floating_point()))
     config.setdefault("architectures", [model.__name__])
     (out_dir / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

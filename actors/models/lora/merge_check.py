@@ -11,7 +11,8 @@ import torch
 from actors.errors import RunFailure
 from actors.models.base.loading import load_base
 from actors.models.lora.adapters import attach_saved, role
-from actors.models.spec import ModelSpec
+from actors.models.quantization.quantised_tensor import dequantise_all
+from actors.models.spec import ModelSpec, Quantization
 
 LOAD_IN_FP32_BYTES = 2**30
 """Up to this size (as float32) the check runs in float32, larger bases in their own dtype: it takes the base
@@ -38,19 +39,25 @@ class Differences:
 
 
 def compare(
-    base_dir: Path, adapter_dir: str | Path, merged_dir: Path, own: torch.dtype, target: torch.dtype
+    base_dir: Path,
+    adapter_dir: str | Path,
+    merged_dir: Path,
+    own: torch.dtype,
+    target: torch.dtype,
+    quantization: Quantization | None = None,
 ) -> Differences:
     """Differences over random tokens.
 
     Args:
         own: dtype of the base.
         target: of the merged model.
+        quantization: of the base that the adapter was trained on.
 
     Raises:
         RunFailure: they are beyond tolerance.
     """
     compute = compute_dtype(base_dir, own, target)
-    peft = attach_saved(_loaded(base_dir, compute), adapter_dir, "merge", trainable=False)
+    peft = attach_saved(_loaded(base_dir, compute, quantization), adapter_dir, "merge", trainable=False)
     vocab = peft.get_base_model().config.vocab_size
     ids = torch.randint(0, vocab, (2, 32), generator=torch.Generator().manual_seed(0))
     with role(peft, "merge"):
@@ -64,7 +71,8 @@ def compare(
     relative = diff / unmerged.abs().clamp(min=1)
     off, limit = (float(relative.max()), FP32_TOLERANCE) if exact else (mean, ROUNDED_TOLERANCE)
     if not exact and off > limit:
-        rounded = _loaded(base_dir, compute)
+        rounded = _loaded(base_dir, compute, quantization)
+        dequantise_all(rounded)
         for tensor in (*rounded.parameters(), *rounded.buffers()):
             tensor.data = tensor.data.to(target).to(tensor.dtype)
         limit = max(limit, 2 * float((_logps(rounded, ids) - bare).abs().mean()))
@@ -92,8 +100,9 @@ def _logps(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def _loaded(directory: Path, dtype: torch.dtype) -> Any:
+def _loaded(directory: Path, dtype: torch.dtype, quantization: Quantization | None = None) -> Any:
     """A base or merged model; also without a row of its architecture, as the adapter's run has probed
     that."""
     name: Any = str(dtype).removeprefix("torch.")
-    return load_base(ModelSpec(base=str(directory), dtype=name, allow_untested=True))
+    spec = ModelSpec(base=str(directory), dtype=name, quantization=quantization, allow_untested=True)
+    return load_base(spec)

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from actors.errors import UserError
+from actors.models.architectures.conversion import conversion_model
 from actors.models.base.checkpoint import BaseCheckpoint
 from actors.models.lora.low_rank import Factors
-from actors.models.lora.pieces import Pieces, checkpoint_shapes, conversion_model
+from actors.models.lora.pieces import Pieces, checkpoint_shapes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+    from actors.models.quantization.layout import Rounding
 
 
 @dataclass
@@ -54,12 +57,19 @@ class FileMerge:
 
     @staticmethod
     def of(
-        directory: Path, config: PretrainedConfig, factors: Mapping[str, Factors], dtype: torch.dtype
+        directory: Path,
+        config: PretrainedConfig,
+        factors: Mapping[str, Factors],
+        dtype: torch.dtype,
+        rounding: Rounding | None = None,
     ) -> FileMerge | None:
         """None where the files hold the adapted weights in another form than transformers writes: quantised,
-        or under names of an older version. Only a loaded model knows then what they are."""
+        or under names of an older version. Only a loaded model knows then what they are.
+
+        `rounding`: of an adapter that was trained on a quantised base.
+        """
         try:
-            merge = FileMerge(BaseCheckpoint(directory), config, factors, dtype)
+            merge = FileMerge(BaseCheckpoint(directory, rounding), config, factors, dtype)
         except UserError:
             return None
         shapes = merge._base.shapes

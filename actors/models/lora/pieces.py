@@ -2,7 +2,7 @@
 tensor by tensor, and nothing has to be cut and copied afterwards.
 
 transformers keeps the experts of a layer in one tensor, and cuts it up for a checkpoint. Its rules are not
-written down here a second time: numbers of rows are sent through them.
+written down here a second time: numbers of rows are sent through them (`architectures.conversion`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from actors.models.architectures.meta_model import meta_model
+from actors.models.architectures.conversion import checkpoint_tensors, row_numbers
 from actors.models.lora.low_rank import ExactProduct, Factors, low_rank_delta
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -67,39 +67,17 @@ class Pieces:
     def _find(self, name: str, factors: Factors) -> dict[str, WeightRows]:
         *experts, out, _ = factors.b.shape
         count = out * (experts[0] if experts else 1)
-        # Two columns: transformers drops a dimension of one.
-        numbers = torch.arange(count).view(*experts, out, 1).expand(*experts, out, 2)
-        cut = checkpoint_tensors(self._model, {name: numbers})
+        cut = checkpoint_tensors(self._model, {name: row_numbers(experts, out)})
         pieces = {there: _piece(rows, out, bool(experts)) for there, rows in cut.items()}
         found = {there: piece for there, piece in pieces.items() if piece is not None}
         whole = sum(piece.rows.stop - piece.rows.start for piece in found.values()) == count
         return found if whole and len(found) == len(pieces) else {}
 
 
-def conversion_model(config: PretrainedConfig) -> PreTrainedModel:
-    """A base's model for `checkpoint_tensors`: names and shapes alone. transformers need not look its
-    conversions up anew whenever it converts: 4 ms each time."""
-    from transformers.conversion_mapping import PrefixChange, get_model_conversion_mapping
-
-    model = meta_model(config)
-    found = get_model_conversion_mapping(model, add_legacy=False)
-    # As transformers leaves them out for a model that it did not load.
-    model._weight_conversions = [one for one in found if not isinstance(one, PrefixChange)] or None
-    return model
-
-
 def checkpoint_shapes(model: PreTrainedModel, name: str, factors: Factors) -> dict[str, tuple[int, ...]]:
     """Shapes of what the adapted weight `name` is in a checkpoint, by their names there."""
     weight = torch.empty(factors.shape, device="meta")
     return {there: tuple(one.shape) for there, one in checkpoint_tensors(model, {name: weight}).items()}
-
-
-def checkpoint_tensors(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names in memory -> names in a checkpoint. transformers renames, cuts and joins."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    found: dict[str, torch.Tensor] = revert_weight_conversion(model, tensors) if tensors else {}
-    return found
 
 
 def _piece(numbers: torch.Tensor, out: int, stacked: bool) -> WeightRows | None:

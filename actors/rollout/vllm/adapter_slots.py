@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from actors.errors import InvariantViolation, RunFailure
+from actors.models.architectures.conversion import conversion_model
 from actors.models.lora.low_rank import Factors
-from actors.models.lora.pieces import conversion_model
 from actors.rollout.vllm.slot_places import DOWN, GATE_UP, Homes, Place, SlotMap, slots_of, whole_slot
 from actors.rollout.vllm.workarounds.registry import LEANT_ON
 from actors.sync.digests import Algorithm, Digests

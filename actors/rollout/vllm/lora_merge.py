@@ -1,7 +1,8 @@
 """New weights in the engine's process: W0 + s B A, from the base's files, under checkpoint names.
 
 W0 is read anew from disk for every version, never taken from the engine: what is served then depends on
-the base and the last payload alone, and no rounding adds up over versions.
+the base and the last payload alone, and no rounding adds up over versions. Of a quantised base it is
+quantised and dequantised anew, by the trainer's codec.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import Any
 
 import torch
 
+from actors.models.architectures.conversion import conversion_model
 from actors.models.base.checkpoint import BaseCheckpoint
-from actors.models.lora.pieces import Pieces, checkpoint_shapes, conversion_model
+from actors.models.lora.pieces import Pieces, checkpoint_shapes
 from actors.models.threads import each
 from actors.sync.payload import Payload, PayloadEntry
 
@@ -72,4 +74,4 @@ class Merger:
     def _rounded(self, payload: Payload, name: str) -> torch.Tensor:
         """W0 as the trainer has it, where the payload is."""
         dtype: torch.dtype = getattr(torch, payload.manifest.base_dtype)
-        return self._base.tensor(name).to(payload.buffer.device).to(dtype)
+        return self._base.tensor(name, payload.buffer.device).to(dtype)

@@ -27,8 +27,9 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 )
 
 from actors.errors import InvariantViolation, RunFailure
-from actors.models.base.checkpoint import BaseCheckpoint
+from actors.models.spec import Quantization
 from actors.models.threads import one_thread
+from actors.rollout.vllm.base_loader import base_weights
 from actors.rollout.vllm.lora_merge import Merger, Targets
 from actors.rollout.vllm.parameter_map import record_bindings, without_reload_warnings
 from actors.rollout.vllm.readback import Reader
@@ -46,6 +47,8 @@ class BaseInfo(WeightTransferInitInfo):
 
     base: str
     """Directory of the checkpoint that the engine has loaded."""
+    quantization: Quantization | None = None
+    """`model.quantization`."""
 
 
 @dataclass
@@ -107,15 +110,15 @@ class SyncTransferEngine(WeightTransferEngine):
 
     def init_transfer_engine(self, init_info: BaseInfo) -> None:
         """Open the base and learn where its tensors are bound."""
-        base = BaseCheckpoint(init_info.base)
         refuse_padded_experts(self.model)
         with set_current_vllm_config(self.vllm_config):
-            self._bindings, elements = record_bindings(self.model, self.model_config, base.shapes)
             # The checkpoint's own config: vLLM writes into the one that it holds ("deepseek_yarn" as a kind
             # of rope, for one), and transformers does not know what it writes.
             config = AutoConfig.from_pretrained(
                 init_info.base, trust_remote_code=self.model_config.trust_remote_code
             )
+            base = base_weights(init_info.base, config, init_info.quantization, self.model_config.dtype)
+            self._bindings, elements = record_bindings(self.model, self.model_config, base.shapes)
             self._merger = Merger(base, config, self.model_config.dtype)
         self._shapes = base.shapes
         self.held = {name: [elements[name], tensor.numel()] for name, tensor in base.shapes.items()}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from actors.errors import RunFailure
+from actors.rollout.vllm import base_loader as base_loader
 from actors.rollout.vllm.adapter_slots import AdapterSlots, slots_of_worker
 from actors.rollout.vllm.intake import Intake
 from actors.rollout.vllm.router_capture import RouteCounter, moe_layers

@@ -44,10 +44,56 @@ def _model_problems(config: RunConfig) -> Iterator[Problem]:
         repeated = sorted({t for t in lora.targets if lora.targets.count(t) > 1})
         if repeated:
             yield Problem("model.lora.targets", f"{', '.join(repeated)} given more than once")
+    yield from _quantization_problems(config)
     if config.model.attn_implementation == "flash_attention_2" and not config.roles.policy.gpus:
         yield Problem(
             "model.attn_implementation", "flash_attention_2 needs GPUs; use sdpa, or set roles.policy.gpus"
         )
+
+
+def _quantization_problems(config: RunConfig) -> Iterator[Problem]:
+    """Everything that would need the weights of a quantised base in 16 or 32 bits."""
+    model = config.model
+    if model.quantization is None:
+        return
+    key = f"model.quantization: {model.quantization}"
+    if model.lora is None:
+        yield Problem(
+            "model.lora",
+            f"null trains every parameter, and {key} is of a base that is frozen; set LoRA's settings, or "
+            "leave model.quantization out",
+        )
+    elif model.lora.expert_impl == "peft" and "experts" in model.lora.targets:
+        yield Problem(
+            "model.lora.expert_impl",
+            f"peft makes W + BA of a layer of experts in {model.dtype}, whose memory {key} saves; set auto",
+        )
+    if model.moe.experts_implementation != "grouped_mm":
+        yield Problem(
+            "model.moe.experts_implementation",
+            f"{model.moe.experts_implementation} keeps dequantised experts for the backward pass, whose "
+            f"memory {key} saves; set it to grouped_mm",
+        )
+    if model.random_init:
+        yield Problem(
+            "model.quantization",
+            f"'{model.quantization}' is of a base that is read from files, and model.random_init is true; "
+            "leave one of them out",
+        )
+    for role in MODEL_ROLES:
+        spec = config.roles.of(role)
+        if spec.sharding != "none":
+            yield Problem(
+                f"roles.{role}.sharding",
+                f"'{spec.sharding}' was not tried with {key}, of which every worker holds a whole base; set "
+                "none",
+            )
+        if spec.tensor_parallel_size > 1:
+            yield Problem(
+                f"roles.{role}.tensor_parallel_size",
+                f"{spec.tensor_parallel_size} was not tried with {key}, of which every worker holds a whole "
+                "base; set 1",
+            )
 
 
 def _role_problems(config: RunConfig) -> Iterator[Problem]:

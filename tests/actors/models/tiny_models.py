@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -180,6 +182,27 @@ def tiny_config_of(model_type: str, **overrides: Any) -> Any:
         k: v for k, v in _COMMON.items() if model_type != "dbrx" or not k.startswith(("num_", "hidden"))
     }
     return AutoConfig.for_model(model_type, **{**common, **SIZES[model_type], **overrides})
+
+
+def write_mxfp4(directory: Path, seed: int = 0) -> None:
+    """A tiny random gpt-oss as it is published, experts in MXFP4, the rest in bfloat16; no tokenizer."""
+    from safetensors.torch import save_file
+
+    model = tiny_model("gpt_oss", seed).bfloat16()
+    generator = torch.Generator().manual_seed(seed)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    for name in [name for name in state if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, columns, rows = state.pop(name).shape
+        shape = (experts, rows, columns // 32, 16)
+        state[f"{name}_blocks"] = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        # Powers of two, 127 being 1: weights of about .05.
+        state[f"{name}_scales"] = torch.randint(121, 124, shape[:3], generator=generator).to(torch.uint8)
+    model.config.save_pretrained(directory)
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"quantization_config": {"quant_method": "mxfp4"}, "dtype": "bfloat16"}
+    config["architectures"] = ["GptOssForCausalLM"]
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(state, directory / "model.safetensors", {"format": "pt"})
 
 
 def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:

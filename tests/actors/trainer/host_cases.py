@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from actors.batches.batch import Batch
-from actors.models.spec import LoraSpec, ModelSpec, MoeSpec
+from actors.models.spec import LoraSpec, ModelSpec, MoeSpec, Quantization
 from actors.trainer.model_host import ModelHost
 from actors.trainer.spec import HostSpec
 
@@ -16,12 +16,16 @@ LORA = LoraSpec(r=4, lora_alpha=8, targets=["attention", "experts"])
 
 
 def host_spec(
-    base: Path | str, lora: LoraSpec | None = LORA, aux: float | None = 0.0, **settings: Any
+    base: Path | str,
+    lora: LoraSpec | None = LORA,
+    aux: float | None = 0.0,
+    quantization: Quantization | None = None,
+    **settings: Any,
 ) -> HostSpec:
     """A float32 host on the CPU without auxiliary loss."""
-    return HostSpec(
-        model=ModelSpec(base=str(base), lora=lora, moe=MoeSpec(router_aux_loss_coef=aux)), **settings
-    )
+    moe = MoeSpec(router_aux_loss_coef=aux)
+    model = ModelSpec(base=str(base), lora=lora, moe=moe, quantization=quantization)
+    return HostSpec(model=model, **settings)
 
 
 def policy_host(base: Path | str, **settings: Any) -> ModelHost:

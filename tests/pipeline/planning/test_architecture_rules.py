@@ -49,6 +49,14 @@ def test_an_engine_on_the_cpu_needs_a_dtype_that_its_kernels_know() -> None:
     assert architecture_problems(config, "qwen3_next", ["sft"]) == []
 
 
+def test_a_base_whose_experts_would_stay_as_they_are_is_not_quantised() -> None:
+    for model_type, reason in (("dbrx", "a loop of its own"), ("unheard_of", "is not in the table")):
+        (problem,) = problems(model_type, {"sft": SFT}, quantization="nf4")
+        assert problem.startswith("model.quantization: nf4, but")
+        assert reason in problem
+    assert problems("gpt_oss", {"sft": SFT}, quantization="int8") == []
+
+
 def test_an_architecture_without_a_plan_by_layer_is_not_sharded() -> None:
     roles = {"policy": {"workers": 2, "sharding": "base"}}
     run = run_of({"sft": SFT}).model_dump() | {"roles": roles}

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from actors.models.exact_sums import on_grid
 from actors.models.lora import low_rank
 from actors.models.lora.low_rank import ExactProduct, Factors, low_rank_delta
 
@@ -79,7 +80,7 @@ def test_rows_that_are_added_to_a_base_have_the_bits_of_the_whole_sum(
     for experts in (None, 3):
         of = dataclasses.replace(factors(8, experts=experts), scaling=scaling)
         bits = low_rank._bits(8)
-        exact = low_rank._on_grid(of.b, -1, bits) @ low_rank._on_grid(of.a, -2, bits)
+        exact = on_grid(of.b, -1, bits) @ on_grid(of.a, -2, bits)
         delta = (exact * scaling).float()
         assert torch.equal(low_rank_delta(of), delta)
         base = torch.randn(delta.shape, generator=torch.Generator().manual_seed(1)).to(dtype)

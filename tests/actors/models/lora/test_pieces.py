@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from actors.models.architectures.conversion import checkpoint_tensors
 from actors.models.architectures.lookup import ARCHITECTURES
 from actors.models.lora.low_rank import Factors
 from actors.models.lora.merge import base_tensors
-from actors.models.lora.pieces import Pieces, WeightRows, _piece, checkpoint_tensors
+from actors.models.lora.pieces import Pieces, WeightRows, _piece
 from tests.actors.models.tiny_models import tiny_model
 
 WHOLE = {"gpt_oss", "granitemoe"}

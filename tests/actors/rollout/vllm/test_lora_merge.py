@@ -12,6 +12,7 @@ import torch
 from actors.models.architectures.lookup import ARCHITECTURES
 from actors.models.base.checkpoint import BaseCheckpoint
 from actors.models.lora.merge import adapter_factors, merged_state
+from actors.models.quantization.layout import Rounding
 from actors.rollout.vllm.lora_merge import Merger
 from actors.sync.digests import Digests, digest_of
 from actors.sync.payload import fused_groups_of, pack_adapter, pack_merged
@@ -54,6 +55,30 @@ def test_an_adapter_merges_into_exactly_what_a_written_checkpoint_holds(
     assert {shape for names in targets.values() for shape in names.items()} == {
         (name, tuple(base.shapes[name].shape)) for name in changed
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_onto_a_quantised_base_an_adapter_merges_into_the_trainers_bits(
+    tmp_path: Path, architecture: str, dtype: torch.dtype
+) -> None:
+    name = str(dtype).removeprefix("torch.")
+    path = write_base(tmp_path, architecture)
+    policy = Policy(path, architecture, ["attention"], quantization="nf4", dtype=name)
+    policy.change(seed=1)
+    config = policy.peft.get_base_model().config
+    base = BaseCheckpoint(path, Rounding("nf4", config, dtype))
+    merger, payload, state = Merger(base, config, dtype), policy.payload(ADAPTER, 1), policy.state(dtype)
+    made = merger.merged(payload, sorted(base.shapes), merger.targets(payload))
+    assert all(torch.equal(made[name], state[name]) for name in state), "those without LoRA among them"
+    whole = BaseCheckpoint(path)
+    experts = [name for name in base.shapes if "experts" in name and "bias" not in name]
+    assert experts
+    assert not any(torch.equal(made[name], whole.tensor(name).to(dtype)) for name in experts)
+    merge = HostMerge(policy.peft.get_base_model(), adapter_factors(policy.peft, "policy"), name)
+    sent = merge.merged(merge.names)
+    assert all(torch.equal(sent[name], state[name]) for name in sent)
+    assert merge.tally().expected().digests == {name: digest_of(state[name]) for name in sent}
 
 
 def check_parts(policy: Policy, state: dict[str, torch.Tensor], dtype: torch.dtype) -> None:

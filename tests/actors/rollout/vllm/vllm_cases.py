@@ -14,7 +14,7 @@ from actors.models.base.loading import load_base
 from actors.models.lora.adapters import adapter_parameters, attach_lora, role
 from actors.models.lora.merge import adapter_factors, merged_state, write_model
 from actors.models.moe.router_stats import RouterStats
-from actors.models.spec import LoraSpec, ModelSpec
+from actors.models.spec import LoraSpec, ModelSpec, TargetGroup
 from actors.rollout.engine import EngineSpec, RolloutEngine, SamplingSpec
 from actors.rollout.parity import ParityReport, probe_engine
 from actors.rollout.remote import ROLLOUT
@@ -76,10 +76,12 @@ def write_untested_base(path: Path) -> Path:
 class Policy:
     """A policy with LoRA on all that its architecture has, whose weights change when told to."""
 
-    def __init__(self, base: Path, architecture: str) -> None:
+    def __init__(
+        self, base: Path, architecture: str, targets: list[TargetGroup] | None = None, **model: Any
+    ) -> None:
         self.base, self.architecture = base, architecture
-        lora = LoraSpec(r=4, targets=GROUPS[architecture])
-        self.peft: Any = attach_lora(load_base(ModelSpec(base=str(base))), lora, "policy").eval()
+        lora = LoraSpec(r=4, targets=targets or GROUPS[architecture])
+        self.peft: Any = attach_lora(load_base(ModelSpec(base=str(base), **model)), lora, "policy").eval()
 
     def change(self, seed: int) -> None:
         """Other weights, whose effect is far beyond rounding."""
@@ -88,6 +90,11 @@ class Policy:
             for name, parameter in adapter_parameters(self.peft, "policy").items():
                 std = 0.02 if "lora_B" in name else 0.1
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+    @property
+    def dtype(self) -> str:
+        """Of the base in the trainer."""
+        return str(self.peft.get_base_model().dtype).removeprefix("torch.")
 
     def logps(self, sequences: list[list[int]], starts: list[int]) -> list[np.ndarray]:
         """transformers' log-probability of each token from `start` on."""
@@ -119,12 +126,12 @@ class Policy:
         algorithm: Algorithm = "xxh3",
     ) -> Payload:
         if kind == ADAPTER:
-            return pack_adapter(version, "float32", adapter_factors(self.peft, "policy"), algorithm)
+            return pack_adapter(version, self.dtype, adapter_factors(self.peft, "policy"), algorithm)
         state, base = self.state(dtype), merged_state(self.peft)
         touched = [name for name in state if not torch.equal(state[name], base[name].to(dtype))]
         return pack_merged(
             version,
-            "float32",
+            self.dtype,
             {name: state[name] for name in fused_groups_of(touched, state)},
             algorithm=algorithm,
         )

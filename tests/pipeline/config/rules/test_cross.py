@@ -49,6 +49,28 @@ def test_sharding_is_for_hosts_and_fits_what_trains() -> None:
     assert "roles.policy.workers to 2 or more" in problems["roles.policy.sharding"]
 
 
+def test_what_a_quantised_base_can_not_have_is_refused_by_key() -> None:
+    small = {"base": "b", "quantization": "nf4"}
+    assert not problems_of(model=small, roles={"policy": {"workers": 2}})
+    assert set(problems_of(model=small | {"lora": None})) == {"model.lora"}
+    assert set(problems_of(model=small | {"lora": {"expert_impl": "peft"}})) == {"model.lora.expert_impl"}
+    eager = small | {"moe": {"experts_implementation": "eager"}}
+    assert set(problems_of(model=eager)) == {"model.moe.experts_implementation"}
+    assert "read from files" in problems_of(model=small | {"random_init": True})["model.quantization"]
+    split = {"policy": {"workers": 2, "sharding": "experts"}, "reference": {"workers": 2, "sharding": "base"}}
+    assert set(problems_of(model=small, roles=split)) == {"roles.policy.sharding", "roles.reference.sharding"}
+    parallel = {"policy": {"workers": 2, "tensor_parallel_size": 2}}
+    assert set(problems_of(model=small, roles=parallel)) == {"roles.policy.tensor_parallel_size"}
+    assert "model.quantization" in problems_of(model={"base": "b", "quantization": "fp4"})
+
+
+@pytest.mark.parametrize("key", ["load_in_4bit", "load_in_8bit", "quantization_config"])
+def test_bitsandbytes_keys_are_answered_with_ours_and_with_what_that_leaves_out(key: str) -> None:
+    (message,) = problems_of(model={"base": "b", key: True}).values()
+    assert "write `model.quantization: " in message
+    assert "stacked experts too, which bitsandbytes leaves in 16 bits" in message
+
+
 def test_dropout_on_experts_is_refused() -> None:
     dropout = {"base": "b", "lora": {"lora_dropout": 0.1}}
     assert set(problems_of(model=dropout)) == {"model.lora.lora_dropout"}
