@@ -1,18 +1,17 @@
 """Ray: the cluster of a run, the processes of a role, calls into them under deadlines."""
 
 from actors.cluster.connection import (
-    asks_for_token,
     check_cluster,
     import_ray,
     is_local,
     local_resources,
-    match_tokens,
     ray_lost,
     start_ray,
     stop_ray,
 )
 from actors.cluster.environment import SHIPPED, actor_environment, passed_on
 from actors.cluster.futures import AgreedFuture, GroupFuture, WorkerFuture
+from actors.cluster.joined_cluster import asks_for_token, match_tokens
 from actors.cluster.measured_limits import MeasuredLimits
 from actors.cluster.ray_private import MODE, TRIED, head_address, private, use_token
 from actors.cluster.room import by_size

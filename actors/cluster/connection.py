@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import importlib
 import os
-import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -16,16 +15,9 @@ from typing import Any
 
 from actors.cluster.environment import import_root, ray_environment
 from actors.cluster.fast_start import ForkServer, lean_cluster
+from actors.cluster.joined_cluster import JoinedCluster
 from actors.cluster.local_cluster import LocalCluster
-from actors.cluster.ray_private import (
-    MODE,
-    head_address,
-    mute_raylet,
-    own_sigterm,
-    unmute_raylet,
-    use_token,
-    workers_import_from,
-)
+from actors.cluster.ray_private import mute_raylet, own_sigterm, unmute_raylet, workers_import_from
 from actors.cluster.room import shortages
 from actors.cluster.spec import RoleSpec
 from actors.errors import RunFailure, UserError
@@ -34,11 +26,9 @@ OBJECT_STORE_BYTES = 512 * 2**20
 """Object store of a local cluster. Batches are small and what doesn't fit is spilled to disk; Ray's own
 choice, 30 % of the memory, makes it warn wherever /dev/shm is smaller (64 MiB in a plain container)."""
 PLAIN_START = "plain start (ray.fast_start: false)"
-REACH_S = 5.0
-"""Seconds to wait for a cluster's head to accept a connection; one that is there answers in milliseconds."""
 
-_local: LocalCluster | None = None
-"""The cluster that this process has started."""
+_cluster: LocalCluster | JoinedCluster | None = None
+"""The cluster that this process has started or joined."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +94,7 @@ def start_ray(
                 }
                 how = _start_local(settings, fast_start, fork_server, keep_logs)
             else:
-                _connect(str(address), by, quiet)
+                _keep(JoinedCluster(str(address), by, quiet))
                 how = f"connected to the cluster at {address}"
     mute_raylet()
     seconds, gcs_address = time.monotonic() - began, ray.get_runtime_context().gcs_address
@@ -123,14 +113,14 @@ def stop_ray(failed: bool = False) -> Path | None:
 
     After a `failed` run Ray's logs of that cluster are kept; returns their directory.
     """
-    global _local
+    global _cluster
     kept = None
     if "ray" in sys.modules:
         import ray
 
-        local, _local = _local, None
-        if local is not None:
-            kept = local.end(failed)
+        cluster, _cluster = _cluster, None
+        if cluster is not None:
+            kept = cluster.end(failed)
         else:
             ray.shutdown()
         unmute_raylet()
@@ -138,9 +128,9 @@ def stop_ray(failed: bool = False) -> Path | None:
 
 
 def ray_lost() -> RunFailure | None:
-    """The failure of a cluster that `start_ray` started and that can't go on, which is behind whatever else
-    fails then; None while all is well."""
-    return _local.lost if _local is not None else None
+    """The failure of a cluster that `start_ray` started or joined and that can't go on, which is behind
+    whatever else fails then; None while all is well."""
+    return _cluster.lost if _cluster is not None else None
 
 
 def check_cluster(roles: Mapping[str, RoleSpec], *, num_cpus: float | None = None) -> None:
@@ -180,11 +170,16 @@ def _start_local(
     settings: Mapping[str, Any], fast: bool, fork_server: ForkServer | None, keep_logs: Path | None
 ) -> str:
     """Start a local cluster; how that was done."""
-    global _local
     starting = lean_cluster(fork_server) if fast else contextlib.nullcontext(PLAIN_START)
-    _local = LocalCluster(settings, starting, keep_logs)
+    cluster = LocalCluster(settings, starting, keep_logs)
+    _keep(cluster)
+    return cluster.how
+
+
+def _keep(cluster: LocalCluster | JoinedCluster) -> None:
+    global _cluster
+    _cluster = cluster
     atexit.register(stop_ray)  # Of programs that don't; before Ray's own.
-    return _local.how
 
 
 def _named(address: str | None) -> tuple[str, str | None]:
@@ -192,80 +187,6 @@ def _named(address: str | None) -> tuple[str, str | None]:
     if address:
         return "ray.address", address
     return "RAY_ADDRESS", os.environ.get("RAY_ADDRESS", "").strip() or None
-
-
-def _connect(address: str, by: str, quiet: Mapping[str, Any]) -> None:
-    import ray
-
-    head = _head_of(address, by)
-    match_tokens(head, by)
-    try:
-        ray.init(address=head, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        raise UserError(
-            f"{by}: no Ray cluster could be used at {address}: {str(error).strip().splitlines()[0]}; "
-            f"for a local cluster that ends with the run, leave {by} out"
-        ) from None
-
-
-def _head_of(address: str, by: str = "ray.address") -> str:
-    """host:port of the cluster's head, which accepts connections.
-
-    Raises:
-        UserError: nothing is there. Ray itself would try for ten minutes.
-    """
-    if "://" in address:
-        what = "a Ray Client address" if address.startswith("ray://") else "the address of a dashboard"
-        raise UserError(
-            f"{by}: {address} is {what}; give host:port of the cluster's head and run on one of its "
-            f"machines, or send the run there with `raylign submit`; for a local cluster, leave {by} out"
-        )
-    try:
-        head = head_address(address)
-        if head is None:
-            raise UserError(f"{by}: {address}, but no cluster was started here with `ray start`")
-        host, _, port = head.rpartition(":")
-        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
-    except (ValueError, OverflowError):  # the latter of a port beyond 65535
-        raise UserError(f"{by}: {address!r} is neither auto nor host:port") from None
-    except OSError as error:
-        raise UserError(f"{by}: nothing answers at {address} ({error.strerror or error})") from None
-    return head
-
-
-def match_tokens(head: str, key: str = "ray.address") -> None:
-    """Show this machine's token to a cluster that asks for one, and to no other.
-
-    Given an address, Ray decides by the variable RAY_AUTH_MODE alone, which few people set; with the wrong
-    mode it prints warnings for 18 s, or connects and then loses every actor.
-
-    Args:
-        head: host:port of the cluster's head.
-        key: what named the cluster, for the error.
-
-    Raises:
-        UserError: the cluster asks for a token and there is none here.
-    """
-    if MODE in os.environ or not asks_for_token(head):
-        return
-    if not use_token(head, key):
-        raise UserError(
-            f"{key}: the cluster at {head} asks for a token and there is none here: copy the head's "
-            "~/.ray/auth_token, or name the file in RAY_AUTH_TOKEN_PATH"
-        )
-
-
-def asks_for_token(head: str) -> bool | None:
-    """True where the cluster's head at host:port asks for a token; None where no head answers."""
-    import grpc
-
-    with grpc.insecure_channel(head, options=[("grpc.enable_http_proxy", 0)]) as channel:
-        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
-        try:
-            ask(b"", timeout=REACH_S)
-        except grpc.RpcError as error:
-            return True if error.code() is grpc.StatusCode.UNAUTHENTICATED else None
-    return False
 
 
 def _make_importable() -> None:

@@ -163,6 +163,17 @@ def own_processes() -> dict[str, int]:
     return {names[kind]: node[kind][0].process.pid for kind in names if node.get(kind)}
 
 
+def raylet_beside() -> dict[str, int]:
+    """As `own_processes`, of the raylet that this process is connected to in a cluster of others; empty where
+    it isn't found, as in another container."""
+    import psutil
+
+    socket = getattr(private(_WORKER, "_global_node"), "raylet_socket_name", None)
+    argument = f"--raylet_socket_name={socket}"
+    pids = [one.pid for one in psutil.process_iter(["cmdline"]) if argument in (one.info["cmdline"] or ())]
+    return dict.fromkeys(["the raylet of this machine"], pids[0]) if socket and pids else {}
+
+
 def mute_raylet() -> None:
     """Keep Ray's half page per dead worker off the terminal until `unmute_raylet`: whoever waits for the
     worker reports its death.

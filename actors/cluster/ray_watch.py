@@ -4,6 +4,8 @@ A call into a raylet that is stopped has no deadline, never returns and can't be
 gone, Ray ends the driver after a minute, without a word of the run's. So a thread looks at the processes
 themselves. When one is lost, it says so and kills all of them: calls that wait for them then fail, and the
 driver unwinds, or Ray ends it. A driver that does neither is ended here.
+
+In a cluster of others nothing is killed. Its GCS, which may be on another machine, is asked for an answer.
 """
 
 from __future__ import annotations
@@ -26,18 +28,57 @@ STOPPED_S = 30.0
 """A process that was stopped (SIGSTOP) for longer is lost. One that a debugger looks at goes on sooner."""
 UNWIND_S = 60.0
 """Time for the driver to end once a process is lost; past it, it is ended."""
+UNWIND_BESIDE_S = 10.0
+"""The same where nothing is killed: calls that wait for what is stopped don't fail."""
+ASK_S = 2.0
+"""Pause between two questions of a probe."""
+SILENT_S = 50.0
+"""One that has not answered for longer is lost. A GCS with a store of its own may come back on another
+machine; past 60 s without it Ray ends the driver, without a word."""
+
+
+class Probe:
+    """Asks again and again, in a thread of its own, as an answer may take its time."""
+
+    def __init__(self, ask: Callable[[], bool]) -> None:
+        """`ask`: True for an answer; has a deadline of its own."""
+        self._ask = ask
+        self._answered = time.monotonic()
+        self._ended = threading.Event()
+        threading.Thread(target=self._go_on, daemon=True, name="probe-ray").start()
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the last answer."""
+        return time.monotonic() - self._answered
+
+    def end(self) -> None:
+        """Ask no more."""
+        self._ended.set()
+
+    def _go_on(self) -> None:
+        while not self._ended.wait(ASK_S):
+            if self._ask():
+                self._answered = time.monotonic()
 
 
 class RayWatch:
     """The watch over some processes, from when it is made until `end`."""
 
-    def __init__(self, processes: Mapping[str, int], in_use: Callable[[], bool] = lambda: True) -> None:
+    def __init__(
+        self,
+        processes: Mapping[str, int],
+        in_use: Callable[[], bool] = lambda: True,
+        probes: Mapping[str, Probe] | None = None,
+        own: bool = True,
+    ) -> None:
         """`processes`: pid of each, by its name; `in_use`: False once this process has done with them in
-        another way than by `end`, as a program does that calls Ray's own shutdown."""
+        another way than by `end`, as a program does that calls Ray's own shutdown; `probes`: by the name of
+        what they ask; `own`: the processes go with this one."""
         self.lost: str | None = None
         """What became of a process that is lost, with its name."""
         self._processes = {name: _found(pid) for name, pid in processes.items()}
-        self._in_use = in_use
+        self._in_use, self._probes, self._own = in_use, dict(probes or {}), own
         self._ending, self._unwound = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True, name="watch-ray")
         self._thread.start()
@@ -45,6 +86,8 @@ class RayWatch:
     def end(self) -> None:
         """From now on the processes may end. `unwound` follows once the driver is through with Ray."""
         self._ending.set()
+        for probe in self._probes.values():
+            probe.end()
         self._thread.join(0 if self.lost is not None else None)
 
     def unwound(self) -> None:
@@ -52,8 +95,8 @@ class RayWatch:
         self._unwound.set()
 
     def kill(self) -> None:
-        """End the processes that are left, stopped ones too."""
-        for process in filter(None, self._processes.values()):
+        """End the processes that are left, stopped ones too; not those of others."""
+        for process in filter(None, self._processes.values() if self._own else ()):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
@@ -62,7 +105,8 @@ class RayWatch:
         while self.lost is None:
             if self._ending.wait(LOOK_S):
                 return
-            lost = None
+            silent = [name for name, probe in self._probes.items() if probe.silent_s > SILENT_S]
+            lost = f"{silent[0]} has not answered for {SILENT_S:g} s" if silent else None
             for name, process in self._processes.items():
                 status = _status(process)
                 if status == psutil.STATUS_STOPPED:
@@ -80,7 +124,7 @@ class RayWatch:
         sys.stderr.write(f"ray: {self.lost}; the run ends. {AGAIN.capitalize()}\n")
         sys.stderr.flush()
         self.kill()
-        if not self._unwound.wait(UNWIND_S):
+        if not self._unwound.wait(UNWIND_S if self._own else UNWIND_BESIDE_S):
             os._exit(1)
 
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import psutil
 import pytest
 
 from actors.cluster import ray_watch
-from actors.cluster.ray_watch import RayWatch
+from actors.cluster.ray_watch import Probe, RayWatch
 from actors.errors import AGAIN
+from tests.pipeline.jobs.heads import Head
 
 
 @pytest.fixture
@@ -75,6 +81,79 @@ def test_a_process_that_goes_on_in_time_or_ends_with_the_run_is_not_lost(
     time.sleep(0.3)
     assert watching.lost is None
     assert sleepers["the raylet"].poll() is None
+
+
+def test_what_others_own_is_named_and_not_killed(
+    sleepers: dict[str, subprocess.Popen[bytes]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    pids = {name: process.pid for name, process in sleepers.items()}
+    watching = RayWatch(pids, own=False)
+    sleepers["the raylet"].send_signal(signal.SIGSTOP)
+    soon(lambda: watching.lost is not None)
+    time.sleep(0.2)
+    assert all(process.poll() is None for process in sleepers.values())
+    watching.end()
+    watching.unwound()
+    assert "ray: the raylet was stopped (SIGSTOP) for 1 s; the run ends" in capfd.readouterr().err
+
+
+def test_what_gives_no_answer_for_some_time_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_watch, "LOOK_S", 0.02)
+    monkeypatch.setattr(ray_watch, "ASK_S", 0.02)
+    monkeypatch.setattr(ray_watch, "SILENT_S", 1.0)
+    there = [True]
+    watching = RayWatch({}, probes={"the GCS at head:6379": Probe(lambda: there[0])}, own=False)
+    time.sleep(1.5)
+    assert watching.lost is None
+    there[0] = False
+    soon(lambda: watching.lost is not None)
+    assert watching.lost == "the GCS at head:6379 has not answered for 1 s"
+    watching.end()
+    watching.unwound()
+
+
+WAITING = """
+import sys, time, ray
+from actors.cluster import ray_watch, start_ray
+ray_watch.STOPPED_S, ray_watch.ASK_S, ray_watch.SILENT_S, ray_watch.UNWIND_BESIDE_S = 1, 0.2, 8, 1
+start_ray(sys.argv[1])
+print("joined", flush=True)
+while True:
+    ray.put(1)
+    time.sleep(0.1)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_driver_in_a_cluster_of_others_says_what_it_lost_and_ends() -> None:
+    short = Path(tempfile.mkdtemp(prefix="h", dir="/tmp"))  # of a path that Ray's sockets fit below
+    head = Head(short, {})
+    try:
+        head.start()
+        assert head.process is not None
+        family = psutil.Process(head.process.pid).children(recursive=True)
+        address = f"127.0.0.1:{head.gcs_port}"
+        for program, reason in (
+            ("raylet", r"ray: the raylet of this machine was stopped \(SIGSTOP\) for 1 s; the run ends"),
+            ("gcs_server", rf"ray: the GCS at [\d.]+:{head.gcs_port} has not answered for 8 s; the run ends"),
+        ):
+            (part,) = [one for one in family if one.name() == program]
+            driver = subprocess.Popen(
+                [sys.executable, "-c", WAITING, address],
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=head.environment,
+            )  # fmt: skip
+            assert driver.stdout is not None
+            assert driver.stdout.readline() == "joined\n"
+            part.suspend()
+            _, said = driver.communicate(timeout=60)
+            part.resume()
+            assert driver.returncode == 1, said
+            assert re.search(reason, said), said
+            assert part.is_running()
+    finally:
+        head.close()
+        shutil.rmtree(short)
 
 
 def test_processes_that_this_one_has_done_with_may_end(
