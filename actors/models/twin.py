@@ -14,8 +14,13 @@ from actors.errors import UserError
 from actors.models.architectures.lookup import architecture_of
 from actors.models.architectures.row import config_value
 from actors.models.base.loading import load_base, resolve_base
-from actors.models.lora.adapter_files import base_quantization
-from actors.models.lora.adapters import attach_config, read_head, save_adapter, saved_config
+from actors.models.lora.adapters import (
+    attach_config,
+    base_quantization,
+    read_head,
+    save_adapter,
+    saved_config,
+)
 from actors.models.lora.heads import make_head
 from actors.models.lora.merge import merged_state, write_model
 from actors.models.spec import ModelSpec

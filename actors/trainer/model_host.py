@@ -99,6 +99,7 @@ class ModelHost:
             "adapters": adapters.adapter_names(state.model),
             "heads": list(state.heads),
             "dtype": state.spec.model.dtype,
+            "quantization": state.spec.model.quantization,
             "device": state.spec.device,
             "packing": state.runner.packing,
             "experts_implementation": getattr(state.config, "_experts_implementation", None),

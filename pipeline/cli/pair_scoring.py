@@ -18,7 +18,7 @@ def eval_pairs(
         UserError: the directory holds no reward model, or the pairs can't be used.
     """
     from actors.models.base.loading import is_adapter_dir, load_tokenizer
-    from actors.models.lora.adapters import read_head
+    from actors.models.lora.adapters import base_quantization, read_head
     from actors.models.spec import ModelSpec
     from actors.models.turn_ends import vocab_size
     from actors.trainer.model_host import START_ADAPTER, ModelHost
@@ -36,7 +36,9 @@ def eval_pairs(
     if read_head(model) is None:
         raise UserError(f"{model}: this adapter has no score head, so it is a policy and no reward model")
     with working(f"scoring the pairs of {source}"):
-        spec = ModelSpec(base=model, allow_untested=True)
+        trained_on = base_quantization(model)
+        kind = None if trained_on is None else trained_on[0]
+        spec = ModelSpec(base=model, quantization=kind, allow_untested=True)
         tokenizer = load_tokenizer(spec)
         data = DataSpec.model_validate({"source": source, "split": split, "on_bad_row": on_bad_row})
         pairs = tokenize(

@@ -113,6 +113,7 @@ def _look_at_model(config: RunConfig, findings: Findings) -> Any:
     """Base and targets into the findings; the tokenizer, or None."""
     from actors.models.base.loading import load_tokenizer, resolve_base
     from actors.models.facts import describe_small, n_experts, split_sizes
+    from actors.models.lora.adapters import quantization_problems
     from actors.models.lora.targets import resolve_targets
     from actors.models.turn_ends import turn_ends
     from pipeline.data.tokens.template_date import date_notice, keep_date
@@ -121,6 +122,9 @@ def _look_at_model(config: RunConfig, findings: Findings) -> Any:
 
     findings.base = base = resolve_base(config.model)
     findings.problems += base.problems
+    if base.adapter_path is not None and not base.problems:
+        wrong = quantization_problems(base.adapter_path, config.model.quantization)
+        findings.problems += [f"model.base: {problem}" for problem in wrong]
     lora = config.model.lora
     if base.config is not None and not base.problems and lora is not None:
         findings.targets = findings.attempt(

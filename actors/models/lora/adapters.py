@@ -21,6 +21,7 @@ from actors.models.base.digests import adapter_digest, frozen_digest
 from actors.models.lora import experts as expert_lora
 from actors.models.lora.adapter_files import (
     adapter_names,
+    base_quantization,
     check_adapter_matches_base,
     load_adapter_weights,
     quantization_problems,
@@ -47,6 +48,7 @@ __all__ = [
     "attach_config",
     "attach_lora",
     "attach_saved",
+    "base_quantization",
     "check_adapter_matches_base",
     "copy_adapter_weights",
     "enable_gradient_checkpointing",

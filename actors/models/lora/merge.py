@@ -24,8 +24,7 @@ from actors.models.architectures.conversion import checkpoint_tensors
 from actors.models.architectures.meta_model import meta_model
 from actors.models.base.loading import load_base, local_base_dir, resolve_base
 from actors.models.files import new_model, writing
-from actors.models.lora.adapter_files import base_quantization
-from actors.models.lora.adapters import attach_saved, check_adapter_matches_base, read_head
+from actors.models.lora.adapters import attach_saved, base_quantization, check_adapter_matches_base, read_head
 from actors.models.lora.low_rank import Factors, low_rank_delta
 from actors.models.lora.merge_check import compare, compute_dtype
 from actors.models.lora.merge_files import FileMerge, Unchanged

@@ -7,6 +7,7 @@ replaces linear layers and leaves stacks of experts, most of a mixture's weights
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -107,4 +108,15 @@ class _Quantise(ConversionOps):
         codec = codec_of(self._config.kind)
         pieces = pieces_of(weight.detach().to(self._config.device), place.shape[0])
         shape = torch.empty(weight.shape, dtype=self._dtype, device="meta")
-        return quantised(quantise(codec, pieces), codec, place.shape, shape)
+        made = quantised(quantise(codec, pieces), codec, place.shape, shape)
+        del weight, value, pieces
+        _return_freed_memory()
+        return made
+
+
+def _return_freed_memory() -> None:
+    """Let the C library return what it keeps of freed memory: the size of the whole base in the end, as small
+    parts lie between the large weights that were freed."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

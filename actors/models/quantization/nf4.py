@@ -24,6 +24,8 @@ SCALES = 256
 """Scales with one scale of their own."""
 STEPS = 65536
 """From -1 to 1, in which a scale is looked up."""
+AT_ONCE = {"cpu": 2**12}
+"""Blocks that are quantised at once, by device (others: all): 1 MiB, which a core's cache holds."""
 SMALLEST = 1e-38
 """In place of the scale of zeros, whose inverse would be infinite."""
 
@@ -56,14 +58,18 @@ class Nf4:
 
     def quantised(self, matrices: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See `Codec`."""
-        blocks = matrices.reshape(len(matrices), -1, BLOCK)
-        scale = blocks.abs().amax(-1)
-        levels = _levels(matrices.device)
-        inverse = scale.clamp(min=SMALLEST).reciprocal_()
-        nearest = _nearest((blocks * inverse[..., None]).clamp_(-1, 1), levels).view(len(matrices), -1)
-        codes = (nearest[:, ::2] << 4) | nearest[:, 1::2]
+        blocks, levels = matrices.reshape(-1, BLOCK), _levels(matrices.device)
+        codes = blocks.new_empty((len(blocks), BLOCK // 2), dtype=torch.uint8)
+        scale = blocks.new_empty(len(blocks))
+        step = AT_ONCE.get(matrices.device.type, len(blocks))
+        for some, of_codes, of_scale in zip(blocks.split(step), codes.split(step), scale.split(step)):
+            torch.amax(some.abs(), -1, out=of_scale)
+            inverse = of_scale.clamp(min=SMALLEST).reciprocal_()
+            nearest = _nearest((some * inverse[:, None]).clamp_(-1, 1), levels)
+            torch.bitwise_or(nearest[:, ::2] << 4, nearest[:, 1::2], out=of_codes)
+        scale = scale.view(len(matrices), -1)
         mean = exact_mean(scale)
-        return (codes, *_scales_quantised(scale - mean[:, None]), mean)
+        return (codes.view(len(matrices), -1), *_scales_quantised(scale - mean[:, None]), mean)
 
     def dequantised(
         self, parts: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype
@@ -90,6 +96,12 @@ class Nf4:
 
 def _nearest(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     """uint8: the number of the nearest level; halfway, the lower one."""
+    if values.device.type == "cpu" and len(levels) == len(LEVELS):
+        # A binary search takes 19 ns a value on one thread of a CPU, fifteen comparisons 8.
+        found = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
+        for bound in ((levels[:-1] + levels[1:]) / 2).tolist():
+            found.add_(values > bound)
+        return found
     return torch.bucketize(values, (levels[:-1] + levels[1:]) / 2, out_int32=True).to(torch.uint8)
 
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from actors.models.base.loading import load_tokenizer
-from actors.models.spec import ModelSpec
+from actors.models.spec import ModelSpec, Quantization
 from actors.trainer.model_host import ModelHost
 from pipeline.cli.app import main
 from pipeline.data.reading.records import load_records
@@ -27,10 +27,13 @@ ROWS = [{"prompt": f"{n}+1=?", "chosen": f"{n + 1}", "rejected": f"{n + 2}, I th
 @pytest.fixture(scope="module")
 def reward_model(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reward model that was never trained."""
-    host = ModelHost(host_spec(tiny_base))
+    return write_reward_model(tiny_base, tmp_path_factory.mktemp("reward") / "adapter")
+
+
+def write_reward_model(base: Path, path: Path, quantization: Quantization | None = None) -> Path:
+    host = ModelHost(host_spec(base, quantization=quantization))
     host.add_adapter("reward")
     host.add_head("reward", "normal")
-    path = tmp_path_factory.mktemp("reward") / "adapter"
     host.saving.save_adapter("reward", path)
     return path
 
@@ -88,13 +91,19 @@ def test_an_evaluation_writes_its_figures_and_every_pair_with_its_texts(
         assert line["score"] == float(line["chosen_score"] > line["rejected_score"])
 
 
+@pytest.mark.parametrize("quantization", [None, "nf4"])
 def test_eval_scores_pairs_of_ones_own_with_a_reward_model(
-    reward_model: Path, data: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    quantization: Quantization | None,
+    data: Path,
+    tiny_base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    reward_model = write_reward_model(tiny_base, tmp_path / "adapter", quantization)
     out = tmp_path / "scores.jsonl"
     assert main(["eval", str(reward_model), "--pairs", str(data), "--out", str(out)]) == 0
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    host = ModelHost(host_spec(tiny_base))
+    host = ModelHost(host_spec(tiny_base, quantization=quantization))
     host.add_adapter("reward", reward_model)
     expected = host.scores.scores(tokens(data, tiny_base).sequences, "reward").reshape(-1, 2)
     found = [[line["chosen_score"], line["rejected_score"]] for line in lines]
