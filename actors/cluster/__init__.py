@@ -11,6 +11,7 @@ from actors.cluster.connection import (
 )
 from actors.cluster.environment import SHIPPED, actor_environment, passed_on
 from actors.cluster.futures import AgreedFuture, GroupFuture, WorkerFuture
+from actors.cluster.independent import bring_up
 from actors.cluster.joined_cluster import asks_for_token, match_tokens
 from actors.cluster.measured_limits import MeasuredLimits
 from actors.cluster.ray_private import MODE, TRIED, head_address, private, use_token
@@ -40,6 +41,7 @@ __all__ = [
     "WorkerGroup",
     "actor_environment",
     "asks_for_token",
+    "bring_up",
     "by_size",
     "check_cluster",
     "head_address",

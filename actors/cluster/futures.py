@@ -155,6 +155,11 @@ class GroupFuture(_Call[T]):
         """
         return self._all()
 
+    def each(self) -> dict[int, WorkerFuture[T]]:
+        """The call of each rank, for whoever waits for them one by one."""
+        refs = self._refs.items()
+        return {rank: WorkerFuture({rank: ref}, self._phase, self._finish) for rank, ref in refs}
+
 
 class AgreedFuture(_Call[T]):
     """A call that was sent to every rank of a group, and whose result all of them have alike."""

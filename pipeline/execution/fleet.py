@@ -17,6 +17,7 @@ from actors.cluster import (
     WorkerFuture,
     WorkerGroup,
     actor_environment,
+    bring_up,
     by_size,
     check_cluster,
     import_ray,
@@ -346,7 +347,8 @@ class Fleet:
         building = self._build_engines(role)
         if building is not None:
             phase(f"starting the engines of {role}")
-            building.result()
+            for rank, reason in bring_up(self._group(role), building).items():
+                phase(f"{role}-{rank} was replaced while it started: {reason}")
             self.startup.setdefault(f"wait for {role}", round(time.monotonic() - began, 2))
             self._engines[role] = None
         return self._group(role)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -97,3 +98,21 @@ class Stillborn:
         if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(30)
+
+
+class Frail:
+    """Lost while it is made, `lives` times; each leaves a file in `marks`."""
+
+    def __init__(self, marks: str, lives: int, how: str) -> None:
+        """`how`: `killed`, `stopped`, or `raises`."""
+        for life in range(lives):
+            try:
+                (Path(marks) / f"{life}").touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            if how == "raises":
+                raise ValueError("no such model")
+            os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+
+    def well(self) -> bool:
+        return True

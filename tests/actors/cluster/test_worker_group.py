@@ -17,6 +17,7 @@ from actors.batches.batch import Batch
 from actors.cluster import measured_limits
 from actors.cluster.futures import AgreedFuture, GroupFuture
 from actors.cluster.health import ProcessState
+from actors.cluster.independent import bring_up
 from actors.cluster.measured_limits import MeasuredLimits
 from actors.cluster.spec import LimitsSpec, RoleSpec
 from actors.cluster.worker_group import WorkerGroup
@@ -280,6 +281,30 @@ def test_a_rank_that_dies_while_it_is_built_is_named(start: Start) -> None:
     with pytest.raises(RunFailure) as caught:
         building.result()
     assert (caught.value.who, caught.value.phase) == ("policy-1", "load")
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_one_that_needs_no_others_is_replaced_when_it_is_lost_while_it_is_made(
+    start: Start, tmp_path: Path, how: str
+) -> None:
+    group = start(limits=LimitsSpec(start=60, stop=1, load=3)).ready()
+    (tmp_path / "marks").mkdir()
+    lost = bring_up(group, group.build("duties:Frail", str(tmp_path / "marks"), 1, how))
+    ((rank, reason),) = lost.items()
+    assert reason.startswith("its process died" if how == "killed" else "no answer within 3 s")
+    assert group.fleet.members[rank].generation == 1
+    assert group.call("well") == [True, True]
+
+
+@pytest.mark.parametrize(("how", "lives"), [("killed", 3), ("raises", 1)])
+def test_one_that_is_lost_again_and_again_or_says_why_it_can_not_is_not_replaced_for_ever(
+    start: Start, tmp_path: Path, how: str, lives: int
+) -> None:
+    group = start(workers=1).ready()
+    (tmp_path / "marks").mkdir()
+    with pytest.raises(RunFailure, match="its process died" if how == "killed" else "no such model"):
+        bring_up(group, group.build("duties:Frail", str(tmp_path / "marks"), 100, how))
+    assert len(list((tmp_path / "marks").iterdir())) == lives
 
 
 def test_a_rank_that_dies_while_it_starts_is_named(start: Start) -> None:
