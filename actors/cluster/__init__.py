@@ -17,7 +17,7 @@ from actors.cluster.measured_limits import MeasuredLimits
 from actors.cluster.ray_private import MODE, TRIED, head_address, private, use_token
 from actors.cluster.room import by_size
 from actors.cluster.scratch import Scratch
-from actors.cluster.spec import LimitsSpec, RaySpec, RoleSpec
+from actors.cluster.spec import LimitsSpec, RaySpec, RoleSpec, splits_experts, splits_layers
 from actors.cluster.turn_plan import EngineBytes, Offload
 from actors.cluster.turns import OneDevice, Turns
 from actors.cluster.worker_group import WorkerGroup
@@ -52,6 +52,8 @@ __all__ = [
     "passed_on",
     "private",
     "ray_lost",
+    "splits_experts",
+    "splits_layers",
     "start_ray",
     "stop_ray",
     "use_token",

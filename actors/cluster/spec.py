@@ -18,10 +18,21 @@ Phase = Literal[
 ]
 """Phases of an actor's work; each has its deadline in `LimitsSpec`."""
 
-Sharding = Literal["none", "base", "full", "experts"]
+Sharding = Literal["none", "base", "full", "experts", "experts+base", "experts+full"]
 """`none`: every rank holds all weights. `base`: the frozen base is split by torch's `fully_shard` (FSDP2),
 gathered a layer at a time; adapters stay whole. `full`: all is split, gradients and optimizer too. `experts`:
-each rank holds some experts of every layer, and tokens are sent to them; the rest is whole on every rank."""
+each rank holds some experts of every layer, and tokens are sent to them; the rest is whole on every rank.
+`experts+base` and `experts+full`: experts as in `experts`, the rest as in the other."""
+
+
+def splits_experts(sharding: Sharding) -> bool:
+    """True where each rank holds some experts, which are not gathered."""
+    return sharding.startswith("experts")
+
+
+def splits_layers(sharding: Sharding) -> bool:
+    """True where `fully_shard` splits layers and gathers them for a pass, with their experts or without."""
+    return sharding.endswith(("base", "full"))
 
 
 _NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
@@ -45,8 +56,12 @@ class RoleSpec(Spec):
     placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
     """Placement of the processes on nodes: together, or apart; `strict_` makes it a condition."""
     sharding: Sharding = "none"
-    """Weights that the `workers` of a host split among them: none, the frozen `base`, all (`full`, FSDP2), or
-    the `experts`. It needs two workers or more; rollout engines don't have it."""
+    """Weights that the `workers` of a host split among them: none, the frozen `base`, all (`full`, FSDP2),
+    the `experts`, or these and the rest too (`experts+base`, `experts+full`). It needs two workers or more;
+    rollout engines don't have it."""
+    expert_parallel_size: int | None = Field(default=None, ge=2)
+    """Consecutive `workers` that split weights among them where `sharding` splits experts; other groups of as
+    many hold the same. Divides `workers`; null: all of them."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Consecutive `workers` that hold one model together, each a part of every layer, and compute the same
     rows; groups of them share the rows out. Divides `workers`. Engines have a key of their own for it."""

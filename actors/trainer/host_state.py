@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from actors.cluster.spec import splits_experts, splits_layers
 from actors.cluster.turn_plan import both_awake
 from actors.errors import InvariantViolation, UserError
 from actors.models.architectures.lookup import architecture_of
-from actors.models.base.loading import load_base
+from actors.models.base.loading import Split, load_base
 from actors.models.base.resolving import ResolvedBase
 from actors.models.lora import adapters
 from actors.models.moe.router_replay import RouteReplay
@@ -25,6 +25,14 @@ from actors.trainer.forward_backward import PassRunner
 from actors.trainer.process_groups import Ranks
 from actors.trainer.spec import HostSpec
 from actors.trainer.token_scorer import TokenScorer
+
+_SPLITS: dict[tuple[bool, bool], Split] = {
+    (False, False): "tensors",
+    (False, True): "layers",
+    (True, False): "experts",
+    (True, True): "layers and experts",
+}
+"""By whether experts are split, and whether layers are."""
 
 START_ADAPTER = "start"
 """Adapter that holds what `model.base` names, when that is an adapter directory."""
@@ -39,12 +47,13 @@ class HostState:
         self.spec, self.ranks = spec, ranks
         self.architecture = architecture_of(resolved.config)
         holds_slices = spec.sharding != "none" and ranks.world_size > 1
-        split: Literal["layers", "experts"] = "experts" if spec.sharding == "experts" else "layers"
+        mesh = ranks.mesh
+        if holds_slices:
+            mesh = ranks.split_mesh(spec.expert_parallel_size or ranks.world_size)
         self.parked = False
         """Weights have left the device, which an engine has: nobody may ask for them (`residence`)."""
-        self._base: PreTrainedModel = load_base(
-            spec.model, spec.device, spec.seed, ranks.world_size if holds_slices else 1, split, ranks.mesh
-        )
+        split = _SPLITS[splits_experts(spec.sharding), splits_layers(spec.sharding)]
+        self._base: PreTrainedModel = load_base(spec.model, spec.device, spec.seed, mesh, split)
         self.base.requires_grad_(False)
         self._model: PreTrainedModel | PeftModel = self.base
         self.config = self.base.config

@@ -139,7 +139,7 @@ class ModelHost:
             self._wrap(name, source, trainable)
         else:
             adapters.add_adapter(state.model, name, source, trainable=trainable, seed=state.spec.seed)
-        if state.sharded and state.spec.sharding == "full":
+        if state.sharded and state.spec.sharding.endswith("full"):
             shard_with_layers(state.base, adapters.adapter_parameters(state.model, name))
         head = adapters.read_head(path) if path is not None else None
         if head is not None:

@@ -3,6 +3,8 @@
 Ranks have two dimensions. Each run of `tensor_parallel_size` consecutive ones holds one model together and
 computes the same rows; rows are shared out among these groups. With size 1, the usual case, every rank has
 rows of its own.
+
+Weights that are split among some ranks, each with rows of its own, have a mesh besides (`split_mesh`).
 """
 
 from __future__ import annotations
@@ -43,9 +45,11 @@ class Ranks:
         self.share, self.shares = rank // tensor_parallel_size, world_size // tensor_parallel_size
         """Number of this rank's share of the rows, and how many shares there are."""
         self._device = torch.device(device)
+        self._sharing: dist.ProcessGroup | None = None
+        self._copies: dist.ProcessGroup | None = None
         if world_size == 1:
             return
-        wait = timedelta(seconds=timeout_s)
+        self._wait = wait = timedelta(seconds=timeout_s)
         dist.init_process_group(
             "nccl" if self._device.type == "cuda" else "gloo",
             store=_meet(str(init_method), rank, world_size, wait),
@@ -69,6 +73,27 @@ class Ranks:
         # Without a name: by its names PEFT would make LoRA's factors for this rank's part only.
         return DeviceMesh.from_group(self._same_rows, self._device.type)
 
+    def split_mesh(self, size: int) -> DeviceMesh:
+        """The ranks among which this one's weights are split: `size` consecutive ones, which divides
+        `world_size`. Other groups of as many hold the same. Collective."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if size < self.world_size:
+            numbers = torch.arange(self.world_size).view(-1, size)
+            self._sharing = _own_group(numbers.tolist(), self._wait)
+            self._copies = _own_group(numbers.t().tolist(), self._wait)
+        group = self._sharing or dist.group.WORLD
+        assert group is not None, "this rank has joined the others"
+        # By another name PEFT would make LoRA's factors for this rank's part only.
+        return DeviceMesh.from_group(group, self._device.type, mesh_dim_names=("fsdp",))
+
+    def sum_copies_(self, tensor: Tensor) -> Tensor:
+        """Replace `tensor`, of this rank's slices of weights that are split by `split_mesh`, by the sum over
+        the ranks that hold the same ones."""
+        if self._copies is not None:
+            dist.all_reduce(tensor, group=self._copies)
+        return tensor
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace `tensor`, of this rank's rows, by the sum over all shares of the rows; bit-equal everywhere
         if ranks of the same rows came with equal bits."""
@@ -84,9 +109,9 @@ class Ranks:
 
     def sum_slices_(self, tensor: Tensor) -> Tensor:
         """Replace `tensor`, of slices of weights, by the sum over the ranks that hold one copy of them: all,
-        or those of the same rows."""
+        or those of the same rows, or of `split_mesh`."""
         if self.world_size > 1:
-            dist.all_reduce(tensor, group=self._same_rows)
+            dist.all_reduce(tensor, group=self._same_rows or self._sharing)
         return tensor
 
     def max_(self, tensor: Tensor) -> Tensor:

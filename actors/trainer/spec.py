@@ -22,6 +22,8 @@ class HostSpec(Spec):
     """Positions, padding included, of one forward and backward pass per rank."""
     sharding: Sharding = "none"
     """Weights that the ranks of a group split among them (`RoleSpec.sharding`)."""
+    expert_parallel_size: int | None = Field(default=None, ge=2)
+    """Ranks that split weights among them (`RoleSpec.expert_parallel_size`)."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Ranks that hold one model together (`RoleSpec.tensor_parallel_size`)."""
     seed: int = Field(default=0, ge=0, lt=2**63)

@@ -66,7 +66,8 @@ class Training:
         self._sliced.zero_grad()
 
     def reduce_gradients(self) -> None:
-        """Sum the gradients of all ranks, after the backward pass; FSDP has done that to sharded ones."""
+        """Sum the gradients of all ranks, after the backward pass. Those of slices are sums already over the
+        ranks that hold a model together."""
         copies = self.ranks.tensor_parallel_size
         if copies > 1:
             # Ranks of the same rows have the same gradient of what they compute alike.
@@ -76,9 +77,11 @@ class Training:
         for grad in self._flat.grads:
             self.ranks.sum_gradient_(grad)
         self._sliced.collect()
-        if copies > 1:
-            for grad in self._sliced.grads:
+        for grad in self._sliced.grads:
+            if copies > 1:
                 self.ranks.sum_(grad)
+            else:
+                self.ranks.sum_copies_(grad)
 
     def grad_norm(self) -> torch.Tensor:
         """Euclidean norm over all gradients, the same on every rank."""

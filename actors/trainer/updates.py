@@ -65,9 +65,10 @@ class Updates:
         state = self._state
         if state.model is not state.base:
             raise UserError("a base with adapters on it can't be trained as a whole: set model.lora: null")
-        if state.spec.sharding == "base":
+        if state.spec.sharding.endswith("base"):
             raise UserError(
-                "sharding: base is for a frozen base; with model.lora: null set it to full or experts"
+                f"sharding: {state.spec.sharding} is for a frozen base; with model.lora: null set it to "
+                "full, experts or experts+full"
             )
         for name, parameter in state.base.named_parameters():
             parameter.requires_grad_(not name.endswith(state.architecture.untrained))

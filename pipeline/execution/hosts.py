@@ -74,5 +74,6 @@ def host_spec(config: RunConfig, node: Node, weights: Weights, role: RoleSpec) -
         model=model,
         seed=config.seed,
         sharding=role.sharding,
+        expert_parallel_size=role.expert_parallel_size,
         tensor_parallel_size=role.tensor_parallel_size,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from actors.cluster import splits_experts, splits_layers
 from actors.models.facts import ARCHITECTURES, VllmRow, replay_problem, vllm_row, why_not_split
 from actors.sync.spec import SLOT_RANKS
 from pipeline.roles import MODEL_ROLES, ROLES, ROLLOUT
@@ -81,15 +82,15 @@ def _sharding_problems(
         f"roles.{name}.sharding: {sharding}, but transformers has no plan that splits a {model_type} "
         "model by layer: each pass would gather it whole; set none"
         for name, sharding in asked.items()
-        if sharding not in ("none", "experts") and not by_layer
+        if splits_layers(sharding) and not by_layer
     ]
-    roles = [name for name in MODEL_ROLES if asked[name] == "experts"]
+    roles = {name: config.roles.of(name) for name in MODEL_ROLES if splits_experts(asked[name])}
     return problems + [
-        f"roles.{name}.sharding: experts, but {reason}"
-        for name in roles
+        f"roles.{name}.sharding: {role.sharding}, but {reason}"
+        for name, role in roles.items()
         for reason in [
             *_why_not_by_experts(config, row, model_type),
-            *_uneven(n_experts, config.roles.of(name).workers),
+            *_uneven(n_experts, role.expert_parallel_size or role.workers),
         ]
     ]
 

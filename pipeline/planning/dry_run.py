@@ -162,6 +162,8 @@ def _shrink_role(role: dict[str, Any]) -> dict[str, Any]:
         return {"share": role["share"]}
     small = {"workers": min(role["workers"], DRY_WORKERS), "cpus": min(role["cpus"], 0.25), "threads": 1}
     small["sharding"] = role["sharding"]
+    if role["expert_parallel_size"] is not None:
+        small["expert_parallel_size"] = min(role["expert_parallel_size"], small["workers"])
     small["tensor_parallel_size"] = min(role["tensor_parallel_size"], DRY_WORKERS)
     if "engine" in role:
         small["engine"] = role["engine"] | {"tensor_parallel_size": 1, "kv_cache_gib": None}

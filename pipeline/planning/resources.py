@@ -113,6 +113,8 @@ def _laid_out(role: RoleSpec) -> str:
     parts: list[str] = [role.placement]
     if role.sharding != "none":
         parts.append(f"sharding {role.sharding}")
+    if role.expert_parallel_size is not None:
+        parts.append(f"among {role.expert_parallel_size} each")
     if role.tensor_parallel_size > 1:
         parts.append(f"{role.tensor_parallel_size} hold one model together")
     return ", ".join(parts)

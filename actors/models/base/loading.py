@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ADAPTER_CONFIG",
     "ResolvedBase",
+    "Split",
     "is_adapter_dir",
     "load_base",
     "load_tokenizer",
@@ -41,6 +43,9 @@ __all__ = [
     "no_such_directory",
     "resolve_base",
 ]
+
+Split = Literal["tensors", "layers", "experts", "layers and experts"]
+"""What the ranks of a mesh split: see `load_base`."""
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -99,18 +104,22 @@ def load_base(
     spec: ModelSpec,
     device: str | torch.device = "cpu",
     seed: int = 0,
-    shards: int = 1,
-    split: Literal["layers", "experts"] = "layers",
     mesh: DeviceMesh | None = None,
+    split: Split = "tensors",
 ) -> PreTrainedModel:
     """The base model in evaluation mode, without cache and without router logits in its outputs.
 
     With `spec.random_init` its weights are random, from `seed`. An adapter named by `spec.base` is not
-    applied: see `resolve_base(...).adapter_path` and `actors.models.lora.adapters`. With `shards` above 1,
-    the ranks of the process group, each reads and holds only its slices: of all weights, gathered by layers
-    (`actors.models.parallel.fsdp`), or of stacks of experts alone (`actors.models.moe.expert_parallel`).
-    With `mesh` the ranks on it hold one model together (`actors.models.parallel.tensor_parallel`).
-    With `spec.quantization` a whole base holds quantised weights (`actors.models.quantization`).
+    applied: see `resolve_base(...).adapter_path` and `actors.models.lora.adapters`. The ranks on a
+    `mesh` (`Ranks.mesh`, `Ranks.split_mesh`) hold the model together, each the slices that it reads: of all
+    weights, gathered by layers (`actors.models.parallel.fsdp`), of stacks of experts
+    (`actors.models.moe.expert_parallel`), of both so, or of tensors inside of layers
+    (`actors.models.parallel.tensor_parallel`). With `spec.quantization` a whole base holds quantised weights
+    (`actors.models.quantization`).
+
+    What is on the CPU, needs no other dtype and is put together from no other tensors, stays the mapped file:
+    the ranks of a node share its pages. Whoever writes into such a weight gets pages of its own; the file has
+    to stay as it is.
 
     Raises:
         UserError: the base can't be found, is no causal LM, or is an architecture without a row; it is to be
@@ -120,43 +129,80 @@ def load_base(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    from actors.models.moe.router_stats import make_routing_deterministic
-    from actors.models.parallel.fsdp import load_weights, shard_loaded
-
     resolved = resolve_base(spec).checked()
-    how = _arguments(spec, resolved.config) | _of_quantized(spec, resolved, device, shards, mesh)
+    how = loading_arguments(spec, resolved.config) | _of_quantized(spec, resolved, device, mesh)
+    divide = _divider(device, mesh, split)
     if spec.random_init:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(resolved.config, **how)
         model.config._name_or_path = resolved.base_path
-        if mesh is not None:
-            _split_layers(model, mesh)
-        elif shards > 1:
-            model = _split_experts(model, device) if split == "experts" else shard_loaded(model, shards)
+        divide(model)
+        model.tie_weights()
+        if mesh is None or split in ("tensors", "experts"):
+            model = model.to(device)
     else:
         try:
             with no_progress_bars():
-                if mesh is not None:
-                    model = _load_split_layers(resolved, mesh, how)
-                elif shards > 1 and split == "experts":
-                    model = _load_split_experts(resolved, device, how)
-                else:
-                    model = load_weights(AutoModelForCausalLM, resolved.base_path, shards, how)
+                model = _loaded(resolved, divide, device, how)
         except (OSError, SafetensorError) as error:
             problem = f"model.base: '{resolved.base_path}' did not load: {first_line(error)}"
             raise UserError(problem) from error
-    if is_mxfp4(resolved.config):
-        model = model.to(how["dtype"])  # Dequantised into bfloat16.
-        model._weight_conversions = None  # They are not what it is saved by, as transformers would have it.
+    return finished(model)
+
+
+def finished(model: PreTrainedModel) -> PreTrainedModel:
+    """A loaded base, ready for passes."""
+    from actors.models.moe.router_stats import make_routing_deterministic
+
     model.config.use_cache = False
     # With router logits in the outputs transformers adds its auxiliary loss, also to a frozen router.
     model.config.output_router_logits = False
     make_routing_deterministic(model)
-    return (model if shards > 1 else model.to(device)).eval()
+    return model.eval()
 
 
-def _arguments(spec: ModelSpec, config: Any) -> dict[str, Any]:
+def _divider(device: str | torch.device, mesh: DeviceMesh | None, split: Split) -> Callable[[Any], None]:
+    """What splits a model, on the meta device or not, among the ranks of the mesh."""
+    from actors.models.moe.expert_parallel import split_experts, split_experts_and_layers
+    from actors.models.parallel.fsdp import shard_layers
+    from actors.models.parallel.tensor_parallel import split_layers
+
+    if mesh is None:
+        return lambda model: None
+    if split == "tensors":
+        return partial(split_layers, mesh=mesh)
+    if split == "layers":
+        return partial(shard_layers, mesh=mesh)
+    by_experts = split_experts if split == "experts" else split_experts_and_layers
+    return partial(by_experts, mesh=mesh, device=device)
+
+
+def _loaded(
+    resolved: ResolvedBase, divide: Callable[[Any], None], device: str | torch.device, how: dict[str, Any]
+) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    from actors.models.architectures.meta_model import meta_model
+    from actors.models.parallel.partial_loading import load_divided
+
+    assert resolved.config is not None
+    brings_code = getattr(resolved.config, "auto_map", None) and how["trust_remote_code"]
+    if not brings_code and "quantization_config" not in how:
+        model_class = type(meta_model(resolved.config))
+        return load_divided(model_class, resolved.base_path, divide, device, how)
+    # Only transformers' automatic class finds code that came with the base, and quantised weights are made
+    # where they are to stay.
+    model: Any = AutoModelForCausalLM.from_pretrained(resolved.base_path, use_safetensors=True, **how)
+    if is_mxfp4(resolved.config):
+        model = model.to(how["dtype"])  # Dequantised into bfloat16.
+        model._weight_conversions = None  # They are not what it is saved by, as transformers would have it.
+    divide(model)
+    loaded: PreTrainedModel = model.to(device)
+    return loaded
+
+
+def loading_arguments(spec: ModelSpec, config: Any) -> dict[str, Any]:
     """Arguments of transformers' `from_pretrained` and `from_config`, from the spec and the architecture's
     row."""
     import torch
@@ -175,7 +221,7 @@ def _arguments(spec: ModelSpec, config: Any) -> dict[str, Any]:
 
 
 def _of_quantized(
-    spec: ModelSpec, resolved: ResolvedBase, device: str | torch.device, shards: int, mesh: DeviceMesh | None
+    spec: ModelSpec, resolved: ResolvedBase, device: str | torch.device, mesh: DeviceMesh | None
 ) -> dict[str, Any]:
     """Further arguments for a base that is quantised here, or comes in MXFP4."""
     assert resolved.config is not None
@@ -185,7 +231,7 @@ def _of_quantized(
     small = f"model.quantization: {spec.quantization}" if spec.quantization else "model.base: MXFP4"
     if spec.random_init:
         raise UserError(f"{small} is of a base that is read from files; leave out random_init")
-    if shards > 1 or mesh is not None:
+    if mesh is not None:
         whole = "set sharding: none and tensor_parallel_size: 1"
         raise UserError(f"{small} is of a base that each rank reads whole; {whole}")
     if spec.quantization is None:
@@ -194,36 +240,6 @@ def _of_quantized(
 
     how: dict[str, Any] = {"quantization_config": FrozenBaseConfig(spec.quantization, device, comes_small)}
     return how | ({"config": without_quantization(resolved.config)} if comes_small else {})
-
-
-def _load_split_layers(resolved: ResolvedBase, mesh: DeviceMesh, how: dict[str, Any]) -> PreTrainedModel:
-    from actors.models.architectures.meta_model import meta_model
-    from actors.models.parallel.tensor_parallel import load_split
-
-    assert resolved.config is not None
-    return load_split(type(meta_model(resolved.config)), resolved.base_path, mesh, how)
-
-
-def _split_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    from actors.models.parallel.tensor_parallel import split_layers
-
-    split_layers(model, mesh)
-
-
-def _load_split_experts(
-    resolved: ResolvedBase, device: str | torch.device, how: dict[str, Any]
-) -> PreTrainedModel:
-    from actors.models.architectures.meta_model import meta_model
-    from actors.models.moe.expert_parallel import load_split_experts
-
-    assert resolved.config is not None
-    return load_split_experts(type(meta_model(resolved.config)), resolved.base_path, device, how)
-
-
-def _split_experts(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
-    from actors.models.moe.expert_parallel import split_experts
-
-    return split_experts(model, device)
 
 
 @contextmanager

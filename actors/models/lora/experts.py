@@ -17,8 +17,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from actors.errors import UserError
 from actors.models.lora.linear import wrap_linears
+from actors.models.moe.expert_parallel import is_split
 from actors.models.moe.experts_forward import _FACTORS, UNMERGED, _experts_forward
-from actors.models.parallel.fsdp import is_managed, is_sharded, own_part, split_dims
+from actors.models.parallel.fsdp import own_part, split_dims
 from actors.models.quantization.quantised_tensor import QuantisedTensor
 
 if TYPE_CHECKING:
@@ -38,8 +39,7 @@ def select(peft: PeftModel, impl: str) -> str:
     stacks = [m for m in peft.modules() if isinstance(m, ParamWrapper) and m.num_experts > 1]
     if not stacks:
         return "peft"
-    # Weights that fully_shard splits are gathered for every pass.
-    split = not is_managed(base) and any(is_sharded(m.get_param()) for m in stacks)
+    split = any(is_split(m.get_base_layer()) for m in stacks)
     if split and (impl == "peft" or now not in ("grouped_mm", UNMERGED)):
         raise UserError(
             "model.lora: experts that ranks share out have unmerged LoRA only, with which each rank computes "

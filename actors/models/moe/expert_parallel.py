@@ -1,4 +1,4 @@
-"""Expert parallelism: stacks of experts sliced over the ranks, everything else whole on each.
+"""Expert parallelism: stacks of experts sliced over the ranks; everything else whole on each, or split too.
 
 A stack is a DTensor of which each rank holds the rows of its experts, as `actors.models.parallel.fsdp` has
 sliced weights, but it is never gathered for a pass: tokens are sent to the experts
@@ -10,55 +10,35 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from actors.errors import UserError
 from actors.models.moe.experts_forward import UNMERGED
-from actors.models.parallel.partial_loading import load_divided
+from actors.models.parallel.fsdp import shard_layers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from torch.distributed.device_mesh import DeviceMesh
+
+_SPLIT = "_raylign_split_experts"
+"""Attribute of experts that ranks share out."""
 
 
-def load_split_experts(
-    model_class: type[PreTrainedModel], base_path: str, device: str | torch.device, how: dict[str, Any]
-) -> PreTrainedModel:
-    """`from_pretrained` on the meta device; then each rank reads all but the experts of others.
+def split_experts(model: Any, mesh: DeviceMesh, device: str | torch.device) -> None:
+    """In place of each stack of experts this rank's slice; of stacks on the meta device only the shape is
+    known.
 
     Args:
-        model_class: of the model itself; automatic ones can't be told how to split.
+        model: the causal model.
+        mesh: one dimension, the ranks that share the experts.
         device: of this rank.
-        how: further arguments of `from_pretrained`.
 
     Raises:
-        UserError: as `split_experts`.
+        UserError: the model has no stacks of experts, or none that the ranks can share evenly.
     """
-    model = load_divided(model_class, base_path, lambda model: _slice_experts(model, device), device, how)
-    model.set_experts_implementation(UNMERGED)
-    return model
-
-
-def split_experts(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
-    """Split the experts of a model that is whole on every rank; the rest goes to `device`.
-
-    Raises:
-        UserError: it has no stacks of experts, or none that the ranks can share evenly.
-    """
-    _slice_experts(model, device)
-    model.set_experts_implementation(UNMERGED)
-    return model.to(device)
-
-
-def _slice_experts(model: PreTrainedModel, device: str | torch.device) -> None:
-    """Replace each stack by its slice; of stacks on the meta device only the shape is known."""
-    from torch.distributed.device_mesh import init_device_mesh
-
     stacks = [m for m in model.modules() if "_is_expert_parallel" in m.__dict__]
     if not stacks or not model._can_set_experts_implementation():
         raise UserError(f"sharding: experts: a {model.config.model_type} model has no experts to split")
-    ranks = dist.get_world_size()
-    mesh = init_device_mesh(torch.device(device).type, (ranks,), mesh_dim_names=("experts",))
+    ranks = mesh.size()
     for experts in stacks:
         for name, parameter in list(experts.named_parameters(recurse=False)):
             if len(parameter) % ranks:
@@ -66,9 +46,35 @@ def _slice_experts(model: PreTrainedModel, device: str | torch.device) -> None:
                     f"sharding: experts: {len(parameter)} experts can't be shared evenly by {ranks} workers"
                 )
             setattr(experts, name, _own(parameter, mesh, device))
+        setattr(experts, _SPLIT, True)
+    model.set_experts_implementation(UNMERGED)
 
 
-def _own(parameter: nn.Parameter, mesh: Any, device: str | torch.device) -> nn.Parameter:
+def split_experts_and_layers(model: Any, mesh: DeviceMesh, device: str | torch.device) -> None:
+    """Experts as `split_experts` does it, and all other weights by `shard_layers`, on the same mesh.
+
+    Raises:
+        UserError: as these two.
+    """
+    split_experts(model, mesh, device)
+    apart = [m for m in model.modules() if is_split(m)]
+    held = [dict(experts.named_parameters(recurse=False)) for experts in apart]
+    # FSDP takes charge of all that it finds in a layer, and of nothing that comes later.
+    for experts, parameters in zip(apart, held):
+        for name in parameters:
+            delattr(experts, name)
+    shard_layers(model, mesh)
+    for experts, parameters in zip(apart, held):
+        for name, parameter in parameters.items():
+            experts.register_parameter(name, parameter)
+
+
+def is_split(experts: nn.Module) -> bool:
+    """True for experts that ranks share out, which are never gathered."""
+    return _SPLIT in experts.__dict__
+
+
+def _own(parameter: nn.Parameter, mesh: DeviceMesh, device: str | torch.device) -> nn.Parameter:
     from torch.distributed.tensor import DTensor, Shard
 
     each = len(parameter) // mesh.size()

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from actors.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
+    from torch.distributed.device_mesh import DeviceMesh
 
 _AROUND = "_raylign_around"
 """Attribute of a sharded module: what runs around it (`_Around`)."""
@@ -134,40 +133,42 @@ def gather_gradients(model: nn.Module) -> None:
         module.reshard()
 
 
-def load_weights(model_class: Any, base_path: str, shards: int, how: dict[str, Any]) -> PreTrainedModel:
-    """`from_pretrained`; with shards onto the meta device, sharded there, then each rank reads its slices.
+def shard_layers(model: Any, mesh: DeviceMesh) -> None:
+    """Split a model's weights by transformers' plan for its architecture; of those on the meta device only
+    the shape is known.
 
     Args:
-        model_class: of the causal model.
-        shards: size of the process group, which exists already.
-        how: further arguments of `from_pretrained`.
-
-    transformers (5.19, `distributed/fsdp.py`) shards by the plan of the architecture and reads by slices of
-    safetensors (`DtensorShardOperation`).
+        model: the causal model.
+        mesh: one dimension, the ranks that split it.
 
     Raises:
         UserError: the plan doesn't shard this architecture by layer.
     """
-    if shards > 1:
-        from transformers.distributed import DistributedConfig
-
-        how = {**how, "distributed_config": DistributedConfig(fsdp_size=shards)}
-    model = model_class.from_pretrained(base_path, use_safetensors=True, **how)
-    return _ready(model) if shards > 1 else model
-
-
-def shard_loaded(model: PreTrainedModel, shards: int) -> PreTrainedModel:
-    """Shard a model that is whole on every rank already: fresh weights, which are drawn in one sequence.
-
-    Raises:
-        UserError: as `load_weights`.
-    """
     from transformers.distributed import DistributedConfig
+    from transformers.distributed.fsdp import apply_fully_sharded_data_parallelism
 
-    config, _, mesh = model.prepare_distribute_model(DistributedConfig(fsdp_size=shards))
-    model = model.maybe_distribute_model(model, config, mesh)
-    model.tie_weights()
-    return _ready(model)
+    model.config.distributed_config = DistributedConfig()
+    apply_fully_sharded_data_parallelism(model, _OneMesh(mesh))
+    # save_pretrained and PEFT look at it, and would gather the whole base to save an adapter.
+    model.config.distributed_config = None
+    # The root, the layers, and what lies around them.
+    if len(shard_modules(model)) <= model.config.num_hidden_layers + 1:
+        raise UserError(
+            f"sharding: transformers has no plan that shards {model.config.model_type} by layer, so that "
+            "each pass would gather it whole; set sharding: none"
+        )
+    for module in shard_modules(model):
+        _sum(module)
+
+
+class _OneMesh:
+    """A mesh for everything, as transformers asks for one."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self._mesh = mesh
+
+    def get_mesh(self, dims: object) -> DeviceMesh:
+        return self._mesh
 
 
 def shard_with_layers(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -219,22 +220,6 @@ class _Around(nn.Module):
 
     def forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
-
-
-def _ready(model: Any) -> PreTrainedModel:
-    # The root, the layers, and what lies around them.
-    if len(shard_modules(model)) <= model.config.num_hidden_layers + 1:
-        raise UserError(
-            f"sharding: transformers has no plan that shards {model.config.model_type} by layer, so that "
-            "each pass would gather it whole; set sharding: none"
-        )
-    for module in shard_modules(model):
-        _sum(module)
-    # save_pretrained and PEFT look at these, and would gather the whole base to save an adapter.
-    model.config.distributed_config = None
-    model._device_mesh = model._mesh_manager = model._tp_size = model._fsdp_size = None
-    model._is_distributed_loading_by_transformers = False
-    return model
 
 
 def _sum(module: Any) -> None:

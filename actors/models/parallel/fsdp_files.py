@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from actors.models.files import save_tensors
+from actors.models.parallel.by_layer import by_layer
 from actors.models.parallel.fsdp import whole
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 MAX_FILE_BYTES = 2 * 10**9
 """Of one safetensors file, more than which rank 0 never keeps beside its own slices (and one layer)."""
-_LAYER = re.compile(r"^(.*?\.\d+)\.")
 
 
 def write_sharded_model(model: PreTrainedModel, directory: str | Path, write: bool) -> None:
@@ -56,14 +55,10 @@ def write_sharded_model(model: PreTrainedModel, directory: str | Path, write: bo
 
 
 def _layers(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
-    """State by layer, what is in none last; tied weights once, as a checkpoint has them."""
+    """State by layer; tied weights once, as a checkpoint has them."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    groups: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in model.state_dict().items():
-        if name not in tied:
-            match = _LAYER.match(name)
-            groups.setdefault(match.group(1) if match else "", {})[name] = tensor
-    yield from groups.values()
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    yield from by_layer(state).values()
 
 
 def _write(directory: Path, index: int, tensors: dict[str, torch.Tensor]) -> list[str]:

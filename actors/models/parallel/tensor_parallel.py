@@ -21,7 +21,6 @@ from torch.autograd.function import once_differentiable
 
 from actors.errors import UserError
 from actors.models.parallel.fsdp import own_slice, split_dims
-from actors.models.parallel.partial_loading import load_divided
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -35,23 +34,6 @@ _OF_HEADS = re.compile(r"(.*\.self_attn)\.[qk]_norm$")
 transformers marks them as `replicated_with_grad_allreduce`, glm4_moe's not; that style's hook sums what has
 been accumulated so far, once for each micro-batch. Here gradients are summed once a step."""
 _SHARE = "_raylign_gradient_is_a_share"
-
-
-def load_split(
-    model_class: type[PreTrainedModel], base_path: str, mesh: DeviceMesh, how: dict[str, Any]
-) -> PreTrainedModel:
-    """`from_pretrained`, in which each rank of `mesh` reads its parts out of the safetensors.
-
-    Args:
-        model_class: of the model itself.
-        mesh: one dimension, the ranks that hold one model together.
-        how: further arguments of `from_pretrained`.
-
-    Raises:
-        UserError: as `split_layers`.
-    """
-    device = mesh.device_type
-    return load_divided(model_class, base_path, lambda model: split_layers(model, mesh), device, how)
 
 
 def split_layers(model: Any, mesh: DeviceMesh) -> None:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from difflib import get_close_matches
 
+from actors.cluster import splits_experts
 from actors.rollout.spec import DEFAULT_POSITIONS
 from pipeline.config.names import MODULE_NAMES, NAME_PATTERN, NAME_RULE, RESERVED_NAMES
 from pipeline.config.problem import Problem
@@ -18,6 +19,9 @@ from pipeline.config.run_config import RunConfig
 from pipeline.rewards.functions import EXACT_MATCH, FUNCTION
 from pipeline.roles import ENGINE_ROLES, MODEL_ROLES, POLICY, REFERENCE, ROLES, VIEWS
 from pipeline.stages.specs.registry import OnlineStage
+
+INSTEAD_OF_FROZEN = {"base": "full", "experts+base": "experts+full"}
+"""What splits all where everything trains, by what splits a frozen base."""
 
 
 def cross_problems(config: RunConfig) -> list[Problem]:
@@ -142,12 +146,36 @@ def _sharding_problems(config: RunConfig) -> Iterator[Problem]:
                 f"'{spec.sharding}' splits weights among a role's workers, and there is one; set "
                 f"roles.{role}.workers to 2 or more, or leave sharding out",
             )
-    if config.model.lora is None and config.roles.policy.sharding == "base":
+    sharding = config.roles.policy.sharding
+    if config.model.lora is None and sharding in INSTEAD_OF_FROZEN:
         yield Problem(
             "roles.policy.sharding",
-            "'base' splits a frozen base, and model.lora: null trains all of it; set it to full, or to "
-            "experts, which splits those alone",
+            f"'{sharding}' splits a frozen base, and model.lora: null trains all of it; set it to "
+            f"{INSTEAD_OF_FROZEN[sharding]}, or to experts, which splits those alone",
         )
+    yield from _expert_parallel_problems(config)
+
+
+def _expert_parallel_problems(config: RunConfig) -> Iterator[Problem]:
+    for role in ROLES:
+        spec = config.roles.of(role)
+        size, key = spec.expert_parallel_size, f"roles.{role}.expert_parallel_size"
+        if size is None:
+            continue
+        if role in ENGINE_ROLES:
+            yield Problem(key, f"{size} is for the ranks of a host; leave it out")
+        elif not splits_experts(spec.sharding):
+            yield Problem(
+                key,
+                f"{size} workers share experts where these are split, and roles.{role}.sharding is "
+                f"'{spec.sharding}'; set that to experts, experts+base or experts+full, or leave {key} out",
+            )
+        elif spec.workers % size:
+            yield Problem(
+                key,
+                f"{size} workers share experts, but roles.{role}.workers is {spec.workers}; set that to a "
+                f"multiple of {size}",
+            )
 
 
 def _tensor_parallel_problems(config: RunConfig) -> Iterator[Problem]:

@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from actors.errors import UserError
 from actors.models.base.loading import load_base, load_tokenizer, resolve_base
 from actors.models.lora import adapters
 from actors.models.spec import LoraSpec, ModelSpec
+from tests.peak_memory import peak_memory
 
 
 def problems_of(base, **settings):
@@ -36,6 +39,51 @@ def test_a_base_loads_in_evaluation_mode_without_cache_and_router_logits(base):
     assert model.config._experts_implementation == "grouped_mm"
     assert model.dtype == torch.float32
     assert load_base(ModelSpec(base=str(base), dtype="bfloat16")).dtype == torch.bfloat16
+
+
+def mapped(file):
+    """(first, last) addresses of this process at which a file is mapped."""
+    lines = [
+        line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(file))
+    ]
+    return [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
+
+
+def test_weights_that_need_no_change_stay_the_mapped_file_which_nobody_writes(base_of, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(base_of("llama"), base)
+    file = base / "model.safetensors"
+    before = file.read_bytes()
+    model = load_base(ModelSpec(base=str(base)))
+    places = mapped(file.resolve())
+    for name, parameter in model.named_parameters():
+        assert any(first <= parameter.data_ptr() < last for first, last in places), name
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert file.read_bytes() == before
+    other = load_base(ModelSpec(base=str(base), dtype="bfloat16"))
+    assert not any(
+        first <= p.data_ptr() < last for first, last in mapped(file.resolve()) for p in other.parameters()
+    )
+
+
+def test_a_base_of_another_dtype_lies_in_memory_once_while_it_is_loaded(base_of, tmp_path):
+    """Of many experts, pieces of which transformers' threads would make faster than they are put together."""
+    config = Qwen3MoeConfig.from_pretrained(base_of("qwen3_moe"))
+    config.update({"hidden_size": 256, "num_hidden_layers": 16, "num_experts": 32, "vocab_size": 512})
+    config.update({"moe_intermediate_size": 256, "head_dim": 32, "dtype": "bfloat16"})
+    with torch.random.fork_rng():
+        Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    in_float32 = 2 * (tmp_path / "model.safetensors").stat().st_size
+    assert in_float32 > 300 * 2**20
+    peak = peak_memory(
+        "import transformers.models.qwen3_moe.modeling_qwen3_moe\n"
+        "from actors.models.base.loading import load_base\nfrom actors.models.spec import ModelSpec",
+        "model = load_base(ModelSpec(base=sys.argv[1], dtype='float32'))",
+        tmp_path,
+    )
+    assert peak < 1.25 * in_float32, peak / in_float32
 
 
 def test_random_weights_come_from_the_seed_and_need_no_weight_file(base):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from actors.models.base.loading import load_base
 from actors.models.lora.adapters import adapter_parameters, attach_lora, enable_gradient_checkpointing
@@ -26,12 +27,17 @@ from tests.actors.models.tiny_models import GROUPS, tiny_model
 IDS = torch.randint(3, 200, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
+def two() -> DeviceMesh:
+    """Both ranks."""
+    return init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",))
+
+
 def difference(base: Path, lora: LoraSpec) -> tuple[float, float]:
     """(largest difference of logits, largest relative one of gradients), a sharded base from a whole one."""
     logits, gradients = [], []
-    for shards in (1, 2):
-        model = load_base(ModelSpec(base=str(base), lora=lora), shards=shards)
-        assert all(is_sharded(p) == (shards > 1) for p in model.parameters())
+    for mesh in (None, two()):
+        model = load_base(ModelSpec(base=str(base), lora=lora), mesh=mesh, split="layers")
+        assert all(is_sharded(p) == (mesh is not None) for p in model.parameters())
         peft = attach_lora(model, lora, "policy", seed=3)
         shake(peft, "policy")
         found = passed(peft, adapter_parameters(peft, "policy"))
@@ -45,21 +51,21 @@ def difference_by_experts(base: Path, lora: LoraSpec, trains: str) -> tuple[floa
     """The same where tokens travel to the experts, by an adapter's gradients whose tokens travel
     again in the backward pass, or by those of `all` weights."""
     logits, gradients = [], []
-    for shards in (1, 2):
-        model: Any = load_base(ModelSpec(base=str(base), lora=lora), shards=shards, split="experts")
+    for mesh in (None, two()):
+        split = mesh is not None
+        model: Any = load_base(ModelSpec(base=str(base), lora=lora), mesh=mesh, split="experts")
         parameters = dict(model.named_parameters())
         stacks = {n for n, p in parameters.items() if ".experts." in n and p.ndim > 1}
-        assert {n for n, p in parameters.items() if is_sharded(p)} == (stacks if shards > 1 else set())
+        assert {n for n, p in parameters.items() if is_sharded(p)} == (stacks if split else set())
         if trains != "all":
             model = attach_lora(model, lora, "policy", seed=3)
             shake(model, "policy")
             parameters = adapter_parameters(model, "policy")
-            if shards > 1:
+            if split:
                 enable_gradient_checkpointing(model)
                 model.train()
         found = passed(model, parameters)
         logits.append(found[0])
-        split = shards > 1
         gradients.append({n: of_both(g, parameters[n]) if split else g for n, g in found[1].items()})
     return float((logits[0] - logits[1]).abs().max()), furthest(*gradients)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from actors.errors import UserError
 from actors.models.architectures.lookup import ARCHITECTURES
@@ -102,6 +103,11 @@ def rank_of_two(rank: int) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
+def two() -> DeviceMesh:
+    """The ranks of the process group."""
+    return init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",))
+
+
 # torch keeps the mesh of a process for good, so one process can be one rank only.
 @pytest.mark.parametrize("model_type", architectures(set(SIZES) - {"dbrx"}))
 def test_every_architecture_is_read_in_slices_of_the_whole(model_type: str, tmp_path: Path) -> None:
@@ -109,7 +115,7 @@ def test_every_architecture_is_read_in_slices_of_the_whole(model_type: str, tmp_
     spec = ModelSpec(base=str(tmp_path), lora=None)
     whole = dict(load_base(spec).named_parameters())
     with rank_of_two(1):
-        for name, parameter in load_base(spec, shards=2).named_parameters():
+        for name, parameter in load_base(spec, mesh=two(), split="layers").named_parameters():
             assert sharding.is_sharded(parameter), name
             rows = (*whole[name].chunk(2), whole[name][:0])[1]  # Of one row the other rank has nothing.
             assert torch.equal(sharding.own_slice(parameter), rows), name
@@ -129,7 +135,7 @@ def test_a_layers_adapter_is_gathered_at_one_time_and_changes_no_name(tmp_path: 
     tiny_model("qwen3_moe").save_pretrained(tmp_path)
     lora = LoraSpec(r=4, targets=["attention", "experts", "router"])
     with rank_of_two(1):
-        base = load_base(ModelSpec(base=str(tmp_path), lora=lora), shards=2)
+        base = load_base(ModelSpec(base=str(tmp_path), lora=lora), mesh=two(), split="layers")
         layers, bare = base.config.num_hidden_layers, gathers(base)
         assert bare == layers + 2, "and the embeddings, and the head"
         peft = attach_lora(base, lora, "policy", seed=3)
@@ -156,7 +162,7 @@ def test_experts_alone_are_read_or_drawn_in_slices(
     spec = ModelSpec(base=str(tmp_path), lora=None, random_init=random_init)
     whole = dict(load_base(spec).named_parameters())
     with rank_of_two(1):
-        model = load_base(spec, shards=2, split="experts")
+        model = load_base(spec, mesh=two(), split="experts")
         for name, parameter in model.named_parameters():
             split = ".experts." in name
             assert sharding.is_sharded(parameter) == split, name
@@ -169,10 +175,10 @@ def test_peft_computes_with_experts_that_are_gathered_not_with_those_of_other_ra
     lora = LoraSpec(r=4, expert_impl="peft")
     spec = ModelSpec(base=str(tmp_path), lora=lora)
     with rank_of_two(1):
-        peft = attach_lora(load_base(spec, shards=2), lora)
+        peft = attach_lora(load_base(spec, mesh=two(), split="layers"), lora)
         assert peft.get_base_model().config._experts_implementation == "grouped_mm"
         with pytest.raises(UserError, match=r"model\.lora\.expert_impl: auto"):
-            attach_lora(load_base(spec, shards=2, split="experts"), lora)
+            attach_lora(load_base(spec, mesh=two(), split="experts"), lora)
 
 
 def test_experts_that_can_not_be_shared_are_refused(tmp_path: Path) -> None:
@@ -180,13 +186,13 @@ def test_experts_that_can_not_be_shared_are_refused(tmp_path: Path) -> None:
     tiny_model("qwen3_moe", num_experts=7).save_pretrained(tmp_path / "odd")
     for name, reason in (("dense", "a llama model has no experts"), ("odd", "7 experts can't be shared")):
         with rank_of_two(1), pytest.raises(UserError, match=reason):
-            load_base(ModelSpec(base=str(tmp_path / name)), shards=2, split="experts")
+            load_base(ModelSpec(base=str(tmp_path / name)), mesh=two(), split="experts")
 
 
 def test_an_architecture_without_a_plan_by_layer_is_refused(tmp_path: Path) -> None:
     tiny_model("dbrx").save_pretrained(tmp_path)
     with rank_of_two(1), pytest.raises(UserError, match="no plan that shards dbrx by layer"):
-        load_base(ModelSpec(base=str(tmp_path)), shards=2)
+        load_base(ModelSpec(base=str(tmp_path)), mesh=two(), split="layers")
 
 
 @pytest.mark.slow

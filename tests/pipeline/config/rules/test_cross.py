@@ -71,6 +71,24 @@ def test_bitsandbytes_keys_are_answered_with_ours_and_with_what_that_leaves_out(
     assert "stacked experts too, which bitsandbytes leaves in 16 bits" in message
 
 
+def test_experts_are_shared_in_groups_that_fit_the_workers() -> None:
+    def at_policy(**policy: object) -> dict[str, str]:
+        return problems_of(roles={"policy": policy, "reference": {"workers": 1}})
+
+    assert not at_policy(workers=4, sharding="experts+base", expert_parallel_size=2)
+    key = "roles.policy.expert_parallel_size"
+    assert "multiple of 4" in at_policy(workers=6, sharding="experts", expert_parallel_size=4)[key]
+    assert "set that to experts" in at_policy(workers=4, sharding="full", expert_parallel_size=2)[key]
+    assert set(problems_of(roles={"rollout": {"expert_parallel_size": 2}})) == {
+        "roles.rollout.expert_parallel_size"
+    }
+    frozen = {"policy": {"workers": 2, "sharding": "experts+base"}, "reference": {"workers": 1}}
+    full = {"base": "assets/tiny-moe", "lora": None}
+    assert "set it to experts+full" in problems_of(model=full, roles=frozen)["roles.policy.sharding"]
+    both = at_policy(workers=4, sharding="experts+full", tensor_parallel_size=2)
+    assert "leave out roles.policy.sharding" in both["roles.policy.tensor_parallel_size"]
+
+
 def test_dropout_on_experts_is_refused() -> None:
     dropout = {"base": "b", "lora": {"lora_dropout": 0.1}}
     assert set(problems_of(model=dropout)) == {"model.lora.lora_dropout"}
