@@ -79,7 +79,7 @@ def test_a_base_of_another_dtype_lies_in_memory_once_while_it_is_loaded(base_of,
     assert in_float32 > 250 * 2**20
     peak = peak_memory(
         "import transformers.models.qwen3_moe.modeling_qwen3_moe\n"
-        "import torch.distributed.fsdp, transformers.distributed.fsdp, transformers.distributed.sharding_utils\n"
+        "import torch.distributed.fsdp, transformers.distributed.sharding_utils\n"
         "from actors.models.base.loading import load_base\nfrom actors.models.spec import ModelSpec",
         "model = load_base(ModelSpec(base=sys.argv[1], dtype='float32'))",
         tmp_path,
