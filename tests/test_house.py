@@ -82,6 +82,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "actors.models.moe",
         "actors.models.base",
     ),
+    "actors.models.sizes": (
+        "actors.models.spec",
+        "actors.models.architectures",
+        "actors.models.quantization",
+    ),
+    "actors.models.speed": ("actors.models.sizes",),
     "actors.models.facts": ("actors.errors", "actors.models"),
     "actors.models.twin": ("actors.errors", "actors.models"),
     "actors.sync": (

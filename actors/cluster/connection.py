@@ -166,6 +166,16 @@ def local_resources() -> dict[str, float]:
     return {"CPU": cpus, "GPU": float(gpus)}
 
 
+def local_memory() -> int:
+    """Bytes of this machine's memory and swap, or of what its container may take."""
+    import psutil
+
+    total = psutil.virtual_memory().total + psutil.swap_memory().total
+    limit = Path("/sys/fs/cgroup/memory.max")
+    found = limit.read_text().strip() if limit.is_file() else "max"
+    return total if found == "max" else min(total, int(found))
+
+
 def _start_local(
     settings: Mapping[str, Any], fast: bool, fork_server: ForkServer | None, keep_logs: Path | None
 ) -> str:

@@ -85,10 +85,13 @@ class RoleSpec(Spec):
 
 
 class LimitsSpec(Spec):
-    """Deadlines in seconds. Past one, the run ends with the role, the rank and the phase's name, or an engine
-    is replaced. Those of `update`, `evaluate`, `logprobs` and `generate` that are left out get shorter once
-    a stage has measured its first calls (`actors.cluster.measured_limits`)."""
+    """Memory, and deadlines in seconds. Past one, the run ends with the role, the rank and the phase's name,
+    or an engine is replaced. Those of `update`, `evaluate`, `logprobs` and `generate` that are left out get
+    shorter once a stage has measured its first calls (`actors.cluster.measured_limits`)."""
 
+    memory: Literal["check", "ignore"] = "check"
+    """`check`: refuse a run whose weights, gradients and moments alone are more than this machine's memory,
+    where no role has GPUs. `ignore`: start it."""
     start: float = Field(default=180, gt=0)
     """Process start and imports, and the rendezvous of a group's ranks."""
     load: float = Field(default=900, gt=0)

@@ -17,10 +17,12 @@ from actors.models.architectures.table import ROWS
 from actors.models.architectures.tensor_parallel_sizes import split_sizes, why_not_split
 from actors.models.architectures.vllm_table import VLLM_ROWS, VllmRow, vllm_row
 from actors.models.lora.heads import HEAD_FILE, has_sequence_classifier
+from actors.models.sizes import BaseSizes, Layer, Part, Weight, base_sizes
 from actors.models.spec import ModelSpec
+from actors.models.speed import measure_cpu
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = [
     "ARCHITECTURES",
@@ -30,11 +32,18 @@ __all__ = [
     "VLLM_ROWS",
     "Architecture",
     "BaseFacts",
+    "BaseSizes",
+    "Layer",
+    "Part",
     "VllmRow",
+    "Weight",
+    "bare_model",
     "base_facts",
+    "base_sizes",
     "describe_small",
     "has_sequence_classifier",
     "max_positions",
+    "measure_cpu",
     "n_experts",
     "replay_problem",
     "split_sizes",
@@ -59,6 +68,8 @@ class BaseFacts:
     """Experts of each layer; None for a dense model, and for an architecture that is not in the table."""
     split_sizes: dict[str, int] | None = None
     """Sizes that tensor-parallel ranks share evenly (`tensor_parallel_sizes.py`); None: not known."""
+    sizes: BaseSizes | None = None
+    """Its weights, for plans of memory; None where the base can't be used."""
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
@@ -99,6 +110,17 @@ def describe_small(config: PretrainedConfig, spec: ModelSpec) -> list[str]:
     return lines
 
 
+def bare_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a config without storage, for `base_sizes` and LoRA targets.
+
+    Raises:
+        UserError: transformers makes no model of it.
+    """
+    from actors.models.architectures.meta_model import meta_model
+
+    return meta_model(config)
+
+
 def base_facts(spec: ModelSpec) -> BaseFacts:
     """Look at `spec.base` and resolve `spec.lora`. Never raises for what a user can get wrong."""
     from actors.models.base.loading import local_base_dir, resolve_base
@@ -108,17 +130,21 @@ def base_facts(spec: ModelSpec) -> BaseFacts:
     base = resolve_base(spec)
     if base.problems or base.config is None:
         return BaseFacts(None, None, base.problems)
-    config, targets, experts, problems = base.config, None, None, []
+    config, targets, experts, found = base.config, None, None, None
+    problems: list[str] = []
     try:
         experts = n_experts(config)
         if base.adapter_path is not None:
             local = str(local_base_dir(base.base_path))
-            found = check_adapter_matches_base(base.adapter_path, config, local)
-            found = found or quantization_problems(base.adapter_path, spec.quantization)
-            problems += [f"model.base: {problem}" for problem in found]
-        if spec.lora is not None and not problems:
-            targets = str(resolve_targets(config, spec.lora.targets, spec.lora))
+            wrong = check_adapter_matches_base(base.adapter_path, config, local)
+            wrong = wrong or quantization_problems(base.adapter_path, spec.quantization)
+            problems += [f"model.base: {problem}" for problem in wrong]
+        if not problems:
+            net = bare_model(config)
+            found = base_sizes(config, net, spec.quantization)
+            if spec.lora is not None:
+                targets = str(resolve_targets(net, spec.lora.targets, spec.lora))
     except UserError as error:
         problems += error.problems
     sizes = split_sizes(config)
-    return BaseFacts(max_positions(config), targets, problems, config.model_type, experts, sizes)
+    return BaseFacts(max_positions(config), targets, problems, config.model_type, experts, sizes, found)

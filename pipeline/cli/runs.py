@@ -95,8 +95,35 @@ def validate(config: Config, overrides: Overrides = None) -> int:
     console.say(cluster_plan(loaded))
     for stage, size in findings.sync_bytes.items():
         console.say(f"  {stage}: a sync sends {size:,} bytes to each engine ({loaded.roles.rollout.workers})")
+    if findings.memory:
+        console.say(f"  {findings.memory}; raylign plan says more")
     console.say(f"{config}: fine")
     return EXIT_DONE
+
+
+@verbs.command(
+    epilog=example(
+        "raylign plan configs/grpo-qwen3-30b-a3b.yaml --gpu h200",
+        "raylign plan my-run.yaml model.gradient_checkpointing=true --gpu cpu",
+    )
+)
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="h100-80, h200, a100-80, l40s, or cpu: this machine, measured for a second or two. Default: "
+            "h100-80 where roles have GPUs, else this machine.",
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print all numbers, in bytes and seconds.")] = False,
+) -> int:
+    """Say what a run will take of memory, time and disk, by its base's config.json. Starts nothing."""
+    from pipeline.cli.planning import show_plan
+
+    return show_plan(load(config, overrides), gpu, as_json=json)
 
 
 @verbs.command(epilog=example("raylign run configs/demo.yaml", "raylign run my-run.yaml --dry-run"))

@@ -31,6 +31,7 @@ from pipeline.monitoring.trackers import tracker_problems
 from pipeline.planning.architecture_rules import architecture_problems
 from pipeline.planning.length_rules import engine_positions, held_out_problems, sample_problems
 from pipeline.planning.nodes import Graph, Node, PairEvaluation, make_node, result_of
+from pipeline.planning.planned import memory_problems
 from pipeline.planning.reward_rules import (
     function_sources,
     reward_base_problems,
@@ -139,6 +140,7 @@ def read_graph(
         positions = engine_positions(config, base.max_positions)
         problems += [problem for node in graph.nodes for problem in sample_problems(node.prepared, positions)]
         problems += held_out_problems(graph.held_out, positions) if graph.held_out is not None else []
+        problems += memory_problems(config, base.sizes, [node.name for node in graph.pending])
     if problems or graph is None:
         raise UserError(problems)
     graph.template_date = date

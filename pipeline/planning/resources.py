@@ -11,7 +11,6 @@ from actors.errors import attempt
 from pipeline.roles import ROLES, evaluation_roles, roles_of
 
 if TYPE_CHECKING:
-    from actors.models.lora.targets import Targets
     from pipeline.config.run_config import RunConfig
     from pipeline.stages.specs.registry import AnyStage
 
@@ -160,14 +159,3 @@ def _step(stage: AnyStage) -> str:
         f"{_count(stage.updates_per_step, 'optimizer step')} of {stage.batch_size} samples, syncs the "
         f"engines{older}"
     )
-
-
-def sync_bytes(config: RunConfig, targets: Targets) -> dict[str, int]:
-    """Bytes that each sync of an online stage sends to one engine, by stage.
-
-    `adapter`: A and B in float32. `lora`: A and B in the base's dtype. `merged`: every weight of the touched
-    groups in the base's dtype.
-    """
-    size = 4 if config.model.dtype == "float32" else 2
-    sizes = {"adapter": targets.bytes, "lora": targets.parameters * size, "merged": targets.adapted * size}
-    return {name: sizes[stage.sync.payload] for name, stage in config.online_stages().items()}

@@ -13,6 +13,7 @@ from pipeline.monitoring.phases import phase
 
 if TYPE_CHECKING:
     from actors.models.base.loading import ResolvedBase
+    from actors.models.facts import BaseSizes
     from actors.models.lora.targets import Targets
     from pipeline.config.run_config import RunConfig
     from pipeline.data.reading.records import Records
@@ -36,8 +37,14 @@ class Findings:
     """Stage, start, reference, rows, tokens (median, longest sequence), steps x rows (or samples)."""
     remarks: list[str] = field(default_factory=list)
     """Rows that were left out, and what else is worth saying of the data."""
+    sizes: BaseSizes | None = None
+    """Of the base's weights."""
+    longest: dict[str, int] = field(default_factory=dict)
+    """Stage -> tokens of its longest sequence."""
     sync_bytes: dict[str, int] = field(default_factory=dict)
     """Bytes that each sync of an online stage sends to one engine."""
+    memory: str = ""
+    """The plan of memory in a line; empty: the base is unknown."""
     sources: list[str] = field(default_factory=list)
     """A line for each source: key, split with its files, rows."""
     prompts: int | None = None
@@ -86,7 +93,9 @@ def _find(config: RunConfig) -> Findings:
     from pipeline.artifacts.hiding import hiding_problems
     from pipeline.artifacts.run_directory import RunDirectory
     from pipeline.monitoring.trackers import tracker_problems
-    from pipeline.planning.resources import machine_problems, sync_bytes
+    from pipeline.planning.costs.payloads import payload_bytes
+    from pipeline.planning.planned import memory_line, memory_problems
+    from pipeline.planning.resources import machine_problems
     from pipeline.planning.reward_rules import reward_source_problems
     from pipeline.rewards.user_functions import start_functions
 
@@ -100,19 +109,25 @@ def _find(config: RunConfig) -> Findings:
     phase("reading the base's config and tokenizer")
     tokenizer = _look_at_model(config, findings)
     findings.problems += reward_source_problems(config, config.stages)
-    if findings.targets is not None:
-        findings.sync_bytes = sync_bytes(config, findings.targets)
+    if findings.sizes is not None:
+        findings.sync_bytes = {
+            name: payload_bytes(stage.sync.payload, findings.sizes, config.model)
+            for name, stage in config.online_stages().items()
+        }
+    findings.problems += memory_problems(config, findings.sizes, config.stages)
     trained: dict[str, dict[int, Place]] = {}
     for name in config.stages:
         _look_at_stage(config, name, tokenizer, findings, trained)
     _look_at_eval(config, tokenizer, findings, trained)
+    if findings.sizes is not None:
+        findings.memory = memory_line(config, findings.sizes, findings.longest)
     return findings
 
 
 def _look_at_model(config: RunConfig, findings: Findings) -> Any:
     """Base and targets into the findings; the tokenizer, or None."""
     from actors.models.base.loading import load_tokenizer, resolve_base
-    from actors.models.facts import describe_small, n_experts, split_sizes
+    from actors.models.facts import bare_model, base_sizes, describe_small, n_experts, split_sizes
     from actors.models.lora.adapters import quantization_problems
     from actors.models.lora.targets import resolve_targets
     from actors.models.turn_ends import turn_ends
@@ -126,9 +141,12 @@ def _look_at_model(config: RunConfig, findings: Findings) -> Any:
         wrong = quantization_problems(base.adapter_path, config.model.quantization)
         findings.problems += [f"model.base: {problem}" for problem in wrong]
     lora = config.model.lora
-    if base.config is not None and not base.problems and lora is not None:
+    net = None if base.config is None or base.problems else findings.attempt(lambda: bare_model(base.config))
+    if net is not None:
+        findings.sizes = findings.attempt(lambda: base_sizes(base.config, net, config.model.quantization))
+    if net is not None and lora is not None:
         findings.targets = findings.attempt(
-            lambda: resolve_targets(base.config, lora.targets, lora), "model.lora.targets"
+            lambda: resolve_targets(net, lora.targets, lora), "model.lora.targets"
         )
     if base.config is not None and not base.problems:
         findings.problems += reward_base_problems(config, config.stages, base)
@@ -177,6 +195,7 @@ def _look_at_stage(
     remarks, use = remarks_on_data(prepared), use_of_rows(prepared)
     findings.remarks += remarks if use in remarks else [use, *remarks]
     stats = prepared.data.stats
+    findings.longest[name] = prepared.longest if prepared.online else stats.longest
     findings.stages.append(
         [
             name,

@@ -12,17 +12,13 @@ from typing import Any
 from actors.errors import UserError
 from actors.models.architectures.vllm_table import vllm_row
 from actors.models.facts import max_positions
-from actors.rollout.spec import EngineSpec, positions_of
+from actors.models.sizes import heads_in_cache
+from actors.rollout.spec import EngineSpec, cache_bytes, positions_of
 from actors.rollout.vllm.workarounds.registry import use_only
 from actors.variables import set_variables
 
 TOKENS_PER_STEP = 8192
 """Tokens that one engine step may prefill on the CPU."""
-
-FULL_SEQUENCES = 64
-MIN_CACHE, MAX_CACHE = 64 * 2**20, 4 * 2**30
-"""Key-value cache on the CPU: room for so many sequences of full length, within these bytes. vLLM zeroes it
-at the start, which takes 2.3 s per GiB."""
 
 
 def read_config(model: str, spec: EngineSpec) -> Any:
@@ -85,19 +81,17 @@ def llm_settings(config: Any, spec: EngineSpec) -> dict[str, Any]:
         # A prompt cut into chunks loses its seed on the CPU ("CPU Generator does not use offset").
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(TOKENS_PER_STEP, length),
-        "kv_cache_memory_bytes": cache_bytes(config.get_text_config(), spec, length),
+        "kv_cache_memory_bytes": cache_bytes(spec, _cached_per_token(config.get_text_config(), spec), length),
         **row.engine_args,
     }
 
 
-def cache_bytes(config: Any, spec: EngineSpec, length: int) -> int:
-    """Of the key-value cache on the CPU, for sequences of `length` positions."""
-    if spec.kv_cache_gib is not None:
-        return int(spec.kv_cache_gib * 2**30)
-    heads, head_dim = _cached_heads(config)
+def _cached_per_token(config: Any, spec: EngineSpec) -> int:
+    """Bytes of a token's keys and values in all layers."""
+    heads, head_dim = heads_in_cache(config)
     size = 4 if spec.dtype == "float32" else 2
-    sequence = config.num_hidden_layers * 2 * heads * head_dim * size * length
-    return max(sequence, min(MAX_CACHE, max(MIN_CACHE, FULL_SEQUENCES * sequence)))
+    per_token: int = config.num_hidden_layers * 2 * heads * head_dim * size
+    return per_token
 
 
 class ArchitectureInUse:
@@ -175,15 +169,6 @@ def building_models() -> Iterator[None]:
 
     with set_current_vllm_config(VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))):
         yield
-
-
-def _cached_heads(config: Any) -> tuple[int, int]:
-    """Heads and their size, per layer, as keys and as values."""
-    if getattr(config, "kv_lora_rank", None) is not None:
-        # Latent attention that runs as plain attention: values are padded to the size of keys.
-        return config.num_attention_heads, config.qk_nope_head_dim + config.qk_rope_head_dim
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _is_missing_path(model: str) -> bool:

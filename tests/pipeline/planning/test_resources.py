@@ -11,13 +11,14 @@ import pytest
 from actors.cluster import RaySpec, local_resources
 from actors.errors import UserError
 from actors.models.base.loading import resolve_base
-from actors.models.lora.targets import resolve_targets
-from actors.models.spec import LoraSpec
+from actors.models.facts import base_sizes
+from actors.models.spec import LoraSpec, ModelSpec
 from pipeline import api
 from pipeline.config.load import validate
 from pipeline.config.run_config import RunConfig
+from pipeline.planning.costs.payloads import payload_bytes
 from pipeline.planning.dry_run import DryRun, reward_twins, shrink
-from pipeline.planning.resources import cluster_plan, describe, machine_problems, sync_bytes, working_roles
+from pipeline.planning.resources import cluster_plan, describe, machine_problems, working_roles
 
 
 def config(stages: dict[str, Any], **sections: Any) -> RunConfig:
@@ -138,18 +139,15 @@ def test_a_sync_of_adapters_sends_a_and_b_and_a_merged_one_the_weights(tiny_base
     from transformers import AutoConfig
 
     base = AutoConfig.from_pretrained(tiny_base)
-    lora = LoraSpec(r=4, targets=["attention"])
-    targets = resolve_targets(base, lora.targets, lora)
-    stages = online() | online("rloo", sync={"payload": "merged"})
-    wide = config(stages, model={"base": "b", "dtype": "bfloat16"})
+    sizes = base_sizes(base)
+    model = ModelSpec(base="b", dtype="bfloat16", lora=LoraSpec(r=4, targets=["attention"]))
     heads, hidden, layers = base.num_attention_heads * base.head_dim, base.hidden_size, base.num_hidden_layers
     keys = base.num_key_value_heads * base.head_dim
     weights = layers * 2 * hidden * (heads + keys)
     factors = layers * 4 * (2 * (hidden + heads) + 2 * (hidden + keys))
-    assert sync_bytes(wide, targets) == {"grpo": factors * 4, "rloo": weights * 2}
-    assert sync_bytes(
-        config(online(sync={"payload": "lora"}), model={"base": "b", "dtype": "bfloat16"}), targets
-    ) == {"grpo": factors * 2}
+    assert payload_bytes("adapter", sizes, model) == factors * 4
+    assert payload_bytes("merged", sizes, model) == weights * 2
+    assert payload_bytes("lora", sizes, model) == factors * 2
 
 
 def test_what_is_asked_for_is_held_against_this_machine_unless_a_cluster_is_named(

@@ -1,0 +1,62 @@
+"""Host memory to load and merge, disk for checkpoints and results, and what Ray's object store holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.planning.costs.payloads import payload_bytes
+from pipeline.planning.costs.weights import ADAPTER_BYTES, MOMENTS, Holding, base_bytes
+from pipeline.roles import ENGINE_ROLES, ROLES
+
+if TYPE_CHECKING:
+    from pipeline.planning.costs.processes import Budget
+
+PER_TOKEN = 4 + 1 + 6 * 4
+"""Bytes of a token in a batch: its id, its mask, and up to six float columns (`actors.batches.batch`)."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Bytes outside of devices."""
+
+    loading: dict[str, int]
+    """Role -> memory of hosts that all its processes take together while they read the base, on GPUs."""
+    merge: int
+    """Memory that `raylign merge` takes."""
+    checkpoints: int
+    """Disk for the checkpoints of the stage that needs most: those kept, and one that is being written."""
+    results: int
+    """Disk for the results of all stages."""
+    object_store: int
+    """The largest batch of a step."""
+
+
+def storage_of(budget: Budget) -> Storage:
+    """Of one run."""
+    config, sizes = budget.config, budget.sizes
+    model = config.model
+    whole = sizes.elements * Holding(model, "none", 1, 1, False).element
+    loading = {}
+    for role in ROLES:
+        spec = config.roles.of(role)
+        if config.roles.server_of(role) != role or role in ENGINE_ROLES or not spec.gpus:
+            continue
+        # Unsharded ranks each read the base into their host's memory first.
+        loading[role] = spec.workers * base_bytes(sizes, Holding.of(model, spec))
+    one = whole if model.lora is None else sizes.adapter_elements(model.lora) * ADAPTER_BYTES
+    kept = [
+        (stage.save_total_limit + 1)
+        * one
+        * (1 + MOMENTS[stage.optim])
+        * (2 if stage.critic is not None else 1)
+        for stage in config.stages.values()
+    ]
+    tokens = max(
+        budget.work(name).tokens * (stage.steps_per_generation if stage.online else 1)
+        for name, stage in config.stages.items()
+    )
+    touched = payload_bytes("merged", sizes, model) if model.lora is not None else 0
+    largest = max((w.elements for w in sizes.weights), default=0)
+    merging = whole + 3 * largest * ADAPTER_BYTES if touched else 0
+    return Storage(loading, merging, max(kept, default=0), one * len(config.stages), PER_TOKEN * tokens)
