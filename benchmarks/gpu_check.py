@@ -11,6 +11,7 @@ the exit code is 1 then. Sections, in this order:
     turns     memory that two processes on the card have; a trainer whose weights leave it and come back
     updates   SFT, DPO and GRPO updates in float32 and bfloat16, against the CPU's in float32
     experts   LoRA beside the product of one layer's experts, against PEFT's W + BA
+    attention a row of many sequences and one of 32 k, by torch's varlen attention and a call for each
     head      log-probabilities of 8,192 tokens over a vocabulary of 152 k
     weights   merge, digests and packing of a weight sync; the same bits on device and CPU
     whole     Qwen3-30B-A3B with fresh weights: steps of SFT, DPO, GRPO, and of a plain PEFT loop
@@ -31,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from benchmarks.gpu.check import Check
 
-SECTIONS = ("ceilings", "groups", "turns", "updates", "experts", "head", "weights", "whole")
+SECTIONS = ("ceilings", "groups", "turns", "updates", "experts", "attention", "head", "weights", "whole")
 ABSENT = ("ray", "vllm")
 """Nothing here may need these."""
 BUDGET_S = 420.0
@@ -93,9 +94,9 @@ def _default_out(tiny: bool) -> Path:
 
 
 def _sections() -> dict[str, Callable[[Check], None]]:
-    from benchmarks.gpu import ceilings, experts, groups, head, turns, updates, weights, whole
+    from benchmarks.gpu import attention, ceilings, experts, groups, head, turns, updates, weights, whole
 
-    modules: tuple[Any, ...] = (ceilings, groups, turns, updates, experts, head, weights, whole)
+    modules: tuple[Any, ...] = (ceilings, groups, turns, updates, experts, attention, head, weights, whole)
     return {name: module.run for name, module in zip(SECTIONS, modules, strict=True)}
 
 

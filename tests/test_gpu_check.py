@@ -26,6 +26,7 @@ FIGURES = {
     "turns": [{"lender", "borrower"}, {"gb", "park_s", "wake_s", "share_that_stays", "different"}],
     "updates": [{"way", "sft", "dpo", "grpo"}] * 3,
     "experts": [{"base_s", "unmerged_s", "peft_s", "floor_s", "output_apart", "factors_apart"}] * 2,
+    "attention": [{"row", "form", "seconds"}] * 2,
     "head": [{"block", "seconds", "floor_s", "mean_difference"}] * 3,
     "weights": [
         {"pack_s", "digest_s"},

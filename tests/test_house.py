@@ -30,7 +30,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "actors.algorithms": ("actors.errors", "actors.spec", "actors.batches"),
     "actors.cluster": ("actors.errors", "actors.spec", "actors.variables", "actors.batches"),
     "actors.models.spec": ("actors.spec",),
-    "actors.models.attention": ("actors.errors", "actors.batches"),
+    "actors.models.attention": ("actors.errors", "actors.batches", "actors.models.parallel"),
     "actors.models.tiny": ("actors.errors",),
     "actors.models.files": ("actors.errors",),
     "actors.models.tensor_file": (),

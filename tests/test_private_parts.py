@@ -30,7 +30,7 @@ IMPORTED = {
 ATTRIBUTES = {
     "peft": {"_active_adapter", "_check_forward_args", "_disable_adapters"},
     "ray": {"_actor_id"},
-    "torch": {"_cdata", "_timeout"},
+    "torch": {"_cdata", "_timeout", "_varlen_attn_backward"},
     "transformers": {
         "_attn_implementation",
         "_can_record_outputs",

@@ -14,6 +14,7 @@ from functools import partial
 
 import numpy as np
 
+from actors.batches.attention_plan import AttentionPlan
 from actors.batches.batch import Batch
 from actors.batches.routed_experts import free
 
@@ -25,44 +26,6 @@ ATTENTION_WIDTHS = 4
 """A token's attention to 4 x hidden positions costs as much as all the rest of its forward and backward
 pass. Measured on a CPU at hidden 128 (0.14 us per position and 65 us per token); attention grows with
 hidden, the rest with its square. A packed bin has a dense mask, so attention pays for the whole bin."""
-
-
-@dataclass(frozen=True)
-class Gathering:
-    """Rows picked from N rows, and the way back for their gradients."""
-
-    index: np.ndarray
-    """int64 (M,): the row of each pick."""
-    readers: tuple[np.ndarray, ...]
-    """The picks that read a row: int64 (R, k) of R rows that are read k times each, for every such k. Picks
-    whose gradient is zero, as padding's, are left out."""
-    order: np.ndarray | None
-    """int64 (N,): place of each row in `readers`, one array after the other; None: 0 to N - 1."""
-
-    @staticmethod
-    def of(index: np.ndarray, n: int, real: np.ndarray | None = None) -> Gathering:
-        """Find the readers of each row. `n`: rows to pick from; `real`: bool (M,), False for picks without
-        gradient."""
-        picks = np.arange(len(index)) if real is None else np.flatnonzero(real)
-        picks = picks[np.argsort(index[picks], kind="stable")]
-        times = np.bincount(index[picks], minlength=n)
-        first = np.cumsum(times) - times
-        rows = [np.flatnonzero(times == k) for k in np.unique(times)]
-        readers = tuple(picks[first[r][:, None] + np.arange(times[r[0]])] for r in rows)
-        if len(rows) <= 1:
-            return Gathering(index, readers, None)
-        order = np.empty(n, dtype=np.int64)
-        order[np.concatenate(rows)] = np.arange(n)
-        return Gathering(index, readers, order)
-
-
-@dataclass(frozen=True)
-class AttentionPlan:
-    """The sequences in a padding-free row, see `actors.models.attention.Sequences`."""
-
-    shapes: tuple[tuple[int, int], ...]
-    places: Gathering | None
-    outputs: Gathering | None
 
 
 @dataclass(frozen=True)

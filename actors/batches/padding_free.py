@@ -1,6 +1,6 @@
 """Lays out a batch without padding: every token of a micro-batch in one row.
 
-For models whose attention runs by sequence (actors/models/attention.py). Tokens that sequences have in common
+For models whose attention runs by sequence (actors/models/attention/). Tokens that sequences have in common
 before their first counted token (the prompt of a group of samples or of a pair, a system prompt) are in the
 row once: everything but attention is computed per token, so sharing them changes no value.
 """
@@ -11,16 +11,13 @@ import itertools
 
 import numpy as np
 
+from actors.batches.attention_plan import AttentionPlan
 from actors.batches.batch import Batch
-from actors.batches.packing import AttentionPlan, Gathering, MicroBatch, experts_at
+from actors.batches.packing import MicroBatch, experts_at
 
-SHORT = 96
-"""Sequences up to this length share a call of attention: for them a call costs more than padding."""
-PADDED_SHARE = 1.15
-"""Most positions of such a call, as a multiple of its sequences' tokens."""
 WORTH_SHARING = 1 / 8
 """Least share of the tokens that sharing must save: it has all of attention's inputs gathered from the row,
-which is otherwise done for SHORT sequences only."""
+which is otherwise done for short sequences only."""
 
 
 def lay_out_padding_free(batch: Batch, rows: np.ndarray, share_prompts: bool) -> MicroBatch:
@@ -52,7 +49,7 @@ def lay_out_padding_free(batch: Batch, rows: np.ndarray, share_prompts: bool) ->
         rows=rows,
         n_sequences=part.n_sequences,
         n_tokens=size,
-        attention=_plan(places, part.offsets, shared),
+        attention=AttentionPlan(places, lengths, shared),
         # Sequences share a position only where their given experts are the same.
         experts=experts_at(places[is_own], None if part.experts is None else part.experts[is_own], size),
         copies=np.bincount(places, minlength=size) if shared.any() else None,
@@ -92,53 +89,3 @@ def _before_answer(part: Batch, sequence: int) -> slice:
     counted = part.loss_mask[begin:end]
     first = int(counted.argmax()) if counted.any() else end - begin - 1
     return slice(begin, begin + first)
-
-
-def _plan(places: np.ndarray, offsets: np.ndarray, shared: np.ndarray) -> AttentionPlan:
-    """`places`: position of the row for each token of each sequence; `shared`: as of `_shared`."""
-    lengths = np.diff(offsets)
-    shapes, picked, real, own = [], [], [], []
-    for group in _groups(lengths):
-        longest = int(lengths[group].max())
-        step = np.arange(longest)
-        shapes.append((len(group), longest))
-        # Padding is at the end and repeats the last token; causal attention hides it from all before.
-        at = offsets[group][:, None] + np.minimum(step, lengths[group][:, None] - 1)
-        picked.append(places[at].reshape(-1))
-        real.append((step < lengths[group][:, None]).reshape(-1))
-        own.append(real[-1] & (step >= shared[group][:, None]).reshape(-1))
-    position = np.concatenate(picked)
-    kept = np.flatnonzero(np.concatenate(own))
-    outputs = np.empty_like(kept)
-    outputs[position[kept]] = kept
-    return AttentionPlan(
-        tuple(shapes),
-        _unless_all_in_order(position, len(kept), np.concatenate(real)),
-        _unless_all_in_order(outputs, len(position)),
-    )
-
-
-def _groups(lengths: np.ndarray) -> list[np.ndarray]:
-    """Sequences that attend in one call: one each, but short ones of similar length together."""
-    long = [np.array([s]) for s in np.flatnonzero(lengths > SHORT)]
-    short = np.flatnonzero(lengths <= SHORT)
-    short = short[np.argsort(-lengths[short], kind="stable")]
-    members: list[list[int]] = []
-    tokens = 0
-    for sequence in short.tolist():
-        length = int(lengths[sequence])
-        positions = int(lengths[members[-1][0]]) * (len(members[-1]) + 1) if members else 0
-        if members and positions <= PADDED_SHARE * (tokens + length):
-            members[-1].append(sequence)
-            tokens += length
-        else:
-            members.append([sequence])
-            tokens = length
-    return long + [np.array(group) for group in members]
-
-
-def _unless_all_in_order(index: np.ndarray, n: int, real: np.ndarray | None = None) -> Gathering | None:
-    """The rows to gather; None for 0 to n - 1, where nothing has to be gathered."""
-    if len(index) == n and np.array_equal(index, np.arange(n)):
-        return None
-    return Gathering.of(index, n, real)

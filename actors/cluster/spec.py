@@ -65,6 +65,9 @@ class RoleSpec(Spec):
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Consecutive `workers` that hold one model together, each a part of every layer, and compute the same
     rows; groups of them share the rows out. Divides `workers`. Engines have a key of their own for it."""
+    sequence_parallel_size: int = Field(default=1, ge=1)
+    """Consecutive `workers` that share out the positions of the same rows, which may be too long for one;
+    groups of them share the rows out. Divides `workers` and the base's attention heads."""
     share: str | None = None
     """Be a view of that role's host (no processes, no second base in memory). Excludes the others."""
 

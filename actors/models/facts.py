@@ -45,6 +45,7 @@ __all__ = [
     "max_positions",
     "measure_cpu",
     "n_experts",
+    "n_heads",
     "replay_problem",
     "split_sizes",
     "vllm_row",
@@ -70,6 +71,8 @@ class BaseFacts:
     """Sizes that tensor-parallel ranks share evenly (`tensor_parallel_sizes.py`); None: not known."""
     sizes: BaseSizes | None = None
     """Its weights, for plans of memory; None where the base can't be used."""
+    n_heads: int | None = None
+    """Attention heads of a layer, which sequence-parallel ranks share evenly; None: not known."""
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
@@ -121,6 +124,11 @@ def bare_model(config: PretrainedConfig) -> PreTrainedModel:
     return meta_model(config)
 
 
+def n_heads(config: PretrainedConfig) -> int | None:
+    """Attention heads of each layer; None where the config doesn't say."""
+    return getattr(config.get_text_config(), "num_attention_heads", None)
+
+
 def base_facts(spec: ModelSpec) -> BaseFacts:
     """Look at `spec.base` and resolve `spec.lora`. Never raises for what a user can get wrong."""
     from actors.models.base.loading import local_base_dir, resolve_base
@@ -146,5 +154,5 @@ def base_facts(spec: ModelSpec) -> BaseFacts:
                 targets = str(resolve_targets(net, spec.lora.targets, spec.lora))
     except UserError as error:
         problems += error.problems
-    sizes = split_sizes(config)
-    return BaseFacts(max_positions(config), targets, problems, config.model_type, experts, sizes, found)
+    kind, shared, heads = config.model_type, split_sizes(config), n_heads(config)
+    return BaseFacts(max_positions(config), targets, problems, kind, experts, shared, found, heads)

@@ -17,6 +17,7 @@ from actors.algorithms.loss import Loss, TokenView, Totals
 from actors.batches.batch import Batch
 from actors.batches.packing import LayOut, MicroBatch, counted_places, in_bins, micro_batches, padded
 from actors.batches.padding_free import lay_out_padding_free
+from actors.batches.position_shares import PositionShare, position_share
 from actors.models.moe.router_stats import RouterStats, aux_loss
 from actors.trainer.process_groups import Ranks
 from actors.trainer.sums import Sums
@@ -51,11 +52,16 @@ class PassRunner:
     """Ranks hold slices of the weights, so that each has to make as many passes as the others."""
 
     def shard(self, batch: Batch) -> tuple[np.ndarray, list[MicroBatch]]:
-        """This rank's rows of a global batch, and the micro-batches made of them."""
+        """This rank's rows of a global batch, and the micro-batches made of them, or its part of each."""
         shares = self.shares_prompts
         rows = batch.shard_rows(self.ranks.share, self.ranks.shares, shares)
         own = batch if self.ranks.shares == 1 else batch.select(rows)
-        return rows, micro_batches(own, self.max_tokens, self._lay_out(), shares)
+        most = self.max_tokens * self.ranks.sequence_parallel_size
+        micros = micro_batches(own, most, self._lay_out(), shares)
+        return rows, [self._own_positions(micro) for micro in micros]
+
+    def _own_positions(self, micro: MicroBatch) -> MicroBatch:
+        return position_share(micro, self.ranks.position_share, self.ranks.sequence_parallel_size)
 
     @property
     def shares_prompts(self) -> bool:
@@ -83,7 +89,7 @@ class PassRunner:
         most = int(self.ranks.max_(torch.tensor(own, device=self.device)))
         k = batch.sequences_per_row
         nothing = Batch.from_sequences([[0, 0]] * k, [[False, True]] * k, k)
-        return [self._lay_out()(nothing, np.arange(1))] * (most - own)
+        return [self._own_positions(self._lay_out()(nothing, np.arange(1)))] * (most - own)
 
     def places(self, batch: Batch, rows: np.ndarray, micro: MicroBatch) -> Tensor:
         """int64 (T,): where a micro-batch's counted tokens stand among those of the global batch."""
@@ -198,12 +204,16 @@ class PassRunner:
         if not train:
             return self._outputs(micro, loss), torch.zeros((), device=self.device)
         torch.manual_seed(seed)
-        real = None if micro.real.all() else torch.from_numpy(micro.real).to(self.device)
         copies = None if micro.copies is None else torch.from_numpy(micro.copies).to(self.device)
+        # Where positions have copies, padding has none.
+        every = copies is not None or micro.real.all()
+        real = None if every else torch.from_numpy(micro.real).to(self.device)
         with self.routers.collecting(real, keep_logits=self.aux_coef > 0, copies=copies) as logits:
             outputs = self._outputs(micro, loss)
         if not self.aux_coef:
             return outputs, torch.zeros((), device=self.device)
+        if isinstance(micro, PositionShare):
+            logits = self.scorer.of_all_positions(logits, micro)
         aux = aux_loss(logits, self.routers.top_k) * (micro.n_tokens / batch.n_tokens)
         term = self.aux_coef * aux
         sums.add(term, {"aux_loss": (aux.detach(), 0.0), "aux_loss_term": (term.detach(), 0.0)})
@@ -215,7 +225,7 @@ class PassRunner:
             return Outputs(self.scorer.statistics(micro, temperature, entropy_gradient))
         if self.head is None:
             raise KeyError(f"{type(loss).__name__} reads {loss.reads}, and this role has no head")
-        nothing = _no_statistics(torch.zeros(len(micro.labels), device=self.device))
+        nothing = _no_statistics(torch.zeros(len(micro.sequence), device=self.device))
         if loss.reads == "values":
             return Outputs(nothing, values=self.scorer.values(micro, self.head))
         return Outputs(nothing, scores=self.scorer.scores(micro, self.head))
@@ -259,8 +269,9 @@ class PassRunner:
         return {name: values[places] for name, values in batch.token_columns.items()}
 
     def _seed(self, step: int, micro_batch: int) -> int:
-        # Ranks of the same rows drop the same things.
-        return _hashed((self.seed, step, self.ranks.share, micro_batch))
+        # Ranks that compute the same positions drop the same things.
+        numbers = self.seed, step, self.ranks.share, micro_batch
+        return _hashed((*numbers, self.ranks.position_share) if self.ranks.position_share else numbers)
 
 
 def _no_statistics(zeros: Tensor) -> LabelStatistics:

@@ -93,7 +93,7 @@ class HostState:
             raise both_awake(self.who, "it was asked for weights that are parked while engines are awake")
 
     def _runner(self, lockstep: bool) -> PassRunner:
-        spec, scorer = self.spec, TokenScorer(self.base)
+        spec, scorer = self.spec, TokenScorer(self.base, self.ranks.row_group)
         runner = PassRunner(
             scorer,
             RouterStats(self.base),
@@ -111,13 +111,21 @@ class HostState:
         return runner
 
     def _packs(self, asked: bool | str, scorer: TokenScorer) -> bool:
-        packs = self.architecture.packs
-        packable = packs == "bins" or (packs == "padding_free" and scorer.by_sequence)
+        form = self.architecture.packs
+        packable = form == "bins" or (form == "padding_free" and scorer.by_sequence)
         if asked is True and not packable:
             raise UserError(
                 f"packing: {self.architecture.model_type} mixes packed sequences; set packing: auto"
             )
-        return packable if asked == "auto" else bool(asked)
+        packs = packable if asked == "auto" else bool(asked)
+        ranks = self.ranks.sequence_parallel_size
+        if ranks > 1 and not (packs and scorer.by_sequence):
+            raise UserError(
+                f"sequence_parallel_size: {ranks} ranks share out packed rows only, and rows of this "
+                f"{self.architecture.model_type} model are padded; set 1, or packing: auto and "
+                "attn_implementation: sdpa"
+            )
+        return packs
 
     def set_batching(self, packing: bool | str, max_tokens_per_micro_batch: int) -> None:
         """As `ModelHost.set_batching`."""

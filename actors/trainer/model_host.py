@@ -62,7 +62,15 @@ class ModelHost:
         """
         configure_torch(spec)
         resolved = resolve_base(spec.model).checked()
-        ranks = Ranks(rank, world_size, init_method, timeout_s, spec.device, spec.tensor_parallel_size)
+        ranks = Ranks(
+            rank,
+            world_size,
+            init_method,
+            timeout_s,
+            spec.device,
+            spec.tensor_parallel_size,
+            spec.sequence_parallel_size,
+        )
         self.state = HostState(spec, resolved, ranks)
         self.scores = Scores(self.state)
         self.updates = Updates(self.state, self.scores)
@@ -108,6 +116,7 @@ class ModelHost:
             "world_size": state.ranks.world_size,
             "sharding": state.spec.sharding if state.sharded else "none",
             "tensor_parallel_size": state.ranks.tensor_parallel_size,
+            "sequence_parallel_size": state.ranks.sequence_parallel_size,
             "threads": torch.get_num_threads(),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }

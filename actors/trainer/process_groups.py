@@ -1,8 +1,8 @@
 """Ranks of one group of model workers: torch's process groups, or nothing at all for a single rank.
 
 Ranks have two dimensions. Each run of `tensor_parallel_size` consecutive ones holds one model together and
-computes the same rows; rows are shared out among these groups. With size 1, the usual case, every rank has
-rows of its own.
+computes the same rows, or each run of `sequence_parallel_size` shares out the positions of the same rows;
+rows are shared out among these groups. With sizes of 1, the usual case, every rank has rows of its own.
 
 Weights that are split among some ranks, each with rows of its own, have a mesh besides (`split_mesh`).
 """
@@ -35,15 +35,20 @@ class Ranks:
         timeout_s: float = 600.0,
         device: str = "cpu",
         tensor_parallel_size: int = 1,
+        sequence_parallel_size: int = 1,
     ) -> None:
         """Join the group at `init_method` (tcp://host:port); waits for all ranks, at most `timeout_s`.
 
-        `tensor_parallel_size` divides `world_size`.
+        Of `tensor_parallel_size` and `sequence_parallel_size` one is 1, and the other divides `world_size`.
         """
         self.rank, self.world_size = rank, world_size
         self.tensor_parallel_size = tensor_parallel_size
-        self.share, self.shares = rank // tensor_parallel_size, world_size // tensor_parallel_size
+        self.sequence_parallel_size = sequence_parallel_size
+        of_same_rows = tensor_parallel_size * sequence_parallel_size
+        self.share, self.shares = rank // of_same_rows, world_size // of_same_rows
         """Number of this rank's share of the rows, and how many shares there are."""
+        self.position_share = rank % sequence_parallel_size
+        """Number of this rank's share of their positions."""
         self._device = torch.device(device)
         self._sharing: dist.ProcessGroup | None = None
         self._copies: dist.ProcessGroup | None = None
@@ -58,8 +63,8 @@ class Ranks:
             timeout=wait,
         )
         self._same_rows = self._one_each = None
-        if tensor_parallel_size > 1:
-            numbers = torch.arange(world_size).view(self.shares, tensor_parallel_size)
+        if of_same_rows > 1:
+            numbers = torch.arange(world_size).view(self.shares, of_same_rows)
             self._same_rows = _own_group(numbers.tolist(), wait)
             self._one_each = _own_group(numbers.t().tolist(), wait)
 
@@ -94,6 +99,11 @@ class Ranks:
             dist.all_reduce(tensor, group=self._copies)
         return tensor
 
+    @property
+    def row_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share out the positions of the same rows with this one; None: it has them all."""
+        return self._same_rows if self.sequence_parallel_size > 1 else None
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace `tensor`, of this rank's rows, by the sum over all shares of the rows; bit-equal everywhere
         if ranks of the same rows came with equal bits."""
@@ -107,11 +117,18 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def sum_positions_(self, tensor: Tensor) -> Tensor:
+        """Replace `tensor`, of this rank's positions, by the sum over all positions of its rows."""
+        if self.sequence_parallel_size > 1:
+            dist.all_reduce(tensor, group=self._same_rows)
+        return tensor
+
     def sum_slices_(self, tensor: Tensor) -> Tensor:
         """Replace `tensor`, of slices of weights, by the sum over the ranks that hold one copy of them: all,
         or those of the same rows, or of `split_mesh`."""
         if self.world_size > 1:
-            dist.all_reduce(tensor, group=self._same_rows or self._sharing)
+            same_copy = self._same_rows if self.tensor_parallel_size > 1 else self._sharing
+            dist.all_reduce(tensor, group=same_copy)
         return tensor
 
     def max_(self, tensor: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ class Scores:
             replay.reset()
         found = self._per_token(batch, role, lambda micro: runner.scorer.logps(micro, temperature))
         if replay is not None and batch.experts is not None:
-            self._agreement = replay.agreement(self._state.ranks.sum_(replay.totals()))
+            ranks = self._state.ranks
+            self._agreement = replay.agreement(ranks.sum_(ranks.sum_positions_(replay.totals())))
         return found
 
     def logprobs(self, batch: Batch, role: str | None, ld_alpha: float | None = None) -> np.ndarray:

@@ -26,6 +26,8 @@ class HostSpec(Spec):
     """Ranks that split weights among them (`RoleSpec.expert_parallel_size`)."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Ranks that hold one model together (`RoleSpec.tensor_parallel_size`)."""
+    sequence_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share out the positions of the same rows (`RoleSpec.sequence_parallel_size`)."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of fresh weights and adapters, and of dropout."""
     device: str = "cpu"

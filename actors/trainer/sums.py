@@ -42,7 +42,9 @@ class Sums:
         """Means and extremes over the global batch, after one all-reduce (two with extremes)."""
         names = list(self.metrics)
         numbers = torch.stack([self.loss.double(), *(x for name in names for x in self.metrics[name])])
-        routing = self.routers.totals().to(numbers.device) if self.routers is not None else numbers[:0]
+        routing = numbers[:0]
+        if self.routers is not None:
+            routing = ranks.sum_positions_(self.routers.totals().to(numbers.device))
         flat = ranks.sum_(torch.cat([numbers, routing]))
         if self.routers is not None:
             self.router_load = self.routers.read(flat[len(numbers) :])

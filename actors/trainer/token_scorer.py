@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,10 +25,12 @@ from actors.algorithms.chunked_logprob import (
 )
 from actors.algorithms.logprob import LabelStatistics, label_logps, label_statistics
 from actors.batches.packing import MicroBatch
-from actors.models.attention import Gather, Sequences, no_mask, use_by_sequence
+from actors.batches.position_shares import PositionShare
+from actors.models.attention.by_sequence import arguments, use_by_sequence
 from actors.models.moe.experts_forward import last_experts, only, use_fused
 from actors.models.moe.router_replay import RouteReplay
 from actors.models.parallel.fsdp import is_managed
+from actors.models.parallel.sequence_parallel import of_all_ranks
 
 BLOCKS_MADE_AGAIN = 8
 """Logits of more blocks than this are made again in the backward pass, where they are needed there. Against
@@ -35,15 +38,19 @@ keeping them that took a quarter to a half longer on a CPU, and a quarter of the
 
 
 class TokenScorer:
-    """Scores the counted labels of micro-batches under one model."""
+    """Scores the counted labels of micro-batches under one model.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Of a micro-batch whose positions ranks share out each computes its own, and hands out what all have found.
+    """
+
+    def __init__(self, model: PreTrainedModel, row_group: dist.ProcessGroup | None = None) -> None:
+        """`row_group`: the ranks that share out positions."""
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Module):
             raise TypeError(f"{type(model).__name__} has no output head to take logits from")
-        self.model = model
-        self.by_sequence = use_by_sequence(model)
-        """Micro-batches may be laid flat."""
+        self.model, self._row_group = model, row_group
+        self.sequences = use_by_sequence(model)
+        """Form in which its attention takes the sequences of a padding-free row; None: it takes none."""
         self.in_one_row = "flash" in str(model.config._attn_implementation)
         """Of several rows transformers' flash attention reads no position ids that restart: sequences of a
         bin would see each other."""
@@ -59,10 +66,26 @@ class TokenScorer:
         self._states: Tensor | None = None
         head.register_forward_pre_hook(self._keep_predictors)
 
+    @property
+    def by_sequence(self) -> bool:
+        """Micro-batches may be laid flat."""
+        return self.sequences is not None
+
     def statistics(
         self, micro: MicroBatch, temperature: float = 1.0, entropy_gradient: bool = False
     ) -> LabelStatistics:
         """Log-probabilities (with gradient where enabled) and statistics of T counted labels."""
+        found = self._own_statistics(micro, temperature, entropy_gradient)
+        if not isinstance(micro, PositionShare):
+            return found
+        columns = torch.stack([x.float() for x in found], dim=1)
+        whole = self._of_all(columns, micro.counted, len(micro.sequence)).unbind(1)
+        read = [x if own.requires_grad else x.detach() for x, own in zip(whole, found, strict=True)]
+        return LabelStatistics(*read)._replace(correct=read[2] > 0.5)
+
+    def _own_statistics(
+        self, micro: MicroBatch, temperature: float, entropy_gradient: bool
+    ) -> LabelStatistics:
         labels = torch.from_numpy(micro.labels).to(self.model.device)
         again = torch.is_grad_enabled() and (entropy_gradient or self.head.weight.requires_grad)
         scale = self._scale_by_blocks(micro, BLOCKS_MADE_AGAIN if again else 1)
@@ -73,13 +96,15 @@ class TokenScorer:
 
     def logps(self, micro: MicroBatch, temperature: float = 1.0) -> Tensor:
         """float32 (T,) log-probabilities, without gradient."""
-        labels = torch.from_numpy(micro.labels).to(self.model.device)
         with torch.no_grad():
-            scale = self._scale_by_blocks(micro)
-            if scale is not None:
-                hidden, weight = self._hidden(micro), self.head.weight
-                return head_logps(hidden, weight, labels, temperature / scale)
-            return label_logps(self._logits(micro), labels, temperature)
+            return self._of_labels(self._own_logps(micro, temperature), micro)
+
+    def _own_logps(self, micro: MicroBatch, temperature: float) -> Tensor:
+        labels = torch.from_numpy(micro.labels).to(self.model.device)
+        scale = self._scale_by_blocks(micro)
+        if scale is not None:
+            return head_logps(self._hidden(micro), self.head.weight, labels, temperature / scale)
+        return label_logps(self._logits(micro), labels, temperature)
 
     def _scale_by_blocks(self, micro: MicroBatch, whole_up_to: int = 1) -> float | None:
         """The scale of logits that are made by blocks; None where the model makes them whole.
@@ -105,11 +130,30 @@ class TokenScorer:
 
     def values(self, micro: MicroBatch, head: nn.Linear) -> Tensor:
         """float32 (T,): the head at the state before each counted token."""
-        return self._head_at(micro, micro.predictors, head)
+        return self._of_labels(self._head_at(micro, micro.predictors, head), micro)
 
     def scores(self, micro: MicroBatch, head: nn.Linear) -> Tensor:
         """float32 (S,): the head at each sequence's last token."""
-        return self._head_at(micro, micro.last, head)
+        found = self._head_at(micro, micro.last, head)
+        if not isinstance(micro, PositionShare):
+            return found
+        return self._of_all(found, micro.ends, micro.n_sequences)
+
+    def of_all_positions(self, per_layer: list[Tensor], micro: PositionShare) -> list[Tensor]:
+        """Rows (real positions, n) of each layer, of this rank's positions -> of all of the row."""
+        found = torch.cat(per_layer, dim=1)
+        whole = self._of_all(found, micro.positions, micro.n_tokens)
+        return list(whole.split([x.shape[1] for x in per_layer], dim=1))
+
+    def _of_labels(self, own: Tensor, micro: MicroBatch) -> Tensor:
+        if not isinstance(micro, PositionShare):
+            return own
+        return self._of_all(own, micro.counted, len(micro.sequence))
+
+    def _of_all(self, own: Tensor, places: np.ndarray, size: int) -> Tensor:
+        """Rows of this rank, at their places among all of a micro-batch, with those of the other ranks."""
+        assert self._row_group is not None
+        return of_all_ranks(own, torch.from_numpy(places).to(own.device), size, self._row_group)
 
     def _head_at(self, micro: MicroBatch, places: np.ndarray, head: nn.Linear) -> Tensor:
         if is_managed(self.model):
@@ -153,8 +197,15 @@ class TokenScorer:
             "input_ids": torch.from_numpy(micro.input_ids.reshape(shape)).to(device),
             "position_ids": torch.from_numpy(micro.position_ids.reshape(shape)).to(device),
             "use_cache": False,
-            **_attention(micro, device),
+            **self._attention(micro, device),
         }
+
+    def _attention(self, micro: MicroBatch, device: torch.device) -> dict[str, object]:
+        """Arguments about attention, where it does not follow from the position ids."""
+        if micro.attention is None:
+            return {}
+        assert self.sequences is not None, "this model's attention is not told where sequences begin"
+        return arguments(self.sequences, micro.attention, device, self._row_group)
 
     def _keep_predictors(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """(B, L, H) -> (1, T, H), while a micro-batch is being scored."""
@@ -196,12 +247,3 @@ def _scales(model: PreTrainedModel) -> Iterator[float]:
         yield 1 / config.logits_scaling
     if getattr(config, "logit_scale", None):
         yield config.logit_scale
-
-
-def _attention(micro: MicroBatch, device: torch.device) -> dict[str, object]:
-    """Arguments of the model's forward about attention, where it does not follow from the position ids."""
-    plan = micro.attention
-    if plan is None:
-        return {}
-    places, outputs = (None if x is None else Gather.of(x, device) for x in (plan.places, plan.outputs))
-    return {"sequences": Sequences(plan.shapes, places, outputs), "attention_mask": no_mask(device)}

@@ -239,6 +239,8 @@ INSTEAD: dict[str, str] = {
     "ddp_backend": "leave it out: gloo on CPUs, NCCL on GPUs",
     "ddp_timeout": "write `limits`: each phase has its deadline",
     "tp_size": "write `tensor_parallel_size: {value}`",
+    "sp_size": "write `sequence_parallel_size: {value}`",
+    "cp_size": "write `sequence_parallel_size: {value}`, another way for the same rows",
     "num_generations_eval": "leave it out: `eval` draws one answer for each prompt",
     "multi_objective_aggregation": "leave it out: rewards are added up by their weights",
     "reward_clip_range": "clip in a reward function of your own",

@@ -76,4 +76,5 @@ def host_spec(config: RunConfig, node: Node, weights: Weights, role: RoleSpec) -
         sharding=role.sharding,
         expert_parallel_size=role.expert_parallel_size,
         tensor_parallel_size=role.tensor_parallel_size,
+        sequence_parallel_size=role.sequence_parallel_size,
     )

@@ -24,10 +24,11 @@ def architecture_problems(
     names: Iterable[str],
     n_experts: int | None = None,
     split_sizes: Mapping[str, int] | None = None,
+    n_heads: int | None = None,
 ) -> list[str]:
     """Problems of the named stages and the evaluation with an architecture: what it can't do.
 
-    `n_experts` and `split_sizes`: of the base (`actors.models.facts`); None: none, or unknown.
+    `n_experts`, `split_sizes` and `n_heads`: of the base (`actors.models.facts`); None: none, or unknown.
 
     LoRA targets are checked where they are resolved (`actors.models.lora.targets`), and architectures that
     are refused altogether where the base is looked at.
@@ -40,6 +41,7 @@ def architecture_problems(
     problems += _sharding_problems(config, row, model_type, n_experts)
     problems += _tensor_parallel_problems(config, row, model_type, split_sizes)
     problems += _quantization_problems(config, row, model_type)
+    problems += _sequence_parallel_problems(config, row, model_type, n_heads)
     asked = config.model.moe.router_aux_loss_coef
     defined = row is not None and row.router is not None and row.router.has_aux_loss
     if asked and not defined:
@@ -66,9 +68,11 @@ def _stage_problems(config: RunConfig, row: Architecture | None, model_type: str
         problems.append(
             f"stages.{name}.packing: true, but a {model_type} model mixes packed sequences; set auto"
         )
-    if stage.packing is True and row is not None and row.packs == "padding_free" and config.roles.policy.gpus:
+    flash = config.model.attn_implementation == "flash_attention_2"
+    if stage.packing is True and row is not None and row.packs == "padding_free" and flash:
         problems.append(
-            f"stages.{name}.packing: true, but a {model_type} model mixes packed sequences on GPUs; set auto"
+            f"stages.{name}.packing: true, but a {model_type} model mixes packed sequences under "
+            "model.attn_implementation: flash_attention_2; set sdpa there, or packing: auto"
         )
     return problems
 
@@ -126,6 +130,20 @@ def _tensor_parallel_problems(
                 f"{key}LoRA on experts then runs unmerged only, in the grouped product; set "
                 "model.lora.expert_impl: auto and model.moe.experts_implementation: grouped_mm"
             )
+
+
+def _sequence_parallel_problems(
+    config: RunConfig, row: Architecture | None, model_type: str, n_heads: int | None
+) -> Iterator[str]:
+    for name in MODEL_ROLES:
+        ranks = config.roles.of(name).sequence_parallel_size
+        if ranks == 1:
+            continue
+        key = f"roles.{name}.sequence_parallel_size: {ranks}, but "
+        if row is None or row.packs == "no":
+            yield f"{key}rows of a {model_type} model are padded, and only packed ones are shared out; set 1"
+        elif n_heads is not None and n_heads % ranks:
+            yield f"{key}{n_heads} attention heads can't be shared evenly; set a number that divides them"
 
 
 def _uneven(n_experts: int | None, workers: int) -> list[str]:
@@ -220,8 +238,7 @@ def _trainer_part(row: Architecture) -> str:
     parts += [f"not {group} ({why})" for group, why in row.refused.items()]
     if row.router is not None:
         parts.append("load-balancing loss" if row.router.has_aux_loss else "no load-balancing loss")
-    packed = {"bins": "rows are packed", "padding_free": "rows are packed on CPUs", "no": "rows are padded"}
-    parts.append(packed[row.packs])
+    parts.append("rows are padded" if row.packs == "no" else "rows are packed")
     if row.stages is not None:
         parts.append(f"trains by {', '.join(row.stages)} only")
     return "; ".join(parts)

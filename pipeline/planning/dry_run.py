@@ -164,7 +164,8 @@ def _shrink_role(role: dict[str, Any]) -> dict[str, Any]:
     small["sharding"] = role["sharding"]
     if role["expert_parallel_size"] is not None:
         small["expert_parallel_size"] = min(role["expert_parallel_size"], small["workers"])
-    small["tensor_parallel_size"] = min(role["tensor_parallel_size"], DRY_WORKERS)
+    for key in ("tensor_parallel_size", "sequence_parallel_size"):
+        small[key] = min(role[key], DRY_WORKERS)
     if "engine" in role:
         small["engine"] = role["engine"] | {"tensor_parallel_size": 1, "kv_cache_gib": None}
         if role["share"] is not None:

@@ -135,7 +135,7 @@ def read_graph(
         problems += [] if base.problems else reward_base_problems(config, records.stages)
         if base.model_type is not None:
             problems += architecture_problems(
-                config, base.model_type, records.stages, base.n_experts, base.split_sizes
+                config, base.model_type, records.stages, base.n_experts, base.split_sizes, base.n_heads
             )
         positions = engine_positions(config, base.max_positions)
         problems += [problem for node in graph.nodes for problem in sample_problems(node.prepared, positions)]

@@ -116,6 +116,8 @@ def _laid_out(role: RoleSpec) -> str:
         parts.append(f"among {role.expert_parallel_size} each")
     if role.tensor_parallel_size > 1:
         parts.append(f"{role.tensor_parallel_size} hold one model together")
+    if role.sequence_parallel_size > 1:
+        parts.append(f"{role.sequence_parallel_size} share out each row")
     return ", ".join(parts)
 
 

@@ -127,7 +127,7 @@ def _find(config: RunConfig) -> Findings:
 def _look_at_model(config: RunConfig, findings: Findings) -> Any:
     """Base and targets into the findings; the tokenizer, or None."""
     from actors.models.base.loading import load_tokenizer, resolve_base
-    from actors.models.facts import bare_model, base_sizes, describe_small, n_experts, split_sizes
+    from actors.models.facts import bare_model, base_sizes, describe_small, n_experts, n_heads, split_sizes
     from actors.models.lora.adapters import quantization_problems
     from actors.models.lora.targets import resolve_targets
     from actors.models.turn_ends import turn_ends
@@ -152,7 +152,12 @@ def _look_at_model(config: RunConfig, findings: Findings) -> Any:
         findings.problems += reward_base_problems(config, config.stages, base)
         experts = findings.attempt(lambda: n_experts(base.config))
         findings.problems += architecture_problems(
-            config, base.config.model_type, config.stages, experts, split_sizes(base.config)
+            config,
+            base.config.model_type,
+            config.stages,
+            experts,
+            split_sizes(base.config),
+            n_heads(base.config),
         )
         findings.architecture = describe_architecture(base.config.model_type)
         findings.architecture += findings.attempt(lambda: describe_small(base.config, config.model)) or []

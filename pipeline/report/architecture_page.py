@@ -105,7 +105,7 @@ def _trainer_row(row: Architecture) -> list[str]:
     return [
         f"`{row.model_type}`",
         ", ".join(row.groups),
-        {"bins": "yes", "padding_free": "on CPUs", "no": "no"}[row.packs],
+        "no" if row.packs == "no" else "yes",
         "" if router is None else "yes" if router.has_aux_loss else "no",
         "classifier" if has_sequence_classifier(row.model_type) else "file",
         "" if router is None else "no" if replay_problem(row.model_type) else "yes",

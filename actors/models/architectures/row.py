@@ -76,8 +76,8 @@ class Architecture:
     """Config key of the load-balancing loss's own weight."""
     packs: Packs = "bins"
     """Form in which sequences may share a row: in `bins`, where position ids that restart keep them apart;
-    `padding_free`, only by attention that is told where each begins (`actors.models.attention`, on CPUs); or
-    `no` known form."""
+    `padding_free`, only by attention that is told where each begins (`actors.models.attention`); or `no`
+    known form."""
     attention: Attention = "sdpa"
     """Implementation that `attn_implementation: sdpa` loads; transformers has no sdpa for attention sinks."""
     grouped_experts: bool = True

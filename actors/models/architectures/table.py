@@ -180,8 +180,8 @@ ROWS = (
         packs="padding_free",
         attention="eager",
         limits=(
-            "Attention has sinks: on CPUs `attn_implementation: sdpa` is ours, which takes packed rows; on "
-            "GPUs transformers' eager one, and rows are padded.",
+            "Attention has sinks, which transformers computes eagerly: `attn_implementation: sdpa` is ours, "
+            "which takes packed rows.",
             "Experts in MXFP4, as it is published, are dequantised into 16 bits while they are read.",
         ),
     ),

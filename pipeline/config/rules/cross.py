@@ -14,6 +14,7 @@ from actors.rollout.spec import DEFAULT_POSITIONS
 from pipeline.config.names import MODULE_NAMES, NAME_PATTERN, NAME_RULE, RESERVED_NAMES
 from pipeline.config.problem import Problem
 from pipeline.config.rules.devices import device_problems
+from pipeline.config.rules.sequence_parallel import sequence_parallel_problems
 from pipeline.config.rules.stage import mixture_problems, stage_problems
 from pipeline.config.run_config import RunConfig
 from pipeline.rewards.functions import EXACT_MATCH, FUNCTION
@@ -125,6 +126,7 @@ def _role_problems(config: RunConfig) -> Iterator[Problem]:
         )
     yield from _sharding_problems(config)
     yield from _tensor_parallel_problems(config)
+    yield from sequence_parallel_problems(config)
     yield from _gpu_problems(config)
     yield from device_problems(config)
 

@@ -61,7 +61,9 @@ def largest_pass(
 
     `shares`: common prompts are computed once.
     """
-    groups = max(1, role.workers // role.tensor_parallel_size)
+    ranks = role.sequence_parallel_size
+    groups = max(1, role.workers // (role.tensor_parallel_size * ranks))
+    budget *= ranks
     own_rows, row = -(-work.rows // groups), work.sequences * work.longest
     parts = max(1, -(-own_rows * row // budget))
     fit = max(1, min(-(-own_rows // parts), budget // row))
@@ -69,9 +71,12 @@ def largest_pass(
     once = work.shared * (fit - -(-fit // work.sharing)) if shares else 0
     tokens = fit * row - once
     sequences = fit * work.sequences
+    own = -(-tokens // ranks)
     return PassSize(
-        tokens=tokens,
-        attended=sequences * work.longest,
-        counted=sequences * work.counted if reads_logps else 0,
+        tokens=own,
+        # All of them, with a part of the heads.
+        attended=-(-sequences * work.longest // ranks),
+        # Where one answer fills them, all positions of a rank are counted.
+        counted=min(own, sequences * work.counted) if reads_logps else 0,
         longest=work.longest,
     )

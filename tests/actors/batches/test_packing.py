@@ -7,9 +7,10 @@ from functools import partial
 import numpy as np
 import pytest
 
+from actors.batches.attention_plan import SHORT
 from actors.batches.batch import Batch
 from actors.batches.packing import LayOut, MicroBatch, in_bins, micro_batches, padded
-from actors.batches.padding_free import SHORT, lay_out_padding_free
+from actors.batches.padding_free import lay_out_padding_free
 
 
 def batch_of(lengths: list[int], prompt: int = 2, sequences_per_row: int = 1) -> Batch:
@@ -89,8 +90,8 @@ def pairs(prompt: int, answers: list[tuple[int, int]]) -> Batch:
 
 def sequences_of(micro: MicroBatch) -> list[np.ndarray]:
     """Positions of the row that each sequence attends over, padding at the end included."""
-    plan = micro.attention
-    assert plan is not None
+    assert micro.attention is not None
+    plan = micro.attention.groups
     places = np.arange(micro.input_ids.size) if plan.places is None else plan.places.index
     sizes = [n * length for n, length in plan.shapes]
     groups = np.split(places, np.cumsum(sizes)[:-1])
@@ -124,7 +125,7 @@ def test_each_position_of_a_padding_free_row_takes_its_attention_from_one_sequen
     (micro,) = micro_batches(pairs(prompt, [(3, 5), (4, 4), (1, 6)]), 10**6, PADDING_FREE)
     assert micro.attention is not None
     places = np.concatenate(sequences_of(micro))
-    outputs = micro.attention.outputs
+    outputs = micro.attention.groups.outputs
     assert np.array_equal(
         places if outputs is None else places[outputs.index], np.arange(micro.input_ids.size)
     )
@@ -133,9 +134,9 @@ def test_each_position_of_a_padding_free_row_takes_its_attention_from_one_sequen
 def test_padding_behind_the_last_position_is_left_out() -> None:
     (micro,) = micro_batches(batch_of([20, 19]), 100, PADDING_FREE)
     assert micro.attention is not None
-    assert micro.attention.outputs is not None
-    assert micro.attention.shapes == ((2, 20),)
-    assert len(micro.attention.outputs.index) == 39
+    assert micro.attention.groups.outputs is not None
+    assert micro.attention.groups.shapes == ((2, 20),)
+    assert len(micro.attention.groups.outputs.index) == 39
 
 
 def test_prompts_are_shared_only_up_to_the_first_counted_token() -> None:

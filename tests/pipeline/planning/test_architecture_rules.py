@@ -73,11 +73,13 @@ def test_packing_can_not_be_forced_where_sequences_would_mix(model_type: str) ->
         assert problems(packed, {"sft": {**SFT, "packing": True}}) == []
 
 
-def test_attention_with_sinks_packs_on_cpus_only() -> None:
+def test_attention_with_sinks_packs_by_ours_only() -> None:
     config = run_of({"sft": {**SFT, "packing": True}})
     config.roles.policy.gpus = 1
+    assert architecture_problems(config, "gpt_oss", ["sft"]) == []
+    config.model.attn_implementation = "flash_attention_2"
     (problem,) = architecture_problems(config, "gpt_oss", ["sft"])
-    assert problem.endswith("a gpt_oss model mixes packed sequences on GPUs; set auto")
+    assert problem.endswith("flash_attention_2; set sdpa there, or packing: auto")
     assert architecture_problems(config, "qwen3_moe", ["sft"]) == []
 
 

@@ -14,7 +14,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 from actors.batches.batch import Batch
 from actors.batches.packing import micro_batches
 from actors.batches.padding_free import lay_out_padding_free
-from actors.models.attention import attend_with_sinks
+from actors.models.attention.sinks import attend_with_sinks
 from actors.models.base.loading import load_base
 from actors.models.spec import ModelSpec
 from actors.trainer.token_scorer import TokenScorer

@@ -14,10 +14,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from actors.algorithms import chunked_logprob as head_logprob
 from actors.batches.batch import Batch
-from actors.batches.packing import Gathering, LayOut, in_bins, micro_batches, padded
+from actors.batches.gathering import Gathering
+from actors.batches.packing import LayOut, in_bins, micro_batches, padded
 from actors.batches.padding_free import lay_out_padding_free
 from actors.models.architectures.lookup import ARCHITECTURES
-from actors.models.attention import Gather, picked
+from actors.models.attention.gather import Gather, picked
 from actors.models.base.loading import load_base
 from actors.models.spec import ModelSpec
 from actors.trainer import token_scorer as scoring

@@ -1,0 +1,1 @@
+"""Attention of padding-free rows, one sequence at a time."""
