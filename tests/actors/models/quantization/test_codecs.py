@@ -150,3 +150,15 @@ def test_codes_do_not_depend_on_torchs_default_dtype_or_device():
         torch.set_default_dtype(torch.float32)
     assert all(map(torch.equal, found, expected))
     assert torch.equal(back, codec.dequantised(expected, (64, 128), torch.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_gpu_quantises_and_dequantises_to_the_bits_of_a_cpu(kind):
+    codec, stack = codec_of(kind), random(4, 768, 2048)
+    stack[1] *= 10 ** random(768, 2048, seed=1)
+    here, there = quantise(codec, stack), quantise(codec, stack.cuda())
+    assert all(torch.equal(one, other.cpu()) for one, other in zip(here, there, strict=True))
+    for dtype in (torch.float32, torch.bfloat16):
+        expected, found = (dequantise(codec, parts, (768, 2048), dtype) for parts in (here, there))
+        assert torch.equal(expected, found.cpu())

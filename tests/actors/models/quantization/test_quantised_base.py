@@ -180,3 +180,20 @@ def test_a_linear_layer_with_a_bias_is_computed_from_its_quantised_weight():
     expected = nn.functional.linear(x.detach(), plain(layer.weight), layer.bias)
     torch.testing.assert_close(layer(x), expected)
     torch.testing.assert_close(x.grad, plain(layer.weight).sum(0).expand_as(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_a_gpu_it_computes_what_its_dequantised_weights_do(dtype, base_of, dequantised, ids, randomise_b):
+    base, lora = base_of("qwen3_moe"), LoraSpec(r=4)
+    copy = dequantised(base, "nf4", getattr(torch, dtype))
+    found = []
+    for spec in (spec_of(base, dtype=dtype), spec_of(copy, None, dtype=dtype)):
+        peft = attach_lora(load_base(spec, "cuda"), lora, "policy", seed=3)
+        randomise_b(peft, "policy")
+        logits = peft(input_ids=ids.cuda()).logits
+        logits.float().log_softmax(-1)[..., 7].sum().backward()
+        found.append((logits, [p.grad for p in adapter_parameters(peft, "policy").values()]))
+    (small, small_grads), (whole, whole_grads) = found
+    assert torch.equal(small, whole)
+    assert all(map(torch.equal, small_grads, whole_grads))
