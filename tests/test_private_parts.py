@@ -19,6 +19,7 @@ IMPORTED = {
         "transformers.integrations.moe._default_apply_gate",
         "transformers.integrations.moe._grouped_linear",
     },
+    "actors.models.quantization.quantised_tensor": {"torch.utils._pytree.tree_map_only"},
     "actors.rollout.vllm.parameter_map": {
         "torch.utils._python_dispatch.TorchDispatchMode",
         "vllm.model_executor.model_loader.reload.layerwise._get_original_loader",
@@ -30,7 +31,15 @@ IMPORTED = {
 ATTRIBUTES = {
     "peft": {"_active_adapter", "_check_forward_args", "_disable_adapters"},
     "ray": {"_actor_id"},
-    "torch": {"_cdata", "_timeout", "_varlen_attn_backward"},
+    "torch": {
+        "_cdata",
+        "_disabled_torch_function_impl",
+        "_make_wrapper_subclass",
+        "_schema",
+        "_timeout",
+        "_to_copy",
+        "_varlen_attn_backward",
+    },
     "transformers": {
         "_attn_implementation",
         "_can_record_outputs",
@@ -46,7 +55,7 @@ ATTRIBUTES = {
 }
 """Private attributes of objects of other packages, by package."""
 
-OF_PYTHON = {"_HANDLER", "_exit", "_replace"}
+OF_PYTHON = {"_HANDLER", "_asdict", "_exit", "_replace"}
 """Of signal's stubs, os, and named tuples."""
 
 OF_VLLM = {
