@@ -65,7 +65,8 @@ class Fleet:
         """`fresh`: also ignore what earlier runs left in the reference cache. `note`: says a line."""
         self.config, self.directory, self.startup, self.fresh = config, directory, startup, fresh
         self._note = note
-        self._local = is_local(config.ray.address)
+        self.local = is_local(config.ray.address)
+        """The cluster is this machine, and ends with the run."""
         self._groups: dict[str, WorkerGroup] = {}
         self._hosts: dict[str, Host] = {}
         self.feeds: dict[str, ReferenceFeed] = {}
@@ -97,7 +98,7 @@ class Fleet:
         self._left = True
         if self._starting is not None:
             self._starting.exception()
-        if not self._local:  # A local cluster takes its actors with it.
+        if not self.local:  # A local cluster takes its actors with it.
             # Last started, first ended: some are in the bundles of others.
             for group in reversed(self._groups.values()):
                 group.shutdown(kindly=kind is not KeyboardInterrupt)
@@ -128,7 +129,7 @@ class Fleet:
 
     def _why_apart(self, specs: Mapping[str, RoleSpec]) -> str | None:
         """Why each process has to make its own imports; None: one can make them for all."""
-        if not self._local:
+        if not self.local:
             return "they run on a cluster"
         if not self.config.ray.fast_start:
             return "ray.fast_start is false"
@@ -147,7 +148,7 @@ class Fleet:
     def prestart(self) -> None:
         """On a local cluster: let Ray and the first processes' imports begin while the driver reads on."""
         roles = self._likely()
-        if not roles or not self._local:
+        if not roles or not self.local:
             return
         first = [name for name in roles if name in self._first(roles)]
         self._starting = self._thread.submit(self._start_ray, first)

@@ -173,7 +173,8 @@ class Run:
             records = read_rows(self.config, until, fleet.machine_problems())
             self.startup["imports and data"] = round(self.seconds(), 2)
             fleet.prestart()
-            graph = read_graph(self.config, self.directory, records, self.startup, fleet.base_facts())
+            facts, local = fleet.base_facts(), fleet.local
+            graph = read_graph(self.config, self.directory, records, self.startup, facts, local)
         if not train:
             graph = graph.evaluations_only(self.config.eval_models())
         for node in graph.nodes:

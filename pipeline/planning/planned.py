@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from actors.cluster import is_local, local_memory
+from actors.cluster import local_memory
 from actors.errors import UserError
 from pipeline.planning.costs.changes import Changes, in_words, ways_to_fit
 from pipeline.planning.costs.devices import DEFAULT_GPU, GPUS, Device, cpu
@@ -76,16 +76,18 @@ def memory_line(config: RunConfig, sizes: BaseSizes, longest: dict[str, int]) ->
     return RunPlan.of(config, sizes, device, longest).line()
 
 
-def memory_problems(config: RunConfig, sizes: BaseSizes | None, stages: Iterable[str]) -> list[str]:
+def memory_problems(
+    config: RunConfig, sizes: BaseSizes | None, stages: Iterable[str], local: bool
+) -> list[str]:
     """Reasons why this machine's memory, swap included, can't hold a run whose roles have no GPUs, whatever
     rows come: weights, adapters, gradients, moments and the smallest cache alone are more.
 
-    `stages`: those that have to run.
+    `stages`: those that have to run; `local`: on a cluster of this machine's own.
 
     None where `limits.memory` is `ignore`, where the run is to be on another cluster, and without sizes.
     """
     on_gpu = any(config.roles.gpus_of(role) for role in working_roles(config))
-    if sizes is None or on_gpu or config.limits.memory == "ignore" or not is_local(config.ray.address):
+    if sizes is None or on_gpu or config.limits.memory == "ignore" or not local:
         return []
     memory = local_memory()
     budget = Budget(config, sizes, cpu(memory), {})

@@ -104,8 +104,10 @@ def read_graph(
     records: RunRecords,
     startup: dict[str, float],
     facts: Callable[[], BaseFacts],
+    local: bool = True,
 ) -> Graph:
-    """Tokenise every stage's rows and decide what each stage needs. `facts` waits for those of the base.
+    """Tokenise every stage's rows and decide what each stage needs. `facts` waits for those of the base;
+    `local`: the run is on this machine.
 
     Raises:
         UserError: everything wrong with the base, the template and the lengths of rows.
@@ -140,7 +142,7 @@ def read_graph(
         positions = engine_positions(config, base.max_positions)
         problems += [problem for node in graph.nodes for problem in sample_problems(node.prepared, positions)]
         problems += held_out_problems(graph.held_out, positions) if graph.held_out is not None else []
-        problems += memory_problems(config, base.sizes, [node.name for node in graph.pending])
+        problems += memory_problems(config, base.sizes, [node.name for node in graph.pending], local)
     if problems or graph is None:
         raise UserError(problems)
     graph.template_date = date

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from actors.cluster import passed_on
+from actors.cluster import is_local, passed_on
 from actors.errors import attempt
 from pipeline.monitoring.phases import phase
 
@@ -114,7 +114,7 @@ def _find(config: RunConfig) -> Findings:
             name: payload_bytes(stage.sync.payload, findings.sizes, config.model)
             for name, stage in config.online_stages().items()
         }
-    findings.problems += memory_problems(config, findings.sizes, config.stages)
+    findings.problems += memory_problems(config, findings.sizes, config.stages, is_local(config.ray.address))
     trained: dict[str, dict[int, Place]] = {}
     for name in config.stages:
         _look_at_stage(config, name, tokenizer, findings, trained)

@@ -279,17 +279,36 @@ def test_a_run_beyond_this_machine_is_refused_with_its_largest_parts_and_a_way(
 ) -> None:
     monkeypatch.setattr(planned, "local_memory", lambda: 16 * GIB)
     run = config(SFT)
-    (problem,) = planned.memory_problems(run, published[OLMOE], ["sft"])
+    (problem,) = planned.memory_problems(run, published[OLMOE], ["sft"], True)
     assert problem.startswith("limits.memory: stage sft takes at least ")
     assert "25.8 GiB base of policy 0" in problem
     assert "this machine has 16.0 GiB" in problem
     assert "set ignore" in problem
-    assert not planned.memory_problems(run, published[OLMOE], [])
-    assert not planned.memory_problems(run, None, ["sft"])
-    for key, value in (("limits.memory", "ignore"), ("ray.address", "auto"), ("roles.policy.gpus", 1.0)):
-        assert not planned.memory_problems(changed(run, key, value), published[OLMOE], ["sft"]), key
+    assert not planned.memory_problems(run, published[OLMOE], [], True)
+    assert not planned.memory_problems(run, None, ["sft"], True)
+    assert not planned.memory_problems(run, published[OLMOE], ["sft"], local=False)
+    for key, value in (("limits.memory", "ignore"), ("roles.policy.gpus", 1.0)):
+        assert not planned.memory_problems(changed(run, key, value), published[OLMOE], ["sft"], True), key
     monkeypatch.setattr(planned, "local_memory", lambda: 32 * GIB)
-    assert not planned.memory_problems(run, published[OLMOE], ["sft"]), "activations of rows don't count"
+    assert not planned.memory_problems(run, published[OLMOE], ["sft"], True), (
+        "activations of rows don't count"
+    )
+
+
+@pytest.mark.ray
+def test_a_run_is_refused_before_a_base_is_loaded(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(planned, "local_memory", lambda: 2**20)
+    data = {"source": "builtin:arithmetic", "split": "train", "max_rows": 64}
+    stages = {"sft": {"data": data, "max_steps": 1}}
+    run = {"name": "big", "output_dir": str(tmp_path / "out"), "model": {"base": str(tiny_base)}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**run, "stages": stages}))
+    assert main(["validate", str(tmp_path / "run.yaml")]) == 2
+    assert "limits.memory: stage sft takes at least" in " ".join(capsys.readouterr().err.split())
+    assert main(["run", str(tmp_path / "run.yaml")]) == 2
+    assert "limits.memory: stage sft takes at least" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out" / "sft").exists()
 
 
 def test_comments_of_the_gpu_configs_are_their_plans(
