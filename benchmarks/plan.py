@@ -163,29 +163,41 @@ def said(row: dict[str, Any]) -> str:
 
 def compared(name: str, directory: Path, seconds: bool = False) -> dict[str, Any]:
     """Predicted and measured bytes of the largest rank of a case, and CPU seconds of a step on it."""
-    from actors.models.facts import base_sizes, measure_cpu
-    from pipeline.planning.costs.devices import cpu
-    from pipeline.planning.costs.processes import Budget
+    from actors.models.facts import measure_cpu
     from pipeline.planning.costs.seconds import step_time
 
-    base = written_base(CASES[name].family, directory)
-    from transformers import AutoConfig
-
-    config, sizes = config_of(CASES[name], base), base_sizes(AutoConfig.from_pretrained(base))
-    device = cpu(16 * 2**30)
-    budget = Budget(config, sizes, device, {})
-    stage = list(config.stages)[-1]
-    here = [p for p in budget.processes() if p.role == "policy" and p.stage == stage]
-    parts = {k: v for k, v in here[-1].parts.items() if k not in ("framework", "version that is sent")}
+    case = CASES[name]
+    base, budget = written_base(case.family, directory), budget_of(case)
+    parts = predicted(budget)
     found: dict[str, Any] = {"case": name, "predicted": sum(parts.values()), "parts": parts}
-    found |= measured(CASES[name], base)
+    found |= measured(case, base)
     if seconds:
-        rates = measure_cpu(sizes, 1)
-        timed = Budget(config, sizes, replace(device, **rates._asdict()), {})
-        spent = step_time(timed, stage).parts
+        rates = measure_cpu(budget.sizes, 1)
+        timed = replace(budget, device=replace(budget.device, **rates._asdict()))
+        spent = step_time(timed, "s").parts
         found["predicted_seconds"] = sum(s for part, s in spent.items() if part not in NOT_DONE)
         found["rates"] = rates._asdict()
     return found
+
+
+def budget_of(case: Case) -> Any:
+    """What a case needs, from its config and that of its base alone."""
+    from transformers import AutoConfig
+
+    from actors.models.facts import base_sizes
+    from pipeline.planning.costs.devices import cpu
+    from pipeline.planning.costs.processes import Budget
+
+    model_type, values = FAMILIES[case.family]
+    sizes = base_sizes(AutoConfig.for_model(model_type, **values))
+    return Budget(config_of(case, Path(case.family)), sizes, cpu(16 * 2**30), {})
+
+
+def predicted(budget: Any) -> dict[str, int]:
+    """Parts of a rank of the policy, beyond its imports."""
+    here = [p for p in budget.processes() if p.role == "policy" and p.stage == "s"]
+    apart = ("framework", "version that is sent")
+    return {part: size for part, size in here[-1].parts.items() if part not in apart}
 
 
 NOT_DONE = ("generation", "sync", "reference (first epoch)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,8 +15,9 @@ TOKENS, SEQUENCE = 1024, 256
 """Rows of a measured product; tokens of a sequence in measured attention."""
 SECONDS = 0.4
 """Of each measurement."""
-COPIED = 1 << 24
-"""Elements that are added up to measure memory: 64 MiB, beyond any cache."""
+LEAST_ROUNDS = 3
+ADDED = 1 << 24
+"""Elements of each tensor that is added to measure memory: 64 MiB, beyond any cache."""
 LARGEST_WEIGHT = 1 << 25
 """Elements of a measured weight, at most."""
 
@@ -76,17 +78,18 @@ def _bandwidth(threads: int) -> float:
     """Of an addition that reads two tensors and writes a third."""
     import torch
 
-    a, b, out = torch.ones(COPIED), torch.ones(COPIED), torch.empty(COPIED)
-    return 3 * 4 * COPIED / _seconds_of(lambda: torch.add(a, b, out=out), threads, SECONDS)
+    a, b, out = torch.ones(ADDED), torch.ones(ADDED), torch.empty(ADDED)
+    return 3 * 4 * ADDED / _seconds_of(partial(torch.add, a, b, out=out), threads, SECONDS)
 
 
 def _seconds_of(work: Callable[[], object], threads: int, seconds: float) -> float:
-    """Of one call, the fastest of several rounds."""
+    """Of one call, in the middle of several."""
     clock = time.thread_time if threads == 1 else time.perf_counter
     work()
-    best, until = float("inf"), time.perf_counter() + seconds
-    while best == float("inf") or time.perf_counter() < until:
+    taken: list[float] = []
+    until = time.perf_counter() + seconds
+    while len(taken) < LEAST_ROUNDS or time.perf_counter() < until:
         began = clock()
         work()
-        best = min(best, clock() - began)
-    return best
+        taken.append(clock() - began)
+    return statistics.median(taken)

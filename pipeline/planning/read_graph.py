@@ -104,10 +104,10 @@ def read_graph(
     records: RunRecords,
     startup: dict[str, float],
     facts: Callable[[], BaseFacts],
-    local: bool = True,
+    on_this_machine: bool = True,
 ) -> Graph:
     """Tokenise every stage's rows and decide what each stage needs. `facts` waits for those of the base;
-    `local`: the run is on this machine.
+    `on_this_machine`: the run has no other cluster.
 
     Raises:
         UserError: everything wrong with the base, the template and the lengths of rows.
@@ -142,7 +142,9 @@ def read_graph(
         positions = engine_positions(config, base.max_positions)
         problems += [problem for node in graph.nodes for problem in sample_problems(node.prepared, positions)]
         problems += held_out_problems(graph.held_out, positions) if graph.held_out is not None else []
-        problems += memory_problems(config, base.sizes, [node.name for node in graph.pending], local)
+        problems += memory_problems(
+            config, base.sizes, [node.name for node in graph.pending], on_this_machine
+        )
     if problems or graph is None:
         raise UserError(problems)
     graph.template_date = date

@@ -26,6 +26,9 @@ Bound = Literal["products", "attention", "memory", "wire"]
 PASSES_OVER_SAVED = 6
 """Times that what a layer keeps is written or read in a forward and backward pass, beside products: written
 and read once each forward, its gradient written and read, and it itself read, and a copy."""
+ROWS_OF_EXPERTS = 4
+"""Times that a row of each choice is written or read in a forward pass: gathered from its token, multiplied,
+and added up."""
 ATTENTION_BACKWARD = 2.5
 """Operations of attention's backward pass for one of its forward pass (Dao 2023, arXiv 2307.08691)."""
 
@@ -115,8 +118,10 @@ def forward(sizes: BaseSizes, holding: Holding, size: PassSize) -> Work:
     gathers = base_bytes(sizes, holding) * (holding.ranks - 1) if holding.gathers else 0.0
     # Two sums of all activations over the ranks that hold one model, for each layer.
     sums = 4 * size.tokens * sizes.hidden * holding.element * len(sizes.layers) if tp > 1 else 0.0
-    read = sizes.elements * holding.element
-    return Work(products + head, attention, PASSES_OVER_SAVED / 3 * saved + read, gathers + sums)
+    rows = sum(sizes.top_k * sizes.hidden for layer in sizes.layers if layer.width("experts"))
+    gathered = ROWS_OF_EXPERTS * rows * size.tokens * holding.element
+    memory = PASSES_OVER_SAVED / 3 * saved + gathered + sizes.elements * holding.element
+    return Work(products + head, attention, memory, gathers + sums)
 
 
 def _acting(sizes: BaseSizes, of_experts: bool) -> float:

@@ -17,6 +17,11 @@ MOMENTS = {"adamw_torch": 2, "adamw_torch_fused": 2, "sgd": 0}
 """Tensors that an optimizer keeps for each one that it trains, in the same dtype."""
 
 
+GATHERED_LAYERS, GATHERED_BY_GLOO = 3, 5
+"""Layers that are whole at one time, at most; gloo gathers into memory of its own first (by what ranks were
+measured to take)."""
+
+
 @dataclass(frozen=True)
 class Holding:
     """A base as one rank of a role holds it."""
@@ -109,10 +114,7 @@ def gathered_bytes(sizes: BaseSizes, holding: Holding) -> int:
         return 0
     layer = max((_of(layer.weights, holding) for layer in sizes.layers), default=0.0)
     ends = _of((w for w in sizes.weights if w.part in ("head", "embedding")), holding)
-    return int(GATHERED_LAYERS * layer + ends)
-
-
-GATHERED_LAYERS = 3
+    return int((GATHERED_LAYERS if holding.on_gpu else GATHERED_BY_GLOO) * layer + ends)
 
 
 def _of(weights: Iterable[Weight], holding: Holding) -> float:
