@@ -15,6 +15,10 @@ from contextlib import contextmanager
 
 import torch
 
+# Taken now: vLLM puts a function that does nothing in its place, once it has bound its threads to cores. To
+# have one for a while, and then as many as before, leaves them as they are.
+from torch import set_num_threads
+
 _POOLS: dict[int, ThreadPoolExecutor] = {}
 # Threads don't come along into a forked process, which would wait for them forever.
 os.register_at_fork(after_in_child=_POOLS.clear)
@@ -49,11 +53,11 @@ def each(items: Sequence[int], work: Callable[[int], None], threads: int | None 
 def one_thread() -> Iterator[int]:
     """The calling thread computes with one thread of torch; how many it had."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    set_num_threads(1)
     try:
         yield before
     finally:
-        torch.set_num_threads(before)
+        set_num_threads(before)
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:
@@ -66,7 +70,7 @@ def _started(threads: int) -> ThreadPoolExecutor:
     all_up = threading.Barrier(threads + 1)
 
     def one_thread_each() -> None:
-        torch.set_num_threads(1)
+        set_num_threads(1)
         torch.get_num_threads()  # a thread takes over the number that holds when it first asks
         all_up.wait(60)
 
@@ -77,5 +81,5 @@ def _started(threads: int) -> ThreadPoolExecutor:
     all_up.wait(60)  # of the initializers
     all_up.wait(60)  # of the tasks
     # The number is the calling thread's own, but new threads start with the last one that was set.
-    torch.set_num_threads(before)
+    set_num_threads(before)
     return pool
