@@ -4,6 +4,9 @@
 
 A process that was seen dead serves nobody until it is restarted: whatever it still says is ignored, so a
 late answer of an old process can never pass for one of the new.
+
+One that overran a deadline may answer other calls, even before it was stopped: then it serves, and stays in
+doubt, so that whoever replaces what it was late with may restart it.
 """
 
 from __future__ import annotations
@@ -51,7 +54,8 @@ _NEXT: dict[tuple[ProcessState, ProcessEvent], ProcessState] = {
     (ProcessState.DEAD, ProcessEvent.DIED): ProcessState.DEAD,
     (ProcessState.DEAD, ProcessEvent.RESTARTED): ProcessState.STARTING,
 }
-"""Every allowed transition. Restarting a process that serves is a mistake of the caller, so it is absent."""
+"""Every allowed transition. Restarting a process that serves is a mistake of the caller, so it is absent: it
+is allowed of one in doubt alone."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class Member:
     """Restarts so far. An observation made of an earlier generation is ignored."""
     reason: str = ""
     """Why it is suspect or dead."""
+    in_doubt: bool = False
+    """It overran a deadline since it was started."""
 
     def after(self, event: ProcessEvent, reason: str = "", generation: int | None = None) -> Member:
         """The member once `event` was seen.
@@ -73,15 +79,17 @@ class Member:
         if generation is not None and generation != self.generation:
             return self
         state = _NEXT.get((self.state, event))
+        if event is ProcessEvent.RESTARTED and self.in_doubt:
+            state = ProcessState.STARTING
         if state is None:
             raise ValueError(f"a {self.state} process can't be {event}: stop it first")
         if event is ProcessEvent.RESTARTED:
             return Member(state, self.generation + 1)
         if state is self.state and state is ProcessState.DEAD:
             return self
-        return replace(
-            self, state=state, reason=reason if state in (ProcessState.SUSPECT, ProcessState.DEAD) else ""
-        )
+        lost = state in (ProcessState.SUSPECT, ProcessState.DEAD)
+        in_doubt = self.in_doubt or event is ProcessEvent.OVERDUE
+        return replace(self, state=state, reason=reason if lost else "", in_doubt=in_doubt)
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,10 @@ class Members:
     def serves(self, rank: int) -> bool:
         """True if this rank may be asked for work; to ask for each of many costs less than `serving`."""
         return self.members[rank].state in (ProcessState.STARTING, ProcessState.HEALTHY)
+
+    def sound(self, rank: int) -> bool:
+        """True if this rank serves and has never been late."""
+        return self.serves(rank) and not self.members[rank].in_doubt
 
     @property
     def serving(self) -> list[int]:

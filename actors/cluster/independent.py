@@ -34,7 +34,7 @@ def bring_up(group: WorkerGroup, building: GroupFuture[Any]) -> dict[int, str]:
 
 def _replace(group: WorkerGroup, rank: int, failure: RunFailure) -> None:
     for _ in range(TRIES - 1):
-        if group.fleet.serves(rank):
+        if group.fleet.sound(rank):
             break
         group.restart(rank)
         try:

@@ -172,7 +172,7 @@ class WorkerGroup:
         """Replace a dead or suspect process by a fresh one, which has to be built again.
 
         Raises:
-            ValueError: the process is healthy.
+            ValueError: the process serves, and was never late.
         """
         import ray
 

@@ -19,7 +19,6 @@ ends: its parts have deadlines, and it ends with an error if the engine is lost 
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -197,10 +196,9 @@ class EngineSet:
             engine = self._engines[rank].after(WeightsEvent.FAILED, reason=reason, generation=generation)
             if engine.generation != generation:
                 return self._replacements[rank], False
-            if not self.group.fleet.serves(rank):
-                # A suspect process may answer at this very moment: then the engine is made anew inside of it.
-                with contextlib.suppress(ValueError):
-                    self.group.restart(rank)
+            # One that was late may have answered another call since: it serves, and may hang all the same.
+            if not self.group.fleet.sound(rank):
+                self.group.restart(rank)
             process = self.group.fleet.members[rank].generation
             engine = replace(engine.after(WeightsEvent.RESTARTED), process=process)
             self._engines[rank] = engine

@@ -33,6 +33,17 @@ def test_an_overdue_process_is_suspect_until_it_answers() -> None:
     assert (answered.state, answered.reason) == (ProcessState.HEALTHY, "")
 
 
+def test_one_that_was_late_serves_once_it_answers_and_may_be_restarted_all_the_same() -> None:
+    members = Members.of(2).after([0, 1], ProcessEvent.ANSWERED).after([1], ProcessEvent.OVERDUE, "late")
+    assert [members.sound(rank) for rank in (0, 1)] == [True, False]
+    answered = members.after([1], ProcessEvent.ANSWERED)
+    assert (answered.serves(1), answered.sound(1)) == (True, False)
+    restarted = answered.after([1], ProcessEvent.RESTARTED).after([1], ProcessEvent.ANSWERED)
+    assert (restarted.members[1].generation, restarted.sound(1)) == (1, True)
+    with pytest.raises(ValueError, match="stop it first"):
+        restarted.after([1], ProcessEvent.RESTARTED)
+
+
 def test_an_observation_of_an_earlier_generation_changes_nothing() -> None:
     restarted = Member().after(ProcessEvent.DIED, generation=0).after(ProcessEvent.RESTARTED)
     assert restarted.after(ProcessEvent.DIED, generation=0) == restarted

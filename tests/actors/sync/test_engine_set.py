@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from actors.cluster.health import ProcessEvent
 from actors.errors import RunFailure
 from actors.sync.engine_set import EngineSet, Restart
 from actors.sync.engine_state import WeightsEvent, WeightsState
@@ -72,6 +73,16 @@ def test_of_all_threads_that_saw_one_death_one_replaces_the_engine(group: FakeEn
     assert engines.restarts == [Restart(0, "killed")]
     assert group.fleet.members[0].generation == 1
     assert engines.ready(0)
+
+
+def test_a_process_that_was_late_is_replaced_though_it_has_answered_another_call_since(
+    group: FakeEngines,
+) -> None:
+    engines = set_of(group, load=lambda rank: None)
+    for event in (ProcessEvent.ANSWERED, ProcessEvent.OVERDUE, ProcessEvent.ANSWERED):
+        group.fleet = group.fleet.after([0], event)
+    engines.replace(0, 0, "no answer within 40 s").done.result(PATIENCE_S)
+    assert group.fleet.members[0].generation == 1
 
 
 def test_an_engine_that_is_lost_while_it_is_loaded_is_replaced_again_and_the_first_one_changes_nothing(
