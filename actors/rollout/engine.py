@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
     from actors.models.spec import Quantization
     from actors.rollout.weight_updater import WeightUpdater
+    from actors.sync.payload import Payload
     from actors.sync.spec import SlotSpec
 
 __all__ = ["EngineSpec", "Generations", "RolloutEngine", "SamplingSpec", "sample_seed"]
@@ -96,7 +97,7 @@ class RolloutEngine:
         updatable: bool = False,
         slots: SlotSpec | None = None,
     ) -> dict[str, float]:
-        """Serve `base`, with `adapter` merged into it (out of place), in place of what was served before.
+        """Serve `base`, with `adapter` added to it, in place of what was served before.
 
         An adapter directory as `base` stands for itself on the base that it names. With `updatable` the
         base alone is served, at version -1, and a trainer brings new versions (`weights`): of its weights,
@@ -108,9 +109,9 @@ class RolloutEngine:
         if updatable:
             return self._load_updatable(base, label, slots)
         if adapter is None and (Path(base) / "adapter_config.json").is_file():
-            return self._load_merged(None, base, label)
+            return self._load_adapted(None, base, label)
         if adapter is not None:
-            return self._load_merged(base, adapter, label)
+            return self._load_adapted(base, adapter, label)
         return {"merge": 0.0, "engine": self._start(base, label, quantization=self.spec.quantization)}
 
     def generate(
@@ -263,6 +264,33 @@ class RolloutEngine:
         gc.collect()
 
     close = unload
+
+    def _load_adapted(self, base: str | None, adapter: str, label: str) -> dict[str, float]:
+        """Serve an adapter: brought into its loaded base or, where that can't be, merged on disk."""
+        from actors.rollout.adapted import find_adapted
+
+        with building_models():
+            adapted = find_adapted(base, adapter)
+        if adapted.payload is not None:
+            try:
+                return self._load_in_place(adapted.base, adapted.payload, label)
+            except (UserError, RunFailure) as error:
+                adapted = replace(adapted, payload=None, why_not=str(error))
+                self.unload()
+        print(f"{label or adapter}: served from a merged copy on disk: {adapted.why_not}", flush=True)
+        return self._load_merged(base, adapter, label)
+
+    def _load_in_place(self, base: str, payload: Payload, label: str) -> dict[str, float]:
+        from actors.rollout.weight_updater import WeightUpdater, engine_settings
+
+        seconds = self._start(base, label, engine_settings())
+        assert self._llm is not None
+        began = time.monotonic()
+        updater = WeightUpdater(self._llm, base, self.spec.dtype)
+        updater.stage_payload(payload)
+        updater.commit(payload.manifest.version)
+        updater.close()
+        return {"merge": time.monotonic() - began, "engine": seconds}
 
     def _load_merged(self, base: str | None, adapter: str, label: str) -> dict[str, float]:
         from actors.models.lora.merge import merge_adapter

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a config without storage: names and shapes only.
+def meta_model(config: PretrainedConfig, **how: Any) -> PreTrainedModel:
+    """The model of a config without storage: names and shapes only. `how`: arguments of transformers'
+    `from_config`, such as its dtype.
 
     Raises:
         UserError: transformers makes no model of it.
@@ -22,7 +23,7 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, **how)
     except Exception as error:  # Whatever a model's code trips over: a value, a field that is not there, ...
         raise UserError(
             f"model.base: transformers makes no {config.model_type} model of its config.json "

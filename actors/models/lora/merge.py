@@ -37,7 +37,7 @@ from actors.models.turn_ends import write_turn_ends
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -109,17 +109,10 @@ def _merge(
     base: str | None, adapter_dir: str | Path, out_dir: Path, dtype: str | None, check: bool
 ) -> MergeReport:
     started = time.monotonic()
-    resolved = resolve_base(ModelSpec(base=str(base or adapter_dir), allow_untested=True)).checked()
-    base_dir = local_base_dir(resolved.base_path)
-    assert resolved.config is not None
-    problems = check_adapter_matches_base(adapter_dir, resolved.config, base_dir)
-    if not problems and read_head(adapter_dir) is not None:
-        problems = [f"adapter '{adapter_dir}' is a reward model or critic: merged, it would lose its head"]
-    if problems:
-        raise UserError(problems)
-    own = _dtype(_dtype_name(getattr(resolved.config, "dtype", None)))
+    base_dir, config = base_of_adapter(base, adapter_dir)
+    own = _dtype(_dtype_name(getattr(config, "dtype", None)))
     target = _dtype(dtype) if dtype else own
-    weights = _weights(base_dir, resolved.config, adapter_dir, own, target)
+    weights = _weights(base_dir, config, adapter_dir, own, target)
     with writing(out_dir):
         _write(weights.outline, weights.tensors, weights.model, out_dir, base_dir)
     trained_on = base_quantization(adapter_dir)
@@ -139,12 +132,34 @@ def _merge(
     )
 
 
+def base_of_adapter(base: str | None, adapter_dir: str | Path) -> tuple[Path, PretrainedConfig]:
+    """Directory and config of the base that an adapter is for; `base` as of `merge_adapter`.
+
+    Raises:
+        UserError: the adapter is of another base, or has a head that a merged model would lose.
+    """
+    resolved = resolve_base(ModelSpec(base=str(base or adapter_dir), allow_untested=True)).checked()
+    base_dir = local_base_dir(resolved.base_path)
+    assert resolved.config is not None
+    problems = check_adapter_matches_base(adapter_dir, resolved.config, base_dir)
+    if not problems and read_head(adapter_dir) is not None:
+        problems = [f"adapter '{adapter_dir}' is a reward model or critic: merged, it would lose its head"]
+    if problems:
+        raise UserError(problems)
+    return base_dir, resolved.config
+
+
+def saved_factors(config: PretrainedConfig, adapter_dir: str | Path) -> dict[str, Factors]:
+    """`adapter_factors` of a saved adapter; its base is not read."""
+    model = meta_model(config)
+    return adapter_factors(attach_saved(model, adapter_dir, "merge", trainable=False), "merge")
+
+
 def _weights(
     base_dir: Path, config: Any, adapter_dir: str | Path, own: torch.dtype, target: torch.dtype
 ) -> _Weights:
     """What to write, a tensor at a time where the base's files allow it."""
-    model = meta_model(config)
-    factors = adapter_factors(attach_saved(model, adapter_dir, "merge", trainable=False), "merge")
+    model, factors = meta_model(config), saved_factors(config, adapter_dir)
     unchanged = Unchanged({target, torch.bfloat16})
     trained_on = base_quantization(adapter_dir)
     rounding = None if trained_on is None else Rounding(trained_on[0], config, trained_on[1])

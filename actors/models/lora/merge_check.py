@@ -1,4 +1,4 @@
-"""Compares a merged model with base and adapter, by log-probabilities; one model in memory at a time."""
+"""Compares a merged model with base and adapter, by log-probabilities; a layer in memory at a time."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 
 from actors.errors import RunFailure
 from actors.models.base.loading import load_base
+from actors.models.base.streaming import stream_base
 from actors.models.lora.adapters import attach_saved, role
 from actors.models.quantization.quantised_tensor import dequantise_all
 from actors.models.spec import ModelSpec, Quantization
 
 LOAD_IN_FP32_BYTES = 2**30
-"""Up to this size (as float32) the check runs in float32, larger bases in their own dtype: it takes the base
-once. Of a merge into float32 the limit is `EXACT_FP32_BYTES`."""
+"""Up to this size (as float32) the check runs in float32, larger bases in their own dtype. Of a merge into
+float32 the limit is `EXACT_FP32_BYTES`."""
 EXACT_FP32_BYTES = 8 * 2**30
 FP32_TOLERANCE = 1e-4
 """Largest |log-probability difference| of a merge into float32 (seen: 8e-7), as a share of the
@@ -64,17 +65,13 @@ def compare(
         unmerged = _logps(peft, ids)
     with role(peft, None):
         bare = _logps(peft, ids)
-    del peft
     diff = (_logps(_loaded(merged_dir, compute), ids) - unmerged).abs()
     largest, mean = float(diff.max()), float(diff.mean())
     exact = target == torch.float32 and compute == torch.float32
     relative = diff / unmerged.abs().clamp(min=1)
     off, limit = (float(relative.max()), FP32_TOLERANCE) if exact else (mean, ROUNDED_TOLERANCE)
     if not exact and off > limit:
-        rounded = _loaded(base_dir, compute, quantization)
-        dequantise_all(rounded)
-        for tensor in (*rounded.parameters(), *rounded.buffers()):
-            tensor.data = tensor.data.to(target).to(tensor.dtype)
+        rounded = _rounded(base_dir, compute, quantization, target)
         limit = max(limit, 2 * float((_logps(rounded, ids) - bare).abs().mean()))
     if not off <= limit:
         raise RunFailure(
@@ -100,9 +97,30 @@ def _logps(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return found
 
 
+def _rounded(
+    directory: Path, dtype: torch.dtype, quantization: Quantization | None, target: torch.dtype
+) -> Any:
+    """The base with every weight rounded to `target`."""
+
+    def rounded(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(target).to(tensor.dtype)
+
+    if quantization is None:
+        return stream_base(_spec(directory, dtype), rounded)
+    model = load_base(_spec(directory, dtype, quantization))
+    dequantise_all(model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = rounded(tensor.data)
+    return model
+
+
 def _loaded(directory: Path, dtype: torch.dtype, quantization: Quantization | None = None) -> Any:
-    """A base or merged model; also without a row of its architecture, as the adapter's run has probed
-    that."""
+    """A base or merged model; a quantised one is small, and in memory as a whole."""
+    spec = _spec(directory, dtype, quantization)
+    return stream_base(spec) if quantization is None else load_base(spec)
+
+
+def _spec(directory: Path, dtype: torch.dtype, quantization: Quantization | None = None) -> ModelSpec:
+    """Also of a base without a row of its architecture, as the adapter's run has probed that."""
     name: Any = str(dtype).removeprefix("torch.")
-    spec = ModelSpec(base=str(directory), dtype=name, quantization=quantization, allow_untested=True)
-    return load_base(spec)
+    return ModelSpec(base=str(directory), dtype=name, quantization=quantization, allow_untested=True)

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import resource
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -25,6 +23,7 @@ from actors.models.lora import adapters, merge, merge_check
 from actors.models.spec import LoraSpec, ModelSpec
 from tests.actors.models.tiny_models import architectures
 from tests.architecture_results import record
+from tests.peak_memory import peak_memory
 
 
 @pytest.fixture
@@ -213,9 +212,8 @@ def test_a_base_whose_files_have_other_names_is_merged_as_transformers_loads_it(
         assert torch.allclose(merged, peft(input_ids=ids).logits, atol=1e-5)
 
 
-def test_a_merge_takes_a_part_of_the_base_and_its_check_the_base_once(base_of, tmp_path):
-    """Of memory that is no cache of files, by a process of its own: at most .5 and 1.7 of a small base, as
-    some 100 MiB do not grow with it."""
+def test_a_merge_and_its_check_take_less_than_the_base(base_of, tmp_path):
+    """Of memory that is no cache of files, in a process of its own; some 100 MiB don't grow with the base."""
     config = Qwen3MoeConfig.from_pretrained(base_of("qwen3_moe"))
     config.update({"hidden_size": 256, "num_hidden_layers": 24, "num_experts": 32, "vocab_size": 512})
     config.update({"moe_intermediate_size": 256, "head_dim": 32, "dtype": "bfloat16"})
@@ -225,35 +223,9 @@ def test_a_merge_takes_a_part_of_the_base_and_its_check_the_base_once(base_of, t
     adapters.save_adapter(peft, "policy", tmp_path / "adapter")
     size = sum(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors"))
     assert size > 250 * 2**20
-    for check, share in ((False, 0.5), (True, 1.7)):
-        script = (PEAK, tmp_path / "base", tmp_path / "adapter", tmp_path / f"merged-{check}", check)
-        found = subprocess.run(
-            [sys.executable, "-c", *map(str, script)], capture_output=True, text=True, check=True
-        )
-        assert int(found.stdout) < share * size, (int(found.stdout) / size, check)
-
-
-PEAK = """
-import sys
-from pathlib import Path
-from threading import Event, Thread
-import peft, transformers.models.qwen3_moe.modeling_qwen3_moe
-from actors.models.lora import merge, merge_check
-
-def memory():
-    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
-
-def watch():
-    while not done.wait(.002):
-        peak.append(memory())
-
-merge_check.LOAD_IN_FP32_BYTES = 0  # as for a base of some gigabytes
-before, peak, done = memory(), [], Event()
-watching = Thread(target=watch)
-watching.start()
-try:
-    merge.merge_adapter(*sys.argv[1:4], check=sys.argv[4] == "True")
-finally:
-    done.set()
-print(max(peak) - before)
-"""
+    peak = peak_memory(
+        "import peft, transformers.models.qwen3_moe.modeling_qwen3_moe\nfrom actors.models.lora import merge",
+        "merge.merge_adapter(*sys.argv[1:4])",
+        *(tmp_path / name for name in ("base", "adapter", "merged")),
+    )
+    assert peak < 1.1 * size, peak / size

@@ -11,6 +11,8 @@ import torch
 
 from actors.cluster.worker_group import WorkerGroup
 from actors.errors import RunFailure
+from actors.models.lora.adapters import save_adapter
+from actors.models.lora.merge import merge_adapter
 from actors.models.spec import LoraSpec, ModelSpec
 from actors.rollout.engine import EngineSpec
 from actors.rollout.remote import ROLLOUT
@@ -246,6 +248,44 @@ def test_an_engine_that_fails_inside_a_commit_serves_nobody_until_it_is_loaded_a
     engine(process, policy.base)
     push(rollout, policy.payload(ADAPTER, 2))
     assert off(scores(rollout), policy.logps(SEQUENCES, STARTS)) < 1e-5
+
+
+def test_a_saved_adapter_needs_no_merged_copy_and_has_its_bits(
+    process: WorkerGroup, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    policy = Policy(base_of("qwen3_moe", torch.bfloat16), "qwen3_moe")
+    policy.change(seed=1)
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    save_adapter(policy.peft, "policy", adapter)
+    merge_adapter(None, adapter, merged, check=False)
+    spec = EngineSpec(max_num_seqs=16, max_model_len=512, dtype="bfloat16")
+    process.build(f"{FAULTY}:DisklessEngine", spec).result()
+    found = []
+    for what in (adapter, merged):
+        process.call_rank(0, "load", str(what), phase="load")
+        found.append((scores(process), samples(process, [LONG, *SEQUENCES[1:]])))
+    (in_place, of_place), (copied, of_copy) = found
+    assert off(in_place, copied) == 0.0
+    np.testing.assert_array_equal(of_place.token_ids, of_copy.token_ids)
+    np.testing.assert_array_equal(of_place.logprobs, of_copy.logprobs)
+    np.testing.assert_array_equal(of_place.token_versions, of_copy.token_versions)
+
+
+def test_an_adapter_that_no_running_engine_takes_is_merged_on_disk(
+    process: WorkerGroup, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    """vLLM pads these experts on the CPU, and can't reload them."""
+    base = cases.write_base(tmp_path / "base", "qwen3_moe", moe_intermediate_size=48)
+    policy = Policy(base, "qwen3_moe")
+    policy.change(seed=1)
+    save_adapter(policy.peft, "policy", tmp_path / "adapter")
+    spec = EngineSpec(max_num_seqs=16, max_model_len=512)
+    process.build(f"{FAULTY}:DisklessEngine", spec).result()
+    with pytest.raises(Exception, match="no space left on device"):
+        process.call_rank(0, "load", str(tmp_path / "adapter"), phase="load")
+    process.build(ROLLOUT, spec).result()
+    process.call_rank(0, "load", str(tmp_path / "adapter"), phase="load")
+    assert off(scores(process), policy.logps(SEQUENCES, STARTS)) < 1e-5
 
 
 def test_vllm_still_needs_experts_packed_after_a_reload(

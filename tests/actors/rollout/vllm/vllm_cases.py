@@ -249,6 +249,13 @@ def updatable(process: WorkerGroup, base: Path, dtype: str = "float32", what: st
     return process
 
 
+class DisklessEngine(RolloutEngine):
+    """Has no room for a merged copy."""
+
+    def _load_merged(self, *args: Any) -> Any:
+        raise OSError("no space left on device")
+
+
 class UnpackedEngine(RolloutEngine):
     def make_updater(self, llm: Any, base: str) -> WeightUpdater:
         return UnpackedUpdater(llm, base, self.spec.dtype)
