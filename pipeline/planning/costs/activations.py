@@ -161,8 +161,9 @@ def rows_received(holding: Holding, top_k: int) -> float:
 
 def walked_back(sizes: BaseSizes, layer: Layer, holding: Holding, size: PassSize) -> int:
     """Bytes of gradients while one layer is walked back: of the stream and of an MLP's parts, or of
-    attention's, whichever is more."""
-    e, tp, hidden = holding.element, holding.tensor_parallel, layer.hidden
+    attention's, whichever is more. PEFT computes LoRA in float32: in 16 bits gradients are there in both."""
+    tp, hidden = holding.tensor_parallel, layer.hidden
+    e = holding.element + (FLOAT if holding.lora is not None and holding.element < FLOAT else 0)
     dense = (layer.width("mlp") + layer.width("shared_experts")) / tp
     experts, k = layer.width("experts") / tp, sizes.top_k
     mlp = 2 * dense + 2 * hidden

@@ -15,7 +15,7 @@ import pytest
 from benchmarks.plan import CASES, RESULTS, budget_of, compared, predicted
 
 WITHIN = 0.10
-BEYOND = {"qwen3_moe-full-over-2": 0.30}
+BEYOND = {"qwen3_moe-full-over-2": 0.30, "llama-lora-bfloat16": 0.25}
 """Rows that are further off, as the table says."""
 ROWS: list[dict[str, Any]] = json.loads((RESULTS / "plan.json").read_text())
 MIB = 2**20
