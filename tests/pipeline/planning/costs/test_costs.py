@@ -195,7 +195,8 @@ def test_what_does_not_fit_fits_with_each_of_the_changes_that_are_named(
 ) -> None:
     bf16 = {"base": "b", "dtype": "bfloat16"}
     roles = {"policy": {"workers": 4, "gpus": 1}}
-    budget = Budget(config(SFT, model=bf16, roles=roles), published[QWEN], GPUS["h100-80"], {})
+    sft = {"sft": {"data": "x", "max_tokens_per_micro_batch": 4096}}
+    budget = Budget(config(sft, model=bf16, roles=roles), published[QWEN], GPUS["h100-80"], {})
     assert {p.name for p in overfull(budget)} == {"policy 0-3"}
     ways = ways_to_fit(budget)
     assert ways
