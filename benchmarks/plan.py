@@ -200,7 +200,7 @@ def predicted(budget: Any) -> dict[str, int]:
     return {part: size for part, size in here[-1].parts.items() if part not in apart}
 
 
-NOT_DONE = ("generation", "sync", "reference (first epoch)")
+NOT_DONE = ("generation", "sync")
 """Parts of a step that a rank does not do here."""
 
 
