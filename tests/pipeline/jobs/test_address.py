@@ -77,11 +77,11 @@ def test_a_server_that_is_none_of_rays_is_told_as_that(page: str) -> None:
 
 
 def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    from actors.cluster import connection
+    from actors.cluster import joined_cluster
     from pipeline.jobs import address
 
     monkeypatch.setattr(address, "REACH_S", 0.5)
-    monkeypatch.setattr(connection, "REACH_S", 0.5)
+    monkeypatch.setattr(joined_cluster, "REACH_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         began = time.monotonic()
         with pytest.raises(UserError, match="no Ray job server answers"):
