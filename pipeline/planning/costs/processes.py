@@ -30,9 +30,8 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 FRAMEWORK = {"cpu": 450 * MIB, "gpu": 1500 * MIB, "engine": 1100 * MIB}
-"""Of a process beside its model: Python with torch, transformers, PEFT, Ray, and with vLLM (by the traces of a
-GRPO run of the embedded base, whose processes took 432 and 1,160 MiB at most); CUDA's context, its libraries
-and NCCL's buffers (assumed)."""
+"""Of a process beside its model: Python with torch, transformers, PEFT, Ray, and with vLLM (a GRPO run of the
+embedded base took 432 and 1,160 MiB at most); CUDA's context, its libraries, NCCL's buffers (assumed)."""
 ALWAYS = ("base", "adapters", "gradients", "moments", "weights", "one sequence's cache")
 """Parts that are there whatever rows come. Processes that are forked from one share what they imported."""
 
