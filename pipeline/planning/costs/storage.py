@@ -12,6 +12,8 @@ from pipeline.roles import ENGINE_ROLES, ROLES
 if TYPE_CHECKING:
     from pipeline.planning.costs.processes import Budget
 
+READ_AT_ONCE = 128 * 2**20
+"""Bytes of tensors that are read before what that took is given back (`models.parallel.by_layer`)."""
 PER_TOKEN = 4 + 1 + 6 * 4
 """Bytes of a token in a batch: its id, its mask, and up to six float columns (`actors.batches.batch`)."""
 
@@ -21,9 +23,11 @@ class Storage:
     """Bytes outside of devices."""
 
     loading: dict[str, int]
-    """Role -> memory of hosts that all its processes take together while they read the base, on GPUs."""
+    """Role -> memory of hosts that all its processes take together while they read the base onto GPUs: each
+    reads a layer at a time, straight to its device."""
     merge: int
-    """Memory that `raylign merge` takes."""
+    """Memory that `raylign merge` takes: it goes from file to file, a tensor at a time; its comparison has a
+    layer of base and merged model, in float32 at most."""
     checkpoints: int
     """Disk for the checkpoints of the stage that needs most: those kept, and one that is being written."""
     results: int
@@ -37,13 +41,14 @@ def storage_of(budget: Budget) -> Storage:
     config, sizes = budget.config, budget.sizes
     model = config.model
     whole = sizes.elements * Holding(model, "none", 1, 1, False).element
+    layer = max((one.elements for one in sizes.layers), default=0) * ADAPTER_BYTES
     loading = {}
     for role in ROLES:
         spec = config.roles.of(role)
         if config.roles.server_of(role) != role or role in ENGINE_ROLES or not spec.gpus:
             continue
-        # Unsharded ranks each read the base into their host's memory first.
-        loading[role] = spec.workers * base_bytes(sizes, Holding.of(model, spec))
+        held = base_bytes(sizes, Holding.of(model, spec))
+        loading[role] = spec.workers * min(held, READ_AT_ONCE + layer)
     one = whole if model.lora is None else sizes.adapter_elements(model.lora) * ADAPTER_BYTES
     kept = [
         (stage.save_total_limit + 1)
@@ -58,5 +63,5 @@ def storage_of(budget: Budget) -> Storage:
     )
     touched = payload_bytes("merged", sizes, model) if model.lora is not None else 0
     largest = max((w.elements for w in sizes.weights), default=0)
-    merging = whole + 3 * largest * ADAPTER_BYTES if touched else 0
+    merging = min(whole, 2 * layer + READ_AT_ONCE) + 3 * largest * ADAPTER_BYTES if touched else 0
     return Storage(loading, merging, max(kept, default=0), one * len(config.stages), PER_TOKEN * tokens)
