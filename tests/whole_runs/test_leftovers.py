@@ -144,17 +144,23 @@ def test_a_failed_run_keeps_rays_logs_and_says_where(tmp_path: Path, temporary: 
 
 
 def test_a_run_that_loses_a_part_of_ray_says_so_and_ends(tmp_path: Path, temporary: Path) -> None:
-    whole = config(tmp_path / "run")
-    whole["stages"]["sft"]["max_steps"] = 10_000
-    process = start(command_of(tmp_path, whole), tmp_path)
-    when(process, (tmp_path / "run" / "sft" / "metrics.jsonl").is_file)
-    family = psutil.Process(process.pid).children(recursive=True)
-    (lost,) = [one for one in family if titled(one, "/gcs_server ")]
-    lost.kill()
-    said, _ = process.communicate(timeout=100)
-    assert process.returncode == 1, said
+    """Ray itself may end a driver that waits for a raylet at that moment: then only the name is said."""
+    for attempt in range(3):
+        run = tmp_path / f"run{attempt}"
+        whole = config(run)
+        whole["stages"]["sft"]["max_steps"] = 10_000
+        process = start(command_of(tmp_path, whole), tmp_path)
+        when(process, (run / "sft" / "metrics.jsonl").is_file)
+        family = psutil.Process(process.pid).children(recursive=True)
+        (lost,) = [one for one in family if titled(one, "/gcs_server ")]
+        lost.kill()
+        said, _ = process.communicate(timeout=100)
+        assert process.returncode == 1, said
+        assert "ray: the GCS has died" in said
+        if "failed:" in said:
+            break
     assert "failed: ray failed in phase 'run': the GCS has died" in said
-    assert (tmp_path / "run" / "logs" / "ray" / "gcs_server.out").is_file()
+    assert (run / "logs" / "ray" / "gcs_server.out").is_file()
     assert left_in(temporary) == NOTHING
 
 
