@@ -7,13 +7,17 @@ code: what is served has the same bits.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from actors.errors import InvariantViolation
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from actors.rollout.weight_updater import WeightUpdater
     from actors.sync.payload import Payload
 
 VERSION = 0
@@ -64,3 +68,19 @@ def _why_not(config: PretrainedConfig, adapter: str | Path) -> str:
     if is_mxfp4(config) or base_quantization(adapter) is not None:
         return "its base is quantised"
     return ""
+
+
+def commit_adapted(updater: WeightUpdater, payload: Payload) -> float:
+    """Load a staged payload, after which no more are taken; seconds.
+
+    Raises:
+        RunFailure: it was not loaded as it was handed over. A merged copy in its place would hide that.
+    """
+    from actors.sync.protocol import mismatch_in_commit
+
+    began, version = time.monotonic(), payload.manifest.version
+    report = updater.commit(version)
+    updater.close()
+    if wrong := mismatch_in_commit(version, report):
+        raise InvariantViolation("rollout", "commit", wrong)
+    return time.monotonic() - began

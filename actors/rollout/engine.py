@@ -25,7 +25,7 @@ from actors.batches.slices import Asked, Progress
 from actors.cluster.environment import SOCKETS
 from actors.cluster.scratch import Scratch, unfit
 from actors.cluster.turn_plan import both_awake
-from actors.errors import RunFailure, UserError
+from actors.errors import InvariantViolation, RunFailure, UserError
 from actors.rollout.spec import EngineSpec
 from actors.rollout.vllm.processes import EngineProcesses
 from actors.rollout.vllm.requests import (
@@ -267,30 +267,41 @@ class RolloutEngine:
 
     def _load_adapted(self, base: str | None, adapter: str, label: str) -> dict[str, float]:
         """Serve an adapter: brought into its loaded base or, where that can't be, merged on disk."""
-        from actors.rollout.adapted import find_adapted
+        from actors.rollout.adapted import commit_adapted, find_adapted
 
         with building_models():
             adapted = find_adapted(base, adapter)
-        if adapted.payload is not None:
+        payload = adapted.payload
+        if payload is not None:
             try:
-                return self._load_in_place(adapted.base, adapted.payload, label)
+                seconds, updater = self._stage_in_place(adapted.base, payload, label)
+            except InvariantViolation:
+                raise
             except (UserError, RunFailure) as error:
                 adapted = replace(adapted, payload=None, why_not=str(error))
                 self.unload()
+            else:
+                try:
+                    return {"merge": commit_adapted(updater, payload), "engine": seconds}
+                except RunFailure:
+                    self.unload()
+                    raise
         print(f"{label or adapter}: served from a merged copy on disk: {adapted.why_not}", flush=True)
         return self._load_merged(base, adapter, label)
 
-    def _load_in_place(self, base: str, payload: Payload, label: str) -> dict[str, float]:
+    def _stage_in_place(self, base: str, payload: Payload, label: str) -> tuple[float, WeightUpdater]:
+        """Seconds of the engine's start, and its versions, of which the payload's is staged.
+
+        Raises:
+            UserError, RunFailure: this engine can't take it.
+        """
         from actors.rollout.weight_updater import WeightUpdater, engine_settings
 
         seconds = self._start(base, label, engine_settings())
         assert self._llm is not None
-        began = time.monotonic()
         updater = WeightUpdater(self._llm, base, self.spec.dtype)
         updater.stage_payload(payload)
-        updater.commit(payload.manifest.version)
-        updater.close()
-        return {"merge": time.monotonic() - began, "engine": seconds}
+        return seconds, updater
 
     def _load_merged(self, base: str | None, adapter: str, label: str) -> dict[str, float]:
         from actors.models.lora.merge import merge_adapter

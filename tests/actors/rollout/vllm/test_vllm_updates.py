@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from actors.cluster.worker_group import WorkerGroup
-from actors.errors import RunFailure
+from actors.errors import InvariantViolation, RunFailure
 from actors.models.lora.adapters import save_adapter
 from actors.models.lora.merge import merge_adapter
 from actors.models.spec import LoraSpec, ModelSpec
@@ -286,6 +286,19 @@ def test_an_adapter_that_no_running_engine_takes_is_merged_on_disk(
     process.build(ROLLOUT, spec).result()
     process.call_rank(0, "load", str(tmp_path / "adapter"), phase="load")
     assert off(scores(process), policy.logps(SEQUENCES, STARTS)) < 1e-5
+
+
+def test_a_saved_adapter_that_was_not_loaded_as_handed_over_is_a_failure_and_no_reason_for_a_copy(
+    process: WorkerGroup, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    policy = Policy(base_of("qwen3_moe"), "qwen3_moe")
+    policy.change(seed=1)
+    save_adapter(policy.peft, "policy", tmp_path / "adapter")
+    process.build(f"{FAULTY}:ShortEngine", EngineSpec(max_num_seqs=16, max_model_len=512)).result()
+    with pytest.raises(InvariantViolation, match=r"bound \d+ of \d+ tensors"):
+        process.call_rank(0, "load", str(tmp_path / "adapter"), phase="load")
+    with pytest.raises(RunFailure, match="no model is loaded"):
+        samples(process, SEQUENCES)
 
 
 def test_vllm_still_needs_experts_packed_after_a_reload(

@@ -256,6 +256,21 @@ class DisklessEngine(RolloutEngine):
         raise OSError("no space left on device")
 
 
+class ShortEngine(DisklessEngine):
+    """Binds a tensor less than it was handed."""
+
+    def _stage_in_place(self, *args: Any) -> Any:
+        seconds, updater = super()._stage_in_place(*args)
+        real = updater.commit
+
+        def commit(version: int) -> Any:
+            report = real(version)
+            return dataclasses.replace(report, bound=report.bound - 1)
+
+        updater.commit = commit  # type: ignore[method-assign]
+        return seconds, updater
+
+
 class UnpackedEngine(RolloutEngine):
     def make_updater(self, llm: Any, base: str) -> WeightUpdater:
         return UnpackedUpdater(llm, base, self.spec.dtype)
