@@ -35,6 +35,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "actors.models.files": ("actors.errors",),
     "actors.models.tensor_file": (),
     "actors.models.exact_sums": (),
+    "actors.models.freed_memory": (),
     "actors.models.shards": ("actors.models.files", "actors.models.tensor_file"),
     "actors.models.template_bounds": ("actors.errors",),
     "actors.models.turn_ends": (
@@ -45,7 +46,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "actors.models.base",
     ),
     "actors.models.threads": (),
-    "actors.models.parallel": ("actors.errors", "actors.models.files"),
+    "actors.models.parallel": ("actors.errors", "actors.models.files", "actors.models.freed_memory"),
     "actors.models.architectures": ("actors.errors", "actors.models.spec"),
     "actors.models.moe": (
         "actors.errors",
@@ -57,6 +58,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "actors.models.quantization": (
         "actors.errors",
         "actors.models.spec",
+        "actors.models.freed_memory",
         "actors.models.exact_sums",
         "actors.models.architectures",
     ),

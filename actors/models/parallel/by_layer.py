@@ -7,12 +7,13 @@ another device, lies beside what is made of it: up to a second base. Of one laye
 
 from __future__ import annotations
 
-import ctypes
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from actors.models.freed_memory import give_back
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,9 +65,9 @@ def loading_by_layer(load_all: Load) -> Load:
                 found = one if found is None else _joined(found, one)
                 elements += sum(math.prod(tensor.get_shape()) for tensor in layer.values())
                 if elements > ELEMENTS_AT_ONCE:
-                    _give_back()
+                    give_back()
                     elements = 0
-        _give_back()
+        give_back()
         return found, None
 
     return load
@@ -117,13 +118,6 @@ def slices(files: Sequence[str], opened: ExitStack) -> dict[str, Any]:
         file = opened.enter_context(safe_open(path, framework="pt"))
         found.update({name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118  it is no dict
     return found
-
-
-def _give_back() -> None:
-    """Return to the system what was freed: pieces that threads have made lie in heaps of theirs, which no
-    other thread fills again. Without it a base of many experts kept 1.4 times its size."""
-    with suppress(OSError, AttributeError):  # where there is no glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _joined(one: Any, other: Any) -> Any:

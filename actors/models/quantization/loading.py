@@ -7,7 +7,6 @@ replaces linear layers and leaves stacks of experts, most of a mixture's weights
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from actors.models.freed_memory import give_back
 from actors.models.quantization.codec import codec_of, quantise
 from actors.models.quantization.layout import QuantisedMatrices, quantised_places
 from actors.models.quantization.quantised_tensor import pieces_of, quantised
@@ -110,13 +110,5 @@ class _Quantise(ConversionOps):
         shape = torch.empty(weight.shape, dtype=self._dtype, device="meta")
         made = quantised(quantise(codec, pieces), codec, place.shape, shape)
         del weight, value, pieces
-        _return_freed_memory()
+        give_back()
         return made
-
-
-def _return_freed_memory() -> None:
-    """Let the C library return what it keeps of freed memory: the size of the whole base in the end, as small
-    parts lie between the large weights that were freed."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
