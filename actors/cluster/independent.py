@@ -10,16 +10,13 @@ from actors.cluster.futures import GroupFuture
 from actors.cluster.worker_group import WorkerGroup
 from actors.errors import RunFailure
 
-TRIES = 3
-"""Of one rank. What is lost at the same place each time would be lost again."""
-
 
 def bring_up(group: WorkerGroup, building: GroupFuture[Any]) -> dict[int, str]:
     """Wait for what the group's `build` makes in every process; why some were lost meanwhile and replaced, by
     rank.
 
     Raises:
-        RunFailure: a process that lives says why it can't, or one was lost again and again.
+        RunFailure: a process that lives says why it can't, or one was lost again and again (`supervisor`).
         UserError: what is asked for can't be made.
     """
     began, lost = time.monotonic(), {}
@@ -33,10 +30,8 @@ def bring_up(group: WorkerGroup, building: GroupFuture[Any]) -> dict[int, str]:
 
 
 def _replace(group: WorkerGroup, rank: int, failure: RunFailure) -> None:
-    for _ in range(TRIES - 1):
-        if group.fleet.sound(rank):
-            break
-        group.restart(rank)
+    while not group.fleet.sound(rank):
+        group.restart(rank, f"start of {group.who(rank)}")
         try:
             group.rebuild(rank)
             return

@@ -88,9 +88,10 @@ class RoleSpec(Spec):
 
 
 class LimitsSpec(Spec):
-    """Memory, and deadlines in seconds. Past one, the run ends with the role, the rank and the phase's name,
-    or an engine is replaced. Those of `update`, `evaluate`, `logprobs` and `generate` that are left out get
-    shorter once a stage has measured its first calls (`actors.cluster.measured_limits`)."""
+    """Memory, bounds of what is replaced, and deadlines in seconds. Past one, the run ends with the role, the
+    rank and the phase's name, or an engine is replaced. Those of `update`, `evaluate`, `logprobs` and
+    `generate` that are left out get shorter once a stage has measured its first calls
+    (`actors.cluster.measured_limits`)."""
 
     memory: Literal["check", "ignore"] = "check"
     """`check`: refuse a run whose weights, gradients and moments alone are more than this machine's memory,
@@ -117,6 +118,12 @@ class LimitsSpec(Spec):
     """Any other call (describe, digest, counters)."""
     stop: float = Field(default=5, gt=0)
     """A clean end of an actor, before it is killed."""
+    max_restarts: int = Field(default=3, ge=0)
+    """Times that a process of a role is replaced within `restart_window`, on average: a role of n processes
+    has n times as many in all. The next loss ends the run, and so does the third at the same place. 0: every
+    loss does."""
+    restart_window: float = Field(default=3600, gt=0)
+    """Seconds after which a replaced process is no longer counted."""
 
     def of(self, phase: Phase) -> float:
         """Deadline of `phase` in seconds."""

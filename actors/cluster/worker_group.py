@@ -21,6 +21,7 @@ from actors.cluster.health import Members, ProcessEvent, ProcessState
 from actors.cluster.liveness import Liveness
 from actors.cluster.measured_limits import MeasuredLimits
 from actors.cluster.spec import LimitsSpec, Phase, RoleSpec, bundle
+from actors.cluster.supervision import Supervision
 from actors.cluster.worker import Worker
 from actors.errors import AGAIN, RunFailure
 
@@ -64,11 +65,13 @@ class WorkerGroup:
         next_step: str = AGAIN,
         beside: WorkerGroup | None = None,
         has_guests: bool = False,
+        supervision: Supervision | None = None,
     ) -> None:
         """`name` is the role, as it appears in errors and log files; `preload`: modules to import early;
         `env`: variables on top of `actor_environment`; `beside`: a group, started before, with whose
         processes these take turns, rank i in the bundle and on the GPU of its rank i; `has_guests`: another
-        group is `beside` this one."""
+        group is `beside` this one; `supervision`: of the run, which bounds what is replaced; None: one of its
+        own."""
         self.name, self.role, self.limits = name, role, limits
         self.log_dir = Path(log_dir).absolute()
         self.size = role.workers
@@ -76,6 +79,7 @@ class WorkerGroup:
         self.liveness = Liveness(
             name, self.size, limits, self.log_dir, next_step, lambda: self._actors, self._unplaced
         )
+        self.supervision = supervision or Supervision.of(limits)
         self._preload = tuple(preload)
         self._env = dict(env or {})
         self._beside, self._has_guests = beside, has_guests
@@ -168,14 +172,19 @@ class WorkerGroup:
                 ray.util.remove_placement_group(self._placement)
             self._actors, self._placement = [], None
 
-    def restart(self, rank: int) -> None:
-        """Replace a dead or suspect process by a fresh one, which has to be built again.
+    def restart(self, rank: int, place: str = "") -> None:
+        """Replace a dead or suspect process by a fresh one, which has to be built again. `place`: what it was
+        doing, in words that no other moment has.
 
         Raises:
             ValueError: the process serves, and was never late.
+            RunFailure: too many were replaced: the run ends.
         """
         import ray
 
+        self.fleet.after([rank], ProcessEvent.RESTARTED)  # Is it allowed at all?
+        reason = self.fleet.members[rank].reason or "it was late before"
+        self.supervision.lost(self.name, self.size, {rank: reason}, place, self.next_of(rank))
         self.liveness.saw([rank], ProcessEvent.RESTARTED)
         ray.kill(self._actors[rank])
         self._actors[rank] = self._start_rank(rank)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from actors.cluster.environment import engine_environment
 from actors.cluster.futures import GroupFuture, WorkerFuture
 from actors.cluster.spec import LimitsSpec, RoleSpec
+from actors.cluster.supervision import Supervision
 from actors.cluster.worker_group import WorkerGroup
 from actors.sync.remote import UpdatableEngines
 
@@ -35,12 +36,22 @@ def rollout_group(
     name: str = "rollout",
     env: Mapping[str, str] | None = None,
     beside: WorkerGroup | None = None,
+    supervision: Supervision | None = None,
 ) -> WorkerGroup:
     """A group for `ROLLOUT`: independent vLLM engines. Not started yet. `env`: further variables; `beside`:
-    the ranks with which they take turns."""
+    the ranks with which they take turns; `supervision`: of the run."""
     gpus = role.gpus if beside is None else beside.role.gpus
     variables = {**(env or {}), **engine_environment(gpus > 0)}
-    return WorkerGroup(name, role, limits, log_dir, preload=ROLLOUT_MODULES, env=variables, beside=beside)
+    return WorkerGroup(
+        name,
+        role,
+        limits,
+        log_dir,
+        preload=ROLLOUT_MODULES,
+        env=variables,
+        beside=beside,
+        supervision=supervision,
+    )
 
 
 class RolloutEngines(UpdatableEngines):

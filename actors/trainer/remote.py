@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from actors.cluster.environment import trainer_environment
 from actors.cluster.futures import AgreedFuture, GroupFuture
 from actors.cluster.spec import LimitsSpec, RoleSpec
+from actors.cluster.supervision import Supervision
 from actors.cluster.worker_group import WorkerGroup
 
 if TYPE_CHECKING:
@@ -47,12 +48,20 @@ def host_group(
     log_dir: str | Path,
     env: Mapping[str, str] | None = None,
     has_guests: bool = False,
+    supervision: Supervision | None = None,
 ) -> WorkerGroup:
     """A group for `HOST`: training ranks, reference ranks. Not started yet. `env`: further variables;
-    `has_guests`: engines take turns with them."""
+    `has_guests`: engines take turns with them; `supervision`: of the run."""
     variables = {**trainer_environment(role.gpus > 0, has_guests), **(env or {})}
     return WorkerGroup(
-        name, role, limits, log_dir, preload=HOST_MODULES, env=variables, has_guests=has_guests
+        name,
+        role,
+        limits,
+        log_dir,
+        preload=HOST_MODULES,
+        env=variables,
+        has_guests=has_guests,
+        supervision=supervision,
     )
 
 

@@ -14,6 +14,7 @@ from actors.cluster import (
     GroupFuture,
     MeasuredLimits,
     RoleSpec,
+    Supervision,
     WorkerFuture,
     WorkerGroup,
     actor_environment,
@@ -67,6 +68,7 @@ class Fleet:
         self._note = note
         self.local = is_local(config.ray.address)
         """The cluster is this machine, and ends with the run."""
+        self._supervision = Supervision.of(config.limits)
         self._groups: dict[str, WorkerGroup] = {}
         self._hosts: dict[str, Host] = {}
         self.feeds: dict[str, ReferenceFeed] = {}
@@ -273,10 +275,10 @@ class Fleet:
             role, env = roles.of(name), passed_on(self.config.ray.env)
             if name in ENGINE_ROLES:
                 beside = self._made(roles.host_of(name)) if roles.alternates(name) else None
-                group = rollout_group(role, limits, logs, name, env, beside)
+                group = rollout_group(role, limits, logs, name, env, beside, self._supervision)
             else:
                 guests = any(roles.alternates(one) and roles.host_of(one) == name for one in ROLES)
-                group = host_group(name, role, limits, logs, env, guests)
+                group = host_group(name, role, limits, logs, env, guests, self._supervision)
             group.measured = self.measured
             self._groups[name] = group
         return self._groups[name]
