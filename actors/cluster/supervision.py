@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from actors.cluster.spec import LimitsSpec
-from actors.cluster.supervisor import RestartBounds, End, Lost, Supervisor
+from actors.cluster.supervisor import End, Lost, RestartBounds, Supervisor
 from actors.errors import RunFailure
 
 
@@ -26,7 +26,7 @@ class Supervision:
 
     @property
     def history(self) -> tuple[Lost, ...]:
-        """What was lost within the window, oldest first."""
+        """Losses within the window, oldest first."""
         return self._supervisor.history
 
     def lost(

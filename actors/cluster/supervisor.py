@@ -43,7 +43,7 @@ class Lost:
     role: str
     rank: int
     place: str
-    """What it was doing; empty: not known."""
+    """Moment of its work; empty: not known."""
     reason: str
     at: float
     """Seconds, by any clock that only grows."""
@@ -75,7 +75,7 @@ Decision = Replace | End
 
 @dataclass(frozen=True)
 class Supervisor:
-    """What was lost so far, and what is allowed to be."""
+    """Memory of what was lost so far."""
 
     bounds: RestartBounds = field(default_factory=RestartBounds)
     history: tuple[Lost, ...] = ()

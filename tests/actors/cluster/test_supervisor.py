@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from actors.cluster.supervision import Supervision
-from actors.cluster.supervisor import SAME_PLACE, RestartBounds, Decision, End, Lost, Replace, Supervisor
+from actors.cluster.supervisor import SAME_PLACE, Decision, End, Lost, Replace, RestartBounds, Supervisor
 from actors.errors import RunFailure
 
 
