@@ -2,9 +2,11 @@
 
 - Columns: tokens of all samples one after the other, `offsets` between samples; samples stand in groups of
   `num_generations`, one group a prompt.
-- An episode is exactly a sample's counted tokens. Its last token is terminal, whether it is the end-of-turn
-  token or the token limit: the value after it is 0 (as TRL's PPO and verl do; a reward model has scored the
-  cut text as it is, and `missing_eos_penalty` and `mask_truncated_completions` are there for the rest).
+- An episode is exactly a sample's counted tokens: what an environment said between two turns is no part of
+  it, and the token before is followed by the one behind. Its last token is terminal, whether it is the
+  end-of-turn token or the token limit: the value after it is 0 (as TRL's PPO and verl do; a reward model has
+  scored the cut text as it is, and `missing_eos_penalty` and `mask_truncated_completions` are there for the
+  rest).
 - A sample without a reward (NaN) takes no part: it is in no mean and its advantage is 0.
 """
 
@@ -95,6 +97,9 @@ class Scored:
     """float64 (T,): the critic's value of the state before each token (gae)."""
     mask: np.ndarray | None = None
     """bool (T,): tokens that count in whitening; None: all of samples with a reward."""
+    turn_rewards: np.ndarray | None = None
+    """float64 (T,): the part of `rewards` that was earned by turns, at their last tokens; the rest is earned
+    at the sample's last token. None: all of it is."""
 
     def __post_init__(self) -> None:
         if (self.lengths < 1).any():
@@ -112,6 +117,16 @@ class Scored:
         """(T,) -> (N,): sums."""
         sample = self.by_token(np.arange(len(self.rewards)))
         return np.bincount(sample, weights=of_tokens, minlength=len(self.rewards))
+
+    def at_tokens(self, of_samples: np.ndarray) -> np.ndarray:
+        """(N,) -> (T,): tokens' rewards, with these of samples where they were earned; NaN counts as 0."""
+        rewards = np.array(self.token_rewards, dtype=np.float64)
+        rest = np.nan_to_num(of_samples, nan=0.0)
+        if self.turn_rewards is not None:
+            rest = rest - self.by_sample(self.turn_rewards)
+            rewards += self.turn_rewards
+        rewards[self.offsets[1:] - 1] += rest
+        return rewards
 
     def totals(self) -> np.ndarray:
         """float64 (N,): each sample's reward and its tokens' rewards, NaN for none."""
@@ -223,9 +238,7 @@ def _of_gae(spec: AdvantageSpec, scored: Scored) -> Advantages:
     if scored.values is None:
         raise ValueError("gae needs the critic's values")
     counted, known = scored.counted(), scored.by_token(~np.isnan(scored.rewards))
-    rewards = np.array(scored.token_rewards, dtype=np.float64)
-    rewards[scored.offsets[1:] - 1] += np.nan_to_num(scored.rewards, nan=0.0)
-    rewards = whiten(rewards, spec.whiten_rewards, counted)
+    rewards = whiten(scored.at_tokens(scored.rewards), spec.whiten_rewards, counted)
     advantages, returns = gae(rewards, scored.values, scored.offsets, spec.gamma, spec.lam)
     whitened = whiten(np.where(known, advantages, 0.0), spec.whiten_advantages, counted)
     return Advantages(whitened, np.where(known, returns, scored.values))
@@ -246,8 +259,7 @@ def _of_reinforce(spec: AdvantageSpec, scored: Scored) -> Advantages:
     if spec.baseline == "group":
         groups = of_samples.reshape(-1, spec.num_generations)
         of_samples = _without_rounding(groups - _mean(groups), groups).reshape(-1)
-    rewards = np.array(scored.token_rewards, dtype=np.float64)
-    rewards[scored.offsets[1:] - 1] += np.nan_to_num(of_samples, nan=0.0)
+    rewards = scored.at_tokens(of_samples)
     returns = np.where(known, returns_to_go(rewards, scored.offsets, spec.gamma), 0.0)
     return Advantages(whiten(returns, spec.whiten_advantages, scored.counted()))
 

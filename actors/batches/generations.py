@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field, field_validator
 
+from actors.batches.episodes import Episode, GrowingSample
 from actors.batches.routed_experts import RoutedExperts
 from actors.spec import Spec
 
@@ -107,6 +108,14 @@ class Generations:
     experts: np.ndarray | None = None
     """Of `RoutedExperts`, as is `expert_offsets`; None where the engine was not asked for them."""
     expert_offsets: np.ndarray | None = None
+    drawn: np.ndarray | None = None
+    """bool (tokens,): True where the engine drew the token, False where an environment said it; None: the
+    engine drew all. What the environment said has log-probability 0 and the version of the turn before it."""
+    turn_rewards: np.ndarray | None = None
+    """float64 (tokens,): an environment's reward at the last token of the turn that earned it, NaN elsewhere;
+    None where there is no environment."""
+    episodes: tuple[Episode, ...] | None = None
+    """Conversation of each sample with its environment; None where there is none."""
 
     @staticmethod
     def of(
@@ -128,6 +137,32 @@ class Generations:
             seconds=seconds,
             token_versions=np.full(sum(lengths), version, np.int32),
         )
+
+    @staticmethod
+    def of_episodes(
+        samples: Sequence[GrowingSample], episodes: Sequence[Episode], n: int, label: str, seconds: float
+    ) -> Generations:
+        """Join samples that conversed with an environment."""
+
+        def joined(name: str, dtype: type) -> np.ndarray:
+            return np.array([value for one in samples for value in getattr(one, name)], dtype)
+
+        made = Generations(
+            token_ids=joined("token_ids", np.int32),
+            logprobs=joined("logprobs", np.float32),
+            offsets=np.cumsum([0, *(len(one.token_ids) for one in samples)], dtype=np.int64),
+            finish=np.array([one.finish for one in samples], np.int8),
+            n=n,
+            label=label,
+            seconds=seconds,
+            token_versions=joined("versions", np.int32),
+            drawn=joined("drawn", np.bool_),
+            turn_rewards=joined("rewards", np.float64),
+            episodes=tuple(episodes),
+        )
+        if not samples or not samples[0].experts:
+            return made
+        return made.with_experts(RoutedExperts.of([np.concatenate(one.experts) for one in samples]))
 
     @staticmethod
     def join(parts: Sequence[Generations], n: int, *, mixed: bool = False) -> Generations:
@@ -158,13 +193,19 @@ class Generations:
             label=label,
             seconds=sum(part.seconds for part in parts),
             token_versions=np.concatenate([part.token_versions for part in parts]),
+            drawn=_joined([part.drawn for part in parts]),
+            turn_rewards=_joined([part.turn_rewards for part in parts]),
+            episodes=_all_episodes(parts),
         )
         return joined.with_experts(RoutedExperts.join(known)) if known else joined
 
     @staticmethod
-    def from_arrays(arrays: Mapping[str, np.ndarray], n: int, label: str, seconds: float) -> Generations:
-        """Generations from what `arrays` returned for them."""
-        return Generations(**arrays, n=n, label=label, seconds=seconds)
+    def from_arrays(
+        arrays: Mapping[str, np.ndarray], n: int, label: str, seconds: float, episodes: Any = None
+    ) -> Generations:
+        """Generations from what `arrays` returned for them; `episodes`: their own, as JSON has them."""
+        made = None if episodes is None else tuple(Episode(**one) for one in episodes)
+        return Generations(**arrays, n=n, label=label, seconds=seconds, episodes=made)
 
     def select(self, samples: Sequence[int] | np.ndarray) -> Generations:
         """The given samples, in the given order."""
@@ -181,6 +222,9 @@ class Generations:
             token_versions=self.token_versions[tokens],
             experts=None,
             expert_offsets=None,
+            drawn=None if self.drawn is None else self.drawn[tokens],
+            turn_rewards=None if self.turn_rewards is None else self.turn_rewards[tokens],
+            episodes=None if self.episodes is None else tuple(self.episodes[i] for i in order),
         )
         choices = self.routed_experts
         if choices is None:
@@ -189,7 +233,7 @@ class Generations:
         return found.with_experts(RoutedExperts.of([each[i] for i in order]))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Every array, by field: with `n`, `label` and `seconds` this is all there is."""
+        """Every array, by field: with `n`, `label`, `seconds` and `episodes` this is all there is."""
         return {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
 
     @property
@@ -202,6 +246,24 @@ class Generations:
     def with_experts(self, choices: RoutedExperts) -> Generations:
         """The same samples with the engine's experts."""
         return replace(self, experts=choices.experts, expert_offsets=choices.offsets)
+
+    @property
+    def drawn_mask(self) -> np.ndarray:
+        """bool (tokens,): tokens that the engine drew."""
+        return np.ones(len(self.token_ids), bool) if self.drawn is None else self.drawn
+
+    @property
+    def drawn_versions(self) -> np.ndarray:
+        """int32 (drawn tokens,): versions that the engine drew them by."""
+        return self.token_versions if self.drawn is None else self.token_versions[self.drawn]
+
+    @property
+    def drawn_lengths(self) -> np.ndarray:
+        """int64 (samples,): tokens of each that the engine drew."""
+        if self.drawn is None:
+            return np.diff(self.offsets)
+        ends = np.concatenate([[0], np.cumsum(self.drawn, dtype=np.int64)])
+        return np.diff(ends[self.offsets])
 
     @property
     def version(self) -> int:
@@ -228,6 +290,16 @@ class Generations:
             [ids[:-1] if ids and ids[-1] in ends else ids for ids in samples], skip_special_tokens=True
         )
         return [_cut(text, stop) for text in texts]
+
+
+def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known) if known else None
+
+
+def _all_episodes(parts: Sequence[Generations]) -> tuple[Episode, ...] | None:
+    found = [part.episodes for part in parts if part.episodes is not None]
+    return tuple(one for part in found for one in part) if found else None
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:

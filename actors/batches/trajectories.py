@@ -1,7 +1,7 @@
 """Samples as a batch: prompt and completion of each, with the engine's log-probability of every token.
 
-A sample is a row of one sequence; its completion's tokens are the counted ones. All that later steps compute
-(log-probabilities, values, advantages) is added as a column per sample or per counted token.
+A sample is a row of one sequence; the tokens that the engine drew are the counted ones. All that later steps
+compute (log-probabilities, values, advantages) is added as a column per sample or per counted token.
 """
 
 from __future__ import annotations
@@ -26,16 +26,21 @@ def trajectory_batch(prompts: Sequence[Sequence[int]], samples: Generations) -> 
     Returns:
         N rows; columns `finished` (bool: it ended by a stop token, not at the limit) and, per counted token,
         `engine_logps` (float64). With the engine's experts, where the samples have them: their last position
-        is free.
+        is free. With an environment also `turn_rewards` (float64 per counted token, 0 where it gave none).
     """
     completions = list(samples.sequences())
     ids = [np.concatenate([np.asarray(p, np.int32), c]) for p, c in zip(prompts, completions, strict=True)]
-    masks = [np.arange(len(row)) >= len(prompt) for row, prompt in zip(ids, prompts, strict=True)]
+    drawn = np.split(samples.drawn_mask, samples.offsets[1:-1])
+    masks = [np.concatenate([np.zeros(len(p), bool), d]) for p, d in zip(prompts, drawn, strict=True)]
     batch = Batch.from_sequences(ids, masks, columns={"finished": samples.finish == STOPPED})
     choices = samples.routed_experts
     if choices is not None:
         batch = replace(batch, experts=choices.of_sequences(batch.lengths))
-    return batch.with_token_columns(engine_logps=samples.logprobs.astype(np.float64))
+    counted = samples.drawn_mask
+    batch = batch.with_token_columns(engine_logps=samples.logprobs[counted].astype(np.float64))
+    if samples.turn_rewards is None:
+        return batch
+    return batch.with_token_columns(turn_rewards=np.nan_to_num(samples.turn_rewards[counted], nan=0.0))
 
 
 def sample_offsets(batch: Batch) -> np.ndarray:

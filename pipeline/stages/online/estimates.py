@@ -69,6 +69,7 @@ def estimate(
         token_rewards=-beta * kl if kl is not None and spec.kl_in == "reward" else np.zeros(mask.shape),
         values=scores.values,
         mask=mask,
+        turn_rewards=batch.token_columns.get("turn_rewards"),
     )
     found = advantages_of(advantage_spec(spec), scored)
     columns = {"advantages": found.advantages, "mask": mask}

@@ -182,7 +182,7 @@ class RlLoop:
         """Everything that must hold before the weights move; metrics of what was looked at."""
         engine = batch.token_columns["engine_logps"]
         rl_checks.check_finite(engine_logps=engine, **estimates.finite, **vars(scores))
-        stale = rl_checks.staleness(sampled.samples.token_versions, step, self.spec.staleness)
+        stale = rl_checks.staleness(sampled.samples.drawn_versions, step, self.spec.staleness)
         if scores.old_logps is None:  # The update looks at the rest before the weights move.
             return {}
         if step == 0 and self.ctx.starts_as_reference and scores.ref_logps is not None:
@@ -292,7 +292,7 @@ def joined(done: list[tuple[str, dict[str, float]]]) -> dict[str, float]:
 
 def lengths(samples: Generations) -> dict[str, float]:
     """TRL's names for how long the completions are, and how many were cut at the limit."""
-    each = np.diff(samples.offsets)
+    each = samples.drawn_lengths
     cut = np.mean([reason != "stop" for reason in samples.finish_reasons])
     return {
         "completions/mean_length": float(each.mean()),

@@ -195,3 +195,37 @@ def test_equal_rewards_teach_exactly_nothing(kind: str, reward: float) -> None:
     spec = AdvantageSpec(kind=kind, num_generations=3, baseline="group", whiten_advantages="shift_and_scale")
     assert advantages_of(spec, scored([reward] * 6, [1] * 6)).advantages.tolist() == [0.0] * 6
     assert whiten(np.full(7, reward), "shift_and_scale").tolist() == [0.0] * 7
+
+
+TURNS = np.array([0.0, 0.25, 0.0, 1.0, 0.0, -0.5])
+"""Two samples of two turns each, of 2 + 2 and 1 + 1 tokens; the second one's first turn earns nothing."""
+
+
+def turned(kind: str, rewards: list[float], turn_rewards: np.ndarray | None) -> np.ndarray:
+    spec = AdvantageSpec(kind=kind, num_generations=2, scale_rewards="none", lam=1.0, gamma=1.0)
+    values = np.zeros(6)
+    return advantages_of(spec, scored(rewards, [4, 2], values=values, turn_rewards=turn_rewards)).advantages
+
+
+@pytest.mark.parametrize("kind", ["gae", "reinforce"])
+def test_a_reward_of_a_turn_counts_from_that_turn_backwards(kind: str) -> None:
+    # By hand: of 1.5 in all 0.25 is earned by the second token and 1.0 by the last, which also gets the rest.
+    expected = [1.5, 1.5, 1.25, 1.25, -0.5, -0.5]
+    assert turned(kind, [1.5, -0.5], TURNS) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["group", "rloo"])
+def test_advantages_of_whole_samples_take_the_sum_of_their_turns_rewards(kind: str) -> None:
+    assert turned(kind, [1.5, -0.5], TURNS).tolist() == turned(kind, [1.5, -0.5], None).tolist()
+
+
+@pytest.mark.parametrize("kind", sorted(ADVANTAGES))
+def test_rewards_at_the_end_of_the_only_turn_are_those_of_the_sample_bit_for_bit(kind: str) -> None:
+    rewards, kl = [0.1 + 0.2, -1 / 3], np.random.default_rng(0).normal(size=6)
+    spec = AdvantageSpec(kind=kind, num_generations=2, whiten_advantages="shift_and_scale")
+    given = {"values": kl[::-1].copy(), "token_rewards": kl}
+    at_end = np.array([0.0, 0.0, 0.0, rewards[0], 0.0, rewards[1]])
+    plain, turns = (
+        advantages_of(spec, scored(rewards, [4, 2], turn_rewards=found, **given)) for found in (None, at_end)
+    )
+    assert plain.advantages.tobytes() == turns.advantages.tobytes()
