@@ -22,6 +22,8 @@ NOT_IN_IDENTITY = frozenset(
     | {"max_tokens_per_micro_batch", "sync", "mismatch_tolerance"}
 )
 """Stage keys that change when or how often something is done, but not the weights that come out."""
+NOT_IN_REWARD = frozenset({"request_timeout_s", "retries", "max_in_flight", "api_key_env", "api_key_header"})
+"""Keys of an entry of `rewards:` that change how a service is asked, and not what it answers."""
 NEW_NAMES = {EXPERT_IMPL.key: EXPERT_IMPL}
 """Keys of an identity some of whose values earlier versions called otherwise: it is the same work."""
 CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
@@ -147,6 +149,10 @@ class Decision:
 def identity_config(stage: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
     """The keys of a stage and of the model that its result depends on."""
     kept = {key: value for key, value in stage.items() if key not in NOT_IN_IDENTITY | {"data", "seed"}}
+    if "rewards" in kept:
+        kept["rewards"] = [
+            {key: value for key, value in one.items() if key not in NOT_IN_REWARD} for one in kept["rewards"]
+        ]
     # The way in which weights are synced doesn't matter, but that samples go on with new ones does, and that
     # LoRA is computed beside them: its sums are rounded otherwise than merged weights.
     sync = stage.get("sync") or {}

@@ -54,6 +54,12 @@ def code_digests(sources: Iterable[str]) -> dict[str, str]:
     return {source: digest for source, digest in found.items() if digest is not None}
 
 
+def file_digests(paths: Iterable[str]) -> dict[str, str]:
+    """Digests of other files of the user's that a result depends on, by path, without those that can't be
+    read."""
+    return {path: _bytes_digest(Path(path)) for path in paths if Path(path).is_file()}
+
+
 def unread_code(who: str, source: str) -> str:
     """Line that tells the user about a function whose code can't be read."""
     return f"{who}: no file of code was found for {source}, so later changes of it will not be noticed"

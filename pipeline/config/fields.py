@@ -50,8 +50,15 @@ def models_at(model: type[BaseModel], keys: list[str]) -> list[type[BaseModel]]:
     return found
 
 
-def fields_at(model: type[BaseModel], keys: list[str], stage_type: str | None) -> list[str]:
+def fields_at(
+    model: type[BaseModel], keys: list[str], stage_type: str | None, arm: str | None = None
+) -> list[str]:
+    """Names of the keys at a place; `arm`: tag of the union's arm there, its `kind` if it has one."""
     models = models_at(model, keys)
+    if arm is not None:
+        kinds = [m.model_fields["kind"].default if "kind" in m.model_fields else None for m in models]
+        wanted = arm if arm in kinds else None
+        models = [m for m, kind in zip(models, kinds, strict=True) if kind == wanted] or models
     if stage_type is not None and len(keys) == 2:
         models = [m for m in models if m.model_fields["type"].default == stage_type] or models
     return list(dict.fromkeys(name for m in models for name in m.model_fields))

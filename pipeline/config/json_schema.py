@@ -7,7 +7,8 @@ from typing import Any
 from pipeline.config.run_config import RunConfig
 from pipeline.stages.specs.registry import STAGE_TYPES
 
-_SOURCES = ({"$ref": "#/$defs/DataSpec"}, {"$ref": "#/$defs/RewardSpec"})
+_DATA = {"$ref": "#/$defs/DataSpec"}
+_NAMED_REWARD = {"$ref": "#/$defs/RewardSpec"}
 
 
 def json_schema() -> dict[str, Any]:
@@ -36,7 +37,9 @@ def _with_short_sources(node: Any) -> Any:
         return [_with_short_sources(item) for item in node]
     if not isinstance(node, dict):
         return node
-    if node.get("type") == "array" and node.get("items") in _SOURCES:
+    items = node.get("items")
+    sources = items == _DATA or (isinstance(items, dict) and _NAMED_REWARD in items.get("oneOf", []))
+    if node.get("type") == "array" and sources:
         one = [{"type": "string"}, node["items"]]
         rest = {key: value for key, value in node.items() if key not in ("type", "items", "minItems")}
         return {**rest, "anyOf": [*one, {"type": "array", "minItems": 1, "items": {"anyOf": one}}]}

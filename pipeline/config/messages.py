@@ -79,7 +79,7 @@ def bad_paths(
         keys = keys_in(data, detail["loc"])
         names = {keys[-1]} if keys else set()
         if detail["type"] == "extra_forbidden":
-            near = nearest_key(keys, model, _stage_tag(detail))
+            near = nearest_key(keys, model, _stage_tag(detail), _arm(detail))
             names = {near} if near is not None else set()
         found.setdefault(tuple(keys), set()).update(names)
     return found
@@ -115,7 +115,7 @@ def keys_in(data: Any, loc: tuple[int | str, ...]) -> list[str]:
 def _sentence(detail: ErrorDetails, keys: list[str], model: type[BaseModel]) -> str:
     kind, value, context = detail["type"], detail.get("input"), detail.get("ctx", {})
     if kind == "extra_forbidden":
-        return unknown_key(keys, value, model, _stage_tag(detail))
+        return unknown_key(keys, value, model, _stage_tag(detail), _arm(detail))
     if kind == "missing":
         about = description(model, keys)
         return f"missing{f' ({about})' if about else ''}"
@@ -153,12 +153,24 @@ def _stage_tag(detail: ErrorDetails) -> str | None:
     return str(loc[2]) if len(loc) > 2 and loc[0] == "stages" else None
 
 
-def unknown_key(keys: list[str], value: Any, model: type[BaseModel], stage_type: str | None = None) -> str:
+def _arm(detail: ErrorDetails) -> str | None:
+    """Tag of the entry of `rewards:` that an error lies in."""
+    loc = detail["loc"]
+    return str(loc[-2]) if len(loc) > 3 and loc[-4] == "rewards" else None
+
+
+def unknown_key(
+    keys: list[str],
+    value: Any,
+    model: type[BaseModel],
+    stage_type: str | None = None,
+    arm: str | None = None,
+) -> str:
     """Sentence on a key that does not exist, with what to write instead."""
     key = keys[-1]
     if key in INSTEAD:
         return f"unknown key; {INSTEAD[key].format(value=value)}"
-    here = fields_at(model, keys[:-1], stage_type)
+    here = fields_at(model, keys[:-1], stage_type, arm)
     homes = [path for path in all_paths(model) if path.rsplit(".", 1)[-1] == key]
     near = difflib.get_close_matches(key, here, n=1, cutoff=0.75)
     if near:
@@ -207,9 +219,11 @@ def _home_elsewhere(home: str, keys: list[str], model: type[BaseModel]) -> str:
     return f"`{of}`" if path == top else f"`{path}` of {of}"
 
 
-def nearest_key(keys: list[str], model: type[BaseModel], stage_type: str | None = None) -> str | None:
+def nearest_key(
+    keys: list[str], model: type[BaseModel], stage_type: str | None = None, arm: str | None = None
+) -> str | None:
     """The name that an unknown key may have been meant to be, in its own section."""
-    near = difflib.get_close_matches(keys[-1], fields_at(model, keys[:-1], stage_type), n=1)
+    near = difflib.get_close_matches(keys[-1], fields_at(model, keys[:-1], stage_type, arm), n=1)
     return near[0] if near else None
 
 

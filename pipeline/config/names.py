@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.rewards.functions import EXACT_MATCH
+from pipeline.rewards.spec import EXACT_MATCH
 from pipeline.roles import ROLES
 from pipeline.stages.specs.registry import STAGE_TYPES
 

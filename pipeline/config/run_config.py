@@ -118,10 +118,10 @@ class RunConfig(Spec):
     def functions(self) -> dict[str, str]:
         """Functions of the user's that the run calls: `module:function` by the key that names it."""
         found = {
-            f"stages.{name}.rewards.{position}": reward.source
+            f"stages.{name}.rewards.{position}": reward.function
             for name, stage in self.online_stages().items()
             for position, reward in enumerate(stage.rewards)
-            if reward.kind == "function"
+            if reward.function is not None
         }
         if self.eval is not None and ":" in self.eval.metric:
             found["eval.metric"] = self.eval.metric

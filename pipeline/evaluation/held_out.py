@@ -25,12 +25,12 @@ from pipeline.data.tokens.tokenize import prompt_rows
 from pipeline.rewards.exact_match import exact_match
 from pipeline.rewards.functions import (
     ARGUMENTS,
-    EXACT_MATCH,
     RewardFunction,
     Samples,
     call_reward_function,
     import_function,
 )
+from pipeline.rewards.spec import EXACT_MATCH
 
 if TYPE_CHECKING:
     from actors.batches import Generations
@@ -118,19 +118,25 @@ def try_scorer(spec: EvalSpec, records: Records) -> None:
     scorer = find_scorer(spec.metric)
     if not isinstance(scorer, UserFunction) or not len(records):
         return
+    samples = tried_samples(records)
+    called = call_reward_function(scorer, samples, spec.timeout_s)
+    scorer.release()
+    if called.problem:
+        raise UserError(
+            f"eval.metric: {spec.metric} can't score, tried with {len(samples)} of the rows: "
+            f"{called.problem}\n"
+            f"{samples.shown(called.bad[0])}"
+        )
+
+
+def tried_samples(records: Records) -> Samples:
+    """The first rows as samples, each answered by its `answer` where it has one."""
     rows = [records[i] for i in range(min(TRIED, len(records)))]
     prompts = [as_row(row) for row in rows]
     texts = [str(row.columns.get("answer") or "an answer") for row in rows]
     columns = {name: [row.columns.get(name) for row in rows] for name in records.columns}
     ids = [list(text.encode()) for text in texts]
-    samples = Samples(prompts, in_form_of(prompts, texts), ids, columns)
-    called = call_reward_function(scorer, samples, spec.timeout_s)
-    scorer.release()
-    if called.problem:
-        raise UserError(
-            f"eval.metric: {spec.metric} can't score, tried with {len(rows)} of the rows: {called.problem}\n"
-            f"{samples.shown(called.bad[0])}"
-        )
+    return Samples(prompts, in_form_of(prompts, texts), ids, columns)
 
 
 def read_eval_set(

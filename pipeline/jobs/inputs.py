@@ -43,8 +43,10 @@ def named_inputs(config: RunConfig, working_dir: Path, problems: list[str]) -> I
                 yield from _data(f"stages.{name}.{field}", spec, problems)
         for position, reward in enumerate(stage.rewards if stage.online else []):
             key = f"stages.{name}.rewards.{position}"
-            if reward.kind == "model" and reward.source not in config.stages:
-                yield from _model(key, reward.source, problems, always=True)
+            if reward.reward_model is not None and reward.reward_model not in config.stages:
+                yield from _model(key, reward.reward_model, problems, always=True)
+            if reward.file is not None and not _of_a_home(key, reward.file, problems):
+                yield from _file(key, Path(reward.file))
     if config.eval is not None:
         for spec in config.eval.data:
             yield from _data("eval.data", spec, problems)
@@ -76,6 +78,11 @@ def _model(key: str, named: str, problems: list[str], always: bool = False) -> I
         below = Path(base)
         if not below.is_absolute():
             yield Input(f"{key} (base of the adapter)", below)
+
+
+def _file(key: str, path: Path) -> Iterator[Input]:
+    if not path.is_absolute():
+        yield Input(key, path)
 
 
 def _data(key: str, spec: DataSpec, problems: list[str]) -> Iterator[Input]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from actors.errors import UserError
 from pipeline.artifacts.identity import CODE, Decision, Identity, Length, decide, flat, identity_config
 from pipeline.artifacts.run_directory import RunDirectory
-from pipeline.artifacts.user_code import code_digests, unread_code
+from pipeline.artifacts.user_code import code_digests, file_digests, unread_code
 from pipeline.artifacts.weights import Weights
 from pipeline.evaluation.held_out import EvalSet
 from pipeline.stages.prepared import Prepared
@@ -214,7 +214,7 @@ def stage_identity(
     chosen = frozenset(flat(_settings(config, spec, exclude_defaults=True)))
     settings = _settings(config, spec)
     # No empty entry: manifests of stages without functions stay as earlier versions wrote them.
-    if code := code_digests(reward_functions(spec)):
+    if code := code_digests(reward_functions(spec)) | file_digests(reward_files(spec)):
         settings[CODE] = code
     return Identity(settings, inputs, data, seed, chosen)
 
@@ -231,7 +231,12 @@ def _settings(config: RunConfig, spec: AnyStage, exclude_defaults: bool = False)
 
 def reward_functions(spec: AnyStage) -> list[str]:
     """Functions of the user's that a stage is rewarded by, as `module:function`."""
-    return [reward.source for reward in spec.rewards if reward.kind == "function"] if spec.online else []
+    return [one.function for one in spec.rewards if one.function is not None] if spec.online else []
+
+
+def reward_files(spec: AnyStage) -> list[str]:
+    """Files that a stage's rewards read."""
+    return [one.file for one in spec.rewards if one.file is not None] if spec.online else []
 
 
 def reward_models(config: RunConfig, name: str, weights: dict[str, Weights]) -> dict[str, Weights]:

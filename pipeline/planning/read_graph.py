@@ -38,7 +38,7 @@ from pipeline.planning.reward_rules import (
     reward_column_problems,
     reward_source_problems,
 )
-from pipeline.rewards.functions import EXACT_MATCH
+from pipeline.rewards.spec import EXACT_MATCH
 from pipeline.rewards.user_functions import start_functions
 from pipeline.stages.prepared import Reader, StageRecords, prepare, read_records
 

@@ -149,7 +149,7 @@ def _step(stage: AnyStage) -> str:
             f"{stage.batch_size} rows a step, up to {stage.max_length or 'the model limit of'} tokens a row"
         )
     rewards = ", ".join(
-        reward.source if reward.weight == 1 else f"{reward.weight:g} x {reward.source}"
+        reward.says if reward.weight == 1 else f"{reward.weight:g} x {reward.says}"
         for reward in stage.rewards
     )
     rounds, ahead = stage.max_resampling_rounds, stage.staleness

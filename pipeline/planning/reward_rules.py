@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.errors import UserError
-from pipeline.rewards.functions import ARGUMENTS, RewardSpec, find_function
+from pipeline.rewards.functions import ARGUMENTS, Samples, find_function
+from pipeline.rewards.kept_answers import KeptAnswers
+from pipeline.rewards.services import template_columns
+from pipeline.rewards.sources import source_of
+from pipeline.rewards.spec import EXACT_MATCH, JudgeReward, RewardSettings, RewardSpec, ServiceSettings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -21,7 +25,9 @@ if TYPE_CHECKING:
 def function_sources(config: RunConfig, names: Iterable[str]) -> list[str]:
     """The user's functions that the named online stages are rewarded by."""
     stages = [config.stages[name] for name in names]
-    return [one.source for stage in stages if stage.online for one in stage.rewards if one.kind == "function"]
+    return [
+        one.function for stage in stages if stage.online for one in stage.rewards if one.function is not None
+    ]
 
 
 def reward_source_problems(config: RunConfig, names: Iterable[str]) -> list[str]:
@@ -53,26 +59,51 @@ def reward_column_problems(
     return problems
 
 
-def _column_problem(reward: RewardSpec, columns: Mapping[str, Sequence[Any]], rows: int) -> str:
+def _column_problem(reward: RewardSettings, columns: Mapping[str, Sequence[Any]], rows: int) -> str:
     there = f"columns beside the prompt: {', '.join(columns) or 'none'}"
-    if reward.kind == "exact_match":
+    if isinstance(reward, RewardSpec) and reward.source == EXACT_MATCH:
         lack = rows - sum(value is not None for value in columns.get("answer", []))
         which = "the rows" if lack == rows else f"{lack} of {rows} rows"
         instead = "name it under `columns:` of the data, or reward by a function or a model"
         return f"exact_match compares with `answer`, which {which} lack ({there}); {instead}" if lack else ""
-    if reward.kind != "function":
-        return ""
     try:
-        missing = find_function(reward.source).missing([*ARGUMENTS, *columns])
+        if reward.function is not None:
+            missing = find_function(reward.function).missing([*ARGUMENTS, *columns])
+        else:
+            wanted = template_columns(reward) if isinstance(reward, JudgeReward) else reward.columns_needed
+            missing = [name for name in wanted if name not in columns]
     except UserError:  # `reward_source_problems` tells of it.
         return ""
     if not missing:
         return ""
     named = ", `columns: {answer: ...}` names one" if "answer" in missing else ""
+    default = ", or give the argument a default" if reward.function is not None else ""
     return (
-        f"{reward.source} asks for {', '.join(missing)}, which the data do not have ({there}); add such a "
-        f"column{named}, or give the argument a default"
+        f"{reward.says} asks for {', '.join(missing)}, which the data do not have ({there}); add such a "
+        f"column{named}{default}"
     )
+
+
+def service_problems(name: str, stage: AnyStage, asked: Callable[[], Samples]) -> list[str]:
+    """Problems of services that a stage is rewarded by, each asked about a few samples.
+
+    Args:
+        asked: makes the samples; called only where there are services.
+    """
+    problems: list[str] = []
+    for position, reward in enumerate(stage.rewards if stage.online else []):
+        if not isinstance(reward, ServiceSettings) or reward.url_asked is None:
+            continue
+        where = f"stages.{name}.rewards.{position}"
+        try:
+            source = source_of(reward, KeptAnswers(None))
+        except UserError:  # `reward_source_problems` tells of it.
+            continue
+        samples = asked()
+        if (called := source.begin(samples)()).problem:
+            shown = samples.shown(called.bad[0])
+            problems.append(f"{where}: asked about {len(samples)} samples: {called.problem}\n{shown}")
+    return problems
 
 
 def reward_base_problems(
@@ -93,11 +124,11 @@ def reward_base_problems(
     for name in names:
         stage = config.stages[name]
         for position, reward in enumerate(stage.rewards if stage.online else []):
-            directory = reward.kind == "model" and reward.source not in config.stages
-            if directory and not _problems(reward, config):
-                found = check_adapter_matches_base(reward.source, base.config, local)
-                found = found or quantization_problems(reward.source, config.model.quantization)
-                found = found or _target_problems(config, reward.source, base.config)
+            directory = reward.reward_model
+            if directory is not None and directory not in config.stages and not _problems(reward, config):
+                found = check_adapter_matches_base(directory, base.config, local)
+                found = found or quantization_problems(directory, config.model.quantization)
+                found = found or _target_problems(config, directory, base.config)
                 problems += [f"stages.{name}.rewards.{position}: {problem}" for problem in found]
     return problems
 
@@ -124,12 +155,12 @@ def _target_problems(config: RunConfig, directory: str, base: PretrainedConfig) 
     ]
 
 
-def _problems(reward: RewardSpec, config: RunConfig) -> list[str]:
+def _problems(reward: RewardSettings, config: RunConfig) -> list[str]:
     try:
-        if reward.kind == "function":
-            find_function(reward.source)
-        elif reward.kind == "model" and reward.source not in config.stages:
-            _check_reward_model(Path(reward.source))
+        if reward.reward_model is None:
+            source_of(reward, KeptAnswers(None))
+        elif reward.reward_model not in config.stages:
+            _check_reward_model(Path(reward.reward_model))
     except UserError as error:
         return [problem.removeprefix("rewards: ") for problem in error.problems]
     return []

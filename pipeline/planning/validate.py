@@ -176,9 +176,10 @@ def _look_at_stage(
 ) -> None:
     """A stage's data, into the findings; its prompts into `trained`."""
     from pipeline.data.reading.shared_prompts import trained_prompts
+    from pipeline.evaluation.held_out import tried_samples
     from pipeline.planning.length_rules import sample_problems
     from pipeline.planning.nodes import remarks_on_data, use_of_rows
-    from pipeline.planning.reward_rules import reward_column_problems
+    from pipeline.planning.reward_rules import reward_column_problems, service_problems
     from pipeline.stages.prepared import prepare, read_records
 
     stage, where = config.stage(name), f"stages.{name}"
@@ -190,7 +191,8 @@ def _look_at_stage(
     if records.held_out is not None:
         findings.note_sources(f"{where}.eval_data", records.held_out)
         findings.note_shared(f"{where}.eval_data", records.held_out, {name: trained[name]})
-    findings.problems += reward_column_problems(name, stage.spec, records.train.columns, len(records.train))
+    lacking = reward_column_problems(name, stage.spec, records.train.columns, len(records.train))
+    findings.problems += lacking or service_problems(name, stage.spec, lambda: tried_samples(records.train))
     if tokenizer is None:
         return
     prepared = findings.attempt(lambda: prepare(stage, tokenizer, records), where)

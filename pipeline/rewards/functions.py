@@ -10,81 +10,25 @@
 from __future__ import annotations
 
 import math
-import re
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field, model_validator
 
 from actors.errors import RunFailure, UserError
-from actors.spec import Spec
 from pipeline.rewards.exact_match import exact_match
+from pipeline.rewards.spec import RewardSettings
 from pipeline.rewards.values import RewardCall, examined, shown_value
 
 if TYPE_CHECKING:
     from pipeline.rewards.user_functions import UserFunction
 
-EXACT_MATCH = "exact_match"
-FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-
 RewardFunction = Callable[..., Any]
 ARGUMENTS = ("prompts", "completions", "completion_ids")
 """Arguments that every reward function gets, in addition to the columns of the data."""
-
-
-class RewardSpec(Spec):
-    """One source of reward. A bare string in the configuration is a `source`."""
-
-    source: str = Field(min_length=1)
-    """`exact_match`, `module:function`, an earlier reward stage, or the directory of a reward model."""
-    weight: float = Field(default=1.0, allow_inf_nan=False)
-    """Factor of this reward in the sum. 0: it is only logged, and a sample that nothing else scores has no
-    reward."""
-    timeout_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
-    """Seconds that a function may take for one call with all samples of a step."""
-    on_error: Literal["stop"] | float = "stop"
-    """Effect of a function's failure: `stop` ends the run; a number is the reward of the samples
-    concerned."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bare_source(cls, value: Any) -> Any:
-        return {"source": value} if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _finite_default(self) -> RewardSpec:
-        if self.on_error != "stop" and not math.isfinite(self.on_error):
-            raise ValueError("on_error is `stop` or a finite number")
-        return self
-
-    @property
-    def kind(self) -> Literal["exact_match", "function", "model"]:
-        """Kind of thing that `source` names; a `model` is a reward stage or a directory."""
-        if self.source == EXACT_MATCH:
-            return "exact_match"
-        return "function" if FUNCTION.match(self.source) else "model"
-
-    @property
-    def name(self) -> str:
-        """Name in metrics: the function's, the stage's, or of a directory `.../NAME/adapter` NAME."""
-        if self.kind == "function":
-            return self.source.partition(":")[2]
-        parts = [part for part in PurePosixPath(self.source).parts if part not in ("adapter", "/", "..")]
-        return parts[-1] if parts else self.source
-
-
-def reward_names(specs: Sequence[RewardSpec]) -> list[str]:
-    """A name for each source; repeated ones are numbered (`length`, `length-2`)."""
-    seen: dict[str, int] = {}
-    names = []
-    for spec in specs:
-        seen[spec.name] = seen.get(spec.name, 0) + 1
-        names.append(spec.name if seen[spec.name] == 1 else f"{spec.name}-{seen[spec.name]}")
-    return names
 
 
 def find_function(source: str) -> UserFunction:
@@ -175,19 +119,15 @@ def call_reward_function(
     return called.call(given, len(samples), timeout_s)
 
 
-def function_rewards(
-    spec: RewardSpec, function: RewardFunction | UserFunction, samples: Samples
-) -> tuple[np.ndarray, str]:
-    """Rewards of one function, float64 (N,), NaN where it passes a sample over; and a text about replaced
-    ones.
+def settled(spec: RewardSettings, called: RewardCall, samples: Samples) -> tuple[np.ndarray, str]:
+    """Rewards of one source, float64 (N,), NaN where it passes a sample over; and a text about replaced ones.
 
     Returns:
         The rewards, and an empty text, or why `on_error` stands in for some of them.
 
     Raises:
-        RunFailure: the function failed and `on_error` is `stop`; names function, reason and sample.
+        RunFailure: the source failed and `on_error` is `stop`; names source, reason and sample.
     """
-    called = call_reward_function(function, samples, spec.timeout_s)
     values = np.array([math.nan if v is None else v for v in called.values], dtype=np.float64)
     if not called.problem:
         return values, ""
@@ -196,7 +136,7 @@ def function_rewards(
             f"reward '{spec.name}'",
             "rewards",
             f"{called.problem}\n{samples.shown(called.bad[0])}",
-            f"mend {spec.source}, or set `on_error` of this reward to the number that such samples get",
+            f"mend {spec.says}, or set `on_error` of this reward to the number that such samples get",
         )
     values[list(called.bad)] = spec.on_error
     return values, f"{called.problem}; {len(called.bad)} of {len(samples)} samples get {spec.on_error:g}"

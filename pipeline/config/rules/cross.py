@@ -17,7 +17,7 @@ from pipeline.config.rules.devices import device_problems
 from pipeline.config.rules.sequence_parallel import sequence_parallel_problems
 from pipeline.config.rules.stage import mixture_problems, stage_problems
 from pipeline.config.run_config import RunConfig
-from pipeline.rewards.functions import EXACT_MATCH, FUNCTION
+from pipeline.rewards.spec import EXACT_MATCH, FUNCTION, RewardSpec
 from pipeline.roles import ENGINE_ROLES, MODEL_ROLES, POLICY, REFERENCE, ROLES, VIEWS
 from pipeline.stages.specs.registry import OnlineStage
 
@@ -311,12 +311,14 @@ def _engine_room_problems(path: str, stage: OnlineStage, config: RunConfig) -> I
 def _reward_source_problems(
     path: str, name: str, stage: OnlineStage, models: list[str], config: RunConfig
 ) -> Iterator[Problem]:
-    sources = [reward.source for reward in stage.rewards]
-    for position, reward in enumerate(stage.rewards):
-        at, source = f"{path}.rewards.{position}", reward.source
-        if source in sources[:position]:
+    named = [reward.source if isinstance(reward, RewardSpec) else None for reward in stage.rewards]
+    for position, (reward, source) in enumerate(zip(stage.rewards, named, strict=True)):
+        at = f"{path}.rewards.{position}"
+        if source is None:
+            continue
+        if source in named[:position]:
             yield Problem(at, f"'{source}' is given twice; add up the weights")
-        elif reward.kind == "model" and "/" not in source and source not in models:
+        elif reward.reward_model is not None and "/" not in source and source not in models:
             problem = _source_problem(source, name, models, list(config.stages), config)
             colon = ":".join(source.rsplit(".", 1))
             likely = (

@@ -97,7 +97,7 @@ class RlLoop:
 
     def __init__(self, stage: PreparedRl, ctx: RlContext) -> None:
         self.stage, self.ctx, self.spec = stage, ctx, stage.spec
-        self.rewards = RewardComputer(stage.spec, ctx.reward_models)
+        self.rewards = RewardComputer(stage.spec, ctx.reward_models, ctx.directory)
         self.sampler = sampler_of(stage, ctx.rollout, self.rewards, ctx.tokenizer, ctx.turns)
         together = stage.spec.sync.in_flight == "keep"
         self.prefetcher = Prefetcher(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,20 +18,15 @@ from actors.algorithms import (
 from actors.batches import Batch, Generations
 from actors.errors import InvariantViolation
 from pipeline.data.tokens.prompts import PromptData
-from pipeline.rewards.functions import (
-    RewardFunction,
-    RewardSpec,
-    Samples,
-    find_function,
-    function_rewards,
-    reward_names,
-)
+from pipeline.rewards.functions import Samples, settled
+from pipeline.rewards.kept_answers import FILE, KeptAnswers
+from pipeline.rewards.sources import source_of
+from pipeline.rewards.spec import RewardSettings, reward_names
 from pipeline.stages.views import Scorer
 
 if TYPE_CHECKING:
     from actors.cluster import AgreedFuture
     from actors.trainer.remote import SharedBatch
-    from pipeline.rewards.user_functions import UserFunction
     from pipeline.stages.specs.registry import RlStage
 
 
@@ -46,17 +42,21 @@ class Rewards:
 
 
 class RewardComputer:
-    """All reward sources of a stage. Models score in their own processes while functions run here."""
+    """All reward sources of a stage. Models score in their own processes, and services answer, while
+    functions run here."""
 
-    def __init__(self, spec: RlStage, models: Mapping[str, Scorer]) -> None:
-        """`models`: by source.
+    def __init__(self, spec: RlStage, models: Mapping[str, Scorer], directory: Path | None = None) -> None:
+        """`models`: by source; `directory`: the stage's, which keeps the answers of services.
 
         Raises:
-            UserError: a function can't be imported.
+            UserError: as `source_of` says.
         """
         self.spec, self.models = spec, models
         self.names = reward_names(spec.rewards)
-        self._functions = {one.source: function_of(one) for one in spec.rewards if one.source not in models}
+        kept = KeptAnswers(None if directory is None else directory / FILE)
+        self._sources = [
+            source_of(one, kept) if one.reward_model not in models else None for one in spec.rewards
+        ]
 
     def submit(self, batch: SharedBatch) -> dict[str, AgreedFuture[np.ndarray]]:
         """Let the reward models begin."""
@@ -83,13 +83,15 @@ class RewardComputer:
             prompts.columns,
         )
         rows, notes = [], []
-        for one in self.spec.rewards:
-            if one.source in self.models:
-                scores = pending[one.source].result()
+        begun = [source.begin(asked) if source is not None else None for source in self._sources]
+        for one, called in zip(self.spec.rewards, begun, strict=True):
+            if called is None:
+                assert one.reward_model is not None
+                scores = pending[one.reward_model].result()
                 check_scores(one, scores, asked)
                 rows.append(scores)
                 continue
-            values, note = function_rewards(one, self._functions[one.source], asked)
+            values, note = settled(one, called(), asked)
             rows.append(values)
             notes += [f"reward '{one.name}': {note}"] if note else []
         found = np.stack(rows)
@@ -111,7 +113,7 @@ class RewardComputer:
         return total, metrics
 
 
-def check_scores(spec: RewardSpec, scores: np.ndarray, samples: Samples) -> None:
+def check_scores(spec: RewardSettings, scores: np.ndarray, samples: Samples) -> None:
     """Refuse a reward model's scores, float64 (samples,), that are no finite numbers. Unlike a function's
     None, a model's NaN is no way of passing a sample over.
 
@@ -123,16 +125,5 @@ def check_scores(spec: RewardSpec, scores: np.ndarray, samples: Samples) -> None
         raise InvariantViolation(
             f"reward '{spec.name}'", "rewards", f"{len(bad)} of {len(scores)} values are not finite; the "
             f"first is {scores[bad[0]]} for sample {bad[0]}\n{samples.shown(int(bad[0]))}",
-            f"{spec.source} is broken, or its dtype overflows on this text; score it with `raylign eval`",
+            f"{spec.says} is broken, or its dtype overflows on this text; score it with `raylign eval`",
         )  # fmt: skip
-
-
-def function_of(spec: RewardSpec) -> RewardFunction | UserFunction:
-    """The function behind a source that is no model.
-
-    Raises:
-        UserError: it can't be imported.
-    """
-    from pipeline.rewards.exact_match import exact_match
-
-    return exact_match if spec.kind == "exact_match" else find_function(spec.source)

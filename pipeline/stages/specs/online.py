@@ -26,16 +26,16 @@ from actors.batches import SamplingSpec
 from actors.sync.spec import SyncSpec
 from pipeline.data.reading.layouts import Kind
 from pipeline.data.spec import as_sources
-from pipeline.rewards.functions import RewardSpec
+from pipeline.rewards.spec import AnyReward
 from pipeline.stages.specs.base import ReferenceSettings, StageSpec
 from pipeline.stages.specs.critic import CriticSettings
 
 Rewards = Annotated[
-    list[RewardSpec],
+    list[AnyReward],
     Field(min_length=1),
-    BeforeValidator(as_sources, json_schema_input_type=str | RewardSpec | list[str | RewardSpec]),
+    BeforeValidator(as_sources, json_schema_input_type=str | AnyReward | list[str | AnyReward]),
 ]
-"""Type of a stage's `rewards:`: a source, one `RewardSpec`, or a list of them."""
+"""Type of a stage's `rewards:`: a source, one entry, or a list of them."""
 
 
 class RlStage(ReferenceSettings, GroupSize, SamplingTemperature, StageSpec):
@@ -55,8 +55,8 @@ class RlStage(ReferenceSettings, GroupSize, SamplingTemperature, StageSpec):
     learning_rate: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
     """Peak learning rate."""
     rewards: Rewards
-    """Sources of reward: `exact_match`, `module:function`, a reward stage's name, a reward model's directory.
-    One or several, added up by their weights."""
+    """Sources of reward: `exact_match`, `module:function`, a reward stage's name, a reward model's directory,
+    or by `kind` a service or a check: http, judge, math, code. One or several, added up by their weights."""
     max_completion_length: int = Field(default=256, ge=1)
     """New tokens per sample, at most; `max_length` less this is what a prompt may take."""
     stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
@@ -93,7 +93,7 @@ class RlStage(ReferenceSettings, GroupSize, SamplingTemperature, StageSpec):
 
     @property
     def reward_models(self) -> list[str]:
-        return [reward.source for reward in self.rewards if reward.kind == "model"]
+        return [reward.reward_model for reward in self.rewards if reward.reward_model is not None]
 
     @property
     def samples_per_step(self) -> int:

@@ -57,6 +57,16 @@ def test_lora_beside_the_weights_is_another_way_to_compute_and_the_other_payload
     assert decide(tmp_path, lora).changed == ["stage.payload"]
 
 
+def test_an_answer_of_a_service_does_not_depend_on_how_it_is_asked() -> None:
+    service = {"kind": "http", "url": "http://a/", "retries": 5, "max_in_flight": 8, "api_key_env": "KEY"}
+
+    def kept(**more: object) -> dict[str, object]:
+        return identity_config({"rewards": [service | more, {"source": "exact_match"}]}, {})
+
+    assert kept(retries=1, max_in_flight=9, api_key_env=None, request_timeout_s=1.0) == kept()
+    assert kept(url="http://b/") != kept()
+
+
 def test_a_changed_key_is_named(tmp_path: Path) -> None:
     finished(tmp_path, identity(learning_rate=1e-4))
     decision = decide(tmp_path, identity(learning_rate=2e-4))

@@ -33,7 +33,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def identity(source: str = "mine:f", stage: str = "grpo") -> Identity:
+def identity(source: str | dict[str, object] = "mine:f", stage: str = "grpo") -> Identity:
     config = RunConfig.model_validate(
         {
             "name": "r",
@@ -51,6 +51,16 @@ def saved(directory: Path, who: Identity, where: str = ".") -> None:
     else:
         with new_directory(directory / where, manifest) as aside:
             (aside / "weights").write_text("w")
+
+
+def test_a_judge_s_template_belongs_to_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    judge = {"kind": "judge", "endpoint": "http://a/v1", "model": "m", "prompt": "judge.txt"}
+    (tmp_path / "judge.txt").write_text("{completion}")
+    saved(tmp_path, identity(judge))
+    assert decide(tmp_path, identity(judge | {"retries": 1})).state == "fresh"
+    (tmp_path / "judge.txt").write_text("Is it good? {completion}")
+    assert decide(tmp_path, identity(judge)).says == "runs again: changed code of judge.txt"
 
 
 @pytest.mark.parametrize("where", [".", "checkpoint-4"])

@@ -14,7 +14,9 @@ from pipeline.planning.reward_rules import (
     reward_base_problems,
     reward_column_problems,
     reward_source_problems,
+    service_problems,
 )
+from pipeline.rewards.functions import Samples
 
 
 def config(*rewards: Any) -> RunConfig:
@@ -77,6 +79,29 @@ def test_a_column_that_a_reward_asks_for_and_the_data_lack_is_named(
     assert len(some) == 1
     assert "1 of 2 rows lack" in some[0]
     assert reward_column_problems("reward", run.stages["reward"], {}, 2) == []
+
+
+def test_services_are_looked_up_and_asked_about_a_few_rows(tmp_path: Path) -> None:
+    (tmp_path / "judge.txt").write_text("{prompt} {completion} {rubric}")
+    url, few = "http://127.0.0.1:9/", {"retries": 0, "timeout_s": 5}
+    run = config(
+        {"kind": "http", "url": url, "columns": ["answer"], **few},
+        {"kind": "judge", "endpoint": url, "model": "m", "prompt": str(tmp_path / "judge.txt"), **few},
+        {"kind": "judge", "endpoint": url, "model": "m", "prompt": "no-such-file"},
+        {"kind": "code", "column": "checks"},
+        {"kind": "http", "url": url, "api_key_env": "A_VARIABLE_THAT_NOBODY_SETS"},
+    )
+    stage = run.stages["grpo"]
+    missing = reward_source_problems(run, ["grpo"])
+    assert [p.split(":")[0] for p in missing] == ["stages.grpo.rewards.2", "stages.grpo.rewards.4"]
+    assert "'no-such-file' can't be read" in missing[0]
+    assert "A_VARIABLE_THAT_NOBODY_SETS is not set" in missing[1]
+    lacking = reward_column_problems("grpo", stage, {"level": ["1"]}, 1)
+    assert [p.split(" asks for ")[1].split(",")[0] for p in lacking] == ["answer", "rubric", "checks"]
+    samples = Samples(["q"], ["a"], [[1]], {"answer": ["1"], "rubric": ["r"], "checks": ["c"]})
+    asked = service_problems("grpo", stage, lambda: samples)
+    assert [p.split(":")[0] for p in asked] == ["stages.grpo.rewards.0", "stages.grpo.rewards.1"]
+    assert all("asked about 1 samples" in p and "Cannot connect" in p for p in asked)
 
 
 def test_a_reward_model_of_another_base_is_refused_and_one_of_this_base_is_not(

@@ -24,13 +24,12 @@ from actors.algorithms.reward_shaping import (
 )
 from actors.errors import RunFailure, UserError
 from pipeline.rewards.functions import (
-    RewardSpec,
     Samples,
     call_reward_function,
     find_function,
-    function_rewards,
-    reward_names,
+    settled,
 )
+from pipeline.rewards.spec import RewardSpec, reward_names
 
 SAMPLES = Samples(
     prompts=["1+1=", "1+1=", "2+2="],
@@ -39,6 +38,12 @@ SAMPLES = Samples(
     columns={"answer": ["2", "2", "4"]},
 )
 STOP = RewardSpec(source="mine:score", timeout_s=20)
+
+
+def function_rewards(
+    spec: RewardSpec, function: Callable[..., Any], samples: Samples
+) -> tuple[np.ndarray, str]:
+    return settled(spec, call_reward_function(function, samples, spec.timeout_s), samples)
 
 
 def spec(**settings: Any) -> RewardSpec:
