@@ -151,7 +151,7 @@ def reward_twins(config: RunConfig, output: Path) -> dict[str, str]:
 
 def _rename_reward(stage: dict[str, Any], source: str, twin: str) -> None:
     for reward in stage["rewards"]:
-        if reward["source"] == source:
+        if reward.get("source") == source:
             reward["source"] = twin
 
 
