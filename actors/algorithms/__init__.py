@@ -5,6 +5,7 @@ What other rooms take of the algorithms is named here; nothing of it imports tor
 
 from actors.algorithms.advantages import (
     AdvantageSpec,
+    DiscountSettings,
     GaeSettings,
     GroupSettings,
     GroupSize,
@@ -40,6 +41,7 @@ __all__ = [
     "POLICY_LOSSES",
     "AdvantageSpec",
     "CorrectionSettings",
+    "DiscountSettings",
     "DpoLoss",
     "DpoSettings",
     "GaeSettings",

@@ -15,7 +15,7 @@ from pipeline.monitoring.progress import working
 
 verbs = typer.Typer()
 
-STAGES = "sft, reward, dpo, kto, ppo, grpo, rloo, reinforce_pp, online_dpo"
+STAGES = "sft, reward, dpo, kto, ppo, grpo, rloo, reinforce_pp, online_dpo, distill"
 """Types of stages, which --help tells without loading their specs."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from actors.models.facts import ARCHITECTURES
 from actors.models.spec import EMBEDDED_BASE, locate_embedded_base
 
-ONLINE = ("ppo", "grpo", "rloo", "reinforce_pp", "online_dpo")
+ONLINE = ("ppo", "grpo", "rloo", "reinforce_pp", "online_dpo", "distill")
 ABOUT: dict[str, str] = {
     "sft": "The stage `sft`: its name says its type. For another name add `type: sft`.",
     "reward": "A reward model, from pairs as DPO has them. It is no policy: later stages start from others.",
@@ -21,6 +21,7 @@ ABOUT: dict[str, str] = {
     "rloo": "Online: samples from the engines, each compared with the others of its prompt.",
     "reinforce_pp": "Online: samples from the engines, each compared with all of the generation.",
     "online_dpo": "Online: samples from the engines, the best and the worst of each prompt as a pair.",
+    "distill": "Online: samples from the engines, each token scored by a teacher.",
 }
 ABOUT_DATA: dict[str, str] = {
     "sft": "Training data: hub id, file, directory or built-in; any usual layout.",

@@ -102,7 +102,10 @@ def _stage(kind: str, stages: Sequence[str], starter: Starter) -> list[str]:
     earlier = stages[: stages.index(kind)]
     brief = {name for name in spec.model_fields for other in earlier if _same(name, spec, STAGE_TYPES[other])}
     values = dict(starter.stages[kind])
-    if issubclass(spec, RlStage):
+    if "teacher" in spec.model_fields:
+        policies = ["base", "base", *(name for name in earlier if STAGE_TYPES[name].makes == "policy")]
+        values |= {"init": policies[-2], "teacher": policies[-1]}
+    elif issubclass(spec, RlStage):
         values["rewards"] = ["reward"] if "reward" in earlier else ["exact_match"]
     nested = {"sync"} & set(spec.model_fields)
     return [

@@ -98,7 +98,7 @@ class RunConfig(Spec):
     def reference_of(self, stage: str) -> str | None:
         """`base` or the stage that is the reference policy of a stage; None: it has none."""
         spec = self.stages[stage]
-        return spec.reference or self.init_of(stage) if spec.has_reference else None
+        return spec.compared_with or self.init_of(stage) if spec.has_reference else None
 
     def reward_models_of(self, stage: str) -> dict[str, str | None]:
         """Reward models that a stage asks: source -> its stage, or None for a directory."""

@@ -307,5 +307,7 @@ INSTEAD_OF_VALUE: dict[tuple[str, str], str] = {
     ("type", "dr_grpo"): "write `type: grpo` with `loss_type: dr_grpo` and `scale_rewards: none`",
     ("type", "cispo"): "write `type: grpo` with `loss_type: cispo` and `epsilon_high`",
     ("type", "xpo"): "write `type: online_dpo`",
+    ("type", "gkd"): "write `type: distill`, which is on-policy and minimises the reverse divergence",
+    ("type", "minillm"): "write `type: distill` with `gamma: 1`",
 }
 """(key, value as text) -> what to write, for values that people know by other names."""

@@ -74,7 +74,7 @@ class StageClock:
         parts: list[str] = []
         if self.total is not None or self.step:
             parts.append(f"step {self.step}" + ("" if self.total is None else f"/{self.total}"))
-        shown = SHOWN_ONLINE if "reward" in self.metrics else SHOWN
+        shown = SHOWN_ONLINE if "completions/mean_length" in self.metrics else SHOWN
         parts += [form.format(self.metrics[key]) for key, form in shown if key in self.metrics]
         left = self.seconds_left(now)
         if finished or left is None:

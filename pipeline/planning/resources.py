@@ -148,10 +148,12 @@ def _step(stage: AnyStage) -> str:
         return (
             f"{stage.batch_size} rows a step, up to {stage.max_length or 'the model limit of'} tokens a row"
         )
-    rewards = ", ".join(
+    sources = [
         reward.says if reward.weight == 1 else f"{reward.weight:g} x {reward.says}"
         for reward in stage.rewards
-    )
+    ]
+    teacher = getattr(stage, "teacher", None)
+    rewards = ", ".join([*sources, *([f"the teacher {teacher}"] if teacher is not None else [])])
     rounds, ahead = stage.max_resampling_rounds, stage.staleness
     again = f" (up to {_count(rounds, 'further round')} for prompts of equal rewards)" if rounds else ""
     older = f"; samples are generated up to {_count(ahead, 'step')} ahead" if ahead else ""

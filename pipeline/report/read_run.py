@@ -141,7 +141,10 @@ def _reads(asked: dict[str, Any], init: str, earlier: list[str]) -> dict[str, st
         as_mapping(one).get("source", one) for one in (rewards if isinstance(rewards, list) else [rewards])
     ]
     named = [(source, "reward model") for source in sources]
-    named += [(asked.get("critic_init"), "critic"), (asked.get("reference"), "reference")]
+    named += [
+        (asked.get(f"{use}{end}"), use)
+        for use, end in (("critic", "_init"), ("reference", ""), ("teacher", ""))
+    ]
     reads: dict[str, str] = {}
     for name, use in named:
         if isinstance(name, str) and name != init and name in (BASE, *earlier):

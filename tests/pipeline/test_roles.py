@@ -64,14 +64,19 @@ def test_engines_in_turns_have_processes_beside_those_whose_devices_they_have() 
         ("rloo", {"policy", "reference", "rollout"}),
         ("reinforce_pp", {"policy", "reference", "rollout"}),
         ("online_dpo", {"policy", "reference", "rollout"}),
+        ("distill", {"policy", "reference", "rollout"}),
     ],
 )
 def test_a_stage_needs_the_roles_of_its_kind(kind: str, needs: set[str]) -> None:
     online = STAGE_TYPES[kind].online
-    stage = config_of({kind: ONLINE if online else PAIRED}).stages[kind]
+    more = {"teacher": "base", "init": "first"} if kind == "distill" else {}
+    first = {"first": PAIRED | {"type": "sft"}}
+    stage = config_of(first | {kind: (ONLINE if online else PAIRED) | more}).stages[kind]
     assert roles_of(stage) == needs
     if online:
-        asks = config_of({kind: {**ONLINE, "rewards": ["exact_match", "runs/a/reward/adapter"]}})
+        asks = config_of(
+            first | {kind: {**ONLINE, **more, "rewards": ["exact_match", "runs/a/reward/adapter"]}}
+        )
         assert roles_of(asks.stages[kind]) == needs | {"reward"}
 
 

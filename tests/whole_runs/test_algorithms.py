@@ -1,4 +1,4 @@
-"""KTO, online DPO and REINFORCE++ in one run on real Ray, real vLLM and real weight syncs."""
+"""KTO, online DPO, REINFORCE++ and distillation in one run on real Ray, real vLLM and real weight syncs."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ STAGES: dict[str, Any] = {
     "kto": {"data": DATA | {"split": "preference"}, "batch_size": 8, "max_steps": 2, "max_length": 64},
     "online_dpo": ONLINE | {"rewards": "exact_match", "steps_per_generation": 2, "max_resampling_rounds": 1},
     "reinforce_pp": ONLINE | {"rewards": "shaped:digits", "soft_punish_cache": 4, "max_steps": 1},
+    "distill": ONLINE | {"teacher": "kto", "num_generations": 1, "max_steps": 1},
 }
 
 
@@ -48,3 +49,8 @@ def test_every_new_stage_runs_after_the_other_and_logs_what_it_is_about(tmp_path
     assert last["advantages/std"] == pytest.approx(1.0, abs=0.02)
     assert last["rewards/overlong/mean"] <= 0
     assert (tmp_path / "run" / "reinforce_pp" / "adapter" / "adapter_model.safetensors").is_file()
+    (taught,) = lines_of(tmp_path / "run", "distill")
+    assert taught["kl"] > 0
+    assert taught["objective/kl"] == pytest.approx(taught["kl"] * taught["completions/mean_length"])
+    assert taught["advantages/std"] > 0
+    assert "reward" not in taught

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
 import pytest
 
 from benchmarks.learning import CONFIGS, MORE, gain, learn
+from tests.whole_runs.runs import lines_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.vllm]
 
@@ -33,3 +35,11 @@ def test_every_stage_of_the_demo_beats_the_one_before(tmp_path: Path) -> None:
 def test_answers_that_are_right_or_not_teach_without_pairs(tmp_path: Path) -> None:
     run = learn("kto-tiny", 0, tmp_path / "kto-tiny")
     assert run["gain"]["low"] > 0.1
+
+
+def test_a_student_becomes_like_its_teacher_on_its_own_samples(tmp_path: Path) -> None:
+    """The divergence per token from the DPO policy, which begins at what DPO has taught since SFT."""
+    run = learn("distill-tiny", 0, tmp_path / "distill-tiny")
+    divergence = [line["kl"] for line in lines_of(tmp_path / "distill-tiny", "distill")]
+    assert abs(statistics.mean(divergence[-10:])) < 0.2 * divergence[0]
+    assert run["eval"]["distill"]["ci95"][0] > run["eval"]["sft"]["ci95"][1]

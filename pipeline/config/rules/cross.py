@@ -254,11 +254,17 @@ def _stage_graph_problems(config: RunConfig) -> Iterator[Problem]:
                 "name one of them otherwise",
             )
         policies = [other for other in names[:position] if config.stages[other].hands_on_policy]
-        for field in ("init", "reference"):
+        for field in ("init", "reference", "teacher"):
             source = getattr(stage, field, None)
             problem = _source_problem(source, name, ["base", *policies], names, config)
             if source is not None and problem:
                 yield Problem(f"stages.{name}.{field}", problem)
+            elif field == "teacher" and source is not None and source == config.init_of(name):
+                yield Problem(
+                    f"stages.{name}.teacher",
+                    f"'{source}' is what the stage starts from, so that there is nothing to learn from it; "
+                    "name another one, or what to start from as `init`",
+                )
 
 
 def _source_problem(
@@ -330,7 +336,7 @@ def _reward_source_problems(
                 f"{problem}{near}; otherwise `exact_match`, `module:function`, or a reward model's directory "
                 "(written with a slash)",
             )
-    if all(reward.weight == 0 for reward in stage.rewards):
+    if stage.rewards and all(reward.weight == 0 for reward in stage.rewards):
         yield Problem(f"{path}.rewards", "every weight is 0: nothing is wanted")
 
 

@@ -32,7 +32,7 @@ def online_problems(stage: OnlineStage) -> Iterator[Problem]:
 
 def _sampling_problems(stage: OnlineStage) -> Iterator[Problem]:
     samples, group = stage.samples_per_step, stage.num_generations
-    if not any(one.weight for one in stage.rewards):
+    if stage.rewards and not any(one.weight for one in stage.rewards):
         yield Problem(
             "rewards",
             "every weight is 0, so no sample would have a reward to learn from; give one source a weight "

@@ -94,6 +94,9 @@ class RewardComputer:
             values, note = settled(one, called(), asked)
             rows.append(values)
             notes += [f"reward '{one.name}': {note}"] if note else []
+        if not rows:  # A teacher scores tokens, which is no reward of samples.
+            total, penalties = self._less_penalties(np.zeros(len(asked)), batch)
+            return Rewards(total, penalties, notes)
         found = np.stack(rows)
         weights = [one.weight for one in self.spec.rewards]
         total, penalties = self._less_penalties(combine(found, weights), batch)

@@ -24,6 +24,11 @@ class ReferenceSettings(Spec):
     reference: str | None = None
     """Reference policy: `base` or an earlier stage. Null: the weights that this stage starts from."""
 
+    @property
+    def compared_with(self) -> str | None:
+        """`base` or the stage that this one is compared with; None: the weights that it starts from."""
+        return self.reference
+
 
 class StageSpec(OptimSpec):
     """Settings and facts that every training stage has."""

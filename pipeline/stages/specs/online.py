@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from actors.algorithms import (
     CorrectionSettings,
+    DiscountSettings,
     DpoSettings,
     GaeSettings,
     GroupSettings,
@@ -30,12 +32,12 @@ from pipeline.rewards.spec import AnyReward
 from pipeline.stages.specs.base import ReferenceSettings, StageSpec
 from pipeline.stages.specs.critic import CriticSettings
 
-Rewards = Annotated[
+RewardList = Annotated[
     list[AnyReward],
-    Field(min_length=1),
     BeforeValidator(as_sources, json_schema_input_type=str | AnyReward | list[str | AnyReward]),
 ]
 """Type of a stage's `rewards:`: a source, one entry, or a list of them."""
+Rewards = Annotated[RewardList, Field(min_length=1)]
 
 
 class RlStage(ReferenceSettings, GroupSize, SamplingTemperature, StageSpec):
@@ -240,6 +242,51 @@ class ReinforcePpStage(ReinforceSettings, PolicyGradientStage):
     @property
     def compares_samples(self) -> bool:
         return self.baseline == "group"
+
+
+class DistillStage(DiscountSettings, PolicyGradientStage):
+    """On-policy distillation: a token's advantage is what a teacher thinks more of it than the policy."""
+
+    advantage: ClassVar[str] = "reinforce"
+
+    type: Literal["distill"] = "distill"
+    """Kind of stage; may be left out where the stage's name says it."""
+    teacher: str = Field(min_length=1)
+    """Policy to become like: `base` or an earlier stage. It scores the samples in the reference's place."""
+    reference: None = None
+    """None beside the teacher."""
+    rewards: RewardList = Field(default_factory=list)
+    """Sources of reward beside the teacher; by default none. With `gamma` 1 they count at every token of a
+    sample, with 0 at its last."""
+    num_generations: int = Field(default=1, ge=1)
+    """Samples per prompt."""
+    gamma: float = Field(default=0.0, ge=0, le=1)
+    """Discount per token: with 0 each token answers for its own divergence alone, with 1 also for that of all
+    later ones, which is the gradient of the whole sample's."""
+    beta: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Weight of the divergence from the teacher; above 0."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Place of the divergence: always the reward of each token."""
+    kl_estimator: KlEstimator = "k1"
+    """Estimator of the divergence: always k1, whose policy gradient is that of the divergence."""
+
+    @property
+    def compared_with(self) -> str | None:
+        return self.teacher
+
+    def loss_problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().loss_problems()
+        if self.beta == 0:
+            yield "beta", "0 leaves nothing of the teacher; write 1, or more beside other rewards"
+        if self.kl_in != "reward":
+            yield "kl_in", "distill has the divergence in the reward of each token; leave it out"
+        if self.kl_estimator != "k1":
+            why = "as rewards of tokens the others have the gradient of something else; leave it out"
+            yield "kl_estimator", f"{self.kl_estimator}: {why}"
+
+    @property
+    def compares_samples(self) -> bool:
+        return False
 
 
 class OnlineDpoStage(DpoSettings, RlStage):

@@ -18,6 +18,7 @@ from pipeline.stages.specs.offline import (
     SftStage,
 )
 from pipeline.stages.specs.online import (
+    DistillStage,
     GrpoStage,
     OnlineDpoStage,
     PolicyGradientStage,
@@ -31,6 +32,7 @@ __all__ = [
     "STAGE_TYPES",
     "AnyStage",
     "CriticSettings",
+    "DistillStage",
     "DpoStage",
     "GrpoStage",
     "KtoStage",
@@ -59,7 +61,8 @@ Stage = Annotated[
     | GrpoStage
     | RlooStage
     | ReinforcePpStage
-    | OnlineDpoStage,
+    | OnlineDpoStage
+    | DistillStage,
     Field(discriminator="type"),
 ]
 OnlineStage = PolicyGradientStage | OnlineDpoStage
@@ -90,4 +93,5 @@ STAGE_TYPES: dict[str, type[StageSpec]] = {
     "rloo": RlooStage,
     "reinforce_pp": ReinforcePpStage,
     "online_dpo": OnlineDpoStage,
+    "distill": DistillStage,
 }

@@ -175,6 +175,17 @@ def test_reinforce_pp_has_the_literal_returns() -> None:
     assert advantages_of(halved, scored([1.0], [3])).advantages == pytest.approx([0.25, 0.5, 1.0])
 
 
+def test_a_token_that_a_teacher_scores_answers_for_itself_or_also_for_what_follows() -> None:
+    """Distillation: r_t = log q - log p is all of a token's advantage with gamma 0, and the sum from there on
+    with gamma 1."""
+    tokens = np.array([-0.1, 0.2, -0.3, 0.5])
+    alone = AdvantageSpec(kind="reinforce", gamma=0.0)
+    whole = AdvantageSpec(kind="reinforce", gamma=1.0)
+    asked = scored([0.0, 0.0], [3, 1], token_rewards=tokens)
+    assert advantages_of(alone, asked).advantages == pytest.approx([-0.1, 0.2, -0.3, 0.5])
+    assert advantages_of(whole, asked).advantages == pytest.approx([-0.2, -0.1, -0.3, 0.5])
+
+
 def test_reinforce_pp_is_normalised_over_all_tokens_of_the_generation() -> None:
     """Returns 1, 1, 1, -1 over tokens: mean 0.5, unbiased variance 1 (eq. 10)."""
     spec = AdvantageSpec(kind="reinforce", whiten_advantages="shift_and_scale")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from actors.algorithms.kl import KL_ESTIMATORS, KlController, KlEstimator, kl_values
+from actors.algorithms.policy_losses import PolicySettings, ppo_clip
 
 LOG_P, LOG_Q = [-1.0, -2.0], [-1.5, -1.0]
 
@@ -39,6 +40,18 @@ def test_in_a_loss_k1_pulls_nowhere_k2_down_the_kl_and_k3_down_the_other_kl() ->
     assert (expected_gradient("k2", theta, log_q) - of_kl_p_q).abs().max() < 1e-12
     assert (expected_gradient("k3", theta, log_q) - of_kl_q_p).abs().max() < 1e-12
     assert (of_kl_p_q - of_kl_q_p).abs().max() > 0.01
+
+
+def test_as_a_reward_of_the_policy_gradient_k1_pulls_down_the_kl() -> None:
+    """Distillation: E_p[-(log q - log p) grad log p] is the gradient of KL(p || q), as an exact sum."""
+    logits = torch.tensor([0.3, -0.2, 1.1, 0.0], dtype=torch.float64, requires_grad=True)
+    log_q = torch.tensor([1.0, 0.1, -0.4, 0.2], dtype=torch.float64).log_softmax(0)
+    log_p = logits.log_softmax(0)
+    advantages = -KL_ESTIMATORS["k1"](log_p.detach() - log_q)
+    surrogate = ppo_clip((log_p - log_p.detach()).exp(), log_p, advantages, PolicySettings()).loss
+    by_samples = torch.autograd.grad((log_p.detach().exp() * surrogate).sum(), logits, retain_graph=True)[0]
+    exact = torch.autograd.grad((log_p.exp() * (log_p - log_q)).sum(), logits)[0]
+    assert (by_samples - exact).abs().max() < 1e-12
 
 
 def test_estimators_agree_in_expectation_where_the_formulas_say_so() -> None:

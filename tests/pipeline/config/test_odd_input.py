@@ -143,7 +143,10 @@ def test_keys_of_a_section_written_on_the_stage_itself_are_sent_there(kind: str)
         ("grpo.payload", "belongs to `stages.grpo.sync.payload`"),
         ("grpo.weight", "or to `stages.grpo.rewards.weight`, as in `rewards: {source: ..., weight: ...}`"),
         ("grpo.data.payload", "belongs to `stages.grpo.sync.payload`"),
-        ("sft.payload", "belongs to `sync.payload` of stages of type ppo, grpo, rloo, reinforce_pp and"),
+        (
+            "sft.payload",
+            "belongs to `sync.payload` of stages of type ppo, grpo, rloo, reinforce_pp, online_dpo and",
+        ),
         ("sft.beta", "belongs to `stages of type dpo, kto, ppo,"),
     ],
 )

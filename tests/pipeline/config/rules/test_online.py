@@ -361,3 +361,22 @@ def test_a_temperature_that_vllm_would_change_is_refused_with_what_to_write() ->
     found = problems_of(eval={"data": "x", "sampling": {"temperature": 0.005}})
     assert found == {"eval.sampling.temperature": f"{said}, or 0 for the most probable token"}
     assert run(eval={"data": "x", "sampling": {"temperature": 0.0}}).eval is not None
+
+
+def test_a_teacher_is_another_policy_and_its_divergence_is_the_reward_of_each_token() -> None:
+    stages = {"sft": {"data": "x"}, "dpo": {"data": "x"}}
+    student = {"type": "distill", "data": "x", "init": "sft", "batch_size": 8}
+    config = run({**stages, "a": {**student, "teacher": "dpo"}})
+    stage = config.stages["a"]
+    assert (config.reference_of("a"), stage.beta, stage.gamma, stage.kl_estimator) == ("dpo", 1, 0, "k1")
+    assert problems_of({**stages, "a": {**student, "teacher": "sft"}})["stages.a.teacher"].startswith(
+        "'sft' is what the stage starts from"
+    )
+    assert (
+        "no stage is named 'x'"
+        in problems_of({**stages, "a": {**student, "teacher": "x"}})["stages.a.teacher"]
+    )
+    wrong = {"beta": 0, "kl_in": "loss", "kl_estimator": "k3"}
+    assert set(problems_of({**stages, "a": {**student, "teacher": "dpo", **wrong}})) == {
+        f"stages.a.{key}" for key in wrong
+    }

@@ -18,7 +18,7 @@ from pipeline.stages.online.estimates import TokenScores, estimate
 from pipeline.stages.online.loop import joined, lengths
 from pipeline.stages.online.objectives import PolicyGradient
 from pipeline.stages.prepared import PreparedRl, prepare
-from pipeline.stages.specs.registry import GrpoStage, PolicyGradientStage, PpoStage, RlStage
+from pipeline.stages.specs.registry import DistillStage, GrpoStage, PolicyGradientStage, PpoStage, RlStage
 
 DATA = {"data": [{"source": "builtin:arithmetic", "split": "prompts"}], "rewards": ["exact_match"]}
 
@@ -56,6 +56,17 @@ def test_divergence_in_the_reward_is_taken_off_token_by_token() -> None:
     assert found.batch.token_columns["advantages"] == pytest.approx([-0.05, 3.1])
     assert found.kl == pytest.approx(-0.5)
     assert found.metrics["kl"] == pytest.approx(-0.25)
+
+
+def test_a_teacher_s_log_probabilities_less_the_policy_s_are_the_advantages() -> None:
+    spec = DistillStage(data=DATA["data"], teacher="dpo")
+    batch = trajectory_batch([[1], [1]], samples_of(2, 1))
+    scores = TokenScores(np.array([-1.0, -2.0, -0.5]), np.array([-1.5, -1.0, -0.5]))
+    found = estimate(spec, batch, np.zeros(2), scores, beta=spec.beta)
+    assert found.batch.token_columns["advantages"] == pytest.approx([-0.5, 1.0, 0.0])
+    assert (found.metrics["kl"], found.kl) == (pytest.approx(-0.5 / 3), pytest.approx(-0.25))
+    whole = estimate(spec.model_copy(update={"gamma": 1.0}), batch, np.array([2.0, 0.0]), scores, spec.beta)
+    assert whole.batch.token_columns["advantages"] == pytest.approx([2.5, 3.0, 0.0])
 
 
 def test_older_samples_weigh_by_what_drew_them() -> None:

@@ -14,7 +14,7 @@ from actors.batches.trajectories import trajectory_batch
 from pipeline.data.reading.bad_rows import Skipped
 from pipeline.data.tokens.prompts import PromptData
 from pipeline.stages.online.rewards import RewardComputer, Rewards
-from pipeline.stages.specs.registry import GrpoStage
+from pipeline.stages.specs.registry import DistillStage, GrpoStage
 
 ANSWERS = ["7", "7", "8", "7"]
 """Of two prompts, two samples each; the last one is cut at the limit."""
@@ -52,6 +52,17 @@ def test_what_only_a_monitor_scores_has_no_reward() -> None:
     assert found.values == pytest.approx([1, 1, 1, np.nan], nan_ok=True)
     assert found.metrics["reward"] == 1
     assert found.metrics["rewards/watched/mean"] == 3
+
+
+def test_a_teacher_alone_rewards_no_sample() -> None:
+    spec = DistillStage(data=[{"source": "x"}], teacher="a", missing_eos_penalty=0.5)
+    samples = Generations.of([([5], [-1.0], "stop"), ([5], [-1.0], "length")], 1, "v", 0.0)
+    prompts = PromptData(["q"] * 2, ["q"] * 2, [[1]] * 2, {}, Skipped(), "f")
+    found = RewardComputer(spec, {}).result(
+        {}, prompts, ["a", "b"], samples, trajectory_batch([[1]] * 2, samples)
+    )
+    assert found.values.tolist() == [0, -0.5]
+    assert found.metrics == {}
 
 
 def test_metrics_are_of_the_rewards_that_advantages_use() -> None:
