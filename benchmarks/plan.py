@@ -172,7 +172,7 @@ def compared(name: str, directory: Path, seconds: bool = False) -> dict[str, Any
     found: dict[str, Any] = {"case": name, "predicted": sum(parts.values()), "parts": parts}
     found |= measured(case, base)
     if seconds:
-        rates = measure_cpu(budget.sizes, 1)
+        rates = measure_cpu(budget.sizes, 1, budget.config.model.dtype)
         timed = replace(budget, device=replace(budget.device, **rates._asdict()))
         spent = step_time(timed, "s").parts
         found["predicted_seconds"] = sum(s for part, s in spent.items() if part not in NOT_DONE)

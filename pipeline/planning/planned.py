@@ -65,7 +65,7 @@ def _device(config: RunConfig, sizes: BaseSizes, gpu: str | None, has_gpus: bool
         return machine
     from actors.models.facts import measure_cpu
 
-    rates = measure_cpu(sizes, config.roles.policy.threads)
+    rates = measure_cpu(sizes, config.roles.policy.threads, config.model.dtype)
     return replace(machine, measured=True, **rates._asdict())
 
 

@@ -23,6 +23,8 @@ class Device:
     """Bytes a second between its memory and its units."""
     attention: float
     """Operations a second in attention."""
+    logits: float
+    """Logits a second that the loss turns into probabilities."""
     link: float
     """Bytes a second from one process of a node to another, one way: NVLink or PCIe; loopback."""
     network: float
@@ -47,6 +49,8 @@ UNPLANNED = 0.03
 `actors.cluster.turn_plan.RESERVE`)."""
 OF_PRODUCTS, OF_ATTENTION, OF_MEMORY, OF_WIRES = 0.4, 0.3, 0.7, 0.6
 """Shares of a data sheet's rates that training reaches. Assumed, not measured."""
+BYTES_OF_A_LOGIT = 32
+"""Read and written for a logit by the kernels of the loss, float32, eight times. Assumed, not measured."""
 
 
 def _gpu(name: Name, gb: int, tflops: float, tb_s: float, link_gb_s: float) -> Device:
@@ -56,6 +60,7 @@ def _gpu(name: Name, gb: int, tflops: float, tb_s: float, link_gb_s: float) -> D
         products=OF_PRODUCTS * tflops * 1e12,
         bandwidth=OF_MEMORY * tb_s * 1e12,
         attention=OF_ATTENTION * tflops * 1e12,
+        logits=OF_MEMORY * tb_s * 1e12 / BYTES_OF_A_LOGIT,
         link=OF_WIRES * link_gb_s * 1e9,
         network=OF_WIRES * 50e9,
         per_node=8,
@@ -79,4 +84,4 @@ DEFAULT_GPU = "h100-80"
 
 def cpu(memory: int) -> Device:
     """A machine of this memory, at rates of one core (assumed; `actors.models.speed` measures them)."""
-    return Device("cpu", memory, 5e10, 1e10, 2e10, 1e9, 1e9, 0, measured=False)
+    return Device("cpu", memory, 5e10, 1e10, 2e10, 3e8, 1e9, 1e9, 0, measured=False)

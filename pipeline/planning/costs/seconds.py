@@ -17,18 +17,21 @@ from pipeline.planning.costs.weights import MOMENTS, Holding, base_bytes, traine
 from pipeline.roles import CRITIC, POLICY, REFERENCE, REWARD, ROLLOUT
 
 if TYPE_CHECKING:
-    from actors.models.facts import BaseSizes
+    from actors.models.facts import BaseSizes, Weight
     from pipeline.config.run_config import RunConfig
     from pipeline.planning.costs.devices import Device
     from pipeline.planning.costs.processes import Budget
 
-Bound = Literal["products", "attention", "memory", "wire"]
-PASSES_OVER_SAVED = 6
-"""Times that what a layer keeps is written or read in a forward and backward pass, beside products: written
-and read once each forward, its gradient written and read, and it itself read, and a copy."""
-ROWS_OF_EXPERTS = 4
-"""Times that a row of each choice is written or read in a forward pass: gathered from its token, multiplied,
-and added up."""
+Bound = Literal["products", "attention", "memory", "logits", "wire"]
+PASSES_OVER_SAVED = 11
+"""Times that as many bytes as a layer keeps are read or written in a forward and a backward pass, beside
+products: by norms, rotations, gates and sums, each an operation of its own. By the time that they take on a
+CPU (docs/plan.md)."""
+ROWS_OF_EXPERTS = 12
+"""Times that a row of each choice is read or written in a forward pass: gathered from its token, multiplied,
+scaled, and added up. Likewise."""
+BYTES_OF_GLOO = 5
+"""Times that gathering a byte with gloo takes what sending it takes, in CPU seconds. Likewise."""
 ATTENTION_BACKWARD = 2.5
 """Operations of attention's backward pass for one of its forward pass (Dao 2023, arXiv 2307.08691)."""
 
@@ -41,23 +44,14 @@ class Work:
     attention: float = 0.0
     memory: float = 0.0
     wire: float = 0.0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(
-            self.products + other.products,
-            self.attention + other.attention,
-            self.memory + other.memory,
-            self.wire + other.wire,
-        )
-
-    def __mul__(self, times: float) -> Work:
-        return Work(*(times * x for x in (self.products, self.attention, self.memory, self.wire)))
+    logits: float = 0.0
 
     def seconds_by(self, device: Device, link: float) -> dict[Bound, float]:
         return {
             "products": self.products / device.products,
             "attention": self.attention / device.attention,
             "memory": self.memory / device.bandwidth,
+            "logits": self.logits / device.logits,
             "wire": self.wire / link,
         }
 
@@ -89,11 +83,11 @@ class StepClock:
     by: dict[Bound, float] = field(default_factory=dict)
 
     def add(self, part: str, work: Work, times: float = 1.0) -> None:
-        """Products, attention and memory follow one another; what is on the wire meanwhile is hidden behind
-        them, but for what takes longer."""
+        """Operations follow one another. On GPUs what is on the wire meanwhile is hidden behind them, but for
+        what takes longer; on a CPU sending is work of the same cores."""
         found = work.seconds_by(self.device, self.link)
-        here = found["products"] + found["attention"] + found["memory"]
-        found["wire"] = max(0.0, found["wire"] - here)
+        if self.device.is_gpu:
+            found["wire"] = max(0.0, 2 * found["wire"] - sum(found.values()))
         self.parts[part] = self.parts.get(part, 0.0) + times * sum(found.values())
         for bound, seconds in found.items():
             self.by[bound] = self.by.get(bound, 0.0) + times * seconds
@@ -116,12 +110,23 @@ def forward(sizes: BaseSizes, holding: Holding, size: PassSize) -> Work:
     head = 2 * sizes.head_elements * size.counted
     saved = sum(saved_by_layer(sizes, layer, holding, size) for layer in sizes.layers)
     gathers = base_bytes(sizes, holding) * (holding.ranks - 1) if holding.gathers else 0.0
+    gathers *= 1 if holding.on_gpu else BYTES_OF_GLOO
     # Two sums of all activations over the ranks that hold one model, for each layer.
     sums = 4 * size.tokens * sizes.hidden * holding.element * len(sizes.layers) if tp > 1 else 0.0
     rows = sum(sizes.top_k * sizes.hidden for layer in sizes.layers if layer.width("experts"))
     gathered = ROWS_OF_EXPERTS * rows * size.tokens * holding.element
-    memory = PASSES_OVER_SAVED / 3 * saved + gathered + sizes.elements * holding.element
-    return Work(products + head, attention, memory, gathers + sums)
+    beside = sum(_beside(sizes, w, holding) for w in sizes.weights) * size.tokens * holding.element
+    memory = PASSES_OVER_SAVED / 3 * saved + gathered + beside + sizes.elements * holding.element
+    return Work(products + head, attention, memory, gathers + sums, size.counted * sizes.vocabulary)
+
+
+def _beside(sizes: BaseSizes, weight: Weight, holding: Holding) -> float:
+    """Elements that a token's product with an adapter reads and writes beside the base's: its input, its own
+    result, and the base's result twice."""
+    if not weight.adapter_elements(holding.lora, sizes.top_k):
+        return 0.0
+    width = weight.shape[-1] + 3 * weight.shape[-2]
+    return float(width * (sizes.top_k if weight.part == "experts" else 1))
 
 
 def _acting(sizes: BaseSizes, of_experts: bool) -> float:
@@ -129,7 +134,8 @@ def _acting(sizes: BaseSizes, of_experts: bool) -> float:
 
 
 def update(sizes: BaseSizes, holding: Holding, size: PassSize) -> Work:
-    """Of forward and backward pass of one micro-batch."""
+    """Of forward and backward pass of one micro-batch. Where the head trains its logits are made again
+    (`actors.algorithms.chunked_logprob`)."""
     once = forward(sizes, holding, size)
     again = 1.0 if holding.model.gradient_checkpointing else 0.0
     weights = 1.0 if holding.lora is None else 0.0
@@ -139,6 +145,7 @@ def update(sizes: BaseSizes, holding: Holding, size: PassSize) -> Work:
         once.attention * (1 + again + ATTENTION_BACKWARD),
         once.memory * (3 + again),
         once.wire * 2,
+        once.logits * (1 + weights),
     )
 
 
