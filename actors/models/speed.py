@@ -59,7 +59,7 @@ def _products(sizes: BaseSizes, threads: int, dtype: torch.dtype) -> float:
     they get. Forward, and for the gradient of the input: the same weight, read the other way round."""
     layer = sizes.layers[len(sizes.layers) // 2]
     head = sizes.vocabulary, sizes.hidden
-    found = [(TOKENS / HEAD_ROWS, HEAD_ROWS, 1, head)]
+    found: list[tuple[float, int, int, Sequence[int]]] = [(TOKENS / HEAD_ROWS, HEAD_ROWS, 1, head)]
     for weight in layer.weights:
         if len(weight.shape) < 2 or weight.elements > LARGEST_WEIGHT * max(1, sizes.experts):
             continue

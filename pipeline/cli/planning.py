@@ -112,3 +112,8 @@ def _storage(plan: RunPlan) -> Iterator[str]:
         f"disk: {gib(storage.checkpoints)} for checkpoints, {gib(storage.results)} for results; Ray's object "
         f"store: {gib(storage.object_store)} for the largest batch"
     )
+    if storage.temporary:
+        yield (
+            f"temporary files (TMPDIR): {gib(storage.temporary)} while a stage starts; while an evaluation "
+            f"loads {gib(storage.merged_copies)}, only if its engines have to have a merged model"
+        )

@@ -1,4 +1,4 @@
-"""Host memory to load and merge, disk for checkpoints and results, and what Ray's object store holds."""
+"""Host memory to load and merge, disk, temporary files, and what Ray's object store holds."""
 
 from __future__ import annotations
 
@@ -34,6 +34,11 @@ class Storage:
     """Disk for the results of all stages."""
     object_store: int
     """The largest batch of a step."""
+    temporary: int
+    """Files in TMPDIR while a stage starts: each policy rank's copy of an adapter."""
+    merged_copies: int
+    """There too, while an evaluation loads, where engines can't take an adapter over their base: a merged
+    model for each engine of a node."""
 
 
 def storage_of(budget: Budget) -> Storage:
@@ -64,4 +69,7 @@ def storage_of(budget: Budget) -> Storage:
     touched = payload_bytes("merged", sizes, model) if model.lora is not None else 0
     largest = max((w.elements for w in sizes.weights), default=0)
     merging = min(whole, 2 * layer + READ_AT_ONCE) + 3 * largest * ADAPTER_BYTES if touched else 0
-    return Storage(loading, merging, max(kept, default=0), one * len(config.stages), PER_TOKEN * tokens)
+    copies = one * config.roles.policy.workers if model.lora is not None else 0
+    merged = whole * config.roles.rollout.workers if touched else 0
+    results = one * len(config.stages)
+    return Storage(loading, merging, max(kept, default=0), results, PER_TOKEN * tokens, copies, merged)

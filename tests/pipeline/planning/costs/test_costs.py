@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -250,12 +251,16 @@ def test_a_plan_needs_a_config_json_alone(here: Path, capsys: pytest.CaptureFixt
     assert "6.92 B parameters" in said
     assert "sft policy 0" in said
     assert "planned memory on h200: policy 0 in sft takes" in said
+    assert re.search(r"temporary files \(TMPDIR\): \d+ MiB while a stage starts", said)
     assert main(["plan", str(here), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["parameters"] == 6_919_161_856
     (process,) = found["processes"]
     assert process["bytes"] == sum(process["parts"].values())
     assert math.isclose(found["steps"][0]["seconds"], sum(found["steps"][0]["parts"].values()))
+    storage = found["storage"]
+    assert storage["temporary"] == storage["results"], "one adapter, of one rank and of one stage"
+    assert storage["merged_copies"] == 4 * found["parameters"], "float32, one engine"
 
 
 @pytest.mark.parametrize(
