@@ -2,7 +2,7 @@
 
 python -m benchmarks.plan                  # all cases, one after the other; some minutes
 python -m benchmarks.plan llama-lora ...   # some of them
-python -m benchmarks.plan --seconds        # with predicted and measured CPU seconds of a step
+python -m benchmarks.plan --seconds        # with predicted CPU seconds; all cases: kept in results/
 
 Each rank is a process of its own with a `ModelHost`, told what a stage would tell it: same adapters, batches
 and losses. All sequences are as long as the stage lets them be. Counted is anonymous memory beyond the
@@ -142,7 +142,7 @@ def main() -> None:
             print(said(rows[-1]), flush=True)
             if args.parts:
                 print("   ", rows[-1]["parts"], flush=True)
-    if not args.cases:
+    if args.seconds and not args.cases:
         (RESULTS / "plan.json").write_text(json.dumps(rows, indent=2) + "\n")
 
 
@@ -164,7 +164,6 @@ def said(row: dict[str, Any]) -> str:
 def compared(name: str, directory: Path, seconds: bool = False) -> dict[str, Any]:
     """Predicted and measured bytes of the largest rank of a case, and CPU seconds of a step on it."""
     from actors.models.facts import measure_cpu
-    from pipeline.planning.costs.seconds import step_time
 
     case = CASES[name]
     base, budget = written_base(case.family, directory), budget_of(case)
@@ -173,11 +172,17 @@ def compared(name: str, directory: Path, seconds: bool = False) -> dict[str, Any
     found |= measured(case, base)
     if seconds:
         rates = measure_cpu(budget.sizes, 1, budget.config.model.dtype)
-        timed = replace(budget, device=replace(budget.device, **rates._asdict()))
-        spent = step_time(timed, "s").parts
-        found["predicted_seconds"] = sum(s for part, s in spent.items() if part not in NOT_DONE)
         found["rates"] = rates._asdict()
+        found["predicted_seconds"] = predicted_seconds(budget, found["rates"])
     return found
+
+
+def predicted_seconds(budget: Any, rates: dict[str, float]) -> float:
+    """Of a step, at rates that were measured."""
+    from pipeline.planning.costs.seconds import step_time
+
+    timed = replace(budget, device=replace(budget.device, **rates))
+    return sum(s for part, s in step_time(timed, "s").parts.items() if part not in NOT_DONE)
 
 
 def budget_of(case: Case) -> Any:

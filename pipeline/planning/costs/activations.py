@@ -24,10 +24,10 @@ BLOCKS_MADE_AGAIN = 8
 """A head that trains makes logits of more blocks than this again (`actors.trainer.token_scorer`)."""
 
 
-GAPS = 3.2
+GAPS, GAPS_WITH_CHECKPOINTING = 3.4, 3.0
 """Of what one layer makes and frees in a pass, so many times stay as gaps in glibc's heap, which is not
-trimmed (`actors.trainer.torch_setup`). Fitted to measurements on CPUs (docs/plan.md); on GPUs torch has an
-allocator of its own."""
+trimmed (`actors.trainer.torch_setup`); fewer where a layer is freed before the next one is made. Fitted to
+measurements on CPUs (docs/plan.md); on GPUs torch has an allocator of its own."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,12 @@ def training_pass(sizes: BaseSizes, holding: Holding, size: PassSize, device_mem
     stream = sizes.hidden * holding.element * size.tokens
     # The last norm reads the stream in float32, and gives the head its counted rows.
     ends = size.tokens * sizes.hidden * FLOAT + size.counted * sizes.hidden * holding.element
-    gaps = int(GAPS * (layers[largest] + backward)) if not holding.on_gpu else 0
+    again = holding.model.gradient_checkpointing
+    share = 0.0 if holding.on_gpu else GAPS_WITH_CHECKPOINTING if again else GAPS
+    gaps = int(share * (layers[largest] + backward))
     backward += largest_gradient(sizes, holding)
     head = head_bytes(sizes, holding, size, device_memory)
-    if holding.model.gradient_checkpointing:
+    if again:
         return PassBytes(len(layers) * stream + ends, layers[largest], backward, head, gaps)
     return PassBytes(sum(layers) + ends, 0, backward, head, gaps)
 

@@ -119,7 +119,6 @@ class Budget:
             **self._of_training(role, stage, holding),
         }
         parts |= self._of_passes(role, name, stage, holding, served)
-        parts["gathered layers"] = gathered_bytes(self.sizes, holding)
         parts["dequantised weights"] = dequantised_bytes(self.sizes, holding)
         parts["framework"] = FRAMEWORK["gpu" if holding.on_gpu else "cpu"]
         room, n = self.device.room, spec.workers
@@ -146,20 +145,25 @@ class Budget:
     ) -> dict[str, int]:
         """The largest pass that these ranks make, for any role that they serve."""
         spec, memory = self.config.roles.of(role), self.device.memory
+        gathered, with_head = (gathered_bytes(self.sizes, holding, at_head) for at_head in (False, True))
         largest: dict[str, int] = {}
         for one in served:
             size = self.largest(name, spec, reads_logps=_reads_logps(one, stage))
             if one not in (POLICY, CRITIC):
-                found = {"activations": scoring_pass(self.sizes, holding, size, memory)}
+                found = {
+                    "activations": scoring_pass(self.sizes, holding, size, memory),
+                    "gathered layers": gathered,
+                }
             else:
                 made = training_pass(self.sizes, holding, size, memory)
-                head_first = made.head >= made.again + made.backward
+                head_first = made.head + with_head >= made.again + made.backward + gathered
                 found = {
                     "activations": made.saved,
                     "one layer again": 0 if head_first else made.again,
                     "backward of a layer": 0 if head_first else made.backward,
                     "head's block": made.head if head_first else 0,
                     "gaps in the heap": made.gaps,
+                    "gathered layers": with_head if head_first else gathered,
                 }
             if sum(found.values()) > sum(largest.values()):
                 largest = found

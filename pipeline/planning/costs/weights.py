@@ -106,14 +106,16 @@ def trained_bytes(sizes: BaseSizes, holding: Holding) -> int:
     return base_bytes(sizes, holding) if holding.lora is None else adapter_bytes(sizes, holding)
 
 
-def gathered_bytes(sizes: BaseSizes, holding: Holding) -> int:
+def gathered_bytes(sizes: BaseSizes, holding: Holding, at_head: bool = False) -> int:
     """Of layers that FSDP2 holds whole at one time, at most: the one that runs, the next one on its way, and
     the buffer that it comes in (torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py); and embedding and
-    output head, groups of their own."""
+    output head, groups of their own. `at_head`: while the head makes logits, when no layer is there."""
     if not holding.gathers:
         return 0
-    layer = max((_of(layer.weights, holding) for layer in sizes.layers), default=0.0)
     ends = _of((w for w in sizes.weights if w.part in ("head", "embedding")), holding)
+    if at_head:
+        return int(ends)
+    layer = max((_of(layer.weights, holding) for layer in sizes.layers), default=0.0)
     return int((GATHERED_LAYERS if holding.on_gpu else GATHERED_BY_GLOO) * layer + ends)
 
 

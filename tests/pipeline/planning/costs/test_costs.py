@@ -251,7 +251,7 @@ def test_a_plan_needs_a_config_json_alone(here: Path, capsys: pytest.CaptureFixt
     assert "6.92 B parameters" in said
     assert "sft policy 0" in said
     assert "planned memory on h200: policy 0 in sft takes" in said
-    assert re.search(r"temporary files \(TMPDIR\): \d+ MiB while a stage starts", said)
+    assert re.search(r"temporary files \(TMPDIR\): 0.5 GiB while a stage starts", said)
     assert main(["plan", str(here), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["parameters"] == 6_919_161_856
