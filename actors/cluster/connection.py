@@ -127,10 +127,10 @@ def stop_ray(failed: bool = False) -> Path | None:
     return kept
 
 
-def ray_lost() -> RunFailure | None:
+def ray_lost(now: bool = False) -> RunFailure | None:
     """The failure of a cluster that `start_ray` started or joined and that can't go on, which is behind
-    whatever else fails then; None while all is well."""
-    return _cluster.lost if _cluster is not None else None
+    whatever else fails then; None while all is well. It is known within 0.2 s; `now`: looks."""
+    return _cluster.lost(now) if _cluster is not None else None
 
 
 def check_cluster(roles: Mapping[str, RoleSpec], *, num_cpus: float | None = None) -> None:

@@ -7,11 +7,12 @@ that says which rank, in which phase, and why.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from actors.cluster.connection import ray_lost
+from actors.cluster.patient_clock import patient
 from actors.cluster.spec import Phase
 from actors.errors import InvariantViolation, RunFailure, UserError
 
@@ -24,6 +25,9 @@ CULPRIT_GRACE_S = 3.0
 """After the first error of a group: how long to look for a dead rank. When one rank dies, the others fail
 within milliseconds in their collective ("connection closed by peer"), often before Ray reports the death;
 the dead one is the one to name."""
+
+TIMED_OUT = ("Timed out waiting", "Watchdog caught collective operation timeout")
+"""In errors of torch's: of gloo, and of NCCL."""
 
 POLL_S = 0.5
 """Longest stretch inside Ray without a look at signals."""
@@ -44,6 +48,8 @@ class Answers:
 
     values: dict[int, object] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
+    lost: dict[int, str] = field(default_factory=dict)
+    """Ranks that were waited for no longer, and why."""
 
     @property
     def culprit(self) -> Fault | None:
@@ -60,17 +66,28 @@ def _precedence(fault: Fault) -> tuple[int, int]:
     return (1, fault.rank) if isinstance(fault.error, kinds) else (2, fault.rank)
 
 
-def wait(refs: Mapping[int, ObjectRef], limit_s: float) -> Answers:
+def wait(
+    refs: Mapping[int, ObjectRef],
+    limit_s: float,
+    look: Callable[[list[int]], Mapping[int, str]] = lambda ranks: {},
+) -> Answers:
     """Wait for one reference per rank, at most `limit_s` seconds; a fault ends the wait early. What is there
-    already is taken in any case."""
+    already is taken in any case.
+
+    `look`: says which of these ranks nobody has to wait for any longer, and why.
+
+    Raises:
+        RunFailure: Ray is lost.
+    """
     import ray
 
     answers = Answers()
     rank_of = {ref: rank for rank, ref in refs.items()}
     open_refs = list(rank_of)
-    deadline = time.monotonic() + limit_s
+    deadline = patient() + limit_s
     while open_refs:
-        left = deadline - time.monotonic()
+        refuse_lost_ray()
+        left = deadline - patient()
         done, open_refs = ray.wait(open_refs, num_returns=1, timeout=max(0.0, min(POLL_S, left)))
         if not done and left <= 0:
             break
@@ -82,7 +99,10 @@ def wait(refs: Mapping[int, ObjectRef], limit_s: float) -> Answers:
         if any(fault.died for fault in answers.faults):
             break
         if answers.faults and done:
-            deadline = min(deadline, time.monotonic() + CULPRIT_GRACE_S)
+            deadline = min(deadline, patient() + CULPRIT_GRACE_S)
+        answers.lost = dict(look([rank_of[ref] for ref in open_refs]))
+        if answers.lost:
+            break
     return answers
 
 
@@ -179,15 +199,20 @@ class WorkerFuture(_Call[T]):
         return ref
 
     def result(self, since: float | None = None) -> T:
-        """That rank's value; raises as `GroupFuture.result`. `since` (time.monotonic()): when the deadline
+        """That rank's value; raises as `GroupFuture.result`. `since` (`patient()`): when the deadline
         began, for whoever waits for several calls one after the other."""
         return self._all(since)[0]
 
 
 def first_done(calls: Mapping[int, WorkerFuture], limit_s: float) -> list[int]:
-    """Ranks whose answer is there (or whose process is gone); waits for one at most `limit_s` seconds."""
+    """Ranks whose answer is there (or whose process is gone); waits for one at most `limit_s` seconds.
+
+    Raises:
+        RunFailure: Ray is lost.
+    """
     import ray
 
+    refuse_lost_ray()
     refs = [call.ref for call in calls.values()]
     if not refs:
         return []
@@ -195,6 +220,18 @@ def first_done(calls: Mapping[int, WorkerFuture], limit_s: float) -> list[int]:
     done, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
     there = set(done)
     return [rank for rank, call in calls.items() if call.ref in there]
+
+
+def waited_in_vain(fault: Fault) -> bool:
+    """True if a rank failed since others did not come to a collective within its deadline."""
+    return not fault.died and any(words in str(fault.error) for words in TIMED_OUT)
+
+
+def refuse_lost_ray(now: bool = False) -> None:
+    """Raises: RunFailure: Ray can't go on, which is behind whatever fails next. `now`: of `ray_lost`."""
+    lost = ray_lost(now)
+    if lost is not None:
+        raise lost
 
 
 def explain_death(error: BaseException) -> str:

@@ -3,10 +3,10 @@ replaced, as it would be a moment later."""
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from actors.cluster.futures import GroupFuture
+from actors.cluster.patient_clock import patient
 from actors.cluster.worker_group import WorkerGroup
 from actors.errors import RunFailure
 
@@ -19,7 +19,7 @@ def bring_up(group: WorkerGroup, building: GroupFuture[Any]) -> dict[int, str]:
         RunFailure: a process that lives says why it can't, or one was lost again and again (`supervisor`).
         UserError: what is asked for can't be made.
     """
-    began, lost = time.monotonic(), {}
+    began, lost = patient(), {}
     for rank, made in building.each().items():
         try:
             made.result(began)

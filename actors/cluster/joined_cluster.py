@@ -40,9 +40,11 @@ class JoinedCluster:
         probe = Probe(lambda: asks_for_token(head) is not None)
         self._watch = RayWatch(raylet_beside(), ray.is_initialized, {f"the GCS at {head}": probe}, own=False)
 
-    @property
-    def lost(self) -> RunFailure | None:
-        """The failure behind whatever fails once a part of Ray's is lost without which nothing goes on."""
+    def lost(self, now: bool = False) -> RunFailure | None:
+        """The failure behind whatever fails once a part of Ray's is lost without which nothing goes on.
+        `now`: looks, where it is else known a moment later."""
+        if now:
+            self._watch.look()
         reason = self._watch.lost
         return None if reason is None else RunFailure("ray", "run", reason, AGAIN)
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from actors.cluster import futures as waiting
 from actors.cluster.health import Members, ProcessEvent, ProcessState
+from actors.cluster.lookout import Lookout
 from actors.cluster.measured_limits import CUT, MeasuredLimits
+from actors.cluster.patient_clock import patient
 from actors.cluster.spec import LimitsSpec, Phase
 from actors.errors import RunFailure
 
@@ -36,6 +38,7 @@ class Liveness:
         an empty text."""
         self.name, self.limits, self.log_dir, self.next_step = name, limits, log_dir, next_step
         self.fleet = Members.of(size)
+        self.lookout = Lookout()
         self.measured: MeasuredLimits | None = None
         """Of the stage that these processes work in; None: `limits` hold."""
         self._actors, self._unplaced = actors, unplaced
@@ -91,20 +94,26 @@ class Liveness:
     ) -> list[Any]:
         """Wait under the deadline of `phase`; values in rank order, or one error with a name.
 
-        `since` (time.monotonic()): when the deadline began; None: now. `generations`: restarts of each rank
-        when it was called; without them, of the processes as they are. `limit`: another deadline than the
-        phase's, in seconds.
+        `since` (`patient()`): when the deadline began; None: now. `generations`: restarts of each rank when
+        it was called; without them, of the processes as they are. `limit`: another deadline than the phase's,
+        in seconds. A process that stands still is not waited for that long (`actors.cluster.hung`).
         """
         limit = self.limits.of(phase) if limit is None else limit
-        began = time.monotonic() if since is None else since
-        answers = waiting.wait(refs, began + limit - time.monotonic())
+        began = patient() if since is None else since
+        answers = waiting.wait(
+            refs, began + limit - patient(), lambda open_: self.lookout.lost(open_, patient() - began)
+        )
         self.saw(answers.values, ProcessEvent.ANSWERED, generations=generations)
+        late = [rank for rank in refs if rank not in answers.values]
         culprit = answers.culprit
         if culprit is not None:
-            raise self._blame(culprit, phase, generations)
-        late = [rank for rank in refs if rank not in answers.values]
+            late = [rank for rank in late if all(fault.rank != rank for fault in answers.faults)]
+            if not (late and waiting.waited_in_vain(culprit)):
+                raise self._blame(culprit, phase, generations)
+        if answers.lost:
+            raise self.given_up(answers.lost, phase, generations)
         if late:
-            raise self.overdue(late, phase, time.monotonic() - began, generations)
+            raise self.overdue(late, phase, patient() - began, generations)
         return [answers.values[rank] for rank in refs]
 
     def saw(
@@ -125,6 +134,7 @@ class Liveness:
         rank = self._rank_of(fault)
         if not fault.died:
             return waiting.as_failure(fault.error, self.who(rank), phase, self.next_of(rank))
+        waiting.refuse_lost_ray(now=True)
         reason = waiting.explain_death(fault.error)
         self.saw([rank], ProcessEvent.DIED, reason, generations)
         return RunFailure(self.who(rank), phase, reason, self.next_of(rank))
@@ -132,13 +142,24 @@ class Liveness:
     def overdue(
         self, late: list[int], phase: str, seconds: float, generations: Mapping[int, int] | None = None
     ) -> RunFailure:
-        """Take ranks for suspect that have not answered for `seconds`; the error to raise."""
+        """Take ranks for suspect that have not answered for `seconds`; the error to raise. Where the others
+        wait for some of them, these alone."""
         reason = f"no answer within {seconds:.0f} s (limits.{phase})"
         if phase == "start" and (asked := self._unplaced()):
             reason = f"not placed by Ray within {seconds:.0f} s (limits.start): {asked} are not free"
-        self.saw(late, ProcessEvent.OVERDUE, reason, generations)
-        who = self.who(late[0]) if len(late) == 1 else f"{self.name} ranks {', '.join(map(str, late))}"
-        return RunFailure(who, phase, reason, self.next_of(late[0]))
+        told = self.lookout.hung(late, seconds)
+        reasons = {rank: f"{reason}: {told[rank]}" for rank in late if rank in told}
+        return self.given_up(reasons or dict.fromkeys(late, reason), phase, generations)
+
+    def given_up(
+        self, reasons: Mapping[int, str], phase: str, generations: Mapping[int, int] | None = None
+    ) -> RunFailure:
+        """Take ranks for suspect that are waited for no longer, each with the reason; the error to raise."""
+        for rank, reason in reasons.items():
+            self.saw([rank], ProcessEvent.OVERDUE, reason, generations)
+        ranks = [*reasons]
+        who = self.who(ranks[0]) if len(ranks) == 1 else f"{self.name} ranks {', '.join(map(str, ranks))}"
+        return RunFailure(who, phase, reasons[ranks[0]], self.next_of(ranks[0]))
 
     def _rank_of(self, fault: waiting.Fault) -> int:
         """The rank that died: not always the one that was asked, if its argument came from the dead one."""

@@ -51,9 +51,11 @@ class LocalCluster:
         """One line for the log: started fast or plain, and what is not as usual."""
         self._watch = RayWatch(own_processes(), ray.is_initialized)
 
-    @property
-    def lost(self) -> RunFailure | None:
-        """The failure behind whatever fails once a process of Ray's is lost without which nothing goes on."""
+    def lost(self, now: bool = False) -> RunFailure | None:
+        """The failure behind whatever fails once a part of Ray's is lost without which nothing goes on.
+        `now`: looks, where it is else known a moment later."""
+        if self._watch is not None and now:
+            self._watch.look()
         reason = self._watch.lost if self._watch is not None else None
         return None if reason is None else RunFailure("ray", "run", reason, AGAIN)
 

@@ -24,6 +24,8 @@ _TOKENS = "ray._private.authentication.authentication_token_setup"
 _USE_TOKEN = "maybe_enable_token_auth_if_token_available"
 _CONSTANTS, _REACHABLE = "ray._private.ray_constants", "ENABLE_RAY_CLUSTER"
 _RAYLET = "ray._raylet"
+RAYLET = "the raylet of this machine"
+"""Name of it in messages."""
 MODE = "RAY_AUTH_MODE"
 """Variable of Ray's: `token` or `disabled`; without it, Ray decides."""
 
@@ -159,7 +161,7 @@ def own_processes() -> dict[str, int]:
     """Pids of the processes that a local cluster of this process can't do without, by what they are; empty
     with a Ray that lacks the name."""
     node = getattr(private(_WORKER, "_global_node"), "all_processes", {})
-    names = {"raylet": "the raylet of this machine", "gcs_server": "the GCS"}
+    names = {"raylet": RAYLET, "gcs_server": "the GCS"}
     return {names[kind]: node[kind][0].process.pid for kind in names if node.get(kind)}
 
 
@@ -171,7 +173,7 @@ def raylet_beside() -> dict[str, int]:
     socket = getattr(private(_WORKER, "_global_node"), "raylet_socket_name", None)
     argument = f"--raylet_socket_name={socket}"
     pids = [one.pid for one in psutil.process_iter(["cmdline"]) if argument in (one.info["cmdline"] or ())]
-    return dict.fromkeys(["the raylet of this machine"], pids[0]) if socket and pids else {}
+    return dict.fromkeys([RAYLET], pids[0]) if socket and pids else {}
 
 
 def mute_raylet() -> None:

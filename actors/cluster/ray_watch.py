@@ -2,8 +2,10 @@
 
 A call into a raylet that is stopped has no deadline, never returns and can't be interrupted; of a GCS that is
 gone, Ray ends the driver after a minute, without a word of the run's. So a thread looks at the processes
-themselves. When one is lost, it says so and kills all of them: calls that wait for them then fail, and the
-driver unwinds, or Ray ends it. A driver that does neither is ended here.
+themselves. When one is lost, it says so, and whoever waits for an answer gives up (`ray_lost`). A driver that
+can't, since its calls don't come back from the raylet, or is not through in time, has all of them killed:
+calls that wait for them then fail, and the driver unwinds, or Ray ends it. One that does neither is ended
+here.
 
 In a cluster of others nothing is killed. Its GCS, which may be on another machine, is asked for an answer.
 """
@@ -14,11 +16,12 @@ import contextlib
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
 
 import psutil
 
+from actors.cluster.patient_clock import patient
+from actors.cluster.ray_private import RAYLET
 from actors.errors import AGAIN
 
 LOOK_S = 0.2
@@ -26,6 +29,8 @@ LOOK_S = 0.2
 with exit code 1 and without a word."""
 STOPPED_S = 30.0
 """A process that was stopped (SIGSTOP) for longer is lost. One that a debugger looks at goes on sooner."""
+COME_S = 15.0
+"""Time for the driver to be through with Ray where only the GCS is lost, before all is killed."""
 UNWIND_S = 60.0
 """Time for the driver to end once a process is lost; past it, it is ended."""
 UNWIND_BESIDE_S = 10.0
@@ -43,14 +48,14 @@ class Probe:
     def __init__(self, ask: Callable[[], bool]) -> None:
         """`ask`: True for an answer; has a deadline of its own."""
         self._ask = ask
-        self._answered = time.monotonic()
+        self._answered = patient()
         self._ended = threading.Event()
         threading.Thread(target=self._go_on, daemon=True, name="probe-ray").start()
 
     @property
     def silent_s(self) -> float:
         """Seconds since the last answer."""
-        return time.monotonic() - self._answered
+        return patient() - self._answered
 
     def end(self) -> None:
         """Ask no more."""
@@ -59,7 +64,7 @@ class Probe:
     def _go_on(self) -> None:
         while not self._ended.wait(ASK_S):
             if self._ask():
-                self._answered = time.monotonic()
+                self._answered = patient()
 
 
 class RayWatch:
@@ -80,7 +85,8 @@ class RayWatch:
         self._processes = {name: _found(pid) for name, pid in processes.items()}
         self._in_use, self._probes, self._own = in_use, dict(probes or {}), own
         self._ending, self._unwound = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True, name="watch-ray")
+        self._looking, self._stopped = threading.Lock(), dict[str, float]()
+        self._thread = threading.Thread(target=self._go_on, daemon=True, name="watch-ray")
         self._thread.start()
 
     def end(self) -> None:
@@ -100,32 +106,50 @@ class RayWatch:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
-    def _look(self) -> None:
-        stopped: dict[str, float] = {}
-        while self.lost is None:
-            if self._ending.wait(LOOK_S):
+    def look(self) -> str | None:
+        """What became of a process that is lost, by a look at all of them; None while all is well."""
+        with self._looking:
+            if self.lost is None and not self._ending.is_set():
+                lost = self._seen()
+                if lost is not None and self._in_use():
+                    self.lost = lost
+            return self.lost
+
+    def _seen(self) -> str | None:
+        lost = None
+        for name, probe in self._probes.items():
+            if probe.silent_s > SILENT_S:
+                lost = f"{name} has not answered for {SILENT_S:g} s"
+        for name, process in self._processes.items():
+            status = _status(process)
+            if status == psutil.STATUS_STOPPED:
+                if patient() - self._stopped.setdefault(name, patient()) > STOPPED_S:
+                    lost = f"{name} was stopped (SIGSTOP) for {STOPPED_S:g} s"
+            else:
+                self._stopped.pop(name, None)
+            if status == psutil.STATUS_ZOMBIE:
+                lost = f"{name} has died (killed, crashed, or out of memory)"
+        return lost
+
+    def _go_on(self) -> None:
+        while self.look() is None:
+            if self._ending.wait(LOOK_S) or not self._in_use():
                 return
-            silent = [name for name, probe in self._probes.items() if probe.silent_s > SILENT_S]
-            lost = f"{silent[0]} has not answered for {SILENT_S:g} s" if silent else None
-            for name, process in self._processes.items():
-                status = _status(process)
-                if status == psutil.STATUS_STOPPED:
-                    since = stopped.setdefault(name, time.monotonic())
-                    if time.monotonic() - since > STOPPED_S:
-                        lost = f"{name} was stopped (SIGSTOP) for {STOPPED_S:g} s"
-                else:
-                    stopped.pop(name, None)
-                if status == psutil.STATUS_ZOMBIE:
-                    lost = f"{name} has died (killed, crashed, or out of memory)"
-            if lost is not None and not self._in_use():
-                return
-            self.lost = lost
         # Now, as Ray may end this process as soon as its connection to the raylet breaks.
         sys.stderr.write(f"ray: {self.lost}; the run ends. {AGAIN.capitalize()}\n")
         sys.stderr.flush()
+        # A driver whose calls come back sees by itself that something is lost. Ray would end it at once
+        # where it loses the raylet too.
+        if self._own and self._answers_calls() and self._unwound.wait(COME_S):
+            return
         self.kill()
         if not self._unwound.wait(UNWIND_S if self._own else UNWIND_BESIDE_S):
             os._exit(1)
+
+    def _answers_calls(self) -> bool:
+        """True if the raylet is there, so that what waits for it comes back."""
+        status = _status(self._processes.get(RAYLET))
+        return status not in (psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED)
 
 
 def _found(pid: int) -> psutil.Process | None:

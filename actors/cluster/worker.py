@@ -27,6 +27,7 @@ from typing import TextIO
 
 from actors.cluster.agreement import Answer, proof_of
 from actors.cluster.environment import enter_shipped_files
+from actors.cluster.pulse import Pulse, machine
 from actors.cluster.scratch import Scratch
 from actors.cluster.trace import CallTrace, named
 from actors.errors import RunFailure, UserError
@@ -60,6 +61,7 @@ class Worker:
         tempfile.tempdir = None
         self._scratch = Scratch()
         tempfile.tempdir = os.environ["TMPDIR"] = str(self._scratch.path)
+        self._pulse = Pulse(self._scratch.path / "pulse")
         self._object: object | None = None
         self._seconds: dict[str, float] = {}
         self._import_error: BaseException | None = None
@@ -69,8 +71,17 @@ class Worker:
         self._preload.start()
 
     def ping(self) -> dict[str, str | int]:
-        """Name, process id, machine and log file; answers as soon as the process is up."""
-        return {"who": self.who, "pid": os.getpid(), "host": socket.gethostname(), "log": self.log_path}
+        """Name, process id, machine, Ray's node, log file and the file of its pulse; answers as soon as the
+        process is up."""
+        return {
+            "who": self.who,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "machine": machine(),
+            "node": _own_node(),
+            "log": self.log_path,
+            "note": str(self._pulse.path),
+        }
 
     def preloaded(self) -> dict[str, float]:
         """Seconds of the imports; answers when they are done."""
@@ -117,7 +128,8 @@ class Worker:
             if self._object is None:
                 raise RuntimeError(f"{self.who} was asked to {method} before it was built")
             work = operator.attrgetter(method)(self._object)
-            with self._trace.call(method, phase, named(work, args, kwargs)):
+            names = named(work, args, kwargs)
+            with self._trace.call(method, phase, names), self._pulse.during(method, names.get("step")):
                 return work(*args, **kwargs)
 
     def call_alike(
@@ -139,6 +151,7 @@ class Worker:
         """Let the object close what it holds (process groups, engines)."""
         with contextlib.suppress(Exception):
             self._drop()
+        self._pulse.end()
         self._scratch.remove()
         self._log.flush()
 
@@ -212,6 +225,12 @@ def _write_everything_to(log_path: str, who: str) -> TextIO:
     faulthandler.enable(file=log)
     print(f"--- {who} pid {os.getpid()} {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
     return log
+
+
+def _own_node() -> str:
+    import ray
+
+    return ray.get_runtime_context().get_node_id()
 
 
 def _own_address() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from actors.cluster.futures import AgreedFuture, GroupFuture, WorkerFuture
 from actors.cluster.health import Members, ProcessEvent, ProcessState
 from actors.cluster.liveness import Liveness
 from actors.cluster.measured_limits import MeasuredLimits
+from actors.cluster.patient_clock import patient
 from actors.cluster.spec import LimitsSpec, Phase, RoleSpec, bundle
 from actors.cluster.supervision import Supervision
 from actors.cluster.worker import Worker
@@ -164,7 +164,8 @@ class WorkerGroup:
             if kindly and self.fleet.members[r].state in (ProcessState.STARTING, ProcessState.HEALTHY)
         ]
         try:
-            waiting.wait({r: self._actors[r].stop.remote() for r in alive}, self.limits.of("stop"))
+            with contextlib.suppress(RunFailure):  # Ray is lost: they end with it.
+                waiting.wait({r: self._actors[r].stop.remote() for r in alive}, self.limits.of("stop"))
         finally:
             for actor in self._actors:
                 ray.kill(actor)
@@ -249,11 +250,18 @@ class WorkerGroup:
         """Take a rank for suspect whose caller, with a deadline of its own, had no answer for `seconds`."""
         return self.liveness.overdue([rank], phase, seconds)
 
+    def lost(self, calls: Iterable[int], since: float, phase: Phase) -> dict[int, RunFailure]:
+        """Of ranks that were called at `since` (`patient()`), those that stand still, which are suspect from
+        now on."""
+        present = {rank: self.fleet.members[rank].generation for rank in calls}
+        found = self.liveness.lookout.lost(present, patient() - since)
+        return {rank: self.liveness.given_up({rank: why}, phase, present) for rank, why in found.items()}
+
     def look_after(self, ranks: Iterable[int]) -> None:
         """See which of these processes, which have nothing to do, still answer: others are suspect or dead
         after that. Never raises."""
         asked = {rank: self._actors[rank].ping.remote() for rank in ranks if self.fleet.serves(rank)}
-        began = time.monotonic()
+        began = patient()
         for rank, ref in asked.items():
             with contextlib.suppress(RunFailure):
                 self.liveness.finisher({rank: ref}, "ping")({rank: ref}, "call", began)
@@ -311,11 +319,13 @@ class WorkerGroup:
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self._placement, rank),
         }
         env = actor_environment(self.role.threads, one_node=_one_node()) | self._env
-        return (
+        actor = (
             ray.remote(Worker)
             .options(**options)
             .remote(self.who(rank), str(self.liveness.log(rank)), env, self._preload)
         )
+        self.liveness.lookout.expect(rank, actor.ping.remote())
+        return actor
 
     def _asked(self) -> dict[str, float]:
         """Resources that one process asks Ray for, within its bundle."""

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from actors.batches.generations import Generations, SamplingSpec
 from actors.batches.slices import Asked, Progress
 from actors.cluster.futures import POLL_S, WorkerFuture, first_done
+from actors.cluster.patient_clock import patient
 from actors.errors import InvariantViolation, RunFailure
 from actors.rollout.lengths import Lengths
 from actors.rollout.pace import Pace
@@ -55,7 +56,7 @@ class Slice:
 
     answer: WorkerFuture[Progress] | None
     since: float
-    """When it was given samples last (time.monotonic())."""
+    """When it was given samples last (`patient()`)."""
     generation: int
     """Of the engine that got them."""
 
@@ -126,7 +127,7 @@ class RolloutPool:
         hashes = [key for key in (hash(tuple(prompt)) for prompt in prompts) for _ in range(sampling.n)]
         shares = Shares(hashes, sampling.max_tokens, self._lengths, self.group.size)
         one_each = sampling.model_copy(update={"n": 1})
-        call = Call(next(self._keys), requests, one_each, seeds, shares, time.monotonic())
+        call = Call(next(self._keys), requests, one_each, seeds, shares, patient())
         self._replace_lost(call)
         while call.shares or call.replacing:
             self._hand_out(call)
@@ -193,13 +194,13 @@ class RolloutPool:
         except RunFailure as failure:  # Another thread has just seen it die.
             self._take_back(call, rank, last.generation, failure)
             return
-        since = time.monotonic() if numbers else last.since
+        since = patient() if numbers else last.since
         call.slices[rank] = replace(last, answer=answer, since=since)
 
     def _slice_seconds(self, call: Call) -> float | None:
         if self.in_flight:
             return SLICE_S
-        elapsed = time.monotonic() - call.began
+        elapsed = patient() - call.began
         return None if self.group.size == 1 else max(SLICE_S, SLICE_SHARE * elapsed)
 
     def _collect(self, call: Call) -> None:
@@ -208,11 +209,14 @@ class RolloutPool:
         done = first_done(call.busy, POLL_S)
         for rank in call.busy:
             one = call.slices[rank]
-            waited = time.monotonic() - one.since
+            waited = patient() - one.since
+            lost = {} if rank in done else self.group.lost([rank], one.since, "generate")
             if rank in done:
                 self._take(call, rank, one)
             elif one.generation != self.engines[rank].generation:
                 self._lost(call, rank, RunFailure(self.group.who(rank), "generate", "it was replaced"))
+            elif rank in lost:
+                self._lost(call, rank, lost[rank])
             elif waited > limit:
                 self._lost(call, rank, self.group.overrun(rank, "generate", waited))
 
@@ -236,7 +240,7 @@ class RolloutPool:
         if not call.shares.held(rank):
             del call.slices[rank]
             if self.group.measured is not None:
-                waited = time.monotonic() - one.since
+                waited = patient() - one.since
                 self.group.measured.took(self.group.name, "generate", WHOLE, waited)
 
     def _lost(self, call: Call, rank: int, failure: RunFailure) -> None:

@@ -6,11 +6,11 @@ One that fails hides nothing of what the others did.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from actors.cluster.futures import POLL_S, WorkerFuture, first_done
+from actors.cluster.patient_clock import patient
 from actors.errors import LinkFailure, RunFailure, UserError
 from actors.sync.engine_set import EngineSet
 from actors.sync.protocol import Failure
@@ -40,7 +40,7 @@ def answers(engines: EngineSet, asked: Participants, calls: Asked) -> dict[int, 
 
 def as_answered(engines: EngineSet, asked: Participants, calls: Asked) -> Iterator[dict[int, Any]]:
     """Answers as they come, some at a time. The deadline, `limits.sync`, runs for all from the first look."""
-    began, limit = time.monotonic(), engines.group.limits.of("sync")
+    began, limit = patient(), engines.group.limits.of("sync")
     open_calls: dict[int, WorkerFuture[Any]] = {}
     failed = {}
     for rank, call in calls.items():
@@ -52,8 +52,9 @@ def as_answered(engines: EngineSet, asked: Participants, calls: Asked) -> Iterat
         yield failed
     while open_calls:
         done = first_done(open_calls, POLL_S)
-        if not done and time.monotonic() - began >= limit:
-            done = list(open_calls)
+        if not done:
+            over = patient() - began >= limit
+            done = list(open_calls) if over else [*engines.group.lost(open_calls, began, "sync")]
         if done:
             yield {rank: _answer(engines, rank, asked[rank], open_calls.pop(rank), began) for rank in done}
 

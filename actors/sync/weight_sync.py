@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from actors.cluster.futures import POLL_S, WorkerFuture
+from actors.cluster.patient_clock import patient
 from actors.cluster.turns import Turns
 from actors.cluster.worker_group import WorkerGroup
 from actors.errors import RunFailure
@@ -125,7 +126,7 @@ class WeightSync:
 
     def _welcome(self, loading: dict[int, WorkerFuture[dict[str, float]]]) -> None:
         """Wait for engines that load the base, all under one deadline; replace those that die over it."""
-        began = time.monotonic()
+        began = patient()
         loaded = {}
         for rank, call in loading.items():
             generation = self.engines[rank].generation

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from actors.cluster.meeting_point import open_meeting_point
+from actors.cluster.pulse import count_collectives
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -63,10 +64,14 @@ class Ranks:
             timeout=wait,
         )
         self._same_rows = self._one_each = None
+        self._joined: dict[str, dist.ProcessGroup] = {}
+        """Groups that this rank is in, by their ranks."""
+        self._know(dist.group.WORLD)
+        count_collectives(self._entered)
         if of_same_rows > 1:
             numbers = torch.arange(world_size).view(self.shares, of_same_rows)
-            self._same_rows = _own_group(numbers.tolist(), wait)
-            self._one_each = _own_group(numbers.t().tolist(), wait)
+            self._same_rows = self._know(_own_group(numbers.tolist(), wait))
+            self._one_each = self._know(_own_group(numbers.t().tolist(), wait))
 
     @cached_property
     def mesh(self) -> DeviceMesh | None:
@@ -85,8 +90,8 @@ class Ranks:
 
         if size < self.world_size:
             numbers = torch.arange(self.world_size).view(-1, size)
-            self._sharing = _own_group(numbers.tolist(), self._wait)
-            self._copies = _own_group(numbers.t().tolist(), self._wait)
+            self._sharing = self._know(_own_group(numbers.tolist(), self._wait))
+            self._copies = self._know(_own_group(numbers.t().tolist(), self._wait))
         group = self._sharing or dist.group.WORLD
         assert group is not None, "this rank has joined the others"
         # By another name PEFT would make LoRA's factors for this rank's part only.
@@ -153,7 +158,19 @@ class Ranks:
     def close(self) -> None:
         """Leave the group."""
         if self.world_size > 1 and dist.is_initialized():
+            count_collectives(None)
+            self._joined.clear()
             dist.destroy_process_group()
+
+    def _know(self, group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+        """Count the collectives of a group that this rank is in."""
+        if group is not None:
+            self._joined[_ranks_of(group)] = group
+        return group
+
+    def _entered(self) -> dict[str, int]:
+        """Collectives of each group that this rank has entered, by torch's own count."""
+        return {ranks: group._get_sequence_number_for_group() for ranks, group in [*self._joined.items()]}
 
 
 def _meet(init_method: str, rank: int, world_size: int, wait: timedelta) -> dist.TCPStore:
@@ -163,6 +180,13 @@ def _meet(init_method: str, rank: int, world_size: int, wait: timedelta) -> dist
     if rank == 0:
         return open_meeting_point(host, port, world_size, wait, wait=True)
     return dist.TCPStore(host, port, world_size, False, wait, wait_for_workers=True)
+
+
+def _ranks_of(group: dist.ProcessGroup) -> str:
+    """The ranks of a group, in short: "0-3", or "0, 2"."""
+    ranks = dist.get_process_group_ranks(group)
+    first, last = ranks[0], ranks[-1]
+    return f"{first}-{last}" if ranks == [*range(first, last + 1)] else ", ".join(map(str, ranks))
 
 
 def _own_group(groups: list[list[int]], timeout: timedelta) -> dist.ProcessGroup | None:

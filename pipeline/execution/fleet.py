@@ -107,7 +107,7 @@ class Fleet:
         failed, lost = False, None
         if self._ray:
             failed = isinstance(error, Exception) and not isinstance(error, UserError | Stopped)
-            lost = ray_lost()
+            lost = ray_lost(now=True)
             kept = stop_ray(failed)
             if kept is not None:
                 self._note(f"Ray's own logs of this run are kept in {kept}")

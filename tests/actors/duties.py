@@ -19,6 +19,7 @@ class Duty:
 
     def __init__(self, greeting: str = "hello", rank: int = 0, world_size: int = 1, **where: Any) -> None:
         self.greeting, self.rank, self.world_size, self.where = greeting, rank, world_size, where
+        self.ranks: Any = None
 
     def greet(self, name: str) -> str:
         print(f"greeting {name}")
@@ -86,6 +87,21 @@ class Duty:
         out = [torch.zeros(1) for _ in range(self.world_size)]
         dist.all_gather(out, torch.full((1,), float(self.rank)))
         return [float(t) for t in out]
+
+    def meet(self, hangs: int | None = None) -> float:
+        """A sum over all ranks, as models do it; rank `hangs` does not come to a second one."""
+        import torch
+
+        from actors.trainer.process_groups import Ranks
+
+        if self.ranks is None:
+            self.ranks = Ranks(self.rank, self.world_size, **self.where)
+        found = float(self.ranks.sum_gradient_(torch.ones(1)))
+        if hangs is not None:
+            if hangs == self.rank:
+                time.sleep(60)
+            self.ranks.sum_gradient_(torch.ones(1))
+        return found
 
     def array(self, n: int) -> np.ndarray:
         return np.arange(n)

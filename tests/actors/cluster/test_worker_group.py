@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from actors.batches.batch import Batch
-from actors.cluster import measured_limits
+from actors.cluster import hung, lookout, measured_limits
 from actors.cluster.futures import AgreedFuture, GroupFuture
 from actors.cluster.health import ProcessState
 from actors.cluster.independent import bring_up
@@ -267,6 +268,40 @@ def test_a_stopped_process_that_has_nothing_to_do_is_found_by_looking_after_it(
     assert time.monotonic() - began < 4
     assert group.fleet.members[0].state is ProcessState.HEALTHY
     assert group.fleet.members[1].state is ProcessState.SUSPECT
+
+
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+def test_a_stopped_rank_is_named_alone_well_before_the_deadline(
+    start: Start, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """`elsewhere`: as if it were on another machine, by a task that Ray runs there."""
+    monkeypatch.setattr(hung, "STOPPED_S", 2.0)
+    monkeypatch.setattr(lookout, "LOOK_S", 0.5)
+    monkeypatch.setattr(lookout, "AWAY_S", 0.5)
+    if where == "elsewhere":
+        monkeypatch.setattr(lookout, "machine", lambda: "another")
+    group = built(start())
+    pending = group.submit("sleep", 100.0, phase="update")
+    os.kill(group_pid(group, 1), signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(RunFailure, match=r"policy-1 .*its process was stopped \(SIGSTOP\) for 2 s"):
+        pending.result()
+    assert time.monotonic() - began < 30
+    assert group.fleet.members[0].state is ProcessState.HEALTHY
+    assert group.fleet.members[1].state is ProcessState.SUSPECT
+
+
+def test_a_rank_that_does_not_come_to_a_collective_is_told_from_the_one_that_waits_there(
+    start: Start,
+) -> None:
+    group = built(start(limits=LimitsSpec(start=60, update=4, stop=1)))
+    assert group.call("meet") == [2.0, 2.0]
+    with pytest.raises(RunFailure) as caught:
+        group.call("meet", 1, phase="update")
+    assert caught.value.who == "policy-1"
+    waits = r"rank 0 waits for it in collective \d+ of ranks 0-1 \(meet\)"
+    assert re.fullmatch(rf"no answer within \d s \(limits.update\): {waits}", caught.value.reason)
+    assert [member.state for member in group.fleet.members] == [ProcessState.HEALTHY, ProcessState.SUSPECT]
 
 
 def test_calls_that_queue_up_have_not_overrun_anything(start: Start) -> None:
