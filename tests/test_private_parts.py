@@ -34,6 +34,7 @@ ATTRIBUTES = {
     "torch": {
         "_cdata",
         "_disabled_torch_function_impl",
+        "_get_sequence_number_for_group",
         "_make_wrapper_subclass",
         "_schema",
         "_timeout",

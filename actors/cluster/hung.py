@@ -50,7 +50,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the looks at one process have shown; all times in seconds of one clock."""
+    """Outcome of all looks at one process; times in seconds of one clock."""
 
     last: Look
     at: float

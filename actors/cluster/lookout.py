@@ -30,7 +30,7 @@ AWAY_S = 10.0
 
 @dataclass(frozen=True)
 class Whereabouts:
-    """Where a process is, as it says itself."""
+    """Place of a process, as it says itself."""
 
     pid: int
     machine: str
@@ -41,7 +41,7 @@ class Whereabouts:
 
 
 class Lookout:
-    """What is known of the processes of one group. For use by several threads."""
+    """Looks at the processes of one group, and what they have shown. For use by several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -49,7 +49,7 @@ class Lookout:
         self._places: dict[int, Whereabouts] = {}
         self._seen: dict[int, Seen] = {}
         self._looked = {True: -AWAY_S, False: -AWAY_S}
-        """When, here and elsewhere."""
+        """Time of the last looks, here and elsewhere."""
         self._asked: list[ObjectRef] = []
         self._here = machine()
 

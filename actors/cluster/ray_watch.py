@@ -81,7 +81,7 @@ class RayWatch:
         another way than by `end`, as a program does that calls Ray's own shutdown; `probes`: by the name of
         what they ask; `own`: the processes go with this one."""
         self.lost: str | None = None
-        """What became of a process that is lost, with its name."""
+        """Fate of a process that is lost, with its name."""
         self._processes = {name: _found(pid) for name, pid in processes.items()}
         self._in_use, self._probes, self._own = in_use, dict(probes or {}), own
         self._ending, self._unwound = threading.Event(), threading.Event()
@@ -107,7 +107,7 @@ class RayWatch:
                 process.kill()
 
     def look(self) -> str | None:
-        """What became of a process that is lost, by a look at all of them; None while all is well."""
+        """Fate of a process that is lost, by a look at all of them; None while all is well."""
         with self._looking:
             if self.lost is None and not self._ending.is_set():
                 lost = self._seen()
