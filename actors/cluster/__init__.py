@@ -11,7 +11,7 @@ from actors.cluster.connection import (
     stop_ray,
 )
 from actors.cluster.environment import SHIPPED, actor_environment, passed_on
-from actors.cluster.futures import AgreedFuture, GroupFuture, WorkerFuture
+from actors.cluster.futures import AgreedFuture, GroupFuture, WorkerFuture, look_up, looking_up
 from actors.cluster.independent import bring_up
 from actors.cluster.joined_cluster import asks_for_token, match_tokens
 from actors.cluster.measured_limits import MeasuredLimits
@@ -52,6 +52,8 @@ __all__ = [
     "is_local",
     "local_memory",
     "local_resources",
+    "look_up",
+    "looking_up",
     "match_tokens",
     "passed_on",
     "private",

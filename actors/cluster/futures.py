@@ -7,7 +7,8 @@ that says which rank, in which phase, and why.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -31,6 +32,32 @@ TIMED_OUT = ("Timed out waiting", "Watchdog caught collective operation timeout"
 
 POLL_S = 0.5
 """Longest stretch inside Ray without a look at signals."""
+
+
+_check: ContextVar[Callable[[], None] | None] = ContextVar("check", default=None)
+
+
+@contextlib.contextmanager
+def looking_up(check: Callable[[], None]) -> Iterator[None]:
+    """While it lasts, this thread calls `check`, which may raise, every `POLL_S` while it waits for answers;
+    not in waits of `check` itself."""
+    before = _check.set(check)
+    try:
+        yield
+    finally:
+        _check.reset(before)
+
+
+def look_up() -> None:
+    """Call what `looking_up` was given."""
+    check = _check.get()
+    if check is None:
+        return
+    before = _check.set(None)
+    try:
+        check()
+    finally:
+        _check.reset(before)
 
 
 @dataclass(frozen=True)
@@ -87,6 +114,7 @@ def wait(
     deadline = patient() + limit_s
     while open_refs:
         refuse_lost_ray()
+        look_up()
         left = deadline - patient()
         done, open_refs = ray.wait(open_refs, num_returns=1, timeout=max(0.0, min(POLL_S, left)))
         if not done and left <= 0:
@@ -213,6 +241,7 @@ def first_done(calls: Mapping[int, WorkerFuture], limit_s: float) -> list[int]:
     import ray
 
     refuse_lost_ray()
+    look_up()
     refs = [call.ref for call in calls.values()]
     if not refs:
         return []

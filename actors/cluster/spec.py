@@ -116,6 +116,9 @@ class LimitsSpec(Spec):
     """One weight sync, from gathering to verification."""
     call: float = Field(default=120, gt=0)
     """Any other call (describe, digest, counters)."""
+    grace: float = Field(default=25, gt=0)
+    """From SIGTERM to the SIGKILL that a scheduler sends next: a checkpoint is complete by then, if need be
+    without the step in flight."""
     stop: float = Field(default=5, gt=0)
     """A clean end of an actor, before it is killed."""
     max_restarts: int = Field(default=3, ge=0)

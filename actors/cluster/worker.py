@@ -132,6 +132,22 @@ class Worker:
             with self._trace.call(method, phase, names), self._pulse.during(method, names.get("step")):
                 return work(*args, **kwargs)
 
+    def call_aside(self, method: str, phase: str, args: Sequence[object]) -> object:
+        """`call`, in a thread of its own, while another call works. No deadline is watched here.
+
+        Raises: as `call`.
+        """
+        try:
+            if self._object is None:
+                raise RuntimeError(f"{self.who} was asked to {method} before it was built")
+            with self._trace.call(method, phase):
+                return operator.attrgetter(method)(self._object)(*args)
+        except (UserError, RunFailure):
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            raise self._as_failure(error, phase) from None
+
     def call_alike(
         self, asked: Asked, own: Sequence[str], exact: bool, hands_over: bool, *args: object
     ) -> Answer:

@@ -34,6 +34,9 @@ GUEST_SHARE = 0.5
 """Of a GPU, in Ray's count, for a process that takes turns with the one whose bundle it is in. Ray puts two
 processes on one GPU only where each asks for a part of it."""
 
+ASIDE = "aside"
+"""Ray's name of the thread of a process for calls beside the others, which stay on its main thread."""
+
 
 @dataclass(frozen=True)
 class Making:
@@ -190,6 +193,13 @@ class WorkerGroup:
         ray.kill(self._actors[rank])
         self._actors[rank] = self._start_rank(rank)
 
+    def end(self, rank: int) -> None:
+        """Kill the process of a rank that stands still, so that those who wait for it are told; it has to be
+        restarted."""
+        import ray
+
+        ray.kill(self._actors[rank])
+
     # --- Calls --------------------------------------------------------------------------------------
 
     def submit(self, method: str, *args: object, phase: Phase = "call", **kwargs: object) -> GroupFuture[Any]:
@@ -245,6 +255,13 @@ class WorkerGroup:
     ) -> Any:
         """`submit_rank` and wait: that rank's value. Raises as `GroupFuture.result`."""
         return self.submit_rank(rank, method, *args, phase=phase, **kwargs).result()
+
+    def call_aside(self, rank: int, method: str, *args: object, phase: Phase = "call") -> Any:
+        """`call_rank`, of a method that may work beside the one that the rank is busy with."""
+        (actor,) = self._checked([rank], phase)
+        asked = actor.call_aside.options(concurrency_group=ASIDE).remote(method, phase, args)
+        (value,) = self.liveness.finish({rank: asked}, phase)
+        return value
 
     def overrun(self, rank: int, phase: Phase, seconds: float) -> RunFailure:
         """Take a rank for suspect whose caller, with a deadline of its own, had no answer for `seconds`."""
@@ -320,7 +337,7 @@ class WorkerGroup:
         }
         env = actor_environment(self.role.threads, one_node=_one_node()) | self._env
         actor = (
-            ray.remote(Worker)
+            ray.remote(concurrency_groups={ASIDE: 1})(Worker)
             .options(**options)
             .remote(self.who(rank), str(self.liveness.log(rank)), env, self._preload)
         )

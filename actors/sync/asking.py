@@ -59,6 +59,17 @@ def as_answered(engines: EngineSet, asked: Participants, calls: Asked) -> Iterat
             yield {rank: _answer(engines, rank, asked[rank], open_calls.pop(rank), began) for rank in done}
 
 
+def end_those_that_stand_still(engines: EngineSet, asked: Participants, sending: WorkerFuture[Any]) -> None:
+    """Wait until the trainer has sent something, whatever comes of it. An engine that is stopped meanwhile is
+    ended: the trainer is free again as soon as the other end of the connection is gone."""
+    began = patient()
+    while not first_done({0: sending}, POLL_S):
+        for rank in engines.group.lost(asked, began, "sync"):
+            engines.group.end(rank)
+        if patient() - began >= engines.group.limits.of("sync"):
+            return
+
+
 def _answer(engines: EngineSet, rank: int, generation: int, call: WorkerFuture[Any], began: float) -> Any:
     try:
         return call.result(began)

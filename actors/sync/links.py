@@ -33,13 +33,14 @@ class Link:
     """`TOP`, or an engine."""
     parent_generation: int
     level: int
-    """Number of times that what comes this way was sent."""
+    """Number of times that what comes this way was sent; with parts that follow, one more."""
     hop_s: float
     """Deadline of each time."""
 
     @property
     def receives_s(self) -> float:
-        """Deadline of the receiving end: those above may use up theirs."""
+        """Deadline of the receiving end: those above may use up theirs, and whoever sends part after part may
+        have waited for another engine that hangs."""
         return self.level * self.hop_s
 
 
@@ -65,10 +66,11 @@ class Links:
     def plan(
         self, engines: Participants, leaves: Collection[int] = (), direct: bool = False
     ) -> dict[int, Link]:
-        """The connection of each engine; `leaves`: pass nothing on; `direct`: nobody does."""
+        """The connection of each engine; `leaves`: pass nothing on; `direct`: nobody does, as parts
+        follow."""
         nodes = {rank: self._facts[rank][1].address for rank in engines}
         parents = dict.fromkeys(engines, TOP) if direct else relay_tree(nodes, self._fan_out, leaves)
-        level = levels(parents)
+        level = {rank: level + direct for rank, level in levels(parents).items()}
         hop_s = CHANNEL_SHARE * self._engines.group.limits.of("sync") / max(level.values(), default=1)
         return {
             rank: Link(generation, parents[rank], engines.get(parents[rank], 0), level[rank], hop_s)

@@ -15,7 +15,7 @@ from actors.cluster.futures import GroupFuture, WorkerFuture
 from actors.cluster.worker_group import WorkerGroup
 from actors.errors import InvariantViolation, RunFailure
 from actors.sync import protocol
-from actors.sync.asking import Asked, Participants, answers, ask
+from actors.sync.asking import Asked, Participants, answers, ask, end_those_that_stand_still
 from actors.sync.engine_set import EngineSet
 from actors.sync.engine_state import WeightsEvent
 from actors.sync.links import Links
@@ -120,7 +120,9 @@ class Phases:
             return protocol.decide_links(failed, parents)
         below = children(parents, [TOP, *engines])
         asked = self._ask(engines, lambda rank: self._calls.stage(rank, offer.version, below[rank]))
-        unreached = self.source.send(below[TOP]).result()
+        sending = self.source.send(below[TOP])
+        end_those_that_stand_still(self.engines, engines, sending)
+        unreached = sending.result()
         answers = self._answers(engines, asked)
         for rank, reason in unreached.items():
             # Whatever it says itself: without a connection it has to be brought up again.
@@ -157,7 +159,10 @@ class Phases:
         """
         version, committed = loading.version, {}
         answers = self._answers(loading.engines, loading.asked)
-        sent = None if loading.later is None else loading.later.result()[0]
+        sent = None
+        if loading.later is not None:
+            end_those_that_stand_still(self.engines, loading.engines, loading.later.each()[0])
+            sent = loading.later.result()[0]
         for rank, answer in answers.items():
             generation = loading.engines[rank]
             if isinstance(answer, Failure):

@@ -149,5 +149,8 @@ class ModelWorkers:
     def save_checkpoint(self, directory: str | Path, role: str | None = None) -> None:
         self.group.call("saving.save_checkpoint", directory, role, phase="save")
 
+    def save_before(self, directory: str | Path, steps: int, role: str | None = None) -> bool:
+        return self.group.call_aside(0, "saving.save_before", directory, steps, role, phase="save")
+
     def load_checkpoint(self, directory: str | Path, role: str | None = None) -> int:
         return self.group.call_alike("saving.load_checkpoint", directory, role, phase="restore")

@@ -74,6 +74,22 @@ class Saving:
             training.save(Path(directory), write=self._writes)
         self._state.ranks.wait()
 
+    def save_before(self, directory: str | Path, steps: int, role: str | None = None) -> bool:
+        """As `save_checkpoint`, while the other thread of this rank works on step `steps`: until that is
+        applied, all is still as the step before has left it. For the first rank alone, which has all of it.
+
+        Returns:
+            False where that step was applied already, or ranks hold slices of what is trained.
+        """
+        training = self._updates.training_of(role)
+        if training.is_sharded:
+            return False
+        with training.committing:
+            if training.steps_done != steps:
+                return False
+            training.save(Path(directory), write=self._writes)
+        return True
+
     def load_checkpoint(self, directory: str | Path, role: str | None = None) -> int:
         """Go on from a role's checkpoint, after `prepare_training` with the same settings.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -44,6 +45,8 @@ class Training:
         self.optimizer = make_optimizer(self.buckets, spec)
         self.scheduler = make_scheduler(self.optimizer, spec, total_steps)
         self.check = GradientCheck(self.parameters, self.ranks)
+        self.committing = threading.Lock()
+        """Held while what a checkpoint holds changes, or another thread writes it."""
         self.steps_done = 0
         self.num_tokens = 0
 
@@ -130,10 +133,11 @@ class Training:
         if self.spec.max_grad_norm > 0:
             members = [bucket.flat for bucket in self.buckets]
             torch.nn.utils.clip_grads_with_norm_(members, self.spec.max_grad_norm, norm)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.steps_done = step + 1
-        self.num_tokens += n_tokens
+        with self.committing:
+            self.optimizer.step()
+            self.scheduler.step()
+            self.steps_done = step + 1
+            self.num_tokens += n_tokens
         return {**metrics, "num_tokens": float(self.num_tokens)}
 
     def _check_finite(self, step: int, values: dict[str, float]) -> None:

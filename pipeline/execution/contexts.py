@@ -87,7 +87,6 @@ class Contexts:
             rollout=pool,
             sync=sync,
             tokenizer=tokenizer,
-            note=events.note,
             turns=turns,
             replay_compare_steps=self.config.model.moe.router_replay_compare_steps,
         )
@@ -105,6 +104,7 @@ class Contexts:
             "limits": self.fleet.measured or MeasuredLimits(self.config.limits),
             "on_step": events.on_step,
             "on_log": events.on_log,
+            "note": events.note,
             "card": lambda path, metrics: write_stage_card(self.config, node, path, metrics),
         }
 

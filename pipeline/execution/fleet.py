@@ -44,7 +44,7 @@ from pipeline.execution.turns import turns_of
 from pipeline.monitoring.phases import phase
 from pipeline.planning.resources import machine_problems
 from pipeline.roles import ENGINE_ROLES, POLICY, REFERENCE, ROLES, ROLLOUT, evaluation_roles, roles_of
-from pipeline.stages.context import Stopped
+from pipeline.stages.context import GivenUp, Stopped
 from pipeline.stages.offline.reference import ReferenceFeed
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Fleet:
         if not self.local:  # A local cluster takes its actors with it.
             # Last started, first ended: some are in the bundles of others.
             for group in reversed(self._groups.values()):
-                group.shutdown(kindly=kind is not KeyboardInterrupt)
+                group.shutdown(kindly=not isinstance(error, KeyboardInterrupt | GivenUp))
         failed, lost = False, None
         if self._ray:
             failed = isinstance(error, Exception) and not isinstance(error, UserError | Stopped)

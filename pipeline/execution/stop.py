@@ -17,6 +17,7 @@ import select
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,8 @@ class StopRequests:
         self._cut = self._interrupted = self._forced = self._poked = False
         self._again: Doing | None = None
         """Work that was cut short, and goes on all the same."""
+        self._term: float | None = None
+        """Time of the first SIGTERM (time.monotonic())."""
         self._by_file = 0
         """1: the file asked first, and what comes next is the second request."""
         self._own = False
@@ -165,6 +168,10 @@ class StopRequests:
         self._look_for_file()
         return bool(self._signals) or self._asked
 
+    def left(self, grace_s: float) -> float | None:
+        """Seconds that are left of a grace period, which SIGTERM begins; None: there was none."""
+        return None if self._term is None else self._term + grace_s - time.monotonic()
+
     # --- Signals ----------------------------------------------------------------------------------
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -175,6 +182,8 @@ class StopRequests:
             return
         else:
             self._signals += 1
+            if number == signal.SIGTERM and self._term is None:
+                self._term = time.monotonic()
             self._stopped = self._stopped or self._doing
         if self._doing.ends:
             return

@@ -22,6 +22,14 @@ class Stopped(Exception):
     """The user asked to stop and everything is saved."""
 
 
+class GivenUp(Stopped):
+    """All before the step in flight is saved, which ranks still work on."""
+
+
+class Applied(Exception):
+    """The state before a step can't be saved any more, or not while ranks work on it."""
+
+
 class Stops(Protocol):
     """Requests to stop, as a stage asks about them."""
 
@@ -31,6 +39,9 @@ class Stops(Protocol):
 
     def asked(self) -> bool:
         """The run should save and stop."""
+
+    def left(self, grace_s: float) -> float | None:
+        """Seconds that are left of a grace period; None: nobody has asked who won't wait."""
 
 
 class WorkTime:
@@ -72,6 +83,8 @@ class StageContext:
     stop: Stops
     on_step: Callable[[int, dict[str, Any]], None]
     on_log: Callable[[dict[str, Any]], None]
+    note: Callable[[str], None]
+    """Tells the user."""
     limits: MeasuredLimits
     """Deadlines of this stage, which is to say how much larger its steps can become."""
     time: WorkTime

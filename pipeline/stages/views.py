@@ -111,6 +111,11 @@ class View:
         """Write all that training needs to go on bit for bit."""
         self.workers.save_checkpoint(directory, self.role)
 
+    def save_before(self, directory: str | Path, steps: int) -> bool:
+        """As `save_checkpoint`, while optimizer step `steps` is being worked on, and as if it had not begun;
+        False where that can't be done."""
+        return self.workers.save_before(directory, steps, self.role)
+
     def load_checkpoint(self, directory: str | Path) -> None:
         """Go on from a checkpoint, after `prepare` with the same settings."""
         self.workers.load_checkpoint(directory, self.role)

@@ -47,7 +47,7 @@ class RecordingGroup:
     ) -> RecordingGroup:
         return self.submit(method, *args, **kwargs)
 
-    call_rank = submit_rank
+    call_rank = call_aside = submit_rank
 
     def result(self) -> RecordingGroup:
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from actors.algorithms import DpoLoss, KtoLoss
@@ -12,6 +13,7 @@ from pipeline.artifacts.identity import Decision, checkpoints
 from pipeline.artifacts.manifest import Manifest, new_directory
 from pipeline.stages.checks import check_first_step, check_unmoved
 from pipeline.stages.context import (
+    Applied,
     Saves,
     StageContext,
     Stopped,
@@ -20,6 +22,7 @@ from pipeline.stages.context import (
     seconds_before,
     sound_checkpoint,
 )
+from pipeline.stages.grace import Grace
 from pipeline.stages.metrics import MetricsLog
 from pipeline.stages.prepared import PreparedStage
 
@@ -54,6 +57,7 @@ def train(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> Manife
         checkpoint=decision.checkpoint,
     )
     steps, saves = Steps(stage, ctx), Saves(stage, step)
+    grace = Grace(ctx.stop, ctx.limits.limits.grace, ctx.note)
     ctx.time.begin(seconds_before(decision))
     try:
         if evaluates_at(stage, step) and not log.evaluated(step):
@@ -63,7 +67,8 @@ def train(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> Manife
                 if step > saves.step:
                     save_checkpoint(stage, ctx, step, log)
                 raise Stopped(f"{stage.name} at step {step} of {stage.total_steps}")
-            metrics = steps.end(step)
+            with grace.step(step + 1, partial(saved_before, stage, ctx, step, log, saves)):
+                metrics = steps.end(step)
             step += 1
             saving, evaluating = saves.due(step), evaluates_at(stage, step)
             if not (saving or evaluating or step == stage.total_steps):
@@ -72,7 +77,8 @@ def train(stage: PreparedStage, ctx: TrainContext, decision: Decision) -> Manife
             if evaluating:
                 evaluate(stage, ctx, step, log)
             if saving:
-                save_checkpoint(stage, ctx, step, log)
+                with grace.saving():
+                    save_checkpoint(stage, ctx, step, log)
                 saves.made(step)
         if stage.eval_data is not None:
             ctx.on_log(log.write({"step": step, **evaluate_loss(stage, ctx)}))
@@ -185,11 +191,31 @@ def restore(ctx: TrainContext, decision: Decision) -> int:
     return int(decision.manifest.step or 0)
 
 
-def save_checkpoint(stage: PreparedStage, ctx: TrainContext, step: int, log: MetricsLog) -> None:
-    """Write a checkpoint whole, then remove those beyond `save_total_limit`."""
+def saved_before(stage: PreparedStage, ctx: TrainContext, step: int, log: MetricsLog, saves: Saves) -> bool:
+    """True once what was there before step `step` (from 0), which ranks work on, is on disk."""
+    if step != saves.step:
+        try:
+            save_checkpoint(stage, ctx, step, log, in_flight=True)
+        except Applied:
+            return False
+    return True
+
+
+def save_checkpoint(
+    stage: PreparedStage, ctx: TrainContext, step: int, log: MetricsLog, *, in_flight: bool = False
+) -> None:
+    """Write a checkpoint whole, then remove those beyond `save_total_limit`. `in_flight`: ranks work on the
+    step after it.
+
+    Raises:
+        Applied: that step was applied already.
+    """
     path = ctx.directory / f"checkpoint-{step}"
     with new_directory(path, ctx.manifest("checkpoint", stage, step=step)) as aside:
-        ctx.policy.save_checkpoint(str(aside))
+        if not in_flight:
+            ctx.policy.save_checkpoint(str(aside))
+        elif not ctx.policy.save_before(str(aside), step):
+            raise Applied
         log.save(aside)
     for old in checkpoints(ctx.directory)[stage.spec.save_total_limit :]:
         shutil.rmtree(old)

@@ -51,8 +51,6 @@ class RlContext(StageContext):
     rollout: RolloutPool
     sync: WeightSync
     tokenizer: Any
-    note: Callable[[str], None]
-    """Tells the user."""
     turns: Turns = field(default_factory=Turns)
     """Of policy and engines, where they share a device."""
     replay_compare_steps: int = 0
@@ -109,10 +107,12 @@ class RlLoop:
         self.compared = False
         """An update of this run has been compared with log-probabilities that were computed before it."""
         self.num_tokens = self.restarts = 0
+        self.before: dict[str, float] = self.state()
+        """`state` before the present step."""
 
     def step(self, step: int) -> StepResult:
         """One RL step, from version `step` of the policy to version `step + 1`, served by every engine."""
-        clock = Clock()
+        clock, self.before = Clock(), self.state()
         with clock("generate"):
             sampled = self.prefetcher.take(step)
         if self.ctx.turns.alternate:

@@ -16,7 +16,7 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.batches import Generations, sample_seed
-from actors.cluster import Turns
+from actors.cluster import Turns, look_up
 from actors.errors import RunFailure
 from pipeline.data.tokens.prompts import PromptData
 from pipeline.stages.online.rewards import Rewards
@@ -33,6 +33,9 @@ from pipeline.stages.prepared import PreparedRl
 if TYPE_CHECKING:
     from actors.rollout.pool import RolloutPool
     from pipeline.stages.online.rewards import RewardComputer
+
+LOOK_UP_S = 0.5
+"""Longest wait for a batch without a look at what else there is to do."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +128,15 @@ class Prefetcher:
         self._batches: dict[int, Future[SampledBatch]] = {}
         self._asked: queue.SimpleQueue[tuple[int, Future[SampledBatch]]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._before: dict[int, Future[SampledBatch]] = {}
+        """Batches that were there, or under way, before the last `take`."""
 
     def take(self, step: int) -> SampledBatch:
         """The batch of a step, once it is there; sampling of later ones begins.
 
         Raises: what sampling raised.
         """
+        self._before = dict(self._batches)
         if not self.staleness:
             return self._sample(step)
         for later in range(step, min(step + self.staleness, self.steps - 1) + 1):
@@ -138,16 +144,24 @@ class Prefetcher:
                 self._batches[later] = Future()
                 self._asked.put((later, self._batches[later]))
                 self._awake()
-        return self._batches.pop(step).result()
+        taken = self._batches.pop(step)
+        while not taken.done():
+            look_up()
+            wait([taken], LOOK_UP_S)
+        return taken.result()
 
     def settle(self) -> None:
         """Wait until all that was asked for is sampled. Raises: what sampling raised."""
         for batch in self._batches.values():
             batch.result()
 
-    def save(self, directory: Path) -> None:
-        """Write every batch that was sampled for a later step."""
-        for step, batch in self._batches.items():
+    def save(self, directory: Path, *, before: bool = False) -> None:
+        """Write every batch that was sampled for a later step; `before`: as before the last `take`, but for
+        what engines still sample, which other weights may have changed (`in_flight: keep`)."""
+        there = self._batches
+        if before:
+            there = {step: batch for step, batch in self._before.items() if batch.done()}
+        for step, batch in there.items():
             save_sampled(directory / f"drawn-{step}.safetensors", batch.result())
 
     def load(self, directory: Path, data: PromptData) -> None:

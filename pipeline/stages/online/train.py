@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 from pipeline.artifacts.identity import Decision, checkpoints
 from pipeline.artifacts.manifest import Manifest, new_directory, write_json
 from pipeline.stages.checks import check_unmoved
-from pipeline.stages.context import Saves, Stopped, begins_step, finish, seconds_before, sound_checkpoint
+from pipeline.stages.context import (
+    Applied,
+    GivenUp,
+    Saves,
+    Stopped,
+    begins_step,
+    finish,
+    seconds_before,
+    sound_checkpoint,
+)
+from pipeline.stages.grace import Grace
 from pipeline.stages.metrics import MetricsLog
 from pipeline.stages.online.loop import RlContext, RlLoop, StepResult
 from pipeline.stages.online.routing import Routing
@@ -47,6 +58,7 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
         for name in ("samples.jsonl", "routing.jsonl")
     )
     interrupted, saves = False, Saves(stage, step)
+    grace = Grace(ctx.stop, ctx.limits.limits.grace, ctx.note)
     ctx.time.begin(seconds_before(decision))
     try:
         while step < stage.total_steps:
@@ -54,7 +66,8 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
                 if step > saves.step:
                     save_checkpoint(loop, step, log)
                 raise Stopped(f"{stage.name} at step {step} of {stage.total_steps}")
-            result = loop.step(step)
+            with grace.step(step + 1, partial(saved_before, loop, step, log, saves)):
+                result = loop.step(step)
             step += 1
             result.metrics["epoch"] = round(stage.epoch(step), 4)
             line = log.add(step, result.metrics, final=step == stage.total_steps)
@@ -66,13 +79,14 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
                 keep_samples(samples, step, result, stage.spec.num_generations)
                 keep_routing(ctx.directory, routing, step, result.routing)
             if saves.due(step):
-                save_checkpoint(loop, step, log)
+                with grace.saving():
+                    save_checkpoint(loop, step, log)
                 saves.made(step)
         ctx.turns.to_policy()
         for host, digest in frozen_digests(roles).items():
             check_unmoved(stage.name, frozen[host], digest, host)
         return finish(stage, ctx, log.last)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, GivenUp):
         interrupted = True
         raise
     finally:
@@ -111,19 +125,43 @@ def restore(loop: RlLoop, decision: Decision) -> int:
     return int(decision.manifest.step or 0)
 
 
-def save_checkpoint(loop: RlLoop, step: int, log: MetricsLog) -> None:
+def saved_before(loop: RlLoop, step: int, log: MetricsLog, saves: Saves) -> bool:
+    """True once what was there before step `step` (from 0), which is being worked on, is on disk."""
+    if step != saves.step:
+        if loop.ctx.turns.alternate:  # What is to be saved may be parked.
+            return False
+        try:
+            save_checkpoint(loop, step, log, in_flight=True)
+        except Applied:
+            return False
+    return True
+
+
+def save_checkpoint(loop: RlLoop, step: int, log: MetricsLog, *, in_flight: bool = False) -> None:
     """Write policy, critic, the loop's state and prefetched samples, then remove those beyond
-    `save_total_limit`."""
+    `save_total_limit`. `in_flight`: the step after it is being worked on.
+
+    Raises:
+        Applied: a part of that step was applied already.
+    """
     ctx, stage = loop.ctx, loop.stage
     ctx.turns.to_policy()
     path = ctx.directory / f"checkpoint-{step}"
+    updates = stage.updates_before(step)
+    warm = stage.updates_before(stage.critic_warmup_steps)
     with new_directory(path, ctx.manifest("checkpoint", stage, step=step)) as aside:
-        for name, view in (("policy", ctx.policy), ("critic", ctx.critic)):
+        for name, view, done in (
+            ("policy", ctx.policy, max(0, updates - warm)),
+            ("critic", ctx.critic, updates),
+        ):
             if view is not None:
                 (aside / name).mkdir()
-                view.save_checkpoint(str(aside / name))
-        write_json(aside / "loop.json", loop.state())
-        loop.prefetcher.save(aside)
+                if not in_flight:
+                    view.save_checkpoint(str(aside / name))
+                elif not view.save_before(str(aside / name), done):
+                    raise Applied
+        write_json(aside / "loop.json", loop.before if in_flight else loop.state())
+        loop.prefetcher.save(aside, before=in_flight)
         log.save(aside)
     for old in checkpoints(ctx.directory)[stage.spec.save_total_limit :]:
         shutil.rmtree(old)

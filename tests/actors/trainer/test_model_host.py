@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,34 @@ def test_resuming_from_a_checkpoint_is_exact_to_the_bit(
         without = policy_host(tiny_base, lora=lora.model_copy(update={"lora_dropout": 0.0}))
         without.updates.prepare_training("policy", OPTIM, 6)
         assert sft_curve(without, 6) != losses
+
+
+def test_a_checkpoint_that_is_written_while_a_step_is_worked_on_is_that_of_the_step_before(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = policy_host(tiny_base)
+    host.updates.prepare_training("policy", OPTIM, 6)
+    sft_curve(host, 2)
+    host.saving.save_checkpoint(tmp_path / "before")
+    training, within, go_on = host.updates.training, threading.Event(), threading.Event()
+    reduce = training.reduce_gradients
+
+    def held() -> None:
+        within.set()
+        assert go_on.wait(60)
+        reduce()
+
+    monkeypatch.setattr(training, "reduce_gradients", held)
+    step = threading.Thread(target=host.updates.update, args=(batch_at(2), SftLoss(), 2))
+    step.start()
+    assert within.wait(60)
+    assert host.saving.save_before(tmp_path / "aside", 2)
+    assert not host.saving.save_before(tmp_path / "wrong", 3)
+    go_on.set()
+    step.join(60)
+    assert not host.saving.save_before(tmp_path / "wrong", 2), "it was applied meanwhile"
+    for name in ("parameters.safetensors", "optimizer.safetensors", "state.json"):
+        assert (tmp_path / "aside" / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
 
 
 @pytest.mark.parametrize("schedule", ["constant", "constant_with_warmup", "inverse_sqrt"])
