@@ -110,6 +110,8 @@ class Liveness:
             late = [rank for rank in late if all(fault.rank != rank for fault in answers.faults)]
             if not (late and waiting.waited_in_vain(culprit)):
                 raise self._blame(culprit, phase, generations)
+            waited = f"{self.who(culprit.rank)} has waited for it in a collective until that timed out"
+            raise self.given_up(dict.fromkeys(late, waited), phase, generations)
         if answers.lost:
             raise self.given_up(answers.lost, phase, generations)
         if late:

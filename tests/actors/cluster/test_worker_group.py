@@ -294,13 +294,13 @@ def test_a_stopped_rank_is_named_alone_well_before_the_deadline(
 def test_a_rank_that_does_not_come_to_a_collective_is_told_from_the_one_that_waits_there(
     start: Start,
 ) -> None:
-    group = built(start(limits=LimitsSpec(start=60, update=4, stop=1)))
+    group = built(start(limits=LimitsSpec(start=60, logprobs=4, stop=1)))
     assert group.call("meet") == [2.0, 2.0]
     with pytest.raises(RunFailure) as caught:
-        group.call("meet", 1, phase="update")
+        group.call("meet", 1, phase="logprobs")
     assert caught.value.who == "policy-1"
     waits = r"rank 0 waits for it in collective \d+ of ranks 0-1 \(meet\)"
-    assert re.fullmatch(rf"no answer within \d s \(limits.update\): {waits}", caught.value.reason)
+    assert re.fullmatch(rf"no answer within \d s \(limits.logprobs\): {waits}", caught.value.reason)
     assert [member.state for member in group.fleet.members] == [ProcessState.HEALTHY, ProcessState.SUSPECT]
 
 
