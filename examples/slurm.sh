@@ -36,6 +36,7 @@ fi
 
 STOPPED=75 # exit code of a run that was stopped and has saved
 START_S=300 # seconds for all nodes to join
+GRACE_S=540 # seconds of those before the time is up (--signal) that a step may take; then it is given up
 
 # --- A signal is for the driver; one that comes earlier is remembered -------------------------------------
 asked=""
@@ -129,7 +130,7 @@ PY
 # --- The run -----------------------------------------------------------------------------------------------
 code=$STOPPED
 if [ -z "$asked" ]; then
-  raylign run "$@" ray.address="$address" &
+  raylign run "$1" limits.grace="$GRACE_S" "${@:2}" ray.address="$address" &
   driver=$!
   if [ -n "$asked" ]; then kill -TERM "$driver"; fi # it came in between
   code=0

@@ -197,6 +197,35 @@ def test_a_run_that_saves_by_time_goes_on_from_there_and_ends_with_the_same_adap
         assert adapter_digest(run, stage) == adapter_digest(undisturbed, stage), stage
 
 
+@pytest.mark.slow
+def test_a_step_that_is_longer_than_the_grace_is_given_up_and_the_one_before_it_saved(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    """Steps of some seconds, on two ranks."""
+    whole, given_up = tmp_path / "whole", tmp_path / "given-up"
+    commands = {}
+    for directory in (whole, given_up):
+        directory.mkdir()
+        command = command_for(directory, tiny_base)
+        commands[directory] = [
+            *command, "--until", "sft", "stages.sft.data.max_rows=6400", "stages.sft.batch_size=6000",
+            "stages.sft.max_steps=3", "stages.sft.eval_data=null", "stages.sft.eval_steps=null",
+            "roles.policy.workers=2", "limits.grace=3",
+        ]  # fmt: skip
+    complete(commands[whole], whole)
+    run = given_up / "run"
+    marked = Marked(commands[given_up], given_up)
+    when(marked.process, lambda: len(logged(run, "sft")) >= 2)
+    marked.process.send_signal(signal.SIGTERM)
+    said = marked.ends(75)
+    assert "step 3 is given up: " in said
+    assert "stopped after saving: before step 3." in said
+    assert [path.name for path in (run / "sft").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert "sft: continues from checkpoint-2" in complete(commands[given_up], given_up)
+    assert adapter_digest(run, "sft") == adapter_digest(whole / "run", "sft")
+    assert losses(run, "sft") == losses(whole / "run", "sft")
+
+
 START_UP: dict[str, Callable[[Marked, Path], bool]] = {
     "as soon as its processes begin": lambda marked, run: len(marked.left()) > 1,
     "while its first workers start": lambda marked, run: any((run / "logs").glob("policy-*.log")),
