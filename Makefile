@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= passive
 export KMP_BLOCKTIME ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo base lint format test test-fast test-slow test-architectures docs bench bench-online lock clean clean-runs affected fuzz test-gpu gpu-check triton
+.PHONY: help chaos soak install install-dev demo base lint format test test-fast test-slow test-architectures docs bench bench-online lock clean clean-runs affected fuzz test-gpu gpu-check triton
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -74,6 +74,12 @@ gpu-check: ## The first run on a GPU, eight minutes at most (GPU_PYTHON: a Pytho
 
 fuzz: install-dev ## Made-up configs, overrides, data and run directories, for FUZZ_SECONDS (600)
 	FUZZ_SECONDS=$(or $(FUZZ_SECONDS),600) $(BIN)/python -m pytest -q -n 2 tests/fuzz
+
+chaos: install-dev ## Lose every process at every phase, an hour; the tables go into docs/chaos.md (CELLS, SEEDS, PATIENCE)
+	$(BIN)/python -m tests.chaos $(if $(CELLS),--cells $(CELLS)) $(if $(SEEDS),--seeds $(SEEDS)) --patience $(or $(PATIENCE),1)
+
+soak: install-dev ## 500 steps with a kill every 25: does anything grow? The slopes go into docs/chaos.md
+	$(BIN)/python -m tests.chaos.soak --patience $(or $(PATIENCE),1)
 
 test-slow: install-dev ## The longer checks
 	$(BIN)/python -m pytest -q -m "slow" --timeout 1800

@@ -3,7 +3,9 @@
 Lines are {"method", "phase", "start", "end", "peak_rss"} with "step" and "role" where the call names them,
 and "error" where it raised. `peak_rss` is the most memory, in bytes, that the process has had so far. `start`
 is in seconds since the epoch by this machine's clock, `end` is later by as much as a clock that nobody sets
-has counted. A call that never ended (the process was killed) leaves no line.
+has counted. A call that never ended (the process was killed) leaves no line; where the variable
+RAYLIGN_TRACE_BEGINNINGS is set, a file beside (`NAME.begun`) has a line {"method", "phase", "start"} of every
+call from its beginning on, so that a test can hit a process inside a call.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +23,8 @@ KIB = 1024
 """Linux' unit of `ru_maxrss`, in bytes."""
 DIGITS = 5
 """Of a second: a call between processes takes about 0.001 s."""
+BEGINNINGS = "RAYLIGN_TRACE_BEGINNINGS"
+"""Variable of the environment: set, calls are noted when they begin, too."""
 
 
 class CallTrace:
@@ -27,12 +32,15 @@ class CallTrace:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._begun = path.with_suffix(".begun") if os.environ.get(BEGINNINGS) else None
 
     @contextlib.contextmanager
     def call(self, method: str, phase: str, names: Mapping[str, int | str] | None = None) -> Iterator[None]:
         """Note what runs inside; `names`: further entries of the line."""
         began, since = time.time(), time.monotonic()
         line: dict[str, int | float | str] = {"method": method, "phase": phase, "start": round(began, DIGITS)}
+        if self._begun is not None:
+            self._append(self._begun, line)
         try:
             yield
         except BaseException as error:
@@ -41,12 +49,13 @@ class CallTrace:
         finally:
             line["end"] = round(began + time.monotonic() - since, DIGITS)
             line["peak_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
-            self._append(line | dict(names or {}))
+            self._append(self.path, line | dict(names or {}))
 
-    def _append(self, line: Mapping[str, int | float | str]) -> None:
+    @staticmethod
+    def _append(path: Path, line: Mapping[str, int | float | str]) -> None:
         with contextlib.suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.cluster.trace import CallTrace, named
+from actors.cluster.trace import BEGINNINGS, CallTrace, named
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -32,6 +32,22 @@ def test_each_call_is_a_line_with_its_times_and_the_failed_one_says_so(tmp_path:
     assert 5e6 < first["peak_rss"] <= second["peak_rss"]  # type: ignore[operator]
     assert second["error"] == "KeyError"
     assert "step" not in second
+
+
+def test_calls_are_noted_at_their_beginning_where_a_test_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(BEGINNINGS, "1")
+    trace = CallTrace(tmp_path / "policy-0.jsonl")
+    with trace.call("update", "update"):
+        (begun,) = lines(tmp_path / "policy-0.begun")
+        assert not trace.path.exists()
+    (done,) = lines(trace.path)
+    assert begun == {key: done[key] for key in ("method", "phase", "start")}
+    monkeypatch.delenv(BEGINNINGS)
+    with CallTrace(tmp_path / "policy-1.jsonl").call("update", "update"):
+        pass
+    assert not (tmp_path / "policy-1.begun").exists()
 
 
 def test_a_call_goes_on_where_its_trace_cannot_be_written(tmp_path: Path) -> None:

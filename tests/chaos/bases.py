@@ -1,0 +1,89 @@
+"""The runs in which processes are lost: small, quick to start, every role in processes of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tests.whole_runs.runs import TINY_MOE, command_of, complete
+from tests.whole_runs.test_online import REWARD
+
+DATA = {"source": "builtin:arithmetic", "max_rows": 64}
+SAVE_STEPS = 4
+STAGES = {"ppo": "ppo", "dpo": "dpo", "nodes": "ppo", "soak": "grpo"}
+"""The stage of each scene in which processes are lost."""
+MANY_LOSSES: dict[str, float] = {}
+"""One run goes through more losses than any real one."""
+APART = {"workers": 1, "cpus": 0.1}
+
+
+def limits(patience: float) -> dict[str, Any]:
+    """Deadlines, seconds: several times what each phase takes on two quiet cores, times `patience`."""
+    quick = dict.fromkeys(("update", "logprobs", "generate", "evaluate", "save", "restore"), 10 * patience)
+    quick |= {"sync": 15 * patience, "start": 40 * patience, "load": 40 * patience, "call": 15 * patience}
+    return quick | MANY_LOSSES
+
+
+def _run(output: Path, patience: float, stages: dict[str, Any], roles: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": "chaos", "output_dir": str(output), "seed": 5,
+        "model": {"base": str(TINY_MOE), "lora": {"r": 4, "lora_alpha": 8}},
+        "stages": stages, "roles": roles, "limits": limits(patience),
+    }  # fmt: skip
+
+
+def reward_model(directory: Path) -> Path:
+    """A reward model for all runs, made once."""
+    run = directory / "reward" / "run"
+    if not (run / "reward" / "manifest.json").is_file():
+        stage = {"data": DATA | {"split": "preference"}, "batch_size": 8, "max_steps": 2, "max_length": 64}
+        whole = _run(run, 10, {"reward": stage}, {})
+        complete(command_of(directory / "reward", whole), directory / "reward")
+    return run / "reward" / "adapter"
+
+
+def ppo(output: Path, steps: int, patience: float, reward: Path, evaluates: bool = True) -> dict[str, Any]:
+    """PPO: two policy ranks, a reference, a critic, a reward model and two engines."""
+    stage = {
+        "data": DATA | {"split": "prompts"},
+        "rewards": ["shaped:digits", {"source": str(reward), "weight": 0.5}],
+        "batch_size": 16, "steps_per_generation": 2, "num_iterations": 2, "num_generations": 2,
+        "max_completion_length": 24, "max_length": 64, "max_steps": steps, "save_steps": SAVE_STEPS,
+        "save_total_limit": 2, "learning_rate": 1e-4,
+    }  # fmt: skip
+    roles = dict.fromkeys(("reference", "critic", "reward"), APART)
+    roles |= {"policy": APART | {"workers": 2}, "rollout": APART | {"workers": 2}}
+    run = _run(output, patience, {"ppo": stage}, roles)
+    if evaluates:
+        run["eval"] = {
+            "data": DATA | {"split": "test"}, "models": ["ppo"], "max_rows": 32,
+            "sampling": {"max_tokens": 48},
+        }  # fmt: skip
+    return run
+
+
+def grpo(output: Path, steps: int, patience: float) -> dict[str, Any]:
+    """GRPO on one rank and two engines, for the soak: as small as it goes."""
+    stage = {
+        "data": DATA | {"split": "prompts"}, "rewards": "shaped:digits", "batch_size": 16,
+        "num_generations": 4, "max_completion_length": 8, "max_length": 64, "max_steps": steps,
+        "save_steps": 25, "save_total_limit": 2, "learning_rate": 1e-4,
+    }  # fmt: skip
+    roles = {"policy": APART | {"workers": 2}, "rollout": APART | {"workers": 2}}
+    return _run(output, patience, {"grpo": stage}, roles)
+
+
+def dpo(output: Path, steps: int, patience: float) -> dict[str, Any]:
+    """DPO: two policy ranks and a reference of its own, which is asked in every step."""
+    stage = {
+        "data": DATA | {"split": "preference"}, "batch_size": 8, "max_steps": steps, "save_steps": SAVE_STEPS,
+        "save_total_limit": 2, "learning_rate": 1e-4, "max_length": 128,
+    }  # fmt: skip
+    return _run(output, patience, {"dpo": stage}, {"policy": APART | {"workers": 2}, "reference": APART})
+
+
+def command_for(directory: Path, config: dict[str, Any]) -> list[str]:
+    """The command of a run, its reward function beside it."""
+    command = command_of(directory, config)
+    (directory / "shaped.py").write_text(REWARD)
+    return command

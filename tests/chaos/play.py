@@ -1,0 +1,330 @@
+"""One loss: wait for its moment, cause it, and see what becomes of the run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifacts.manifest import file_digest
+from tests.chaos.cells import Cell, kind_of
+from tests.chaos.observe import Lengths, Life, Tail, alive, is_about, send, steps
+from tests.whole_runs.test_online import UNEQUAL
+
+LOOK_S = 0.001
+DRIVER_STOPS_S = 10.0
+"""A driver that was stopped is told to go on after so long: nobody else could."""
+TRIES = 6
+
+
+class Over(Exception):
+    """The run ended by itself before the moment came."""
+
+
+@dataclass
+class Outcome:
+    """One line of the table."""
+
+    cell: str
+    verdict: str = ""
+    """`in place`, `ended` (and then gone on from its last checkpoint), `hung`, `went on`, `not hit`."""
+    step: int = 0
+    """Steps logged at the moment."""
+    hit: bool = False
+    """The call was under way when the signal was sent."""
+    code: int | None = None
+    said: str = ""
+    """The first line of the run about it, or its last ones where it ended."""
+    named: bool = False
+    """It is told whose process was lost."""
+    detection_s: float | None = None
+    recovery_s: float | None = None
+    """From the loss, or from the next start of a run that had ended, to the end of the first further step."""
+    loading_s: float | None = None
+    """Of that, building and loading."""
+    steps_lost: int = 0
+    equal: bool | None = None
+    """Every repeatable metric up to the second step after it, and checkpoints, are an undisturbed run's."""
+    left: dict[str, list[str]] = field(default_factory=dict)
+    when: str = ""
+
+    def text(self) -> str:
+        parts = [f"{self.cell}: {self.verdict}"]
+        parts += [f"exit {self.code}"] if self.code is not None else []
+        parts += [f"seen after {self.detection_s:.1f} s"] if self.detection_s is not None else []
+        parts += [f"next step after {self.recovery_s:.1f} s"] if self.recovery_s is not None else []
+        parts += [f"{self.steps_lost} steps lost"]
+        parts += [] if self.equal is None else ["equal" if self.equal else "NOT EQUAL"]
+        parts += [f"left: {self.left}"] if any(self.left.values()) else []
+        return ", ".join(parts)
+
+    def row(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Scene:
+    """A run that cells are played on, and the undisturbed one that it is compared with."""
+
+    name: str
+    stage: str
+    make: Callable[[Path], list[str]]
+    """Writes the config for a directory and says the command."""
+    directory: Path
+    temporary: Path
+    patience: float
+    whole: Path | None = None
+    lengths: Lengths | None = None
+    number: int = 0
+    life: Life | None = None
+
+    @property
+    def place(self) -> Path:
+        return self.directory / f"{self.name}-{self.number}"
+
+    @property
+    def run(self) -> Path:
+        return self.place / "run"
+
+    @property
+    def metrics(self) -> Path:
+        return self.run / self.stage / "metrics.jsonl"
+
+    def begin(self) -> Life:
+        """Start the run, or let it go on."""
+        assert self.life is None
+        self.life = Life(self.make(self.place), self.place, self.run, self.temporary)
+        return self.life
+
+    def finish(self) -> None:
+        """End what runs of it."""
+        if self.life is not None:
+            self.life.end()
+            self.life = None
+
+    def anew(self) -> None:
+        """A directory of its own for the next life."""
+        self.finish()
+        self.number += 1
+
+    def lines(self, run: Path | None = None) -> list[dict[str, Any]]:
+        rows = Tail((run or self.run) / self.stage / "metrics.jsonl").rows()
+        return [{k: v for k, v in row.items() if not UNEQUAL.match(k)} for row in rows]
+
+    def first_difference(self) -> str | None:
+        """The first metric or checkpoint that the undisturbed run has otherwise."""
+        assert self.whole is not None
+        for ours, theirs in zip(self.lines(), self.lines(self.whole), strict=False):
+            if ours != theirs:
+                names = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
+                return f"step {ours['step']}: {', '.join(sorted(names)[:4])}"
+        adapter = Path(self.stage) / "adapter" / "adapter_model.safetensors"
+        both = [run / adapter for run in (self.run, self.whole)]
+        if both[0].is_file() and file_digest(both[0]) != file_digest(both[1]):
+            return "the final adapter"
+        return None
+
+
+def strike(scene: Scene, cell: Cell, outcome: Outcome) -> tuple[float, int]:
+    """Wait for a cell's moment and send the signal; its time (epoch) and the process.
+
+    Raises:
+        Over: the run ended before.
+    """
+    life, lengths = scene.life, scene.lengths
+    assert life is not None
+    assert lengths is not None
+    who, call = cell.leader()
+    after = life.began if cell.early else time.time()
+    for attempt in range(TRIES):
+        _wait(life, lambda: _is_on(life, who, call, after) and life.pid(cell.role) is not None)
+        wait_s = 0.05 if call is None else lengths.of(who, call) * cell.moment() / 2**attempt
+        time.sleep(wait_s)
+        pid = life.pid(cell.role)
+        if pid is None or life.code is not None:
+            raise Over
+        outcome.hit = _is_on(life, who, call, after)
+        if outcome.hit or attempt == TRIES - 1 or cell.early:
+            outcome.step = steps(Tail(scene.metrics).rows())
+            send(pid, cell.way)
+            return time.time(), pid
+    raise AssertionError("unreachable")
+
+
+def _is_on(life: Life, who: str, call: tuple[str, str] | None, after: float) -> bool:
+    if call is not None:
+        return life.calls(who).inside(call, after) is not None
+    return bool(life.lives(who)) and not any(
+        row["start"] >= after for row in life.calls(who).begun.rows() if row["method"] == "build"
+    )
+
+
+def _wait(life: Life, reached: Callable[[], bool], seconds: float = 180.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        if life.code is not None or time.monotonic() > deadline:
+            raise Over
+        time.sleep(LOOK_S)
+
+
+def play(scene: Scene, cell: Cell) -> Outcome:
+    """Cause the loss that a cell names in the scene's run, and see it through: until two further steps are
+    done, in this life of the run or in the next one.
+
+    Raises:
+        Over: the run ended before.
+    """
+    outcome = Outcome(cell.key, when=time.strftime("%Y-%m-%d %H:%M:%S"))
+    life = scene.life or scene.begin()
+    at, pid = strike(scene, cell, outcome)
+    if (cell.role, cell.way) == ("driver", "stop"):
+        time.sleep(DRIVER_STOPS_S)
+        os.kill(pid, signal.SIGCONT)
+    bound = 45 * scene.patience + (60 if cell.role in ("raylet", "gcs") else 0) + (40 if cell.early else 0)
+    low = outcome.step
+    while True:
+        logged = steps(Tail(scene.metrics).rows())
+        low = min(low, logged) if scene.metrics.is_file() else low
+        _note_detection(scene, cell, outcome, at, pid)
+        if life.code is not None:
+            _ended(scene, cell, outcome, at)
+            break
+        if logged > outcome.step:
+            outcome.recovery_s = time.time() - at
+            outcome.verdict = "in place" if outcome.detection_s is not None else "went on"
+            outcome.loading_s = life.calls(cell.role).loading(at) if kind_of(cell.role) != "driver" else 0.0
+            break
+        if time.time() - at > bound:
+            outcome.verdict, outcome.said = "hung", " | ".join(text for _, text in life.said[-3:])
+            scene.finish()
+            return outcome
+        time.sleep(0.02)
+    if outcome.verdict != "ended":
+        outcome.steps_lost = outcome.step - low
+        if alive(pid) and outcome.verdict == "in place":
+            outcome.left = {"processes": [f"{pid} is still there"]}
+    _compare(scene, outcome)
+    return outcome
+
+
+def play_evaluation(scene: Scene, cell: Cell) -> Outcome:
+    """The same in the evaluation of a run whose stages are finished, which ends with it.
+
+    Raises:
+        Over: the run ended before.
+    """
+    assert scene.whole is not None
+    outcome, kept = Outcome(cell.key, when=time.strftime("%Y-%m-%d %H:%M:%S")), scene.run / "eval"
+    shutil.rmtree(kept, ignore_errors=True)
+    life = scene.begin()
+    at, pid = strike(scene, cell, outcome)
+    if (cell.role, cell.way) == ("driver", "stop"):
+        time.sleep(DRIVER_STOPS_S)
+        os.kill(pid, signal.SIGCONT)
+    while life.code is None and time.time() - at < 150 * scene.patience:
+        _note_detection(scene, cell, outcome, at, pid)
+        time.sleep(0.05)
+    outcome.verdict, outcome.recovery_s = "hung", time.time() - at
+    if life.code == 0:
+        outcome.verdict = "in place" if outcome.detection_s is not None else "went on"
+        outcome.loading_s = life.calls(cell.role).loading(at) if kind_of(cell.role) == "rollout" else 0.0
+        outcome.left = life.left()
+    elif life.code is not None:
+        _ended(scene, cell, outcome, at)
+        _wait_for_end(scene.life or scene.begin())
+    scene.finish()
+    name = f"{scene.stage}.jsonl"
+    outcome.equal = (kept / name).is_file() and file_digest(kept / name) == file_digest(
+        scene.whole / "eval" / name
+    )
+    return outcome
+
+
+def _wait_for_end(life: Life) -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        life.process.wait(180)
+
+
+def _note_detection(scene: Scene, cell: Cell, outcome: Outcome, at: float, pid: int) -> None:
+    """Whatever comes first: a line about it, or another process in its place."""
+    life = scene.life
+    assert life is not None
+    if not outcome.named:
+        about = [(t, line) for t, line in life.said if t >= at and is_about(line, cell.role)]
+        if about:
+            outcome.named, outcome.said = True, about[0][1][:300]
+            outcome.detection_s = outcome.detection_s or about[0][0] - at
+    now = life.pid(cell.role) if cell.role not in ("driver", "raylet", "gcs", "node") else pid
+    if outcome.detection_s is None and now not in (pid, None):
+        outcome.detection_s = time.time() - at
+
+
+def _ended(scene: Scene, cell: Cell, outcome: Outcome, at: float) -> None:
+    """The run ended: how, what it left, and how it goes on."""
+    life = scene.life
+    assert life is not None
+    life._reader.join(5)
+    outcome.code, outcome.verdict = life.code, "ended"
+    outcome.detection_s = outcome.detection_s or time.time() - at
+    if not outcome.named:
+        outcome.said = " | ".join(text for _, text in life.said[-3:])[:300]
+    _note_detection(scene, cell, outcome, at, 0)
+    outcome.left = life.left()
+    if outcome.code == -signal.SIGKILL:  # What this leaves goes with the next run of this TMPDIR.
+        outcome.left.pop("/tmp")
+    scene.finish()
+    if (scene.run / scene.stage / "manifest.json").is_file():
+        return
+    life, began = scene.begin(), time.time()
+    try:
+        _wait(life, lambda: _gone_on(life) is not None and steps(Tail(scene.metrics).rows()) > _gone_on(life))
+    except Over:
+        outcome.verdict = "ended, and does not go on: " + " | ".join(text for _, text in life.said[-3:])[:200]
+        return
+    outcome.recovery_s = time.time() - began
+    outcome.loading_s = max(life.calls(f"{kind}-0").loading(began) for kind in ("policy", "rollout"))
+    outcome.steps_lost = max(0, outcome.step - (_gone_on(life) or 0))
+
+
+def _gone_on(life: Life) -> Any:
+    """The step from which this life of the run has gone on; 0 from the start, None where it hasn't said."""
+    for _, line in life.said:
+        if found := re.search(r"continues from checkpoint-(\d+)", line):
+            return int(found[1])
+        if re.search(r"^\S+: (new|runs again)|: new$", line):
+            return 0
+    return None
+
+
+def _compare(scene: Scene, outcome: Outcome) -> None:
+    """Wait for a second step, so that what an update did is in a metric, and compare."""
+    life = scene.life
+    if life is None:
+        return
+    try:
+        target = outcome.step + 2
+        _wait(life, lambda: steps(Tail(scene.metrics).rows()) >= target, 60 * scene.patience)
+    except Over:
+        if life.code != 0:
+            outcome.verdict += f", then {'hung' if life.code is None else f'ended with {life.code}'}"
+            outcome.said += " | " + " | ".join(text for _, text in life.said[-3:])[:300]
+            scene.finish()
+    difference = scene.first_difference()
+    outcome.equal = difference is None
+    if difference is not None:
+        outcome.said += f" | differs in {difference}"
+
+
+def saved(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """Write the results so far."""
+    path.with_suffix(".tmp").write_text(json.dumps(rows, indent=1))
+    os.replace(path.with_suffix(".tmp"), path)

@@ -1,0 +1,177 @@
+"""A long run in which processes are killed all the time: does anything grow? (`make soak`)
+
+python -m tests.chaos.soak                        # 500 steps of GRPO, a kill every 25
+python -m tests.chaos.soak --steps 100 --every 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from tests.chaos import bases
+from tests.chaos.observe import SHM, Life, Tail, held, send, steps
+from tests.whole_runs.runs import ROOT
+
+PAGE = ROOT / "docs" / "chaos.md"
+BEGINS, ENDS = "<!-- made by `make soak` -->", "<!-- end of what `make soak` made -->"
+VICTIMS = ("rollout-0", "policy-1", "rollout-1", "policy-0")
+EVERYONE = ("driver", "raylet", "gcs", *sorted(VICTIMS))
+SETTLED = 0.2
+"""Part of the steps that is left out of the slopes: caches fill."""
+MIB = 2**20
+SAMPLE_S = 1.0
+
+
+@dataclass
+class Watch:
+    """Samples of what may grow: by name, (step, value)."""
+
+    values: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+
+    def take(self, life: Life, step: int) -> None:
+        """One look at the run."""
+        for who in EVERYONE:
+            pid = life.pid(who)
+            if pid is None or not psutil.pid_exists(pid):
+                continue
+            try:
+                process = psutil.Process(pid)
+                self._add(f"{who}: memory, MiB", step, process.memory_info().rss / MIB)
+                self._add(f"{who}: descriptors", step, process.num_fds())
+                self._add(f"{who}: threads", step, process.num_threads())
+            except psutil.Error:
+                continue
+        ours = {one.pid for one in life.ours()}
+        self._add("processes", step, len(ours))
+        self._add("/dev/shm: files of nobody", step, len({one.name for one in SHM.iterdir()} - held()))
+        self._add("temporary files, MiB", step, size(life.temporary) / MIB)
+        self._add("logs without traces, MiB", step, size(life.run / "logs", leave_out="trace") / MIB)
+
+    def _add(self, name: str, step: int, value: float) -> None:
+        self.values.setdefault(name, []).append((step, value))
+
+    def rows(self, total: int) -> list[str]:
+        """Lines of the table: the medians of the second and the last fifth, and the slope between them."""
+        lines = ["| | second fifth | last fifth | slope per 100 steps |", "|---|---|---|---|"]
+        for name, found in sorted(self.values.items()):
+            at, values = np.array(found).T
+            early = values[(at >= SETTLED * total) & (at < 2 * SETTLED * total)]
+            late, settled = values[at >= (1 - SETTLED) * total], at >= SETTLED * total
+            if not len(early) or not len(late) or len({*at[settled]}) < 2:
+                continue
+            slope = 100 * np.polyfit(at[settled], values[settled], 1)[0]
+            lines.append(f"| {name} | {np.median(early):.1f} | {np.median(late):.1f} | {slope:+.2f} |")
+        return lines
+
+
+def size(directory: Path, leave_out: str = "") -> int:
+    """Bytes of the files below a directory."""
+    total = 0
+    for path, names, files in os.walk(directory):
+        names[:] = [name for name in names if name != leave_out]
+        for name in files:
+            try:
+                total += (Path(path) / name).lstat().st_size
+            except OSError:
+                continue
+    return total
+
+
+@dataclass
+class Story:
+    """What happened on the way."""
+
+    kills: int = 0
+    starts: int = 0
+    seconds: list[float] = field(default_factory=list)
+    """From each kill to the end of the next step."""
+
+
+def main() -> int:
+    """Run it and write the page; 1 where the run could not be brought to its end."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--every", type=int, default=25)
+    parser.add_argument("--patience", type=float, default=1.0)
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "soak")
+    options = parser.parse_args()
+    shutil.rmtree(options.work, ignore_errors=True)
+    place, temporary = options.work.resolve(), Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))
+    place.mkdir(parents=True)
+    command = bases.command_for(place, bases.grpo(place / "run", options.steps, options.patience))
+    watch, story, began = Watch(), Story(), time.monotonic()
+    try:
+        code = soak(lambda: Life(command, place, place / "run", temporary), options, watch, story)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    (place / "samples.json").write_text(json.dumps(watch.values))
+    made = "\n".join(
+        [BEGINS, told(options, story, time.monotonic() - began), "", *watch.rows(options.steps), ENDS]
+    )
+    print(made)
+    if code == 0:
+        before, _, rest = PAGE.read_text().partition(BEGINS)
+        PAGE.write_text(before + made + rest.partition(ENDS)[2])
+    return code
+
+
+def told(options: argparse.Namespace, story: Story, seconds: float) -> str:
+    """The line above the table."""
+    ordered = sorted(story.seconds) or [0.0]
+    return (
+        f"Made on {time.strftime('%Y-%m-%d')} on {os.cpu_count()} cores: {options.steps} steps in "
+        f"{seconds / 60:.1f} minutes, {story.kills} processes killed in turns ({', '.join(VICTIMS)}), the "
+        f"run started {story.starts} times. From a kill to the end of the next step: median "
+        f"{ordered[len(ordered) // 2]:.1f} s, at most {ordered[-1]:.1f} s. Medians over samples of a second; "
+        "the slope is a least-squares line through all samples but those of the first fifth."
+    )
+
+
+def soak(begin: Callable[[], Life], options: argparse.Namespace, watch: Watch, story: Story) -> int:
+    """Let the run go to its end, killing a process every so many steps; it is started again where it ends
+    before. The exit code of the last life, 1 where no step was done for long."""
+    life = begin()
+    metrics = Tail(life.run / "grpo" / "metrics.jsonl")
+    story.starts, next_kill, killed, sampled, moved, last = 1, options.every, None, 0.0, time.time(), -1
+    try:
+        while True:
+            now, step = time.time(), steps(metrics.rows())
+            if step != last:
+                moved, last = now, step
+            if killed is not None and step > killed[1]:
+                story.seconds.append(now - killed[0])
+                killed = None
+            if now - sampled > SAMPLE_S:
+                watch.take(life, step)
+                sampled = now
+            if life.code == 0 or now - moved > 180 * options.patience:
+                return 0 if life.code == 0 else 1
+            if life.code is not None:
+                life.end()
+                life = begin()
+                story.starts += 1
+                moved = now
+            pid = life.pid(VICTIMS[story.kills % len(VICTIMS)]) if step >= next_kill else None
+            if pid is not None:
+                send(pid, "kill")
+                killed, next_kill = (time.time(), step), next_kill + options.every
+                story.kills += 1
+            time.sleep(0.02)
+    finally:
+        life.end()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
