@@ -144,8 +144,8 @@ def test_every_command_in_the_documentation_parses(words: list[str], typed: bool
             path = word.partition("::")[0]
             assert of_option or word.startswith("-") or (ROOT / path).exists(), path
     elif program == "python":
-        program = arguments[1].replace(".", "/") + ".py" if arguments[0] == "-m" else arguments[0]
-        assert (ROOT / program).is_file(), program
+        program = arguments[1].replace(".", "/") if arguments[0] == "-m" else arguments[0].removesuffix(".py")
+        assert any((ROOT / file).is_file() for file in (f"{program}.py", f"{program}/__main__.py")), program
     else:
         assert program in OTHER_PROGRAMS, f"nobody checks {program}"
 

@@ -12,9 +12,11 @@ are written at the end.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,14 +25,16 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos import bases
-from tests.chaos.cells import Cell, all_cells, chosen, next_cell, senseless
+from tests.chaos.cells import SCENES, Cell, all_cells, chosen, next_cell, senseless
+from tests.chaos.nodes import Nodes
 from tests.chaos.observe import Lengths
 from tests.chaos.play import Outcome, Over, Scene, play, play_evaluation, saved
 from tests.chaos.table import page, put_into
 from tests.whole_runs.runs import ENVIRONMENT, ROOT, start
 
 PAGE = ROOT / "docs" / "chaos.md"
-STEPS = {"ppo": 60, "dpo": 60}
+STEPS = 60
+"""Of a run, which sees a dozen losses or two before its end."""
 TRIES = 3
 """Of a cell whose run ends by itself before the moment comes."""
 
@@ -38,6 +42,7 @@ TRIES = 3
 def main() -> int:
     """Play the cells that were asked for; 1 where one is not as it should be."""
     options = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # No run outlives this script.
     if options.list:
         for cell in all_cells(options.seeds):
             print(f"{cell.key:48s} {senseless(cell) or ''}")
@@ -51,10 +56,11 @@ def main() -> int:
     print(f"{len(cells)} cells to do, {len(rows)} done before, in {options.work}", flush=True)
     began, temporary = time.monotonic(), Path(tempfile.mkdtemp(prefix="c", dir="/tmp"))
     try:
-        for name in ("ppo", "dpo"):
+        for name in SCENES:
             mine = [cell for cell in cells if cell.scene == name]
             if mine:
-                play_scene(scene_of(name, options, temporary), mine, rows, results)
+                with contextlib.closing(Nodes(2)) if name == "nodes" else contextlib.nullcontext() as nodes:
+                    play_scene(scene_of(name, options, temporary, nodes), mine, rows, results)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"{(time.monotonic() - began) / 60:.1f} minutes", flush=True)
@@ -80,17 +86,20 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def scene_of(name: str, options: argparse.Namespace, temporary: Path) -> Scene:
+def scene_of(name: str, options: argparse.Namespace, temporary: Path, nodes: Nodes | None) -> Scene:
     """A scene, and the undisturbed run to which it is compared (made once)."""
     directory, patience = options.work.resolve(), options.patience
 
     def make(place: Path) -> list[str]:
-        output, steps = place / "run", STEPS[name]
+        output = place / "run"
         if name == "dpo":
-            return bases.command_for(place, bases.dpo(output, steps, patience))
-        return bases.command_for(place, bases.ppo(output, steps, patience, bases.reward_model(directory)))
+            return bases.command_for(place, bases.dpo(output, STEPS, patience))
+        whole = bases.ppo(output, STEPS, patience, bases.reward_model(directory))
+        return bases.command_for(place, whole if nodes is None else bases.on_nodes(whole, nodes.address))
 
     scene = Scene(name, bases.STAGES[name], make, directory, temporary, patience)
+    if nodes is not None:
+        scene.before = nodes.complete
     scene.whole = directory / f"{name}-whole" / "run"
     if not (scene.whole / scene.stage / "manifest.json").is_file():
         print(f"{name}: the undisturbed run", flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tests.chaos.nodes import ENGINE, HEAD
 from tests.whole_runs.runs import TINY_MOE, command_of, complete
 from tests.whole_runs.test_online import REWARD
 
@@ -12,7 +13,7 @@ DATA = {"source": "builtin:arithmetic", "max_rows": 64}
 SAVE_STEPS = 4
 STAGES = {"ppo": "ppo", "dpo": "dpo", "nodes": "ppo", "soak": "grpo"}
 """The stage of each scene in which processes are lost."""
-MANY_LOSSES: dict[str, float] = {}
+MANY_LOSSES = {"max_restarts": 1000, "restart_window": 1.0}
 """One run goes through more losses than any real one."""
 APART = {"workers": 1, "cpus": 0.1}
 
@@ -60,6 +61,15 @@ def ppo(output: Path, steps: int, patience: float, reward: Path, evaluates: bool
             "sampling": {"max_tokens": 48},
         }  # fmt: skip
     return run
+
+
+def on_nodes(config: dict[str, Any], address: str) -> dict[str, Any]:
+    """The same run on a cluster, with its engines on nodes of their own."""
+    roles = {
+        name: role | {"resources": {ENGINE: 1} if name == "rollout" else {HEAD: 1}}
+        for name, role in config["roles"].items()
+    }
+    return config | {"ray": {"address": address}, "roles": roles}
 
 
 def grpo(output: Path, steps: int, patience: float) -> dict[str, Any]:

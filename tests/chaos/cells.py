@@ -108,7 +108,7 @@ def senseless(cell: Cell) -> str | None:
         if cell.role != "node" or cell.scene != "nodes":
             return "a run on one machine has one node, whose loss is the raylet's"
         if cell.phase not in ("generation", "update", "sync stage"):
-            return "a node holds engines here: see their row"
+            return "the node that is lost holds an engine: see its row"
         return "a node is not stopped but lost" if cell.way == "stop" else None
     if cell.scene == "dpo":
         if kind in ("critic", "reward", "rollout"):

@@ -20,6 +20,7 @@ import psutil
 
 from actors.cluster.trace import BEGINNINGS
 from tests.chaos.cells import Call, kind_of
+from tests.chaos.nodes import raylet_of
 from tests.whole_runs.runs import ENVIRONMENT
 
 SHM = Path("/dev/shm")
@@ -114,6 +115,10 @@ class Life:
         for line in self.process.stdout:
             self.said.append((time.time(), line.rstrip()))
 
+    def hear_out(self) -> None:
+        """Wait for the last lines of a run that has ended."""
+        self._reader.join(5)
+
     @property
     def code(self) -> int | None:
         return self.process.poll()
@@ -139,6 +144,9 @@ class Life:
             return self.process.pid
         if role in ("raylet", "gcs"):
             return self._rays({"raylet": "/raylet/raylet ", "gcs": "/gcs_server "}[role])
+        if role == "node":
+            engine = self.pid("rollout-1")
+            return None if engine is None else raylet_of(engine)
         return (self.lives(role) or [None])[-1]
 
     def _rays(self, part: str) -> int | None:
@@ -184,7 +192,7 @@ class Life:
                 break
             time.sleep(0.1)
         self.process.wait(30)
-        self._reader.join(5)
+        self.hear_out()
 
 
 def cmdline(process: psutil.Process) -> list[str]:

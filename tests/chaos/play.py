@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.manifest import file_digest
-from tests.chaos.cells import Cell, kind_of
+from tests.chaos.cells import Cell
 from tests.chaos.observe import Lengths, Life, Tail, alive, is_about, send, steps
 from tests.whole_runs.test_online import UNEQUAL
 
@@ -82,6 +82,8 @@ class Scene:
     directory: Path
     temporary: Path
     patience: float
+    before: Callable[[], None] = lambda: None
+    """What has to be in place before each cell."""
     whole: Path | None = None
     lengths: Lengths | None = None
     number: int = 0
@@ -184,6 +186,7 @@ def play(scene: Scene, cell: Cell) -> Outcome:
         Over: the run ended before.
     """
     outcome = Outcome(cell.key, when=time.strftime("%Y-%m-%d %H:%M:%S"))
+    scene.before()
     life = scene.life or scene.begin()
     at, pid = strike(scene, cell, outcome)
     if (cell.role, cell.way) == ("driver", "stop"):
@@ -192,16 +195,17 @@ def play(scene: Scene, cell: Cell) -> Outcome:
     bound = 45 * scene.patience + (60 if cell.role in ("raylet", "gcs") else 0) + (40 if cell.early else 0)
     low = outcome.step
     while True:
-        logged = steps(Tail(scene.metrics).rows())
-        low = min(low, logged) if scene.metrics.is_file() else low
+        if not cell.early and scene.metrics.is_file():
+            low = min(low, steps(Tail(scene.metrics).rows()))
         _note_detection(scene, cell, outcome, at, pid)
-        if life.code is not None:
+        if life.code:
             _ended(scene, cell, outcome, at)
             break
-        if logged > outcome.step:
+        if _further(scene, cell, outcome) or life.code == 0:
             outcome.recovery_s = time.time() - at
             outcome.verdict = "in place" if outcome.detection_s is not None else "went on"
-            outcome.loading_s = life.calls(cell.role).loading(at) if kind_of(cell.role) != "driver" else 0.0
+            loads = "rollout-1" if cell.role == "node" else cell.role
+            outcome.loading_s = life.calls(loads).loading(at)
             break
         if time.time() - at > bound:
             outcome.verdict, outcome.said = "hung", " | ".join(text for _, text in life.said[-3:])
@@ -209,11 +213,27 @@ def play(scene: Scene, cell: Cell) -> Outcome:
             return outcome
         time.sleep(0.02)
     if outcome.verdict != "ended":
-        outcome.steps_lost = outcome.step - low
+        outcome.steps_lost = 0 if cell.early else outcome.step - low
         if alive(pid) and outcome.verdict == "in place":
             outcome.left = {"processes": [f"{pid} is still there"]}
     _compare(scene, outcome)
+    if scene.life is not None and scene.life.code is not None:
+        scene.anew()
     return outcome
+
+
+def _further(scene: Scene, cell: Cell, outcome: Outcome) -> bool:
+    """A step has ended that had not at the moment. Where the run had just begun, lines of the life before are
+    there until it goes on from its checkpoint."""
+    life, logged = scene.life, steps(Tail(scene.metrics).rows())
+    assert life is not None
+    if not cell.early:
+        return logged > outcome.step
+    base = _gone_on(life)
+    if base is None or not scene.metrics.is_file() or scene.metrics.stat().st_mtime < life.began:
+        return False
+    outcome.step = base
+    return logged > base
 
 
 def play_evaluation(scene: Scene, cell: Cell) -> Outcome:
@@ -236,7 +256,7 @@ def play_evaluation(scene: Scene, cell: Cell) -> Outcome:
     outcome.verdict, outcome.recovery_s = "hung", time.time() - at
     if life.code == 0:
         outcome.verdict = "in place" if outcome.detection_s is not None else "went on"
-        outcome.loading_s = life.calls(cell.role).loading(at) if kind_of(cell.role) == "rollout" else 0.0
+        outcome.loading_s = life.calls(cell.role).loading(at)
         outcome.left = life.left()
     elif life.code is not None:
         _ended(scene, cell, outcome, at)
@@ -272,7 +292,7 @@ def _ended(scene: Scene, cell: Cell, outcome: Outcome, at: float) -> None:
     """The run ended: how, what it left, and how it goes on."""
     life = scene.life
     assert life is not None
-    life._reader.join(5)
+    life.hear_out()
     outcome.code, outcome.verdict = life.code, "ended"
     outcome.detection_s = outcome.detection_s or time.time() - at
     if not outcome.named:
@@ -285,14 +305,15 @@ def _ended(scene: Scene, cell: Cell, outcome: Outcome, at: float) -> None:
     if (scene.run / scene.stage / "manifest.json").is_file():
         return
     life, began = scene.begin(), time.time()
+    from_start = Cell(cell.scene, cell.role, "start", cell.way)
     try:
-        _wait(life, lambda: _gone_on(life) is not None and steps(Tail(scene.metrics).rows()) > _gone_on(life))
+        _wait(life, lambda: _further(scene, from_start, Outcome("")))
     except Over:
         outcome.verdict = "ended, and does not go on: " + " | ".join(text for _, text in life.said[-3:])[:200]
         return
     outcome.recovery_s = time.time() - began
     outcome.loading_s = max(life.calls(f"{kind}-0").loading(began) for kind in ("policy", "rollout"))
-    outcome.steps_lost = max(0, outcome.step - (_gone_on(life) or 0))
+    outcome.steps_lost = 0 if cell.early else max(0, outcome.step - (_gone_on(life) or 0))
 
 
 def _gone_on(life: Life) -> Any:

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -107,6 +108,7 @@ def main() -> int:
     parser.add_argument("--patience", type=float, default=1.0)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "soak")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # No run outlives this script.
     shutil.rmtree(options.work, ignore_errors=True)
     place, temporary = options.work.resolve(), Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))
     place.mkdir(parents=True)
