@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos.nodes import ENGINE, HEAD
-from tests.whole_runs.runs import TINY_MOE, command_of, complete
+from tests.whole_runs.runs import TINY_MOE, command_of
 from tests.whole_runs.test_online import REWARD
 
 DATA = {"source": "builtin:arithmetic", "max_rows": 64}
@@ -34,13 +34,19 @@ def _run(output: Path, patience: float, stages: dict[str, Any], roles: dict[str,
 
 
 def reward_model(directory: Path) -> Path:
-    """A reward model for all runs, made once."""
-    run = directory / "reward" / "run"
-    if not (run / "reward" / "manifest.json").is_file():
-        stage = {"data": DATA | {"split": "preference"}, "batch_size": 8, "max_steps": 2, "max_length": 64}
-        whole = _run(run, 10, {"reward": stage}, {})
-        complete(command_of(directory / "reward", whole), directory / "reward")
-    return run / "reward" / "adapter"
+    """A reward model for all runs, made once: an adapter that changes nothing yet, and a random head."""
+    from actors.models.spec import LoraSpec, ModelSpec
+    from actors.trainer.model_host import ModelHost
+    from actors.trainer.spec import HostSpec
+
+    place = directory / "reward" / "adapter"
+    if not place.is_dir():
+        place.mkdir(parents=True)
+        host = ModelHost(HostSpec(model=ModelSpec(base=str(TINY_MOE), lora=LoraSpec(r=4, lora_alpha=8))))
+        host.add_adapter("reward")
+        host.add_head("reward", "normal")
+        host.saving.save_adapter("reward", place)
+    return place
 
 
 def ppo(output: Path, steps: int, patience: float, reward: Path, evaluates: bool = True) -> dict[str, Any]:

@@ -24,6 +24,7 @@ LOOK_S = 0.001
 DRIVER_STOPS_S = 10.0
 """A driver that was stopped is told to go on after so long: nobody else could."""
 TRIES = 6
+EARLY_SHARE = 0.4
 
 
 class Over(Exception):
@@ -149,7 +150,9 @@ def strike(scene: Scene, cell: Cell, outcome: Outcome) -> tuple[float, int]:
     after = life.began if cell.early else time.time()
     for attempt in range(TRIES):
         _wait(life, lambda: _is_on(life, who, call, after) and life.pid(cell.role) is not None)
-        wait_s = 0.05 if call is None else lengths.of(who, call) * cell.moment() / 2**attempt
+        # Loading is done once in a life, and quicker where the machine has less to do.
+        share = EARLY_SHARE if cell.early else 1 / 2**attempt
+        wait_s = 0.05 if call is None else lengths.of(who, call) * cell.moment() * share
         time.sleep(wait_s)
         pid = life.pid(cell.role)
         if pid is None or life.code is not None:
