@@ -24,6 +24,8 @@ from tests.chaos.nodes import raylet_of
 from tests.whole_runs.runs import ENVIRONMENT
 
 SHM = Path("/dev/shm")
+TORCHS = "torchinductor_"
+"""Torch's cache of compiled code, an empty directory that its import makes."""
 
 
 class Tail:
@@ -175,7 +177,7 @@ class Life:
             time.sleep(0.1)
         names = {path.name for path in SHM.iterdir()} - self._shm
         orphans = sorted(names - held()) if names else []
-        files = sorted(path.name for path in self.temporary.iterdir())
+        files = sorted(one.name for one in self.temporary.iterdir() if not one.name.startswith(TORCHS))
         return {
             "processes": [f"{one.pid} {' '.join(cmdline(one))[:60]}" for one in processes],
             "/dev/shm": orphans, "/tmp": files,
