@@ -28,7 +28,8 @@ from tests.chaos import bases
 from tests.chaos.cells import SCENES, Cell, all_cells, chosen, next_cell, senseless
 from tests.chaos.nodes import Nodes
 from tests.chaos.observe import Lengths
-from tests.chaos.play import Outcome, Over, Scene, play, play_evaluation, saved
+from tests.chaos.play import Over, play, play_evaluation
+from tests.chaos.scene import Outcome, Scene, saved
 from tests.chaos.table import page, put_into
 from tests.whole_runs.runs import ENVIRONMENT, ROOT, start
 

@@ -12,7 +12,8 @@ import pytest
 from tests.chaos import bases
 from tests.chaos.cells import Cell
 from tests.chaos.observe import Lengths
-from tests.chaos.play import Scene, play
+from tests.chaos.play import play
+from tests.chaos.scene import Scene
 from tests.whole_runs.runs import adapter_digest, complete
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(900)]

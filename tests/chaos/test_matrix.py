@@ -9,7 +9,7 @@ import pytest
 
 from tests.chaos.cells import PHASES, ROLES, SCENES, WAYS, Cell, all_cells, chosen, next_cell, senseless
 from tests.chaos.observe import Calls, Tail, is_about
-from tests.chaos.play import Outcome
+from tests.chaos.scene import Outcome
 from tests.chaos.table import BEGINS, ENDS, bad, page, put_into
 
 
