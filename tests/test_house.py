@@ -134,6 +134,7 @@ BELOW_PLANNING = (
     *LOW,
     "pipeline.report",
     "pipeline.rewards",
+    "pipeline.environments",
     "pipeline.evaluation",
     "pipeline.stages",
     "pipeline.roles",
@@ -146,8 +147,9 @@ ROOMS |= {
     "pipeline.data": ("actors", "pipeline.artifacts", "pipeline.monitoring.phases"),
     "pipeline.report": ("actors", "pipeline.monitoring"),
     "pipeline.rewards": ("actors", "pipeline.data", "pipeline.monitoring"),
+    "pipeline.environments": ("actors", "pipeline.data", "pipeline.monitoring", "pipeline.rewards"),
     "pipeline.evaluation": ("actors", *LOW, "pipeline.rewards"),
-    "pipeline.stages": ("actors", *LOW, "pipeline.rewards"),
+    "pipeline.stages": ("actors", *LOW, "pipeline.rewards", "pipeline.environments"),
     "pipeline.roles": ("actors", "pipeline.stages.specs"),
     "pipeline.config": (
         "actors",

@@ -19,6 +19,7 @@ class Episode:
 
     prompt_ids: list[int]
     """The prompt as the engine read it, with what the environment said at its reset."""
+    prompt_text: str
     prompt: list[dict[str, Any]]
     """The same as messages."""
     messages: list[dict[str, Any]]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.batches.generations import Generations, SamplingSpec, sample_seed
-from actors.batches.slices import Asked, Progress
+from actors.batches.slices import Asked, Parsing, Progress, Said
 from actors.cluster.environment import SOCKETS
 from actors.cluster.scratch import Scratch, unfit
 from actors.cluster.turn_plan import both_awake
@@ -69,6 +69,9 @@ class _Sliced:
     """When the last slice ended, or the first one began (time.monotonic())."""
     names: dict[int, str] = field(default_factory=dict)
     """Sample that has not ended -> its request."""
+    hand_back: bool = False
+    """As `Asked` says, as is the next."""
+    parsing: Parsing | None = None
 
 
 class RolloutEngine:
@@ -147,9 +150,10 @@ class RolloutEngine:
         returned = [n for n in give_back if n in call.names and not self._stepper.has_ended(call.names[n])]
         self._drop([call.names.pop(number) for number in returned])
         if asked is not None:
-            names = self._ask(asked.prompts, asked.sampling, asked.seeds)
+            names = self._ask(asked.prompts, asked.sampling, asked.seeds, asked.max_tokens)
             call.names |= dict(zip(asked.numbers, names, strict=True))
-        work = self._stepper.run(list(call.names.values()), seconds)
+            call.hand_back, call.parsing = asked.hand_back, asked.parsing
+        work = self._stepper.run(list(call.names.values()), seconds, any_ended=call.hand_back)
         ended = [number for number, name in call.names.items() if self._stepper.has_ended(name)]
         outputs = self._stepper.take([call.names.pop(number) for number in ended])
         since, call.since = call.since, time.monotonic()
@@ -162,7 +166,14 @@ class RolloutEngine:
             returned=returned,
             seconds=call.since - since,
             work=work,
+            said=self._said(outputs, call.parsing),
         )
+
+    def check_parser(self, parsing: Parsing) -> str:
+        """Reason for which vLLM's tool parser of this name can't be used with this model; empty: it can."""
+        from actors.rollout.vllm.tool_calls import parser_problem
+
+        return parser_problem(self._loaded("load").get_tokenizer(), parsing)
 
     def score_tokens(
         self, token_ids: Sequence[Sequence[int]], starts: Sequence[int], version: int | None = None
@@ -340,8 +351,20 @@ class RolloutEngine:
             raise
         return {"merge": 0.0, "engine": seconds}
 
+    def _said(self, outputs: Sequence[Any], parsing: Parsing | None) -> list[Said] | None:
+        if parsing is None:
+            return None
+        from actors.rollout.vllm.tool_calls import said
+
+        tokenizer = self._loaded("generate").get_tokenizer()
+        return [said(tokenizer, output.outputs[0].token_ids, parsing) for output in outputs]
+
     def _ask(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingSpec, seeds: Sequence[int] | None
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingSpec,
+        seeds: Sequence[int] | None,
+        max_tokens: Sequence[int] | None = None,
     ) -> list[str]:
         """Give the engine `sampling.n` requests of each prompt; their names."""
         self._running("generate")
@@ -354,7 +377,9 @@ class RolloutEngine:
         if len(seeds) != len(requests):
             raise ValueError(f"{len(seeds)} seeds for {len(requests)} samples")
         slot = None if self._updater is None else self._updater.slot()
-        return self._stepper.add(requests, [sampling_params(sampling, seed) for seed in seeds], slot)
+        limits: Sequence[int | None] = max_tokens or [None] * len(seeds)
+        params = [sampling_params(sampling, seed, most) for seed, most in zip(seeds, limits, strict=True)]
+        return self._stepper.add(requests, params, slot)
 
     def _outputs(self, names: Sequence[str]) -> list[Any]:
         """Outputs of requests, once all of them have ended."""

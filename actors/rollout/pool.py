@@ -18,10 +18,11 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from actors.batches.generations import Generations, SamplingSpec
-from actors.batches.slices import Asked, Progress
+from actors.batches.slices import Asked, Conversation, Parsing, Progress
 from actors.cluster.futures import POLL_S, WorkerFuture, first_done
 from actors.cluster.patient_clock import patient
 from actors.errors import InvariantViolation, RunFailure
@@ -31,9 +32,6 @@ from actors.rollout.remote import RolloutEngines
 from actors.rollout.shares import Shares
 from actors.sync.engine_set import EngineSet, Replacement, Restart
 from actors.sync.engine_state import WeightsState
-
-if TYPE_CHECKING:
-    import numpy as np
 
 MAX_RESTARTS = 2
 """Restarts of one engine within one call. A third loss is no accident: something in the call kills it."""
@@ -63,16 +61,24 @@ class Slice:
 
 @dataclass
 class Call:
-    """State of one call of `RolloutPool.generate`."""
+    """State of one call of `RolloutPool.generate` or `converse`."""
 
     key: int
     """Names it in the engines."""
     requests: list[Sequence[int]]
     """Prompt of every sample."""
     sampling: SamplingSpec
-    seeds: Sequence[int]
+    seeds: list[int]
     shares: Shares
     began: float
+    conversation: Conversation | None = None
+    """Asks for further turns of its samples; None: each is one turn."""
+    limits: list[int] = field(default_factory=list)
+    """New tokens of each request at most; of a conversation alone."""
+    drawn_by: dict[int, int] = field(default_factory=dict)
+    """Request that has ended -> rank of its engine; of a conversation alone, as is the next."""
+    weights: set[tuple[str, int]] = field(default_factory=set)
+    """Name and version of the weights that turns were drawn by."""
     slices: dict[int, Slice] = field(default_factory=dict)
     """Of engines that have samples. By rank, as are the next two."""
     replacing: dict[int, Replacement] = field(default_factory=dict)
@@ -88,10 +94,29 @@ class Call:
         """Answers that engines owe."""
         return {rank: one.answer for rank, one in self.slices.items() if one.answer is not None}
 
+    @property
+    def goes_on(self) -> bool:
+        """Some samples have not ended, or may have another turn."""
+        return bool(self.shares or self.replacing or (self.conversation and self.conversation.waits()))
+
     def asked(self, numbers: Sequence[int]) -> Asked:
-        return Asked(
+        asked = Asked(
             numbers, [self.requests[n] for n in numbers], self.sampling, [self.seeds[n] for n in numbers]
         )
+        if self.conversation is None:
+            return asked
+        limits = [self.limits[n] for n in numbers]
+        return replace(asked, max_tokens=limits, hand_back=True, parsing=self.conversation.parsing)
+
+    def listen(self, seconds: float) -> None:
+        """Take the turns that the conversation asks for by now, or within so many seconds if it has none."""
+        assert self.conversation is not None
+        new = self.conversation.requests(seconds)
+        self.requests += [request.prompt for request in new]
+        self.seeds += [request.seed for request in new]
+        self.limits += [request.max_tokens for request in new]
+        near = [None if request.after is None else self.drawn_by[request.after] for request in new]
+        self.shares.add([request.key for request in new], near)
 
 
 class RolloutPool:
@@ -127,13 +152,35 @@ class RolloutPool:
         hashes = [key for key in (hash(tuple(prompt)) for prompt in prompts) for _ in range(sampling.n)]
         shares = Shares(hashes, sampling.max_tokens, self._lengths, self.group.size)
         one_each = sampling.model_copy(update={"n": 1})
-        call = Call(next(self._keys), requests, one_each, seeds, shares, patient())
+        call = Call(next(self._keys), requests, one_each, list(seeds), shares, patient())
+        self._draw(call)
+        return self._joined(call, sampling.n)
+
+    def converse(self, conversation: Conversation, sampling: SamplingSpec) -> float:
+        """Draw turns until a conversation asks for no more; it is told of each. A turn that was lost with its
+        engine is drawn again. Returns the engines' seconds.
+
+        Raises: as `generate`.
+        """
+        shares = Shares([], sampling.max_tokens, self._lengths, self.group.size)
+        one_each = sampling.model_copy(update={"n": 1})
+        call = Call(next(self._keys), [], one_each, [], shares, patient(), conversation)
+        self._draw(call)
+        return call.seconds
+
+    def check_parser(self, parsing: Parsing) -> str:
+        """As `RolloutEngine.check_parser`, of the first engine with a problem."""
+        return next((found for found in self._remote.check_parser(parsing).result() if found), "")
+
+    def _draw(self, call: Call) -> None:
         self._replace_lost(call)
-        while call.shares or call.replacing:
+        while call.goes_on:
+            if call.conversation is not None:
+                # Engines that draw are waited for below; else the environment is.
+                call.listen(0.0 if call.slices or call.shares or call.replacing else POLL_S)
             self._hand_out(call)
             self._collect(call)
             self._rejoin(call)
-        return self._joined(call, sampling.n)
 
     def expert_load(self) -> list[np.ndarray]:
         """int64 (layers, experts) of each engine that counts: tokens of each expert since the last call.
@@ -198,7 +245,7 @@ class RolloutPool:
         call.slices[rank] = replace(last, answer=answer, since=since)
 
     def _slice_seconds(self, call: Call) -> float | None:
-        if self.in_flight:
+        if self.in_flight or call.conversation is not None:
             return SLICE_S
         elapsed = patient() - call.began
         return None if self.group.size == 1 else max(SLICE_S, SLICE_SHARE * elapsed)
@@ -228,7 +275,7 @@ class RolloutPool:
             self._lost(call, rank, failure)
             return
         if progress.made is not None:
-            call.parts.append((progress.ended, progress.made))
+            self._keep(call, rank, progress)
         call.seconds += progress.seconds
         lengths = [] if progress.made is None else [len(ids) for ids in progress.made.sequences()]
         waits = call.shares.waits(rank)
@@ -242,6 +289,19 @@ class RolloutPool:
             if self.group.measured is not None:
                 waited = patient() - one.since
                 self.group.measured.took(self.group.name, "generate", WHOLE, waited)
+
+    def _keep(self, call: Call, rank: int, progress: Progress) -> None:
+        """Samples that ended, for the caller or its conversation."""
+        assert progress.made is not None
+        if call.conversation is None:
+            call.parts.append((progress.ended, progress.made))
+            return
+        call.drawn_by |= dict.fromkeys(progress.ended, rank)
+        call.weights |= {(progress.made.label, int(v)) for v in np.unique(progress.made.token_versions)}
+        if len(call.weights) > 1 and not self.in_flight:
+            said = f"turns of one model were expected, not of {sorted(call.weights)}"
+            raise InvariantViolation(self.group.name, "generate", said, self.group.next_step)
+        call.conversation.drew(progress.ended, progress.made, progress.said)
 
     def _lost(self, call: Call, rank: int, failure: RunFailure) -> None:
         """Queue a lost engine's samples again. One that lives has failed by itself: that ends the call."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from actors.batches.generations import Generations, SamplingSpec
-    from actors.batches.slices import Asked, Progress
+    from actors.batches.slices import Asked, Parsing, Progress
 
 
 ROLLOUT = "actors.rollout.engine:RolloutEngine"
@@ -75,6 +75,9 @@ class RolloutEngines(UpdatableEngines):
         give_back: Sequence[int] = (),
     ) -> WorkerFuture[Progress]:
         return self.group.submit_rank(rank, "advance", key, seconds, asked, give_back, phase="generate")
+
+    def check_parser(self, parsing: Parsing) -> GroupFuture[str]:
+        return self.group.submit("check_parser", parsing, phase="load")
 
     def expert_load(self) -> GroupFuture[np.ndarray | None]:
         return self.group.submit("expert_load", phase="call")

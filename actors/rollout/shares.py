@@ -64,6 +64,15 @@ class Shares:
         self.shares = [Share() for _ in range(engines)]
         self._prompts, self._limit, self._lengths = prompts, limit, lengths
 
+    def add(self, prompts: Sequence[int], ranks: Sequence[int | None]) -> None:
+        """Further samples, numbered on, by hash of their prompts; each is kept for the engine of its rank, if
+        it has one."""
+        first = len(self._prompts)
+        self._prompts = [*self._prompts, *prompts]
+        self.expected = np.concatenate([self.expected, self._lengths.of(prompts, self._limit)])
+        for number, rank in enumerate(ranks, first):
+            (self.queue if rank is None else self.shares[rank].kept).append(number)
+
     def __bool__(self) -> bool:
         """Some have not ended."""
         return bool(self.queue) or any(share.held or share.kept for share in self.shares)

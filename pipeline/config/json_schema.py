@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.config.run_config import RunConfig
-from pipeline.stages.specs.registry import STAGE_TYPES
+from pipeline.stages.specs.registry import STAGE_TYPES, RlStage
 
 _DATA = {"$ref": "#/$defs/DataSpec"}
 _NAMED_REWARD = {"$ref": "#/$defs/RewardSpec"}
@@ -29,6 +29,9 @@ def json_schema() -> dict[str, Any]:
             **schema["$defs"][cls.__name__]["properties"]["type"],
             "const": name,
         }
+        if issubclass(cls, RlStage) and cls.needs_rewards:
+            needed = [{"required": [key]} for key in ("rewards", "env")]
+            schema["$defs"][cls.__name__]["anyOf"] = needed
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Raylign run", **schema}
 
 

@@ -123,8 +123,18 @@ class RunConfig(Spec):
             for position, reward in enumerate(stage.rewards)
             if reward.function is not None
         }
+        found |= self.environments()
         if self.eval is not None and ":" in self.eval.metric:
             found["eval.metric"] = self.eval.metric
+        return found
+
+    def environments(self) -> dict[str, str]:
+        """Environments and tools of the user's: `module:name` by the key that names it."""
+        found = {}
+        for name, stage in self.online_stages().items():
+            if stage.env is not None:
+                found[f"stages.{name}.env"] = stage.env
+            found |= {f"stages.{name}.tools.{i}": source for i, source in enumerate(stage.tools)}
         return found
 
     def eval_models(self) -> list[str]:

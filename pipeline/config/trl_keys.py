@@ -244,7 +244,7 @@ INSTEAD: dict[str, str] = {
     "num_generations_eval": "leave it out: `eval` draws one answer for each prompt",
     "multi_objective_aggregation": "leave it out: rewards are added up by their weights",
     "reward_clip_range": "clip in a reward function of your own",
-    "max_tool_calling_iterations": "tools in online stages are not there; leave it out",
+    "environment_factory": "write `env: module:Class`",
     "top_entropy_quantile": "not offered; leave it out",
     "use_adaptive_entropy": _ENTROPY,
     "entropy_target": _ENTROPY,

@@ -191,7 +191,9 @@ def make_node(
         directory=path,
         rewards=rewards,
         critic=critic,
-        unread_code=[source for source in reward_functions(spec) if source not in code],
+        unread_code=[
+            source for source in [*reward_functions(spec), *environments(spec)] if source not in code
+        ],
     )
 
 
@@ -214,7 +216,8 @@ def stage_identity(
     chosen = frozenset(flat(_settings(config, spec, exclude_defaults=True)))
     settings = _settings(config, spec)
     # No empty entry: manifests of stages without functions stay as earlier versions wrote them.
-    if code := code_digests(reward_functions(spec)) | file_digests(reward_files(spec)):
+    functions = [*reward_functions(spec), *environments(spec)]
+    if code := code_digests(functions) | file_digests(reward_files(spec)):
         settings[CODE] = code
     return Identity(settings, inputs, data, seed, chosen)
 
@@ -237,6 +240,11 @@ def reward_functions(spec: AnyStage) -> list[str]:
 def reward_files(spec: AnyStage) -> list[str]:
     """Files that a stage's rewards read."""
     return [one.file for one in spec.rewards if one.file is not None] if spec.online else []
+
+
+def environments(spec: AnyStage) -> list[str]:
+    """Environments and tools of the user's, as `module:name`."""
+    return [*([spec.env] if spec.env else []), *spec.tools] if spec.online else []
 
 
 def reward_models(config: RunConfig, name: str, weights: dict[str, Weights]) -> dict[str, Weights]:

@@ -100,7 +100,8 @@ def _find(config: RunConfig) -> Findings:
     from pipeline.rewards.user_functions import start_functions
 
     findings = Findings()
-    start_functions(config.functions().values())  # Their modules are imported while the base is looked at.
+    served = {key: source for key, source in config.functions().items() if key not in config.environments()}
+    start_functions(served.values())  # Their modules are imported while the base is looked at.
     findings.attempt(RunDirectory(config.output_dir, config.name).refuse_foreign)
     findings.problems += machine_problems(config)
     findings.problems += hiding_problems(config.functions(), Path.cwd())

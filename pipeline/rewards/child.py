@@ -34,17 +34,18 @@ ASKS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 on: the run finishes its step. It ends when the run closes its connection."""
 
 
-def main() -> None:
-    """Serve the process that started this one; `sys.argv`: the connection's file descriptor, its pid."""
+def main(serve: Callable[[Connection], None] | None = None) -> None:
+    """Serve the process that started this one; `sys.argv`: the connection's file descriptor, its pid.
+    `serve`: in place of `serve_functions`."""
     descriptor, run = int(sys.argv[1]), int(sys.argv[2])
     os.set_inheritable(descriptor, False)
     _leave_watch(run, descriptor)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
-    serve(Connection(descriptor))
+    (serve or serve_functions)(Connection(descriptor))
 
 
-def serve(connection: Connection) -> None:
+def serve_functions(connection: Connection) -> None:
     """Load the user's code, then answer requests until the connection is closed.
 
     Messages are pickled tuples of Python's own types. First comes where to find the code, and its answer is
@@ -53,13 +54,13 @@ def serve(connection: Connection) -> None:
     which ("raised", text) may come. Each answer comes with the time at which it was ready, by the clock that
     all processes of a machine share.
     """
-    send = _sender(connection)
+    send = sender(connection)
     try:
-        find = _load(*pickle.loads(connection.recv_bytes()))
+        find = load(*pickle.loads(connection.recv_bytes()))
         reply: tuple[Any, ...] = ("loaded",)
     except BaseException as error:  # a user's module can fail in any way while it is imported
-        reply = "failed", _shown(error)
-    _settle(send, reply)
+        reply = "failed", shown(error)
+    settle(send, reply)
     while True:
         try:
             request = pickle.loads(connection.recv_bytes())
@@ -68,8 +69,8 @@ def serve(connection: Connection) -> None:
         try:
             reply = _reply(find, request, send)
         except BaseException as error:
-            reply = "failed", _shown(error)
-        _settle(send, reply)
+            reply = "failed", shown(error)
+        settle(send, reply)
 
 
 def _reply(find: Callable[[str], Any], request: tuple[Any, ...], send: Callable[..., None]) -> Any:
@@ -84,7 +85,7 @@ def _reply(find: Callable[[str], Any], request: tuple[Any, ...], send: Callable[
     return "done", called.values, called.problem, called.bad
 
 
-def _load(path: list[str], argv: list[str], module: str, payload: bytes) -> Callable[[str], Any]:
+def load(path: list[str], argv: list[str], module: str, payload: bytes) -> Callable[[str], Any]:
     """Looks up functions of `module`, imported as the run's process would; with a `payload` it is the one
     function, pickled."""
     sys.path[:], sys.argv[:] = path, argv
@@ -95,7 +96,7 @@ def _load(path: list[str], argv: list[str], module: str, payload: bytes) -> Call
     return lambda name: getattr(found, name)
 
 
-def _settle(send: Callable[..., None], reply: tuple[Any, ...]) -> None:
+def settle(send: Callable[..., None], reply: tuple[Any, ...]) -> None:
     """Send a reply, once what the function left behind is away: an alarm that would end this process, and
     text that was not written yet."""
     while True:
@@ -112,7 +113,7 @@ def _settle(send: Callable[..., None], reply: tuple[Any, ...]) -> None:
     send(reply)
 
 
-def _sender(connection: Connection) -> Callable[..., None]:
+def sender(connection: Connection) -> Callable[..., None]:
     def send(message: tuple[Any, ...]) -> None:
         connection.send_bytes(pickle.dumps((time.monotonic(), message), pickle.HIGHEST_PROTOCOL))
 
@@ -179,7 +180,7 @@ def _as_usual() -> None:
     _let_go()
 
 
-def _shown(error: BaseException) -> str:
+def shown(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {str(error)[:2000]}"
     except Exception:  # a class of the user's own

@@ -35,7 +35,7 @@ CHUNK = 1 << 16
 """Bytes that are read at once of what a process prints, and characters of a line that is not waited for."""
 
 ROOT = Path(__file__).resolve().parents[2]
-_ENTRY = "import sys; sys.path.insert(0, sys.argv.pop()); from pipeline.rewards.child import main; main()"
+_ENTRY = "import sys; sys.path.insert(0, sys.argv.pop()); "
 
 
 class Late(Exception):
@@ -55,47 +55,18 @@ class LoadedCode:
     """The function pickled with all that it refers to, where no module can be imported for it."""
 
 
-class FunctionProcess:
-    """A process that serves the functions of one module; several threads' calls come one after the other."""
+class UserProcess:
+    """A process that has loaded a module of the user's; what is asked of it, its kinds say."""
+
+    ENTRY = "from pipeline.rewards.child import main; main()"
+    """Code that it runs, once Raylign can be imported."""
 
     def __init__(self, code: LoadedCode) -> None:
         """Start it, without waiting for the import."""
         self._code = code
-        self._lock = threading.Lock()
         self._busy = False
         self._owner = os.getpid()
         self._start()
-
-    def find(self, name: str) -> tuple[Any, ...]:
-        """("found", arguments, those needed, True for any others); ("uncallable", type); ("failed", text)."""
-        with self._lock:
-            return self._find(name)
-
-    def call(self, name: str, given: Mapping[str, Sequence[Any]], n: int, timeout_s: float) -> RewardCall:
-        """Call a function once with all `n` samples, as TRL does: one without **kwargs gets only what it
-        names. A process that overruns the deadline, or ends, is replaced for the next call."""
-        first = "the first of them is shown"
-        with self._lock:
-            try:
-                found, *rest = self._find(name)
-                if found != "found":
-                    self._renew()
-                    problem = f"it cannot be imported ({rest[0]})"
-                    return RewardCall([None] * n, problem, tuple(range(n)))
-                names, _, any_name = rest
-                wanted = {key: values for key, values in given.items() if any_name or key in names}
-                kind, *reply = self._ask(("call", name, n, timeout_s, packed(wanted)), timeout_s)
-            except Late as late:
-                self._renew()
-                problem = str(late) or f"no answer within {timeout_s:g} s for {n} samples; {first}"
-            except Gone as gone:
-                self._renew()
-                problem = f"{gone}, in a call with {n} samples; {first}"
-            else:
-                if kind == "done":
-                    return RewardCall(*reply)
-                problem = f"it failed: {reply[0]}"
-        return RewardCall([None] * n, problem, tuple(range(n)))
 
     def close(self) -> None:
         """End it: at once while it is in a call or an import, else after what its module does at exit."""
@@ -117,7 +88,15 @@ class FunctionProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             self._popen = subprocess.Popen(
-                [sys.executable, "-P", "-c", _ENTRY, str(theirs.fileno()), str(os.getpid()), str(ROOT)],
+                [
+                    sys.executable,
+                    "-P",
+                    "-c",
+                    _ENTRY + self.ENTRY,
+                    str(theirs.fileno()),
+                    str(os.getpid()),
+                    str(ROOT),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -131,19 +110,6 @@ class FunctionProcess:
         ]
         self._send((list(sys.path), list(sys.argv), self._code.module, self._code.payload))
         self._problem: str | None = None
-        self._found: dict[str, tuple[Any, ...]] = {}
-
-    def _find(self, name: str) -> tuple[Any, ...]:
-        if name not in self._found:
-            try:
-                problem = self._loaded()
-                self._found[name] = ("failed", problem) if problem else self._ask(("find", name), IMPORT_S)
-            except Late:
-                self._stop()
-                return "failed", f"no answer of its module within {IMPORT_S:g} s"
-            except Gone as gone:
-                return "failed", str(gone)
-        return self._found[name]
 
     def _loaded(self) -> str:
         """Wait for the import; what is wrong with it, or an empty text."""
@@ -158,20 +124,6 @@ class FunctionProcess:
             else:
                 self._problem = reply[0] if kind == "failed" else ""
         return self._problem
-
-    def _ask(self, request: tuple[Any, ...], seconds: float) -> tuple[Any, ...]:
-        """The reply to a request. Late has the text of what the function raised, where it got so far."""
-        self._busy = True
-        self._send(request)
-        deadline = time.monotonic() + seconds
-        reply = self._receive(seconds)
-        if reply[0] == "raised":
-            try:
-                reply = self._receive(deadline - time.monotonic())
-            except Late:
-                raise Late(reply[1]) from None
-        self._busy = False
-        return reply
 
     def _send(self, message: tuple[Any, ...]) -> None:
         """In a thread, since a process that doesn't read would hold this one up for ever."""
@@ -246,6 +198,75 @@ class FunctionProcess:
             thread.join(1.0)
         self._connection.close()
         self._busy = False
+
+
+class FunctionProcess(UserProcess):
+    """A process that serves the functions of one module; several threads' calls come one after the other."""
+
+    def __init__(self, code: LoadedCode) -> None:
+        self._lock = threading.Lock()
+        super().__init__(code)
+
+    def find(self, name: str) -> tuple[Any, ...]:
+        """("found", arguments, those needed, True for any others); ("uncallable", type); ("failed", text)."""
+        with self._lock:
+            return self._find(name)
+
+    def call(self, name: str, given: Mapping[str, Sequence[Any]], n: int, timeout_s: float) -> RewardCall:
+        """Call a function once with all `n` samples, as TRL does: one without **kwargs gets only what it
+        names. A process that overruns the deadline, or ends, is replaced for the next call."""
+        first = "the first of them is shown"
+        with self._lock:
+            try:
+                found, *rest = self._find(name)
+                if found != "found":
+                    self._renew()
+                    problem = f"it cannot be imported ({rest[0]})"
+                    return RewardCall([None] * n, problem, tuple(range(n)))
+                names, _, any_name = rest
+                wanted = {key: values for key, values in given.items() if any_name or key in names}
+                kind, *reply = self._ask(("call", name, n, timeout_s, packed(wanted)), timeout_s)
+            except Late as late:
+                self._renew()
+                problem = str(late) or f"no answer within {timeout_s:g} s for {n} samples; {first}"
+            except Gone as gone:
+                self._renew()
+                problem = f"{gone}, in a call with {n} samples; {first}"
+            else:
+                if kind == "done":
+                    return RewardCall(*reply)
+                problem = f"it failed: {reply[0]}"
+        return RewardCall([None] * n, problem, tuple(range(n)))
+
+    def _start(self) -> None:
+        super()._start()
+        self._found: dict[str, tuple[Any, ...]] = {}
+
+    def _find(self, name: str) -> tuple[Any, ...]:
+        if name not in self._found:
+            try:
+                problem = self._loaded()
+                self._found[name] = ("failed", problem) if problem else self._ask(("find", name), IMPORT_S)
+            except Late:
+                self._stop()
+                return "failed", f"no answer of its module within {IMPORT_S:g} s"
+            except Gone as gone:
+                return "failed", str(gone)
+        return self._found[name]
+
+    def _ask(self, request: tuple[Any, ...], seconds: float) -> tuple[Any, ...]:
+        """The reply to a request. Late has the text of what the function raised, where it got so far."""
+        self._busy = True
+        self._send(request)
+        deadline = time.monotonic() + seconds
+        reply = self._receive(seconds)
+        if reply[0] == "raised":
+            try:
+                reply = self._receive(deadline - time.monotonic())
+            except Late:
+                raise Late(reply[1]) from None
+        self._busy = False
+        return reply
 
 
 def _in_thread(target: Any, *args: Any) -> threading.Thread:

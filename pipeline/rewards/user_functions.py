@@ -10,15 +10,15 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from actors.errors import UserError
-from pipeline.rewards.processes import FunctionProcess, LoadedCode
+from pipeline.rewards.processes import FunctionProcess, LoadedCode, UserProcess
 from pipeline.rewards.values import RewardCall
 
-_processes: dict[LoadedCode, FunctionProcess] = {}
+_processes: dict[Hashable, UserProcess] = {}
 _pickled: dict[int, UserFunction] = {}
 """Functions that came as objects, by their id; each is taken out when its object is gone."""
 _runs = 0
@@ -118,10 +118,18 @@ def _forget(key: int) -> None:
 
 def process_of(code: LoadedCode) -> FunctionProcess:
     """The process that serves this code, started where there is none."""
+    return kept(code, lambda: FunctionProcess(code))
+
+
+P = TypeVar("P", bound=UserProcess)
+
+
+def kept(key: Hashable, make: Callable[[], P]) -> P:
+    """The process that is kept by this name to the end of the run, made where there is none."""
     with _lock:
-        if code not in _processes:
-            _processes[code] = FunctionProcess(code)
-        return _processes[code]
+        if key not in _processes:
+            _processes[key] = make()
+        return cast(P, _processes[key])
 
 
 def start_functions(sources: Iterable[str]) -> None:

@@ -336,7 +336,7 @@ def _reward_source_problems(
                 f"{problem}{near}; otherwise `exact_match`, `module:function`, or a reward model's directory "
                 "(written with a slash)",
             )
-    if stage.rewards and all(reward.weight == 0 for reward in stage.rewards):
+    if stage.rewards and not stage.converses and all(reward.weight == 0 for reward in stage.rewards):
         yield Problem(f"{path}.rewards", "every weight is 0: nothing is wanted")
 
 

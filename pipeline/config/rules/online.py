@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from pipeline.config.problem import Problem
@@ -19,6 +20,7 @@ def online_problems(stage: OnlineStage) -> Iterator[Problem]:
                 "too long follows its source's on_bad_row, and `eval` scores held-out prompts",
             )
     yield from _sampling_problems(stage)
+    yield from _turn_problems(stage)
     yield from staleness_problems(stage)
     if stage.learns_from == "advantages":
         yield from _kl_problems(stage)
@@ -32,7 +34,9 @@ def online_problems(stage: OnlineStage) -> Iterator[Problem]:
 
 def _sampling_problems(stage: OnlineStage) -> Iterator[Problem]:
     samples, group = stage.samples_per_step, stage.num_generations
-    if stage.rewards and not any(one.weight for one in stage.rewards):
+    if not stage.rewards and not stage.converses and stage.needs_rewards:
+        yield Problem("rewards", "is required: a sample needs a reward to learn from")
+    elif stage.rewards and not any(one.weight for one in stage.rewards) and not stage.converses:
         yield Problem(
             "rewards",
             "every weight is 0, so no sample would have a reward to learn from; give one source a weight "
@@ -62,6 +66,30 @@ def _sampling_problems(stage: OnlineStage) -> Iterator[Problem]:
         yield Problem(
             "max_completion_length",
             f"{stage.max_completion_length} leaves a prompt no room within max_length: {stage.max_length}",
+        )
+
+
+def _turn_problems(stage: OnlineStage) -> Iterator[Problem]:
+    if not stage.converses:
+        for key in ("tool_parser", "max_tool_calling_iterations"):
+            if getattr(stage, key) is not None:
+                yield Problem(key, "is for conversations: name an `env` or `tools`, or leave it out")
+        return
+    if stage.tools and stage.tool_parser is None:
+        yield Problem(
+            "tool_parser",
+            "missing: name the parser of vLLM that finds the calls of `tools` in a turn, by the base's way "
+            "to write them (hermes for Qwen, llama3_json, mistral, ...)",
+        )
+    if stage.tools and not stage.env and not stage.rewards:
+        yield Problem("rewards", "is required: tools give no reward")
+    if stage.env_on_error != "stop" and not math.isfinite(stage.env_on_error):
+        yield Problem("env_on_error", "is `stop` or a finite number")
+    if stage.soft_punish_cache is not None:
+        yield Problem(
+            "soft_punish_cache",
+            "counts the tokens of an answer, and a conversation is more than its answers; leave it out, or "
+            "let the environment reward short ones",
         )
 
 

@@ -73,14 +73,22 @@ class EnvironmentTurns:
 
         Raises:
             NotExact: the difference doesn't exist.
-            RowProblem: a message that the template refuses, or that holds a control token.
+            RowProblem: a message that the template refuses.
         """
-        self._way.control.check(said, None)
+        said = [self._apart(message) for message in said]
         suffix = self.suffix(_with_stand_ins(conversation, first), said, kwargs)
         for message in said:
             _check_written(message, suffix.text)
         end, *rest = self._ids(suffix.end + suffix.text)
         return rest if last == end else [end, *rest]
+
+    def beginning(self, conversation: Sequence[Message], kwargs: dict[str, Any]) -> tuple[str, list[int]]:
+        """A conversation up to where the first answer begins, as text and token ids. Raises RowProblem where
+        the template refuses it."""
+        text = self.chat.render(
+            [self._apart(message) for message in conversation], kwargs, for_generation=True
+        )
+        return text, self._ids(text)
 
     def suffix(
         self, conversation: Sequence[Message], said: Sequence[Message], kwargs: dict[str, Any]
@@ -127,6 +135,15 @@ class EnvironmentTurns:
             raise NotExact("it ends a turn with no special token, so that text and turn can't be told apart")
         at, token = min(ends, key=lambda found: (found[0], -len(found[1])))
         return at, at + len(token)
+
+    def _apart(self, message: Message) -> Message:
+        """A message whose control tokens are text: what tools say often quotes what they were asked."""
+        made = dict(message)
+        for key, value in message.items():
+            if isinstance(value, str):
+                for token in self._way.control.tokens:
+                    made[key] = made[key].replace(token, f"{token[0]} {token[1:]}")
+        return made
 
     def _ids(self, text: str) -> list[int]:
         found: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from actors.batches import Generations
 from actors.errors import UserError
 from pipeline.data.reading.bad_rows import TOO_LONG, RowGate, RowProblem, Skipped
 from pipeline.data.reading.messages import Message
@@ -30,6 +31,10 @@ class PromptData:
     """The rows' other columns, e.g. `answer`; None where a row lacks it."""
     skipped: Skipped
     fingerprint: str
+    messages: list[list[Message]] = field(default_factory=list)
+    """Prompts as messages, and the next: what a conversation begins with. Empty where nobody asks."""
+    template_kwargs: list[dict[str, Any]] = field(default_factory=list)
+    """Variables of the chat template."""
 
     @property
     def n_rows(self) -> int:
@@ -53,7 +58,24 @@ class PromptData:
             {name: [values[i] for i in order] for name, values in self.columns.items()},
             self.skipped,
             self.fingerprint,
+            [self.messages[i] for i in order] if self.messages else [],
+            [self.template_kwargs[i] for i in order] if self.messages else [],
         )
+
+    def of_samples(
+        self, rows: Sequence[int] | np.ndarray, samples: Generations, copies: int | None = None
+    ) -> PromptData:
+        """The prompts of these rows' samples, `copies` of each (None: as many as there are), with what
+        environments added to them."""
+        chosen = self.select(rows, copies=copies or samples.n)
+        if samples.episodes is None:
+            return chosen
+        prompts = [
+            own if one.prompt == messages else list(one.prompt)
+            for own, messages, one in zip(chosen.prompts, chosen.messages, samples.episodes, strict=True)
+        ]
+        texts, ids = zip(*((one.prompt_text, one.prompt_ids) for one in samples.episodes), strict=True)
+        return replace(chosen, prompts=prompts, texts=list(texts), token_ids=list(ids))
 
     def completions(self, texts: Sequence[str]) -> list[Any]:
         """Generated texts in the form of their prompts: strings, or lists of one assistant message."""
@@ -107,4 +129,6 @@ def read_prompts(
         {name: [row.columns.get(name) for row in rows] for name in names},
         skipped,
         records.fingerprint + ("" if len(kept) == len(records) else f"-{max_prompt_tokens}"),
+        [row.prompt for row in rows],
+        [row.template_kwargs for row in rows],
     )

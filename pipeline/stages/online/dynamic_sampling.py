@@ -87,7 +87,7 @@ class DynamicSampler(Sampler):
         return replace(final, metrics=metrics, expert_load=sum(loads[1:], loads[0]) if loads else None)
 
     def _score(self, rows: np.ndarray, samples: Generations) -> Rewards:
-        prompts = self.stage.data.select(rows, copies=samples.n)
+        prompts = self.stage.data.of_samples(rows, samples)
         batch = trajectory_batch(prompts.token_ids, samples)
         if self.rewards.models:
             self.turns.to_policy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from actors.algorithms import (
     without_eos_penalty,
 )
 from actors.batches import Batch, Generations
-from actors.errors import InvariantViolation
+from actors.errors import InvariantViolation, RunFailure
 from pipeline.data.tokens.prompts import PromptData
 from pipeline.rewards.functions import Samples, settled
 from pipeline.rewards.kept_answers import FILE, KeptAnswers
@@ -78,7 +79,9 @@ class RewardComputer:
         """
         asked = Samples(
             prompts.prompts,
-            prompts.completions(texts),
+            prompts.completions(texts)
+            if samples.episodes is None
+            else [e.messages for e in samples.episodes],
             list(samples.sequences()),
             prompts.columns,
         )
@@ -94,13 +97,22 @@ class RewardComputer:
             values, note = settled(one, called(), asked)
             rows.append(values)
             notes += [f"reward '{one.name}': {note}"] if note else []
-        if not rows:  # A teacher scores tokens, which is no reward of samples.
+        weights, names = [one.weight for one in self.spec.rewards], list(self.names)
+        if (own := earned(samples)) is not None:
+            rows, weights, names = [*rows, own], [*weights, 1.0], [*names, self.spec.env_name]
+        if (
+            not rows and not self.spec.needs_rewards
+        ):  # A teacher scores tokens, which is no reward of samples.
             total, penalties = self._less_penalties(np.zeros(len(asked)), batch)
             return Rewards(total, penalties, notes)
+        if not rows:
+            raise RunFailure(
+                f"environment '{self.spec.env_name}'", "rewards", "it gave no sample of the step a reward",
+                "return one from `step` or `get_reward`, or name `rewards`",
+            )  # fmt: skip
         found = np.stack(rows)
-        weights = [one.weight for one in self.spec.rewards]
         total, penalties = self._less_penalties(combine(found, weights), batch)
-        metrics = reward_metrics(self.names, found, weights, self.spec.num_generations, total) | penalties
+        metrics = reward_metrics(names, found, weights, self.spec.num_generations, total) | penalties
         return Rewards(total, metrics, notes)
 
     def _less_penalties(self, total: np.ndarray, batch: Batch) -> tuple[np.ndarray, dict[str, float]]:
@@ -114,6 +126,17 @@ class RewardComputer:
             metrics["rewards/overlong/mean"] = float(punished.mean())
             total = total + spec.soft_punish_weight * punished
         return total, metrics
+
+
+def earned(samples: Generations) -> np.ndarray | None:
+    """float64 (samples,): sums of what environments gave their turns, NaN for none; None: no environment gave
+    anything."""
+    turns = samples.turn_rewards
+    if turns is None or np.isnan(turns).all():
+        return None
+    ends = samples.offsets
+    parts = [turns[a:b][~np.isnan(turns[a:b])] for a, b in itertools.pairwise(ends)]
+    return np.array([part.sum() if len(part) else np.nan for part in parts], np.float64)
 
 
 def check_scores(spec: RewardSettings, scores: np.ndarray, samples: Samples) -> None:

@@ -15,7 +15,7 @@ import json
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,9 @@ from actors.batches import Generations, sample_seed
 from actors.cluster import Turns, look_up
 from actors.errors import RunFailure
 from pipeline.data.tokens.prompts import PromptData
+from pipeline.environments.episodes import Episodes, Start
+from pipeline.environments.prepared import Conversing
+from pipeline.environments.processes import Environments
 from pipeline.stages.online.rewards import Rewards
 from pipeline.stages.prepared import PreparedRl
 
@@ -72,6 +75,7 @@ class Sampler:
         self.stage, self.rollout, self.rewards, self.tokenizer = stage, rollout, rewards, tokenizer
         self.turns = turns or Turns()
         self._count_experts = True
+        self._environments: Environments | None = None
 
     def sample(self, step: int) -> SampledBatch:
         """Raises: RunFailure, InvariantViolation: as `RolloutPool.generate`."""
@@ -91,18 +95,45 @@ class Sampler:
             asked_before[row] += n
         asked = [stage.data.token_ids[row] for row in rows]
         self.turns.to_engines()
+        if stage.conversing is not None:
+            return self._converse(stage.conversing, rows, seeds)
         return self.rollout.generate(asked, stage.sampling, seeds)
 
+    def _converse(self, settings: Conversing, rows: np.ndarray, seeds: Sequence[int]) -> Generations:
+        """A conversation for each of these seeds."""
+        n, spec = self.stage.spec.num_generations, settings.spec
+        prompts = self.stage.data.select(rows, copies=n)
+        starts = [
+            Start(
+                {name: values[i] for name, values in prompts.columns.items()}
+                | {"prompt": prompts.messages[i]},
+                prompts.texts[i],
+                prompts.token_ids[i],
+                prompts.template_kwargs[i],
+                seed,
+                seeds[i - i % n],
+            )
+            for i, seed in enumerate(seeds)
+        ]
+        self._environments = self._environments or Environments(spec.env, spec.tools, spec.env_timeout_s)
+        with self._environments.process() as process:
+            episodes = Episodes(settings, process, self.tokenizer, self.stage.sampling, starts)
+            seconds = self.rollout.converse(episodes, self.stage.sampling)
+            return episodes.made(n, seconds)
+
     def texts(self, samples: Generations) -> list[str]:
-        """Texts of samples: without the end of the turn, and cut at stop strings."""
+        """Texts of samples: without the end of the turn, and cut at stop strings; of a conversation all that
+        stands behind its prompt."""
         asked = self.stage.sampling
+        if samples.episodes is not None:
+            return list(self.tokenizer.batch_decode([ids.tolist() for ids in samples.sequences()]))
         return samples.texts(self.tokenizer, asked.stop, asked.stop_token_ids)
 
     def batch_of(
         self, rows: np.ndarray, samples: Generations, rewards: Rewards | None = None
     ) -> SampledBatch:
         """Samples of these rows with their prompts."""
-        prompts = self.stage.data.select(rows, copies=self.stage.spec.num_generations)
+        prompts = self.stage.data.of_samples(rows, samples, self.stage.spec.num_generations)
         return SampledBatch(np.asarray(rows, np.int64), prompts, samples, self._expert_load(), rewards)
 
     def _expert_load(self) -> np.ndarray | None:
@@ -202,6 +233,8 @@ def save_sampled(path: Path, sampled: SampledBatch) -> None:
     if sampled.expert_load is not None:
         arrays["expert_load"] = sampled.expert_load
     more = {"n": samples.n, "label": samples.label, "seconds": samples.seconds}
+    if samples.episodes is not None:
+        more["episodes"] = [vars(one) for one in samples.episodes]
     more |= {"metrics": sampled.metrics, "notes": list(sampled.notes)}
     if sampled.rewards is not None:
         arrays["rewards"] = sampled.rewards.values
@@ -221,8 +254,10 @@ def load_sampled(path: Path, data: PromptData) -> SampledBatch:
     of_samples = {
         name.removeprefix("samples."): value for name, value in arrays.items() if name.startswith("samples.")
     }
-    samples = Generations.from_arrays(of_samples, more["n"], more["label"], more["seconds"])
-    prompts = data.select(arrays["rows"], copies=samples.n)
+    samples = Generations.from_arrays(
+        of_samples, more["n"], more["label"], more["seconds"], more.get("episodes")
+    )
+    prompts = data.of_samples(arrays["rows"], samples)
     load, notes = arrays.get("expert_load"), tuple(more["notes"])
     rewards = Rewards(arrays["rewards"], *more["rewards"]) if "rewards" in arrays else None
     return SampledBatch(arrays["rows"], prompts, samples, load, rewards, more["metrics"], notes)

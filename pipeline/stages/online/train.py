@@ -7,6 +7,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+from actors.errors import UserError
 from pipeline.artifacts.identity import Decision, checkpoints
 from pipeline.artifacts.manifest import Manifest, new_directory, write_json
 from pipeline.stages.checks import check_unmoved
@@ -47,6 +48,7 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
     frozen = frozen_digests(roles)
     ctx.sync.connect()
     ctx.sync.push(step)
+    check_parser(stage, ctx)
     log = MetricsLog(
         ctx.directory / "metrics.jsonl",
         resume_at=step,
@@ -95,6 +97,17 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
         log.close()
         samples.close()
         routing.close()
+
+
+def check_parser(stage: PreparedRl, ctx: RlContext) -> None:
+    """Refuse a tool parser that doesn't fit the base, before the first sample.
+
+    Raises:
+        UserError: with what it lacks.
+    """
+    parsing = stage.conversing and stage.conversing.parsing
+    if parsing and (problem := ctx.rollout.check_parser(parsing)):
+        raise UserError(f"stages.{stage.name}.tool_parser: {problem}")
 
 
 def prepare(stage: PreparedRl, ctx: RlContext) -> None:

@@ -28,6 +28,7 @@ from actors.batches import SamplingSpec
 from actors.sync.spec import SyncSpec
 from pipeline.data.reading.layouts import Kind
 from pipeline.data.spec import as_sources
+from pipeline.environments.spec import TurnSettings
 from pipeline.rewards.spec import AnyReward
 from pipeline.stages.specs.base import ReferenceSettings, StageSpec
 from pipeline.stages.specs.critic import CriticSettings
@@ -40,7 +41,7 @@ RewardList = Annotated[
 Rewards = Annotated[RewardList, Field(min_length=1)]
 
 
-class RlStage(ReferenceSettings, GroupSize, SamplingTemperature, StageSpec):
+class RlStage(TurnSettings, ReferenceSettings, GroupSize, SamplingTemperature, StageSpec):
     """Settings and facts of online stages: sample, reward, update, sync, again.
 
     One step (of `max_steps`, `save_steps`, `logging_steps`) is one round of this. It generates
@@ -51,16 +52,20 @@ class RlStage(ReferenceSettings, GroupSize, SamplingTemperature, StageSpec):
     online: ClassVar[Literal[True]] = True
     records: ClassVar[Kind] = "prompt"
     has_reference: ClassVar[Literal[True]] = True
+    needs_rewards: ClassVar[bool] = True
+    """A sample without a reward teaches nothing."""
     learns_from: ClassVar[Literal["advantages", "pairs"]]
     """Its loss reads an advantage of every token, or compares the samples of a prompt as pairs."""
 
     learning_rate: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
     """Peak learning rate."""
-    rewards: Rewards
+    rewards: Rewards = Field(default=[], validate_default=False)
     """Sources of reward: `exact_match`, `module:function`, a reward stage's name, a reward model's directory,
-    or by `kind` a service or a check: http, judge, math, code. One or several, added up by their weights."""
+    or by `kind` a service or a check: http, judge, math, code. One or several, added up by their weights; none
+    where an environment rewards its own conversations."""
     max_completion_length: int = Field(default=256, ge=1)
-    """New tokens per sample, at most; `max_length` less this is what a prompt may take."""
+    """New tokens per sample, at most, what an environment says included; `max_length` less this is what a
+    prompt may take."""
     stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
     """Strings that end a sample, beside the end-of-turn token of the template and the base's EOS. A special
     token may be among them."""
@@ -248,6 +253,7 @@ class DistillStage(DiscountSettings, PolicyGradientStage):
     """On-policy distillation: a token's advantage is what a teacher thinks more of it than the policy."""
 
     advantage: ClassVar[str] = "reinforce"
+    needs_rewards: ClassVar[bool] = False
 
     type: Literal["distill"] = "distill"
     """Kind of stage; may be left out where the stage's name says it."""

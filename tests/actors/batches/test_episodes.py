@@ -19,7 +19,9 @@ def grown() -> Generations:
             sample.drew(ids, logprobs, [version] * len(ids), 0)
             sample.earned(0.5 + number)
         samples.append(sample)
-    episodes = [Episode([1, 2], [{"role": "user", "content": "?"}], [], one.turns, "done") for one in samples]
+    episodes = [
+        Episode([1, 2], "?", [{"role": "user", "content": "?"}], [], one.turns, "done") for one in samples
+    ]
     return Generations.of_episodes(samples, episodes, 2, "m", 1.0)
 
 
@@ -60,7 +62,7 @@ def test_experts_of_a_position_are_those_of_the_turn_that_computed_it_first() ->
     sample.drew([5, 6], [0.0, 0.0], [0, 0], 0, routes(3, turn=1))  # Its last token is computed by nobody yet.
     sample.said([7, 7])
     sample.drew([8, 8], [0.0, 0.0], [0, 0], 0, routes(7, turn=2))
-    made = Generations.of_episodes([sample], [Episode([1, 2], [], [], 2, "done")], 1, "m", 1.0)
+    made = Generations.of_episodes([sample], [Episode([1, 2], "?", [], [], 2, "done")], 1, "m", 1.0)
     assert made.routed_experts is not None
     assert made.routed_experts.experts.ravel().tolist() == [1, 1, 1, 2, 2, 2, 2]
     batch = trajectory_batch([[1, 2]], made)

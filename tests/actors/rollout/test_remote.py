@@ -25,7 +25,7 @@ def test_every_call_of_engines_fits_the_method_that_it_names() -> None:
     of_sync = {"load", "describe", "listen", "accept", "connect", "open_channel", "stage", "discard"}
     of_sync |= {"commit", "readback", "score_tokens"}
     assert set(calls_of(UpdatableEngines)) == of_sync
-    assert set(calls_of(RolloutEngines)) == of_sync | {"generate", "advance", "expert_load"}
+    assert set(calls_of(RolloutEngines)) == of_sync | {"generate", "advance", "expert_load", "check_parser"}
 
 
 def test_every_call_of_the_weight_source_fits_the_method_that_it_names() -> None:

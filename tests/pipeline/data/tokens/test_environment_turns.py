@@ -11,7 +11,6 @@ import pytest
 from actors.batches.episodes import GrowingSample
 from actors.errors import UserError
 from actors.models.turn_ends import turn_ends
-from pipeline.data.reading.bad_rows import RowProblem
 from pipeline.data.reading.messages import Message
 from pipeline.data.tokens.environment_turns import NotExact, environment_turns
 from tests.pipeline.data.tokens.one_row import CHATML, assistant, tokenizer_with, trl_template, user
@@ -139,10 +138,11 @@ def test_a_template_that_drops_earlier_reasoning_is_replaced_by_trls_or_refused(
 
 
 def test_an_environment_can_not_write_control_tokens_or_what_the_template_leaves_out() -> None:
-    turns = environment_turns(tokenizer_with(CHATML), {}, ["user"])
+    tokenizer = tokenizer_with(CHATML)
+    turns = environment_turns(tokenizer, {}, ["user"])
     conversation = [user("Q"), assistant("A")]
-    with pytest.raises(RowProblem, match=r"holds <\|im_end\|>"):
-        turns.tokens(conversation, 1, [user("over<|im_end|>")], {}, 0)
+    ids = turns.tokens(conversation, 1, [user("over<|im_end|><|im_end|>")], {}, 0)
+    assert "user\nover< |im_end|>< |im_end|><|im_end|>" in tokenizer.decode(ids)
     deaf = CHATML.replace("{{ m.content }}", "{{ m.content if m.role != 'observer' else '' }}")
     turns = environment_turns(tokenizer_with(deaf), {}, ["user"])
     with pytest.raises(NotExact, match="leaves out a message of role observer: 'seen'"):

@@ -1,0 +1,123 @@
+"""An environment made ready: what it is, its tools in the prompts, the chat template's turns, the parser."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from actors.batches import Parsing
+from actors.errors import UserError
+from pipeline.data.reading.records import Records
+from pipeline.data.tokens.environment_turns import EnvironmentTurns, environment_turns
+from pipeline.environments.processes import kept_environment
+from pipeline.environments.spec import TurnSettings
+
+
+@dataclass(frozen=True)
+class Conversing:
+    """All that conversations of a stage share."""
+
+    spec: TurnSettings
+    kind: dict[str, Any]
+    """As `objects.described`."""
+    turns: dict[bool, EnvironmentTurns]
+    """The chat template's turns, of rows with tools (True) and of those without."""
+    parsing: Parsing | None
+    room: int
+    """Tokens of a prompt at most."""
+
+    def turns_of(self, kwargs: dict[str, Any]) -> EnvironmentTurns:
+        """Turns of rows with these variables."""
+        return self.turns[bool(kwargs.get("tools"))]
+
+
+def describe(spec: TurnSettings, where: str) -> dict[str, Any]:
+    """Facts of a stage's environment and tools, from their process.
+
+    Raises:
+        UserError: it can't be used, with the reason.
+    """
+    key = f"{where}.{'env' if spec.env else 'tools'}"
+    found = kept_environment(spec.env, spec.tools, spec.env_timeout_s).described()
+    if isinstance(found, str):
+        raise UserError(f"{key}: {spec.env or ', '.join(spec.tools)}: {found}")
+    problems = []
+    if spec.tool_parser is None and not found["steps"]:
+        problems.append(
+            f"{where}.tool_parser: the policy calls tools, so name the parser of vLLM that finds the calls "
+            f"({', '.join(parser_names()) or 'hermes'})"
+        )
+    if found["steps"] and spec.tools:
+        problems.append(
+            f"{where}.tools: {spec.env} has `step`, which answers the calls itself; leave `tools` out, or "
+            "make them methods of an environment without `step`"
+        )
+    known = parser_names()
+    if spec.tool_parser is not None and known and spec.tool_parser not in known:
+        problems.append(
+            f"{where}.tool_parser: {spec.tool_parser!r} is none of vLLM's parsers: {', '.join(known)}"
+        )
+    if problems:
+        raise UserError(problems)
+    return found
+
+
+def with_tools(records: Records, kind: dict[str, Any]) -> Records:
+    """Rows whose prompts name the tools as well."""
+    if not kind["tools"]:
+        return records
+    rows = [
+        replace(
+            row,
+            template_kwargs={
+                **row.template_kwargs,
+                "tools": [*(row.template_kwargs.get("tools") or []), *kind["tools"]],
+            },
+        )
+        for row in records.rows
+    ]
+    return replace(records, rows=rows)
+
+
+def conversing(
+    spec: TurnSettings,
+    kind: dict[str, Any],
+    tokenizer: Any,
+    kwargs: Iterable[dict[str, Any]],
+    ends: Sequence[int],
+    room: int,
+) -> Conversing:
+    """A stage's conversations. `kwargs`: the template's variables of each row; `ends`: what ends a turn.
+
+    Raises:
+        UserError: the chat template's turns are not exact.
+    """
+    roles = ["tool"] if spec.tool_parser is not None else ["user"]
+    turns = {}
+    for one in kwargs:
+        has_tools = bool(one.get("tools"))
+        if has_tools not in turns:
+            turns[has_tools] = environment_turns(tokenizer, one, roles)
+    parsing = None if spec.tool_parser is None else Parsing(spec.tool_parser, kind["tools"], list(ends))
+    return Conversing(spec, kind, turns, parsing, room)
+
+
+def parser_names() -> list[str]:
+    """Names of vLLM's tool parsers, read from its source: to import them takes 8 CPU seconds. Empty where
+    they can't be read there; an engine is asked as well, before the first sample."""
+    from importlib.util import find_spec
+
+    try:
+        spec = find_spec("vllm")
+        place = Path((spec.submodule_search_locations or [""])[0]) if spec else Path()
+        tree = ast.parse((place / "tool_parsers" / "__init__.py").read_text())
+    except (OSError, ValueError, SyntaxError):
+        return []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            keys = [key.value for key in node.value.keys if isinstance(key, ast.Constant)]
+            return sorted(key for key in keys if isinstance(key, str))
+    return []

@@ -1,0 +1,45 @@
+"""Settings of online stages whose samples are conversations of several turns."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from actors.spec import Spec
+
+PLACE = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+Place = Annotated[str, StringConstraints(pattern=PLACE)]
+"""`module:name` of something of the user's."""
+
+
+class TurnSettings(Spec):
+    """An environment or tools, and the limits of a conversation with them."""
+
+    env: Place | None = None
+    """Environment that answers the policy's turns, as `module:Class`; null: a sample is one turn, or `tools`
+    answer."""
+    tools: list[Place] = Field(default_factory=list)
+    """Functions (`module:function`) that the policy may call, by TRL's rules: type hints and a docstring in
+    Google's style, from which the template writes what there is to call."""
+    tool_parser: str | None = Field(default=None, min_length=1)
+    """vLLM's parser that finds calls of tools in a turn, by vLLM's name (`hermes`, `llama3_json`); null: a
+    turn is text."""
+    max_tool_calling_iterations: int | None = Field(default=None, ge=1)
+    """Answers of the environment or of tools in a sample, at most, so that it has one turn more; null: as
+    many as `max_completion_length` leaves room for, which counts what they say too."""
+    env_timeout_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    """Seconds that one reset or step of an environment, or the tools of one turn, may take."""
+    env_on_error: Literal["stop"] | float = "stop"
+    """Effect of a step that fails or takes too long: `stop` ends the run; a number is the reward of that
+    step, with which the sample ends."""
+
+    @property
+    def converses(self) -> bool:
+        """A sample may have several turns."""
+        return bool(self.env or self.tools)
+
+    @property
+    def env_name(self) -> str:
+        """Name in metrics: the class's, as TRL has it, or `tools`."""
+        return self.env.partition(":")[2] if self.env else "tools"
