@@ -34,8 +34,7 @@ class SecondTry:
 
 
 def first_right(completions: list[list[dict[str, str]]], answer: list[str], **columns: Any) -> list[float]:
-    """1.0 where the first turn is right: what the policy can do without a hint. A reward function, logged with
-    weight 0."""
+    """1.0 where the first turn is right, as the policy is without a hint. A reward function of weight 0."""
     return [
         float(_number(messages[0]["content"]) == int(right))
         for messages, right in zip(completions, answer, strict=True)

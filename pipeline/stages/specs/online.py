@@ -61,8 +61,8 @@ class RlStage(TurnSettings, ReferenceSettings, GroupSize, SamplingTemperature, S
     """Peak learning rate."""
     rewards: Rewards = Field(default=[], validate_default=False)
     """Sources of reward: `exact_match`, `module:function`, a reward stage's name, a reward model's directory,
-    or by `kind` a service or a check: http, judge, math, code. One or several, added up by their weights; none
-    where an environment rewards its own conversations."""
+    or by `kind` a service or a check: http, judge, math, code. One or several, added up by their weights;
+    none where an environment rewards its own conversations."""
     max_completion_length: int = Field(default=256, ge=1)
     """New tokens per sample, at most, what an environment says included; `max_length` less this is what a
     prompt may take."""

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.batches import Request
 from actors.batches.generations import Generations, SamplingSpec, sample_seed
 from actors.cluster import measured_limits
 from actors.cluster.measured_limits import MeasuredLimits
@@ -321,3 +322,58 @@ class LateEngines(EngineSet):
 
     def ready(self, rank: int, *, unproved: bool = False) -> bool:
         return (rank == 0 or time.monotonic() > self.since + 1) and super().ready(rank, unproved=unproved)
+
+
+class ThreeTurns:
+    """Conversations of three turns: each goes on from what was drawn before it."""
+
+    parsing = None
+
+    def __init__(self, prompts: list[list[int]], seeds: list[int]) -> None:
+        self.seeds, self.drawn = seeds, [[list(prompt)] for prompt in prompts]
+        self.sample_of: list[int] = []
+        self.ready: list[tuple[int, int | None]] = [(sample, None) for sample in range(len(prompts))]
+        self.open = len(prompts)
+
+    def waits(self) -> bool:
+        return self.open > 0
+
+    def requests(self, seconds: float) -> list[Request]:
+        found = [
+            Request(
+                [token for turn in self.drawn[sample] for token in turn],
+                self.seeds[sample] + len(self.drawn[sample]),
+                8,
+                sample,
+                after,
+            )
+            for sample, after in self.ready
+        ]
+        self.sample_of += [sample for sample, _ in self.ready]
+        self.ready = []
+        return found
+
+    def drew(self, numbers: list[int], made: Generations, said: None) -> None:
+        for number, ids in zip(numbers, made.sequences(), strict=True):
+            sample = self.sample_of[number]
+            self.drawn[sample].append(ids.tolist())
+            if len(self.drawn[sample]) == 4:
+                self.open -= 1
+            else:
+                self.ready.append((sample, number))
+
+
+@pytest.mark.ray
+def test_conversations_are_the_same_by_one_engine_or_two_of_which_one_dies_between_their_turns(
+    start: Start,
+) -> None:
+    prompts = [[1002 if i == 7 else i, i + 1] for i in range(16)]
+    pool = start(seconds=0.002)
+    talks = ThreeTurns(prompts, SEEDS[:16])
+    assert pool.converse(talks, SAMPLING) > 0
+    assert len(pool.restarts) == 1
+    for sample, (prompt, *turns) in enumerate(talks.drawn):
+        context = list(prompt)
+        for turn, ids in enumerate(turns, 1):
+            assert ids == [(SEEDS[sample] + turn) % 97, sum(context), 3]
+            context += ids

@@ -380,3 +380,26 @@ def test_a_teacher_is_another_policy_and_its_divergence_is_the_reward_of_each_to
     assert set(problems_of({**stages, "a": {**student, "teacher": "dpo", **wrong}})) == {
         f"stages.a.{key}" for key in wrong
     }
+
+
+@pytest.mark.parametrize(
+    ("keys", "path"),
+    [
+        ({"tool_parser": "hermes"}, "tool_parser"),
+        ({"max_tool_calling_iterations": 2}, "max_tool_calling_iterations"),
+        ({"tools": ["worlds:add"]}, "tool_parser"),
+        ({"env": "worlds:Guess", "soft_punish_cache": 8}, "soft_punish_cache"),
+        ({"env": "worlds.Guess"}, "env"),
+        ({"env": "worlds:Guess", "env_on_error": float("inf")}, "env_on_error"),
+    ],
+)
+def test_conversations_say_what_they_lack(keys: dict[str, Any], path: str) -> None:
+    assert list(of("grpo", **keys)) == [path]
+
+
+def test_an_environment_may_be_all_the_reward_there_is_and_tools_are_not() -> None:
+    assert problems_of({"grpo": {"data": "x", "env": "worlds:Guess"}}) == {}
+    assert of("grpo", env="worlds:Guess", tool_parser="hermes", max_tool_calling_iterations=3) == {}
+    tools = {"data": "x", "tools": ["worlds:add"], "tool_parser": "hermes"}
+    assert list(problems_of({"grpo": tools})) == ["stages.grpo.rewards"]
+    assert list(problems_of({"grpo": {"data": "x"}})) == ["stages.grpo.rewards"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from actors.batches import Episode, GrowingSample
 from actors.batches.generations import Generations, sample_seed
 from actors.errors import InvariantViolation, RunFailure
 from pipeline.data.reading.bad_rows import Skipped
@@ -93,6 +95,32 @@ def test_a_batch_comes_back_from_its_file_as_it_was(scored: list[float] | None, 
     if again.rewards is not None:
         np.testing.assert_array_equal(again.rewards.values, np.array(scored))
         assert (again.rewards.metrics, again.rewards.notes) == ({"r": 0.5}, ["stood in"])
+
+
+def test_conversations_come_back_from_their_file_with_the_prompts_that_they_began_with(
+    tmp_path: Path,
+) -> None:
+    messages: list[list[dict[str, str]]] = [[{"role": "user", "content": text}] for text in ("p", "q")]
+    data = replace(DATA, messages=messages, template_kwargs=[{}, {}])
+    talks = []
+    for drawn in ([5], [6, 7]):
+        sample = GrowingSample([9, 9])
+        sample.drew(drawn, [-1.0] * len(drawn), [3] * len(drawn), 0)
+        sample.earned(0.5)
+        talks.append(sample)
+    more = {"prompt_ids": [9, 9], "prompt_text": "q and more", "turns": 1, "ended": "done"}
+    begun = [[{"role": "user", "content": "q and more"}], messages[1]]
+    episodes = [Episode(prompt=prompt, messages=[{"role": "assistant"}], **more) for prompt in begun]  # type: ignore[arg-type]
+    samples = Generations.of_episodes(talks, episodes, 2, "m", 0.5)
+    sampled = SampledBatch(np.array([1]), data.of_samples([1], samples), samples)
+    assert sampled.prompts.prompts == [begun[0], "q"]
+    assert sampled.prompts.token_ids == [[9, 9], [9, 9]]
+    save_sampled(tmp_path / "drawn-1.safetensors", sampled)
+    again = load_sampled(tmp_path / "drawn-1.safetensors", data)
+    assert again.prompts == sampled.prompts
+    assert again.samples.episodes == samples.episodes
+    for name, value in samples.arrays().items():
+        np.testing.assert_array_equal(again.samples.arrays()[name], value)
 
 
 def test_a_later_step_is_drawn_while_an_earlier_one_trains() -> None:
