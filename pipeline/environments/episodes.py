@@ -30,7 +30,7 @@ from pipeline.data.reading.bad_rows import RowProblem
 from pipeline.data.reading.messages import Message
 from pipeline.data.tokens.environment_turns import NotExact
 from pipeline.environments.prepared import Conversing
-from pipeline.environments.processes import EnvironmentProcess, Reply
+from pipeline.environments.processes import EnvironmentProcess, EnvironmentReply
 
 CUT = FINISH_REASONS.index("length")
 _NAME = re.compile(r"[\w.-]{1,64}")
@@ -160,7 +160,7 @@ class Episodes:
 
     # --- Answers of environments --------------------------------------------------------------------
 
-    def _answered(self, reply: Reply) -> None:
+    def _answered(self, reply: EnvironmentReply) -> None:
         talk = self._talks[reply.number]
         if reply.problem:
             self._failed(reply.number, reply.problem)

@@ -31,7 +31,7 @@ NOT_REPLAYED = (
 
 
 @dataclass(frozen=True)
-class Reply:
+class EnvironmentReply:
     """Answer of one sample's environment."""
 
     number: int
@@ -70,7 +70,7 @@ class EnvironmentProcess(UserProcess):
         """Samples with a request that was not sent yet."""
         self._careful = False
         """One request at a time: the process was ended by one of several."""
-        self._replies: list[Reply] = []
+        self._replies: list[EnvironmentReply] = []
         self._outbox: queue.SimpleQueue[tuple[Any, bytes]] = queue.SimpleQueue()
         threading.Thread(target=self._write, daemon=True, name="environments").start()
         super().__init__(LoadedCode((env or tools[0]).partition(":")[0]))
@@ -117,7 +117,7 @@ class EnvironmentProcess(UserProcess):
         """Something was asked and not answered."""
         return bool(self._sent or self._waiting or self._replies)
 
-    def replies(self, seconds: float) -> list[Reply]:
+    def replies(self, seconds: float) -> list[EnvironmentReply]:
         """Answers that are there; waits up to so many seconds for the first."""
         deadline = time.monotonic() + seconds
         while not self._replies and (self._sent or self._waiting):
@@ -190,10 +190,10 @@ class EnvironmentProcess(UserProcess):
             return
         if live.requests[-1][0] == "end":
             del self._live[number]
-        self._replies.append(Reply(number, rest[0]))
+        self._replies.append(EnvironmentReply(number, rest[0]))
 
     def _fail(self, number: int, problem: str) -> None:
-        self._replies.append(Reply(number, None, problem))
+        self._replies.append(EnvironmentReply(number, None, problem))
         self.drop(number)
 
     def _send(self, message: tuple[Any, ...]) -> None:

@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.environments.processes import NOT_REPLAYED, EnvironmentProcess, Reply, kept_environment
+from pipeline.environments.processes import (
+    NOT_REPLAYED,
+    EnvironmentProcess,
+    EnvironmentReply,
+    kept_environment,
+)
 from pipeline.rewards.user_functions import functions_closed
 
 HERE = "tests.pipeline.environments.worlds"
@@ -27,8 +32,8 @@ def environments(
     return kept_environment(f"{HERE}:{name}" if name else None, [f"{HERE}:{one}" for one in tools], timeout_s)
 
 
-def answers(process: EnvironmentProcess, wanted: int, within: float = 60.0) -> dict[int, Reply]:
-    found: dict[int, Reply] = {}
+def answers(process: EnvironmentProcess, wanted: int, within: float = 60.0) -> dict[int, EnvironmentReply]:
+    found: dict[int, EnvironmentReply] = {}
     deadline = time.monotonic() + within
     while len(found) < wanted and time.monotonic() < deadline:
         found |= {reply.number: reply for reply in process.replies(0.5)}
