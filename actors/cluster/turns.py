@@ -11,11 +11,14 @@ engine that is lost in the engines' turn is replaced and brought up to date in i
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from actors.cluster.futures import GroupFuture, WorkerFuture
 from actors.cluster.health import ProcessState
+from actors.cluster.lasting_group import RanksReplaced
 from actors.cluster.turn_plan import (
     Device,
     EngineBytes,
@@ -27,6 +30,8 @@ from actors.cluster.turn_plan import (
 )
 from actors.cluster.worker_group import WorkerGroup
 from actors.errors import RunFailure
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ class OneDevice(Turns):
         group = None if self._device.policy else self._policy()
         if group is not None:
             self._device = self._device.with_(policy=True)
-            SleepingRanks(group).wake().result()
+            _answer(SleepingRanks(group).wake)
 
     def to_engines(self) -> None:
         """As `Turns.to_engines`. Engines that are found dead stay so: who uses them next replaces them.
@@ -137,14 +142,16 @@ class OneDevice(Turns):
         if group is not None:
             if self._moves is None:
                 self._moves = self._planned(group)
-            self._refuse_awake(group, SleepingRanks(group).park(self._moves).result())
+            ranks, moves = SleepingRanks(group), self._moves
+            awake: list[bool] = _answer(lambda: ranks.park(moves))
+            self._refuse_awake(group, awake)
         self._device = self._device.with_(policy=False, engines=True)
         engines = self._engines()
         if engines is not None:
             self._asked(engines, SleepingEngines(engines).wake_up)
 
     def _planned(self, group: WorkerGroup) -> Moves:
-        fullest = _fullest(SleepingRanks(group).bytes().result())
+        fullest = _fullest(_answer(SleepingRanks(group).bytes))
         plan = plan_turns(self._offload, fullest, self._engine_bytes(fullest))
         self._note(str(plan))
         return plan.moves
@@ -180,6 +187,13 @@ class OneDevice(Turns):
         for rank, one in enumerate(awake):
             if one:
                 raise both_awake(group.who(rank), "it was told to sleep and is awake")
+
+
+def _answer(call: Callable[[], GroupFuture[T]]) -> list[T]:
+    """Each rank's answer; asked again where others took the place of ranks, which are awake then."""
+    while True:
+        with contextlib.suppress(RanksReplaced):
+            return call().result()
 
 
 def _fullest(ranks: Sequence[TrainerBytes]) -> TrainerBytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from ray import ObjectRef
     from ray.actor import ActorHandle
     from ray.util.placement_group import PlacementGroup
+
+Finish = Callable[["dict[int, ObjectRef]", Phase, "float | None"], list[Any]]
+"""finish(refs, phase, since): values of a call that was sent, as `Liveness.finish` waits for them."""
 
 GUEST_SHARE = 0.5
 """Of a GPU, in Ray's count, for a process that takes turns with the one whose bundle it is in. Ray puts two
@@ -128,7 +131,7 @@ class WorkerGroup:
         """
         limit = self.limits.of(phase)
         actors = self._checked(range(self.size), phase)
-        where = actors[0].rendezvous.remote(_one_node()) if distributed and self.size > 1 else None
+        where = actors[0].rendezvous.remote(one_node()) if distributed and self.size > 1 else None
         self._made = Making(target, args, kwargs, phase, distributed)
         refs = {}
         for rank, actor in enumerate(actors):
@@ -207,8 +210,8 @@ class WorkerGroup:
 
         Untyped: a room that has a remote object has a face of it, whose methods say each call's types.
         """
-        refs = self._send(range(self.size), method, args, phase, kwargs)
-        return GroupFuture(refs, phase, self.liveness.finisher(refs, method))
+        refs, finish = self._call(range(self.size), method, args, phase, kwargs)
+        return GroupFuture(refs, phase, finish)
 
     def submit_alike(
         self, method: str, *args: object, phase: Phase = "call", own: Sequence[str] = (), **kwargs: object
@@ -219,19 +222,16 @@ class WorkerGroup:
         Ranks that hold one model together compute the same rows side by side, on GPUs in any order of sums:
         they may differ by rounding.
         """
-        refs = self._send(range(self.size), method, args, phase, kwargs, own if self.size > 1 else None)
-        finish = self.liveness.finisher(refs, method)
-        if self.size == 1:
-            return AgreedFuture(refs, phase, finish)
-        who = [self.who(rank) for rank in refs]
-        return AgreedFuture(refs, phase, lambda *sent: [agreed(finish(*sent), who, method)])
+        alike = own if self.size > 1 else None
+        refs, finish = self._call(range(self.size), method, args, phase, kwargs, alike)
+        return AgreedFuture(refs, phase, finish)
 
     def submit_rank(
         self, rank: int, method: str, *args: object, phase: Phase = "call", **kwargs: object
     ) -> WorkerFuture[Any]:
         """Call a method on one rank."""
-        refs = self._send([rank], method, args, phase, kwargs)
-        return WorkerFuture(refs, phase, self.liveness.finisher(refs, method))
+        refs, finish = self._call([rank], method, args, phase, kwargs)
+        return WorkerFuture(refs, phase, finish)
 
     def submit_work(self, rank: int, target: str, *args: object, phase: Phase = "call") -> WorkerFuture[Any]:
         """Call a function (`module:function`) in the process of one rank, once its `preload`ed modules are
@@ -291,6 +291,11 @@ class WorkerGroup:
     # --- What is known of the processes -------------------------------------------------------------
 
     @property
+    def lives(self) -> int:
+        """Times that all processes were replaced, and what they held with them."""
+        return 0
+
+    @property
     def started(self) -> bool:
         """Ray was asked for the processes, and they were not shut down."""
         return bool(self._actors)
@@ -335,7 +340,7 @@ class WorkerGroup:
             "max_restarts": 0,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self._placement, rank),
         }
-        env = actor_environment(self.role.threads, one_node=_one_node()) | self._env
+        env = actor_environment(self.role.threads, one_node=one_node()) | self._env
         actor = (
             ray.remote(concurrency_groups={ASIDE: 1})(Worker)
             .options(**options)
@@ -355,6 +360,23 @@ class WorkerGroup:
             asked["GPU"] *= 1 - GUEST_SHARE
         return asked
 
+    def _call(
+        self,
+        ranks: Sequence[int] | range,
+        method: str,
+        args: tuple[object, ...],
+        phase: Phase,
+        kwargs: Mapping[str, object],
+        alike: Sequence[str] | None = None,
+    ) -> tuple[dict[int, ObjectRef], Finish]:
+        """Send a call, and say what waits for it. `alike`: as of `_send`."""
+        refs = self._send(ranks, method, args, phase, kwargs, alike)
+        finish = self.liveness.finisher(refs, method)
+        if alike is None:
+            return refs, finish
+        who = [self.who(rank) for rank in refs]
+        return refs, lambda *sent: [agreed(finish(*sent), who, method)]
+
     def _send(
         self,
         ranks: Sequence[int] | range,
@@ -366,7 +388,7 @@ class WorkerGroup:
     ) -> dict[int, ObjectRef]:
         """`alike`: only the first rank's value is wanted, and the keys in which ranks may differ."""
         chosen = self._checked(ranks, phase)
-        shared = [_once(arg) if len(chosen) > 1 else arg for arg in args]
+        shared = [once(arg) if len(chosen) > 1 else arg for arg in args]
         asked = method, phase, self.liveness.limit(phase, method), dict(kwargs)
         exact = self.role.tensor_parallel_size == 1
         # Two threads' calls must reach all ranks in the same order: ranks meet inside of them.
@@ -394,14 +416,15 @@ class WorkerGroup:
         return f"{self.size} x ({each})"
 
 
-def _once(value: object) -> object:
+def once(value: object) -> object:
     """Put a large argument in the object store, for all ranks of the call."""
     import ray
 
     return ray.put(value) if isinstance(value, Batch | np.ndarray) else value
 
 
-def _one_node() -> bool:
+def one_node() -> bool:
+    """True where the cluster has one node."""
     import ray
 
     return sum(node["Alive"] for node in ray.nodes()) == 1

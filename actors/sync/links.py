@@ -71,9 +71,10 @@ class Links:
         nodes = {rank: self._facts[rank][1].address for rank in engines}
         parents = dict.fromkeys(engines, TOP) if direct else relay_tree(nodes, self._fan_out, leaves)
         level = {rank: level + direct for rank, level in levels(parents).items()}
+        top = self._source.group.lives
         hop_s = CHANNEL_SHARE * self._engines.group.limits.of("sync") / max(level.values(), default=1)
         return {
-            rank: Link(generation, parents[rank], engines.get(parents[rank], 0), level[rank], hop_s)
+            rank: Link(generation, parents[rank], engines.get(parents[rank], top), level[rank], hop_s)
             for rank, generation in engines.items()
         }
 

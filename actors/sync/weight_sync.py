@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,11 +22,11 @@ from actors.cluster.futures import POLL_S, WorkerFuture
 from actors.cluster.patient_clock import patient
 from actors.cluster.turns import Turns
 from actors.cluster.worker_group import WorkerGroup
-from actors.errors import RunFailure
+from actors.errors import InvariantViolation, RunFailure
 from actors.sync import protocol
 from actors.sync.asking import Participants
 from actors.sync.engine_set import EngineSet
-from actors.sync.engine_state import WeightsEvent
+from actors.sync.engine_state import WeightsEvent, WeightsState
 from actors.sync.phases import Phases, violation
 from actors.sync.proof import EngineProof
 from actors.sync.protocol import NO_VERSION, Prepared, SentParts
@@ -34,6 +35,8 @@ from actors.sync.report import Stopwatch, SyncReport
 from actors.sync.rounds import Rounds
 from actors.sync.spec import OVER_GLOO, Backends, SlotSpec, SyncSpec
 from actors.sync.verify import ProbeReport, Reference
+
+T = TypeVar("T")
 
 
 def load_base(
@@ -92,7 +95,7 @@ class WeightSync:
         with self.engines.turn:
             self._turns.to_engines()
             self._welcome(self._loading or load_base(self.rollout, self.base_dir, self._slots))
-            self._rounds.connect(self._replace_here)
+            self._with_trainer(lambda: self._rounds.connect(self._replace_here))
             # An engine's first pass over tokens is slow; this one delays no step.
             everyone = {rank: self.engines[rank].generation for rank in self.engines}
             warming = self._proof.begin_scoring(everyone)
@@ -111,7 +114,7 @@ class WeightSync:
             RunFailure: the trainer failed, or engines died again and again.
         """
         with self.engines.turn:
-            report, absent = self._push(version)
+            report, absent = self._with_trainer(lambda: self._push(version), version)
         for rank in absent:
             self.engines.bring_back(rank)
         return (
@@ -123,6 +126,24 @@ class WeightSync:
         # Often on the way out of a failure, which is the one to report.
         with contextlib.suppress(RunFailure):
             self._source.close().result()
+
+    def _with_trainer(self, work: Callable[[], T], version: int | None = None) -> T:
+        """Result of `work`, which begins anew whenever the trainer's ranks were replaced meanwhile: what they
+        had connected went with them. Engines then forget what they staged of `version`, so that they hold
+        one whole version again, or are replaced."""
+        while True:
+            lives = self.policy.lives
+            try:
+                return work()
+            except InvariantViolation:
+                raise
+            except RunFailure:
+                if self.policy.lives == lives:
+                    raise
+            engines = {rank: self.engines[rank] for rank in self.engines}
+            staged = {r: one.generation for r, one in engines.items() if one.state is WeightsState.STAGED}
+            if staged and version is not None:
+                self._phases.discard(staged, version)
 
     def _welcome(self, loading: dict[int, WorkerFuture[dict[str, float]]]) -> None:
         """Wait for engines that load the base, all under one deadline; replace those that die over it."""
@@ -281,15 +302,21 @@ class WeightSync:
         Raises:
             InvariantViolation, RunFailure: as `push`.
         """
-        # The trainer may be in the middle of its updates: no deadline runs while it gets to this.
+        self._with_trainer(lambda: self._free(rank))
+        with self.engines.turn:
+            self._phases.load(rank, generation)
+            reference = self._reference
+            if reference is not None:
+                version = reference.offer.version
+                self._with_trainer(lambda: self._bring_up(rank, generation, reference), version)
+
+    def _free(self, rank: int) -> None:
+        """Let the trainer forget an engine."""
+        # It may be in the middle of its updates: no deadline runs while it gets to this.
         free = self._source.disconnect(rank)
         while not free.done():
             time.sleep(POLL_S)
         free.result()
-        with self.engines.turn:
-            self._phases.load(rank, generation)
-            if self._reference is not None:
-                self._bring_up(rank, generation, self._reference)
 
     def _bring_up(self, rank: int, generation: int, reference: Reference) -> None:
         """One fresh engine to a version that was sent before, verified."""

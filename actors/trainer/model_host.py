@@ -22,6 +22,7 @@ from actors.models.lora.heads import HeadInit, make_head
 from actors.models.parallel.fsdp import shard_with_layers
 from actors.models.spec import LoraSpec
 from actors.trainer.host_state import START_ADAPTER, HostState
+from actors.trainer.kept_state import KeptState
 from actors.trainer.process_groups import Ranks
 from actors.trainer.residence import Residence
 from actors.trainer.saving import Saving
@@ -46,6 +47,7 @@ class ModelHost:
     saving: Saving
     weight_source: WeightSource
     residence: Residence
+    kept: KeptState
 
     def __init__(
         self,
@@ -76,6 +78,7 @@ class ModelHost:
         self.updates = Updates(self.state, self.scores)
         self.saving = Saving(self.state, self.updates)
         self.residence = Residence(self.state, self.updates)
+        self.kept = KeptState(self.state, self.updates)
         self.weight_source = WeightSource(self.state, leads=rank == 0, sharded=self.state.sharded)
         if resolved.adapter_path is not None:
             self.add_adapter(START_ADAPTER, resolved.adapter_path, trainable=False)

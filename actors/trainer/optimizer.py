@@ -87,6 +87,15 @@ class GradientCheck:
         self._all = dict(parameters)
         self._ranks = ranks or Ranks()
 
+    @property
+    def pending(self) -> list[str]:
+        """Names that have had no gradient yet."""
+        return list(self._pending)
+
+    @pending.setter
+    def pending(self, names: Collection[str]) -> None:
+        self._pending = {name: self._all[name] for name in names}
+
     def missing(self) -> list[str]:
         """Names that should have had a gradient by now, given the gradients of this step."""
         if not self._pending:

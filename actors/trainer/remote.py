@@ -5,16 +5,18 @@ Loads no torch. `tests/actors/trainer/test_remote.py` holds each signature again
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from actors.cluster.environment import trainer_environment
 from actors.cluster.futures import AgreedFuture, GroupFuture
+from actors.cluster.lasting_group import Habits, LastingGroup
 from actors.cluster.spec import LimitsSpec, RoleSpec
 from actors.cluster.supervision import Supervision
 from actors.cluster.worker_group import WorkerGroup
+from actors.sync.remote import SOURCE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     """A batch, or a reference to one in the object store."""
 
 HOST = "actors.trainer.model_host:ModelHost"
+UPDATE = "updates.update"
+LOAD_CHECKPOINT = "saving.load_checkpoint"
 HOST_MODULES = (
     "torch",
     "transformers",
@@ -41,6 +45,35 @@ CLOCKS = ("step_seconds", "tokens_per_second")
 """Metrics of an update that each rank has for itself."""
 
 
+def _place(method: str, args: Sequence[object]) -> str:
+    """Words for a call: of an update with its number, so that no other is like it."""
+    if method != UPDATE:
+        return method.rpartition(".")[2]
+    role = args[3] if len(args) > 3 and args[3] is not None else "the base"
+    return f"update {args[2]} of {role}"
+
+
+class ModelGroup(LastingGroup):
+    """Processes of `ModelHost`s: what a lost rank held is made again."""
+
+    habits = Habits(
+        makes=frozenset(
+            ["set_batching", "add_adapter", "copy_adapter", "add_head", "updates.prepare_training"]
+        )
+        | {LOAD_CHECKPOINT},
+        changes=frozenset([UPDATE, LOAD_CHECKPOINT]),
+        sessions=frozenset(
+            f"{SOURCE}.{name}" for name in ("listen", "accept", "send", "send_later", "disconnect", "close")
+        )
+        | {f"residence.{name}" for name in ("bytes", "park", "wake")},
+        publishes=frozenset([f"{SOURCE}.prepare"]),
+        snapshot="kept.take",
+        restore="kept.put",
+        place=_place,
+        parts=lambda role: role.sharding != "none" or role.tensor_parallel_size > 1,
+    )
+
+
 def host_group(
     name: str,
     role: RoleSpec,
@@ -49,11 +82,11 @@ def host_group(
     env: Mapping[str, str] | None = None,
     has_guests: bool = False,
     supervision: Supervision | None = None,
-) -> WorkerGroup:
+) -> ModelGroup:
     """A group for `HOST`: training ranks, reference ranks. Not started yet. `env`: further variables;
     `has_guests`: engines take turns with them; `supervision`: of the run."""
     variables = {**trainer_environment(role.gpus > 0, has_guests), **(env or {})}
-    return WorkerGroup(
+    return ModelGroup(
         name,
         role,
         limits,
@@ -107,7 +140,7 @@ class ModelWorkers:
     def update(
         self, batch: SharedBatch, loss: Loss, step: int, role: str | None = None
     ) -> AgreedFuture[dict[str, float]]:
-        return self.group.submit_alike("updates.update", batch, loss, step, role, phase="update", own=CLOCKS)
+        return self.group.submit_alike(UPDATE, batch, loss, step, role, phase="update", own=CLOCKS)
 
     def evaluate(self, batch: SharedBatch, loss: Loss, role: str | None) -> dict[str, float]:
         return self.group.call_alike("updates.evaluate", batch, loss, role, phase="evaluate")
@@ -153,4 +186,4 @@ class ModelWorkers:
         return self.group.call_aside(0, "saving.save_before", directory, steps, role, phase="save")
 
     def load_checkpoint(self, directory: str | Path, role: str | None = None) -> int:
-        return self.group.call_alike("saving.load_checkpoint", directory, role, phase="restore")
+        return self.group.call_alike(LOAD_CHECKPOINT, directory, role, phase="restore")

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from actors.trainer.optimizer import GradientCheck, make_optimizer, make_schedul
 from actors.trainer.parameter_buckets import Bucket, FlatParameters, SlicedParameters
 from actors.trainer.process_groups import Ranks
 from actors.trainer.spec import OptimSpec
+from actors.trainer.state_bytes import bytes_of, fill, tensor_of
 
 
 class Training:
@@ -166,13 +168,7 @@ class Training:
 
         Collective where parameters are sharded; those with `write` write.
         """
-        state = {
-            **self._settings(),
-            "step": self.steps_done,
-            "num_tokens": self.num_tokens,
-            "scheduler": self.scheduler.state_dict(),
-        }
-        checkpoint.write_checkpoint(directory, self, state, write)
+        checkpoint.write_checkpoint(directory, self, {**self._settings(), **self._progress()}, write)
 
     def load(self, directory: Path) -> None:
         """Go on from a checkpoint, written with this or another sharding and number of ranks.
@@ -183,7 +179,47 @@ class Training:
         settings = self._settings()
         if not self.spec.needs_length:  # Then a longer stage goes on from a shorter one.
             del settings["total_steps"]
-        state = checkpoint.read_checkpoint(directory, self, settings)
+        self._go_on(checkpoint.read_checkpoint(directory, self, settings))
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that changes in steps on this rank, as a process that is made alike takes it over by `put`."""
+        return {
+            **self._progress(),
+            "ungraded": self.check.pending,
+            "flat": [bytes_of(bucket.flat) for bucket in self.buckets],
+            "optimizer": [
+                {key: bytes_of(value) for key, value in self.optimizer.state.get(bucket.flat, {}).items()}
+                for bucket in self.buckets
+            ],
+        }
+
+    def put(self, state: dict[str, Any]) -> None:
+        """Go on from a snapshot of this rank, or of another one that holds the same."""
+        for bucket, flat, kept in zip(self.buckets, state["flat"], state["optimizer"], strict=True):
+            fill(bucket.flat.detach(), flat)
+            self.optimizer.state.pop(bucket.flat, None)
+            if kept:
+                self.optimizer.state[bucket.flat] = {
+                    key: self._moment(bucket, key, value) for key, value in kept.items()
+                }
+        self.check.pending = state["ungraded"]
+        self._go_on(state)
+
+    def _moment(self, bucket: Bucket, key: str, kept: Any) -> torch.Tensor:
+        if key == "step":
+            # Adam keeps it on the CPU unless it is fused.
+            device = bucket.flat.device if self.optimizer.defaults.get("fused") else torch.device("cpu")
+            return tensor_of(kept, torch.float32).reshape(()).to(device)
+        return tensor_of(kept, bucket.flat.dtype).reshape(bucket.flat.shape).to(bucket.flat.device)
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "step": self.steps_done,
+            "num_tokens": self.num_tokens,
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+    def _go_on(self, state: Mapping[str, Any]) -> None:
         self.scheduler.load_state_dict(state["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate

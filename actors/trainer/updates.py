@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -93,6 +94,20 @@ class Updates:
                 training.release()
             if role in self._state.heads:
                 self._state.heads[role].requires_grad_(False)
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that steps change, for `put` on a rank that was prepared alike."""
+        return {
+            "trainings": {role: training.snapshot() for role, training in self.trainings.items()},
+            "loads": dict(self._loads),
+        }
+
+    def put(self, state: dict[str, Any]) -> None:
+        """Go on from a snapshot; roles that were prepared after it keep what they have."""
+        for role, kept in state["trainings"].items():
+            if role in self.trainings:
+                self.trainings[role].put(kept)
+        self._loads = dict(state["loads"])
 
     @property
     def training(self) -> Training:

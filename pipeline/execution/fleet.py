@@ -271,6 +271,7 @@ class Fleet:
     def _made(self, name: str) -> WorkerGroup:
         """A role's group, whose processes were perhaps not started yet."""
         if name not in self._groups:
+            group: WorkerGroup
             roles, limits, logs = self.config.roles, self.config.limits, self.directory.logs
             role, env = roles.of(name), passed_on(self.config.ray.env)
             if name in ENGINE_ROLES:
@@ -279,6 +280,7 @@ class Fleet:
             else:
                 guests = any(roles.alternates(one) and roles.host_of(one) == name for one in ROLES)
                 group = host_group(name, role, limits, logs, env, guests, self._supervision)
+                group.on_replaced = self._note
             group.measured = self.measured
             self._groups[name] = group
         return self._groups[name]

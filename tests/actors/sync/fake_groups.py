@@ -306,6 +306,8 @@ class Now:
 class FakeTrainer:
     """A `WorkerGroup` of one policy rank, whose version is the one that was prepared last."""
 
+    lives = 0
+
     def __init__(self, engines: FakeEngines) -> None:
         self.engines, self.version = engines, -1
 

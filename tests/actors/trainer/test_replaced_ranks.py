@@ -1,0 +1,124 @@
+"""Ranks that are killed at a moment of their work: others take their place, and everything that training says
+and makes is what it would have been, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.algorithms.sft import SftLoss
+from actors.cluster import snapshots
+from actors.cluster.spec import LimitsSpec, RoleSpec
+from actors.errors import RunFailure
+from actors.models.spec import LoraSpec, ModelSpec
+from actors.trainer.remote import CLOCKS, ModelWorkers, host_group
+from actors.trainer.spec import HostSpec, OptimSpec
+from pipeline.artifacts.manifest import file_digest
+from tests.actors.trainer.test_host_group import rows
+
+pytestmark = pytest.mark.ray
+STEPS = 6
+
+Kill = Callable[[str], None]
+"""Called at each moment by its name."""
+
+
+@pytest.fixture
+def training(ray_cluster: None, tiny_base: Path, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Trains an adapter, and asks for it; what came out, and the lines on ranks that were replaced."""
+    groups = []
+
+    def train(workers: int, kill: Callable[[Any, str], None], **limits: Any) -> tuple[Any, list[str]]:
+        said: list[str] = []
+        name = f"policy{len(groups)}"
+        group = host_group(name, RoleSpec(workers=workers), LimitsSpec(stop=1, **limits), tmp_path)
+        groups.append(group.start())
+        group.on_replaced = said.append
+        spec = HostSpec(model=ModelSpec(base=str(tiny_base), lora=LoraSpec(r=4, lora_dropout=0.1)))
+        return steps(ModelWorkers(group), spec, tmp_path / name, lambda moment: kill(group, moment)), said
+
+    yield train
+    for group in groups:
+        group.shutdown()
+
+
+def steps(workers: ModelWorkers, spec: HostSpec, directory: Path, moment: Kill) -> Any:
+    """A stage's calls in small: metrics of each step, log-probabilities, load of experts, digest of files."""
+    building = workers.build(spec)
+    moment("load")
+    building.result()
+    workers.add_adapter("start")
+    workers.copy_adapter("start", "policy", trainable=True)
+    moment("prepare")
+    workers.prepare_training("policy", OptimSpec(learning_rate=1e-2), STEPS)
+    metrics = []
+    for step in range(STEPS):
+        asked = [workers.logprobs(rows(4, 9), "start"), workers.update(rows(8, step), SftLoss(), step)]
+        moment(f"update {step}")
+        before, done = (one.result() for one in asked)
+        metrics.append({**{k: v for k, v in done.items() if k not in CLOCKS}, "before": before.tolist()})
+    moment("evaluate")
+    after = workers.logprobs(rows(4, 9), "policy").result().tolist()
+    load = workers.router_load("policy")
+    moment("save")
+    workers.save_adapter("policy", directory / "adapter")
+    workers.save_checkpoint(directory / "checkpoint")
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    digests = {str(path.relative_to(directory)): file_digest(path) for path in files}
+    return metrics, after, np.asarray(load).tolist(), workers.frozen_digest(), digests
+
+
+def nobody(group: Any, moment: str) -> None:
+    """Kill nobody."""
+
+
+class Killing:
+    """kill -9 of a rank at some moments, or so many seconds after them."""
+
+    def __init__(self, *moments: str, rank: int = 0, after: float = 0.0) -> None:
+        self.moments, self.rank, self.after = list(moments), rank, after
+
+    def __call__(self, group: Any, moment: str) -> None:
+        if moment not in self.moments:
+            return
+        self.moments.remove(moment)
+        pid = group.pids()[self.rank] if moment in ("prepare", "evaluate", "save") else self.pid(group)
+        threading.Timer(self.after, os.kill, (pid, signal.SIGKILL)).start()
+
+    def pid(self, group: Any) -> int:
+        """Without asking the process, which is busy."""
+        log = group.liveness.log(self.rank).read_text()
+        return int(log.rpartition("pid ")[2].split()[0])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_rank_killed_at_any_moment_is_replaced_and_nothing_else_differs(
+    training: Callable[..., Any], workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, said = training(workers, nobody)
+    assert said == []
+    moments = ["load", "prepare", "update 0", "update 3", "evaluate", "save"]
+    # Without snapshots of steps these are all done again, with each of them none is.
+    for cost, dead in ((1e9, workers - 1), (0.0, 0)):
+        monkeypatch.setattr(snapshots, "cost", lambda facts, cost=cost: cost)
+        found, said = training(workers, Killing(*moments, rank=dead), max_restarts=10)
+        assert found == expected
+        assert len(said) == len(moments), said
+        assert all(f"-{dead} was replaced: its process died" in line for line in said)
+
+
+def test_a_step_that_kills_its_rank_three_times_ends_the_run(training: Callable[..., Any]) -> None:
+    def kill(group: Any, moment: str) -> None:
+        if moment == "update 2":
+            group.on_replaced = lambda line: Killing(moment)(group, moment)
+            Killing(moment)(group, moment)
+
+    with pytest.raises(RunFailure, match=r"for the 3rd time at the same place \(update 2 of policy\)"):
+        training(1, kill, max_restarts=10)
