@@ -244,7 +244,9 @@ class LastingGroup(WorkerGroup):
             self._published = None
 
     def _place(self, sent: Sent) -> str:
-        return self.habits.place(sent.method, sent.args)
+        """Words that no other call has."""
+        words = self.habits.place(sent.method, sent.args)
+        return words if sent.method in self.habits.changes else f"{words} (call {sent.number})"
 
     def _is_session(self, sent: Sent) -> bool:
         return sent.method in self.habits.sessions
@@ -274,7 +276,8 @@ class LastingGroup(WorkerGroup):
                     raise failure
                 reasons = {rank: self.fleet.members[rank].reason for rank in lost}
                 began = time.monotonic()
-                self.supervision.lost(self.name, self.size, reasons, place, self.next_of(lost[0]))
+                advice = self.next_of(lost[0])
+                self.supervision.lost(self.name, self.size, reasons, place, failure.phase, advice)
                 try:
                     self._make_again(lost)
                 except RunFailure as again:

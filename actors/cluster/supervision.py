@@ -30,7 +30,13 @@ class Supervision:
         return self._supervisor.history
 
     def lost(
-        self, role: str, size: int, reasons: Mapping[int, str], place: str = "", next_step: str = ""
+        self,
+        role: str,
+        size: int,
+        reasons: Mapping[int, str],
+        place: str = "",
+        phase: str = "restart",
+        next_step: str = "",
     ) -> None:
         """These ranks of a role, of `size` processes, are gone or have to be ended, each for a reason: return
         if they are to be replaced. `place`: what they were doing; empty: not known.
@@ -44,4 +50,4 @@ class Supervision:
             self._supervisor, decision = self._supervisor.after(losses, size)
         if isinstance(decision, End):
             who = f"{role}-{losses[-1].rank}"
-            raise RunFailure(who, place or "restart", decision.reason, next_step)
+            raise RunFailure(who, phase, decision.reason, next_step)

@@ -191,7 +191,7 @@ class WorkerGroup:
 
         self.fleet.after([rank], ProcessEvent.RESTARTED)  # Is it allowed at all?
         reason = self.fleet.members[rank].reason or "it was late before"
-        self.supervision.lost(self.name, self.size, {rank: reason}, place, self.next_of(rank))
+        self.supervision.lost(self.name, self.size, {rank: reason}, place, next_step=self.next_of(rank))
         self.liveness.saw([rank], ProcessEvent.RESTARTED)
         ray.kill(self._actors[rank])
         self._actors[rank] = self._start_rank(rank)

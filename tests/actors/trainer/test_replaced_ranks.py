@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def training(ray_cluster: None, tiny_base: Path, tmp_path: Path) -> Iterator[Cal
         group = host_group(name, RoleSpec(workers=workers), LimitsSpec(stop=1, **limits), tmp_path)
         groups.append(group.start())
         group.on_replaced = said.append
-        spec = HostSpec(model=ModelSpec(base=str(tiny_base), lora=LoraSpec(r=4, lora_dropout=0.1)))
+        spec = HostSpec(model=ModelSpec(base=str(tiny_base), lora=LoraSpec(r=4)))
         return steps(ModelWorkers(group), spec, tmp_path / name, lambda moment: kill(group, moment)), said
 
     yield train
@@ -89,13 +90,14 @@ class Killing:
         if moment not in self.moments:
             return
         self.moments.remove(moment)
-        pid = group.pids()[self.rank] if moment in ("prepare", "evaluate", "save") else self.pid(group)
-        threading.Timer(self.after, os.kill, (pid, signal.SIGKILL)).start()
+        threading.Timer(self.after, os.kill, (self.pid(group), signal.SIGKILL)).start()
 
     def pid(self, group: Any) -> int:
-        """Without asking the process, which is busy."""
-        log = group.liveness.log(self.rank).read_text()
-        return int(log.rpartition("pid ")[2].split()[0])
+        """By its log: the process may be busy."""
+        log = group.liveness.log(self.rank)
+        while not (log.is_file() and "pid " in log.read_text()):
+            time.sleep(0.01)
+        return int(log.read_text().rpartition("pid ")[2].split()[0])
 
 
 @pytest.mark.parametrize("workers", [1, 2])
