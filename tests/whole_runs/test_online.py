@@ -156,12 +156,8 @@ def test_a_process_that_hangs_is_noticed_in_about_a_minute_as_steps_are_short(
     began = time.monotonic()
     said, _ = process.communicate(timeout=400)
     assert 60 < time.monotonic() - began < 180
-    if who == "policy-1":
-        assert process.returncode == 1
-        assert re.search(r"failed: policy.* no answer within 60 s \(limits\.(logprobs|update)\)", said), said
-        return
     assert process.returncode == 0, said[-3000:]
-    assert "rollout-0 was replaced: no answer within" in said
+    assert f"{who} was replaced: no answer within" in said
     assert adapter_digest(run, "ppo") == adapter_digest(whole, "ppo")
     assert repeatable(run) == repeatable(whole)
 
@@ -263,9 +259,30 @@ def test_roles_on_hosts_of_their_own_make_the_same_adapter(whole: Path, tmp_path
     assert repeatable(run) == repeatable(whole)
 
 
-@pytest.mark.slow
-def test_a_dead_policy_rank_ends_the_run_with_its_name(tmp_path: Path) -> None:
+def test_policy_ranks_killed_in_an_update_and_in_a_sync_are_replaced_and_the_adapter_is_the_same(
+    whole: Path, tmp_path: Path
+) -> None:
     command, run = command_for(tmp_path), tmp_path / "run"
+    process = start(command, tmp_path)
+    when(process, lambda: calls(run, "policy-0", "updates.update") >= 8)
+    os.kill(pid_of(run, "policy-1"), signal.SIGKILL)
+    when(process, lambda: calls(run, "rollout-0", "weights.stage") >= 4)
+    os.kill(pid_of(run, "policy-0"), signal.SIGKILL)
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, said[-3000:]
+    assert "policy-1 was replaced" in said
+    assert "policy-0 was replaced" in said
+    assert adapter_digest(run, "ppo") == adapter_digest(whole, "ppo")
+    assert repeatable(run) == repeatable(whole)
+
+
+@pytest.mark.slow
+def test_a_dead_policy_rank_ends_the_run_with_its_name_where_nothing_may_be_replaced(tmp_path: Path) -> None:
+    command_for(tmp_path)
+    command, run = (
+        command_of(tmp_path, config(tmp_path / "run") | {"limits": {"max_restarts": 0}}),
+        tmp_path / "run",
+    )
     process = start(command, tmp_path)
     when(process, lambda: calls(run, "rollout-0", "advance") == 3)
     os.kill(pid_of(run, "policy-1"), signal.SIGKILL)

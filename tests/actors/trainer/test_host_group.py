@@ -33,9 +33,10 @@ def rows(count: int, seed: int) -> Batch:
 
 @pytest.fixture
 def hosts(ray_cluster: None, tiny_base: Path, tmp_path: Path) -> Iterator[dict[int, ModelWorkers]]:
-    """A host of one rank and a host of two, started together."""
+    """A host of one rank and a host of two, started together; ranks that die are not replaced."""
     spec = HostSpec(model=ModelSpec(base=str(tiny_base), lora=LoraSpec(r=4)))
-    groups = {n: host_group(f"policy{n}", RoleSpec(workers=n), LimitsSpec(stop=2), tmp_path) for n in (1, 2)}
+    limits = LimitsSpec(stop=2, max_restarts=0)
+    groups = {n: host_group(f"policy{n}", RoleSpec(workers=n), limits, tmp_path) for n in (1, 2)}
     made = {n: ModelWorkers(group.start()) for n, group in groups.items()}
     building = [workers.build(spec) for workers in made.values()]
     for each in building:
