@@ -148,7 +148,7 @@ def test_a_run_killed_in_these_phases_ends_with_the_same_adapter(whole: Path, tm
 def test_a_process_that_hangs_is_noticed_in_about_a_minute_as_steps_are_short(
     who: str, whole: Path, tmp_path: Path
 ) -> None:
-    """Defaults are 900 s and more. An engine is replaced, with the same adapter; a rank ends the run."""
+    """Defaults are 900 s and more. It is replaced, with the same adapter."""
     command, run = command_for(tmp_path), tmp_path / "run"
     process = start(command, tmp_path)
     when(process, lambda: calls(run, "rollout-0", "advance") >= 4)
@@ -279,10 +279,8 @@ def test_policy_ranks_killed_in_an_update_and_in_a_sync_are_replaced_and_the_ada
 @pytest.mark.slow
 def test_a_dead_policy_rank_ends_the_run_with_its_name_where_nothing_may_be_replaced(tmp_path: Path) -> None:
     command_for(tmp_path)
-    command, run = (
-        command_of(tmp_path, config(tmp_path / "run") | {"limits": {"max_restarts": 0}}),
-        tmp_path / "run",
-    )
+    run = tmp_path / "run"
+    command = command_of(tmp_path, config(run) | {"limits": {"max_restarts": 0}})
     process = start(command, tmp_path)
     when(process, lambda: calls(run, "rollout-0", "advance") == 3)
     os.kill(pid_of(run, "policy-1"), signal.SIGKILL)
