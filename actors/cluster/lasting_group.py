@@ -21,6 +21,8 @@ What may be replaced, and when a run ends, is the supervisor's to say.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import threading
 import time
 import weakref
@@ -84,6 +86,7 @@ class Sent:
     refs: dict[int, ObjectRef] = field(default_factory=dict)
     finish: Finish | None = None
     answered: bool = False
+    """By every rank."""
 
 
 @dataclass
@@ -177,7 +180,8 @@ class LastingGroup(WorkerGroup):
                 self._since.append(sent)
             if method in habits.changes - habits.makes:
                 earlier = self._snapshots.step
-                self._forget(self._snapshots.follow(self._keepers(), sent.number), earlier)
+                counts = self._snapshots.follow(self._keepers(), sent.number, self._waits())
+                self._forget(counts, earlier)
 
         def finish(_: dict[int, ObjectRef], phase: Phase, since: float | None = None) -> list[Any]:
             return self._answer(sent, since)
@@ -243,6 +247,23 @@ class LastingGroup(WorkerGroup):
         elif any(sent.method in self.habits.publishes for sent in self._since):
             self._published = None
 
+    def _waits(self) -> float:
+        """Number of the first call that may have to be made again for whoever waits for it."""
+        return min((n for n, one in list(self._open.items()) if not self._is_back(one)), default=math.inf)
+
+    def _is_back(self, sent: Sent) -> bool:
+        """True where every rank has answered: that lasts, whatever becomes of the ranks."""
+        import ray
+
+        if not sent.answered:
+            refs = list(sent.refs.values())
+            there, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+            if len(there) == len(refs):
+                with contextlib.suppress(Exception):  # Of the ranks; whoever waits is told.
+                    ray.get(refs)
+                    sent.answered = True
+        return sent.answered
+
     def _place(self, sent: Sent) -> str:
         """Words that no other call has."""
         words = self.habits.place(sent.method, sent.args)
@@ -307,13 +328,14 @@ class LastingGroup(WorkerGroup):
         )
         self._built = building.result()
         earlier = self._snapshots.step
-        self._forget(self._snapshots.settle(self._keepers()), earlier)
+        self._forget(self._snapshots.settle(self._keepers(), self._waits()), earlier)
         waiting = [self._again(one) for one in self._makers]
         if self._published is not None:
             waiting += self._snapshots.restore(self._keepers(), self._published.snapshot)
             waiting += [self._again(one) for one in self._published.calls]
         waiting += self._snapshots.restore(self._keepers(), self._snapshots.step)
-        wanted = {n: one for n, one in self._open.items() if not (one.answered or self._is_session(one))}
+        open_calls = list(self._open.items())
+        wanted = {n: one for n, one in open_calls if not (self._is_session(one) or self._is_back(one))}
         for number, sent in sorted({one.number: one for one in self._since}.items() | wanted.items()):
             if number in wanted:
                 self._send_sent(sent, self._life + 1)

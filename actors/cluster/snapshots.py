@@ -94,20 +94,23 @@ class Snapshots:
         self._coming = None
         taken = keepers.take(True, number)
         facts = keepers.liveness.finish(taken.facts, "save")
+        # Other ranks may be behind: what was asked before is then answered by all of them.
+        keepers.liveness.finish({rank: one.ping.remote() for rank, one in enumerate(keepers.actors)}, "save")
         self.suffice = all(one.kept for one in facts)
         self.step, self._whole = None, taken if self.suffice else None
         self._taken, self._cost = self._clock(), cost(facts)
 
-    def follow(self, keepers: Keepers, number: int) -> int | None:
+    def follow(self, keepers: Keepers, number: int, waits: float) -> int | None:
         """After a step was sent, as call `number`: ask for a snapshot behind it where that is due. The number
-        of the last call that is in the latest snapshot, where a new one counts from now on."""
-        counts = self.settle(keepers, drop=False)
+        of the last call that is in the latest snapshot, where a new one counts from now on. `waits`: of the
+        first call whose answer somebody waits for: it may have to be made again, from what was before it."""
+        counts = self.settle(keepers, waits, drop=False)
         now = self._clock()
         if self.suffice and self._coming is None and now - self._taken >= self._cost / SHARE:
             self._taken, self._coming = now, keepers.take(False, number)
         return counts
 
-    def settle(self, keepers: Keepers, *, drop: bool = True) -> int | None:
+    def settle(self, keepers: Keepers, waits: float, *, drop: bool = True) -> int | None:
         """Take in a snapshot that is there by now, and `drop` one that is not; returns as `follow`."""
         import ray
         from ray.exceptions import RayError
@@ -117,7 +120,7 @@ class Snapshots:
             return None
         wanted = [*coming.facts.values(), *coming.states.values()]
         there, _ = ray.wait(wanted, num_returns=len(wanted), timeout=0, fetch_local=keepers.fetch)
-        if len(there) < len(wanted):
+        if len(there) < len(wanted) or coming.number >= waits:
             self._coming = None if drop else coming
             return None
         self._coming = None
