@@ -31,10 +31,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     execution = Execution("snapshots", args.quick)
-    found = measure(
-        CASES[:1] if args.quick else CASES, 2 if args.quick else TURNS, 3 if args.quick else STEPS
-    )
-    out = console()
+    found = measure(CASES[:1], 2, 3) if args.quick else measure(CASES, TURNS, STEPS)
     for one in found:
         share = one["with"] / one["without"] - 1
         console.print(
