@@ -110,7 +110,8 @@ def _storage(plan: RunPlan) -> Iterator[str]:
         yield f"host memory of raylign merge: {gib(storage.merge)}"
     yield (
         f"disk: {gib(storage.checkpoints)} for checkpoints, {gib(storage.results)} for results; Ray's object "
-        f"store: {gib(storage.object_store)} for the largest batch"
+        f"store: {gib(storage.object_store)} for the largest batch, "
+        f"{gib(storage.snapshots)} for snapshots of what trains"
     )
     if storage.temporary:
         yield (

@@ -17,6 +17,9 @@ READ_AT_ONCE = 128 * 2**20
 PER_TOKEN = 4 + 1 + 6 * 4
 """Bytes of a token in a batch: its id, its mask, and up to six float columns (`actors.batches.batch`)."""
 
+SNAPSHOTS = 3
+"""Copies of what steps change, at most: the last one, the next, and that of the version that engines have."""
+
 
 @dataclass(frozen=True)
 class Storage:
@@ -34,6 +37,8 @@ class Storage:
     """Disk for the results of all stages."""
     object_store: int
     """The largest batch of a step."""
+    snapshots: int
+    """There too: what lost ranks are made again from (`actors.cluster.snapshots`)."""
     temporary: int
     """Files in TMPDIR while a stage starts: each policy rank's copy of an adapter."""
     merged_copies: int
@@ -55,13 +60,12 @@ def storage_of(budget: Budget) -> Storage:
         held = base_bytes(sizes, Holding.of(model, spec))
         loading[role] = spec.workers * min(held, READ_AT_ONCE + layer)
     one = whole if model.lora is None else sizes.adapter_elements(model.lora) * ADAPTER_BYTES
-    kept = [
-        (stage.save_total_limit + 1)
-        * one
-        * (1 + MOMENTS[stage.optim])
-        * (2 if stage.critic is not None else 1)
+    changes = [
+        one * (1 + MOMENTS[stage.optim]) * (2 if stage.critic is not None else 1)
         for stage in config.stages.values()
     ]
+    kept = [(stage.save_total_limit + 1) * size for stage, size in zip(config.stages.values(), changes)]
+    snapshots = SNAPSHOTS * max(changes, default=0) + one * len(changes)
     tokens = max(
         budget.work(name).tokens * (stage.steps_per_generation if stage.online else 1)
         for name, stage in config.stages.items()
@@ -72,4 +76,6 @@ def storage_of(budget: Budget) -> Storage:
     copies = one * config.roles.policy.workers if model.lora is not None else 0
     merged = whole * config.roles.rollout.workers if touched else 0
     results = one * len(config.stages)
-    return Storage(loading, merging, max(kept, default=0), results, PER_TOKEN * tokens, copies, merged)
+    return Storage(
+        loading, merging, max(kept, default=0), results, PER_TOKEN * tokens, snapshots, copies, merged
+    )
