@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from duties import Ledger
 
 from actors.cluster import snapshots
 from actors.cluster.lasting_group import Habits, LastingGroup, RanksReplaced
 from actors.cluster.spec import LimitsSpec, RoleSpec
+from tests.actors.duties import Ledger
 
 pytestmark = pytest.mark.ray
 

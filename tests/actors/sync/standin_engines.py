@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 
+from actors.cluster.lasting_group import RanksReplaced
 from actors.cluster.spec import LimitsSpec
 from actors.rollout.vllm.intake import Intake
 from actors.sync.channel import Channel
@@ -135,7 +136,9 @@ class Trainer(FakeTrainer):
 
     def __init__(self, engines: StandIns, numbers: int) -> None:
         super().__init__(engines)
-        self.source = Source(numbers)
+        self.numbers, self.source = numbers, Source(numbers)
+        self.dies_at: list[str] = []
+        """Calls over which it is lost and replaced, each once, in this order."""
 
     def submit(self, method: str, *args: Any, phase: str) -> Now:
         return Now([self._work(method, args)])
@@ -145,9 +148,20 @@ class Trainer(FakeTrainer):
 
     def _work(self, method: str, args: tuple[Any, ...]) -> Any:
         part, _, name = method.rpartition(".")
+        if self.dies_at[:1] == [name]:
+            self.be_replaced()
         if name == "prepare":
             self.version = args[0]
         return getattr(self.source if part == "weight_source" else self, name)(*args)
+
+    def be_replaced(self) -> None:
+        """As `LastingGroup` has it: without connections, and with the version that was prepared last."""
+        self.dies_at.pop(0)
+        self.source.close()
+        self.source, self.lives = Source(self.numbers), self.lives + 1
+        if self.version >= 0:
+            self.source.prepare(self.version)
+        raise RanksReplaced("policy", "sync", "its processes were replaced")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from actors.errors import InvariantViolation
+from actors.errors import InvariantViolation, RunFailure
 from actors.sync import asking, channel
 from actors.sync.engine_set import EngineSet
 from actors.sync.spec import SyncSpec
@@ -89,6 +89,33 @@ def test_one_that_passes_on_other_bytes_than_it_got_is_named(world: Callable[...
     named = ["by way of engine 8, which had acknowledged what was offered" in one for one in refusals]
     assert named == [True] * 4 + [False] * 3, "whoever got it so from another is no culprit"
     assert corrupt.served() == {-1}, "nobody committed"
+
+
+@pytest.mark.parametrize(
+    "moments", [["send", "listen"], pytest.param(["send", "accept", "send"], marks=pytest.mark.slow)]
+)
+def test_a_trainer_that_is_replaced_over_a_push_begins_it_anew_and_no_engine_is_lost(
+    world: Callable[..., World], moments: list[str]
+) -> None:
+    mortal = world(8, 4)
+    mortal.sync.push(0)
+    mortal.trainer.dies_at = list(moments)
+    assert mortal.sync.push(1).replaced == ()
+    assert mortal.served() == {1}
+    assert (mortal.trainer.dies_at, mortal.trainer.lives) == ([], len(moments))
+
+
+def test_an_engine_that_is_lost_after_the_trainer_was_gets_the_version_that_others_have(
+    world: Callable[..., World],
+) -> None:
+    mortal = world(2, 2)
+    mortal.sync.push(0)
+    mortal.trainer.dies_at = ["disconnect"]
+    mortal.group.kill(1)
+    with pytest.raises(RunFailure):
+        mortal.group.submit_rank(1, "weights.describe", phase="sync").result()
+    mortal.engines.bring_back(1)
+    assert mortal.served() == {0}
 
 
 def test_those_below_one_that_dies_get_the_version_by_another_way(world: Callable[..., World]) -> None:
