@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from actors.cluster.futures import GroupFuture
+from actors.cluster.futures import GroupFuture, refuse_lost_ray
 from actors.cluster.health import ProcessEvent, ProcessState
 from actors.cluster.snapshots import Keepers, Snapshot, Snapshots
 from actors.cluster.spec import Phase, RoleSpec
@@ -292,6 +292,7 @@ class LastingGroup(WorkerGroup):
         """
         with self._turn:
             while self._life == life:
+                refuse_lost_ray(now=True)
                 lost = self._lost()
                 if not lost or not self._snapshots.suffice:
                     raise failure
