@@ -266,8 +266,7 @@ class LastingGroup(WorkerGroup):
 
     def _place(self, sent: Sent) -> str:
         """Words that no other call has."""
-        words = self.habits.place(sent.method, sent.args)
-        return words if sent.method in self.habits.changes else f"{words} (call {sent.number})"
+        return f"{self.habits.place(sent.method, sent.args)} (call {sent.number})"
 
     def _is_session(self, sent: Sent) -> bool:
         return sent.method in self.habits.sessions
