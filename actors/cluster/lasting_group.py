@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from actors.cluster.futures import GroupFuture, refuse_lost_ray
+from actors.cluster.futures import GroupFuture, WorkerFuture, refuse_lost_ray
 from actors.cluster.health import ProcessEvent, ProcessState
 from actors.cluster.snapshots import Keepers, Snapshot, Snapshots
 from actors.cluster.spec import Phase, RoleSpec
@@ -155,6 +155,22 @@ class LastingGroup(WorkerGroup):
                 return self._built
 
         return GroupFuture(dict(building._refs), phase, finish)
+
+    def submit_work(self, rank: int, target: str, *args: object, phase: Phase = "call") -> WorkerFuture[Any]:
+        """As `WorkerGroup.submit_work`; asked again of the process that takes the place of a lost one."""
+        place = f"{target.rpartition(':')[2]} at the start"
+        with self._turn:
+            self._heal(place, phase)
+            asked, life = super().submit_work(rank, target, *args, phase=phase), self._life
+
+        def finish(refs: dict[int, ObjectRef], phase: Phase, since: float | None = None) -> list[Any]:
+            try:
+                return [asked.result(since)]
+            except RunFailure as failure:
+                self._replace(failure, life, place)
+                return [self.submit_work(rank, target, *args, phase=phase).result()]
+
+        return WorkerFuture(dict(asked._refs), phase, finish)
 
     def _call(
         self,
