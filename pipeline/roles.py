@@ -18,7 +18,8 @@ from actors.rollout.spec import EngineOptions
 from actors.spec import Spec
 from pipeline.stages.specs.registry import StageSpec
 
-POLICY, REFERENCE, CRITIC, REWARD, ROLLOUT = "policy", "reference", "critic", "reward", "rollout"
+POLICY, REFERENCE, CRITIC, REWARD = "policy", "reference", "critic", "reward"
+ROLLOUT, JUDGE = "rollout", "judge"
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ ROLES: dict[str, Role] = {
         may_alternate=POLICY,
         evaluates=True,
     ),
+    JUDGE: Role(
+        "vLLM engines with a model of its own, for rewards of `kind: judge` without an endpoint.",
+        works_in=lambda stage: bool(stage.judge_models),
+        holds="engine",
+    ),
 }
 """Every role, in the order of the configuration. To add one: a row, and its field in `RolesSpec`."""
 VIEWS = tuple(name for name, role in ROLES.items() if role.may_share is not None)
@@ -112,6 +118,7 @@ class RolesSpec(Spec):
     critic: RoleSpec = _key(CRITIC)
     reward: RoleSpec = _key(REWARD)
     rollout: RolloutRoleSpec = _key(ROLLOUT)
+    judge: RolloutRoleSpec = _key(JUDGE)
 
     def of(self, role: str) -> RoleSpec:
         """Settings of a role."""

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -186,15 +186,22 @@ class RunDirectory:
             write_json(self.path / "run.json", self.state)
 
 
-def clear_stage(directory: Path) -> None:
-    """Set a stage's old directory aside before it runs again; it is removed when the new one is complete."""
+def clear_stage(directory: Path, keep: Sequence[str] = ()) -> None:
+    """Set a stage's old directory aside before it runs again; it is removed when the new one is complete.
+    Files named in `keep` stay."""
     if not directory.exists():
         return
-    previous = directory.with_name(f".{directory.name}.previous")
+    previous, kept = directory.with_name(f".{directory.name}.previous"), {}
+    for name in keep:
+        if (directory / name).is_file():
+            kept[name] = (directory / name).read_bytes()
     if previous.exists():  # An interrupted re-run: the directory in place is its unfinished attempt.
         shutil.rmtree(directory)
-        return
-    os.rename(directory, previous)
+    else:
+        os.rename(directory, previous)
+    for name, content in kept.items():
+        directory.mkdir(exist_ok=True)
+        (directory / name).write_bytes(content)
 
 
 def drop_previous(directory: Path) -> None:

@@ -28,7 +28,7 @@ from pipeline.config.run_config import RunConfig
 from pipeline.data.spec import DataSpec
 from pipeline.evaluation.spec import EvalSamplingSpec, EvalSpec
 from pipeline.monitoring.spec import LoggingSpec
-from pipeline.roles import ROLES, RolesSpec, RolloutRoleSpec
+from pipeline.roles import JUDGE, ROLES, RolesSpec, RolloutRoleSpec
 from pipeline.stages.specs.registry import STAGE_TYPES, RlStage
 
 WIDTH = 100
@@ -64,7 +64,8 @@ def starter(name: str, base: str, stages: Sequence[str] = DEFAULT_STAGES, gpus: 
         *_section("stages", RunConfig),
         *(line for kind in stages for line in [*_indent(_stage(kind, stages, values)), ""]),
         *_section("roles", RunConfig),
-        *(line for role in ROLES for line in _indent(_role(role, values))),
+        # No stage of a starter asks a judge.
+        *(line for role in ROLES if role != JUDGE for line in _indent(_role(role, values))),
         "",
         *_section("eval", RunConfig),
         *_indent(_data("data", values.data["eval"], "Held-out prompts with their answers.")),

@@ -100,6 +100,8 @@ def keys_in(data: Any, loc: tuple[int | str, ...]) -> list[str]:
     """The user's own keys in an error's location, without the names of a union's arms."""
     keys: list[str] = []
     node = data
+    if len(loc) > 2 and loc[-3] == "rewards":  # An entry as a whole: the last part is the tag of its kind.
+        loc = loc[:-1]
     for position, part in enumerate(loc):
         last = position == len(loc) - 1
         if isinstance(node, dict):

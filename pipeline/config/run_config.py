@@ -105,6 +105,10 @@ class RunConfig(Spec):
         sources = self.stages[stage].reward_models
         return {source: source if source in self.stages else None for source in sources}
 
+    def judge_settings(self, model: str) -> ModelSpec:
+        """Settings of a model that judges samples: the run's, but for what is the base's own."""
+        return self.model.model_copy(update={"base": model, "quantization": None, "random_init": False})
+
     def critic_init_of(self, stage: str) -> str | None:
         """`base` or the stage whose adapter the critic of a stage starts from; None: it has no critic."""
         critic = self.stages[stage].critic

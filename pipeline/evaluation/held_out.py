@@ -35,6 +35,7 @@ from pipeline.rewards.spec import EXACT_MATCH
 if TYPE_CHECKING:
     from actors.batches import Generations
     from actors.cluster import WorkerFuture, WorkerGroup
+    from actors.rollout.pool import RolloutPool
     from pipeline.evaluation.spec import EvalSpec
     from pipeline.rewards.user_functions import UserFunction
 from pipeline.artifacts.weights import Weights
@@ -298,6 +299,12 @@ def generate(
 ) -> Generations:
     """Completions of all prompts by one model; a sample's seed depends on its prompt only. Engines that die
     over it are replaced."""
+    seeds = [sample_seed(seed, 0, i, 0) for i in range(len(token_ids))]
+    return loaded_pool(rollout, weights, name).generate(token_ids, sampling, seeds)
+
+
+def loaded_pool(rollout: WorkerGroup, weights: Weights, name: str) -> RolloutPool:
+    """A pool of engines that hold these weights, those that take the place of lost ones included."""
     from actors.rollout.pool import RolloutPool
     from actors.rollout.remote import RolloutEngines
     from actors.sync.engine_set import EngineSet
@@ -312,9 +319,7 @@ def generate(
         except RunFailure:
             if rank in rollout.fleet.serving:
                 raise
-    seeds = [sample_seed(seed, 0, i, 0) for i in range(len(token_ids))]
-    pool = RolloutPool(EngineSet(rollout, load=lambda rank: load(rank).result()))
-    return pool.generate(token_ids, sampling, seeds)
+    return RolloutPool(EngineSet(rollout, load=lambda rank: load(rank).result()))
 
 
 def score(scorer: RewardFunction | UserFunction, spec: EvalSpec, samples: Samples) -> list[float | None]:

@@ -12,7 +12,7 @@ from pipeline.evaluation.pairs import Scorer
 from pipeline.execution.hosts import adapter_name, critic_name
 from pipeline.execution.slots import slots_of
 from pipeline.execution.stage_card import write_stage_card
-from pipeline.roles import CRITIC, POLICY, REFERENCE, REWARD, ROLLOUT
+from pipeline.roles import CRITIC, JUDGE, POLICY, REFERENCE, REWARD, ROLLOUT
 from pipeline.stages.context import Stops, WorkTime
 from pipeline.stages.offline.reference import ReferenceFeed
 from pipeline.stages.offline.train import TrainContext
@@ -24,6 +24,7 @@ from pipeline.stages.views import View
 if TYPE_CHECKING:
     from pipeline.execution.fleet import Fleet
     from pipeline.planning.nodes import Node
+    from pipeline.stages.online.judge import JudgeEngines
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Contexts:
             reward_models={
                 source: self._view(REWARD, node, model, source) for source, model in node.rewards.items()
             },
+            judge=self._judge(node.judge) if node.judge is not None else None,
             rollout=pool,
             sync=sync,
             tokenizer=tokenizer,
@@ -127,6 +129,25 @@ class Contexts:
         critic = _start_adapter(source, name)
         critic.workers.add_head(name)
         return critic
+
+    def _judge(self, weights: Weights) -> JudgeEngines:
+        """The judge's engines with its weights, and its own tokenizer."""
+        from actors.models.base.loading import load_tokenizer, resolve_base
+        from actors.models.facts import max_positions
+        from actors.models.turn_ends import turn_ends
+        from actors.rollout.spec import positions_of
+        from pipeline.evaluation.held_out import loaded_pool
+        from pipeline.stages.online.judge import JudgeEngines
+
+        model = self.config.judge_settings(weights.adapter or weights.base)
+        resolved = resolve_base(model).checked()
+        assert resolved.config is not None
+        asked = self.config.roles.judge.engine.max_model_len
+        positions = positions_of(asked, max_positions(resolved.config))
+        tokenizer = load_tokenizer(model)
+        pool = loaded_pool(self.fleet.engines(JUDGE), weights, JUDGE)
+        where = f"judge {weights.fingerprint}"
+        return JudgeEngines(pool, tokenizer, turn_ends(tokenizer, weights.base), positions, where)
 
     def _policy(self, node: Node) -> View:
         """A new adapter of this stage, equal to the weights that it starts from; without LoRA the base."""

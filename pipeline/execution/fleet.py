@@ -382,9 +382,9 @@ class Fleet:
         return EngineSpec(
             dtype=self.config.model.dtype,
             trust_remote_code=self.config.model.trust_remote_code,
-            quantization=self.config.model.quantization,
+            quantization=self.config.model.quantization if role == ROLLOUT else None,  # A judge has its own.
             enable_sleep_mode=self.config.roles.alternates(role),
-            enable_return_routed_experts=self.config.model.moe.router_replay == "rollout",
+            enable_return_routed_experts=role == ROLLOUT and self.config.model.moe.router_replay == "rollout",
             **self.config.roles.engine_of(role).model_dump(),
         )
 

@@ -21,13 +21,14 @@ from pipeline.monitoring.progress import Progress
 from pipeline.monitoring.summary import pairs_table, results_table, say_startup
 from pipeline.monitoring.trackers import Trackers, open_trackers
 from pipeline.report.while_running import ReportWhileRunning
+from pipeline.rewards.kept_answers import FILE as KEPT_ANSWERS
 
 if TYPE_CHECKING:
     from pipeline.artifacts.manifest import Manifest
     from pipeline.config.run_config import RunConfig
     from pipeline.execution.fleet import Fleet
     from pipeline.planning.nodes import Graph, Node
-    from pipeline.stages.context import WorkTime
+from pipeline.stages.context import WorkTime
 
 GOES_ON = "The same command goes on from there."
 
@@ -241,7 +242,9 @@ class Run:
             return
         self.stop.begin_at_once(f"no step of {node.name} has begun, so there is nothing to save")
         if node.decision.state in ("changed", "new"):
-            clear_stage(node.directory)
+            # What services said to an attempt at the same work, they have said to this one.
+            same = node.decision.state == "new" or bool(node.decision.damaged)
+            clear_stage(node.directory, keep=[KEPT_ANSWERS] if same else [])
         self.progress.note(f"{node.name}: {node.decision.says}")
         for note in node.data_notes:
             self.progress.note(note)

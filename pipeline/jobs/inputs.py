@@ -45,6 +45,8 @@ def named_inputs(config: RunConfig, working_dir: Path, problems: list[str]) -> I
             key = f"stages.{name}.rewards.{position}"
             if reward.reward_model is not None and reward.reward_model not in config.stages:
                 yield from _model(key, reward.reward_model, problems, always=True)
+            if reward.judge_model is not None:
+                yield from _model(key, reward.judge_model, problems)
             if reward.file is not None and not _of_a_home(key, reward.file, problems):
                 yield from _file(key, Path(reward.file))
     if config.eval is not None:

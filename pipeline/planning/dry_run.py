@@ -82,7 +82,7 @@ def shrink(config: RunConfig, dtype: str = "float32") -> tuple[RunConfig, list[l
     resources, at most 2 workers a role sharing the machine's cores, `DRY_ROWS` rows, `DRY_BATCH` rows a
     batch, `DRY_STEPS` steps a stage with a checkpoint after the second, a local cluster, no trackers.
     Online stages: `DRY_RL_STEPS` steps of at most `DRY_BATCH` samples of `DRY_TOKENS` tokens. A reward
-    model's directory is replaced by a twin as the base is.
+    model's directory is replaced by a twin as the base is, and a judge's model by the base's own twin.
     """
     from pipeline.config.run_config import RunConfig
 
@@ -97,6 +97,9 @@ def shrink(config: RunConfig, dtype: str = "float32") -> tuple[RunConfig, list[l
             _shrink_rl(stage)
             for source, twin in reward_twins(config, output).items():
                 _rename_reward(stage, source, twin)
+            for reward in stage["rewards"]:  # A twin's random answers hold no verdict.
+                if reward.get("kind") == "judge" and reward["endpoint"] is None:
+                    reward |= {"model": data["model"]["base"], "on_error": 0.0}
     data["roles"] = {name: _shrink_role(role) for name, role in data["roles"].items()}
     if data["eval"] is not None:
         data["eval"]["max_rows"] = min(data["eval"]["max_rows"], DRY_PROMPTS)

@@ -37,6 +37,8 @@ class Node:
     """Reward models that an online stage asks, by their source."""
     critic: Weights | None = None
     """Start of PPO's critic."""
+    judge: Weights | None = None
+    """Model that the run's own engines judge samples with."""
     unread_code: list[str] = field(default_factory=list)
     """Reward functions whose code can't be read."""
 
@@ -169,6 +171,9 @@ def make_node(
         read["reference"] = reference
     if critic is not None:
         read["critic"] = critic
+    judge = judge_of(config, spec)
+    if judge is not None:
+        read["judge"] = judge
     read |= {f"reward {source}": model for source, model in rewards.items()}
     inputs = {name: model.fingerprint for name, model in read.items()}
     identity = stage_identity(config, spec, inputs, prepared.data.fingerprint, prepared.seed)
@@ -191,6 +196,7 @@ def make_node(
         directory=path,
         rewards=rewards,
         critic=critic,
+        judge=judge,
         unread_code=[
             source for source in [*reward_functions(spec), *environments(spec)] if source not in code
         ],
@@ -254,6 +260,20 @@ def reward_models(config: RunConfig, name: str, weights: dict[str, Weights]) -> 
         source: weights[stage] if stage is not None else Weights.on_disk(base, source, source)
         for source, stage in config.reward_models_of(name).items()
     }
+
+
+def judge_of(config: RunConfig, spec: AnyStage) -> Weights | None:
+    """Model that the run's own engines judge a stage's samples with; None: there is none.
+
+    Raises:
+        UserError: it can't be found.
+    """
+    if not spec.judge_models:
+        return None
+    from actors.models.base.loading import locate_base
+
+    base, adapter = locate_base(config.judge_settings(spec.judge_models[0]))
+    return Weights.on_disk(base, adapter, base, *([adapter] if adapter else []))
 
 
 def result_of(config: RunConfig, node: Node) -> Weights:

@@ -157,6 +157,8 @@ def _target_problems(config: RunConfig, directory: str, base: PretrainedConfig) 
 
 def _problems(reward: RewardSettings, config: RunConfig) -> list[str]:
     try:
+        if reward.judge_model is not None:
+            _check_judge(reward.judge_model, config)
         if reward.reward_model is None:
             source_of(reward, KeptAnswers(None))
         elif reward.reward_model not in config.stages:
@@ -164,6 +166,19 @@ def _problems(reward: RewardSettings, config: RunConfig) -> list[str]:
     except UserError as error:
         return [problem.removeprefix("rewards: ") for problem in error.problems]
     return []
+
+
+def _check_judge(model: str, config: RunConfig) -> None:
+    """Refuse a judge that no engine could serve."""
+    from actors.models.base.loading import load_tokenizer, resolve_base
+
+    spec = config.judge_settings(model)
+    try:
+        resolve_base(spec).checked()
+        load_tokenizer(spec)
+    except UserError as error:
+        found = [problem.removeprefix("model.base: ") for problem in error.problems]
+        raise UserError([f"model: {problem}" for problem in found]) from None
 
 
 def _check_reward_model(directory: Path) -> None:

@@ -6,11 +6,11 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from actors.errors import UserError
 from pipeline.rewards.functions import Samples
-from pipeline.rewards.http_requests import Calling, Reply, Requests
+from pipeline.rewards.http_requests import Calling, Reply
 from pipeline.rewards.judging import GIVEN, Unreadable, as_text, fields_of, question, said, verdict
 from pipeline.rewards.kept_answers import KeptAnswers, content_key
 from pipeline.rewards.spec import CodeReward, HttpReward, JudgeReward, ServiceSettings
@@ -123,11 +123,33 @@ class SandboxService(Service):
         return RewardCall([score_of(passed, self._code.score)])
 
 
+class Asked(Protocol):
+    """Requests under way."""
+
+    def result(self) -> list[Reply]:
+        """A reply to each, in time."""
+
+
+class Judge(Protocol):
+    """A judge that the run serves itself."""
+
+    where: str
+    """The model and its weights."""
+
+    def ask(self, bodies: Sequence[Any], timeout_s: float) -> Asked:
+        """Let it answer chat completions."""
+
+
+Asking = Callable[[Sequence[Any]], Asked]
+"""Sends requests, by their bodies."""
+
+
 class ServiceSource:
     """A service as a stage asks it: unlike questions only, once each, and those known from before never."""
 
-    def __init__(self, service: Service, kept: KeptAnswers, url: str) -> None:
-        self._service, self._kept, self._url = service, kept, url
+    def __init__(self, service: Service, kept: KeptAnswers, where: str, ask: Asking) -> None:
+        """`where`: the place that answers, a part of what was asked; `ask`: sends requests there."""
+        self._service, self._kept, self._where, self._ask = service, kept, where, ask
 
     def begin(self, samples: Samples) -> Callable[[], RewardCall]:
         """Send what has to be asked about these samples; the result waits for the answers."""
@@ -138,7 +160,7 @@ class ServiceSource:
         for index in range(len(samples)):
             try:
                 content = service.content(samples, index)
-                key = content_key([self._url, content, service.reads])
+                key = content_key([self._where, content, service.reads])
                 contents[key] = content
             except (TypeError, ValueError) as error:
                 key = f"sample {index}"
@@ -149,7 +171,7 @@ class ServiceSource:
         size = service.per_request
         parts = [asked[start : start + size] for start in range(0, len(asked), size)]
         bodies = [service.body([contents[key] for key in part]) for part in parts]
-        requests = Requests(calling_of(service.spec, self._url), bodies) if bodies else None
+        requests = self._ask(bodies) if bodies else None
 
         def result() -> RewardCall:
             new: dict[str, float | None] = {}
@@ -161,7 +183,7 @@ class ServiceSource:
             answers = known | new
             bad = tuple(i for i, key in enumerate(keys) if key in problems)
             values = [answers.get(key) for key in keys]
-            return RewardCall(values, f"{self._url}: {problems[keys[bad[0]]]}" if bad else "", bad)
+            return RewardCall(values, f"{service.spec.says}: {problems[keys[bad[0]]]}" if bad else "", bad)
 
         return result
 

@@ -11,10 +11,11 @@ from actors.errors import UserError
 from pipeline.rewards.code_tests import code_rewards
 from pipeline.rewards.exact_match import exact_match
 from pipeline.rewards.functions import RewardFunction, Samples, call_reward_function, find_function
+from pipeline.rewards.http_requests import Requests
 from pipeline.rewards.kept_answers import KeptAnswers
 from pipeline.rewards.math_answers import MISSING, installed
 from pipeline.rewards.processes import LoadedCode
-from pipeline.rewards.services import ServiceSource, calling_of, service_of
+from pipeline.rewards.services import Judge, ServiceSource, calling_of, service_of
 from pipeline.rewards.spec import CodeReward, MathReward, RewardSettings, RewardSpec, ServiceSettings
 from pipeline.rewards.user_functions import UserFunction
 from pipeline.rewards.values import RewardCall
@@ -48,11 +49,12 @@ class CheckSource:
         return lambda: self._function.call(given, len(samples), self._spec.timeout_s)
 
 
-def source_of(spec: RewardSettings, kept: KeptAnswers) -> RewardSource:
+def source_of(spec: RewardSettings, kept: KeptAnswers, judge: Judge | None = None) -> RewardSource:
     """The source with these settings.
 
     Args:
         kept: answers that services gave this stage.
+        judge: the run's own; None while its engines are not there, so that it can't be asked.
 
     Raises:
         UserError: a function can't be imported, a file can't be read, an environment variable is not set, or
@@ -68,9 +70,17 @@ def source_of(spec: RewardSettings, kept: KeptAnswers) -> RewardSource:
         code = LoadedCode("", pickle.dumps(functools.partial(code_rewards, **limits)))
         return CheckSource(spec, UserFunction(code, "code_rewards"), "tests", spec.column)
     if isinstance(spec, ServiceSettings):
-        assert spec.url_asked is not None
-        calling_of(spec, spec.url_asked)
-        return ServiceSource(service_of(spec), kept, spec.url_asked)
+        service, seconds, url = service_of(spec), spec.timeout_s, spec.url_asked
+        if url is None:
+            where = spec.says if judge is None else judge.where
+            return ServiceSource(service, kept, where, lambda bodies: _there(judge).ask(bodies, seconds))
+        calling = calling_of(spec, url)
+        return ServiceSource(service, kept, url, lambda bodies: Requests(calling, bodies))
     assert isinstance(spec, RewardSpec)
     exact = spec.kind == "exact_match"
     return FunctionSource(spec, exact_match if exact else find_function(spec.source))
+
+
+def _there(judge: Judge | None) -> Judge:
+    assert judge is not None, "a judge was asked before its engines were there"
+    return judge

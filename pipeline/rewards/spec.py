@@ -14,6 +14,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
+from actors.models.spec import EMBEDDED_BASE, locate_embedded_base
 from actors.spec import Spec
 
 EXACT_MATCH = "exact_match"
@@ -78,6 +79,11 @@ class RewardSettings(Spec):
     @property
     def reward_model(self) -> str | None:
         """Reward stage or directory that scores on the run's own processes; None: something else does."""
+        return None
+
+    @property
+    def judge_model(self) -> str | None:
+        """Hub id or directory of the model that the run's own engines judge with; None: they don't."""
         return None
 
     @property
@@ -193,11 +199,12 @@ class JudgeReward(ServiceSettings):
     """A language model that scores one sample at a time, in words."""
 
     kind: Literal["judge"] = "judge"
-    """A language model behind an OpenAI-compatible endpoint."""
-    endpoint: Url
-    """The endpoint up to its version: `http://host:8000/v1`. `vllm serve MODEL` is one."""
+    """A language model behind an OpenAI-compatible endpoint, or in engines of the run."""
+    endpoint: Url | None = None
+    """The endpoint up to its version: `http://host:8000/v1`. `vllm serve MODEL` is one. Null: the engines of
+    `roles.judge` serve the model."""
     model: str = Field(min_length=1)
-    """Name of the model there."""
+    """Name of the model there; without an endpoint a hub id or a directory."""
     prompt: str = Field(min_length=1)
     """Text file with what the model is asked: {prompt}, {completion} and columns of the row in braces."""
     pattern: str | None = None
@@ -210,7 +217,8 @@ class JudgeReward(ServiceSettings):
     max_tokens: int = Field(default=512, ge=1)
     """Tokens of the judge's answer."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
-    """Further fields of the request, such as `{chat_template_kwargs: {enable_thinking: false}}`."""
+    """Further fields of the request, such as `{chat_template_kwargs: {enable_thinking: false}}`; without an
+    endpoint only that one."""
 
     @model_validator(mode="after")
     def _verdict_can_be_read(self) -> JudgeReward:
@@ -222,17 +230,32 @@ class JudgeReward(ServiceSettings):
             raise ValueError(f"pattern '{self.pattern}' has {groups} groups; the verdict is the one group")
         return self
 
+    @model_validator(mode="after")
+    def _engines_are_asked_alike(self) -> JudgeReward:
+        more = sorted(set(self.extra_body) - {"chat_template_kwargs"})
+        if self.endpoint is None and more:
+            raise ValueError(
+                f"extra_body: {', '.join(more)}: without an endpoint only chat_template_kwargs; greedy it is"
+            )
+        return self
+
     @property
     def name(self) -> str:
         return "judge"
 
     @property
     def says(self) -> str:
-        return f"{self.model} at {self.endpoint}"
+        return self.model if self.endpoint is None else f"{self.model} at {self.endpoint}"
+
+    @property
+    def judge_model(self) -> str | None:
+        if self.endpoint is not None:
+            return None
+        return locate_embedded_base() if self.model == EMBEDDED_BASE else self.model
 
     @property
     def url_asked(self) -> str | None:
-        return self.endpoint.rstrip("/") + "/chat/completions"
+        return None if self.endpoint is None else self.endpoint.rstrip("/") + "/chat/completions"
 
     @property
     def file(self) -> str | None:

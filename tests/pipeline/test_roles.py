@@ -37,8 +37,9 @@ def test_views_share_by_default_and_all_other_roles_have_processes_of_their_own(
         "critic": "policy",
         "reward": "policy",
         "rollout": "rollout",
+        "judge": "judge",
     }
-    assert roles.with_processes(ROLES) == ["policy", "rollout"]
+    assert roles.with_processes(set(ROLES) - {"judge"}) == ["policy", "rollout"]
     assert roles.engine_of("rollout") == roles.rollout.engine
 
 
@@ -78,6 +79,13 @@ def test_a_stage_needs_the_roles_of_its_kind(kind: str, needs: set[str]) -> None
             first | {kind: {**ONLINE, **more, "rewards": ["exact_match", "runs/a/reward/adapter"]}}
         )
         assert roles_of(asks.stages[kind]) == needs | {"reward"}
+        judge = {"kind": "judge", "model": "b", "prompt": "judge.txt"}
+        judged = config_of(first | {kind: {**ONLINE, **more, "rewards": [judge]}})
+        assert roles_of(judged.stages[kind]) == needs | {"judge"}
+        elsewhere = config_of(
+            first | {kind: {**ONLINE, **more, "rewards": [judge | {"endpoint": "http://a/v1"}]}}
+        )
+        assert roles_of(elsewhere.stages[kind]) == needs
 
 
 def test_evaluation_needs_engines_and_the_plan_lists_the_roles_that_work() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pipeline.config.problem import Problem
 from pipeline.config.run_config import RunConfig
-from pipeline.roles import ENGINE_ROLES, MODEL_ROLES, POLICY, ROLES, ROLLOUT
+from pipeline.roles import ENGINE_ROLES, MODEL_ROLES, POLICY, ROLES, ROLLOUT, RolloutRoleSpec
 
 INSTEAD = "`roles: {policy: {gpus: 1}, rollout: {share: policy}}`"
 """How trainer and engine have one GPU."""
@@ -16,10 +16,11 @@ def device_problems(config: RunConfig) -> Iterator[Problem]:
     """Every placement that can't work."""
     yield from _fraction_problems(config)
     for role in ENGINE_ROLES:
-        if config.roles.of(role).share == ROLES[role].may_alternate:
-            yield from _turn_problems(role, config)
-        elif config.roles.of(role).share is None:
+        share = config.roles.of(role).share
+        if share is None:
             yield from _offload_problems(role, config)
+        elif share == ROLES[role].may_alternate:
+            yield from _turn_problems(role, config)
 
 
 def _fraction_problems(config: RunConfig) -> Iterator[Problem]:
@@ -42,7 +43,8 @@ def _fraction_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def _offload_problems(role: str, config: RunConfig) -> Iterator[Problem]:
-    spec = config.roles.rollout
+    spec = config.roles.of(role)
+    assert isinstance(spec, RolloutRoleSpec)
     if "offload" in spec.model_fields_set and spec.offload != "auto":
         yield Problem(
             f"roles.{role}.offload",

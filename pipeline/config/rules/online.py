@@ -34,6 +34,12 @@ def online_problems(stage: OnlineStage) -> Iterator[Problem]:
 
 def _sampling_problems(stage: OnlineStage) -> Iterator[Problem]:
     samples, group = stage.samples_per_step, stage.num_generations
+    if len(stage.judge_models) > 1:
+        yield Problem(
+            "rewards",
+            f"{' and '.join(stage.judge_models)}: the engines of roles.judge hold one model; ask the others "
+            "at an `endpoint`",
+        )
     if not stage.rewards and not stage.converses and stage.needs_rewards:
         yield Problem("rewards", "is required: a sample needs a reward to learn from")
     elif stage.rewards and not any(one.weight for one in stage.rewards) and not stage.converses:

@@ -19,7 +19,17 @@ from pipeline.planning.costs.weights import (
     gathered_bytes,
     trained_bytes,
 )
-from pipeline.roles import CRITIC, ENGINE_ROLES, POLICY, REFERENCE, REWARD, ROLES, evaluation_roles, roles_of
+from pipeline.roles import (
+    CRITIC,
+    ENGINE_ROLES,
+    JUDGE,
+    POLICY,
+    REFERENCE,
+    REWARD,
+    ROLES,
+    evaluation_roles,
+    roles_of,
+)
 
 if TYPE_CHECKING:
     from actors.cluster import RoleSpec
@@ -102,6 +112,8 @@ class Budget:
         working = roles_of(stage)
         for role in ROLES:
             if role not in working or self.config.roles.server_of(role) != role:
+                continue
+            if role == JUDGE:  # It holds another model, of which the plan knows nothing.
                 continue
             if role in ENGINE_ROLES:
                 assert stage.online

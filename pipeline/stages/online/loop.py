@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from actors.rollout.pool import RolloutPool
     from actors.sync.report import SyncReport
     from actors.sync.weight_sync import WeightSync
+    from pipeline.stages.online.judge import JudgeEngines
 
 
 @dataclass(kw_only=True)
@@ -51,6 +52,8 @@ class RlContext(StageContext):
     rollout: RolloutPool
     sync: WeightSync
     tokenizer: Any
+    judge: JudgeEngines | None = None
+    """The run's own, where a reward asks it."""
     turns: Turns = field(default_factory=Turns)
     """Of policy and engines, where they share a device."""
     replay_compare_steps: int = 0
@@ -95,7 +98,7 @@ class RlLoop:
 
     def __init__(self, stage: PreparedRl, ctx: RlContext) -> None:
         self.stage, self.ctx, self.spec = stage, ctx, stage.spec
-        self.rewards = RewardComputer(stage.spec, ctx.reward_models, ctx.directory)
+        self.rewards = RewardComputer(stage.spec, ctx.reward_models, ctx.directory, ctx.judge)
         self.sampler = sampler_of(stage, ctx.rollout, self.rewards, ctx.tokenizer, ctx.turns)
         together = stage.spec.sync.in_flight == "keep"
         self.prefetcher = Prefetcher(

@@ -21,6 +21,7 @@ from actors.errors import InvariantViolation, RunFailure
 from pipeline.data.tokens.prompts import PromptData
 from pipeline.rewards.functions import Samples, settled
 from pipeline.rewards.kept_answers import FILE, KeptAnswers
+from pipeline.rewards.services import Judge
 from pipeline.rewards.sources import source_of
 from pipeline.rewards.spec import RewardSettings, reward_names
 from pipeline.stages.views import Scorer
@@ -46,8 +47,15 @@ class RewardComputer:
     """All reward sources of a stage. Models score in their own processes, and services answer, while
     functions run here."""
 
-    def __init__(self, spec: RlStage, models: Mapping[str, Scorer], directory: Path | None = None) -> None:
-        """`models`: by source; `directory`: the stage's, which keeps the answers of services.
+    def __init__(
+        self,
+        spec: RlStage,
+        models: Mapping[str, Scorer],
+        directory: Path | None = None,
+        judge: Judge | None = None,
+    ) -> None:
+        """`models`: by source; `directory`: the stage's, which keeps the answers of services; `judge`: the
+        run's own, where a source asks it.
 
         Raises:
             UserError: as `source_of` says.
@@ -56,7 +64,7 @@ class RewardComputer:
         self.names = reward_names(spec.rewards)
         kept = KeptAnswers(None if directory is None else directory / FILE)
         self._sources = [
-            source_of(one, kept) if one.reward_model not in models else None for one in spec.rewards
+            source_of(one, kept, judge) if one.reward_model not in models else None for one in spec.rewards
         ]
 
     def submit(self, batch: SharedBatch) -> dict[str, AgreedFuture[np.ndarray]]:

@@ -100,6 +100,11 @@ class StageSpec(OptimSpec):
         return []
 
     @property
+    def judge_models(self) -> list[str]:
+        """Models that the run's own engines judge its samples with: hub ids or directories."""
+        return []
+
+    @property
     def rows_per_step(self) -> int:
         """Rows, pairs or samples of one step."""
         return self.batch_size

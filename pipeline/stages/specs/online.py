@@ -103,6 +103,10 @@ class RlStage(TurnSettings, ReferenceSettings, GroupSize, SamplingTemperature, S
         return [reward.reward_model for reward in self.rewards if reward.reward_model is not None]
 
     @property
+    def judge_models(self) -> list[str]:
+        return list(dict.fromkeys(one.judge_model for one in self.rewards if one.judge_model is not None))
+
+    @property
     def samples_per_step(self) -> int:
         """Samples of one generation."""
         return self.batch_size * self.steps_per_generation

@@ -188,6 +188,9 @@ def test_an_old_stage_is_kept_until_its_successor_is_complete(tmp_path: Path) ->
     assert not stage.exists()
     stage.mkdir()
     (stage / "half").write_text("an attempt that was cut")
+    (stage / "answers").write_text("paid for")
+    clear_stage(stage, keep=["answers", "others"])
+    assert [(path.name, path.read_text()) for path in stage.iterdir()] == [("answers", "paid for")]
     clear_stage(stage)
     assert (tmp_path / ".sft.previous" / "manifest.json").read_text() == "old"
     drop_previous(stage)

@@ -52,8 +52,8 @@ def test_code_that_hangs_has_its_seconds_and_what_it_started_ends_with_it() -> N
     mark = f"77{os.getpid()}"
     sleeps = f"import subprocess\nsubprocess.Popen(['sleep', '{mark}'], start_new_session=True)\n"
     began = time.monotonic()
-    assert passed(RIGHT, 1, [TESTS[0], "while True: pass"]) == [True, False]
-    assert time.monotonic() - began < 5
+    assert passed(RIGHT, 3, [TESTS[0], "while True: pass"]) == [True, False]
+    assert time.monotonic() - began < 15
     assert passed(sleeps + RIGHT) == [True, False, True]
     found = subprocess.run(["pgrep", "-f", f"sleep {mark}"], capture_output=True, text=True, check=False)
     assert found.stdout == ""

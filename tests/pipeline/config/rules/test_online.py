@@ -355,6 +355,16 @@ def test_rewards_that_are_all_only_watched_are_refused() -> None:
     assert not of("grpo", rewards=[watched, "reward:f"])
 
 
+def test_the_engines_of_a_run_judge_with_one_model() -> None:
+    judges = [{"kind": "judge", "model": model, "prompt": "judge.txt"} for model in ("a", "a", "b")]
+    assert not of("grpo", rewards=judges[:2])
+    assert "hold one model" in of("grpo", rewards=judges)["rewards"]
+    assert not of("grpo", rewards=[*judges[:2], judges[2] | {"endpoint": "http://a/v1"}])
+    asked = judges[0] | {"extra_body": {"chat_template_kwargs": {}, "top_k": 1}}
+    assert "top_k: without an endpoint" in of("grpo", rewards=[asked])["rewards.0"]
+    assert set(of("grpo", rewards=[{"source": "exact_match", "on_error": float("inf")}])) == {"rewards.0"}
+
+
 def test_a_temperature_that_vllm_would_change_is_refused_with_what_to_write() -> None:
     said = of("grpo", temperature=0.005)["temperature"]
     assert said == "0.005: vLLM would draw at 0.01; write 0.01 to 2"
