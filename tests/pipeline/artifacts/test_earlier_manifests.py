@@ -40,7 +40,11 @@ def finished_earlier(directory: Path, stage: str) -> None:
     write_json(directory / "manifest.json", manifest.model_dump())
 
 
-@pytest.mark.parametrize("stage", STAGE_TYPES)
+NEWER = {"distill"}
+"""Types of stages that the version before did not have."""
+
+
+@pytest.mark.parametrize("stage", sorted(STAGE_TYPES.keys() - NEWER))
 def test_a_stage_of_the_version_before_is_fresh(stage: str, tmp_path: Path) -> None:
     config = RunConfig.model_validate(EARLIER["run"])
     finished_earlier(tmp_path, stage)
