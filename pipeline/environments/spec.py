@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, field_validator
 
 from actors.spec import Spec
 
@@ -33,6 +33,16 @@ class TurnSettings(Spec):
     env_on_error: Literal["stop"] | float = "stop"
     """Effect of a step that fails or takes too long: `stop` ends the run; a number is the reward of that
     step, with which the sample ends."""
+
+    @field_validator("env", mode="before")
+    @classmethod
+    def _no_library(cls, value: Any) -> Any:
+        if value in ("openenv", "verifiers"):
+            raise ValueError(
+                f"environments of {value} are not run by themselves: write a class with `reset` and `step` "
+                "around its client, and name it as module:Class"
+            )
+        return value
 
     @property
     def converses(self) -> bool:

@@ -37,6 +37,7 @@ from pipeline.planning.reward_rules import (
     reward_base_problems,
     reward_column_problems,
     reward_source_problems,
+    start_environments,
 )
 from pipeline.rewards.spec import EXACT_MATCH
 from pipeline.rewards.user_functions import start_functions
@@ -65,6 +66,7 @@ def read_rows(config: RunConfig, until: str | None = None, problems: Sequence[st
     """
     rewarding = function_sources(config, up_to(config, until))
     scoring = [config.eval.metric] if config.eval is not None and config.eval.metric != EXACT_MATCH else []
+    start_environments(config, up_to(config, until))
     start_functions([*rewarding, *scoring])  # Their modules are imported while the rows are read.
     in_rows: list[str] = []
     reader = Reader()

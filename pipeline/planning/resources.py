@@ -153,7 +153,8 @@ def _step(stage: AnyStage) -> str:
         for reward in stage.rewards
     ]
     teacher = getattr(stage, "teacher", None)
-    rewards = ", ".join([*sources, *([f"the teacher {teacher}"] if teacher is not None else [])])
+    own = [f"the environment {stage.env}"] if stage.env is not None else []
+    rewards = ", ".join([*sources, *own, *([f"the teacher {teacher}"] if teacher is not None else [])])
     rounds, ahead = stage.max_resampling_rounds, stage.staleness
     again = f" (up to {_count(rounds, 'further round')} for prompts of equal rewards)" if rounds else ""
     older = f"; samples are generated up to {_count(ahead, 'step')} ahead" if ahead else ""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.errors import UserError
+from pipeline.environments.processes import kept_environment
 from pipeline.rewards.functions import ARGUMENTS, Samples, find_function
 from pipeline.rewards.kept_answers import KeptAnswers
 from pipeline.rewards.services import template_columns
@@ -28,6 +29,15 @@ def function_sources(config: RunConfig, names: Iterable[str]) -> list[str]:
     return [
         one.function for stage in stages if stage.online for one in stage.rewards if one.function is not None
     ]
+
+
+def start_environments(config: RunConfig, names: Iterable[str]) -> None:
+    """Start the processes of the named online stages' environments and tools, which import their modules
+    while this process goes on."""
+    for name in names:
+        stage = config.stages[name]
+        if stage.online and stage.converses:
+            kept_environment(stage.env, stage.tools, stage.env_timeout_s)
 
 
 def reward_source_problems(config: RunConfig, names: Iterable[str]) -> list[str]:

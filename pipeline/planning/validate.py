@@ -96,10 +96,11 @@ def _find(config: RunConfig) -> Findings:
     from pipeline.planning.costs.payloads import payload_bytes
     from pipeline.planning.planned import memory_line, memory_problems
     from pipeline.planning.resources import machine_problems
-    from pipeline.planning.reward_rules import reward_source_problems
+    from pipeline.planning.reward_rules import reward_source_problems, start_environments
     from pipeline.rewards.user_functions import start_functions
 
     findings = Findings()
+    start_environments(config, config.stages)
     served = {key: source for key, source in config.functions().items() if key not in config.environments()}
     start_functions(served.values())  # Their modules are imported while the base is looked at.
     findings.attempt(RunDirectory(config.output_dir, config.name).refuse_foreign)

@@ -294,12 +294,19 @@ def joined(done: list[tuple[str, dict[str, float]]]) -> dict[str, float]:
 
 
 def lengths(samples: Generations) -> dict[str, float]:
-    """TRL's names for how long the completions are, and how many were cut at the limit."""
+    """TRL's names for how long the completions are, and how many were cut at the limit; of conversations also
+    their turns, and calls of tools per sample."""
     each = samples.drawn_lengths
     cut = np.mean([reason != "stop" for reason in samples.finish_reasons])
-    return {
+    found = {
         "completions/mean_length": float(each.mean()),
         "completions/min_length": float(each.min()),
         "completions/max_length": float(each.max()),
         "completions/clipped_ratio": float(cut),
     }
+    if samples.episodes is None:
+        return found
+    turns = [one.turns for one in samples.episodes]
+    calls = sum(len(m.get("tool_calls") or ()) for one in samples.episodes for m in one.messages)
+    found |= {"turns/mean": float(np.mean(turns)), "turns/max": float(max(turns))}
+    return found | {"tools/call_frequency": calls / len(turns)}

@@ -400,6 +400,7 @@ def test_a_teacher_is_another_policy_and_its_divergence_is_the_reward_of_each_to
         ({"tools": ["worlds:add"]}, "tool_parser"),
         ({"env": "worlds:Guess", "soft_punish_cache": 8}, "soft_punish_cache"),
         ({"env": "worlds.Guess"}, "env"),
+        ({"env": "verifiers"}, "env"),
         ({"env": "worlds:Guess", "env_on_error": float("inf")}, "env_on_error"),
     ],
 )
