@@ -48,7 +48,7 @@ def described(env: str | None, tools: Sequence[str]) -> Kind:
     steps = made is not None and callable(getattr(made, "step", None))
     if made is not None and not callable(getattr(made, "reset", None)):
         raise Unusable(f"{env} has no method `reset`")
-    functions = _functions(tools)
+    functions = {} if steps else _functions(tools)
     if made is not None and not steps:
         functions |= {name: MethodType(getattr(made, name), made) for name in _methods(made)}
         if not functions:

@@ -41,6 +41,11 @@ def describe(spec: TurnSettings, where: str) -> dict[str, Any]:
         UserError: it can't be used, with the reason.
     """
     key = f"{where}.{'env' if spec.env else 'tools'}"
+    known = parser_names() if spec.tool_parser is not None else []
+    if known and spec.tool_parser not in known:
+        raise UserError(
+            f"{where}.tool_parser: {spec.tool_parser!r} is none of vLLM's parsers: {', '.join(known)}"
+        )
     found = kept_environment(spec.env, spec.tools, spec.env_timeout_s).described()
     if isinstance(found, str):
         raise UserError(f"{key}: {spec.env or ', '.join(spec.tools)}: {found}")
@@ -54,11 +59,6 @@ def describe(spec: TurnSettings, where: str) -> dict[str, Any]:
         problems.append(
             f"{where}.tools: {spec.env} has `step`, which answers the calls itself; leave `tools` out, or "
             "make them methods of an environment without `step`"
-        )
-    known = parser_names()
-    if spec.tool_parser is not None and known and spec.tool_parser not in known:
-        problems.append(
-            f"{where}.tool_parser: {spec.tool_parser!r} is none of vLLM's parsers: {', '.join(known)}"
         )
     if problems:
         raise UserError(problems)
