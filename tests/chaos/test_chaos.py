@@ -29,7 +29,7 @@ CELLS = {
     ("rollout-0", "sync commit", "kill"): "in place",
     ("rollout-1", "generation", "stop"): "in place",
     ("driver", "update", "kill"): "ended",
-    ("policy-1", "update", "kill"): "ended",
+    ("policy-1", "update", "kill"): "in place",
 }
 """Role, phase and way, and what becomes of the run."""
 
