@@ -6,6 +6,7 @@ The same scenarios run with one rank in the test's own process.
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ def scenarios(
     nothing = with_reference(host, pair_batch(pairs[:1])).select([])
     results["no pair"] = [host.updates.update(nothing, OnlineDpoLoss(), STEPS - 1)["grad_norm"]]
     results.update(heads(host, rows, pairs))
+    results["taken over"] = taken_over(host, rows)
     results["logprobs"] = host.scores.logprobs(sft_batch(rows[:11]), "policy").tolist()
     results["digest"] = adapter_digest(host.state.model, "policy")
     host.saving.save_adapter("policy", out / "adapter")
@@ -84,6 +86,39 @@ def scenarios(
     assert host.saving.load_checkpoint(out / "checkpoint") == STEPS
     host.close()
     return results
+
+
+def taken_over(host: ModelHost, rows: list[Any]) -> list[float]:
+    """Losses of steps that are done again from what was kept before them: to the bit those of the first
+    time."""
+    kept: list[Any] = []
+    losses: list[float] = []
+    host.updates.prepare_training("policy", OPTIM, STEPS)
+
+    def keep(whole: bool) -> None:
+        facts, state = host.kept.take(whole)
+        assert facts.kept
+        kept.append(pickle.loads(pickle.dumps(state)))  # As Ray does: it is of memory that changes.
+
+    def step(number: int) -> None:
+        batch = sft_batch(rows[9 * number : 9 * number + 9])
+        losses.append(host.updates.update(batch, SftLoss(), number)["loss"])
+
+    keep(whole=True)
+    step(0)
+    keep(whole=False)
+    for number in (1, 2):
+        step(number)
+    after = adapter_digest(host.state.model, "policy")
+    host.copy_adapter("reward", "critic")  # Adapters that don't train come back too.
+    before = adapter_digest(host.state.model, "critic")
+    host.kept.put(*kept)
+    assert adapter_digest(host.state.model, "critic") != before
+    for number in (1, 2):
+        step(number)
+    assert losses[1:3] == losses[3:5]
+    assert adapter_digest(host.state.model, "policy") == after
+    return losses
 
 
 def heads(host: ModelHost, rows: list[Any], pairs: list[Any]) -> dict[str, Any]:

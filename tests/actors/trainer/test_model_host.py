@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from actors.algorithms.sft import SftLoss
 from actors.errors import InvariantViolation, UserError
 from actors.models.lora.adapters import adapter_digest
 from actors.models.spec import LoraSpec
+from actors.trainer import kept_state
 from actors.trainer.model_host import ModelHost
 from actors.trainer.optimizer import make_scheduler
 from actors.trainer.spec import OptimSpec
@@ -187,6 +189,32 @@ def test_resuming_from_a_checkpoint_is_exact_to_the_bit(
         without = policy_host(tiny_base, lora=lora.model_copy(update={"lora_dropout": 0.0}))
         without.updates.prepare_training("policy", OPTIM, 6)
         assert sft_curve(without, 6) != losses
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "sgd"])
+def test_a_fresh_host_goes_on_from_what_another_one_handed_over_to_the_bit(
+    optim: Any, tiny_base: Path
+) -> None:
+    settings = OPTIM.model_copy(update={"optim": optim, "lr_scheduler_type": "cosine", "warmup_steps": 2})
+    lost, fresh = policy_host(tiny_base), policy_host(tiny_base, seed=1)
+    for host in (lost, fresh):
+        host.updates.prepare_training("policy", settings, 6)
+    sft_curve(lost, 3)
+    facts, state = lost.kept.take(whole=True)
+    assert facts.kept
+    fresh.kept.put(pickle.loads(pickle.dumps(state)))
+    assert sft_curve(fresh, 6, first=3) == sft_curve(lost, 6, first=3)
+    assert adapter_digest(fresh.state.model, "policy") == adapter_digest(lost.state.model, "policy")
+    assert (fresh.updates.router_load() == lost.updates.router_load()).all()
+
+
+def test_a_state_that_is_too_large_for_the_memory_that_is_free_is_not_kept(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = policy_host(tiny_base)
+    monkeypatch.setattr(kept_state, "SHARE_OF_MEMORY", 1e-12)
+    facts, state = host.kept.take(whole=True)
+    assert (facts.kept, state) == (False, None)
 
 
 def test_a_checkpoint_that_is_written_while_a_step_is_worked_on_is_that_of_the_step_before(
