@@ -194,6 +194,9 @@ class LastingGroup(WorkerGroup):
             self._open[sent.number] = sent
             if method in habits.makes | habits.changes | habits.publishes:
                 self._since.append(sent)
+            if not self._snapshots.suffice:
+                # Nothing will be made again, until what is made next is kept: its first step looks.
+                self._since = [one for one in self._since if one.method in habits.makes]
             if method in habits.changes - habits.makes:
                 earlier = self._snapshots.step
                 counts = self._snapshots.follow(self._keepers(), sent.number, self._waits())

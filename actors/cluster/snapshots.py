@@ -128,7 +128,8 @@ class Snapshots:
             facts = ray.get(list(coming.facts.values()))
         except RayError:  # The rank died over it: the one before it counts.
             return None
-        if not all(one.kept for one in facts):
+        self.suffice = all(one.kept for one in facts)
+        if not self.suffice:
             return None
         self.step, self._cost = coming, cost(facts)
         return coming.number

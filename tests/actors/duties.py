@@ -138,8 +138,8 @@ class Frail:
 class Ledger:
     """Accounts whose sums depend on everything that happened, in its order; of one state on all ranks."""
 
-    def __init__(self, rank: int = 0, **where: Any) -> None:
-        self.rank = rank
+    def __init__(self, rank: int = 0, kept: bool = True, **where: Any) -> None:
+        self.rank, self.kept = rank, kept
         self.sums: dict[str, int] = {}
         self.printed: dict[str, int] = {}
         self.session = ""
@@ -169,7 +169,7 @@ class Ledger:
         return self.session
 
     def take(self, whole: bool) -> tuple[Any, Any]:
-        return SimpleNamespace(kept=True, seconds=0.0, nbytes=8), dict(self.sums)
+        return SimpleNamespace(kept=self.kept, seconds=0.0, nbytes=8), dict(self.sums)
 
     def put(self, *states: dict[str, int]) -> None:
         for state in states:

@@ -15,6 +15,7 @@ import pytest
 from actors.cluster import snapshots
 from actors.cluster.lasting_group import Habits, LastingGroup, RanksReplaced
 from actors.cluster.spec import LimitsSpec, RoleSpec
+from actors.errors import RunFailure
 from tests.actors.duties import Ledger
 
 pytestmark = pytest.mark.ray
@@ -98,3 +99,15 @@ def test_what_belongs_to_one_life_of_the_ranks_is_not_asked_again(ledgers: Ledge
         ledgers.call("who_is_in")
     assert ledgers.lives == lives + 1
     assert ledgers.call("who_is_in") == ["", ""]
+
+
+@pytest.mark.slow
+def test_ranks_whose_state_is_too_large_to_be_kept_end_the_run(ledgers: Ledgers) -> None:
+    ledgers.build("duties:Ledger", distributed=True, kept=False).result()
+    ledgers.call("open", "account")
+    for amount in range(20):
+        ledgers.call("book", "account", amount)
+    kill(ledgers, 0)
+    with pytest.raises(RunFailure, match="books-0 failed in phase 'call': its process died"):
+        ledgers.call("ask", "account")
+    assert ledgers.said == []  # type: ignore[attr-defined]
