@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.report.tolerant_reading import as_mapping, as_number
 
 ALSO = (
+    "teacher",
     "max_length",
     "max_completion_length",
     "num_generations",
@@ -58,6 +59,8 @@ def settings(config: Mapping[str, Any]) -> Settings:
     model = as_mapping(config.get("model"))
     lora = as_mapping(model.get("lora"))
     roles = {name: as_mapping(role).get("workers") for name, role in as_mapping(config.get("roles")).items()}
+    if not any(_serves_judge(stage) for stage in as_mapping(config.get("stages")).values()):
+        roles.pop("judge", None)  # The one role that stands in every run and works in few.
     facts = [
         ("base", value_text(model.get("base"))),
         ("dtype", value_text(model.get("dtype"))),
@@ -139,10 +142,18 @@ def _source(one: Any) -> str:
     return value_text(source.get("source")) + (f" ({split})" if split else "")
 
 
+def _serves_judge(stage: Any) -> bool:
+    """True where a reward of a stage is a judge without an endpoint."""
+    rewards = [as_mapping(one) for one in _listed(as_mapping(stage).get("rewards"))]
+    return any(one.get("kind") == "judge" and not one.get("endpoint") for one in rewards)
+
+
 def _reward(one: Any) -> str:
     """A source of rewards, with its weight where it isn't 1."""
     source = as_mapping(one)
     if not source:
         return value_text(one)
     weight = value_text(source.get("weight"))
-    return value_text(source.get("source")) + (f" x {weight}" if weight not in ("", "1") else "")
+    where = next((key for key in ("endpoint", "url", "sandbox", "model") if source.get(key)), "")
+    parts = [value_text(source.get(key)) for key in ("kind", "source", where)]
+    return " ".join(part for part in parts if part) + (f" x {weight}" if weight not in ("", "1") else "")

@@ -28,6 +28,19 @@ def test_the_notable_settings_of_the_demo_are_told(repository: Path) -> None:
     assert "staleness 0" not in ppo.also, "what is off is not told"
 
 
+def test_services_and_the_judge_s_processes_are_told() -> None:
+    judge = {"kind": "judge", "model": "org/j", "endpoint": None, "weight": 0.5}
+    rewards = [
+        {"kind": "http", "url": "http://a/", "weight": 1.0},
+        judge,
+        {"kind": "math", "column": "answer"},
+    ]
+    roles = {"policy": {"workers": 1}, "judge": {"workers": 2}}
+    found = settings({"stages": {"grpo": {"rewards": rewards}}, "roles": roles})
+    assert found.stages[0].also == ["rewards http http://a/, judge org/j x 0.5, math"]
+    assert dict(found.facts)["processes"] == "policy 1, judge 2"
+
+
 def test_a_stage_without_a_number_of_steps_is_as_long_as_its_epochs() -> None:
     found = settings({"stages": {"a": {"max_steps": -1, "num_train_epochs": 1.5}}})
     assert found.stages[0].length == "1.5 epochs"
