@@ -18,18 +18,22 @@ from tests.whole_runs.runs import adapter_digest, complete
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(900)]
 
-STEPS = 20
+STEPS = 36
 PATIENCE = 2.0
 """Other tests work at the same time."""
 
 CELLS = {
     ("rollout-1", "start", "kill"): "in place",
     ("rollout-0", "generation", "kill"): "in place",
-    ("rollout-1", "sync stage", "kill"): "in place",
-    ("rollout-0", "sync commit", "kill"): "in place",
+    ("reference-0", "scoring", "kill"): "in place",
+    ("reward-0", "scoring", "kill"): "in place",
+    ("critic-0", "update", "kill"): "in place",
+    ("policy-1", "update", "kill"): "in place",
     ("rollout-1", "generation", "stop"): "in place",
     ("driver", "update", "kill"): "ended",
-    ("policy-1", "update", "kill"): "in place",
+    ("policy-0", "save", "kill"): "in place",
+    ("rollout-1", "sync stage", "kill"): "in place",
+    ("rollout-0", "sync commit", "kill"): "in place",
 }
 """Role, phase and way, and what becomes of the run."""
 
