@@ -11,7 +11,6 @@ from actors.errors import UserError
 from pipeline.environments.processes import kept_environment
 from pipeline.rewards.functions import ARGUMENTS, Samples, find_function
 from pipeline.rewards.kept_answers import KeptAnswers
-from pipeline.rewards.services import template_columns
 from pipeline.rewards.sources import source_of
 from pipeline.rewards.spec import EXACT_MATCH, JudgeReward, RewardSettings, RewardSpec, ServiceSettings
 
@@ -80,7 +79,7 @@ def _column_problem(reward: RewardSettings, columns: Mapping[str, Sequence[Any]]
         if reward.function is not None:
             missing = find_function(reward.function).missing([*ARGUMENTS, *columns])
         else:
-            wanted = template_columns(reward) if isinstance(reward, JudgeReward) else reward.columns_needed
+            wanted = _template_columns(reward) if isinstance(reward, JudgeReward) else reward.columns_needed
             missing = [name for name in wanted if name not in columns]
     except UserError:  # `reward_source_problems` tells of it.
         return ""
@@ -92,6 +91,12 @@ def _column_problem(reward: RewardSettings, columns: Mapping[str, Sequence[Any]]
         f"{reward.says} asks for {', '.join(missing)}, which the data do not have ({there}); add such a "
         f"column{named}{default}"
     )
+
+
+def _template_columns(judge: JudgeReward) -> Sequence[str]:
+    from pipeline.rewards.services import template_columns
+
+    return template_columns(judge)
 
 
 def service_problems(name: str, stage: AnyStage, asked: Callable[[], Samples]) -> list[str]:

@@ -43,18 +43,22 @@ class KeptAnswers:
             found = self._read()
             return {key: found[key] for key in keys if key in found}
 
-    def keep(self, answers: Mapping[str, float | None]) -> None:
-        """Write answers, which are on the disk when this returns."""
+    def keep(self, answers: Mapping[str, float | None]) -> dict[str, float | None]:
+        """Write answers, which are on the disk when this returns; those that count. Of two answers to one
+        question, asked at the same time for two steps, the first one does."""
         if self._path is None or not answers:
-            return
+            return dict(answers)
         with self._lock:
-            self._read().update(answers)
-            lines = [json.dumps({"key": key, "reward": value}) + "\n" for key, value in answers.items()]
+            found = self._read()
+            new = {key: value for key, value in answers.items() if key not in found}
+            found.update(new)
+            lines = [json.dumps({"key": key, "reward": value}) + "\n" for key, value in new.items()]
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a") as file:
                 file.writelines(lines)
                 file.flush()
                 os.fsync(file.fileno())
+            return {key: found[key] for key in answers}
 
     def _read(self) -> dict[str, float | None]:
         if self._found is None:

@@ -179,8 +179,7 @@ class ServiceSource:
                 self._read(part, reply, new, problems)
             if service.spec.on_error != "stop":  # A run that goes on must not have another number there.
                 new |= dict.fromkeys(problems.keys() & contents.keys(), service.spec.on_error)
-            self._kept.keep(new)
-            answers = known | new
+            answers = known | self._kept.keep(new)
             bad = tuple(i for i, key in enumerate(keys) if key in problems)
             values = [answers.get(key) for key in keys]
             return RewardCall(values, f"{service.spec.says}: {problems[keys[bad[0]]]}" if bad else "", bad)

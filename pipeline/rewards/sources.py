@@ -5,20 +5,21 @@ from __future__ import annotations
 import functools
 import pickle
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from actors.errors import UserError
 from pipeline.rewards.code_tests import code_rewards
 from pipeline.rewards.exact_match import exact_match
 from pipeline.rewards.functions import RewardFunction, Samples, call_reward_function, find_function
-from pipeline.rewards.http_requests import Requests
 from pipeline.rewards.kept_answers import KeptAnswers
 from pipeline.rewards.math_answers import MISSING, installed
 from pipeline.rewards.processes import LoadedCode
-from pipeline.rewards.services import Judge, ServiceSource, calling_of, service_of
 from pipeline.rewards.spec import CodeReward, MathReward, RewardSettings, RewardSpec, ServiceSettings
 from pipeline.rewards.user_functions import UserFunction
 from pipeline.rewards.values import RewardCall
+
+if TYPE_CHECKING:
+    from pipeline.rewards.services import Judge
 
 
 class RewardSource(Protocol):
@@ -70,6 +71,10 @@ def source_of(spec: RewardSettings, kept: KeptAnswers, judge: Judge | None = Non
         code = LoadedCode("", pickle.dumps(functools.partial(code_rewards, **limits)))
         return CheckSource(spec, UserFunction(code, "code_rewards"), "tests", spec.column)
     if isinstance(spec, ServiceSettings):
+        # Only here: asyncio takes the start of a run 30 ms.
+        from pipeline.rewards.http_requests import Requests
+        from pipeline.rewards.services import ServiceSource, calling_of, service_of
+
         service, seconds, url = service_of(spec), spec.timeout_s, spec.url_asked
         if url is None:
             where = spec.says if judge is None else judge.where

@@ -21,7 +21,6 @@ from actors.errors import InvariantViolation, RunFailure
 from pipeline.data.tokens.prompts import PromptData
 from pipeline.rewards.functions import Samples, settled
 from pipeline.rewards.kept_answers import FILE, KeptAnswers
-from pipeline.rewards.services import Judge
 from pipeline.rewards.sources import source_of
 from pipeline.rewards.spec import RewardSettings, reward_names
 from pipeline.stages.views import Scorer
@@ -29,6 +28,7 @@ from pipeline.stages.views import Scorer
 if TYPE_CHECKING:
     from actors.cluster import AgreedFuture
     from actors.trainer.remote import SharedBatch
+    from pipeline.rewards.services import Judge
     from pipeline.stages.specs.registry import RlStage
 
 

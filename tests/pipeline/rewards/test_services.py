@@ -203,6 +203,13 @@ def test_what_a_service_said_once_stays_also_for_a_run_that_goes_on(server: Serv
     assert len(set(called(server, "random", twice).values)) == 1
 
 
+def test_of_two_answers_to_one_question_the_first_counts(tmp_path: Path) -> None:
+    kept = KeptAnswers(tmp_path / FILE)
+    assert kept.keep({"a": 1.0, "b": None}) == {"a": 1.0, "b": None}
+    assert kept.keep({"a": 2.0, "c": 3.0}) == {"a": 1.0, "c": 3.0}
+    assert KeptAnswers(tmp_path / FILE).known({"a", "b", "d"}) == {"a": 1.0, "b": None}
+
+
 def test_the_number_that_stands_in_for_an_answer_is_kept_too(server: Server, tmp_path: Path) -> None:
     spec = {"kind": "http", "url": f"{server.url}/nan", "retries": 0, "on_error": -1}
     kept, samples = KeptAnswers(tmp_path / FILE), asked_about(2)
