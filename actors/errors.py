@@ -61,5 +61,9 @@ class LinkFailure(RunFailure):
     """A connection failed: nothing is said of whoever is at its ends."""
 
 
+class NoRoom(RunFailure):
+    """No node has room for a process whose node died; trying again at once would not help."""
+
+
 class InvariantViolation(RunFailure):
     """A known invariant did not hold (first DPO loss = ln 2, frozen weights unmoved, ...)."""

@@ -108,6 +108,16 @@ def is_local(address: str | None) -> bool:
     return not connected and _named(address)[1] in (None, "local")
 
 
+def on_one_machine() -> bool:
+    """True where all of the cluster is this machine, and stays so. Of one that was joined, nodes come and go:
+    who uses the loopback interface there could not meet what is started on another node later."""
+    if _cluster is not None:
+        return isinstance(_cluster, LocalCluster)
+    import ray
+
+    return sum(node["Alive"] for node in ray.nodes()) == 1
+
+
 def stop_ray(failed: bool = False) -> Path | None:
     """Disconnect; a cluster that `start_ray` started ends, and its files are removed.
 

@@ -16,6 +16,9 @@ DEVICES = "CUDA_VISIBLE_DEVICES"
 """CUDA's own variable. Ray sets it for an actor with GPUs, and leaves it alone for one without."""
 CORE_APART = "VLLM_ENABLE_V1_MULTIPROCESSING"
 """vLLM's own variable: 1 puts an engine's core into a process of its own, as is the default on GPUs."""
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+"""gloo's own variable: the network interface on which ranks meet. Without it gloo takes the one that the
+machine's name resolves to, which other nodes perhaps don't reach."""
 SHIPPED = "shipped-files"
 """Folder of a job's package with the copy of the user's working directory, beside Raylign's packages. No
 import can name it."""
@@ -88,7 +91,7 @@ def actor_environment(threads: int, one_node: bool) -> dict[str, str]:
         # the working directory in place of Python's.
         "PYTHONSAFEPATH": "1",
     }
-    return env | ({"GLOO_SOCKET_IFNAME": "lo"} if one_node else {})
+    return env | ({GLOO_INTERFACE: "lo"} if one_node else {})
 
 
 def passed_on(names: Sequence[str]) -> dict[str, str]:

@@ -112,6 +112,10 @@ class Members:
             return self  # What every answer of a healthy process comes to, however many there are.
         return Members(tuple(after.get(rank, member) for rank, member in enumerate(self.members)))
 
+    def resized(self, size: int) -> Members:
+        """The first `size` processes, and new ones behind them where there are fewer."""
+        return Members((*self.members[:size], *(Member() for _ in range(size - len(self.members)))))
+
     def ranks(self, *states: ProcessState) -> list[int]:
         """Ranks that are in one of `states`."""
         return [rank for rank, member in enumerate(self.members) if member.state in states]

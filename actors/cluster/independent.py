@@ -8,7 +8,7 @@ from typing import Any
 from actors.cluster.futures import GroupFuture
 from actors.cluster.patient_clock import patient
 from actors.cluster.worker_group import WorkerGroup
-from actors.errors import RunFailure
+from actors.errors import NoRoom, RunFailure
 
 
 def bring_up(group: WorkerGroup, building: GroupFuture[Any]) -> dict[int, str]:
@@ -35,6 +35,8 @@ def _replace(group: WorkerGroup, rank: int, failure: RunFailure) -> None:
         try:
             group.rebuild(rank)
             return
+        except NoRoom:
+            raise
         except RunFailure as again:
             failure = again
     raise failure

@@ -30,12 +30,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from actors.cluster.connection import on_one_machine
 from actors.cluster.futures import GroupFuture, WorkerFuture, refuse_lost_ray
 from actors.cluster.health import ProcessEvent, ProcessState
 from actors.cluster.snapshots import Keepers, Snapshot, Snapshots
 from actors.cluster.spec import Phase, RoleSpec
-from actors.cluster.worker_group import Finish, WorkerGroup, once, one_node
-from actors.errors import RunFailure
+from actors.cluster.worker_group import Finish, WorkerGroup, once
+from actors.errors import NoRoom, RunFailure
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -103,8 +104,6 @@ class LastingGroup(WorkerGroup):
     """A `WorkerGroup` whose ranks are replaced. Safe under several threads."""
 
     habits = Habits()
-    on_replaced: Callable[[str], None] = staticmethod(lambda line: None)
-    """Gets a line when ranks were replaced."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As `WorkerGroup`."""
@@ -125,7 +124,7 @@ class LastingGroup(WorkerGroup):
         self._built: list[float] = []
         """Seconds of each rank's last building."""
         self._together = True
-        """All nodes are one."""
+        """All that there is and will be is one machine."""
 
     # --- Calls ------------------------------------------------------------------------------------
 
@@ -145,7 +144,7 @@ class LastingGroup(WorkerGroup):
             self._published = None
             self._open.clear()
             building = super().build(target, *args, distributed=distributed, phase=phase, **kwargs)
-            life, self._together = self._life, one_node()
+            life, self._together = self._life, on_one_machine()
 
         def finish(refs: dict[int, ObjectRef], phase: Phase, since: float | None = None) -> list[Any]:
             try:
@@ -320,13 +319,15 @@ class LastingGroup(WorkerGroup):
                 self.supervision.lost(self.name, self.size, reasons, place, failure.phase, advice)
                 try:
                     self._make_again(lost)
+                except NoRoom:
+                    raise
                 except RunFailure as again:
                     failure, place = again, f"{again.phase} of ranks that took the place of others"
                     continue
                 self._life += 1
                 said = "; ".join(f"{self.who(rank)} was replaced: {why}" for rank, why in reasons.items())
                 seconds = time.monotonic() - began
-                self.on_replaced(f"{said}; {place} is done again ({seconds:.1f} s to replace)")
+                self.note(f"{said}; {place} is done again ({seconds:.1f} s to replace)")
 
     def _make_again(self, lost: Sequence[int]) -> None:
         """Fresh processes in the state after the last call, at work on what somebody waits for."""
@@ -337,8 +338,9 @@ class LastingGroup(WorkerGroup):
         self.liveness.saw(range(self.size), ProcessEvent.RESTARTED)
         for actor in self._actors:
             ray.kill(actor)
-        self._actors = [self._start_rank(rank) for rank in range(self.size)]
-        self.ready()
+        for rank in range(self.size):
+            self._start_again(rank)
+        self.arrive(range(self.size))
         made = self._made
         if made is None:
             return

@@ -45,6 +45,11 @@ class Liveness:
         # A process may be brought up in one thread while another one works with the others.
         self._lock = threading.Lock()
 
+    def resize(self, size: int) -> None:
+        """Have `size` processes: the last ones are new, or are forgotten."""
+        with self._lock:
+            self.fleet = self.fleet.resized(size)
+
     def who(self, rank: int) -> str:
         """Name of a rank in errors and log files."""
         return f"{self.name}-{rank}"

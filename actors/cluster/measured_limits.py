@@ -68,6 +68,10 @@ class MeasuredLimits:
                 f"({max(longest, seconds):.1f} s){grown}, {FLOOR_S:.0f} at least"
             )
 
+    def forget(self, group: str) -> None:
+        """Measure the calls of a group anew, which has more or fewer processes now for the same work."""
+        self._calls = {key: known for key, known in self._calls.items() if key[0] != group}
+
     def of(self, group: str, phase: Phase, method: str) -> float:
         """Deadline in seconds."""
         default = self.limits.of(phase)

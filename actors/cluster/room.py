@@ -53,12 +53,12 @@ def _alone(roles: Mapping[str, RoleSpec], nodes: Sequence[Mapping[str, float]]) 
     problems = []
     for name, role in roles.items():
         if not any(_fits(bundle(role), node) for node in nodes):
-            asked = _listed(bundle(role))
+            asked = listed(bundle(role))
             problems.append(f"roles.{name}: no single node has {asked}, which each of its processes needs")
         elif not any(_fits(_unit(role), node) for node in nodes):
             problems.append(
                 f"roles.{name}.placement: strict_pack puts {role.workers} workers on one node, and no single "
-                f"node has {_listed(_unit(role))}; lower workers, or take pack or spread"
+                f"node has {listed(_unit(role))}; lower workers, or take pack or spread"
             )
     return problems
 
@@ -75,8 +75,8 @@ def _side_by_side(roles: Mapping[str, RoleSpec], nodes: Sequence[Mapping[str, fl
             room = [i for i, node in enumerate(left) if _fits(unit, node) and not (apart and i in used)]
             if not room:
                 problems.append(
-                    f"roles.{name}: {units - placed} of {units} x ({_listed(unit)}) find no node with room: "
-                    f"they lack {_listed({r: v * (units - placed) for r, v in unit.items()})} in one piece "
+                    f"roles.{name}: {units - placed} of {units} x ({listed(unit)}) find no node with room: "
+                    f"they lack {listed({r: v * (units - placed) for r, v in unit.items()})} in one piece "
                     f"each, beside the other processes; lower workers, or ask for less"
                 )
                 break
@@ -100,7 +100,8 @@ def _size(amounts: Mapping[str, float]) -> tuple[float, float]:
     return amounts.get("GPU", 0.0), amounts.get("CPU", 0.0)
 
 
-def _listed(amounts: Mapping[str, float]) -> str:
+def listed(amounts: Mapping[str, float]) -> str:
+    """Amounts of resources in words."""
     return ", ".join(f"{amount:g} {resource}" for resource, amount in amounts.items())
 
 

@@ -98,6 +98,8 @@ class LimitsSpec(Spec):
     where no role has GPUs. `ignore`: start it."""
     start: float = Field(default=180, gt=0)
     """Process start and imports, and the rendezvous of a group's ranks."""
+    room: float = Field(default=600, gt=0)
+    """Wait for room on another node, for a process whose node has died; past it the run ends."""
     load: float = Field(default=900, gt=0)
     """Loading a base or an adapter, starting an engine."""
     update: float = Field(default=900, gt=0)

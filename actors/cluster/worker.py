@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TextIO
 
 from actors.cluster.agreement import Answer, proof_of
-from actors.cluster.environment import enter_shipped_files
+from actors.cluster.environment import GLOO_INTERFACE, enter_shipped_files
 from actors.cluster.pulse import Pulse, machine
 from actors.cluster.scratch import Scratch
 from actors.cluster.trace import CallTrace, named
@@ -57,6 +57,8 @@ class Worker:
         # Before any library is imported: OpenMP, torch and vLLM read these once. In a forked process OpenMP
         # and torch have read the fork server's, which are the same; the rest is read when vLLM is imported.
         os.environ.update(env)
+        if GLOO_INTERFACE not in os.environ and (interface := _interface_of(_own_address())):
+            os.environ[GLOO_INTERFACE] = interface
         # vLLM leaves files in the directory for temporary ones, of which a forked process knows the server's.
         tempfile.tempdir = None
         self._scratch = Scratch()
@@ -253,6 +255,14 @@ def _own_address() -> str:
     import ray
 
     return ray.util.get_node_ip_address()
+
+
+def _interface_of(address: str) -> str | None:
+    """The network interface of this machine that has an address."""
+    import psutil
+
+    found = psutil.net_if_addrs().items()
+    return next((name for name, has in found if any(one.address == address for one in has)), None)
 
 
 def _free_port() -> int:

@@ -14,13 +14,16 @@ import numpy as np
 from actors.batches.batch import Batch
 from actors.cluster import futures as waiting
 from actors.cluster.agreement import agreed
+from actors.cluster.arrival import Arrivals
+from actors.cluster.connection import on_one_machine
 from actors.cluster.environment import actor_environment
 from actors.cluster.futures import AgreedFuture, GroupFuture, WorkerFuture
 from actors.cluster.health import Members, ProcessEvent, ProcessState
 from actors.cluster.liveness import Liveness
 from actors.cluster.measured_limits import MeasuredLimits
 from actors.cluster.patient_clock import patient
-from actors.cluster.spec import LimitsSpec, Phase, RoleSpec, bundle
+from actors.cluster.placement import Places
+from actors.cluster.spec import LimitsSpec, Phase, RoleSpec
 from actors.cluster.supervision import Supervision
 from actors.cluster.worker import Worker
 from actors.errors import AGAIN, RunFailure
@@ -28,14 +31,9 @@ from actors.errors import AGAIN, RunFailure
 if TYPE_CHECKING:
     from ray import ObjectRef
     from ray.actor import ActorHandle
-    from ray.util.placement_group import PlacementGroup
 
 Finish = Callable[["dict[int, ObjectRef]", Phase, "float | None"], list[Any]]
 """finish(refs, phase, since): values of a call that was sent, as `Liveness.finish` waits for them."""
-
-GUEST_SHARE = 0.5
-"""Of a GPU, in Ray's count, for a process that takes turns with the one whose bundle it is in. Ray puts two
-processes on one GPU only where each asks for a part of it."""
 
 ASIDE = "aside"
 """Ray's name of the thread of a process for calls beside the others, which stay on its main thread."""
@@ -82,15 +80,19 @@ class WorkerGroup:
         self.log_dir = Path(log_dir).absolute()
         self.size = role.workers
         self.next_step = next_step
+        host = None if beside is None else beside._places
+        self._places: Places = Places(role, host, has_guests=has_guests)
         self.liveness = Liveness(
-            name, self.size, limits, self.log_dir, next_step, lambda: self._actors, self._unplaced
+            name, self.size, limits, self.log_dir, next_step, lambda: self._actors, self._places.unplaced
         )
         self.supervision = supervision or Supervision.of(limits)
         self._preload = tuple(preload)
         self._env = dict(env or {})
-        self._beside, self._has_guests = beside, has_guests
+        self.note: Callable[[str], None] = lambda line: None
+        """Says a line to the user."""
         self._actors: list[ActorHandle] = []
-        self._placement: PlacementGroup | None = None
+        self._asked_on: dict[int, str | None] = {}
+        """Node that a restarted process was asked for on; None: there was no room for it."""
         self._made: Making | None = None
         self._order = threading.Lock()
 
@@ -98,12 +100,7 @@ class WorkerGroup:
 
     def reserve(self) -> WorkerGroup:
         """Ask Ray for room on its nodes alone; returns at once."""
-        from ray.util.placement_group import placement_group
-
-        if self._placement is None and self._beside is not None:
-            self._placement = self._beside.reserve()._placement
-        elif self._placement is None:
-            self._placement = placement_group([bundle(self.role)] * self.size, self.role.placement.upper())
+        self._places.reserve()
         return self
 
     def start(self) -> WorkerGroup:
@@ -131,7 +128,7 @@ class WorkerGroup:
         """
         limit = self.limits.of(phase)
         actors = self._checked(range(self.size), phase)
-        where = actors[0].rendezvous.remote(one_node()) if distributed and self.size > 1 else None
+        where = actors[0].rendezvous.remote(on_one_machine()) if distributed and self.size > 1 else None
         self._made = Making(target, args, kwargs, phase, distributed)
         refs = {}
         for rank, actor in enumerate(actors):
@@ -146,13 +143,13 @@ class WorkerGroup:
 
         Raises:
             ValueError: nothing was built, or something distributed, whose ranks meet when they are built.
-            RunFailure: as `ready` and `GroupFuture.result`.
+            RunFailure: as `arrive` and `GroupFuture.result`.
         """
         made = self._made
         if made is None or made.distributed:
             raise ValueError(f"{self.name} has nothing that one process alone could make again")
-        (actor,) = self._checked([rank], "start")
-        self.liveness.finish({rank: actor.ping.remote()}, "start")
+        self.arrive([rank])
+        (actor,) = self._checked([rank], made.phase)
         limit = self.limits.of(made.phase)
         building = actor.build.remote(made.target, made.phase, limit, None, made.args, dict(made.kwargs))
         (seconds,) = self.liveness.finish({rank: building}, made.phase)
@@ -162,39 +159,66 @@ class WorkerGroup:
         """End the processes: kindly within `limits.stop`, then by force. Never raises."""
         import ray
 
-        if self._placement is None or not ray.is_initialized():
+        if not self._places.reserved or not ray.is_initialized():
             return
-        alive = [
-            r
-            for r in range(len(self._actors))
-            if kindly and self.fleet.members[r].state in (ProcessState.STARTING, ProcessState.HEALTHY)
-        ]
         try:
-            with contextlib.suppress(RunFailure):  # Ray is lost: they end with it.
-                waiting.wait({r: self._actors[r].stop.remote() for r in alive}, self.limits.of("stop"))
+            self._end(range(len(self._actors)), kindly=kindly)
         finally:
-            for actor in self._actors:
-                ray.kill(actor)
-            if self._beside is None:
-                ray.util.remove_placement_group(self._placement)
-            self._actors, self._placement = [], None
+            self._places.give_back()
+            self._actors = []
+
+    def resize(self, size: int) -> list[int]:
+        """Have `size` processes: end the last ones kindly, or ask for new ones behind them, which have to
+        `arrive` and to be built; returns the ranks of these at once.
+
+        Raises:
+            NoRoom: the cluster has no room for them; nothing was asked for.
+        """
+        had = self.size
+        if size < had:
+            self._end(range(size, had))
+        self._places.resize(size)
+        del self._actors[size:]
+        for rank in range(size, had):
+            self._asked_on.pop(rank, None)
+        self.size = size
+        self.liveness.resize(size)
+        self._actors += [self._start_rank(rank) for rank in range(had, size)]
+        return [*range(had, size)]
 
     def restart(self, rank: int, place: str = "") -> None:
-        """Replace a dead or suspect process by a fresh one, which has to be built again. `place`: what it was
-        doing, in words that no other moment has.
+        """Replace a dead or suspect process by a fresh one, which has to `arrive` and to be built again;
+        returns at once. `place`: what it was doing, in words that no other moment has.
 
         Raises:
             ValueError: the process serves, and was never late.
             RunFailure: too many were replaced: the run ends.
         """
-        import ray
-
         self.fleet.after([rank], ProcessEvent.RESTARTED)  # Is it allowed at all?
         reason = self.fleet.members[rank].reason or "it was late before"
         self.supervision.lost(self.name, self.size, {rank: reason}, place, next_step=self.next_of(rank))
         self.liveness.saw([rank], ProcessEvent.RESTARTED)
-        ray.kill(self._actors[rank])
-        self._actors[rank] = self._start_rank(rank)
+        self._start_again(rank)
+
+    def arrive(self, ranks: Iterable[int]) -> None:
+        """Wait until processes that were restarted are up: on other nodes, where theirs have died.
+
+        Raises:
+            NoRoom: a node died, and what was on it had no room elsewhere within `limits.room`.
+            RunFailure: a process died, or was not up within `limits.start`.
+        """
+        wanted = [*ranks]
+        self._checked(wanted, "start")
+        arrivals = Arrivals(
+            self.liveness,
+            self._places,
+            ping=lambda rank: self._actors[rank].ping.remote(),
+            start=self._start_again,
+            note=self.note,
+        )
+        node_of = self._places.node_of
+        asked_on = {r: self._asked_on[r] if r in self._asked_on else node_of(r) for r in wanted}
+        arrivals.wait(asked_on)
 
     def end(self, rank: int) -> None:
         """Kill the process of a rank that stands still, so that those who wait for it are told; it has to be
@@ -328,19 +352,42 @@ class WorkerGroup:
 
     # --- Inside -------------------------------------------------------------------------------------
 
+    def _end(self, ranks: Iterable[int], *, kindly: bool = True) -> None:
+        """End processes: kindly within `limits.stop`, then by force."""
+        import ray
+
+        states = (ProcessState.STARTING, ProcessState.HEALTHY)
+        ending = [*ranks]
+        alive = [rank for rank in ending if kindly and self.fleet.members[rank].state in states]
+        try:
+            with contextlib.suppress(RunFailure):  # Ray is lost: they end with it.
+                waiting.wait({r: self._actors[r].stop.remote() for r in alive}, self.limits.of("stop"))
+        finally:
+            for rank in ending:
+                ray.kill(self._actors[rank])
+
+    def _start_again(self, rank: int) -> str | None:
+        """End the process of a rank, and ask for another one: on which node, None where there is no room."""
+        import ray
+
+        ray.kill(self._actors[rank])
+        node = self._asked_on[rank] = self._places.node_of(rank)
+        if node is not None:
+            self._actors[rank] = self._start_rank(rank)
+        return node
+
     def _start_rank(self, rank: int) -> ActorHandle:
         import ray
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        wanted = self._asked()
+        wanted = self._places.asked()
         options = {
             "num_cpus": wanted.pop("CPU", 0),
             "num_gpus": wanted.pop("GPU", 0),
             "resources": wanted,
             "max_restarts": 0,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._placement, rank),
+            "scheduling_strategy": self._places.strategy(rank),
         }
-        env = actor_environment(self.role.threads, one_node=one_node()) | self._env
+        env = actor_environment(self.role.threads, one_node=on_one_machine()) | self._env
         actor = (
             ray.remote(concurrency_groups={ASIDE: 1})(Worker)
             .options(**options)
@@ -348,17 +395,6 @@ class WorkerGroup:
         )
         self.liveness.lookout.expect(rank, actor.ping.remote())
         return actor
-
-    def _asked(self) -> dict[str, float]:
-        """Resources that one process asks Ray for, within its bundle."""
-        if self._beside is not None:
-            # All else is its host's, which computes nothing meanwhile.
-            gpus = self._beside.role.gpus * GUEST_SHARE
-            return {"GPU": gpus} if gpus else {}
-        asked = bundle(self.role)
-        if self._has_guests and "GPU" in asked:
-            asked["GPU"] *= 1 - GUEST_SHARE
-        return asked
 
     def _call(
         self,
@@ -406,25 +442,9 @@ class WorkerGroup:
         self.liveness.check(ranks, phase)
         return [self._actors[rank] for rank in ranks]
 
-    def _unplaced(self) -> str:
-        """Resources that the processes ask for, where Ray has not placed them."""
-        from ray.util.placement_group import placement_group_table
-
-        if placement_group_table(self._placement).get("state") == "CREATED":
-            return ""
-        each = ", ".join(f"{amount:g} {name}" for name, amount in bundle(self.role).items())
-        return f"{self.size} x ({each})"
-
 
 def once(value: object) -> object:
     """Put a large argument in the object store, for all ranks of the call."""
     import ray
 
     return ray.put(value) if isinstance(value, Batch | np.ndarray) else value
-
-
-def one_node() -> bool:
-    """True where the cluster has one node."""
-    import ray
-
-    return sum(node["Alive"] for node in ray.nodes()) == 1

@@ -25,7 +25,7 @@ from actors.batches.generations import Generations, SamplingSpec
 from actors.batches.slices import Asked, Conversation, Parsing, Progress
 from actors.cluster.futures import POLL_S, WorkerFuture, first_done
 from actors.cluster.patient_clock import patient
-from actors.errors import InvariantViolation, RunFailure
+from actors.errors import InvariantViolation, NoRoom, RunFailure
 from actors.rollout.lengths import Lengths
 from actors.rollout.pace import Pace
 from actors.rollout.remote import RolloutEngines
@@ -127,7 +127,7 @@ class RolloutPool:
         self.engines, self.group, self.in_flight = engines, engines.group, in_flight
         self._remote = RolloutEngines(self.group)
         self._keys = itertools.count()
-        self._lengths, self._paces = Lengths(), [Pace() for _ in range(self.group.size)]
+        self._lengths, self._paces = Lengths(), [Pace() for _ in engines]
 
     @property
     def restarts(self) -> list[Restart]:
@@ -149,8 +149,10 @@ class RolloutPool:
         requests = [prompt for prompt in prompts for _ in range(sampling.n)]
         if len(seeds) != len(requests):
             raise ValueError(f"{len(seeds)} seeds for {len(requests)} samples")
+        size = len(self.engines)
+        self._paces = [*self._paces[:size], *(Pace() for _ in range(size - len(self._paces)))]
         hashes = [key for key in (hash(tuple(prompt)) for prompt in prompts) for _ in range(sampling.n)]
-        shares = Shares(hashes, sampling.max_tokens, self._lengths, self.group.size)
+        shares = Shares(hashes, sampling.max_tokens, self._lengths, size)
         one_each = sampling.model_copy(update={"n": 1})
         call = Call(next(self._keys), requests, one_each, list(seeds), shares, patient())
         self._draw(call)
@@ -188,7 +190,8 @@ class RolloutPool:
         Raises:
             RunFailure: an engine is gone.
         """
-        return [load for load in self._remote.expert_load().result() if load is not None]
+        asked = [self._remote.expert_load(rank) for rank in self.engines]
+        return [load for load in (one.result() for one in asked) if load is not None]
 
     # --- One turn of a call ---------------------------------------------------------------------
 
@@ -248,7 +251,7 @@ class RolloutPool:
         if self.in_flight or call.conversation is not None:
             return SLICE_S
         elapsed = patient() - call.began
-        return None if self.group.size == 1 else max(SLICE_S, SLICE_SHARE * elapsed)
+        return None if len(self.engines) == 1 else max(SLICE_S, SLICE_SHARE * elapsed)
 
     def _collect(self, call: Call) -> None:
         """Wait a moment for answers, take those that are there, and give up on those that are overdue."""
@@ -345,7 +348,7 @@ class RolloutPool:
             error = replacement.done.exception()
             if error is None:
                 continue
-            if self.engines.is_alive(rank, replacement.generation):
+            if isinstance(error, NoRoom) or self.engines.is_alive(rank, replacement.generation):
                 raise error
             self._replace(call, rank, replacement.generation, self.engines[rank].reason or str(error))
 

@@ -55,7 +55,7 @@ def rollout_group(
 
 
 class RolloutEngines(UpdatableEngines):
-    """Engines that generate: one rank a call, but for `expert_load`."""
+    """Engines that generate, one rank a call."""
 
     def generate(
         self,
@@ -79,5 +79,5 @@ class RolloutEngines(UpdatableEngines):
     def check_parser(self, parsing: Parsing) -> GroupFuture[str]:
         return self.group.submit("check_parser", parsing, phase="load")
 
-    def expert_load(self) -> GroupFuture[np.ndarray | None]:
-        return self.group.submit("expert_load", phase="call")
+    def expert_load(self, rank: int) -> WorkerFuture[np.ndarray | None]:
+        return self.group.submit_rank(rank, "expert_load", phase="call")

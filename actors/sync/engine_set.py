@@ -20,7 +20,7 @@ ends: its parts have deadlines, and it ends with an error if the engine is lost 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -138,6 +138,27 @@ class EngineSet:
         with self._lock:
             self._refuse_stale(rank, generation)
             return call(rank)
+
+    # --- Engines that come and go -----------------------------------------------------------------
+
+    def add(self, ranks: Sequence[int]) -> dict[int, int]:
+        """Take in engines of the group behind the last one, which hold the base and have not reached the
+        trainer; their generations. Nobody generates meanwhile."""
+        with self._lock:
+            for rank in ranks:
+                if rank != len(self._engines):
+                    raise ValueError(f"engine {rank} would follow engine {len(self._engines) - 1}")
+                process = self.group.fleet.members[rank].generation
+                self._engines.append(Engine(WeightsState.STARTING, process=process))
+                self._making.append(threading.Lock())
+            return {rank: self._engines[rank].generation for rank in ranks}
+
+    def remove_from(self, size: int) -> None:
+        """Forget all engines but the first `size`. Nobody generates meanwhile."""
+        with self._lock:
+            for rank in range(size, len(self._engines)):
+                self._replacements.pop(rank, None)
+            del self._engines[size:], self._making[size:]
 
     # --- Replacement ----------------------------------------------------------------------------
 

@@ -115,6 +115,13 @@ class Links:
         for rank in engines:
             self._made.pop(rank, None)
 
+    def drop(self, engines: Collection[int]) -> None:
+        """Forget engines that are gone for good, on the trainer's side too."""
+        for rank in engines:
+            self._source.disconnect(rank).result()
+            self._facts.pop(rank, None)
+        self.forget(engines)
+
     def _listen(
         self, engines: Participants, lacking: Mapping[int, Link]
     ) -> tuple[dict[int, str], dict[int, Failure]]:

@@ -94,6 +94,10 @@ class Phases:
                 self.engines.saw(rank, engines[rank], WeightsEvent.LOADED)
         return failed
 
+    def drop(self, engines: Collection[int]) -> None:
+        """Close the connections to engines that are gone for good."""
+        self._links.drop(engines)
+
     def connect(self, engines: Participants, leaves: Collection[int] = ()) -> Decision | None:
         """Connect engines as a version would go to them; None if that is done, else what follows.
 

@@ -86,4 +86,4 @@ class Rounds:
     def _leaves(self) -> set[int]:
         """Engines that pass nothing on."""
         present = {rank: self._engines[rank].generation for rank in self._engines}
-        return {rank for rank, generation in self._withheld.items() if present[rank] == generation}
+        return {rank for rank, generation in self._withheld.items() if present.get(rank) == generation}

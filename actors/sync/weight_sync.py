@@ -121,6 +121,41 @@ class WeightSync:
             report if report is not None else self._report({}, list(self._proof.probed.values()), {*absent})
         )
 
+    # --- Engines that come and go ---------------------------------------------------------------
+
+    def make(self, rank: int) -> None:
+        """Make an engine in a process that was asked for in addition, let it load the base, and make its
+        first pass over tokens, which is slow. It is in nobody's way: it is not in the set yet.
+
+        Raises: as `WorkerGroup.rebuild`, and a RunFailure of an engine that is lost or fails.
+        """
+        calls = UpdatableEngines(self.rollout)
+        self.rollout.rebuild(rank)
+        calls.load(rank, self.base_dir, updatable=True, slots=self._slots).result()
+        calls.score_tokens(rank, self._proof.probes, self._proof.starts).result()
+
+    def admit(self, ranks: Sequence[int]) -> None:
+        """Take engines that were made into the set, where nobody generates: the next push brings them its
+        version, proved as ever, and they serve nobody before it.
+
+        Raises:
+            RunFailure: one can't say what has to be known of it. None is admitted then.
+        """
+        size = len(self.engines)
+        with self.engines.turn:
+            failed = self._phases.welcome(self.engines.add(ranks))
+            if failed:
+                self.engines.remove_from(size)
+        for rank, failure in failed.items():
+            raise RunFailure(self.rollout.who(rank), "sync", failure.reason, self.rollout.next_of(rank))
+
+    def dismiss(self, size: int) -> None:
+        """Let all engines but the first `size` go, where nobody generates: their processes end kindly."""
+        with self.engines.turn:
+            self._phases.drop(range(size, len(self.engines)))
+            self.engines.remove_from(size)
+        self.rollout.resize(size)
+
     def close(self) -> None:
         """Drop the connections; a trainer that is gone has none. The engines keep what they serve."""
         # Often on the way out of a failure, which is the one to report.

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from actors.errors import UserError
 from pipeline.artifacts.manifest import MANIFEST, disk_errors, write_json
+from pipeline.artifacts.scaling import clear_requests
 
 BEFORE_THE_RECORD = frozenset({".lock", ".run.json.tmp", "logs", "submitted.json", "STOP"})
 """What may be in a run directory before its first run.json is: a full disk or a kill can come between."""
@@ -72,6 +73,7 @@ class RunDirectory:
             self._read_state()
             self.save()
             self.stop_file.unlink(missing_ok=True)
+            clear_requests(self.path)
             yield self
         finally:
             self._lock.close()

@@ -152,6 +152,22 @@ def run(
             return EXIT_STOPPED
 
 
+@verbs.command(epilog=example("raylign scale runs/my-run rollout=3"))
+def scale(
+    directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run that works.")],
+    settings: Annotated[
+        list[str], typer.Argument(metavar="rollout=N", help="Engines that it shall have from now on.")
+    ],
+    wait: Annotated[
+        bool, typer.Option(help="Until it is done, or refused; the run goes on meanwhile.")
+    ] = True,
+) -> int:
+    """Add engines to an online stage, or take some from it, while it goes on; its samples stay the same."""
+    from pipeline.cli.scaling import scale_run
+
+    return scale_run(directory, settings, wait=wait)
+
+
 @verbs.command(
     epilog=example(
         "raylign inspect builtin:arithmetic --split preference",

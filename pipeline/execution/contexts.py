@@ -16,6 +16,7 @@ from pipeline.roles import CRITIC, JUDGE, POLICY, REFERENCE, REWARD, ROLLOUT
 from pipeline.stages.context import Stops, WorkTime
 from pipeline.stages.offline.reference import ReferenceFeed
 from pipeline.stages.offline.train import TrainContext
+from pipeline.stages.online.elastic import Elastic
 from pipeline.stages.online.loop import RlContext
 from pipeline.stages.online.probes import probes_of
 from pipeline.stages.prepared import PreparedRl
@@ -90,6 +91,7 @@ class Contexts:
             sync=sync,
             tokenizer=tokenizer,
             turns=turns,
+            elastic=None if turns.alternate else Elastic(sync, self.fleet.directory.path, events.note),
             replay_compare_steps=self.config.model.moe.router_replay_compare_steps,
         )
 

@@ -280,8 +280,7 @@ class Fleet:
             else:
                 guests = any(roles.alternates(one) and roles.host_of(one) == name for one in ROLES)
                 group = host_group(name, role, limits, logs, env, guests, self._supervision)
-                group.on_replaced = self._note
-            group.measured = self.measured
+            group.measured, group.note = self.measured, self._note
             self._groups[name] = group
         return self._groups[name]
 

@@ -143,6 +143,63 @@ def test_a_run_killed_in_these_phases_ends_with_the_same_adapter(whole: Path, tm
     assert repeatable(run) == repeatable(whole)
 
 
+WAITS = """
+    import os, time
+    while os.path.exists("{0}") and not os.path.exists("{0}/go"):
+        time.sleep(0.05)
+    if os.path.exists("{0}/go"):
+        os.rmdir("{0}/go")
+"""
+"""Lines of a reward function that lets a step end when somebody says so."""
+
+
+@pytest.mark.slow
+def test_engines_that_come_and_go_while_a_run_goes_on_make_the_same_adapter(
+    whole: Path, tmp_path: Path
+) -> None:
+    command, run, held = command_for(tmp_path), tmp_path / "run", tmp_path / "held"
+    definition, rest = REWARD.split("\n    texts", 1)
+    (tmp_path / "shaped.py").write_text(definition + WAITS.format(held) + "    texts" + rest)
+    process = start(command, tmp_path)
+    when(process, lambda: calls(run, "rollout-0", "score_tokens") >= 1)
+    held.mkdir()
+
+    def step() -> None:
+        """Let the step that is held end, and the next one draw."""
+        drawn = calls(run, "rollout-0", "advance")
+        (held / "go").mkdir()
+        when(process, lambda: calls(run, "rollout-0", "advance") > drawn)
+
+    def scale(engines: int) -> subprocess.Popen[str]:
+        """The command, once it has asked."""
+        asking = start([*command[:3], "scale", str(run), f"rollout={engines}"], tmp_path)
+        when(asking, (run / "SCALE").exists)
+        return asking
+
+    when(process, lambda: calls(run, "rollout-0", "advance") >= 1)
+    more = scale(2)
+    step()
+    when(process, lambda: calls(run, "rollout-1", "score_tokens") >= 1)
+    time.sleep(0.5)
+    step()
+    said, _ = more.communicate(timeout=60)
+    assert more.returncode == 0, said
+    assert "rollout-1 admitted" in said
+    too_many = scale(99)
+    step()
+    said, _ = too_many.communicate(timeout=60)
+    assert (too_many.returncode, "missing: 2" in said) == (2, True), said
+    when(process, lambda: calls(run, "rollout-1", "advance") >= 1)
+    fewer = scale(1)
+    held.rename(tmp_path / "free")
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, said[-3000:]
+    assert "rollout-1 ended; rollout has 1 of 2" in said
+    assert fewer.wait(60) == 0
+    assert adapter_digest(run, "ppo") == adapter_digest(whole, "ppo")
+    assert repeatable(run) == repeatable(whole)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("who", ["rollout-0", "policy-1"])
 def test_a_process_that_hangs_is_noticed_in_about_a_minute_as_steps_are_short(

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from actors.rollout.pool import RolloutPool
     from actors.sync.report import SyncReport
     from actors.sync.weight_sync import WeightSync
+    from pipeline.stages.online.elastic import Elastic
     from pipeline.stages.online.judge import JudgeEngines
 
 
@@ -54,6 +55,8 @@ class RlContext(StageContext):
     tokenizer: Any
     judge: JudgeEngines | None = None
     """The run's own, where a reward asks it."""
+    elastic: Elastic | None = None
+    """Changes the number of engines between steps; None: it can't change."""
     turns: Turns = field(default_factory=Turns)
     """Of policy and engines, where they share a device."""
     replay_compare_steps: int = 0
@@ -257,6 +260,11 @@ class RlLoop:
         """Let the engines finish the samples of later steps, so that all of these come from one version."""
         if self.spec.sync.in_flight == "wait":
             self.prefetcher.settle()
+
+    def rescale(self) -> None:
+        """Take up what was asked of the number of engines, between two steps."""
+        if self.ctx.elastic is not None:
+            self.ctx.elastic.between_steps(self.prefetcher.settle)
 
     def value_loss(self) -> ValueLoss:
         critic = self.spec.critic

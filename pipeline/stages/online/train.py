@@ -64,6 +64,7 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
     ctx.time.begin(seconds_before(decision))
     try:
         while step < stage.total_steps:
+            loop.rescale()
             if not begins_step(stage, ctx.stop, step + 1):
                 if step > saves.step:
                     save_checkpoint(loop, step, log)
@@ -84,6 +85,8 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
                 with grace.saving():
                     save_checkpoint(loop, step, log)
                 saves.made(step)
+        if ctx.elastic is not None:
+            ctx.elastic.end()
         ctx.turns.to_policy()
         for host, digest in frozen_digests(roles).items():
             check_unmoved(stage.name, frozen[host], digest, host)

@@ -10,6 +10,8 @@ import contextlib
 import json
 import os
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from actors.cluster.worker_group import WorkerGroup
 from actors.errors import RunFailure, UserError
 
 NODES, GPUS = 2, 4
+NODE = {"num_cpus": 2, "num_gpus": GPUS, "object_store_memory": 100 * 2**20, "include_dashboard": False}
 ROLES = {
     "policy": RoleSpec(workers=2, gpus=1, cpus=0.1, placement="spread"),
     "rollout": RoleSpec(workers=3, gpus=2, cpus=0.1),
@@ -42,11 +45,15 @@ def main() -> None:
     directory, bases = Path(sys.argv[1]), sys.argv[2:]
     cluster = Cluster()
     for _ in range(NODES):
-        cluster.add_node(num_cpus=2, num_gpus=GPUS, object_store_memory=100 * 2**20, include_dashboard=False)
+        cluster.add_node(**NODE)
     groups: list[WorkerGroup] = []
     try:
         start_ray(cluster.address)
-        print(json.dumps(engines(directory, groups, *bases) if bases else placed(directory, groups)))
+        if bases:
+            print(json.dumps(engines(directory, groups, *bases)))
+        else:
+            found = placed(directory, groups)
+            print(json.dumps(found | {"moved": moved(cluster, groups, found)}))
     finally:
         for group in groups:
             group.shutdown()
@@ -72,6 +79,35 @@ def placed(directory: Path, groups: list[WorkerGroup]) -> dict[str, Any]:
     groups[0].restart(1)
     groups[0].rebuild(1)
     return found | {"again": groups[0].call_rank(1, "place")}
+
+
+def moved(cluster: Any, groups: list[WorkerGroup], found: dict[str, Any]) -> dict[str, Any]:
+    """The node that isn't the driver's dies, and another one joins once the run has said that it waits for
+    it: the nodes, what was said, and the places of all that had GPUs of the dead one."""
+    (node,) = cluster.worker_nodes
+    cluster.remove_node(node, allow_graceful=False)
+    said: list[str] = []
+    lost = [
+        (group, rank)
+        for group in groups
+        for rank, (where, _) in enumerate(found[group.name])
+        if where == node.node_id and group.role.gpus
+    ]
+    with ThreadPoolExecutor() as pool:
+        for group, rank in lost:
+            group.note = said.append
+            with contextlib.suppress(RunFailure):
+                group.call_rank(rank, "place")
+            group.restart(rank)
+        coming = [pool.submit(group.rebuild, rank) for group, rank in lost]
+        until = time.monotonic() + 90
+        while len(said) < len(lost) and time.monotonic() < until:
+            time.sleep(0.1)
+        other = cluster.add_node(**NODE)
+        for one in coming:
+            one.result()
+    places = {group.who(rank): group.call_rank(rank, "place") for group, rank in lost}
+    return {"dead": node.node_id, "other": other.node_id, "said": said, "places": places}
 
 
 def engines(directory: Path, groups: list[WorkerGroup], base: str) -> dict[str, Any]:

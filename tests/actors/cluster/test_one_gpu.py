@@ -45,8 +45,8 @@ def test_rank_and_engine_share_out_what_the_rank_reserves(
     role = RoleSpec(cpus=2, gpus=gpus, resources={"big": 1})
     policy = WorkerGroup("policy", role, LIMITS, tmp_path, has_guests=True)
     rollout = WorkerGroup("rollout", RoleSpec(), LIMITS, tmp_path, beside=policy)
-    assert policy._asked() == {"CPU": 2, "big": 1, **ranks}
-    assert rollout._asked() == engines
+    assert policy._places.asked() == {"CPU": 2, "big": 1, **ranks}
+    assert rollout._places.asked() == engines
 
 
 def test_memory_that_grows_in_place_is_not_for_ranks_that_hand_out_its_handles() -> None:

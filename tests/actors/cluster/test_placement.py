@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ import pytest
 
 pytestmark = pytest.mark.ray
 
+SOON = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "3"}
+"""Ray knows of a dead node after two seconds instead of thirteen."""
+
 
 def on_logical_gpus(repository: Path, *arguments: str) -> dict[str, Any]:
     """What `logical_gpus` prints, in a process of its own with a cluster of its own."""
@@ -20,7 +24,7 @@ def on_logical_gpus(repository: Path, *arguments: str) -> dict[str, Any]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(
         [sys.executable, "-P", "-m", "tests.actors.cluster.logical_gpus", *arguments],
-        env={**kept, "PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"},
+        env={**kept, **SOON, "PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"},
         capture_output=True,
         text=True,
         timeout=400,
@@ -58,6 +62,24 @@ def test_a_role_without_gpus_sees_none(found: dict[str, Any]) -> None:
 
 def test_an_engine_that_takes_the_place_of_a_dead_one_has_its_gpus(found: dict[str, Any]) -> None:
     assert found["again"] == found["rollout"][1]
+
+
+def test_what_was_on_a_dead_node_waits_for_room_says_what_is_missing_and_starts_on_another_node(
+    found: dict[str, Any],
+) -> None:
+    moved = found["moved"]
+    taken = [set(gpus.split(",")) for _, gpus in moved["places"].values()]
+    assert {node for node, _ in moved["places"].values()} == {moved["other"]}
+    assert len(set.union(*taken)) == sum(map(len, taken)) == 4
+    waits, starts = moved["said"][: len(taken)], moved["said"][len(taken) :]
+    assert sorted(line.partition(":")[0] for line in waits) == sorted(moved["places"])
+    assert all(
+        "no other has room; waiting for it for 600 s at most (limits.room): " in line for line in waits
+    )
+    assert all(re.search(r"0 GPU free in the cluster; missing: \d GPU$", line) for line in waits)
+    assert sorted(starts) == sorted(
+        f"{who}: its node has died; it starts on another one" for who in moved["places"]
+    )
 
 
 def test_what_the_nodes_cannot_hold_is_refused_with_what_is_missing(found: dict[str, Any]) -> None:

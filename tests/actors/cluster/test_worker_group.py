@@ -22,7 +22,7 @@ from actors.cluster.independent import bring_up
 from actors.cluster.measured_limits import MeasuredLimits
 from actors.cluster.spec import LimitsSpec, RoleSpec
 from actors.cluster.worker_group import WorkerGroup
-from actors.errors import InvariantViolation, RunFailure, UserError
+from actors.errors import InvariantViolation, NoRoom, RunFailure, UserError
 
 pytestmark = pytest.mark.ray
 
@@ -355,6 +355,25 @@ def test_processes_that_ray_cannot_place_are_said_to_be_unplaced(start: Start) -
     start(workers=1, cpus=1.5, limits=LimitsSpec(start=60, stop=1)).ready()
     with pytest.raises(RunFailure, match=r"not placed by Ray within 2 s \(limits.start\): 1 x \(1.5 CPU\)"):
         start(workers=1, cpus=1.5, limits=limits).ready()
+
+
+def test_processes_are_added_and_taken_away_and_what_there_is_no_room_for_is_said(start: Start) -> None:
+    group = start(workers=2).ready()
+    group.build(DUTY, "good day").result()
+    first = group.pids()
+    with pytest.raises(NoRoom, match=r"9.5 CPU asked for, [\d.]+ CPU free in the cluster; missing: 8"):
+        group.resize(40)
+    assert group.resize(4) == [2, 3]
+    for rank in (3, 2):
+        group.rebuild(rank)
+    assert group.call("greet", "Ada") == ["good day, Ada, from 0 of 1"] * 4
+    gone_now = group.pids()[1:]
+    assert group.resize(1) == []
+    assert group.pids() == first[:1]
+    assert all(gone(pid) for pid in gone_now)
+    (again,) = group.resize(2)
+    group.rebuild(again)
+    assert len(group.call("greet", "Ada")) == 2
 
 
 def test_a_dead_rank_serves_again_only_after_restart_and_build(start: Start) -> None:

@@ -24,7 +24,7 @@ from actors.batches.slices import Asked, Progress, Work
 from actors.cluster.health import Members, ProcessEvent
 from actors.cluster.patient_clock import patient
 from actors.cluster.spec import LimitsSpec, Phase
-from actors.errors import LinkFailure, RunFailure
+from actors.errors import LinkFailure, NoRoom, RunFailure
 from actors.rollout import pool as pool_module
 from actors.sync import asking, weight_sync
 from actors.sync.protocol import CommitReport, EngineFacts, Expected, Offer, Prepared, Readback, StageAck
@@ -219,6 +219,8 @@ class FakeEngines:
     """A `WorkerGroup` of engines."""
 
     name, next_step, measured = "rollout", "again", None
+    room = 5
+    """Most processes that there can be."""
     deadline_s: float | None = None
     """Of every call; None: a call that never comes back is the test's failure."""
 
@@ -259,6 +261,18 @@ class FakeEngines:
             self.fleet = self.fleet.after([rank], ProcessEvent.RESTARTED)
             generation = self.fleet.members[rank].generation
             self.processes[rank] = self.process(rank, generation)
+
+    def resize(self, size: int) -> list[int]:
+        if size > self.room:
+            raise NoRoom("the cluster", "start", "missing: 1 GPU")
+        had = self.size
+        for process in self.processes[size:]:
+            process.alive = False
+        self.processes = [
+            *self.processes[:size], *(self.process(rank, 0) for rank in range(had, size))
+        ]  # fmt: skip
+        self.size, self.fleet = size, self.fleet.resized(size)
+        return [*range(had, size)]
 
     def rebuild(self, rank: int) -> float:
         self.submit_rank(rank, "build", phase="load").result()
