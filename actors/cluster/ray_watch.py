@@ -139,12 +139,20 @@ class RayWatch:
         sys.stderr.write(f"ray: {self.lost}; the run ends. {AGAIN.capitalize()}\n")
         sys.stderr.flush()
         # A driver whose calls come back sees by itself that something is lost. Ray would end it at once
-        # where it loses the raylet too.
+        # where it loses the raylet too, so one that is stopped goes on meanwhile.
+        self._resume()
         if self._own and self._answers_calls() and self._unwound.wait(COME_S):
             return
         self.kill()
         if not self._unwound.wait(UNWIND_S if self._own else UNWIND_BESIDE_S):
             os._exit(1)
+
+    def _resume(self) -> None:
+        """Let processes that are stopped go on, for as long as the driver needs to unwind."""
+        for process in filter(None, self._processes.values() if self._own else ()):
+            if _status(process) == psutil.STATUS_STOPPED:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.resume()
 
     def _answers_calls(self) -> bool:
         """True if the raylet is there, so that what waits for it comes back."""

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from actors.errors import InvariantViolation, RunFailure
 from actors.sync import asking, channel
+from actors.sync.channel import Channel, Connector
 from actors.sync.engine_set import EngineSet
+from actors.sync.outlets import Outlets
+from actors.sync.payload import pack_merged
 from actors.sync.spec import SyncSpec
 from actors.sync.weight_sync import WeightSync
 from tests.actors.sync.fake_groups import first_done
@@ -160,6 +166,43 @@ def test_one_that_hangs_costs_a_deadline_and_itself(world: Callable[..., World],
     assert time.monotonic() - began < 2 * DEADLINE_S
     assert hanging.served() == {1}
     assert sum(hanging.engines[rank].generation for rank in hanging.engines) == 1
+
+
+def test_parts_that_follow_reach_the_others_in_time_where_one_engine_hangs(
+    world: Callable[..., World],
+) -> None:
+    """Parts are sent one after the other: whoever waits for the second one has time for all that the first
+    one may take, to an engine that does not take it."""
+    several = world(3, 4, sync_s=DEADLINE_S)
+    links = several.sync._phases._links.plan(dict.fromkeys(several.engines, 0), direct=True)
+    hop_s = links[0].hop_s
+    trainer = Outlets()
+    ends: list[Channel] = []
+
+    def join(address: str, rank: int) -> None:
+        ends.append(Connector(address, links[rank].receives_s).join())
+
+    addresses = trainer.listen([0, 1], "127.0.0.1", hop_s)
+    joining = [threading.Thread(target=join, args=(addresses[rank], rank)) for rank in (0, 1)]
+    for thread in joining:
+        thread.start()
+    assert trainer.accept([0, 1]) == {}
+    for thread in joining:
+        thread.join()
+    # Larger than what sockets take by themselves, so that one who does not receive is noticed.
+    parts = [pack_merged(1, "float32", {"w": torch.full((8_000_000,), float(n))}) for n in range(3)]
+    with ThreadPoolExecutor() as pool:
+        # The end that takes the parts; the other one hangs.
+        received = pool.submit(lambda: [ends[0].receive().digest for _ in parts])
+        failed = []
+        for part in parts:
+            failed.append(trainer.send(part, [0, 1]))
+            time.sleep(0.5)  # while the next part is merged
+        assert received.result() == [part.digest for part in parts]
+    assert [len(each) for each in failed] == [1, 1, 1]
+    trainer.close()
+    for end in ends:
+        end.close()
 
 
 @pytest.mark.parametrize(
