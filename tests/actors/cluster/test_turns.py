@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from actors.cluster.health import Members, ProcessEvent
+from actors.cluster.lasting_group import RanksReplaced
 from actors.cluster.turn_plan import Device, EngineBytes, TrainerBytes, plan_turns
 from actors.cluster.turns import OneDevice, SleepingEngines, SleepingRanks
 from actors.errors import InvariantViolation, RunFailure, UserError
@@ -103,6 +104,8 @@ class Group:
     """By method: the answer of each rank in place of the right one."""
     log: list[str] = field(default_factory=list)
     """Shared by the groups of a device."""
+    replaced_over: list[str] = field(default_factory=list)
+    """Calls over which its processes are replaced, once each."""
 
     def __post_init__(self) -> None:
         self.fleet = Members.of(self.size)
@@ -110,6 +113,9 @@ class Group:
     def submit(self, method: str, *args: Any, phase: str) -> Answer:
         self.log.append(" ".join([method, *map(str, args)]))
         right: Any = {"bytes": trainer(), "park": False, "wake": True}[method.rpartition(".")[2]]
+        if method in self.replaced_over:
+            self.replaced_over.remove(method)
+            return Answer(RanksReplaced(self.name, phase, "its processes were replaced"))
         return Answer(self.says.get(method, [right] * self.size))
 
     def submit_rank(self, rank: int, method: str, phase: str) -> Answer:
@@ -188,6 +194,16 @@ def test_a_rank_that_does_not_sleep_ends_the_run_before_an_engine_wakes() -> Non
     with pytest.raises(InvariantViolation, match=r"policy-0.*never both awake"):
         turns.to_engines()
     assert "wake_up 0" not in log
+
+
+def test_ranks_that_are_replaced_over_a_turn_are_told_again() -> None:
+    turns, log, _ = one_device()
+    policy = turns._policy()
+    policy.replaced_over = ["residence.bytes", "residence.park", "residence.wake"]  # type: ignore[union-attr]
+    turns.to_engines()
+    turns.to_policy()
+    asked = [call.split()[0] for call in log if call.startswith("residence")]
+    assert asked == [f"residence.{name}" for name in ("bytes", "bytes", "park", "park", "wake", "wake")]
 
 
 def test_an_engine_that_is_gone_holds_nothing_and_one_that_hangs_is_ended() -> None:
