@@ -24,7 +24,7 @@ from actors.trainer.spec import HostSpec, OptimSpec
 from pipeline.artifacts.manifest import file_digest
 from tests.actors.trainer.test_host_group import rows
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 STEPS = 6
 
 Kill = Callable[[str], None]
@@ -111,7 +111,6 @@ def test_a_rank_of_two_that_is_killed_is_replaced_and_nothing_else_differs(
     assert all("policy1-1 was replaced: its process died" in line for line in said)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("cost", [0.0, 1e9], ids=["each step is kept", "no step is kept"])
 def test_a_rank_killed_at_any_moment_is_replaced_and_nothing_else_differs(
@@ -125,7 +124,6 @@ def test_a_rank_killed_at_any_moment_is_replaced_and_nothing_else_differs(
     assert len(said) == len(moments), said
 
 
-@pytest.mark.slow
 def test_a_call_that_kills_its_rank_three_times_ends_the_run(training: Callable[..., Any]) -> None:
     def kill(group: Any, moment: str) -> None:
         if moment == "update 2":
