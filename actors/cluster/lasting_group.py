@@ -310,10 +310,11 @@ class LastingGroup(WorkerGroup):
         with self._turn:
             while self._life == life:
                 refuse_lost_ray(now=True)
-                lost = self._lost()
+                # Also one that was late and has answered since: it may hang all the same.
+                lost = [rank for rank in range(self.size) if not self.fleet.sound(rank)]
                 if not lost or not self._snapshots.suffice:
                     raise failure
-                reasons = {rank: self.fleet.members[rank].reason for rank in lost}
+                reasons = {rank: self.fleet.members[rank].reason or failure.reason for rank in lost}
                 began = time.monotonic()
                 advice = self.next_of(lost[0])
                 self.supervision.lost(self.name, self.size, reasons, place, failure.phase, advice)
