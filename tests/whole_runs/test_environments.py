@@ -89,19 +89,22 @@ def test_one_engine_or_three_and_a_run_that_was_killed_give_the_same_conversatio
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sync", [{}, {"in_flight": "keep"}])
-def test_older_samples_and_weights_in_flight_work_across_turns(sync: dict[str, str], tmp_path: Path) -> None:
-    directory = tmp_path / "stale"
-    stage = {
-        "env": "worlds:Tries",
-        "max_completion_length": 100,
-        "staleness": 1,
-        "max_steps": 4,
-        "sync": sync,
-    }
-    complete(command_for(directory, **stage), directory)
-    ages = [row["staleness/max"] for row in lines_of(directory / "run", "grpo")]
-    assert max(ages) == 1
+def test_conversations_that_were_drawn_ahead_are_gone_on_with_after_a_kill(tmp_path: Path) -> None:
+    stage = {"env": "worlds:Tries", "max_completion_length": 100, "staleness": 1, "max_steps": 4}
+    complete(command_for(tmp_path / "whole", **stage), tmp_path / "whole")
+    command, run = command_for(tmp_path / "killed", **stage), tmp_path / "killed" / "run"
+    kill_when(command, tmp_path / "killed", has_done(run, "policy-0", "weight_source.prepare", 4))
+    complete(command, tmp_path / "killed")
+    assert adapter_digest(run, "grpo") == adapter_digest(tmp_path / "whole" / "run", "grpo")
+    assert max(row["staleness/max"] for row in lines_of(run, "grpo")) == 1
+
+
+@pytest.mark.slow
+def test_weights_in_flight_change_between_turns(tmp_path: Path) -> None:
+    directory = tmp_path / "keep"
+    stage = {"env": "worlds:Tries", "max_completion_length": 100, "staleness": 1, "max_steps": 4}
+    complete(command_for(directory, **stage, sync={"in_flight": "keep"}), directory)
+    assert max(row["staleness/max"] for row in lines_of(directory / "run", "grpo")) == 1
 
 
 @pytest.mark.slow

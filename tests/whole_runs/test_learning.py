@@ -43,3 +43,11 @@ def test_a_student_becomes_like_its_teacher_on_its_own_samples(tmp_path: Path) -
     divergence = [line["kl"] for line in lines_of(tmp_path / "distill-tiny", "distill")]
     assert abs(statistics.mean(divergence[-10:])) < 0.2 * divergence[0]
     assert run["eval"]["distill"]["ci95"][0] > run["eval"]["sft"]["ci95"][1]
+
+
+def test_conversations_with_hints_teach_to_be_right_at_the_first_try(tmp_path: Path) -> None:
+    run = learn("../examples/second-try", 0, tmp_path / "second-try")
+    first = [line["rewards/first_right/mean"] for line in lines_of(tmp_path / "second-try", "grpo")]
+    assert statistics.mean(first[-5:]) > first[0] + 0.15
+    assert run["gain"]["low"] > 0.2
+    assert run["eval"]["grpo"]["ci95"][0] > 0.95
