@@ -13,8 +13,10 @@ from tests.whole_runs.runs import (
     command_of,
     complete,
     has_done,
+    kill_an_engine_as_it_generates,
     kill_when,
     lines_of,
+    start,
 )
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(900)]
@@ -97,6 +99,15 @@ def test_conversations_that_were_drawn_ahead_are_gone_on_with_after_a_kill(tmp_p
     complete(command, tmp_path / "killed")
     assert adapter_digest(run, "grpo") == adapter_digest(tmp_path / "whole" / "run", "grpo")
     assert max(row["staleness/max"] for row in lines_of(run, "grpo")) == 1
+
+
+@pytest.mark.slow
+def test_an_engine_that_dies_in_the_middle_of_conversations_changes_nothing(tmp_path: Path) -> None:
+    stage = {"env": "worlds:Tries", "max_completion_length": 100, "max_steps": 3}
+    complete(command_for(tmp_path / "whole", **stage), tmp_path / "whole")
+    command, run = command_for(tmp_path / "killed", 2, **stage), tmp_path / "killed" / "run"
+    kill_an_engine_as_it_generates(start(command, tmp_path / "killed"), run)
+    assert adapter_digest(run, "grpo") == adapter_digest(tmp_path / "whole" / "run", "grpo")
 
 
 @pytest.mark.slow
