@@ -41,7 +41,7 @@ def _sampling_problems(stage: OnlineStage) -> Iterator[Problem]:
             "at an `endpoint`",
         )
     if not stage.rewards and not stage.converses and stage.needs_rewards:
-        yield Problem("rewards", "is required: a sample needs a reward to learn from")
+        yield Problem("rewards", "is required, and is empty: a sample needs a reward to learn from")
     elif stage.rewards and not any(one.weight for one in stage.rewards) and not stage.converses:
         yield Problem(
             "rewards",

@@ -38,7 +38,6 @@ RewardList = Annotated[
     BeforeValidator(as_sources, json_schema_input_type=str | AnyReward | list[str | AnyReward]),
 ]
 """Type of a stage's `rewards:`: a source, one entry, or a list of them."""
-Rewards = Annotated[RewardList, Field(min_length=1)]
 
 
 class RlStage(TurnSettings, ReferenceSettings, GroupSize, SamplingTemperature, StageSpec):
@@ -59,7 +58,7 @@ class RlStage(TurnSettings, ReferenceSettings, GroupSize, SamplingTemperature, S
 
     learning_rate: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
     """Peak learning rate."""
-    rewards: Rewards = Field(default=[], validate_default=False)
+    rewards: RewardList = Field(default_factory=list)
     """Sources of reward: `exact_match`, `module:function`, a reward stage's name, a reward model's directory,
     or by `kind` a service or a check: http, judge, math, code. One or several, added up by their weights;
     none where an environment rewards its own conversations."""
