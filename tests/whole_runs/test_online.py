@@ -202,9 +202,7 @@ def test_engines_that_come_and_go_while_a_run_goes_on_make_the_same_adapter(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("who", ["rollout-0", "policy-1"])
-def test_a_process_that_hangs_is_noticed_in_about_a_minute_as_steps_are_short(
-    who: str, whole: Path, tmp_path: Path
-) -> None:
+def test_a_process_that_is_stopped_is_noticed_in_half_a_minute(who: str, whole: Path, tmp_path: Path) -> None:
     """Defaults are 900 s and more. It is replaced, with the same adapter."""
     command, run = command_for(tmp_path), tmp_path / "run"
     process = start(command, tmp_path)
@@ -212,9 +210,9 @@ def test_a_process_that_hangs_is_noticed_in_about_a_minute_as_steps_are_short(
     os.kill(pid_of(run, who), signal.SIGSTOP)
     began = time.monotonic()
     said, _ = process.communicate(timeout=400)
-    assert 60 < time.monotonic() - began < 180
+    assert 30 < time.monotonic() - began < 150
     assert process.returncode == 0, said[-3000:]
-    assert f"{who} was replaced: no answer within" in said
+    assert f"{who} was replaced: its process was stopped (SIGSTOP) for 30 s" in said
     assert adapter_digest(run, "ppo") == adapter_digest(whole, "ppo")
     assert repeatable(run) == repeatable(whole)
 
