@@ -78,12 +78,12 @@ def scenarios(
     nothing = with_reference(host, pair_batch(pairs[:1])).select([])
     results["no pair"] = [host.updates.update(nothing, OnlineDpoLoss(), STEPS - 1)["grad_norm"]]
     results.update(heads(host, rows, pairs))
-    results["taken over"] = taken_over(host, rows)
     results["logprobs"] = host.scores.logprobs(sft_batch(rows[:11]), "policy").tolist()
     results["digest"] = adapter_digest(host.state.model, "policy")
     host.saving.save_adapter("policy", out / "adapter")
     host.saving.save_checkpoint(out / "checkpoint")
     assert host.saving.load_checkpoint(out / "checkpoint") == STEPS
+    results["taken over"] = taken_over(host, rows)
     host.close()
     return results
 
