@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SHARE = 0.03
 """Of the time between two snapshots, at most, that one takes of a rank's."""
 BYTES_PER_SECOND = 1e9
-"""Of writing to the object store, by the rank that hands its state over: 1 to 3e9 were measured."""
+"""Of writing to the object store, by the rank that hands its state over: assumed, not measured."""
 CALL_S = 2e-3
 """Of a call, in the driver and in the rank."""
 
