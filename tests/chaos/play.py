@@ -203,7 +203,8 @@ def _ended(scene: Scene, cell: Cell, outcome: Outcome, at: float) -> None:
     try:
         _wait(life, lambda: _further(scene, from_start, Outcome("")))
     except Over:
-        outcome.verdict = "ended, and does not go on: " + " | ".join(text for _, text in life.said[-3:])[:200]
+        outcome.verdict = "ended, and does not go on"
+        outcome.said += " | " + " | ".join(text for _, text in life.said[-3:])[:200]
         return
     outcome.recovery_s = time.time() - began
     outcome.loading_s = max(life.calls(f"{kind}-0").loading(began) for kind in ("policy", "rollout"))
