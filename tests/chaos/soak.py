@@ -72,7 +72,7 @@ class Watch:
             late, settled = values[at >= (1 - SETTLED) * total], at >= SETTLED * total
             if not len(early) or not len(late) or len({*at[settled]}) < 2:
                 continue
-            slope = 100 * np.polyfit(at[settled], values[settled], 1)[0]
+            slope = round(100 * np.polyfit(at[settled], values[settled], 1)[0], 2) + 0.0  # no -0.00
             lines.append(f"| {name} | {np.median(early):.1f} | {np.median(late):.1f} | {slope:+.2f} |")
         return lines
 

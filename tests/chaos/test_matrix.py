@@ -10,6 +10,7 @@ import pytest
 from tests.chaos.cells import PHASES, ROLES, SCENES, WAYS, Cell, all_cells, chosen, next_cell, senseless
 from tests.chaos.observe import Calls, Tail, is_about
 from tests.chaos.scene import Outcome
+from tests.chaos.soak import Watch
 from tests.chaos.table import BEGINS, ENDS, bad, page, put_into
 
 
@@ -128,3 +129,9 @@ def test_a_process_is_inside_a_call_from_its_beginning_to_its_end(tmp_path: Path
 )
 def test_a_line_about_a_loss_is_known_by_its_name(line: str, role: str, tells: int) -> None:
     assert is_about(line, role) == bool(tells)
+
+
+def test_what_grows_over_a_long_run_has_a_slope() -> None:
+    flat, grows = [(step, 100.0) for step in range(500)], [(step, 100 + step / 50) for step in range(500)]
+    told = Watch({"flat": flat, "grows": grows, "short": [(499, 1.0)]}).rows(500)
+    assert told[2:] == ["| flat | 100.0 | 100.0 | +0.00 |", "| grows | 103.0 | 109.0 | +2.00 |"]
