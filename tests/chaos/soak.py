@@ -155,7 +155,7 @@ def soak(begin: Callable[[], Life], options: argparse.Namespace, watch: Watch, s
             if killed is not None and step > killed[1]:
                 story.seconds.append(now - killed[0])
                 killed = None
-            if now - sampled > SAMPLE_S:
+            if now - sampled > SAMPLE_S and step < options.steps:  # Not of a run that shuts down.
                 watch.take(life, step)
                 sampled = now
             if life.code == 0 or now - moved > 180 * options.patience:
