@@ -12,8 +12,7 @@ import time
 from collections.abc import Callable
 
 GAP_S = 5.0
-"""Longest gap between two looks that counts. Waits look twice a second; on a machine that is busy with other
-work they have been seen to take 2 s."""
+"""Longest gap between two looks that counts. Waits look twice a second, and later on a machine that is busy."""
 
 
 class PatientClock:

@@ -28,7 +28,7 @@ SAME_PLACE = 3
 
 @dataclass(frozen=True)
 class RestartBounds:
-    """RestartBounds of what is replaced."""
+    """Bounds on how often processes are replaced."""
 
     max_restarts: int = 3
     """For each process of a role within `window`, on average: a role of n processes has n times as many."""
