@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ray import ObjectRef
 
 LOOK_S = 5.0
-"""Pause between two looks, and before the first one of a wait. A look at one process takes 1 ms of CPU time."""
+"""Pause between two looks, and before the first one of a wait. A look at a process takes 1 ms of CPU time."""
 AWAY_S = 10.0
 """The same for processes of other nodes, where Ray may have to start a process for the task, in about 1 s."""
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 GAP_S = 5.0
-"""Longest gap between two looks that counts. Waits look twice a second, and later on a machine that is busy."""
+"""Longest gap between two looks that counts. Waits look twice a second, later on a busy machine."""
 
 
 class PatientClock:
