@@ -41,6 +41,7 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
     small.close()
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_a_save_ends_the_run_which_then_goes_on_with_the_same_adapter(
     disk: SmallDisk, tmp_path: Path
 ) -> None:

@@ -113,6 +113,7 @@ def test_a_finished_run_is_skipped_and_says_so(finished_run: Path) -> None:
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_several_points_ends_with_the_same_adapters(
     finished_run: Path, tiny_base: Path, tmp_path: Path
 ) -> None:

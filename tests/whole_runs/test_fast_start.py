@@ -61,6 +61,7 @@ def those(scripts: tuple[str, ...], processes: list[str]) -> list[str]:
     return [script for script in scripts if any(script in line for line in processes)]
 
 
+@pytest.mark.slow
 def test_a_run_without_the_fast_start_is_started_by_ray_itself_and_learns_the_same(tmp_path: Path) -> None:
     fast_said, fast = lines_and_processes(tmp_path, tmp_path / "fast", True)
     plain_said, plain = lines_and_processes(tmp_path, tmp_path / "plain", False)

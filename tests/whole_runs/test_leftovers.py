@@ -130,7 +130,8 @@ def test_a_run_listens_on_loopback_only_and_leaves_nothing(
 
 
 def test_a_failed_run_keeps_rays_logs_and_says_where(tmp_path: Path, temporary: Path) -> None:
-    process = start(command_of(tmp_path, config(tmp_path / "run")), tmp_path)
+    whole = config(tmp_path / "run", limits={"max_restarts": 0})
+    process = start(command_of(tmp_path, whole), tmp_path)
     run = tmp_path / "run"
     when(process, has_done(run, "policy-1", "build", 1))
     os.kill(runs.pid_of(run, "policy-1"), signal.SIGKILL)

@@ -162,6 +162,7 @@ def test_a_run_that_is_stopped_at_many_moments_ends_with_the_same_adapters(
         assert losses(run, stage) == losses(undisturbed, stage)
 
 
+@pytest.mark.slow
 def test_a_run_saves_when_its_terminal_is_closed(undisturbed: Path, tiny_base: Path, tmp_path: Path) -> None:
     command, run = command_for(tmp_path, tiny_base), tmp_path / "run"
     ours, theirs = pty.openpty()
@@ -182,6 +183,7 @@ def test_a_run_saves_when_its_terminal_is_closed(undisturbed: Path, tiny_base: P
     assert adapter_digest(run, "sft") == adapter_digest(undisturbed, "sft")
 
 
+@pytest.mark.slow
 def test_a_run_that_saves_by_time_goes_on_from_there_and_ends_with_the_same_adapter(
     undisturbed: Path, tiny_base: Path, tmp_path: Path
 ) -> None:

@@ -153,7 +153,8 @@ def test_a_stopped_engine_is_replaced_in_what_the_first_calls_make_of_its_deadli
     os.kill(pool.group.pids()[0], signal.SIGSTOP)
     began = time.monotonic()
     assert rows(pool.generate(PROMPTS, SAMPLING, SEEDS)) == expected(PROMPTS)
-    assert pool.restarts == [Restart(0, "no answer within 2 s (limits.generate)")]
+    late = "no answer within 2 s (limits.generate)"
+    assert pool.restarts == [Restart(0, f"{late}: its process is stopped (SIGSTOP)")]
     assert time.monotonic() - began < 30
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.ray
 @pytest.fixture(
     params=[
         pytest.param(False, id="fresh home"),
-        pytest.param(True, id="home with a token", marks=pytest.mark.slow),
+        pytest.param(True, id="home with a token"),
     ]
 )
 def user(request: pytest.FixtureRequest, tiny_base: Path) -> Iterator[tuple[Head, Path]]:
@@ -39,6 +39,7 @@ def user(request: pytest.FixtureRequest, tiny_base: Path) -> Iterator[tuple[Head
             head.close()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_local_run_then_a_head_then_jobs(user: tuple[Head, Path]) -> None:
     head, token = user
