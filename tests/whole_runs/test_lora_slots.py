@@ -45,6 +45,7 @@ def config(output: Path, engines: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_two_engines_with_slots_of_which_one_is_killed_make_the_adapter_of_one(tmp_path: Path) -> None:
     (tmp_path / "shaped.py").write_text(REWARD)
     whole, run = tmp_path / "whole", tmp_path / "run"

@@ -55,6 +55,7 @@ def seconds_in(value: Any) -> list[float]:
     return own + [one for inner in value.values() for one in seconds_in(inner)]
 
 
+@pytest.mark.slow
 def test_times_add_up_over_sessions_and_don_t_mind_the_wall_clock(tiny_base: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     evaluation = {"data": {"source": "builtin:arithmetic", "split": "test"}, "max_rows": 8, "models": ["sft"]}
