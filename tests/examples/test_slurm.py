@@ -112,6 +112,7 @@ def sbatch(script: Path, arguments: list[str], directory: Path, cluster: dict[st
     )
 
 
+@pytest.mark.slow
 def test_a_job_saves_at_sigterm_is_queued_again_and_goes_on_to_its_end(
     repository: Path, tmp_path: Path, cluster: dict[str, str]
 ) -> None:

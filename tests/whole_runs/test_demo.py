@@ -133,6 +133,7 @@ def test_a_run_killed_at_several_points_ends_with_the_same_adapters(
         assert adapter_digest(run, stage) == adapter_digest(finished_run, stage), stage
 
 
+@pytest.mark.slow
 def test_a_longer_stage_goes_on_and_leaves_out_a_damaged_checkpoint(tiny_base: Path, tmp_path: Path) -> None:
     def stage_of(steps: int, output: str) -> list[str]:
         content = config(tiny_base, tmp_path / output, roles={"policy": {"workers": 1}})

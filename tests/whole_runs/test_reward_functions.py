@@ -62,6 +62,7 @@ def config(output: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_run_stops_and_saves_though_its_reward_function_never_lets_go_of_the_interpreter(
     tmp_path: Path,
 ) -> None:

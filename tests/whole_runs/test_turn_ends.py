@@ -29,6 +29,7 @@ def base_with_another_eos(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_rollouts_evaluation_chat_and_the_merged_model_stop_at_the_templates_end(tmp_path: Path) -> None:
     base = base_with_another_eos(tmp_path / "base")
     config = {
