@@ -332,13 +332,9 @@ class LastingGroup(WorkerGroup):
 
     def _make_again(self, lost: Sequence[int]) -> None:
         """Fresh processes in the state after the last call, at work on what somebody waits for."""
-        import ray
-
         others = [rank for rank in range(self.size) if rank not in lost]
         self.liveness.saw(others, ProcessEvent.DIED, f"ended, as {self.who(lost[0])} was lost")
         self.liveness.saw(range(self.size), ProcessEvent.RESTARTED)
-        for actor in self._actors:
-            ray.kill(actor)
         for rank in range(self.size):
             self._start_again(rank)
         self.arrive(range(self.size))

@@ -50,9 +50,7 @@ def take_request(directory: Path) -> ScaleRequest | None:
     path = directory / REQUEST
     if not path.is_file():
         return None
-    found: object = None
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        found = json.loads(path.read_text(encoding="utf-8"))
+    found = _read(path)
     path.unlink(missing_ok=True)
     match found:
         case {"key": str(key), "engines": int(engines)}:
@@ -67,12 +65,16 @@ def answer_request(directory: Path, answer: ScaleAnswer) -> None:
 
 def answer_of(directory: Path, key: str) -> ScaleAnswer | None:
     """The answer to a request, once it is there."""
-    found: object = None
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads((directory / ANSWER).read_text(encoding="utf-8"))
-    match found:
+    match _read(directory / ANSWER):
         case {"key": str(of), "said": str(said), "done": bool(done)} if of == key:
             return ScaleAnswer(of, said, done)
+    return None
+
+
+def _read(path: Path) -> object:
+    """JSON of a file; None where there is none."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        return json.loads(path.read_text(encoding="utf-8"))
     return None
 
 

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from pipeline.environments.objects import SampleEnvironment, Unusable, described
-from pipeline.rewards.child import load, main, sender, settle, shown
+from pipeline.rewards.child import load_first, main, sender, settle, shown
 
 
 def start() -> None:
@@ -30,15 +30,10 @@ def start() -> None:
 def serve_environments(connection: Connection) -> None:
     """Import the user's code, describe it, then serve its samples until the connection is closed."""
     send = sender(connection)
-    try:
-        load(*pickle.loads(connection.recv_bytes()))
-        reply: tuple[Any, ...] = ("loaded",)
-    except BaseException as error:  # a user's module can fail in any way while it is imported
-        reply = "failed", shown(error)
-    settle(send, reply)
+    load_first(connection, send)
     try:
         env, tools, seconds = pickle.loads(connection.recv_bytes())
-        reply = "described", described(env, tools)
+        reply: tuple[Any, ...] = ("described", described(env, tools))
     except (EOFError, OSError):
         return
     except Unusable as error:

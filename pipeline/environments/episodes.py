@@ -219,7 +219,8 @@ class Episodes:
     def _ask(self, number: int) -> None:
         talk = self._talks[number]
         sample, turn = talk.sample, talk.sample.turns
-        key = hash((hash(tuple(talk.start.token_ids)), turn)) if turn else hash(tuple(talk.start.token_ids))
+        prompt = hash(tuple(talk.start.token_ids))
+        key = hash((prompt, turn)) if turn else prompt
         left = self._sampling.max_tokens - len(sample.token_ids)
         seed = turn_seed(talk.start.seed, turn)
         self._of_request.append(number)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from actors.errors import RunFailure
-from pipeline.rewards.processes import IMPORT_S, LOOK_S, Gone, Late, LoadedCode, UserProcess
+from pipeline.rewards.processes import IMPORT_S, LOOK_S, Gone, Late, LoadedCode, UserProcess, send_bytes
 from pipeline.rewards.user_functions import kept, user_function
 
 GRACE_S = 1.0
@@ -202,9 +202,7 @@ class EnvironmentProcess(UserProcess):
 
     def _write(self) -> None:
         while True:
-            connection, data = self._outbox.get()
-            with suppress(OSError, ValueError):  # whoever waits for the answer learns that it is gone
-                connection.send_bytes(data)
+            send_bytes(*self._outbox.get())
 
     def _next(self, seconds: float) -> tuple[Any, ...]:
         """The next message. Raises Late where none came, Gone where none will."""

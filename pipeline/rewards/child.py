@@ -55,12 +55,7 @@ def serve_functions(connection: Connection) -> None:
     all processes of a machine share.
     """
     send = sender(connection)
-    try:
-        find = load(*pickle.loads(connection.recv_bytes()))
-        reply: tuple[Any, ...] = ("loaded",)
-    except BaseException as error:  # a user's module can fail in any way while it is imported
-        reply = "failed", shown(error)
-    settle(send, reply)
+    find = load_first(connection, send)
     while True:
         try:
             request = pickle.loads(connection.recv_bytes())
@@ -71,6 +66,23 @@ def serve_functions(connection: Connection) -> None:
         except BaseException as error:
             reply = "failed", shown(error)
         settle(send, reply)
+
+
+def load_first(connection: Connection, send: Callable[..., None]) -> Callable[[str], Any]:
+    """Import the user's code, which the first message tells of, and answer that; what looks its functions
+    up."""
+    try:
+        find = load(*pickle.loads(connection.recv_bytes()))
+        reply: tuple[Any, ...] = ("loaded",)
+    except BaseException as error:  # a user's module can fail in any way while it is imported
+        reply = "failed", shown(error)
+        find = _nothing
+    settle(send, reply)
+    return find
+
+
+def _nothing(name: str) -> Any:
+    raise LookupError(f"{name}: its module was not imported")
 
 
 def _reply(find: Callable[[str], Any], request: tuple[Any, ...], send: Callable[..., None]) -> Any:

@@ -128,7 +128,7 @@ class UserProcess:
     def _send(self, message: tuple[Any, ...]) -> None:
         """In a thread, since a process that doesn't read would hold this one up for ever."""
         data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-        _in_thread(_send_bytes, self._connection, data)
+        _in_thread(send_bytes, self._connection, data)
 
     def _receive(self, seconds: float) -> tuple[Any, ...]:
         """The next message.
@@ -275,7 +275,8 @@ def _in_thread(target: Any, *args: Any) -> threading.Thread:
     return thread
 
 
-def _send_bytes(connection: Any, data: bytes) -> None:
+def send_bytes(connection: Any, data: bytes) -> None:
+    """Send, whether anybody is still there or not."""
     with suppress(OSError, ValueError):  # whoever waits for the answer learns that the process is gone
         connection.send_bytes(data)
 

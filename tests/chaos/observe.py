@@ -21,7 +21,7 @@ import psutil
 from actors.cluster.trace import BEGINNINGS
 from tests.chaos.cells import Call, kind_of
 from tests.chaos.nodes import raylet_of
-from tests.whole_runs.runs import ENVIRONMENT
+from tests.whole_runs.runs import ENVIRONMENT, processes_with
 
 SHM = Path("/dev/shm")
 TORCHS = "torchinductor_"
@@ -161,13 +161,7 @@ class Life:
 
     def ours(self) -> list[psutil.Process]:
         """Processes of the run that are there."""
-        return [one for one in psutil.process_iter() if self._is_ours(one)]
-
-    def _is_ours(self, process: psutil.Process) -> bool:
-        try:
-            return process.status() != psutil.STATUS_ZOMBIE and self.mark in process.environ()
-        except psutil.Error:
-            return False
+        return processes_with(self.mark)
 
     def left(self, seconds: float = 5.0) -> dict[str, list[str]]:
         """What an ended run has left: processes that are there after some seconds, files in /dev/shm that

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from pipeline.artifacts.manifest import file_digest
@@ -116,3 +117,15 @@ def lines_of(run: Path, stage: str, name: str = "metrics") -> list[dict[str, Any
 def adapter_digest(run: Path, stage: str) -> str:
     """Of the adapter that a stage made."""
     return file_digest(run / stage / "adapter" / "adapter_model.safetensors")
+
+
+def processes_with(variable: str) -> list[psutil.Process]:
+    """Processes that live and have inherited a variable, by which those of one run can be told from all."""
+
+    def has_it(process: psutil.Process) -> bool:
+        try:
+            return process.status() != psutil.STATUS_ZOMBIE and variable in process.environ()
+        except psutil.Error:
+            return False
+
+    return [process for process in psutil.process_iter() if has_it(process)]

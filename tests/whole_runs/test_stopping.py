@@ -23,6 +23,7 @@ from tests.whole_runs.runs import (
     complete,
     kill_when,
     lines_of,
+    processes_with,
     when,
 )
 
@@ -71,13 +72,7 @@ class Marked:
 
     def left(self) -> list[psutil.Process]:
         """Processes of the run that live."""
-        return [p for p in psutil.process_iter() if self._is_ours(p)]
-
-    def _is_ours(self, process: psutil.Process) -> bool:
-        try:
-            return process.status() != psutil.STATUS_ZOMBIE and self.mark in process.environ()
-        except psutil.Error:
-            return False
+        return processes_with(self.mark)
 
     def ends(self, code: int, seconds: float = 120) -> str:
         """What it has said until it ended with this code; a moment later none of its processes is there."""

@@ -59,10 +59,6 @@ class PassBytes:
     gaps: int
     """Memory of a CPU's heap that is free and too small for what is asked for next."""
 
-    @property
-    def total(self) -> int:
-        return self.saved + max(self.head, self.again + self.backward) + self.gaps
-
 
 def training_pass(sizes: BaseSizes, holding: Holding, size: PassSize, device_memory: int) -> PassBytes:
     """Of a pass with gradients."""

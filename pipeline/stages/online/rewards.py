@@ -85,14 +85,9 @@ class RewardComputer:
             RunFailure: a source failed and its `on_error` is `stop`.
             InvariantViolation: a model's score is no finite number.
         """
-        asked = Samples(
-            prompts.prompts,
-            prompts.completions(texts)
-            if samples.episodes is None
-            else [e.messages for e in samples.episodes],
-            list(samples.sequences()),
-            prompts.columns,
-        )
+        episodes = samples.episodes
+        said = prompts.completions(texts) if episodes is None else [one.messages for one in episodes]
+        asked = Samples(prompts.prompts, said, list(samples.sequences()), prompts.columns)
         rows, notes = [], []
         begun = [source.begin(asked) if source is not None else None for source in self._sources]
         for one, called in zip(self.spec.rewards, begun, strict=True):
@@ -108,9 +103,8 @@ class RewardComputer:
         weights, names = [one.weight for one in self.spec.rewards], list(self.names)
         if (own := earned(samples)) is not None:
             rows, weights, names = [*rows, own], [*weights, 1.0], [*names, self.spec.env_name]
-        if (
-            not rows and not self.spec.needs_rewards
-        ):  # A teacher scores tokens, which is no reward of samples.
+        if not rows and not self.spec.needs_rewards:
+            # A teacher scores tokens, which is no reward of samples.
             total, penalties = self._less_penalties(np.zeros(len(asked)), batch)
             return Rewards(total, penalties, notes)
         if not rows:

@@ -49,16 +49,8 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
     ctx.sync.connect()
     ctx.sync.push(step)
     check_parser(stage, ctx)
-    log = MetricsLog(
-        ctx.directory / "metrics.jsonl",
-        resume_at=step,
-        every=ctx.logging_steps,
-        checkpoint=decision.checkpoint,
-    )
-    samples, routing = (
-        MetricsLog(ctx.directory / name, resume_at=step, every=1)
-        for name in ("samples.jsonl", "routing.jsonl")
-    )
+    logs = StageLogs(stage, ctx, step, decision)
+    log = logs.metrics
     interrupted, saves = False, Saves(stage, step)
     grace = Grace(ctx.stop, ctx.limits.limits.grace, ctx.note)
     ctx.time.begin(seconds_before(decision))
@@ -72,15 +64,7 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
             with grace.step(step + 1, partial(saved_before, loop, step, log, saves)):
                 result = loop.step(step)
             step += 1
-            result.metrics["epoch"] = round(stage.epoch(step), 4)
-            line = log.add(step, result.metrics, final=step == stage.total_steps)
-            ctx.on_step(step, result.metrics)
-            for note in result.notes:
-                ctx.note(f"{stage.name} step {step}: {note}")
-            if line:
-                ctx.on_log(line)
-                keep_samples(samples, step, result, stage.spec.num_generations)
-                keep_routing(ctx.directory, routing, step, result.routing)
+            logs.add(step, result)
             if saves.due(step):
                 with grace.saving():
                     save_checkpoint(loop, step, log)
@@ -97,9 +81,42 @@ def train_rl(stage: PreparedRl, ctx: RlContext, decision: Decision) -> Manifest:
     finally:
         if not interrupted:  # Ranks in the middle of a step would answer when that is done.
             ctx.sync.close()
-        log.close()
-        samples.close()
-        routing.close()
+        logs.close()
+
+
+class StageLogs:
+    """Logs of an online stage's steps: metrics, some samples, routing."""
+
+    def __init__(self, stage: PreparedRl, ctx: RlContext, step: int, decision: Decision) -> None:
+        """`step`: steps already done, behind which the files go on."""
+        self._stage, self._ctx = stage, ctx
+        self.metrics = MetricsLog(
+            ctx.directory / "metrics.jsonl",
+            resume_at=step,
+            every=ctx.logging_steps,
+            checkpoint=decision.checkpoint,
+        )
+        self._samples, self._routing = (
+            MetricsLog(ctx.directory / name, resume_at=step, every=1)
+            for name in ("samples.jsonl", "routing.jsonl")
+        )
+
+    def add(self, step: int, result: StepResult) -> None:
+        """Take in what came of step `step` (from 1), and tell the user."""
+        stage, ctx = self._stage, self._ctx
+        result.metrics["epoch"] = round(stage.epoch(step), 4)
+        line = self.metrics.add(step, result.metrics, final=step == stage.total_steps)
+        ctx.on_step(step, result.metrics)
+        for note in result.notes:
+            ctx.note(f"{stage.name} step {step}: {note}")
+        if line:
+            ctx.on_log(line)
+            keep_samples(self._samples, step, result, stage.spec.num_generations)
+            keep_routing(ctx.directory, self._routing, step, result.routing)
+
+    def close(self) -> None:
+        for log in (self.metrics, self._samples, self._routing):
+            log.close()
 
 
 def check_parser(stage: PreparedRl, ctx: RlContext) -> None:
