@@ -106,11 +106,14 @@ def play(scene: Scene, cell: Cell) -> Outcome:
             scene.finish()
             return outcome
         time.sleep(0.02)
+    _compare(scene, outcome)
+    if outcome.verdict == "went on":  # Its call had just ended: it is missed at the next one.
+        _note_detection(scene, cell, outcome, at, pid)
+        outcome.verdict = "in place" if outcome.detection_s is not None else "went on"
     if outcome.verdict != "ended":
         outcome.steps_lost = 0 if cell.early else outcome.step - low
         if alive(pid) and outcome.verdict == "in place":
             outcome.left = {"processes": [f"{pid} is still there"]}
-    _compare(scene, outcome)
     if scene.life is not None and scene.life.code is not None:
         scene.anew()
     return outcome

@@ -291,7 +291,9 @@ def test_samples_that_engines_begin_for_each_other_are_those_of_one_engine(
     """One engine has all of them before the others come: what waits there moves, and what was begun."""
     prompts, sampling = [[5 + i, 7, 9] for i in range(24)], SamplingSpec(temperature=1, max_tokens=200, n=4)
     seeds = [sample_seed(0, 2, p, s) for p in range(24) for s in range(4)]
+    began = time.monotonic()
     alone = engines.call_rank(0, "generate", prompts, sampling, seeds, phase="generate")
+    late_s = (time.monotonic() - began) / 4
     moved: list[int] = []
     """Tokens that each of the samples that changed hands had."""
 
@@ -304,10 +306,8 @@ def test_samples_that_engines_begin_for_each_other_are_those_of_one_engine(
     own_ask_back = Shares.ask_back
     monkeypatch.setattr(Shares, "ask_back", ask_back)
     for in_flight in (False, True):
-        served = LateEngines(
-            engines, functools.partial(engines.call_rank, method="load", base=str(tiny_base))
-        )
-        pool = RolloutPool(served, in_flight=in_flight)
+        load = functools.partial(engines.call_rank, method="load", base=str(tiny_base))
+        pool = RolloutPool(LateEngines(engines, load, late_s), in_flight=in_flight)
         assert rows(pool.generate(prompts, sampling, seeds)) == rows(alone)
         assert moved
         assert in_flight <= (not any(moved))
@@ -315,14 +315,14 @@ def test_samples_that_engines_begin_for_each_other_are_those_of_one_engine(
 
 
 class LateEngines(EngineSet):
-    """All but the first serve a second later."""
+    """All but the first serve so many seconds later."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.since = time.monotonic()
+    def __init__(self, group: WorkerGroup, load: Callable[..., Any], late_s: float) -> None:
+        super().__init__(group, load)
+        self.since = time.monotonic() + late_s
 
     def ready(self, rank: int, *, unproved: bool = False) -> bool:
-        return (rank == 0 or time.monotonic() > self.since + 1) and super().ready(rank, unproved=unproved)
+        return (rank == 0 or time.monotonic() > self.since) and super().ready(rank, unproved=unproved)
 
 
 class ThreeTurns:
