@@ -132,13 +132,8 @@ class Life:
 
     def lives(self, who: str) -> list[int]:
         """Process ids of a process's lives in this life of the run, by its log."""
-        log = self.run / "logs" / f"{who}.log"
-        if not log.is_file():
-            return []
-        text = log.read_text(errors="replace")
-        found = re.findall(rf"^--- {who} pid (\d+) ([\d-]+ [\d:]+)", text, re.MULTILINE)
         since = int(self.began)
-        return [int(pid) for pid, at in found if time.mktime(time.strptime(at, "%Y-%m-%d %H:%M:%S")) >= since]
+        return [pid for pid, at in beginnings(self.run, who) if at >= since]
 
     def pid(self, role: str) -> int | None:
         """Process id of a role, None before it is there."""
@@ -189,6 +184,14 @@ class Life:
             time.sleep(0.1)
         self.process.wait(30)
         self.hear_out()
+
+
+def beginnings(run: Path, who: str) -> list[tuple[int, float]]:
+    """Process id and time (epoch) of each life of a process, by its log."""
+    log = run / "logs" / f"{who}.log"
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    found = re.findall(rf"^--- {who} pid (\d+) ([\d-]+ [\d:]+)", text, re.MULTILINE)
+    return [(int(pid), time.mktime(time.strptime(at, "%Y-%m-%d %H:%M:%S"))) for pid, at in found]
 
 
 def cmdline(process: psutil.Process) -> list[str]:

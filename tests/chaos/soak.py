@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +24,8 @@ import numpy as np
 import psutil
 
 from tests.chaos import bases
-from tests.chaos.observe import SHM, Life, Tail, held, send, steps
+from tests.chaos.cells import kind_of
+from tests.chaos.observe import SHM, Life, Tail, beginnings, held, send, steps
 from tests.whole_runs.runs import ROOT
 
 PAGE = ROOT / "docs" / "chaos.md"
@@ -94,10 +97,48 @@ def size(directory: Path, leave_out: str = "") -> int:
 class Story:
     """What happened on the way."""
 
-    kills: int = 0
+    killed: list[str] = field(default_factory=list)
+    """Names of the processes that were, in order."""
     starts: int = 0
     seconds: list[float] = field(default_factory=list)
     """From each kill to the end of the next step."""
+    losses: Counter[str] = field(default_factory=Counter)
+    """What the run said of lost processes, without numbers, and how often."""
+
+    def hear(self, life: Life) -> None:
+        """Take what a life of the run has said, once it has ended."""
+        life.hear_out()
+        self.losses += losses(text for _, text in life.said)
+
+    def rows(self, lives: Mapping[str, int]) -> list[str]:
+        """Lines on how often each process was begun, by its name, and what was said of it.
+
+        A loss of one rank gives all ranks of its role fresh processes; one of an engine, that engine alone.
+        """
+        lines = ["| | killed | fresh processes for that | lives |", "|---|---|---|---|"]
+        explained = self.starts == 1
+        for who in sorted(lives):
+            together = [one for one in self.killed if kind_of(one) == kind_of(who)]
+            fresh = len(together) if kind_of(who) == "policy" else self.killed.count(who)
+            explained = explained and lives[who] <= 1 + fresh
+            lines.append(f"| {who} | {self.killed.count(who)} | {fresh} | {lives[who]} |")
+        lines += [
+            "",
+            f"Lives explained by kills: {'yes' if explained else '**no**'}. Said of lost processes:",
+            "",
+        ]
+        return lines + ([f"- {n} x {text}" for text, n in self.losses.most_common()] or ["- nothing"])
+
+
+LOSS = re.compile(r"(\w+)(?:-\d+| ranks [\d, ]+) (was replaced before it|was replaced: |failed in )([^;]*)")
+"""A process that was lost, in a line of a run."""
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+def losses(lines: Iterable[str]) -> Counter[str]:
+    """How often lines say that a process of a role was lost, by what they say, numbers left out."""
+    found = (one.groups() for line in lines for one in LOSS.finditer(line))
+    return Counter(f"{role} {NUMBER.sub('N', how + why).strip()}" for role, how, why in found)
 
 
 def main() -> int:
@@ -119,9 +160,9 @@ def main() -> int:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     (place / "samples.json").write_text(json.dumps(watch.values))
-    made = "\n".join(
-        [BEGINS, told(options, story, time.monotonic() - began), "", *watch.rows(options.steps), ENDS]
-    )
+    lives = {who: len(beginnings(place / "run", who)) for who in VICTIMS}
+    above = told(options, story, time.monotonic() - began)
+    made = "\n".join([BEGINS, above, "", *watch.rows(options.steps), "", *story.rows(lives), ENDS])
     print(made)
     if code == 0:
         before, _, rest = PAGE.read_text().partition(BEGINS)
@@ -134,8 +175,8 @@ def told(options: argparse.Namespace, story: Story, seconds: float) -> str:
     ordered = sorted(story.seconds) or [0.0]
     return (
         f"Made on {time.strftime('%Y-%m-%d')} on {os.cpu_count()} cores: {options.steps} steps in "
-        f"{seconds / 60:.1f} minutes, {story.kills} processes killed in turns ({', '.join(VICTIMS)}), the "
-        f"run started {story.starts} times. From a kill to the end of the next step: median "
+        f"{seconds / 60:.1f} minutes, {len(story.killed)} processes killed in turns ({', '.join(VICTIMS)}), "
+        f"the run started {story.starts} times. From a kill to the end of the next step: median "
         f"{ordered[len(ordered) // 2]:.1f} s, at most {ordered[-1]:.1f} s. Medians over samples of a second; "
         "the slope is a least-squares line through all samples but those of the first fifth."
     )
@@ -162,17 +203,20 @@ def soak(begin: Callable[[], Life], options: argparse.Namespace, watch: Watch, s
                 return 0 if life.code == 0 else 1
             if life.code is not None:
                 life.end()
+                story.hear(life)
                 life = begin()
                 story.starts += 1
                 moved = now
-            pid = life.pid(VICTIMS[story.kills % len(VICTIMS)]) if step >= next_kill else None
+            victim = VICTIMS[len(story.killed) % len(VICTIMS)]
+            pid = life.pid(victim) if step >= next_kill else None
             if pid is not None:
                 send(pid, "kill")
                 killed, next_kill = (time.time(), step), next_kill + options.every
-                story.kills += 1
+                story.killed.append(victim)
             time.sleep(0.02)
     finally:
         life.end()
+        story.hear(life)
 
 
 if __name__ == "__main__":

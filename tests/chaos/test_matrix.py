@@ -10,7 +10,7 @@ import pytest
 from tests.chaos.cells import PHASES, ROLES, SCENES, WAYS, Cell, all_cells, chosen, next_cell, senseless
 from tests.chaos.observe import Calls, Tail, is_about
 from tests.chaos.scene import Outcome
-from tests.chaos.soak import Watch
+from tests.chaos.soak import Story, Watch, losses
 from tests.chaos.table import BEGINS, ENDS, bad, page, put_into
 
 
@@ -135,3 +135,29 @@ def test_what_grows_over_a_long_run_has_a_slope() -> None:
     flat, grows = [(step, 100.0) for step in range(500)], [(step, 100 + step / 50) for step in range(500)]
     told = Watch({"flat": flat, "grows": grows, "short": [(499, 1.0)]}).rows(500)
     assert told[2:] == ["| flat | 100.0 | 100.0 | +0.00 |", "| grows | 103.0 | 109.0 | +2.00 |"]
+
+
+def test_a_long_run_says_whether_its_kills_explain_its_processes() -> None:
+    said = losses(
+        [
+            "grpo step 9: rollout-1 was replaced: its process died (killed); its samples were drawn again",
+            "· policy-0 was replaced: no answer within 62 s (limits.update); policy-1 was replaced: no "
+            "answer within 70 s (limits.update); update of step 3 (call 9) is done again (1.0 s to replace)",
+            "failed: policy ranks 0, 1 failed in phase 'update': no answer within 10 s",
+            "rollout-0 was replaced before it took new weights",
+            "grpo 12/60 loss 0.3",
+        ]
+    )
+    assert said == {
+        "rollout was replaced: its process died (killed)": 1,
+        "policy was replaced: no answer within N s (limits.update)": 2,
+        "policy failed in phase 'update': no answer within N s": 1,
+        "rollout was replaced before it took new weights": 1,
+    }
+    story = Story(killed=["policy-0", "rollout-0", "policy-1"], starts=1, losses=said)
+    told = story.rows({"policy-0": 3, "policy-1": 3, "rollout-0": 2, "rollout-1": 1})
+    assert "| policy-0 | 1 | 2 | 3 |" in told
+    assert "Lives explained by kills: yes. Said of lost processes:" in told
+    assert "- 2 x policy was replaced: no answer within N s (limits.update)" in told
+    assert "explained by kills: **no**" in "".join(story.rows({"rollout-1": 2}))
+    assert "explained by kills: **no**" in "".join(Story(starts=2).rows({"policy-0": 1}))
