@@ -43,7 +43,29 @@ def plan(config: RunConfig, gpu: str | None = None) -> RunPlan:
     # Weights are not looked for: random ones need none.
     base = resolve_base(config.model.model_copy(update={"random_init": True})).checked()
     sizes = base_sizes(base.config, quantization=config.model.quantization)
-    return RunPlan.of(config, sizes, _device(config, sizes, gpu, has_gpus))
+    return RunPlan.of(
+        config, sizes, _device(config, sizes, gpu, has_gpus), judges=judges_of(config, all_found=True)
+    )
+
+
+def judges_of(config: RunConfig, *, all_found: bool = False) -> dict[str, BaseSizes]:
+    """Sizes of the models that the run's own engines judge samples with, by their names in the config.
+
+    `all_found`: one that can't be read is an error; else it is left out, as it is refused where rewards are
+    looked at.
+
+    Raises:
+        UserError: `all_found`, and the config of one can't be read.
+    """
+    from actors.models.base.loading import resolve_base
+    from actors.models.facts import base_sizes
+
+    found = {}
+    for model in {one for stage in config.stages.values() for one in stage.judge_models}:
+        base = resolve_base(config.judge_settings(model).model_copy(update={"random_init": True}))
+        if all_found or (base.config is not None and not base.problems):
+            found[model] = base_sizes(base.checked().config)
+    return found
 
 
 def _why_not(gpu: str | None, has_gpus: bool) -> str:
@@ -73,7 +95,7 @@ def memory_line(config: RunConfig, sizes: BaseSizes, longest: dict[str, int]) ->
     """The plan of memory in a line: on this machine, or on GPUs of the usual size."""
     has_gpus = any(config.roles.gpus_of(role) for role in working_roles(config))
     device = GPUS[DEFAULT_GPU] if has_gpus else cpu(local_memory())
-    return RunPlan.of(config, sizes, device, longest).line()
+    return RunPlan.of(config, sizes, device, longest, judges_of(config)).line()
 
 
 def memory_problems(
@@ -90,7 +112,7 @@ def memory_problems(
     if sizes is None or on_gpu or config.limits.memory == "ignore" or not local:
         return []
     memory = local_memory()
-    budget = Budget(config, sizes, cpu(memory), {})
+    budget = Budget(config, sizes, cpu(memory), {}, judges_of(config))
     for stage in stages:
         here = [p for p in budget.processes() if p.stage == stage]
         least = sum(p.certain * len(p.ranks) for p in here)

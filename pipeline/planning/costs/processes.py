@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pipeline.planning.costs.activations import PassSize, scoring_pass, training_pass
@@ -86,6 +86,8 @@ class Budget:
     device: Device
     longest: dict[str, int]
     """Stage -> tokens of its longest sequence, where its data are known."""
+    judges: Mapping[str, BaseSizes] = field(default_factory=dict)
+    """Models that the run's engines judge samples with, by their names in the config."""
 
     def processes(self) -> list[ProcessMemory]:
         """Of every stage in order, then of the evaluation."""
@@ -113,9 +115,11 @@ class Budget:
         for role in ROLES:
             if role not in working or self.config.roles.server_of(role) != role:
                 continue
-            if role == JUDGE:  # It holds another model, of which the plan knows nothing.
-                continue
-            if role in ENGINE_ROLES:
+            if role == JUDGE:
+                (model,) = stage.judge_models
+                if model in self.judges:
+                    yield self._engine(role, name, 0, self.judges[model])
+            elif role in ENGINE_ROLES:
                 assert stage.online
                 yield self._engine(role, name, self._payload(stage))
             else:
@@ -216,11 +220,12 @@ class Budget:
         if serves[REWARD]:
             yield from stage.reward_models
 
-    def _engine(self, role: str, stage: str, payload: int) -> ProcessMemory:
+    def _engine(self, role: str, stage: str, payload: int, other: BaseSizes | None = None) -> ProcessMemory:
+        """`other`: sizes of its model, where that is not the run's base."""
         options, roles = self.config.roles.engine_of(role), self.config.roles
         on_gpu = roles.gpus_of(role) > 0
         memory = self.device.memory if on_gpu else None
-        made = engine_memory(self.sizes, options, self.config.model.dtype, memory, payload)
+        made = engine_memory(other or self.sizes, options, self.config.model.dtype, memory, payload)
         workers = options.tensor_parallel_size
         one = min(made.cache, made.per_token * made.positions // workers)
         parts = {

@@ -3,6 +3,7 @@ fit."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +43,16 @@ class RunPlan:
 
     @classmethod
     def of(
-        cls, config: RunConfig, sizes: BaseSizes, device: Device, longest: dict[str, int] | None = None
+        cls,
+        config: RunConfig,
+        sizes: BaseSizes,
+        device: Device,
+        longest: dict[str, int] | None = None,
+        judges: Mapping[str, BaseSizes] | None = None,
     ) -> RunPlan:
-        """Of a run on one kind of device. `longest`: tokens of each stage's longest sequence, if known."""
-        budget = Budget(config, sizes, device, longest or {})
+        """Of a run on one kind of device. `longest`: tokens of each stage's longest sequence, if known;
+        `judges`: as of `Budget`."""
+        budget = Budget(config, sizes, device, longest or {}, judges or {})
         too_large = overfull(budget)
         ways = ways_to_fit(budget) if too_large else []
         return cls(

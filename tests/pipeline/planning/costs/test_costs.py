@@ -263,6 +263,21 @@ def test_a_plan_needs_a_config_json_alone(here: Path, capsys: pytest.CaptureFixt
     assert storage["merged_copies"] == 4 * found["parameters"], "float32, one engine"
 
 
+def test_a_judges_engines_are_planned_with_the_sizes_of_its_own_model(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(QWEN, here.parent / "judge")
+    reward = {"kind": "judge", "model": "judge", "prompt": "judge.txt"}
+    stage = {"data": "builtin:arithmetic", "rewards": [reward]}
+    here.write_text(yaml.safe_dump(yaml.safe_load(here.read_text()) | {"stages": {"grpo": stage}}))
+    assert main(["plan", str(here), "model.dtype=bfloat16", "--json"]) == 0
+    weights = {p["role"]: p["parts"].get("weights") for p in json.loads(capsys.readouterr().out)["processes"]}
+    assert weights["rollout"] == 2 * 6_919_161_856
+    assert weights["judge"] == pytest.approx(2 * 30.5e9, rel=0.01)
+    assert main(["plan", str(here), "stages.grpo.rewards.0.model=elsewhere/at/all"]) == 2
+    assert "elsewhere/at/all" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
