@@ -27,8 +27,11 @@ CULPRIT_GRACE_S = 3.0
 within milliseconds in their collective ("connection closed by peer"), often before Ray reports the death;
 the dead one is the one to name."""
 
-TIMED_OUT = ("Timed out waiting", "Watchdog caught collective operation timeout")
-"""In errors of torch's: of gloo, and of NCCL."""
+TIMED_OUT = (
+    "Timed out waiting", "Watchdog caught collective operation timeout",
+    "seconds waiting for clients", "while trying to connect to", "wait timeout after",
+)  # fmt: skip
+"""In errors of torch's: of gloo, of NCCL, and of the store at which ranks meet."""
 
 POLL_S = 0.5
 """Longest stretch inside Ray without a look at signals."""

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import replace
+from datetime import timedelta
 
+import pytest
+
+from actors.cluster.futures import Fault, waited_in_vain
 from actors.cluster.hung import CONNECTED_S, FROZEN_S, STILL_S, STOPPED_S, Look, Seen, hung
+from actors.cluster.meeting_point import open_meeting_point
 
 ALIVE = Look(cpu_s=1.0, beats=10, doing="updates.update, step 7", entered={"0-1": 40})
 
@@ -102,3 +108,22 @@ def test_nobody_is_named_by_a_single_look_or_where_one_was_not_seen() -> None:
     assert hung({0: ahead, 1: looks((60, ALIVE))}, [0, 1]) == {}
     assert hung({0: ahead}, [0, 1]) == {}
     assert hung({1: every(5, STILL_S)}, [1]) == {}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_that_does_not_come_to_the_meeting_of_ranks_is_told_from_the_one_that_waited_for_it(
+    rank: int,
+) -> None:
+    """Whoever listens and whoever connects say so in different words."""
+    from torch.distributed import TCPStore
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    wait = timedelta(seconds=1)
+    with pytest.raises(RuntimeError) as alone:
+        if rank == 0:
+            open_meeting_point("127.0.0.1", port, 2, wait, wait=True)
+        else:
+            TCPStore("127.0.0.1", port, 2, False, wait, wait_for_workers=True)
+    assert waited_in_vain(Fault(rank, alone.value, died=False))
+    assert not waited_in_vain(Fault(rank, alone.value, died=True))
