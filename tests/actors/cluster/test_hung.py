@@ -120,10 +120,11 @@ def test_one_that_does_not_come_to_the_meeting_of_ranks_is_told_from_the_one_tha
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     wait = timedelta(seconds=1)
+    meet = {
+        0: lambda: open_meeting_point("127.0.0.1", port, 2, wait, wait=True),
+        1: lambda: TCPStore("127.0.0.1", port, 2, False, wait, wait_for_workers=True),
+    }
     with pytest.raises(RuntimeError) as alone:
-        if rank == 0:
-            open_meeting_point("127.0.0.1", port, 2, wait, wait=True)
-        else:
-            TCPStore("127.0.0.1", port, 2, False, wait, wait_for_workers=True)
+        meet[rank]()
     assert waited_in_vain(Fault(rank, alone.value, died=False))
     assert not waited_in_vain(Fault(rank, alone.value, died=True))
