@@ -16,7 +16,7 @@ from actors.models.architectures.row import Architecture
 from actors.models.architectures.table import ROWS
 from actors.models.architectures.tensor_parallel_sizes import split_sizes, why_not_split
 from actors.models.architectures.vllm_table import VLLM_ROWS, VllmRow, vllm_row
-from actors.models.lora.heads import HEAD_FILE, has_sequence_classifier
+from actors.models.lora.heads import HEAD_FILE, has_sequence_classifier, saved_head
 from actors.models.sizes import BaseSizes, Layer, Part, Weight, base_sizes
 from actors.models.spec import ModelSpec
 from actors.models.speed import measure_cpu
@@ -47,6 +47,7 @@ __all__ = [
     "n_experts",
     "n_heads",
     "replay_problem",
+    "saved_head",
     "split_sizes",
     "vllm_row",
     "why_not_split",

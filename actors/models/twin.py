@@ -17,11 +17,10 @@ from actors.models.base.loading import load_base, resolve_base
 from actors.models.lora.adapters import (
     attach_config,
     base_quantization,
-    read_head,
     save_adapter,
     saved_config,
 )
-from actors.models.lora.heads import make_head
+from actors.models.lora.heads import make_head, saved_head
 from actors.models.lora.merge import merged_state, write_model
 from actors.models.spec import ModelSpec
 
@@ -118,7 +117,7 @@ def write_adapter_twin(
         peft = attach_config(model, saved_config(adapter_dir), "twin", seed)
     except ValueError as error:
         raise UserError(f"adapter '{adapter_dir}' can't be rebuilt on a twin: {error}") from error
-    scores = read_head(adapter_dir) is not None
+    scores = saved_head(adapter_dir) is not None
     head = make_head(model.config, "normal", seed, model.device).weight if scores else None
     save_adapter(peft, "twin", out_dir, head)
 

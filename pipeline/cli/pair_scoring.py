@@ -18,7 +18,8 @@ def eval_pairs(
         UserError: the directory holds no reward model, or the pairs can't be used.
     """
     from actors.models.base.loading import is_adapter_dir, load_tokenizer
-    from actors.models.lora.adapters import base_quantization, read_head
+    from actors.models.facts import saved_head
+    from actors.models.lora.adapters import base_quantization
     from actors.models.spec import ModelSpec
     from actors.models.turn_ends import vocab_size
     from actors.trainer.model_host import START_ADAPTER, ModelHost
@@ -33,7 +34,7 @@ def eval_pairs(
             f"{model}: no reward model there (adapter_config.json is missing); name the `adapter` directory "
             "of a finished reward stage, such as runs/demo/reward/adapter"
         )
-    if read_head(model) is None:
+    if saved_head(model) is None:
         raise UserError(f"{model}: this adapter has no score head, so it is a policy and no reward model")
     with working(f"scoring the pairs of {source}"):
         trained_on = base_quantization(model)

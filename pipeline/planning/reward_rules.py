@@ -199,7 +199,7 @@ def _check_judge(model: str, config: RunConfig) -> None:
 def _check_reward_model(directory: Path) -> None:
     """Refuse a directory that holds no adapter with a score head."""
     from actors.models.base.loading import no_such_directory
-    from actors.models.lora.adapters import read_head
+    from actors.models.facts import saved_head
 
     if not os.path.isdir(directory):
         raise UserError(no_such_directory(str(directory)))
@@ -208,7 +208,7 @@ def _check_reward_model(directory: Path) -> None:
             f"{directory} holds no reward model (adapter_config.json is missing); name the `adapter` "
             "directory of a finished reward stage"
         )
-    if read_head(directory) is None:
+    if saved_head(directory) is None:
         raise UserError(
             f"{directory} is a policy's adapter: it has no score head, so it can't reward anything"
         )

@@ -14,6 +14,7 @@ from actors.models.architectures.lookup import architecture_of
 from actors.models.base.mxfp4 import dequantized_mxfp4, is_mxfp4, without_quantization
 from actors.models.base.resolving import (
     ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     ResolvedBase,
     first_line,
     follow_adapter,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
     "ResolvedBase",
     "Split",
     "is_adapter_dir",

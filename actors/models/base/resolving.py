@@ -16,7 +16,8 @@ from actors.models.spec import CHECKOUT_BASE, EMBEDDED_BASE, ModelSpec, locate_e
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""PEFT's names."""
 _FILES = (".safetensors", ".bin", ".json", ".gguf", ".pt", ".yaml")
 _OWN_FOLDERS = (CHECKOUT_BASE.parts[0], "runs")
 

@@ -16,9 +16,9 @@ from torch import nn
 from actors.errors import UserError
 from actors.models.architectures.meta_model import meta_model
 from actors.models.base.digests import base_fingerprint
-from actors.models.base.loading import ADAPTER_CONFIG
+from actors.models.base.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from actors.models.files import save_tensors
-from actors.models.lora.heads import HEAD_FILE, HEAD_NAME, SCORE_KEY, has_sequence_classifier
+from actors.models.lora.heads import HEAD_FILE, HEAD_NAME, SCORE_KEY, has_sequence_classifier, saved_head
 from actors.models.parallel.fsdp import is_sharded, put_, whole
 from actors.models.quantization.quantised_tensor import quantization_of
 from actors.models.spec import Quantization
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PretrainedConfig
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _FINGERPRINT_KEY = "base_fingerprint"
 _QUANTIZATION_KEY, _DTYPE_KEY = "base_quantization", "base_dtype"
 """In the metadata of an adapter on a quantised base: `model.quantization` and `model.dtype`."""
@@ -93,15 +92,15 @@ def read_head(directory: str | Path) -> torch.Tensor | None:
     Raises:
         UserError: a file can't be read, or the head is of another shape than one score.
     """
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
-    file = Path(directory) / HEAD_FILE
-    head = load_file(file)[HEAD_NAME] if file.is_file() else _all_tensors(Path(directory)).get(SCORE_KEY)
-    if head is not None and (head.ndim != 2 or len(head) != 1):
-        raise UserError(
-            f"adapter '{directory}' has a head of shape {tuple(head.shape)}; one score is (1, hidden)"
-        )
-    return None if head is None else head.float()
+    found = saved_head(directory)
+    if found is None:
+        return None
+    file, name = found
+    with safe_open(file, "pt") as opened:
+        head: torch.Tensor = opened.get_tensor(name)
+    return head.float()
 
 
 def load_adapter_weights(peft: PeftModel, adapter_name: str, directory: str | Path) -> None:

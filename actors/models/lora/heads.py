@@ -7,7 +7,11 @@ saving or switching one role's adapter can't touch another role's head.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from actors.errors import UserError
+from actors.models.base.loading import ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +54,31 @@ def has_sequence_classifier(model_type: str) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
     return model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+
+def saved_head(directory: str | Path) -> tuple[Path, str] | None:
+    """The file that has the scalar head (1, hidden) saved with an adapter, and the tensor's name there; None
+    for an adapter without one. Reads names and shapes alone.
+
+    Raises:
+        UserError: a file can't be read, or the head is of another shape than one score.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file, name = Path(directory) / HEAD_FILE, HEAD_NAME
+    if not file.is_file():
+        file, name = Path(directory) / ADAPTER_WEIGHTS, SCORE_KEY
+    if not file.is_file():
+        raise UserError(f"adapter '{directory}' has no {ADAPTER_WEIGHTS}")
+    try:
+        with safe_open(file, "numpy") as opened:
+            names = opened.keys()
+            shape = tuple(opened.get_slice(name).get_shape()) if name in names else None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"adapter '{file}' is damaged: {error}") from error
+    if shape is not None and (len(shape) != 2 or shape[0] != 1):
+        raise UserError(f"adapter '{directory}' has a head of shape {shape}; one score is (1, hidden)")
+    return None if shape is None else (file, name)
 
 
 def head_parameters(head: nn.Linear | None) -> dict[str, nn.Parameter]:

@@ -24,7 +24,8 @@ from actors.models.architectures.conversion import checkpoint_tensors
 from actors.models.architectures.meta_model import meta_model
 from actors.models.base.loading import load_base, local_base_dir, resolve_base
 from actors.models.files import new_model, writing
-from actors.models.lora.adapters import attach_saved, base_quantization, check_adapter_matches_base, read_head
+from actors.models.lora.adapters import attach_saved, base_quantization, check_adapter_matches_base
+from actors.models.lora.heads import saved_head
 from actors.models.lora.low_rank import Factors, low_rank_delta
 from actors.models.lora.merge_check import compare, compute_dtype
 from actors.models.lora.merge_files import FileMerge, Unchanged
@@ -142,7 +143,7 @@ def base_of_adapter(base: str | None, adapter_dir: str | Path) -> tuple[Path, Pr
     base_dir = local_base_dir(resolved.base_path)
     assert resolved.config is not None
     problems = check_adapter_matches_base(adapter_dir, resolved.config, base_dir)
-    if not problems and read_head(adapter_dir) is not None:
+    if not problems and saved_head(adapter_dir) is not None:
         problems = [f"adapter '{adapter_dir}' is a reward model or critic: merged, it would lose its head"]
     if problems:
         raise UserError(problems)
