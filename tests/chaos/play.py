@@ -159,7 +159,9 @@ def play_evaluation(scene: Scene, cell: Cell) -> Outcome:
         outcome.left = life.left()
     elif life.code is not None:
         _ended(scene, cell, outcome, at)
-        _wait_for_end(scene.life or scene.begin())
+        again = scene.life or scene.begin()
+        _wait_for_end(again)
+        _look_again(outcome, again)
     scene.finish()
     name = f"{scene.stage}.jsonl"
     outcome.equal = (kept / name).is_file() and file_digest(kept / name) == file_digest(
@@ -198,8 +200,6 @@ def _ended(scene: Scene, cell: Cell, outcome: Outcome, at: float) -> None:
         outcome.said = " | ".join(text for _, text in life.said[-3:])[:300]
     _note_detection(scene, cell, outcome, at, 0)
     outcome.left = life.left()
-    if outcome.code == -signal.SIGKILL:  # What this leaves goes with the next run of this TMPDIR.
-        outcome.left.pop("/tmp")
     scene.finish()
     if (scene.run / scene.stage / "manifest.json").is_file():
         return
@@ -212,8 +212,16 @@ def _ended(scene: Scene, cell: Cell, outcome: Outcome, at: float) -> None:
         outcome.said += " | " + " | ".join(text for _, text in life.said[-3:])[:200]
         return
     outcome.recovery_s = time.time() - began
+    _look_again(outcome, life)
     outcome.loading_s = max(life.calls(f"{kind}-0").loading(began) for kind in ("policy", "rollout"))
     outcome.steps_lost = 0 if cell.early else max(0, outcome.step - (_gone_on(life) or 0))
+
+
+def _look_again(outcome: Outcome, life: Life) -> None:
+    """A driver that was killed, also by Ray, leaves temporary files, which go with the next run of this
+    TMPDIR: what that has left counts."""
+    files = outcome.left.get("/tmp", [])
+    outcome.left["/tmp"] = [name for name in files if (life.temporary / name).exists()]
 
 
 def _gone_on(life: Life) -> Any:
