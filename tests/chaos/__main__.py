@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos import bases
-from tests.chaos.cells import SCENES, Cell, all_cells, chosen, next_cell, senseless
+from tests.chaos.cells import FORMS, SCENES, Cell, all_cells, chosen, next_cell, senseless
 from tests.chaos.nodes import Nodes
 from tests.chaos.observe import Lengths
 from tests.chaos.play import Over, play, play_evaluation
@@ -36,6 +36,8 @@ from tests.whole_runs.runs import ENVIRONMENT, ROOT, start
 PAGE = ROOT / "docs" / "chaos.md"
 STEPS = 60
 """Of a run, which sees a dozen losses or two before its end."""
+FORMS_STEPS = 32
+"""Of a run of `FORMS`, which sees three at most, and is played to its end."""
 TRIES = 3
 """Of a cell whose run ends by itself before the moment comes."""
 
@@ -57,7 +59,7 @@ def main() -> int:
     print(f"{len(cells)} cells to do, {len(rows)} done before, in {options.work}", flush=True)
     began, temporary = time.monotonic(), Path(tempfile.mkdtemp(prefix="c", dir="/tmp"))
     try:
-        for name in SCENES:
+        for name in (*SCENES, *FORMS):
             mine = [cell for cell in cells if cell.scene == name]
             if mine:
                 with contextlib.closing(Nodes(2)) if name == "nodes" else contextlib.nullcontext() as nodes:
@@ -93,12 +95,15 @@ def scene_of(name: str, options: argparse.Namespace, temporary: Path, nodes: Nod
 
     def make(place: Path) -> list[str]:
         output = place / "run"
-        if name == "dpo":
-            return bases.command_for(place, bases.dpo(output, STEPS, patience))
+        steps = FORMS_STEPS if name in FORMS else STEPS
+        if name in bases.OFFLINE:
+            return bases.command_for(place, bases.offline(name, output, steps, patience))
+        if name in bases.POLICIES:
+            return bases.command_for(place, bases.form(name, output, steps, patience))
         whole = bases.ppo(output, STEPS, patience, bases.reward_model(directory))
         return bases.command_for(place, whole if nodes is None else bases.on_nodes(whole, nodes.address))
 
-    scene = Scene(name, bases.STAGES[name], make, directory, temporary, patience)
+    scene = Scene(name, bases.stage_of(name), make, directory, temporary, patience)
     if nodes is not None:
         scene.before = nodes.complete
     scene.whole = directory / f"{name}-whole" / "run"
@@ -131,6 +136,8 @@ def play_scene(scene: Scene, cells: list[Cell], rows: dict[str, Any], results: P
                     continue
                 outcome = found or Outcome(cell.key, said="the run ended before the moment came")
             left.remove(cell)
+            if not left and cell.scene in FORMS:
+                to_the_end(scene, outcome)
             rows[cell.key] = outcome.row()
             saved(results, rows)
             done = f"{len(cells) - len(left)}/{len(cells)}"
@@ -150,6 +157,18 @@ def playing(scene: Scene, cell: Cell) -> Outcome:
             scene.make(scene.place), cwd=scene.place, env=ENVIRONMENT, capture_output=True, check=True
         )
     return play_evaluation(scene, cell)
+
+
+def to_the_end(scene: Scene, outcome: Outcome) -> None:
+    """Let a run end by itself, and note at its last cell what it made and what it leaves."""
+    if scene.life is None or outcome.equal is False:
+        return
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        scene.life.process.wait(120 * scene.patience)
+    difference = f"ended with {scene.life.code}" if scene.life.code != 0 else scene.first_difference()
+    if difference is not None:
+        outcome.equal, outcome.said = False, f"{outcome.said} | at its end: {difference}"
+    outcome.left = {name: outcome.left.get(name, []) + found for name, found in scene.life.left().items()}
 
 
 def over(scene: Scene, cell: Cell) -> Outcome | None:

@@ -11,8 +11,18 @@ from tests.whole_runs.test_online import REWARD
 
 DATA = {"source": "builtin:arithmetic", "max_rows": 64}
 SAVE_STEPS = 4
-STAGES = {"ppo": "ppo", "dpo": "dpo", "nodes": "ppo", "soak": "grpo"}
-"""The stage of each scene in which processes are lost."""
+OFFLINE = {"dpo": "preference", "sft": "train", "reward": "preference", "kto": "preference"}
+"""Stages that make no samples, and the split of the data that they read."""
+POLICIES: dict[str, dict[str, Any]] = {
+    "one": {"workers": 1},
+    "base": {"sharding": "base"},
+    "full": {"sharding": "full"},
+    "experts": {"sharding": "experts"},
+    "experts+full": {"workers": 4, "sharding": "experts+full", "expert_parallel_size": 2},
+    "tensor": {"tensor_parallel_size": 2},
+    "whole": {"sharding": "full"},
+}
+"""Forms of a policy, of two workers where nothing else is said; `whole` trains all weights, by SFT."""
 MANY_LOSSES = {"max_restarts": 1000, "restart_window": 1.0}
 """One run goes through more losses than any real one."""
 APART = {"workers": 1, "cpus": 0.1}
@@ -89,13 +99,36 @@ def grpo(output: Path, steps: int, patience: float) -> dict[str, Any]:
     return _run(output, patience, {"grpo": stage}, roles)
 
 
-def dpo(output: Path, steps: int, patience: float) -> dict[str, Any]:
-    """DPO: two policy ranks and a reference of its own, which is asked in every step."""
+def offline(kind: str, output: Path, steps: int, patience: float) -> dict[str, Any]:
+    """A stage of `OFFLINE` on two policy ranks; DPO with a reference of its own, which is asked in every
+    step."""
     stage = {
-        "data": DATA | {"split": "preference"}, "batch_size": 8, "max_steps": steps, "save_steps": SAVE_STEPS,
-        "save_total_limit": 2, "learning_rate": 1e-4, "max_length": 128,
+        "data": DATA | {"split": OFFLINE[kind]}, "batch_size": 8, "max_steps": steps, "max_length": 128,
+        "save_steps": SAVE_STEPS, "save_total_limit": 2, "learning_rate": 1e-4,
     }  # fmt: skip
-    return _run(output, patience, {"dpo": stage}, {"policy": APART | {"workers": 2}, "reference": APART})
+    roles = {"policy": APART | {"workers": 2}} | ({"reference": APART} if kind == "dpo" else {})
+    return _run(output, patience, {kind: stage}, roles)
+
+
+def form(name: str, output: Path, steps: int, patience: float) -> dict[str, Any]:
+    """A policy of `POLICIES` in GRPO with one engine; its samples are scored, as two steps use them."""
+    policy = APART | {"workers": 2} | POLICIES[name]
+    if name == "whole":
+        run = offline("sft", output, steps, patience)
+        run["model"]["lora"] = None
+        return run | {"roles": {"policy": policy}}
+    run = grpo(output, steps, patience)
+    run["stages"]["grpo"] |= {"steps_per_generation": 2, "save_steps": SAVE_STEPS}
+    return run | {"roles": {"policy": policy, "rollout": APART}}
+
+
+def stage_of(scene: str) -> str:
+    """The stage in which processes are lost."""
+    if scene in OFFLINE:
+        return scene
+    if scene == "whole":
+        return "sft"
+    return "grpo" if scene in POLICIES else "ppo"
 
 
 def command_for(directory: Path, config: dict[str, Any]) -> list[str]:

@@ -20,6 +20,20 @@ WAYS = ("kill", "stop")
 SCENES = ("ppo", "dpo", "nodes")
 """Runs in which it happens: PPO with every role in processes of its own, DPO with two ranks and a reference,
 and the PPO run on a cluster of several nodes."""
+FORMS: dict[str, tuple[tuple[str, str], ...]] = {
+    "one": (("policy-0", "scoring"), ("policy-0", "update"), ("policy-0", "sync stage")),
+    "base": (("policy-1", "scoring"), ("policy-0", "update")),
+    "full": (("policy-1", "update"), ("policy-0", "sync stage"), ("policy-1", "save")),
+    "experts": (("policy-1", "scoring"), ("policy-1", "sync stage"), ("policy-0", "save")),
+    "experts+full": (("policy-3", "update"), ("policy-1", "sync stage"), ("policy-2", "save")),
+    "tensor": (("policy-0", "scoring"), ("policy-1", "update"), ("policy-1", "sync stage")),
+    "whole": (("policy-0", "update"), ("policy-1", "save")),
+    "sft": (("policy-0", "update"),),
+    "reward": (("policy-1", "update"), ("policy-0", "save")),
+    "kto": (("policy-0", "update"),),
+}
+"""Further scenes, other forms of a policy and other stages: the ranks that are killed, at which moments. They
+always have to be replaced."""
 EARLY = ("start", "load")
 """Phases that a life of a run has once."""
 WATCHED = ("driver", "raylet", "gcs")
@@ -104,6 +118,8 @@ class Cell:
 def senseless(cell: Cell) -> str | None:
     """The reason why a cell is left out, or None."""
     kind, own = kind_of(cell.role), CALLS.get(kind_of(cell.role), {})
+    if cell.scene in FORMS:
+        return None
     if cell.scene == "nodes" or cell.role == "node":
         if cell.role != "node" or cell.scene != "nodes":
             return "a run on one machine has one node, whose loss is the raylet's"
@@ -132,14 +148,17 @@ def senseless(cell: Cell) -> str | None:
     return None
 
 
-def all_cells(seeds: int = 1, scenes: Sequence[str] = SCENES) -> Iterator[Cell]:
-    """Every combination, those that are left out too."""
+def all_cells(seeds: int = 1) -> Iterator[Cell]:
+    """Every combination, those that are left out too, and the cells of the forms."""
     for seed in range(seeds):
-        for scene in scenes:
+        for scene in SCENES:
             for role in ROLES:
                 for phase in PHASES:
                     for way in WAYS:
                         yield Cell(scene, role, phase, way, seed)
+        for form, moments in FORMS.items():
+            for role, phase in moments:
+                yield Cell(form, role, phase, "kill", seed)
 
 
 def chosen(patterns: Sequence[str], seeds: int) -> list[Cell]:

@@ -113,10 +113,11 @@ class Scene:
             if ours != theirs:
                 names = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
                 return f"step {ours['step']}: {', '.join(sorted(names)[:4])}"
-        adapter = Path(self.stage) / "adapter" / "adapter_model.safetensors"
-        both = [run / adapter for run in (self.run, self.whole)]
-        if both[0].is_file() and file_digest(both[0]) != file_digest(both[1]):
-            return "the final adapter"
+        stage = self.whole / self.stage
+        for theirs in [*stage.glob("adapter/*.safetensors"), *stage.glob("model/*.safetensors")]:
+            ours = self.run / theirs.relative_to(self.whole)
+            if ours.is_file() and file_digest(ours) != file_digest(theirs):
+                return f"the final {theirs.parent.name}"
         return None
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tests.chaos.cells import PHASES, ROLES, SCENES, WAYS, Cell, senseless
+from tests.chaos.cells import FORMS, PHASES, ROLES, SCENES, WAYS, Cell, senseless
 
 BEGINS, ENDS = "<!-- made by `make chaos` -->", "<!-- end of what `make chaos` made -->"
 Row = Mapping[str, Any]
@@ -35,7 +35,8 @@ def sign(rows: Sequence[Row]) -> str:
 
 def bad(row: Row) -> bool:
     """The cell is not as it should be."""
-    fine = row["verdict"] in ("in place", "went on", "ended")
+    form = row["cell"].partition(":")[0] in FORMS
+    fine = row["verdict"] in (("in place",) if form else ("in place", "went on", "ended"))
     return not fine or row["equal"] is not True or any(row["left"].values())
 
 
@@ -64,6 +65,26 @@ def _field(
     if rows:
         return sign(rows)
     return "-" if senseless(Cell(scene, role, phase, way)) else "not run"
+
+
+def forms(rows: Mapping[str, Row]) -> list[str]:
+    """Lines of the table of `FORMS`: scenes down, phases across, in each field the rank that was killed."""
+    found: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    for row in rows.values():
+        scene, role, phase, _, _ = row["cell"].split(":")
+        if scene in FORMS:
+            found.setdefault((scene, phase), {}).setdefault(role, []).append(row)
+    phases = [phase for phase in PHASES if any(phase.replace(" ", "-") == one for _, one in found)]
+    lines = ["", "| kill | " + " | ".join(phases) + " |", "|---|" + "---|" * len(phases)]
+    for scene in [form for form in FORMS if any(form == one for one, _ in found)]:
+        fields = []
+        for phase in phases:
+            these = found.get((scene, phase.replace(" ", "-")), {})
+            asked = any(phase == one for _, one in FORMS[scene])
+            told = [f"{role}: {sign(ones)}" for role, ones in these.items()]
+            fields.append(", ".join(told) or ("not run" if asked else "-"))
+        lines.append(f"| {scene} | " + " | ".join(fields) + " |")
+    return lines if found else []
 
 
 def numbers(rows: Mapping[str, Row]) -> list[str]:
@@ -113,6 +134,8 @@ def page(rows: Mapping[str, Row], how: str) -> str:
         tables = [line for way in WAYS for line in matrix(scene, way, rows)]
         if tables:
             lines += ["", f"### {scene}", *tables]
+    if table := forms(rows):
+        lines += ["", "### Other forms of a policy", *table]
     return "\n".join([*lines, *numbers(rows), "", ENDS])
 
 

@@ -7,7 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.cells import PHASES, ROLES, SCENES, WAYS, Cell, all_cells, chosen, next_cell, senseless
+from pipeline.config.load import load_config
+from tests.chaos import bases
+from tests.chaos.cells import (
+    CALLS,
+    FORMS,
+    PHASES,
+    ROLES,
+    SCENES,
+    WAYS,
+    Cell,
+    all_cells,
+    chosen,
+    next_cell,
+    senseless,
+)
 from tests.chaos.observe import Calls, Tail, is_about
 from tests.chaos.scene import Outcome
 from tests.chaos.soak import Story, Watch, losses
@@ -15,7 +29,7 @@ from tests.chaos.table import BEGINS, ENDS, bad, page, put_into
 
 
 def test_every_cell_has_a_reason_to_be_left_out_or_a_call_that_shows_its_moment() -> None:
-    cells = list(all_cells())
+    cells = [cell for cell in all_cells() if cell.scene not in FORMS]
     assert len({cell.key for cell in cells}) == len(SCENES) * len(ROLES) * len(PHASES) * len(WAYS)
     for cell in cells:
         reason = senseless(cell)
@@ -37,6 +51,20 @@ def test_every_role_is_killed_and_stopped_in_every_phase_in_which_it_works() -> 
         assert ("reward-0", "scoring", way) in played
         assert ("driver", "update", way) in played
     assert ("reference-0", "sync commit", "kill") not in played
+
+
+def test_every_form_of_a_policy_is_a_run_whose_ranks_are_killed_in_what_they_do(tmp_path: Path) -> None:
+    for name, moments in FORMS.items():
+        make = bases.offline if name in bases.OFFLINE else bases.form
+        bases.command_for(tmp_path, make(name, tmp_path / "run", 4, 1.0))
+        run = load_config(tmp_path / "run.yaml")
+        (stage,) = run.stages
+        assert stage == bases.stage_of(name)
+        for role, phase in moments:
+            assert phase in CALLS["policy"]
+            assert int(role.removeprefix("policy-")) < run.roles.policy.workers
+    assert {cell.scene for cell in chosen([], 1)} == {*SCENES, *FORMS}
+    assert len(chosen(["experts:*", "kto"], 1)) == len(FORMS["experts"]) + len(FORMS["kto"])
 
 
 def test_a_moment_is_a_function_of_its_cell() -> None:
@@ -84,6 +112,16 @@ def test_the_page_tells_each_cell_and_whatever_is_not_as_it_should_be() -> None:
     assert "Nothing is other than it should be." in page({"a": rows["a"]}, "")
     before = f"# Chaos\n{BEGINS}\nold\n{ENDS}\nafter\n"
     assert put_into(put_into(before, told), told) == f"# Chaos\n{told}\nafter\n"
+
+
+def test_a_rank_of_another_form_that_was_not_replaced_is_a_fault() -> None:
+    ended = row("whole:policy-0:update:kill:0", verdict="ended", code=1, recovery_s=30.0)
+    rows = {"a": row("experts+full:policy-3:update:kill:0"), "b": ended}
+    told = page(rows, "")
+    assert "| kill | update |" in told
+    assert "| experts+full | policy-3: in place 7 s |" in told
+    assert "| whole | policy-0: resumed (1) 30 s |" in told
+    assert [bad(one) for one in rows.values()] == [False, True]
 
 
 def test_a_file_that_grows_is_read_line_by_line_and_anew_when_it_was_cut(tmp_path: Path) -> None:
