@@ -19,7 +19,7 @@ from actors.cluster.ray_private import MODE, TRIED, head_address, private, use_t
 from actors.cluster.room import by_size
 from actors.cluster.scratch import Scratch
 from actors.cluster.spec import LimitsSpec, RaySpec, RoleSpec, splits_experts, splits_layers
-from actors.cluster.supervision import Supervision
+from actors.cluster.supervision import Replaced, Supervision
 from actors.cluster.turn_plan import EngineBytes, Offload
 from actors.cluster.turns import OneDevice, Turns
 from actors.cluster.worker_group import WorkerGroup
@@ -36,6 +36,7 @@ __all__ = [
     "Offload",
     "OneDevice",
     "RaySpec",
+    "Replaced",
     "RoleSpec",
     "Scratch",
     "Supervision",

@@ -24,7 +24,6 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -315,7 +314,6 @@ class LastingGroup(WorkerGroup):
                 if not lost or not self._snapshots.suffice:
                     raise failure
                 reasons = {rank: self.fleet.members[rank].reason or failure.reason for rank in lost}
-                began = time.monotonic()
                 advice = self.next_of(lost[0])
                 self.supervision.lost(self.name, self.size, reasons, place, failure.phase, advice)
                 try:
@@ -326,9 +324,7 @@ class LastingGroup(WorkerGroup):
                     failure, place = again, f"{again.phase} of ranks that took the place of others"
                     continue
                 self._life += 1
-                said = "; ".join(f"{self.who(rank)} was replaced: {why}" for rank, why in reasons.items())
-                seconds = time.monotonic() - began
-                self.note(f"{said}; {place} is done again ({seconds:.1f} s to replace)")
+                self.supervision.back(self.name, range(self.size))
 
     def _make_again(self, lost: Sequence[int]) -> None:
         """Fresh processes in the state after the last call, at work on what somebody waits for."""

@@ -125,16 +125,17 @@ class Processes:
         self._actors += [self._start_rank(rank) for rank in range(had, size)]
         return [*range(had, size)]
 
-    def restart(self, rank: int, place: str = "") -> None:
+    def restart(self, rank: int, place: str = "", reason: str = "") -> None:
         """Replace a dead or suspect process by a fresh one, which has to `arrive` and to be built again;
-        returns at once. `place`: what it was doing, in words that no other moment has.
+        returns at once. `place`: what it was doing, in words that no other moment has; `reason`: what its
+        caller knows of its loss.
 
         Raises:
             ValueError: the process serves, and was never late.
             RunFailure: too many were replaced: the run ends.
         """
         self.fleet.after([rank], ProcessEvent.RESTARTED)  # Is it allowed at all?
-        reason = self.fleet.members[rank].reason or "it was late before"
+        reason = reason or self.fleet.members[rank].reason or "it was late before"
         self.supervision.lost(self.name, self.size, {rank: reason}, place, next_step=self.next_of(rank))
         self.liveness.saw([rank], ProcessEvent.RESTARTED)
         self._start_again(rank)

@@ -30,7 +30,7 @@ from actors.rollout.lengths import Lengths
 from actors.rollout.pace import Pace
 from actors.rollout.remote import RolloutEngines
 from actors.rollout.shares import Shares
-from actors.sync.engine_set import EngineSet, Replacement, Restart
+from actors.sync.engine_set import EngineSet, Replacement
 from actors.sync.engine_state import WeightsState
 
 MAX_RESTARTS = 2
@@ -128,11 +128,6 @@ class RolloutPool:
         self._remote = RolloutEngines(self.group)
         self._keys = itertools.count()
         self._lengths, self._paces = Lengths(), [Pace() for _ in engines]
-
-    @property
-    def restarts(self) -> list[Restart]:
-        """Engines that were replaced in all calls so far."""
-        return self.engines.restarts
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingSpec, seeds: Sequence[int]

@@ -38,14 +38,6 @@ Load = Callable[[int, int], object]
 
 
 @dataclass(frozen=True)
-class Restart:
-    """An engine that was replaced."""
-
-    rank: int
-    reason: str
-
-
-@dataclass(frozen=True)
 class Replacement:
     """A new engine on its way to the weights that it has to serve."""
 
@@ -62,8 +54,6 @@ class EngineSet:
         Without it they serve nobody before a `WeightSync` has brought them a version."""
         self.group = group
         self.turn = threading.RLock()
-        self.restarts: list[Restart] = []
-        """Engines that were replaced in the background so far."""
         self._lock = threading.Lock()
         self._synced = load is None
         self._load: Load | None = None if load is None else lambda rank, _: load(rank)
@@ -167,7 +157,6 @@ class EngineSet:
         then the replacement that was."""
         replacement, begun = self._claim(rank, generation, reason)
         if begun:
-            self.restarts.append(Restart(rank, reason))
             # A daemon: a run that ends for another reason doesn't wait for an engine that nobody needs.
             threading.Thread(
                 target=self._make, args=(rank, replacement, self._load), daemon=True, name=f"replace-{rank}"
@@ -219,7 +208,9 @@ class EngineSet:
                 return self._replacements[rank], False
             # One that was late may have answered another call since: it serves, and may hang all the same.
             if not self.group.fleet.sound(rank):
-                self.group.restart(rank)
+                self.group.restart(rank, reason=reason)
+            else:
+                self.group.supervision.remade(self.group.name, rank, reason)
             process = self.group.fleet.members[rank].generation
             engine = replace(engine.after(WeightsEvent.RESTARTED), process=process)
             self._engines[rank] = engine
@@ -243,6 +234,7 @@ class EngineSet:
             self.saw(rank, generation, WeightsEvent.FAILED, self._why(rank, error))
             replacement.done.set_exception(error)
         else:
+            self.group.supervision.back(self.group.name, [rank])
             replacement.done.set_result(None)
 
     def _why(self, rank: int, error: BaseException) -> str:

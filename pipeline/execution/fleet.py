@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from actors.cluster import (
     GroupFuture,
     MeasuredLimits,
+    Replaced,
     RoleSpec,
     Supervision,
     WorkerFuture,
@@ -62,13 +63,16 @@ class Fleet:
         startup: dict[str, float],
         fresh: bool = False,
         note: Callable[[str], None] = lambda line: None,
+        replaced: Callable[[Replaced], None] = lambda one: None,
     ) -> None:
-        """`fresh`: also ignore what earlier runs left in the reference cache. `note`: says a line."""
+        """`fresh`: also ignore what earlier runs left in the reference cache. `note`: says a line;
+        `replaced`: hears of each process that was replaced."""
         self.config, self.directory, self.startup, self.fresh = config, directory, startup, fresh
         self._note = note
         self.local = is_local(config.ray.address)
         """The cluster is this machine, and ends with the run."""
         self._supervision = Supervision.of(config.limits)
+        self._supervision.tell, self._supervision.replaced = note, replaced
         self._groups: dict[str, WorkerGroup] = {}
         self._hosts: dict[str, Host] = {}
         self.feeds: dict[str, ReferenceFeed] = {}
@@ -351,8 +355,7 @@ class Fleet:
         building = self._build_engines(role)
         if building is not None:
             phase(f"starting the engines of {role}")
-            for rank, reason in bring_up(self._group(role), building).items():
-                phase(f"{role}-{rank} was replaced while it started: {reason}")
+            bring_up(self._group(role), building)
             self.startup.setdefault(f"wait for {role}", round(time.monotonic() - began, 2))
             self._engines[role] = None
         return self._group(role)

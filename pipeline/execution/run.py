@@ -18,6 +18,7 @@ from pipeline.execution.parity import check_parity
 from pipeline.execution.stop import REPORTING, StopRequests
 from pipeline.monitoring.phases import phase
 from pipeline.monitoring.progress import Progress
+from pipeline.monitoring.replacements import Replacements
 from pipeline.monitoring.summary import pairs_table, results_table, say_startup
 from pipeline.monitoring.trackers import Trackers, open_trackers
 from pipeline.report.while_running import ReportWhileRunning
@@ -128,16 +129,17 @@ class Run:
         self.startup: dict[str, float] = {}
         self.graph: Graph | None = None
         self.trackers = Trackers({}, progress.note)
+        self.replacements = Replacements(directory.path, progress.note)
 
     def execute(self, until: str | None, *, train: bool = True) -> int:
         """The whole graph: read, decide, start, train, evaluate, report."""
         from pipeline.execution.fleet import Fleet
         from pipeline.stages.context import Stopped
 
-        code = EXIT_STOPPED
+        code, note, replaced = EXIT_STOPPED, self.progress.note, self.replacements.add
         try:
             with (
-                Fleet(self.config, self.directory, self.startup, self.fresh, self.progress.note) as fleet,
+                Fleet(self.config, self.directory, self.startup, self.fresh, note, replaced) as fleet,
                 self.stop.ending(),
             ):
                 self.graph = self.begin(fleet, until, train=train)
@@ -212,6 +214,7 @@ class Run:
                 report.start()
             for node in graph.nodes:
                 self.run_stage(node, fleet, graph.tokenizer)
+            self.replacements.at("eval")
             Evaluations(self.config, self.directory, self.progress.note, self.stop).run(graph, fleet)
         finally:
             report.stop()
@@ -256,6 +259,8 @@ class Run:
         if node.decision.state != "partial":
             waited = 0.0
         self.progress.stage(node.name, total)
+        began = manifest.step if manifest is not None and node.decision.state == "partial" else None
+        self.replacements.at(node.name, (began or 0) + 1)
         try:
             with fleet.measuring(lambda line: self.progress.note(f"{node.name}: {line}")):
                 manifest = self._train(node, fleet, tokenizer, spent)
@@ -283,7 +288,7 @@ class Run:
         from pipeline.stages.offline.train import train
         from pipeline.stages.online.train import train_rl
 
-        events = Events(self._on_step(fleet), self._on_log(node), self.stop, spent, self.progress.note)
+        events = Events(self._on_step(fleet, node), self._on_log(node), self.stop, spent, self.progress.note)
         contexts = Contexts(fleet)
         stage = node.prepared
         if stage.online:
@@ -310,12 +315,14 @@ class Run:
             self.progress, self.directory.state, [found.node.name for found in graph.pair_evaluations]
         )
         say_startup(self.progress, self.startup, self.seconds())
+        if said := self.replacements.said():
+            self.progress.note(said)
         try:
             self.progress.note(f"report: {build_report(self.directory.path)}")
         except OSError as error:
             self.progress.note(f"report not written: {error}")
 
-    def _on_step(self, fleet: Fleet) -> Any:
+    def _on_step(self, fleet: Fleet, node: Node) -> Any:
         def on_step(step: int, metrics: dict[str, Any]) -> None:
             if "first training step" not in self.startup:
                 fleet.start_others()
@@ -323,11 +330,16 @@ class Run:
                 self.startup["adapter and first step"] = round(total - sum(self.startup.values()), 2)
                 self.startup["first training step"] = round(total, 2)
             self.progress.step(step, metrics)
+            self.replacements.at(node.name, step + 1)
 
         return on_step
 
     def _on_log(self, node: Node) -> Any:
-        return lambda line: self.trackers.log(node.name, int(line["step"]), line)
+        def on_log(line: dict[str, Any]) -> None:
+            numbers = line | {"replacements": self.replacements.count}
+            self.trackers.log(node.name, int(line["step"]), numbers)
+
+        return on_log
 
     def _open_trackers(self) -> Trackers:
         return open_trackers(

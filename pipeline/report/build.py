@@ -23,6 +23,7 @@ from pipeline.report.settings import settings
 from pipeline.report.stage_graph import artifact_text, stage_graph
 from pipeline.report.timeline import chrome_trace
 from pipeline.report.times import memory_bars, time_bars, timeline
+from pipeline.report.tolerant_reading import as_number
 
 HERE = Path(__file__).parent
 
@@ -80,6 +81,7 @@ def render(run: RunView, plots_dir: Path) -> str:
         "timeline": timeline(run, plots_dir) if run.calls else None,
         "times": time_bars(run),
         "memory": memory_bars(run.calls),
+        "replaced": replaced_rows(run),
         "config_lines": config_lines(run.config_text),
     }
     return fill(
@@ -127,6 +129,7 @@ def contents(run: RunView, sections: list[StageSection], shown: dict[str, Any]) 
         ("timeline", "Timeline", shown["timeline"]),
         ("time", "Time", shown["times"]),
         ("memory", "Memory", shown["memory"]),
+        ("replaced", "Replaced processes", run.replacements),
         ("config", "Config and versions", shown["config_lines"] or run.versions),
     ]
     return [(anchor, title) for anchor, title, there in found if there]
@@ -186,6 +189,24 @@ def stage_section(stage: StageView, plots_dir: Path) -> StageSection:
         samples=stage_samples(stage.samples) if stage.samples and not by_step else None,
         by_step=by_step,
     )
+
+
+def replaced_rows(run: RunView) -> list[tuple[str, str, str, str, str]]:
+    """Date, moment, process, reason and seconds of each process that was replaced, as texts."""
+    rows = []
+    for one in run.replacements:
+        at, seconds, step = (as_number(one.get(key)) for key in ("time", "seconds", "step"))
+        moment = str(one.get("stage") or "") + ("" if step is None else f" step {step:.0f}")
+        rows.append(
+            (
+                "" if at is None else local_time(at, "%Y-%m-%d %H:%M:%S"),
+                moment,
+                f"{one.get('role')}-{one.get('rank')}",
+                str(one.get("reason") or ""),
+                "" if seconds is None else duration(seconds),
+            )
+        )
+    return rows
 
 
 def config_lines(text: str) -> list[tuple[str, str, str]]:

@@ -15,6 +15,7 @@ import yaml
 
 from actors.errors import UserError
 from pipeline.monitoring.formatting import local_time
+from pipeline.monitoring.replacements import FILE as REPLACEMENTS
 from pipeline.report.routing import to_routing
 from pipeline.report.run_view import BASE, REWARD, EvalRow, RunView, StageView
 from pipeline.report.series import beyond, fair_share, to_series
@@ -68,6 +69,7 @@ def read_run(run_dir: Path | str, *, works: bool = False) -> RunView:
         error=_error_text(run.get("error")),
         began=_date(run.get("began")),
         notes=notes,
+        replacements=read_jsonl(directory / REPLACEMENTS, notes),
         as_of=time.time() if works else _written_last(directory, stages),
     )
 

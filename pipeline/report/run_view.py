@@ -99,5 +99,7 @@ class RunView:
     began: str
     """Local date and time, empty when unknown."""
     notes: list[str]
+    replacements: list[dict[str, Any]]
+    """Processes that were replaced, as in replacements.jsonl, in all sessions."""
     as_of: float
     """Seconds since the epoch at which the figures were the latest that there were."""

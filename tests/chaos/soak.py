@@ -130,7 +130,7 @@ class Story:
         return lines + ([f"- {n} x {text}" for text, n in self.losses.most_common()] or ["- nothing"])
 
 
-LOSS = re.compile(r"(\w+)(?:-\d+| ranks [\d, ]+) (was replaced before it|was replaced: |failed in )([^;]*)")
+LOSS = re.compile(r"(\w+)(?:-\d+| ranks [\d, ]+) (was lost: |failed in )([^;]*)")
 """A process that was lost, in a line of a run."""
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 

@@ -178,24 +178,23 @@ def test_what_grows_over_a_long_run_has_a_slope() -> None:
 def test_a_long_run_says_whether_its_kills_explain_its_processes() -> None:
     said = losses(
         [
-            "grpo step 9: rollout-1 was replaced: its process died (killed); its samples were drawn again",
-            "· policy-0 was replaced: no answer within 62 s (limits.update); policy-1 was replaced: no "
-            "answer within 70 s (limits.update); update of step 3 (call 9) is done again (1.0 s to replace)",
+            "rollout-1 was lost: its process died (killed); another takes its place",
+            "policy-0 was lost: no answer within 62 s (limits.update); another takes its place",
+            "policy-1 was lost: no answer within 70 s (limits.update); another takes its place",
+            "rollout-1 was replaced: its process died (killed) (2.0 s to replace)",
             "failed: policy ranks 0, 1 failed in phase 'update': no answer within 10 s",
-            "rollout-0 was replaced before it took new weights",
             "grpo 12/60 loss 0.3",
         ]
     )
     assert said == {
-        "rollout was replaced: its process died (killed)": 1,
-        "policy was replaced: no answer within N s (limits.update)": 2,
+        "rollout was lost: its process died (killed)": 1,
+        "policy was lost: no answer within N s (limits.update)": 2,
         "policy failed in phase 'update': no answer within N s": 1,
-        "rollout was replaced before it took new weights": 1,
     }
     story = Story(killed=["policy-0", "rollout-0", "policy-1"], starts=1, losses=said)
     told = story.rows({"policy-0": 3, "policy-1": 3, "rollout-0": 2, "rollout-1": 1})
     assert "| policy-0 | 1 | 2 | 3 |" in told
     assert "Lives explained by kills: yes. Said of lost processes:" in told
-    assert "- 2 x policy was replaced: no answer within N s (limits.update)" in told
+    assert "- 2 x policy was lost: no answer within N s (limits.update)" in told
     assert "explained by kills: **no**" in "".join(story.rows({"rollout-1": 2}))
     assert "explained by kills: **no**" in "".join(Story(starts=2).rows({"policy-0": 1}))

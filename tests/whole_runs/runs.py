@@ -88,7 +88,7 @@ def kill_an_engine_as_it_generates(process: subprocess.Popen[str], run: Path) ->
     os.kill(pid_of(run, "rollout-1"), signal.SIGKILL)
     said, _ = process.communicate(timeout=400)
     assert process.returncode == 0, said[-3000:]
-    assert "rollout-1 was replaced" in said
+    assert "rollout-1 was lost: " in said
     lives = re.findall(r"--- rollout-1 pid", (run / "logs" / "rollout-1.log").read_text())
     assert len(lives) == 2
 

@@ -212,7 +212,7 @@ def test_a_process_that_is_stopped_is_noticed_in_half_a_minute(who: str, whole: 
     said, _ = process.communicate(timeout=400)
     assert 30 < time.monotonic() - began < 150
     assert process.returncode == 0, said[-3000:]
-    assert f"{who} was replaced: its process was stopped (SIGSTOP) for 30 s" in said
+    assert f"{who} was lost: its process was stopped (SIGSTOP) for 30 s" in said
     assert adapter_digest(run, "ppo") == adapter_digest(whole, "ppo")
     assert repeatable(run) == repeatable(whole)
 
@@ -225,7 +225,7 @@ def test_an_engine_whose_core_is_apart_makes_the_same_adapter_also_when_the_core
     process = start(command, tmp_path, **{CORE_APART: "1"})
     said = killed_in_version_one(process, run, lambda child: "EngineCore" in child.name())
     assert process.returncode == 0, said[-3000:]
-    assert "rollout-0 was replaced" in said
+    assert "rollout-0 was lost: " in said
     assert adapter_digest(run, "ppo") == adapter_digest(whole, "ppo")
     assert repeatable(run) == repeatable(whole)
 
@@ -238,7 +238,7 @@ def test_a_tensor_parallel_engine_is_synced_and_replaced_when_a_worker_is_killed
     process = start(command_of(tmp_path, spread), tmp_path)
     said = killed_in_version_one(process, run, lambda child: "Worker_TP1" in child.name())
     assert process.returncode == 0, said[-3000:]
-    assert "rollout-0 was replaced" in said
+    assert "rollout-0 was lost: " in said
     lines = lines_of(run, "ppo")
     assert [line["sync/version"] for line in lines] == [1, 2, 3, 4, 5]
     assert all(line["mismatch/max"] < 1e-4 and line["sync/probe_max"] < 1e-4 for line in lines)
@@ -264,7 +264,7 @@ def test_policy_and_engines_in_turns_on_one_device_make_the_same_adapter_also_wh
     said, _ = process.communicate(timeout=400)
     assert process.returncode == 0, said[-3000:]
     assert "policy and rollout take turns" in said
-    assert len(re.findall(r"rollout-[01] was replaced", said)) == 2
+    assert len(re.findall(r"rollout-[01] was lost: ", said)) == 2
     assert adapter_digest(run, "ppo") == adapter_digest(whole, "ppo")
     assert repeatable(run) == repeatable(whole)
 
@@ -327,6 +327,14 @@ def test_policy_ranks_killed_in_an_update_and_in_a_sync_are_replaced_and_the_ada
     assert process.returncode == 0, said[-3000:]
     assert "policy-1 was replaced" in said
     assert "policy-0 was replaced" in said
+    assert re.search(r"replaced: policy 2 \([\d.]+ s in all\)", said)
+    noted = [json.loads(line) for line in (run / "replacements.jsonl").read_text().splitlines()]
+    assert [(one["stage"], one["role"], one["rank"]) for one in noted] == [
+        ("ppo", "policy", 1),
+        ("ppo", "policy", 0),
+    ]
+    assert 2 <= noted[0]["step"] <= noted[1]["step"] <= 5
+    assert "Replaced processes" in (run / "report.html").read_text()
     assert adapter_digest(run, "ppo") == adapter_digest(whole, "ppo")
     assert repeatable(run) == repeatable(whole)
 

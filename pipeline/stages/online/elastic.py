@@ -110,6 +110,7 @@ class Elastic:
         except BaseException as error:
             made.set_exception(error)
         else:
+            group.supervision.back(group.name, [rank])
             made.set_result(None)
 
     def _admit(self, coming: Coming) -> None:

@@ -92,7 +92,7 @@ class StepResult:
     texts: list[str]
     rewards: Rewards
     notes: list[str]
-    """Messages for the user: replaced engines, rewards that a default stands in for."""
+    """Messages for the user: engines that passed nothing on, rewards that a default stands in for."""
     routing: Routing = field(default_factory=Routing)
 
 
@@ -112,7 +112,7 @@ class RlLoop:
         self.idle = rl_checks.Idle()
         self.compared = False
         """An update of this run has been compared with log-probabilities that were computed before it."""
-        self.num_tokens = self.restarts = 0
+        self.num_tokens = 0
         self.before: dict[str, float] = self.state()
         """`state` before the present step."""
 
@@ -149,7 +149,7 @@ class RlLoop:
         metrics = {**updated, **rewards.metrics, **estimates.metrics, **checked, **sampled.metrics}
         metrics |= {"num_tokens": float(self.num_tokens), **lengths(sampled.samples), **report.metrics()}
         metrics |= {**routing.metrics(), **clock.metrics()}
-        notes = [*sampled.notes, *rewards.notes, *self.replaced(report)]
+        notes = [*sampled.notes, *rewards.notes, *withheld(report)]
         return StepResult(metrics, sampled.prompts, texts, rewards, notes, routing)
 
     # --- The parts of a step ----------------------------------------------------------------------
@@ -238,18 +238,6 @@ class RlLoop:
             self.compared = True
         return joined(done)
 
-    def replaced(self, report: SyncReport) -> list[str]:
-        """Engines that were lost in this step, while they generated or while they took new weights."""
-        restarts, self.restarts = self.ctx.rollout.restarts[self.restarts :], len(self.ctx.rollout.restarts)
-        lost = [
-            f"rollout-{one.rank} was replaced: {one.reason}; its samples were drawn again" for one in restarts
-        ]
-        lost += [f"rollout-{rank} was replaced before it took new weights" for rank in report.replaced]
-        return lost + [
-            f"rollout-{rank} did not pass new weights on to engines below it: others do so now"
-            for rank in report.withheld
-        ]
-
     def routing(self, sampled: SampledBatch, batch: Batch) -> Routing:
         """Routing of this step, in the engines and in the trainer."""
         policy = self.ctx.policy
@@ -282,6 +270,14 @@ class RlLoop:
         reasons = {name.removeprefix("idle_"): int(n) for name, n in state.items() if "idle_" in name}
         self.idle = rl_checks.Idle(int(state["idle"]), reasons)
         self.num_tokens = int(state["num_tokens"])
+
+
+def withheld(report: SyncReport) -> list[str]:
+    """Messages on engines that did not pass a version on."""
+    return [
+        f"rollout-{rank} did not pass new weights on to engines below it: others do so now"
+        for rank in report.withheld
+    ]
 
 
 FIRST_ONLY = ("ratio/beyond", "ratio/beyond_tenth")

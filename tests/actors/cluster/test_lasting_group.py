@@ -41,7 +41,7 @@ def ledgers(ray_cluster: None, tmp_path: Path) -> Iterator[Ledgers]:
     group = Ledgers("books", RoleSpec(workers=2), limits, tmp_path / "logs")
     group.start()
     group.said = []  # type: ignore[attr-defined]
-    group.note = group.said.append  # type: ignore[attr-defined]
+    group.supervision.replaced = group.said.append  # type: ignore[attr-defined]
     group.build("duties:Ledger", distributed=True).result()
     yield group
     group.shutdown()

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from actors.cluster.supervision import Supervision
+from actors.cluster.supervision import Replaced, Supervision
 from actors.cluster.supervisor import SAME_PLACE, Decision, End, Lost, Replace, RestartBounds, Supervisor
 from actors.errors import RunFailure
 
@@ -121,3 +121,36 @@ def test_the_supervisor_of_a_run_raises_with_the_name_of_who_was_lost_too_often(
         supervision.lost("critic", 1, {0: "no answer within 60 s"}, next_step="look at its log")
     assert (caught.value.who, caught.value.next_step) == ("critic-0", "look at its log")
     assert [loss.reason for loss in supervision.history] == ["its process died", "no answer within 60 s"]
+
+
+def test_each_replacement_is_told_when_it_is_lost_and_when_another_is_in_its_place() -> None:
+    clock = iter([0.0, 1.0, 4.0, 5.0])
+    supervision, told = Supervision(RestartBounds(3, 60.0), lambda: next(clock)), list[Replaced | str]()
+    supervision.tell, supervision.replaced = told.append, told.append
+    supervision.lost("policy", 2, {1: "its process died"}, "update of step 1")
+    assert told == ["policy-1 was lost: its process died; another takes its place"]
+    supervision.lost("rollout", 2, {1: "no answer within 60 s"})
+    supervision.remade("rollout", 1, "its process was replaced")
+    supervision.back("policy", [0, 1])
+    assert told[2:] == [
+        "policy-1 was replaced: its process died; update of step 1 is done again (4.0 s to replace)",
+        Replaced("policy", 1, "its process died", "update of step 1", 4.0),
+    ]
+    del told[:]
+    supervision.back("rollout", [1])
+    assert told == [
+        "rollout-1 was replaced: no answer within 60 s (4.0 s to replace)",
+        Replaced("rollout", 1, "no answer within 60 s", "", 4.0),
+    ]
+
+
+def test_who_was_not_lost_is_not_told_to_be_back() -> None:
+    supervision, told = Supervision(RestartBounds()), list[Replaced]()
+    supervision.replaced = told.append
+    supervision.back("rollout", range(4))
+    supervision.remade("rollout", 2, "it was left staged")
+    supervision.back("rollout", [1])
+    assert told == []
+    supervision.back("rollout", [2])
+    supervision.back("rollout", [2])
+    assert [(one.rank, one.reason) for one in told] == [(2, "it was left staged")]

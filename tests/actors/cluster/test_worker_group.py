@@ -21,6 +21,7 @@ from actors.cluster.health import ProcessState
 from actors.cluster.independent import bring_up
 from actors.cluster.measured_limits import MeasuredLimits
 from actors.cluster.spec import LimitsSpec, RoleSpec
+from actors.cluster.supervision import Replaced
 from actors.cluster.worker_group import WorkerGroup
 from actors.errors import InvariantViolation, NoRoom, RunFailure, UserError
 
@@ -324,11 +325,27 @@ def test_one_that_needs_no_others_is_replaced_when_it_is_lost_while_it_is_made(
 ) -> None:
     group = start(limits=LimitsSpec(start=60, stop=1, load=3)).ready()
     (tmp_path / "marks").mkdir()
-    lost = bring_up(group, group.build("duties:Frail", str(tmp_path / "marks"), 1, how))
-    ((rank, reason),) = lost.items()
-    assert reason.startswith("its process died" if how == "killed" else "no answer within 3 s")
-    assert group.fleet.members[rank].generation == 1
+    replaced: list[Replaced] = []
+    group.supervision.replaced = replaced.append
+    bring_up(group, group.build("duties:Frail", str(tmp_path / "marks"), 1, how))
+    (one,) = replaced
+    assert one.reason.startswith("its process died" if how == "killed" else "no answer within 3 s")
+    assert group.fleet.members[one.rank].generation == 1
     assert group.call("well") == [True, True]
+
+
+def test_a_loss_is_told_while_a_process_before_it_is_still_being_made(start: Start, tmp_path: Path) -> None:
+    """The first one made is stopped for good, until its deadline; the other dies at once."""
+    group = start(limits=LimitsSpec(start=60, stop=1, load=6)).ready()
+    (tmp_path / "marks").mkdir()
+    told: list[tuple[float, str]] = []
+    began = time.monotonic()
+    group.supervision.tell = lambda line: told.append((time.monotonic() - began, line))
+    bring_up(group, group.build("duties:Uneven", str(tmp_path / "marks")))
+    lost = [(seconds, line) for seconds, line in told if " was lost: " in line]
+    assert [line.partition(" ")[0] for _, line in lost] == ["policy-1", "policy-0"]
+    assert lost[0][0] < 5 < 6 <= lost[1][0]
+    assert "policy-0 was lost: no answer within 6 s (limits.load)" in lost[1][1]
 
 
 @pytest.mark.parametrize(("how", "lives"), [("killed", 3), ("raises", 1)])

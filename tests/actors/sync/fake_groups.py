@@ -24,6 +24,8 @@ from actors.batches.slices import Asked, Progress, Work
 from actors.cluster.health import Members, ProcessEvent
 from actors.cluster.patient_clock import patient
 from actors.cluster.spec import LimitsSpec, Phase
+from actors.cluster.supervision import Supervision
+from actors.cluster.supervisor import RestartBounds
 from actors.errors import LinkFailure, NoRoom, RunFailure
 from actors.rollout import pool as pool_module
 from actors.sync import asking, weight_sync
@@ -234,6 +236,7 @@ class FakeEngines:
         for process in self.processes:
             process.build()
         self.killed: Counter[int] = Counter()
+        self.supervision = Supervision(RestartBounds(1000, 1.0))
         self.channels: dict[int, Process] = {}
         self._lock = threading.Lock()
 
@@ -256,7 +259,8 @@ class FakeEngines:
             raise RunFailure(self.who(rank), phase, "its process died")
         return Answer(self, process, phase, process.work.submit(process.call, method, args))
 
-    def restart(self, rank: int) -> None:
+    def restart(self, rank: int, reason: str = "") -> None:
+        self.supervision.lost(self.name, self.size, {rank: reason})
         with self._lock:
             self.fleet = self.fleet.after([rank], ProcessEvent.RESTARTED)
             generation = self.fleet.members[rank].generation

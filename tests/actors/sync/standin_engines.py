@@ -104,10 +104,10 @@ class StandIns(FakeEngines):
         super().kill(rank)
         self.processes[rank].end()
 
-    def restart(self, rank: int) -> None:
+    def restart(self, rank: int, reason: str = "") -> None:
         self.processes[rank].end()
         self.faults.pop(rank, None)
-        super().restart(rank)
+        super().restart(rank, reason)
 
     def close(self) -> None:
         for process in self.processes:

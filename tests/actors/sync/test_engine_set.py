@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from actors.cluster.health import ProcessEvent
+from actors.cluster.supervision import Replaced
 from actors.errors import RunFailure
-from actors.sync.engine_set import EngineSet, Restart
+from actors.sync.engine_set import EngineSet
 from actors.sync.engine_state import WeightsEvent, WeightsState
 from tests.actors.sync.fake_groups import PATIENCE_S, FakeEngines
 
@@ -58,6 +59,8 @@ def test_engines_that_their_owner_has_loaded_are_ready_until_they_are_lost(group
 def test_of_all_threads_that_saw_one_death_one_replaces_the_engine(group: FakeEngines) -> None:
     loaded: list[int] = []
     engines = set_of(group, load=loaded.append)
+    replaced: list[Replaced] = []
+    group.supervision.replaced = replaced.append
     die(group, 0)
     together = threading.Barrier(8)
 
@@ -70,7 +73,7 @@ def test_of_all_threads_that_saw_one_death_one_replaces_the_engine(group: FakeEn
     with ThreadPoolExecutor(8) as threads:
         assert set(threads.map(replace, range(8))) == {1}
     assert loaded == [0]
-    assert engines.restarts == [Restart(0, "killed")]
+    assert [(one.role, one.rank, one.reason) for one in replaced] == [("rollout", 0, "killed")]
     assert group.fleet.members[0].generation == 1
     assert engines.ready(0)
 

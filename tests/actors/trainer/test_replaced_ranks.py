@@ -41,7 +41,7 @@ def training(ray_cluster: None, tiny_base: Path, tmp_path: Path) -> Iterator[Cal
         name = f"policy{len(groups)}"
         group = host_group(name, RoleSpec(workers=workers), LimitsSpec(stop=1, **limits), tmp_path)
         groups.append(group.start())
-        group.note = said.append
+        group.supervision.replaced = lambda one: said.append(str(one))
         spec = HostSpec(model=ModelSpec(base=str(tiny_base), lora=LoraSpec(r=4)))
         return steps(ModelWorkers(group), spec, tmp_path / name, lambda moment: kill(group, moment)), said
 
@@ -127,7 +127,7 @@ def test_a_rank_killed_at_any_moment_is_replaced_and_nothing_else_differs(
 def test_a_call_that_kills_its_rank_three_times_ends_the_run(training: Callable[..., Any]) -> None:
     def kill(group: Any, moment: str) -> None:
         if moment == "update 2":
-            group.note = lambda line: Killing(moment)(group, moment)
+            group.supervision.replaced = lambda one: Killing(moment)(group, moment)
             Killing(moment)(group, moment)
 
     with pytest.raises(RunFailure, match="for the 3rd time at the same place") as caught:

@@ -111,6 +111,21 @@ def test_a_run_that_failed_half_way_says_who_failed_and_what_to_do(failed_run: P
     assert "Evaluation" not in page.text
 
 
+def test_processes_that_were_replaced_stand_in_a_table(failed_run: Path) -> None:
+    assert "Replaced processes" not in (text := Page(build_report(failed_run).read_text()).text), text
+    lines = [
+        '{"time": 1790000000.0, "stage": "dpo", "step": 43, "role": "policy", "rank": 1, '
+        '"reason": "its process <died>", "place": "update 42 of dpo (call 99)", "seconds": 2.6}',
+        '{"stage": 3, "step": "x"}',
+        '{"time": 17',
+    ]
+    (failed_run / "replacements.jsonl").write_text("\n".join(lines))
+    page = Page(build_report(failed_run).read_text())
+    assert "replaced" in page.ids
+    assert "dpo step 43policy-1its process <died>2.6 s" in page.text
+    assert "replacements.jsonl: 1 unreadable line(s) left out" in page.text
+
+
 def test_stages_and_metrics_that_nobody_foresaw_are_plotted(online_run: Path) -> None:
     page = Page(build_report(online_run).read_text())
     names = {png.name for png in (online_run / "plots").iterdir()}

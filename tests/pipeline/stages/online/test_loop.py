@@ -5,7 +5,7 @@ Roles, engines and sync are stand-ins that answer with arrays; what they compute
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,6 @@ class Engines:
     """A pool that draws samples of three tokens."""
 
     logps: float = LOGP
-    restarts: list[Any] = field(default_factory=list)
     version: int = 0
 
     def expert_load(self) -> list[np.ndarray]:
@@ -254,9 +253,10 @@ def test_the_only_update_of_a_generation_finds_old_log_probabilities_itself(
         assert found == asked
 
 
-def test_a_lost_engine_is_noted_once(loop: RlLoop) -> None:
-    loop.ctx.sync.push = lambda version: Report(version, (1,))  # type: ignore[method-assign]
-    assert loop.step(0).notes == ["rollout-1 was replaced before it took new weights"]
+def test_an_engine_that_passed_no_weights_on_is_noted(loop: RlLoop) -> None:
+    loop.ctx.sync.push = lambda version: Report(version, withheld=(1,))  # type: ignore[method-assign]
+    (note,) = loop.step(0).notes
+    assert note == "rollout-1 did not pass new weights on to engines below it: others do so now"
 
 
 def stop(version: int) -> None:
