@@ -106,7 +106,7 @@ class Liveness:
         limit = self.limits.of(phase) if limit is None else limit
         began = patient() if since is None else since
         answers = waiting.wait(
-            refs, began + limit - patient(), lambda open_: self.lookout.lost(open_, patient() - began)
+            refs, began + limit - patient(), lambda open_: self.standing_still(open_, patient() - began)
         )
         self.saw(answers.values, ProcessEvent.ANSWERED, generations=generations)
         late = [rank for rank in refs if rank not in answers.values]
@@ -122,6 +122,16 @@ class Liveness:
         if late:
             raise self.overdue(late, phase, patient() - began, generations)
         return [answers.values[rank] for rank in refs]
+
+    def standing_still(self, ranks: Sequence[int], waited_s: float) -> dict[int, str]:
+        """Of ranks that somebody has waited for so long, those that nobody has to wait for any longer, and
+        why. One that Ray has not placed is waited for."""
+        found, limit = self.lookout.lost(ranks, waited_s), self.limits.start
+        silent = self.lookout.silent(ranks, limit)
+        if silent and self._unplaced():
+            self.lookout.excuse(silent)
+            silent = []
+        return found | dict.fromkeys(silent, f"no answer within {limit:.0f} s (limits.start)")
 
     def saw(
         self,

@@ -46,6 +46,9 @@ class Lookout:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._expected: dict[int, ObjectRef] = {}
+        """First answers that have not come."""
+        self._since: dict[int, float] = {}
+        """When these processes were asked for."""
         self._places: dict[int, Whereabouts] = {}
         self._seen: dict[int, Seen] = {}
         self._looked = {True: -AWAY_S, False: -AWAY_S}
@@ -56,7 +59,7 @@ class Lookout:
     def expect(self, rank: int, ping: ObjectRef) -> None:
         """A process was started in the place of `rank`, and will say where it is."""
         with self._lock:
-            self._expected[rank] = ping
+            self._expected[rank], self._since[rank] = ping, patient()
             self._places.pop(rank, None)
             self._seen.pop(rank, None)
 
@@ -68,6 +71,18 @@ class Lookout:
             self._look(waited_s)
             found = {rank: self._seen[rank].lost() for rank in ranks if rank in self._seen}
         return {rank: reason for rank, reason in found.items() if reason is not None}
+
+    def silent(self, ranks: Collection[int], limit_s: float) -> list[int]:
+        """Of these ranks, those that were asked for `limit_s` ago and have not come up."""
+        with self._lock:
+            if self._expected:
+                self._find()
+            return [r for r in ranks if r in self._expected and patient() - self._since[r] >= limit_s]
+
+    def excuse(self, ranks: Collection[int]) -> None:
+        """Let these ranks have as long again to come up."""
+        with self._lock:
+            self._since.update(dict.fromkeys(ranks, patient()))
 
     def hung(self, late: Collection[int], limit_s: float) -> dict[int, str]:
         """Of ranks that have overrun a deadline of `limit_s`, those for which the others wait: see

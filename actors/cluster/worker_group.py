@@ -152,7 +152,7 @@ class WorkerGroup(Processes):
         """Of ranks that were called at `since` (`patient()`), those that stand still, which are suspect from
         now on."""
         present = {rank: self.fleet.members[rank].generation for rank in calls}
-        found = self.liveness.lookout.lost(present, patient() - since)
+        found = self.liveness.standing_still([*present], patient() - since)
         return {rank: self.liveness.given_up({rank: why}, phase, present) for rank, why in found.items()}
 
     # --- What is known of the processes -------------------------------------------------------------

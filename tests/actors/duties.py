@@ -135,17 +135,6 @@ class Frail:
         return True
 
 
-class Uneven:
-    """Lost once on either of two ranks while it is made: stopped on the first, killed on the second."""
-
-    def __init__(self, marks: str) -> None:
-        log = Path(os.readlink("/proc/self/fd/1"))  # of this rank
-        mark = Path(marks) / log.stem
-        if not mark.exists():
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGSTOP if log.stem.endswith("-0") else signal.SIGKILL)
-
-
 class Ledger:
     """Accounts whose sums depend on everything that happened, in its order; of one state on all ranks."""
 

@@ -334,18 +334,32 @@ def test_one_that_needs_no_others_is_replaced_when_it_is_lost_while_it_is_made(
     assert group.call("well") == [True, True]
 
 
-def test_a_loss_is_told_while_a_process_before_it_is_still_being_made(start: Start, tmp_path: Path) -> None:
-    """The first one made is stopped for good, until its deadline; the other dies at once."""
-    group = start(limits=LimitsSpec(start=60, stop=1, load=6)).ready()
+def test_a_loss_is_told_at_once_and_a_process_that_never_came_up_after_the_time_of_a_start(
+    start: Start, tmp_path: Path
+) -> None:
+    """The first one is held up in opening its log, a pipe that nobody reads; the second one dies."""
+    (tmp_path / "logs").mkdir()
     (tmp_path / "marks").mkdir()
+    log = tmp_path / "logs" / "policy-0.log"
+    os.mkfifo(log)
     told: list[tuple[float, str]] = []
     began = time.monotonic()
-    group.supervision.tell = lambda line: told.append((time.monotonic() - began, line))
-    bring_up(group, group.build("duties:Uneven", str(tmp_path / "marks")))
+
+    def tell(line: str) -> None:
+        told.append((time.monotonic() - began, line))
+        if line.startswith("policy-0 was lost"):
+            log.unlink()
+
+    group = start(limits=LimitsSpec(start=8, stop=1, load=60))
+    group.supervision.tell = tell
+    bring_up(group, group.build("duties:Frail", str(tmp_path / "marks"), 1, "killed"))
     lost = [(seconds, line) for seconds, line in told if " was lost: " in line]
-    assert [line.partition(" ")[0] for _, line in lost] == ["policy-1", "policy-0"]
-    assert lost[0][0] < 5 < 6 <= lost[1][0]
-    assert "policy-0 was lost: no answer within 6 s (limits.load)" in lost[1][1]
+    assert [line.partition(";")[0] for _, line in lost] == [
+        "policy-1 was lost: its process died (killed, crashed, or out of memory)",
+        "policy-0 was lost: no answer within 8 s (limits.start)",
+    ]
+    assert 8 <= lost[1][0] < 40
+    assert group.call("well") == [True, True]
 
 
 @pytest.mark.parametrize(("how", "lives"), [("killed", 3), ("raises", 1)])
