@@ -69,10 +69,8 @@ class Pulse:
         while not self._ended.wait(PULSE_S):
             self._beats += 1
             note = {"beats": self._beats, "doing": self._doing, "entered": self._entered()}
-            try:
+            with contextlib.suppress(OSError):  # A full disk, which may have room again.
                 os.pwrite(file, json.dumps(note).encode()[:RECORD].ljust(RECORD), 0)
-            except OSError:  # a full disk
-                break
         os.close(file)
 
     def _entered(self) -> dict[str, int]:

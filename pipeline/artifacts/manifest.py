@@ -7,6 +7,7 @@ synced to disk. So a kill -9 at any point leaves either the whole artifact or no
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -28,6 +29,8 @@ SAMPLED_ABOVE = 64 * CHUNK_BYTES
 60 GB of a base would take minutes at each start. What Raylign writes itself is always read whole."""
 WHOLE = "xxh3_128:"
 """Begins digests of whole files. Those without it are of versions that took samples of large files."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors of a disk, or of a user's share of it, that is full or read-only."""
 
 
 class FileEntry(BaseModel):
@@ -166,6 +169,19 @@ def disk_errors(path: Path, phase: str) -> Iterator[None]:
             "free space or make the directory writable, then run the same command again; "
             "finished stages and checkpoints are intact",
         ) from error
+
+
+@contextlib.contextmanager
+def full_disks(path: Path) -> Iterator[None]:
+    """Raise RunFailure for a disk that is full or read-only, whatever was being written: the file that the
+    error names, else `path`. Other errors stay as they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        with disk_errors(Path(error.filename or path), "write"):
+            raise
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from actors.cluster import passed_on
 from actors.errors import EXIT_DONE, EXIT_STOPPED, RunFailure, UserError
 from pipeline.artifacts.hiding import hiding_problems
-from pipeline.artifacts.manifest import versions
+from pipeline.artifacts.manifest import full_disks, versions
 from pipeline.artifacts.run_directory import RunDirectory, clear_stage, drop_previous
 from pipeline.execution.parity import check_parity
 from pipeline.execution.stop import REPORTING, StopRequests
@@ -103,7 +103,12 @@ def _opened(
     from pipeline.rewards.user_functions import functions_closed
 
     directory = RunDirectory(config.output_dir, config.name)
-    with directory.opened(fresh=fresh), Progress() as progress, functions_closed():
+    with (
+        directory.opened(fresh=fresh),
+        full_disks(directory.path),
+        Progress() as progress,
+        functions_closed(),
+    ):
         earlier, stop.say, stop.stop_file = stop.say, progress.note, directory.stop_file
         try:
             yield directory, progress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -63,13 +64,15 @@ class MetricsLog:
 
     def write(self, line: dict[str, Any]) -> dict[str, Any]:
         """Append one line as it stands; what is no finite number is null in the file."""
-        self._file.write(json_text(line) + "\n")
-        self._file.flush()
+        with disk_errors(self.path, "write metrics"):
+            self._file.write(json_text(line) + "\n")
+            self._file.flush()
         self.last.update(line)
         return line
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # Of a line that `write` could not write.
+            self._file.close()
 
 
 def as_metric(value: float | None) -> float:

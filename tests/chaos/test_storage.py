@@ -11,13 +11,29 @@ from typing import Any
 import pytest
 
 from tests.chaos.small_disk import SmallDisk, available
-from tests.whole_runs.runs import ENVIRONMENT, TINY_MOE, adapter_digest, command_of, complete, start, when
+from tests.whole_runs.runs import (
+    ENVIRONMENT,
+    TINY_MOE,
+    adapter_digest,
+    calls,
+    command_of,
+    complete,
+    start,
+    when,
+)
 
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.timeout(400),
     pytest.mark.skipif(not available(), reason="needs mounts of its own (unshare --map-root-user --mount)"),
 ]
+
+
+GRPO = {
+    "data": {"source": "builtin:arithmetic", "split": "prompts", "max_rows": 64}, "rewards": "exact_match",
+    "batch_size": 16, "num_generations": 4, "max_completion_length": 8, "max_length": 64,
+    "learning_rate": 1e-3,
+}  # fmt: skip
 
 
 def config(output: Path) -> dict[str, Any]:
@@ -61,6 +77,30 @@ def test_a_disk_that_is_full_at_a_save_ends_the_run_which_then_goes_on_with_the_
     assert adapter_digest(run, "sft") == adapter_digest(tmp_path / "whole", "sft")
 
 
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_a_disk_that_is_full_in_a_sync_ends_the_run_which_then_goes_on_with_the_same_adapter(
+    disk: SmallDisk, tmp_path: Path
+) -> None:
+    """A sync writes traces and logs alone, which end nothing; what is missed is the line of its step."""
+    run = disk.path / "run"
+    configs = [config(run), config(tmp_path / "whole")]
+    for one in configs:
+        one["stages"] = {"grpo": GRPO | {"save_steps": 2, "max_steps": 8}}
+    command = command_of(tmp_path, configs[0])
+    process = start(command, tmp_path)
+    when(process, lambda: calls(run, "policy-0", "weight_source.prepare") >= 4)
+    disk.fill()
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 1, said[-3000:]
+    assert re.search(r"cannot write \S+: No space left on device", said), said[-3000:]
+    assert "Traceback" not in said
+    disk.empty()
+    assert "grpo: continues from checkpoint-" in complete(command, tmp_path)
+    complete(command_of(tmp_path / "straight", configs[1]), tmp_path)
+    assert adapter_digest(run, "grpo") == adapter_digest(tmp_path / "whole", "grpo")
+
+
 def test_a_disk_that_is_read_only_is_told_before_anything_is_done(disk: SmallDisk, tmp_path: Path) -> None:
     command = command_of(tmp_path, config(disk.path / "run"))
     disk.writable(False)
@@ -77,14 +117,9 @@ def test_a_disk_that_is_read_only_is_told_before_anything_is_done(disk: SmallDis
 @pytest.mark.vllm
 def test_shared_memory_that_is_full_harms_no_sync(tmp_path: Path) -> None:
     """Weights go through memory that has no name there; Ray's own objects then lie on the disk."""
-    grpo = {
-        "data": {"source": "builtin:arithmetic", "split": "prompts", "max_rows": 64},
-        "rewards": "exact_match", "batch_size": 16, "num_generations": 4, "max_completion_length": 8,
-        "max_length": 64, "max_steps": 3, "learning_rate": 1e-3,
-    }  # fmt: skip
     whole, small = config(tmp_path / "whole"), config(tmp_path / "small")
     for one in (whole, small):
-        one["stages"] = {"grpo": grpo}
+        one["stages"] = {"grpo": GRPO | {"max_steps": 3}}
     complete(command_of(tmp_path / "a", whole), tmp_path)
     inside = 'mount -t tmpfs -o size=1m none /dev/shm && exec "$@"'
     command = ["unshare", "--map-root-user", "--mount", "sh", "-c", inside, "sh"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from actors.errors import RunFailure, UserError
 from pipeline.artifacts.manifest import (
     MANIFEST,
     Manifest,
+    full_disks,
     model_fingerprint,
     new_directory,
     read_manifest,
@@ -219,3 +222,18 @@ def test_what_is_small_keeps_the_fingerprint_that_earlier_versions_gave_it(tmp_p
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"a" * 100)
     assert Weights.on_disk("base", None, str(tmp_path)).earlier == ""
+
+
+@pytest.mark.parametrize(("code", "file"), [(errno.ENOSPC, None), (errno.EROFS, "/data/config.yaml")])
+def test_a_full_disk_is_told_with_the_file_or_the_directory_and_other_errors_stay(
+    code: int, file: str | None
+) -> None:
+    def fail(code: int) -> None:
+        with full_disks(Path("/data/run")):
+            raise OSError(code, os.strerror(code), file)
+
+    named = re.escape(f"cannot write {file or '/data/run'}: {os.strerror(code)}")
+    with pytest.raises(RunFailure, match=named):
+        fail(code)
+    with pytest.raises(ConnectionRefusedError):
+        fail(errno.ECONNREFUSED)

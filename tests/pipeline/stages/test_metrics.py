@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from actors.errors import RunFailure
 from pipeline.stages.metrics import MetricsLog, read_metrics
 
 
@@ -32,6 +34,22 @@ def test_a_run_that_goes_on_inside_a_window_logs_what_an_uninterrupted_one_does(
 def test_a_checkpoint_between_windows_holds_no_steps(tmp_path: Path) -> None:
     logged(tmp_path, range(1, 6)).save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_disk_that_takes_no_further_line_ends_the_run_with_its_name(tmp_path: Path) -> None:
+    """A full disk is made by the largest size that this process may give a file."""
+    log = logged(tmp_path, range(1, 6))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = log.path.stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, before[1]))
+    try:
+        with pytest.raises(RunFailure, match=r"cannot write \S+metrics.jsonl: File too large"):
+            log.write({"step": 6, "loss": 0.5})
+        log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [line["step"] for line in read_metrics(log.path)] == [5]
+    assert log.path.stat().st_size == size + 5
 
 
 def strict(text: str) -> Any:
