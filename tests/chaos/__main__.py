@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos import bases
-from tests.chaos.cells import FORMS, SCENES, Cell, all_cells, chosen, next_cell, senseless
+from tests.chaos.cells import FORMS, ON_NODES, SCENES, Cell, all_cells, chosen, next_cell, senseless
 from tests.chaos.nodes import Nodes
 from tests.chaos.observe import Lengths
 from tests.chaos.play import Over, play, play_evaluation
@@ -62,7 +62,7 @@ def main() -> int:
         for name in (*SCENES, *FORMS):
             mine = [cell for cell in cells if cell.scene == name]
             if mine:
-                with contextlib.closing(Nodes(2)) if name == "nodes" else contextlib.nullcontext() as nodes:
+                with contextlib.closing(Nodes(2)) if name in ON_NODES else contextlib.nullcontext() as nodes:
                     play_scene(scene_of(name, options, temporary, nodes), mine, rows, results)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -99,8 +99,9 @@ def scene_of(name: str, options: argparse.Namespace, temporary: Path, nodes: Nod
         if name in bases.OFFLINE:
             return bases.command_for(place, bases.offline(name, output, steps, patience))
         if name in bases.POLICIES:
-            return bases.command_for(place, bases.form(name, output, steps, patience))
-        whole = bases.ppo(output, STEPS, patience, bases.reward_model(directory))
+            whole = bases.form(name, output, steps, patience)
+        else:
+            whole = bases.ppo(output, steps, patience, bases.reward_model(directory))
         return bases.command_for(place, whole if nodes is None else bases.on_nodes(whole, nodes.address))
 
     scene = Scene(name, bases.stage_of(name), make, directory, temporary, patience)

@@ -21,6 +21,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "experts+full": {"workers": 4, "sharding": "experts+full", "expert_parallel_size": 2},
     "tensor": {"tensor_parallel_size": 2},
     "whole": {"sharding": "full"},
+    "guests": {},
 }
 """Forms of a policy, of two workers where nothing else is said; `whole` trains all weights, by SFT."""
 MANY_LOSSES = {"max_restarts": 1000, "restart_window": 1.0}
@@ -80,9 +81,10 @@ def ppo(output: Path, steps: int, patience: float, reward: Path, evaluates: bool
 
 
 def on_nodes(config: dict[str, Any], address: str) -> dict[str, Any]:
-    """The same run on a cluster, with its engines on nodes of their own."""
+    """The same run on a cluster, with its engines on nodes of their own or on those of the policy."""
+    away = config["roles"]["rollout"].get("share", "rollout")
     roles = {
-        name: role | {"resources": {ENGINE: 1} if name == "rollout" else {HEAD: 1}}
+        name: role if "share" in role else role | {"resources": {ENGINE if name == away else HEAD: 1}}
         for name, role in config["roles"].items()
     }
     return config | {"ray": {"address": address}, "roles": roles}
@@ -119,7 +121,8 @@ def form(name: str, output: Path, steps: int, patience: float) -> dict[str, Any]
         return run | {"roles": {"policy": policy}}
     run = grpo(output, steps, patience)
     run["stages"]["grpo"] |= {"steps_per_generation": 2, "save_steps": SAVE_STEPS}
-    return run | {"roles": {"policy": policy, "rollout": APART}}
+    engines = {"share": "policy", "offload": "all"} if name == "guests" else APART
+    return run | {"roles": {"policy": policy, "rollout": engines}}
 
 
 def stage_of(scene: str) -> str:

@@ -31,9 +31,12 @@ FORMS: dict[str, tuple[tuple[str, str], ...]] = {
     "sft": (("policy-0", "update"),),
     "reward": (("policy-1", "update"), ("policy-0", "save")),
     "kto": (("policy-0", "update"),),
+    "guests": (("node", "generation"), ("node", "update")),
 }
 """Further scenes, other forms of a policy and other stages: the ranks that are killed, at which moments. They
-always have to be replaced."""
+always have to be replaced. `guests`: engines in turns on the nodes of the policy's ranks."""
+ON_NODES = ("nodes", "guests")
+"""Scenes on a cluster of several nodes."""
 EARLY = ("start", "load")
 """Phases that a life of a run has once."""
 WATCHED = ("driver", "raylet", "gcs")

@@ -12,6 +12,7 @@ from tests.chaos import bases
 from tests.chaos.cells import (
     CALLS,
     FORMS,
+    ON_NODES,
     PHASES,
     ROLES,
     SCENES,
@@ -61,6 +62,9 @@ def test_every_form_of_a_policy_is_a_run_whose_ranks_are_killed_in_what_they_do(
         (stage,) = run.stages
         assert stage == bases.stage_of(name)
         for role, phase in moments:
+            if name in ON_NODES:
+                assert (role, Cell(name, role, phase, "kill").leader()[0] in ROLES) == ("node", True)
+                continue
             assert phase in CALLS["policy"]
             assert int(role.removeprefix("policy-")) < run.roles.policy.workers
     assert {cell.scene for cell in chosen([], 1)} == {*SCENES, *FORMS}
