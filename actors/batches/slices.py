@@ -26,13 +26,15 @@ class Asked:
     """A slice of this call ends as soon as a sample has: an environment waits for it."""
     parsing: Parsing | None = None
     """Calls of tools are looked for in what was drawn; None: nobody asks."""
+    tools: Sequence[Sequence[Mapping[str, Any]] | None] | None = None
+    """As `Request.tools`, of each."""
 
 
 class Parsing(NamedTuple):
     """Way in which calls of tools are found in a turn."""
 
-    parser: str
-    """Name of one of vLLM's tool parsers."""
+    parser: str | None
+    """Name of one of vLLM's tool parsers; None: calls are not looked for."""
     tools: Sequence[Mapping[str, Any]]
     """Schemas of the tools, as templates take them."""
     ends: Sequence[int]
@@ -50,6 +52,9 @@ class Request(NamedTuple):
     """Requests with one key are expected to be equally long."""
     after: int | None = None
     """Number of the request of the turn before: the engine that drew it has its keys and values."""
+    tools: Sequence[Mapping[str, Any]] | None = None
+    """Schemas of tools of its own, in place of those of `Conversation.parsing`; without any, calls are not
+    looked for."""
 
 
 class Conversation(Protocol):

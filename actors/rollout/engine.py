@@ -72,6 +72,8 @@ class _Sliced:
     hand_back: bool = False
     """As `Asked` says, as is the next."""
     parsing: Parsing | None = None
+    tools: dict[int, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    """Of samples with tools of their own."""
 
 
 class RolloutEngine:
@@ -153,6 +155,8 @@ class RolloutEngine:
             names = self._ask(asked.prompts, asked.sampling, asked.seeds, asked.max_tokens)
             call.names |= dict(zip(asked.numbers, names, strict=True))
             call.hand_back, call.parsing = asked.hand_back, asked.parsing
+            own = zip(asked.numbers, asked.tools or [], strict=False)
+            call.tools |= {number: tools for number, tools in own if tools is not None}
         work = self._stepper.run(list(call.names.values()), seconds, any_ended=call.hand_back)
         ended = [number for number, name in call.names.items() if self._stepper.has_ended(name)]
         outputs = self._stepper.take([call.names.pop(number) for number in ended])
@@ -166,7 +170,7 @@ class RolloutEngine:
             returned=returned,
             seconds=call.since - since,
             work=work,
-            said=self._said(outputs, call.parsing),
+            said=self._said(outputs, call.parsing, [call.tools.pop(number, None) for number in ended]),
         )
 
     def check_parser(self, parsing: Parsing) -> str:
@@ -351,13 +355,25 @@ class RolloutEngine:
             raise
         return {"merge": 0.0, "engine": seconds}
 
-    def _said(self, outputs: Sequence[Any], parsing: Parsing | None) -> list[Said] | None:
+    def _said(
+        self,
+        outputs: Sequence[Any],
+        parsing: Parsing | None,
+        tools: Sequence[Sequence[Mapping[str, Any]] | None],
+    ) -> list[Said] | None:
         if parsing is None:
             return None
         from actors.rollout.vllm.tool_calls import said
 
         tokenizer = self._loaded("generate").get_tokenizer()
-        return [said(tokenizer, output.outputs[0].token_ids, parsing) for output in outputs]
+        ways = [
+            parsing if own is None else parsing._replace(tools=own, parser=parsing.parser if own else None)
+            for own in tools
+        ]
+        return [
+            said(tokenizer, output.outputs[0].token_ids, way)
+            for output, way in zip(outputs, ways, strict=True)
+        ]
 
     def _ask(
         self,

@@ -15,9 +15,10 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -75,6 +76,8 @@ class Call:
     """Asks for further turns of its samples; None: each is one turn."""
     limits: list[int] = field(default_factory=list)
     """New tokens of each request at most; of a conversation alone."""
+    tools: list[Sequence[Mapping[str, Any]] | None] = field(default_factory=list)
+    """As `Request.tools`, of each request."""
     drawn_by: dict[int, int] = field(default_factory=dict)
     """Request that has ended -> rank of its engine; of a conversation alone, as is the next."""
     weights: set[tuple[str, int]] = field(default_factory=set)
@@ -105,8 +108,9 @@ class Call:
         )
         if self.conversation is None:
             return asked
-        limits = [self.limits[n] for n in numbers]
-        return replace(asked, max_tokens=limits, hand_back=True, parsing=self.conversation.parsing)
+        limits, tools = [self.limits[n] for n in numbers], [self.tools[n] for n in numbers]
+        parsing = self.conversation.parsing
+        return replace(asked, max_tokens=limits, hand_back=True, parsing=parsing, tools=tools)
 
     def listen(self, seconds: float) -> None:
         """Take the turns that the conversation asks for by now, or within so many seconds if it has none."""
@@ -115,6 +119,7 @@ class Call:
         self.requests += [request.prompt for request in new]
         self.seeds += [request.seed for request in new]
         self.limits += [request.max_tokens for request in new]
+        self.tools += [request.tools for request in new]
         near = [None if request.after is None else self.drawn_by[request.after] for request in new]
         self.shares.add([request.key for request in new], near)
 

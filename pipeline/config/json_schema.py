@@ -30,7 +30,7 @@ def json_schema() -> dict[str, Any]:
             "const": name,
         }
         if issubclass(cls, RlStage) and cls.needs_rewards:
-            needed = [{"required": [key]} for key in ("rewards", "env")]
+            needed = [{"required": [key]} for key in ("rewards", "env", "agent")]
             schema["$defs"][cls.__name__]["anyOf"] = needed
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Raylign run", **schema}
 

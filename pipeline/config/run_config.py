@@ -133,11 +133,10 @@ class RunConfig(Spec):
         return found
 
     def environments(self) -> dict[str, str]:
-        """Environments and tools of the user's: `module:name` by the key that names it."""
-        found = {}
+        """Environments, agents and tools of the user's: `module:name` by the key that names it."""
+        found: dict[str, str] = {}
         for name, stage in self.online_stages().items():
-            if stage.env is not None:
-                found[f"stages.{name}.env"] = stage.env
+            found |= {f"stages.{name}.{key}": own for key in ("env", "agent") if (own := getattr(stage, key))}
             found |= {f"stages.{name}.tools.{i}": source for i, source in enumerate(stage.tools)}
         return found
 

@@ -1,12 +1,13 @@
-"""Entry of a process in which environments and tools of the user's work, one object for each sample.
+"""Entry of a process in which environments, tools and agents of the user's work, one object for each sample.
 
 Coroutines of many samples go on together. What is no coroutine has the main thread to itself, one after the
-other, as reward functions do. Loads nothing but Python's own modules and the user's (transformers for the
-schemas of tools).
+other, as reward functions do; an agent has a thread of its own. Loads nothing but Python's own modules and
+the user's (transformers for the schemas of tools, a server for agents).
 
 Requests are pickled tuples with the sample's number: ("reset", number, row, seed), ("step", number,
 messages), ("end", number), ("drop", number). Each but the last is answered by ("begun", number), then
-("done", number, value) or ("failed", number, text).
+("done", number, value) or ("failed", number, text). An agent's have one thing more: the stage's sampling, and
+what is known of the turn.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ import asyncio
 import pickle
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
+from pipeline.environments.agents import AgentConversation, Endpoint, described_agent
 from pipeline.environments.objects import SampleEnvironment, Unusable, described
 from pipeline.rewards.child import load_first, main, sender, settle, shown
+
+OneSample = SampleEnvironment | AgentConversation
 
 
 def start() -> None:
@@ -32,8 +37,9 @@ def serve_environments(connection: Connection) -> None:
     send = sender(connection)
     load_first(connection, send)
     try:
-        env, tools, seconds = pickle.loads(connection.recv_bytes())
-        reply: tuple[Any, ...] = ("described", described(env, tools))
+        env, tools, agent, seconds = pickle.loads(connection.recv_bytes())
+        kind = described(env, tools) if agent is None else described_agent(agent)
+        reply: tuple[Any, ...] = ("described", kind)
     except (EOFError, OSError):
         return
     except Unusable as error:
@@ -42,7 +48,23 @@ def serve_environments(connection: Connection) -> None:
         reply = "failed", shown(error)
     settle(send, reply)
     if reply[0] == "described":
-        asyncio.run(_Host(connection, send, lambda: SampleEnvironment(env, tools), seconds).serve())
+        asyncio.run(_serve(connection, send, env, tools, agent, seconds))
+
+
+async def _serve(
+    connection: Connection,
+    send: Callable[..., None],
+    env: str | None,
+    tools: list[str],
+    agent: str | None,
+    seconds: float,
+) -> None:
+    make: Callable[[], OneSample] = partial(SampleEnvironment, env, tools)
+    if agent is not None:
+        endpoint = Endpoint()
+        await endpoint.start()
+        make = partial(AgentConversation, agent, endpoint)
+    await _Host(connection, send, make, seconds).serve()
 
 
 class _Host:
@@ -52,11 +74,11 @@ class _Host:
         self,
         connection: Connection,
         send: Callable[..., None],
-        make: Callable[[], SampleEnvironment],
+        make: Callable[[], OneSample],
         seconds: float,
     ) -> None:
         self._connection, self._send, self._make, self._seconds = connection, send, make, seconds
-        self._samples: dict[int, SampleEnvironment] = {}
+        self._samples: dict[int, OneSample] = {}
         self._turn: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
         """Requests of one sample come one after the other."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -81,7 +103,7 @@ class _Host:
     async def _serve(self, kind: str, number: int, *given: Any) -> None:
         async with self._turn[number]:
             if kind == "drop":
-                self._samples.pop(number, None)
+                self._forget(number)
                 return
             self._send(("begun", number))
             try:
@@ -99,7 +121,11 @@ class _Host:
                 reply = "failed", number, f"it raised {shown(error)}"
             settle(self._send, reply)
         if kind == "end":
-            self._samples.pop(number, None)
+            self._forget(number)
+
+    def _forget(self, number: int) -> None:
+        if (sample := self._samples.pop(number, None)) is not None:
+            sample.close()
 
     async def _answer(self, kind: str, number: int, given: tuple[Any, ...]) -> Any:
         if kind == "reset":

@@ -29,6 +29,7 @@ from actors.errors import RunFailure
 from pipeline.data.reading.bad_rows import RowProblem
 from pipeline.data.reading.messages import Message
 from pipeline.data.tokens.environment_turns import NotExact
+from pipeline.environments.chat_requests import AgentRequest, DrawnTurn, StageSampling
 from pipeline.environments.prepared import Conversing
 from pipeline.environments.processes import EnvironmentProcess, EnvironmentReply
 
@@ -72,9 +73,13 @@ class _Talk:
     """Messages of the prompt."""
     text: str
     sample: GrowingSample
+    kwargs: dict[str, Any]
+    """Variables of the chat template."""
     phase: str = "reset"
     ended: str = ""
     last_request: int | None = None
+    asked: AgentRequest | None = None
+    """The agent's request that is open."""
 
 
 class Episodes:
@@ -93,7 +98,12 @@ class Episodes:
         self._sampling = sampling
         self._talks = [
             _Talk(
-                one, list(one.row["prompt"]), len(one.row["prompt"]), one.text, GrowingSample(one.token_ids)
+                one,
+                list(one.row["prompt"]),
+                len(one.row["prompt"]),
+                one.text,
+                GrowingSample(one.token_ids),
+                one.kwargs,
             )
             for one in starts
         ]
@@ -101,8 +111,10 @@ class Episodes:
         """Request -> sample."""
         self._ready: list[Request] = []
         self._label = ""
+        way = StageSampling(sampling.temperature, sampling.stop, settings.spec.tool_parser)
+        more = [way] if settings.spec.agent else []
         for number, one in enumerate(starts):
-            process.reset(number, one.row, one.env_seed)
+            process.reset(number, one.row, one.env_seed, *more)
 
     @property
     def parsing(self) -> Parsing | None:
@@ -141,7 +153,8 @@ class Episodes:
             talk.last_request, talk.phase = number, "step"
             message = _turn(said[i], talk.sample.turns) if said else _turn(Said(texts[i], []), 0)
             talk.messages.append(message)
-            self._process.step(sample, talk.messages)
+            more = [] if talk.asked is None else [self._drawn(talk, made, i)]
+            self._process.step(sample, talk.messages, *more)
 
     def made(self, n: int, seconds: float) -> Generations:
         """All samples, once no conversation waits."""
@@ -164,30 +177,57 @@ class Episodes:
         talk = self._talks[reply.number]
         if reply.problem:
             self._failed(reply.number, reply.problem)
-        elif talk.phase == "reset":
-            self._begin(reply.number, reply.value)
         elif talk.phase == "end":
             self._earned(talk, reply.value)
+        elif isinstance(reply.value, AgentRequest):
+            self._asked_by_agent(reply.number, reply.value)
+        elif talk.phase == "reset":
+            self._begin(reply.number, reply.value)
         else:
             self._go_on(reply.number, *reply.value)
 
-    def _begin(self, number: int, said: list[Message] | str | None) -> None:
-        """Draw the first turn of a conversation, with what its environment said at its reset."""
+    def _asked_by_agent(self, number: int, asked: AgentRequest) -> None:
+        """Draw the turn that an agent asks for: its messages are what an environment would have said."""
         talk = self._talks[number]
+        talk.asked = asked
+        if talk.phase != "reset":
+            self._go_on(number, asked.messages or [], None, False)
+            return
+        if asked.tools is None:
+            self._begin(number, asked.messages)
+            return
+        talk.kwargs = {**talk.kwargs, "tools": asked.tools}
+        self._begin(number, asked.messages or talk.messages)
+
+    def _drawn(self, talk: _Talk, made: Generations, i: int) -> DrawnTurn:
+        """Facts of turn `i` of those made, the last one of `talk`, for its agent."""
+        place = slice(int(made.offsets[i]), int(made.offsets[i + 1]))
+        ids = made.token_ids[place].tolist()
+        tokens = None
+        if talk.asked is not None and talk.asked.logprobs:
+            texts = self._tokenizer.batch_decode([[one] for one in ids])
+            tokens = list(zip(texts, made.logprobs[place].tolist(), strict=True))
+        before = len(talk.sample.context) - len(ids)
+        return DrawnTurn(FINISH_REASONS[made.finish[i]], before, len(ids), tokens)
+
+    def _begin(self, number: int, said: list[Message] | str | None) -> None:
+        """Draw the first turn of a conversation, with what its environment said at its reset, or its agent in
+        its first request."""
+        talk, begun = self._talks[number], "first request" if self._settings.spec.agent else "reset"
         if said:
             if isinstance(said, str):
                 last = talk.messages[-1]
                 said = [*talk.messages[:-1], {**last, "content": last["content"] + said}]
-            turns = self._settings.turns_of(talk.start.kwargs)
+            turns = self._settings.turns_of(talk.kwargs)
             try:
-                text, ids = turns.beginning(said, talk.start.kwargs)
+                text, ids = turns.beginning(said, talk.kwargs)
             except RowProblem as problem:
-                raise self._failure(number, f"its reset: {problem.detail}") from None
+                raise self._failure(number, f"its {begun}: {problem.detail}") from None
             if len(ids) > self._settings.room:
                 detail = (
                     f"{len(ids)} tokens, and max_length - max_completion_length leaves {self._settings.room}"
                 )
-                raise self._failure(number, f"its reset made the prompt too long: {detail}")
+                raise self._failure(number, f"its {begun} made the prompt too long: {detail}")
             talk.messages, talk.first, talk.text = list(said), len(said), text
             talk.sample.prompt_ids = ids
         self._ask(number)
@@ -200,7 +240,7 @@ class Episodes:
         if done or (most is not None and talk.sample.turns > most):
             self._end(number, "done" if done else "turns")
             return
-        turns, kwargs = self._settings.turns_of(talk.start.kwargs), talk.start.kwargs
+        turns, kwargs = self._settings.turns_of(talk.kwargs), talk.kwargs
         last = talk.sample.token_ids[-1]
         try:
             ids = turns.tokens(conversation, talk.first, said, kwargs, last)
@@ -219,12 +259,15 @@ class Episodes:
     def _ask(self, number: int) -> None:
         talk = self._talks[number]
         sample, turn = talk.sample, talk.sample.turns
-        prompt = hash(tuple(talk.start.token_ids))
+        prompt, asked = hash(tuple(talk.start.token_ids)), talk.asked
         key = hash((prompt, turn)) if turn else prompt
         left = self._sampling.max_tokens - len(sample.token_ids)
         seed = turn_seed(talk.start.seed, turn)
+        if asked is not None:
+            left = min(left, asked.max_tokens or left)
         self._of_request.append(number)
-        self._ready.append(Request(sample.context, seed, left, key, talk.last_request))
+        tools = None if asked is None else asked.tools or []
+        self._ready.append(Request(sample.context, seed, left, key, talk.last_request, tools))
 
     def _end(self, number: int, reason: str) -> None:
         talk = self._talks[number]
@@ -260,10 +303,10 @@ class Episodes:
         shown = "\n".join(f"    {m['role']}: {shown_value(m.get('content'))}" for m in talk.messages[-4:])
         spec = self._settings.spec
         return RunFailure(
-            f"environment '{spec.env_name}'",
+            f"{'agent' if spec.agent else 'environment'} '{spec.env_name}'",
             "generate",
             f"{problem}\n{shown}",
-            f"mend {spec.env or spec.tools[0]}, or set `env_on_error` to the reward that such a step gets",
+            f"mend {spec.user_code[0]}, or set `env_on_error` to the reward that such a step gets",
         )
 
 

@@ -78,17 +78,17 @@ class SampleEnvironment:
             "row": row,
             "seed": seed,
         }
-        self._object = await _settled(make(**_wanted(make, given)))
+        self._object = await settled(make(**wanted(make, given)))
         self._steps = callable(getattr(self._object, "step", None))
         if not self._steps:
             self._tools |= {name: getattr(self._object, name) for name in _methods(type(self._object))}
         reset = self._object.reset  # type: ignore[attr-defined]
-        return _begun(await _settled(reset(**_wanted(reset, given))))
+        return _begun(await settled(reset(**wanted(reset, given))))
 
     async def step(self, messages: list[Message]) -> tuple[list[Message], float | None, bool]:
         """Answer a conversation that ends with a turn of the policy: messages, reward, done."""
         if self._steps:
-            return _answered(await _settled(self._object.step(messages)))  # type: ignore[attr-defined]
+            return _answered(await settled(self._object.step(messages)))  # type: ignore[attr-defined]
         calls = messages[-1].get("tool_calls") or []
         answers = [await self._called(call) for call in calls]
         return answers, None, not calls
@@ -96,7 +96,10 @@ class SampleEnvironment:
     async def reward(self) -> float | None:
         """Reward of the whole conversation, where the environment has `get_reward`."""
         score = getattr(self._object, "get_reward", None)
-        return None if score is None else _number(await _settled(score()))
+        return None if score is None else number_of(await settled(score()))
+
+    def close(self) -> None:
+        """Nothing of it goes on by itself."""
 
     async def _called(self, call: dict[str, Any]) -> Message:
         """A tool's answer. What goes wrong in it is told to the policy, as TRL does."""
@@ -105,17 +108,19 @@ class SampleEnvironment:
             if function["name"] not in self._tools:
                 raise ValueError(f"Tool {function['name']} not found.")
             arguments = json.loads(function["arguments"] or "{}")
-            content = str(await _settled(self._tools[function["name"]](**arguments)))
+            content = str(await settled(self._tools[function["name"]](**arguments)))
         except Exception as error:  # a tool of the user's, with arguments of the policy's
             content = str({"error": str(error)})
         return {"role": "tool", "name": function["name"], "tool_call_id": call["id"], "content": content}
 
 
-async def _settled(value: Any) -> Any:
+async def settled(value: Any) -> Any:
+    """The value, awaited where it is a coroutine's."""
     return await value if inspect.isawaitable(value) else value
 
 
-def _wanted(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
+def wanted(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that a function names, or takes by `**`."""
     names, _, any_name = taken(function)
     if any_name:  # `reset(**row)`, as TRL calls it
         return {name: value for name, value in given.items() if name not in ("row", "seed") or name in names}
@@ -157,7 +162,7 @@ def _answered(value: Any) -> tuple[list[Message], float | None, bool]:
     )
     if not messages and not done:
         raise Unusable("step returned no message, though the conversation is not done")
-    return messages, _number(reward), bool(done)
+    return messages, number_of(reward), bool(done)
 
 
 def messages_of(value: Any, where: str) -> list[Message]:
@@ -181,7 +186,8 @@ def messages_of(value: Any, where: str) -> list[Message]:
     return [dict(message) for message in value]
 
 
-def _number(value: Any) -> float | None:
+def number_of(value: Any) -> float | None:
+    """A reward as a number, or None. Raises Unusable for anything else."""
     if value is None:
         return None
     try:

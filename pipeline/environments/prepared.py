@@ -15,6 +15,9 @@ from pipeline.data.tokens.environment_turns import EnvironmentTurns, environment
 from pipeline.environments.processes import kept_environment
 from pipeline.environments.spec import TurnSettings
 
+PROBE_TOOL = {"type": "function", "function": {"name": "probe", "parameters": {"type": "object"}}}
+"""A tool by which a template is tried."""
+
 
 @dataclass(frozen=True)
 class Conversing:
@@ -40,15 +43,14 @@ def describe(spec: TurnSettings, where: str) -> dict[str, Any]:
     Raises:
         UserError: it can't be used, with the reason.
     """
-    key = f"{where}.{'env' if spec.env else 'tools'}"
     known = parser_names() if spec.tool_parser is not None else []
     if known and spec.tool_parser not in known:
         raise UserError(
             f"{where}.tool_parser: {spec.tool_parser!r} is none of vLLM's parsers: {', '.join(known)}"
         )
-    found = kept_environment(spec.env, spec.tools, spec.env_timeout_s).described()
+    found = kept_environment(spec.env, spec.tools, spec.env_timeout_s, spec.agent).described()
     if isinstance(found, str):
-        raise UserError(f"{key}: {spec.env or ', '.join(spec.tools)}: {found}")
+        raise UserError(f"{where}.{spec.env_key}: {', '.join(spec.user_code)}: {found}")
     problems = []
     if spec.tool_parser is None and not found["steps"]:
         problems.append(
@@ -91,16 +93,18 @@ def conversing(
     room: int,
 ) -> Conversing:
     """A stage's conversations. `kwargs`: the template's variables of each row; `ends`: what ends a turn.
+    An agent names its tools as it goes, so both ways of writing are tried.
 
     Raises:
         UserError: the chat template's turns are not exact.
     """
-    roles = ["tool"] if spec.tool_parser is not None else ["user"]
+    called = spec.tool_parser is not None
     turns = {}
-    for one in kwargs:
+    for one in [*kwargs, *([{"tools": [PROBE_TOOL]}, {}] if spec.agent and called else [])]:
         has_tools = bool(one.get("tools"))
         if has_tools not in turns:
-            turns[has_tools] = environment_turns(tokenizer, one, roles)
+            speaks = "tool" if called and (has_tools or not spec.agent) else "user"
+            turns[has_tools] = environment_turns(tokenizer, one, [speaks])
     parsing = None if spec.tool_parser is None else Parsing(spec.tool_parser, kind["tools"], list(ends))
     return Conversing(spec, kind, turns, parsing, room)
 

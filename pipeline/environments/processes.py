@@ -52,14 +52,16 @@ class _Live:
 
 
 class EnvironmentProcess(UserProcess):
-    """Environments of one class (or tools), one object a sample. For one thread at a time."""
+    """Environments of one class (or tools, or an agent), one object a sample. For one thread at a time."""
 
     ENTRY = "from pipeline.environments.child import start; start()"
 
-    def __init__(self, env: str | None, tools: Sequence[str], timeout_s: float) -> None:
+    def __init__(
+        self, env: str | None, tools: Sequence[str], timeout_s: float, agent: str | None = None
+    ) -> None:
         """Start it, without waiting for the import."""
-        self._asked = env, list(tools), timeout_s
-        self._timeout_s = timeout_s
+        self._asked = env, list(tools), agent, timeout_s
+        self._timeout_s, self._agent = timeout_s, agent is not None
         self._kind: dict[str, Any] | None = None
         self._live: dict[int, _Live] = {}
         self._begun: dict[int, float] = {}
@@ -73,7 +75,7 @@ class EnvironmentProcess(UserProcess):
         self._replies: list[EnvironmentReply] = []
         self._outbox: queue.SimpleQueue[tuple[Any, bytes]] = queue.SimpleQueue()
         threading.Thread(target=self._write, daemon=True, name="environments").start()
-        super().__init__(LoadedCode((env or tools[0]).partition(":")[0]))
+        super().__init__(LoadedCode((agent or env or tools[0]).partition(":")[0]))
 
     def described(self) -> dict[str, Any] | str:
         """As `objects.described`, or a text about what is wrong."""
@@ -93,14 +95,14 @@ class EnvironmentProcess(UserProcess):
 
     # --- What is asked ----------------------------------------------------------------------------
 
-    def reset(self, number: int, row: dict[str, Any], seed: int) -> None:
-        """Make the environment of a new sample."""
+    def reset(self, number: int, row: dict[str, Any], seed: int, *more: Any) -> None:
+        """Make the environment of a new sample. `more`: of an agent, as is the next: `StageSampling`."""
         self._live[number] = _Live()
-        self._ask_it(number, ("reset", number, row, seed))
+        self._ask_it(number, ("reset", number, row, seed, *more))
 
-    def step(self, number: int, messages: Sequence[dict[str, Any]]) -> None:
-        """Answer a conversation that ends with a turn of the policy."""
-        self._ask_it(number, ("step", number, list(messages)))
+    def step(self, number: int, messages: Sequence[dict[str, Any]], *more: Any) -> None:
+        """Answer a conversation that ends with a turn of the policy. `more`: `DrawnTurn`."""
+        self._ask_it(number, ("step", number, list(messages), *more))
 
     def end(self, number: int) -> None:
         """Ask for the reward of a whole conversation; the sample is forgotten with its answer."""
@@ -229,7 +231,11 @@ class EnvironmentProcess(UserProcess):
         if not self._begun or self._patience() > 0:
             return
         number = max(self._begun, key=lambda one: self._begun[one])
+        suspects = len(self._begun)
         self._renew_environments()
+        if suspects > 1 and self._agent:  # Any of their threads may be the one that holds it up.
+            self._careful = True
+            return
         self._fail(number, f"no answer within {self._timeout_s:g} s")
 
     def _lost(self, problem: str) -> None:
@@ -257,8 +263,10 @@ class EnvironmentProcess(UserProcess):
 class Environments:
     """Processes of one stage's environments: as many as conversations go on at once."""
 
-    def __init__(self, env: str | None, tools: Sequence[str], timeout_s: float) -> None:
-        self._asked = env, tuple(tools), timeout_s
+    def __init__(
+        self, env: str | None, tools: Sequence[str], timeout_s: float, agent: str | None = None
+    ) -> None:
+        self._asked = env, tuple(tools), timeout_s, agent
         self._free: list[EnvironmentProcess] = []
         self._made = 0
         self._lock = threading.Lock()
@@ -274,7 +282,7 @@ class Environments:
             if self._free:
                 process = self._free.pop()
             else:
-                process = kept_environment(*self._asked, self._made)
+                process = kept_environment(*self._asked, number=self._made)
                 self._made += 1
         found = process.described()
         if isinstance(found, str):
@@ -288,9 +296,9 @@ class Environments:
 
 
 def kept_environment(
-    env: str | None, tools: Sequence[str], timeout_s: float, number: int = 0
+    env: str | None, tools: Sequence[str], timeout_s: float, agent: str | None = None, number: int = 0
 ) -> EnvironmentProcess:
     """A process of these environments, which is kept to the end of the run."""
-    user_function(env or tools[0])  # Puts the working directory on the path.
-    key = "environments", env, tuple(tools), timeout_s, number
-    return kept(key, lambda: EnvironmentProcess(env, tools, timeout_s))
+    user_function(agent or env or tools[0])  # Puts the working directory on the path.
+    key = "environments", env, tuple(tools), timeout_s, agent, number
+    return kept(key, lambda: EnvironmentProcess(env, tools, timeout_s, agent))

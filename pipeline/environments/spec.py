@@ -14,11 +14,14 @@ Place = Annotated[str, StringConstraints(pattern=PLACE)]
 
 
 class TurnSettings(Spec):
-    """An environment or tools, and the limits of a conversation with them."""
+    """An environment, an agent or tools, and the limits of a conversation with them."""
 
     env: Place | None = None
     """Environment that answers the policy's turns, as `module:Class`; null: a sample is one turn, or `tools`
     answer."""
+    agent: Place | None = None
+    """Function (`module:function`) that drives a conversation by itself, through an OpenAI-compatible
+    endpoint of its own; in place of `env` and `tools`."""
     tools: list[Place] = Field(default_factory=list)
     """Functions (`module:function`) that the policy may call, by TRL's rules: type hints and a docstring in
     Google's style, from which the template writes what there is to call."""
@@ -47,9 +50,20 @@ class TurnSettings(Spec):
     @property
     def converses(self) -> bool:
         """A sample may have several turns."""
-        return bool(self.env or self.tools)
+        return bool(self.env or self.tools or self.agent)
+
+    @property
+    def env_key(self) -> str:
+        """Key that names who converses."""
+        return "agent" if self.agent else "env" if self.env else "tools"
 
     @property
     def env_name(self) -> str:
-        """Name in metrics: the class's, as TRL has it, or `tools`."""
-        return self.env.partition(":")[2] if self.env else "tools"
+        """Name in metrics: the class's, as TRL has it, or the agent's function's, or `tools`."""
+        own = self.agent or self.env
+        return own.partition(":")[2] if own else "tools"
+
+    @property
+    def user_code(self) -> list[str]:
+        """All that is the user's of these, as `module:name`."""
+        return [*filter(None, [self.agent, self.env]), *self.tools]

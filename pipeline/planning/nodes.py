@@ -249,8 +249,8 @@ def reward_files(spec: AnyStage) -> list[str]:
 
 
 def environments(spec: AnyStage) -> list[str]:
-    """Environments and tools of the user's, as `module:name`."""
-    return [*([spec.env] if spec.env else []), *spec.tools] if spec.online else []
+    """Environments, agents and tools of the user's, as `module:name`."""
+    return spec.user_code if spec.online else []
 
 
 def reward_models(config: RunConfig, name: str, weights: dict[str, Weights]) -> dict[str, Weights]:

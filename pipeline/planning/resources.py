@@ -154,6 +154,7 @@ def _step(stage: AnyStage) -> str:
     ]
     teacher = getattr(stage, "teacher", None)
     own = [f"the environment {stage.env}"] if stage.env is not None else []
+    own += [f"the agent {stage.agent}"] if stage.agent is not None else []
     rewards = ", ".join([*sources, *own, *([f"the teacher {teacher}"] if teacher is not None else [])])
     rounds, ahead = stage.max_resampling_rounds, stage.staleness
     again = f" (up to {_count(rounds, 'further round')} for prompts of equal rewards)" if rounds else ""

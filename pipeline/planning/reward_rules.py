@@ -36,7 +36,7 @@ def start_environments(config: RunConfig, names: Iterable[str]) -> None:
     for name in names:
         stage = config.stages[name]
         if stage.online and stage.converses:
-            kept_environment(stage.env, stage.tools, stage.env_timeout_s)
+            kept_environment(stage.env, stage.tools, stage.env_timeout_s, stage.agent)
 
 
 def reward_source_problems(config: RunConfig, names: Iterable[str]) -> list[str]:

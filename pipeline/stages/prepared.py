@@ -286,7 +286,7 @@ def _described(spec: OnlineStage, name: str, tokenizer: Any, records: Records) -
     texts = any(records.sources[row.source].spec.format == "text" for row in plain)
     if plain and (texts or not tokenizer.chat_template):
         raise UserError(
-            f"stages.{name}.{'env' if spec.env else 'tools'}: turns are written by the base's chat template, "
+            f"stages.{name}.{spec.env_key}: turns are written by the base's chat template, "
             "and these prompts are plain text: take `format: chat`, and a base with a template"
         )
     return describe(spec, f"stages.{name}")

@@ -22,6 +22,12 @@ from tests.whole_runs.runs import (
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(900)]
 
 WORLDS = """
+def ask(prompt, base_url, api_key):
+    from openai import OpenAI
+
+    OpenAI(base_url=base_url, api_key=api_key).chat.completions.create(model="policy", messages=prompt)
+
+
 class One:
     def reset(self):
         return None
@@ -62,12 +68,13 @@ def command_for(directory: Path, engines: int = 1, **stage: Any) -> list[str]:
     return command_of(directory, run)
 
 
-def test_an_environment_of_one_turn_gives_the_adapter_of_the_stage_without_one(tmp_path: Path) -> None:
+def test_an_environment_or_agent_of_one_turn_gives_the_adapter_of_the_stage_without(tmp_path: Path) -> None:
     adapters = []
-    for name, more in (("without", {}), ("with", {"env": "worlds:One"})):
+    ways = {"without": {}, "with": {"env": "worlds:One"}, "agent": {"agent": "worlds:ask"}}
+    for name, more in ways.items():
         complete(command_for(tmp_path / name, rewards="exact_match", **more), tmp_path / name)
         adapters.append(adapter_digest(tmp_path / name / "run", "grpo"))
-    assert adapters[0] == adapters[1]
+    assert adapters[0] == adapters[1] == adapters[2]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from actors.batches.slices import Parsing, Said
@@ -16,10 +17,10 @@ def said(tokenizer: Any, token_ids: Sequence[int], parsing: Parsing) -> Said:
         ids = ids[:-1]
     # Special tokens may be how a call begins; vLLM's server keeps them for its parsers too.
     text = tokenizer.decode(ids, skip_special_tokens=False)
-    try:
-        found = _parser(tokenizer, parsing).extract_tool_calls(text, _request(parsing))
-    except Exception:  # a parser of somebody's own, on text that nobody wrote with it in mind
-        found = None
+    found: Any = None
+    with suppress(Exception):  # a parser of somebody's own, on text that nobody wrote with it in mind
+        if parsing.parser is not None:
+            found = _parser(tokenizer, parsing).extract_tool_calls(text, _request(parsing))
     if found is None or not found.tools_called:
         return Said(tokenizer.decode(ids, skip_special_tokens=True), [])
     calls = [(call.function.name, call.function.arguments) for call in found.tool_calls]

@@ -79,8 +79,16 @@ def _turn_problems(stage: OnlineStage) -> Iterator[Problem]:
     if not stage.converses:
         for key in ("tool_parser", "max_tool_calling_iterations"):
             if getattr(stage, key) is not None:
-                yield Problem(key, "is for conversations: name an `env` or `tools`, or leave it out")
+                yield Problem(
+                    key, "is for conversations: name an `env`, an `agent` or `tools`, or leave it out"
+                )
         return
+    if stage.agent and (others := [key for key in ("env", "tools") if getattr(stage, key)]):
+        yield Problem(
+            "agent",
+            f"drives its conversations alone, and its requests name the tools: leave out "
+            f"{' and '.join(others)}",
+        )
     if stage.tools and stage.tool_parser is None:
         yield Problem(
             "tool_parser",

@@ -115,7 +115,9 @@ class Sampler:
             )
             for i, seed in enumerate(seeds)
         ]
-        self._environments = self._environments or Environments(spec.env, spec.tools, spec.env_timeout_s)
+        self._environments = self._environments or Environments(
+            spec.env, spec.tools, spec.env_timeout_s, spec.agent
+        )
         with self._environments.process() as process:
             episodes = Episodes(settings, process, self.tokenizer, self.stage.sampling, starts)
             seconds = self.rollout.converse(episodes, self.stage.sampling)

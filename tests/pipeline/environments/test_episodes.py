@@ -63,7 +63,7 @@ def play(
     row = {"prompt": PROMPT, "start": 3}
     starts = [Start(row, text, ids, kwargs, 100 + i, 7 + i // 2) for i in range(samples)]
     sampling = SamplingSpec(max_tokens=limit, stop_token_ids=[END])
-    with Environments(spec.env, spec.tools, spec.env_timeout_s).process() as process:
+    with Environments(spec.env, spec.tools, spec.env_timeout_s, spec.agent).process() as process:
         episodes = Episodes(made, process, TOKENIZER, sampling, starts)
         queue: list[tuple[int, Any]] = []
         number = 0

@@ -401,6 +401,7 @@ def test_a_teacher_is_another_policy_and_its_divergence_is_the_reward_of_each_to
         ({"env": "worlds:Guess", "soft_punish_cache": 8}, "soft_punish_cache"),
         ({"env": "worlds.Guess"}, "env"),
         ({"env": "verifiers"}, "env"),
+        ({"env": "worlds:Guess", "agent": "worlds:ask"}, "agent"),
         ({"env": "worlds:Guess", "env_on_error": float("inf")}, "env_on_error"),
     ],
 )
@@ -410,6 +411,7 @@ def test_conversations_say_what_they_lack(keys: dict[str, Any], path: str) -> No
 
 def test_an_environment_may_be_all_the_reward_there_is_and_tools_are_not() -> None:
     assert problems_of({"grpo": {"data": "x", "env": "worlds:Guess"}}) == {}
+    assert problems_of({"grpo": {"data": "x", "agent": "worlds:ask"}}) == {}
     assert of("grpo", env="worlds:Guess", tool_parser="hermes", max_tool_calling_iterations=3) == {}
     alone = run({"grpo": {"data": "x", "env": "worlds:Guess"}}).stages["grpo"]
     assert type(alone).model_validate(alone.model_dump(mode="json")) == alone
