@@ -31,7 +31,8 @@ from actors.sync.phases import Phases, violation
 from actors.sync.proof import EngineProof
 from actors.sync.protocol import NO_VERSION, Prepared, SentParts
 from actors.sync.remote import UpdatableEngines
-from actors.sync.report import Stopwatch, SyncReport
+from actors.sync.report import Stopwatch
+from actors.sync.report import SyncReport as SyncReport
 from actors.sync.rounds import Rounds
 from actors.sync.spec import OVER_GLOO, Backends, SlotSpec, SyncSpec
 from actors.sync.verify import ProbeReport, Reference

@@ -1,4 +1,4 @@
-"""Verbs for the models of a run: eval, chat, merge."""
+"""Verbs for the models of a run: eval, chat, serve, merge."""
 
 from __future__ import annotations
 
@@ -98,6 +98,36 @@ def chat(
     return run_chat(
         target, prompt=prompt, system=system, temperature=temperature, max_tokens=max_tokens, seed=seed
     )
+
+
+@verbs.command(
+    epilog=example(
+        "raylign serve runs/demo", "raylign serve runs/demo --model sft", "raylign serve ORG/MODEL"
+    )
+)
+def serve(
+    target: Annotated[
+        str, typer.Argument(metavar="MODEL|RUN", help="Model or adapter, or a run's directory or CONFIG.")
+    ],
+    models: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="Of a run: base or a stage; again for more. Default: all it has."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to serve at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is one that is free.")] = 8000,
+    public: Annotated[
+        bool, typer.Option("--public", help="Allow an address that other machines can reach.")
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; default: the run's, else float32.")
+    ] = None,
+) -> int:
+    """Serve a model, or those of a run under their stages' names, by vLLM's OpenAI-compatible server."""
+    if dtype not in (None, "float32", "bfloat16"):
+        raise UserError(f"--dtype: '{dtype}' is not one of float32, bfloat16")
+    from pipeline.cli.serving import serve as serve_models
+
+    return serve_models(target, models or [], host, port, public, dtype)
 
 
 @verbs.command(epilog=example("raylign merge runs/demo/dpo/adapter merged-model --dtype bfloat16"))

@@ -194,7 +194,7 @@ class AgentConversation:
         waits = self._reply is not None and not self._reply.done()
         if not (body == self._body and (waits or again)):
             if self._over:
-                return 400, problem_of(self._over, "context_length_exceeded")
+                return self._refusal()
             try:
                 self._take(body, waits)
             except Refused as refused:
@@ -235,7 +235,10 @@ class AgentConversation:
     def _end(self, why: str) -> None:
         self._over = self._over or why
         if self._reply is not None and not self._reply.done():
-            self._reply.set_result((400, problem_of(self._over, "context_length_exceeded")))
+            self._reply.set_result(self._refusal())
+
+    def _refusal(self) -> Answer:
+        return 400, problem_of(self._over, "context_length_exceeded" if self._over == AT_LIMIT else None)
 
     async def _run(self, function: Callable[..., Any], given: dict[str, Any]) -> None:
         """Work to its end: a coroutine in this loop, a function in a thread of its own."""

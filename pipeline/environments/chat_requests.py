@@ -119,9 +119,8 @@ def added(conversation: Sequence[Message], messages: Sequence[Message]) -> list[
     for i, (had, has) in enumerate(zip(conversation, messages, strict=False)):
         if _compared(had) != _compared(has):
             whose = "the policy's turn" if had["role"] == "assistant" else f"of role {had['role']}"
-            raise Refused(
-                f"messages[{i}], {whose}, has changed: {_short(had)} is {_short(has)} in this request; {advice}"
-            )
+            changed = f"{_short(had)} is {_short(has)} in this request"
+            raise Refused(f"messages[{i}], {whose}, has changed: {changed}; {advice}")
     if len(messages) < len(conversation):
         raise Refused(
             f"the conversation has {len(conversation)} messages, of which the request has only the first "

@@ -16,6 +16,7 @@ import asyncio
 import pickle
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
@@ -23,6 +24,10 @@ from typing import Any
 from pipeline.environments.agents import AgentConversation, Endpoint, described_agent
 from pipeline.environments.objects import SampleEnvironment, Unusable, described
 from pipeline.rewards.child import load_first, main, sender, settle, shown
+
+BEGIN_AT_ONCE = 64
+"""Agents on their way to a first request. A client of OpenAI's takes 20 ms of a core to make, so that a
+thousand at once would all be late."""
 
 OneSample = SampleEnvironment | AgentConversation
 
@@ -64,7 +69,7 @@ async def _serve(
         endpoint = Endpoint()
         await endpoint.start()
         make = partial(AgentConversation, agent, endpoint)
-    await _Host(connection, send, make, seconds).serve()
+    await _Host(connection, send, make, seconds, agent is not None).serve()
 
 
 class _Host:
@@ -76,12 +81,15 @@ class _Host:
         send: Callable[..., None],
         make: Callable[[], OneSample],
         seconds: float,
+        agents: bool,
     ) -> None:
         self._connection, self._send, self._make, self._seconds = connection, send, make, seconds
+        self._agents = agents
         self._samples: dict[int, OneSample] = {}
         self._turn: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
         """Requests of one sample come one after the other."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._beginning = asyncio.Semaphore(BEGIN_AT_ONCE)
 
     async def serve(self) -> None:
         ended = asyncio.Event()
@@ -101,7 +109,8 @@ class _Host:
         task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, kind: str, number: int, *given: Any) -> None:
-        async with self._turn[number]:
+        begins = kind == "reset" and self._agents
+        async with self._turn[number], self._beginning if begins else nullcontext():
             if kind == "drop":
                 self._forget(number)
                 return

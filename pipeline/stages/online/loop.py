@@ -36,8 +36,7 @@ if TYPE_CHECKING:
     from actors.algorithms import Loss
     from actors.cluster import AgreedFuture
     from actors.rollout.pool import RolloutPool
-    from actors.sync.report import SyncReport
-    from actors.sync.weight_sync import WeightSync
+    from actors.sync.weight_sync import SyncReport, WeightSync
     from pipeline.stages.online.elastic import Elastic
     from pipeline.stages.online.judge import JudgeEngines
 

@@ -19,7 +19,7 @@ HEAVY = ("torch", "ray", "transformers", "datasets", "vllm", "trl", "peft", "mat
 def test_every_verb_of_the_issue_is_there() -> None:
     assert set(VERBS) == {
         "init", "validate", "plan", "run", "submit", "status", "logs", "stop",
-        "inspect", "eval", "chat", "merge", "report", "compare", "env", "scale",
+        "inspect", "eval", "chat", "serve", "merge", "report", "compare", "env", "scale",
     }  # fmt: skip
 
 
