@@ -98,7 +98,7 @@ def test_an_agent_is_told_at_a_limit_and_may_still_return_a_reward() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["raise", "crash", "hang", pytest.param("hold", marks=pytest.mark.slow)],
+    ["raise", "crash", *(pytest.param(one, marks=pytest.mark.slow) for one in ("hang", "hold"))],
 )
 def test_an_agent_that_fails_ends_its_sample_and_the_others_go_on(text: str) -> None:
     def speak(so_far: str, seed: int) -> str:
