@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.cluster.connection import local_resources
-from actors.cluster.environment import actor_environment, engine_environment
+from actors.cluster.environment import CORE_APART, actor_environment, engine_environment
 from actors.errors import UserError
 from actors.models.spec import ModelSpec
 from actors.rollout.spec import EngineSpec
@@ -40,8 +40,10 @@ def set_environment() -> None:
     """Set a rollout actor's environment for this process and vLLM's, before torch is loaded."""
     there = local_resources()
     ours = actor_environment(max(1, int(there["CPU"])), True) | engine_environment(there["GPU"] > 0)
-    # A process that has loaded torch is no good one to fork.
-    os.environ.update({"VLLM_WORKER_MULTIPROC_METHOD": "spawn", **ours})
+    # A process that has computed with torch is no good one to fork. What vLLM warns of are the settings here.
+    own = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", CORE_APART: "1"}
+    level = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
+    os.environ.update(ours | own | level)
 
 
 def serve_models(

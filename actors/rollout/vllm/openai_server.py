@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import signal
 import socket
 from argparse import Namespace
@@ -22,6 +23,9 @@ from actors.rollout.vllm.settings import ArchitectureInUse, llm_settings, read_c
 
 NOT_THE_SERVERS = ("logprobs_mode",)
 """Settings of engines that a trainer reads: a server's log-probabilities are those that OpenAI's are."""
+
+SHUTDOWN_S = 5
+"""Seconds for answers under way, and for vLLM's core to end by itself, once a signal has come."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,6 @@ def serve(
         KeyboardInterrupt: a signal came before requests were answered.
     """
     from vllm.entrypoints.launchers.api_server.entry import run_server_worker
-    from vllm.utils.system_utils import set_ulimit
 
     config = read_config(served.directory, spec)
     in_use = ArchitectureInUse()
@@ -69,7 +72,8 @@ def serve(
     _write_ends(Path(served.directory), served.ends, scratch)
     host, port = listener.getsockname()[:2]
     args = _arguments(served, settings, scratch, host, port)
-    set_ulimit()
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # A connection is an open file.
 
     async def work() -> None:
         waiting = asyncio.create_task(_when_it_answers(host, port, ready))
@@ -100,7 +104,7 @@ def _arguments(served: Served, settings: Mapping[str, Any], scratch: Path, host:
             raise AttributeError(f"vLLM's server has no setting {name}")
         setattr(args, name, value)
     args.model, args.served_model_name = served.directory, list(served.names)
-    args.host, args.port = host, port
+    args.host, args.port, args.shutdown_timeout = host, port, SHUTDOWN_S
     args.generation_config, args.lora_modules = str(scratch), adapters or None
     return args
 
