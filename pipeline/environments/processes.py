@@ -263,9 +263,7 @@ class EnvironmentProcess(UserProcess):
 class Environments:
     """Processes of one stage's environments: as many as conversations go on at once."""
 
-    def __init__(
-        self, env: str | None, tools: Sequence[str], timeout_s: float, agent: str | None = None
-    ) -> None:
+    def __init__(self, env: str | None, tools: Sequence[str], timeout_s: float, agent: str | None) -> None:
         self._asked = env, tuple(tools), timeout_s, agent
         self._free: list[EnvironmentProcess] = []
         self._made = 0
