@@ -28,6 +28,18 @@ def ask(prompt, base_url, api_key):
     OpenAI(base_url=base_url, api_key=api_key).chat.completions.create(model="policy", messages=prompt)
 
 
+def tries(row, base_url, api_key):
+    from openai import OpenAI
+
+    client, messages = OpenAI(base_url=base_url, api_key=api_key), list(row["prompt"])
+    for _ in range(3):
+        made = client.chat.completions.create(model="policy", messages=messages).choices[0].message
+        if made.content.strip() == str(row["answer"]):
+            return 1.0
+        messages += [made, {"role": "user", "content": "Again. " + row["prompt"][0]["content"]}]
+    return 0.0
+
+
 class One:
     def reset(self):
         return None
@@ -78,13 +90,16 @@ def test_an_environment_or_agent_of_one_turn_gives_the_adapter_of_the_stage_with
 
 
 @pytest.mark.slow
-def test_one_engine_or_three_and_a_run_that_was_killed_give_the_same_conversations(tmp_path: Path) -> None:
-    stage = {"env": "worlds:Tries", "max_completion_length": 100, "max_steps": 4}
+def test_one_engine_or_three_an_agent_and_runs_that_were_killed_give_the_same_conversations(
+    tmp_path: Path,
+) -> None:
+    stage = {"max_completion_length": 100, "max_steps": 4}
     adapters, samples = [], []
-    for name, engines in (("one", 1), ("three", 3), ("killed", 1)):
-        directory = tmp_path / name
-        command = command_for(directory, engines, **stage)
-        if name == "killed":
+    for name, engines in (("one", 1), ("three", 3), ("killed", 1), ("killed-agent", 2)):
+        directory, who = tmp_path / name, "agent" if "agent" in name else "env"
+        speaks = {"env": "worlds:Tries", "agent": "worlds:tries"}[who]
+        command = command_for(directory, engines, **stage, **{who: speaks})
+        if "killed" in name:
             # In its third step, whose conversations are drawn by the second version.
             begun = has_done(directory / "run", "policy-0", "weight_source.prepare", 3)
             kill_when(command, directory, begun)
@@ -93,7 +108,7 @@ def test_one_engine_or_three_and_a_run_that_was_killed_give_the_same_conversatio
         rows = lines_of(directory / "run", "grpo", "samples")
         samples.append([row["completion"] for row in rows])
     assert len(set(adapters)) == 1
-    assert samples[0] == samples[1] == samples[2]
+    assert samples[0] == samples[1] == samples[2] == samples[3]
     assert any("Again." in text for text in samples[0])
 
 
