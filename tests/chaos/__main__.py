@@ -30,7 +30,7 @@ from tests.chaos.nodes import Nodes
 from tests.chaos.observe import Lengths
 from tests.chaos.play import Over, play, play_evaluation
 from tests.chaos.scene import Outcome, Scene, saved
-from tests.chaos.table import page, put_into
+from tests.chaos.table import bad, page, put_into
 from tests.whole_runs.runs import ENVIRONMENT, ROOT, start
 
 PAGE = ROOT / "docs" / "chaos.md"
@@ -75,7 +75,7 @@ def main() -> int:
     if not options.cells:
         PAGE.write_text(put_into(PAGE.read_text(), made))
     print(made)
-    return 0
+    return int(any(bad(row) for row in rows.values()))
 
 
 def arguments() -> argparse.Namespace:
