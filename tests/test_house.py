@@ -148,7 +148,7 @@ ROOMS |= {
     "pipeline.report": ("actors", "pipeline.monitoring"),
     "pipeline.rewards": ("actors", "pipeline.data", "pipeline.monitoring"),
     "pipeline.environments": ("actors", "pipeline.data", "pipeline.monitoring", "pipeline.rewards"),
-    "pipeline.evaluation": ("actors", *LOW, "pipeline.rewards"),
+    "pipeline.evaluation": ("actors", *LOW, "pipeline.rewards", "pipeline.environments"),
     "pipeline.stages": ("actors", *LOW, "pipeline.rewards", "pipeline.environments"),
     "pipeline.roles": ("actors", "pipeline.stages.specs"),
     "pipeline.config": (

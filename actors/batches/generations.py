@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -266,6 +267,16 @@ class Generations:
         return np.diff(ends[self.offsets])
 
     @property
+    def earned(self) -> np.ndarray | None:
+        """float64 (samples,): sums of what environments gave their turns, NaN for none; None: no environment
+        gave anything."""
+        turns = self.turn_rewards
+        if turns is None or np.isnan(turns).all():
+            return None
+        parts = [turns[a:b][~np.isnan(turns[a:b])] for a, b in itertools.pairwise(self.offsets)]
+        return np.array([part.sum() if len(part) else np.nan for part in parts], np.float64)
+
+    @property
     def version(self) -> int:
         """The oldest version that one of the tokens was sampled by; 0 for no tokens."""
         return int(self.token_versions.min()) if len(self.token_versions) else 0
@@ -283,9 +294,11 @@ class Generations:
         self, tokenizer: object, stop: Sequence[str] = (), stop_token_ids: Sequence[int] = ()
     ) -> list[str]:
         """Decoded without special tokens and without a stop token at the end, cut before the first stop
-        string."""
+        string; of a conversation all that stands behind its prompt, as it is."""
         ends = set(stop_token_ids)
         samples = [ids.tolist() for ids in self.sequences()]
+        if self.episodes is not None:
+            return list(tokenizer.batch_decode(samples))  # type: ignore[attr-defined]
         texts = tokenizer.batch_decode(  # type: ignore[attr-defined]
             [ids[:-1] if ids and ids[-1] in ends else ids for ids in samples], skip_special_tokens=True
         )

@@ -11,7 +11,7 @@ from actors.cluster import LimitsSpec, RaySpec, RoleSpec
 from actors.models.spec import ModelSpec
 from actors.spec import Spec
 from pipeline.config.names import NAME_PATTERN
-from pipeline.evaluation.spec import EvalSpec
+from pipeline.evaluation.spec import AUTO, EvalSpec
 from pipeline.monitoring.spec import LoggingSpec
 from pipeline.roles import RolesSpec
 from pipeline.stages.specs.registry import STAGE_TYPES, NamedStage, OnlineStage, Stage
@@ -139,6 +139,15 @@ class RunConfig(Spec):
             found |= {f"stages.{name}.{key}": own for key in ("env", "agent") if (own := getattr(stage, key))}
             found |= {f"stages.{name}.tools.{i}": source for i, source in enumerate(stage.tools)}
         return found
+
+    def eval_turns(self) -> tuple[str, OnlineStage] | None:
+        """Stage whose environment or tools models converse with as they are evaluated, by name; None: an
+        answer is one turn."""
+        talking = {name: stage for name, stage in self.online_stages().items() if stage.converses}
+        if self.eval is None or self.eval.env_of is None or not talking:
+            return None
+        name = list(talking)[-1] if self.eval.env_of == AUTO else self.eval.env_of
+        return (name, talking[name]) if name in talking else None
 
     def eval_models(self) -> list[str]:
         """`base` and stages to evaluate, in order."""

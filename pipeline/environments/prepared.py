@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from actors.batches import Parsing
+from actors.batches import Parsing, SamplingSpec
 from actors.errors import UserError
 from pipeline.data.reading.records import Records
 from pipeline.data.tokens.environment_turns import EnvironmentTurns, environment_turns
+from pipeline.data.tokens.prompts import PromptData, read_prompts
 from pipeline.environments.processes import kept_environment
 from pipeline.environments.spec import TurnSettings
 
@@ -65,6 +66,40 @@ def describe(spec: TurnSettings, where: str) -> dict[str, Any]:
     if problems:
         raise UserError(problems)
     return found
+
+
+def conversing_prompts(
+    spec: TurnSettings,
+    where: str,
+    records: Records,
+    tokenizer: Any,
+    sampling: SamplingSpec,
+    *,
+    key: str,
+    room: int | None = None,
+    known: int | None = None,
+) -> tuple[PromptData, Conversing]:
+    """The rows of `key` as beginnings of conversations with the environment or tools of the stage `where`.
+
+    Args:
+        room: tokens of a prompt at most; None: as many as the longest has.
+        known: rows of the base's embedding.
+
+    Raises:
+        UserError: environment, template or rows can't be conversed with, with the reason.
+    """
+    plain = [row for row in records.rows if row.plain is not None]
+    texts = any(records.sources[row.source].spec.format == "text" for row in plain)
+    if plain and (texts or not tokenizer.chat_template):
+        raise UserError(
+            f"{key}: the turns of {where}.{spec.env_key} are written by the base's chat "
+            "template, and these prompts are plain text: take `format: chat`, and a base with a template"
+        )
+    kind = describe(spec, where)
+    data = read_prompts(with_tools(records, kind), tokenizer, max_prompt_tokens=room, vocab_size=known)
+    room = room or max(map(len, data.token_ids))
+    talks = conversing(spec, kind, tokenizer, data.template_kwargs, sampling.stop_token_ids, room)
+    return data, talks
 
 
 def with_tools(records: Records, kind: dict[str, Any]) -> Records:

@@ -3,141 +3,93 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from actors.batches import SamplingSpec, sample_seed
-from actors.errors import RunFailure, UserError
+from actors.errors import RunFailure, UserError, attempt
 from actors.models.turn_ends import TurnEnds, turn_ends
 from pipeline.artifacts.json_text import json_text
 from pipeline.artifacts.manifest import fingerprint, write_json
 from pipeline.artifacts.user_code import code_digests, unread_code
-from pipeline.data.reading.bad_rows import Skipped
+from pipeline.artifacts.weights import Weights
 from pipeline.data.reading.records import Records, load_records
-from pipeline.data.tokens.prompts import Prompt, as_row, in_form_of
-from pipeline.data.tokens.tokenize import prompt_rows
-from pipeline.rewards.exact_match import exact_match
-from pipeline.rewards.functions import (
-    ARGUMENTS,
-    RewardFunction,
-    Samples,
-    call_reward_function,
-    import_function,
+from pipeline.data.tokens.prompts import PromptData, read_prompts
+from pipeline.environments.playing import Player
+from pipeline.environments.prepared import Conversing, conversing_prompts
+from pipeline.evaluation.conversations import (
+    ENV_REWARD,
+    identity_of,
+    is_whole_talk,
+    rewards_of,
+    talk_figures,
+    talk_rows,
 )
-from pipeline.rewards.spec import EXACT_MATCH
+from pipeline.evaluation.intervals import mean_with_interval
+from pipeline.evaluation.scorers import OWN_METRICS, check_columns, find_scorer, score
+from pipeline.evaluation.spec import REWARD
+from pipeline.rewards.functions import Samples
 
 if TYPE_CHECKING:
     from actors.batches import Generations
     from actors.cluster import WorkerFuture, WorkerGroup
     from actors.rollout.pool import RolloutPool
+    from pipeline.environments.spec import TurnSettings
     from pipeline.evaluation.spec import EvalSpec
-    from pipeline.rewards.user_functions import UserFunction
-from pipeline.artifacts.weights import Weights
-
-TRIED = 2
-"""Rows that a scorer is tried with before the run."""
 
 
 @dataclass(frozen=True)
 class EvalSet:
     """Held-out prompts as tokens, with the columns that their scorer needs."""
 
-    prompts: list[str]
-    """Texts that the model reads: prompts after the chat template."""
-    token_ids: list[list[int]]
-    columns: dict[str, list[Any]]
-    fingerprint: str
+    data: PromptData
+    """Prompts, and which rows were left out, as their source's `on_bad_row` says."""
     sampling: SamplingSpec
     """Settings of sampling, with every token that ends a turn."""
-    skipped: Skipped = field(default_factory=Skipped)
-    """Rows left out, as their source's `on_bad_row` says."""
+    fingerprint: str = ""
+    """Of the prompts, and of what ends a turn where the base doesn't say it."""
     code: dict[str, str] = field(default_factory=dict)
-    """The scorer -> digest of its code; empty for `exact_match`."""
+    """The scorer, environment and tools -> digest of their code; without `exact_match`."""
     unread_code: tuple[str, ...] = ()
-    """The scorer, where its code can't be read."""
-    rows: list[Prompt] | None = None
-    """Prompts as their rows have them, for the scorer; None: `prompts`, since all are plain text."""
+    """Those of them whose code can't be read."""
+    talks: Conversing | None = None
+    """Conversations that the prompts begin; None: an answer is one turn."""
+    env_of: str = ""
+    """Stage whose environment or tools these are with."""
 
-    def samples(self, completions: Sequence[str], ids: Sequence[Sequence[int] | np.ndarray]) -> Samples:
-        """One completion of each prompt, in the form in which reward functions get them."""
-        prompts = self.rows if self.rows is not None else self.prompts
-        return Samples(prompts, in_form_of(prompts, completions), ids, self.columns)
+    def samples(
+        self,
+        completions: Sequence[str],
+        ids: Sequence[Sequence[int] | np.ndarray],
+        made: Generations | None = None,
+    ) -> Samples:
+        """One completion of each prompt, in the form in which reward functions get them; `made` holds the
+        conversations, if these are some."""
+        data = self.data
+        if made is None or made.episodes is None:
+            return Samples(data.prompts, data.completions(completions), ids, data.columns)
+        prompts = data.of_samples(range(data.n_rows), made).prompts
+        said = [one.messages for one in made.episodes]
+        return Samples(prompts, said, ids, data.columns | {ENV_REWARD: rewards_of(made)})
 
     def remarks(self) -> list[str]:
-        """Lines about the rows that were left out and code that can't be read, for the user."""
-        unread = [unread_code("eval", source) for source in self.unread_code]
-        if not self.skipped.counts:
-            return unread
-        return [
-            *unread,
-            f"eval: left out {self.skipped.summary()}",
-            *(f"  {row}" for row in self.skipped.listing),
-        ]
-
-
-def wilson(successes: float, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a share (Wilson 1927), bounds in [0, 1]."""
-    if n == 0:
-        return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.5 + level / 2)
-    share = successes / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def find_scorer(metric: str) -> RewardFunction | UserFunction:
-    """`exact_match`, or `module:function`.
-
-    Raises:
-        UserError: nothing of that name can be imported.
-    """
-    if metric == EXACT_MATCH:
-        return exact_match
-    return import_function(
-        metric, "eval.metric", "exact_match, or module:function with the module on the path"
-    )
-
-
-def try_scorer(spec: EvalSpec, records: Records) -> None:
-    """Call the scorer once with the first rows, each answered by its `answer` where it has one, so that what
-    it can't do is known before anything is trained. What the call leaves behind ends with its process.
-
-    Raises:
-        UserError: it can't be imported, asks for a column that the rows lack, can't be called, or returns
-            something else than scores.
-    """
-    from pipeline.rewards.user_functions import UserFunction
-
-    check_columns(spec, records)
-    scorer = find_scorer(spec.metric)
-    if not isinstance(scorer, UserFunction) or not len(records):
-        return
-    samples = tried_samples(records)
-    called = call_reward_function(scorer, samples, spec.timeout_s)
-    scorer.release()
-    if called.problem:
-        raise UserError(
-            f"eval.metric: {spec.metric} can't score, tried with {len(samples)} of the rows: "
-            f"{called.problem}\n"
-            f"{samples.shown(called.bad[0])}"
-        )
-
-
-def tried_samples(records: Records) -> Samples:
-    """The first rows as samples, each answered by its `answer` where it has one."""
-    rows = [records[i] for i in range(min(TRIED, len(records)))]
-    prompts = [as_row(row) for row in rows]
-    texts = [str(row.columns.get("answer") or "an answer") for row in rows]
-    columns = {name: [row.columns.get(name) for row in rows] for name in records.columns}
-    ids = [list(text.encode()) for text in texts]
-    return Samples(prompts, in_form_of(prompts, texts), ids, columns)
+        """Lines about what is done with the prompts, the rows that were left out and code that can't be
+        read, for the user."""
+        lines = [unread_code("eval", source) for source in self.unread_code]
+        if self.talks is not None:
+            spec = self.talks.spec
+            lines.append(
+                f"eval: each prompt begins a conversation with {', '.join(spec.user_code)} "
+                f"(stages.{self.env_of}), of {self.sampling.max_tokens:,} tokens at most "
+                "(eval.sampling.max_tokens), what that says included; `env_of: null` evaluates single answers"
+            )
+        if (skipped := self.data.skipped).counts:
+            lines += [f"eval: left out {skipped.summary()}", *(f"  {row}" for row in skipped.listing)]
+        return lines
 
 
 def read_eval_set(
@@ -147,45 +99,45 @@ def read_eval_set(
     records: Records | None = None,
     ends: TurnEnds | None = None,
     vocab_size: int | None = None,
+    turns: tuple[str, TurnSettings] | None = None,
 ) -> EvalSet:
     """Tokenise the held-out prompts (read here unless given); bad rows follow their source's `on_bad_row`.
-    `ends`: of the base; None: of the tokenizer. `vocab_size`: rows of the base's embedding."""
+    `ends`: of the base; None: of the tokenizer. `vocab_size`: rows of the base's embedding. `turns`: the
+    stage whose environment or tools the models converse with; None: an answer is one turn.
+
+    Raises:
+        UserError: everything wrong with the rows, and with the environment.
+    """
     ends = ends or turn_ends(tokenizer)
     sampling = ends.sampling(spec.sampling, tokenizer, "eval.sampling")
     records = records or load_records(spec.data, "prompt", seed=seed, max_rows=spec.max_rows)
-    check_columns(spec, records)
-    kept, texts, token_ids = prompt_rows(records, tokenizer, vocab_size)
-    if not len(kept):
-        raise UserError(f"eval.data: no prompts left ({kept.skipped.summary() or 'the data is empty'})")
+    check_columns(spec, records, converses=turns is not None)
+    problems: list[str] = []
+    talks, env_of = None, ""
+    if turns is None:
+        data = attempt(problems, "eval.data", read_prompts, records, tokenizer, vocab_size=vocab_size)
+    else:
+        env_of, settings = turns
+        made = attempt(
+            problems, "eval.data", conversing_prompts, settings, f"stages.{env_of}", records, tokenizer,
+            sampling, key="eval.data", known=vocab_size,
+        )  # fmt: skip
+        data, talks = made or (None, None)
+    if data is None:
+        raise UserError(problems)
+    if spec.metric == REWARD and talks is not None and not (talks.kind["steps"] or talks.kind["rewards"]):
+        raise UserError(
+            f"eval.metric: reward is what the environment gives, and that of stages.{env_of} gives none; "
+            "name exact_match or module:function"
+        )
     # Empty where the base's own EOS tokens are all that end a turn: evaluations of earlier versions, whose
     # keys have no such part, are then still the same.
     told = "".join(f" ends at {token}" for token in ends.added)
-    functions = () if spec.metric == EXACT_MATCH else (spec.metric,)
+    functions = [] if spec.metric in OWN_METRICS else [spec.metric]
+    functions += [] if talks is None else talks.spec.user_code
     code = code_digests(functions)
     unread = tuple(source for source in functions if source not in code)
-    rows = [as_row(row) for row in kept.rows]
-    digest = kept.fingerprint + told
-    return EvalSet(texts, token_ids, kept.columns, digest, sampling, kept.skipped, code, unread, rows)
-
-
-def check_columns(spec: EvalSpec, records: Records) -> None:
-    """Refuse held-out rows without a column that the scorer asks for."""
-    from pipeline.rewards.user_functions import UserFunction
-
-    columns = records.columns
-    if spec.metric == "exact_match" and None in columns.get("answer", [None]):
-        raise UserError(
-            "eval.data: exact_match compares with a column `answer`, which some rows lack "
-            f"(columns: {', '.join(columns) or 'none'}); name it under `columns:`, or set eval.metric to "
-            "module:function"
-        )
-    scorer = find_scorer(spec.metric)
-    missing = scorer.missing([*ARGUMENTS, *columns]) if isinstance(scorer, UserFunction) else []
-    if missing:
-        raise UserError(
-            f"eval.data: {spec.metric} asks for {', '.join(missing)}, which an evaluation does not have "
-            f"(it has {', '.join([*ARGUMENTS, *columns])}); add such a column, or give the argument a default"
-        )
+    return EvalSet(data, sampling, data.fingerprint + told, code, unread, talks, env_of)
 
 
 def evaluate(
@@ -206,31 +158,40 @@ def evaluate(
     from pipeline.rewards.user_functions import start_functions
 
     key = eval_key(weights, held_out, spec, seed)
-    if spec.metric != EXACT_MATCH:
+    if spec.metric not in OWN_METRICS:
         start_functions([spec.metric])
     sampling = held_out.sampling
-    generated = generate(rollout, weights, name, held_out.token_ids, sampling, seed)
+    generated = generate(rollout, weights, name, held_out, tokenizer, seed)
     completions = generated.texts(tokenizer, sampling.stop, sampling.stop_token_ids)
-    samples = held_out.samples(completions, list(generated.sequences()))
+    samples = held_out.samples(completions, list(generated.sequences()), generated)
     scores = score(find_scorer(spec.metric), spec, samples)
     counted = [s for s in scores if s is not None]
-    total = float(sum(counted))
-    low, high = wilson(total, len(counted)) if all(0 <= s <= 1 for s in counted) else mean_interval(counted)
+    if held_out.talks is not None and spec.metric == REWARD and not counted:
+        raise RunFailure(
+            f"environment '{held_out.talks.spec.env_name}'", "evaluate", "it gave no conversation a reward",
+            "return one from `step` or `get_reward`, or set eval.metric to module:function",
+        )  # fmt: skip
+    accuracy, low, high = mean_with_interval(counted)
     directory.mkdir(parents=True, exist_ok=True)
+    answers = held_out.data.columns.get("answer", [None] * len(scores))
+    talked = talk_rows(generated)
+    rows = [
+        {"prompt": prompt, "completion": completion, "answer": answer, "score": value} | talk
+        for prompt, completion, answer, value, talk in zip(
+            held_out.data.texts, completions, answers, scores, talked, strict=True
+        )
+    ]
     path, aside = directory / f"{name}.jsonl", directory / f".{name}.tmp"
-    answers = held_out.columns.get("answer", [None] * len(scores))
-    with aside.open("w") as handle:
-        for prompt, completion, answer, value in zip(held_out.prompts, completions, answers, scores):
-            row = {"prompt": prompt, "completion": completion, "answer": answer, "score": value}
-            handle.write(json_text(row, ensure_ascii=False) + "\n")
+    aside.write_text("".join(json_text(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     aside.rename(path)
     result = {
-        "accuracy": total / max(1, len(counted)),
+        "accuracy": accuracy,
         "n": len(counted),
         "ci95": [low, high],
         "metric": spec.metric,
         "fingerprint": key,
         **({"code": held_out.code} if held_out.code else {}),
+        **({"conversations": talk_figures(generated)} if held_out.talks is not None else {}),
     }
     write_json(directory / f"{name}.json", result)
     return result
@@ -246,6 +207,8 @@ def eval_key(weights: Weights, held_out: EvalSet, spec: EvalSpec, seed: int) -> 
             spec.metric,
             spec.max_rows,
             seed,
+            # Nothing where an answer is one turn: evaluations of earlier versions stay finished.
+            *([] if held_out.talks is None else [identity_of(held_out.talks.spec)]),
         ]
     )
 
@@ -280,6 +243,7 @@ def _is_whole(result: Mapping[str, Any]) -> bool:
     return (
         all(type(one) in (int, float) for one in (result.get("accuracy"), *bounds))
         and {"n", "metric"} <= result.keys()
+        and is_whole_talk(result.get("conversations"))
     )
 
 
@@ -290,17 +254,23 @@ def changed_code(directory: Path, name: str, key: str, code: Mapping[str, str]) 
 
 
 def generate(
-    rollout: WorkerGroup,
-    weights: Weights,
-    name: str,
-    token_ids: list[list[int]],
-    sampling: Any,
-    seed: int,
+    rollout: WorkerGroup, weights: Weights, name: str, held_out: EvalSet, tokenizer: Any, seed: int
 ) -> Generations:
-    """Completions of all prompts by one model; a sample's seed depends on its prompt only. Engines that die
-    over it are replaced."""
-    seeds = [sample_seed(seed, 0, i, 0) for i in range(len(token_ids))]
-    return loaded_pool(rollout, weights, name).generate(token_ids, sampling, seeds)
+    """Completions of all prompts by one model, or conversations that they begin; a sample's seed depends on
+    its prompt only. Engines that die over it are replaced.
+
+    Raises:
+        UserError: the tool parser doesn't fit the base.
+        RunFailure: engines or an environment failed.
+    """
+    data, talks, sampling = held_out.data, held_out.talks, held_out.sampling
+    seeds = [sample_seed(seed, 0, i, 0) for i in range(data.n_rows)]
+    pool = loaded_pool(rollout, weights, name)
+    if talks is None:
+        return pool.generate(data.token_ids, sampling, seeds)
+    if talks.parsing and (problem := pool.check_parser(talks.parsing)):
+        raise UserError(f"stages.{held_out.env_of}.tool_parser: {problem}")
+    return Player(talks, tokenizer).play(pool, data, sampling, seeds, seeds)
 
 
 def loaded_pool(rollout: WorkerGroup, weights: Weights, name: str) -> RolloutPool:
@@ -320,28 +290,3 @@ def loaded_pool(rollout: WorkerGroup, weights: Weights, name: str) -> RolloutPoo
             if rank in rollout.fleet.serving:
                 raise
     return RolloutPool(EngineSet(rollout, load=lambda rank: load(rank).result()))
-
-
-def score(scorer: RewardFunction | UserFunction, spec: EvalSpec, samples: Samples) -> list[float | None]:
-    """Call the scorer on everything, as a reward function is called, and check what it returns.
-
-    Raises:
-        RunFailure: it raised, took longer than `timeout_s`, or returned something else than scores; with the
-            sample.
-    """
-    called = call_reward_function(scorer, samples, spec.timeout_s)
-    if called.problem:
-        raise RunFailure(
-            f"metric '{spec.metric}'",
-            "score",
-            f"{called.problem}\n{samples.shown(called.bad[0])}",
-            f"mend {spec.metric}; the same command then trains nothing again",
-        )
-    return called.values
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Normal 95 % interval of a mean, for scores that are not shares."""
-    array = np.asarray(values, dtype=float)
-    half = 1.96 * array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else 0.0
-    return float(array.mean() - half), float(array.mean() + half)

@@ -13,7 +13,7 @@ from pipeline.artifacts.json_text import json_text
 from pipeline.artifacts.manifest import fingerprint, write_json
 from pipeline.artifacts.weights import Weights
 from pipeline.data.tokens.tokenize import TokenizedData
-from pipeline.evaluation.held_out import wilson
+from pipeline.evaluation.intervals import wilson
 
 PAIR_ACCURACY = "pair_accuracy"
 ROWS_PER_CALL = 256

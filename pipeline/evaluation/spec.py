@@ -8,6 +8,10 @@ from actors.batches import SamplingSpec
 from actors.spec import Spec
 from pipeline.data.spec import DataSources
 
+REWARD = "reward"
+"""Metric: the sum of what an environment gave a conversation."""
+AUTO = "auto"
+
 
 class EvalSamplingSpec(SamplingSpec):
     """Sampling for evaluation: greedy unless told otherwise."""
@@ -29,6 +33,9 @@ class EvalSpec(Spec):
     """Settings of sampling; by default greedy."""
     metric: str = "exact_match"
     """`exact_match`, or `module:function`, called as a reward function is: a score, or None, for each
-    completion."""
+    completion. Of conversations also `reward`: what their environment gave."""
+    env_of: str | None = AUTO
+    """Stage whose environment or tools all models converse with; `auto`: the last one that has some; null: an
+    answer is one turn."""
     timeout_s: float = Field(default=600.0, gt=0, allow_inf_nan=False)
     """Seconds that the metric may take for one call with all completions of a model."""

@@ -51,7 +51,7 @@ class Evaluations:
             return result
         self.stop.begin_at_once(f"the evaluation of {name} is done anew next time")
         if changed_code(directory, name, key, code):
-            self.note(f"eval {name}: runs again: changed code of {self.config.eval.metric}")
+            self.note(f"eval {name}: runs again: changed code of {' or '.join(code)}")
         began = time.monotonic()
         phase(f"evaluating {name}")
         result = evaluate(

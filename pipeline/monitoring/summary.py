@@ -25,6 +25,19 @@ def results_table(progress: Progress, state: Mapping[str, Any], names: Sequence[
     if rows:
         columns = ["model", "accuracy", "95 % interval", "prompts", "training", "wait"]
         progress.table("Held-out prompts", columns, rows)
+    talks = [(name, talk) for name in names if (talk := state["eval"].get(name, {}).get("conversations"))]
+    if talks:
+        talked = [
+            [
+                name,
+                f"{talk['reward']['mean']:.3f}" if "reward" in talk else "",
+                f"{100 * talk['called']['mean']:.1f} %",
+                f"{talk['turns']:.2f}",
+            ]
+            for name, talk in talks
+        ]
+        columns = ["model", "environment's reward", "call a tool", "turns"]
+        progress.table("Conversations", columns, talked)
 
 
 def pairs_table(progress: Progress, state: Mapping[str, Any], names: Sequence[str]) -> None:

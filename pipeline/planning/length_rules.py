@@ -35,8 +35,16 @@ def sample_problems(prepared: Prepared, positions: int) -> list[str]:
 
 
 def held_out_problems(held_out: EvalSet, positions: int) -> list[str]:
-    """Held-out prompts that leave no room for an answer in `positions`."""
-    lengths = [len(ids) for ids in held_out.token_ids]
+    """Held-out prompts that leave no room in `positions` for an answer, or for a whole conversation."""
+    lengths = [len(ids) for ids in held_out.data.token_ids]
+    if held_out.talks is not None:
+        longest, limit = max(lengths), held_out.sampling.max_tokens
+        if longest + limit <= positions:
+            return []
+        return [
+            f"eval.sampling.max_tokens: the longest prompt has {longest} tokens, with {limit} of a "
+            f"conversation it is {longest + limit}, and {LIMIT.format(positions)}; lower it"
+        ]
     beyond = sum(length >= positions for length in lengths)
     if not beyond:
         return []

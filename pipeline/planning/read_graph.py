@@ -18,14 +18,9 @@ from pipeline.artifacts.run_directory import RunDirectory
 from pipeline.artifacts.weights import Weights
 from pipeline.data.reading.records import Records, load_records
 from pipeline.data.tokens.template_date import keep_date
-from pipeline.evaluation.held_out import (
-    eval_key,
-    find_scorer,
-    finished,
-    read_eval_set,
-    try_scorer,
-)
+from pipeline.evaluation.held_out import eval_key, finished, read_eval_set
 from pipeline.evaluation.pairs import pair_key
+from pipeline.evaluation.scorers import find_scorer, try_scorer
 from pipeline.monitoring.phases import phase
 from pipeline.monitoring.trackers import tracker_problems
 from pipeline.planning.architecture_rules import architecture_problems
@@ -39,7 +34,6 @@ from pipeline.planning.reward_rules import (
     reward_source_problems,
     start_environments,
 )
-from pipeline.rewards.spec import EXACT_MATCH
 from pipeline.rewards.user_functions import start_functions
 from pipeline.stages.prepared import Reader, StageRecords, prepare, read_records
 
@@ -65,7 +59,7 @@ def read_rows(config: RunConfig, until: str | None = None, problems: Sequence[st
             `problems` that were found before.
     """
     rewarding = function_sources(config, up_to(config, until))
-    scoring = [config.eval.metric] if config.eval is not None and config.eval.metric != EXACT_MATCH else []
+    scoring = [config.eval.metric] if config.eval is not None and ":" in config.eval.metric else []
     start_environments(config, up_to(config, until))
     start_functions([*rewarding, *scoring])  # Their modules are imported while the rows are read.
     in_rows: list[str] = []
@@ -86,7 +80,8 @@ def read_rows(config: RunConfig, until: str | None = None, problems: Sequence[st
         seed, most = config.seed, spec.max_rows
         held_out = attempt(problems, "eval.data", load_records, spec.data, "prompt", seed=seed, max_rows=most)
         if scorer is not None and held_out is not None:
-            attempt(problems, "", try_scorer, spec, held_out)
+            talks = config.eval_turns() is not None
+            attempt(problems, "", try_scorer, spec, held_out, converses=talks)
     if problems:
         raise UserError(problems)
     # Those that trying the metric has ended begin anew, while the run goes on.
@@ -172,7 +167,9 @@ def tokenised(
     graph.pair_evaluations = pair_evaluations(graph, directory.path / "eval")
     if config.eval is not None:
         ends, known = turn_ends(tokenizer, config.model.base), vocab_size(config.model.base)
-        graph.held_out = read_eval_set(config.eval, tokenizer, config.seed, records.held_out, ends, known)
+        graph.held_out = read_eval_set(
+            config.eval, tokenizer, config.seed, records.held_out, ends, known, config.eval_turns()
+        )
         for name in config.eval_models():
             if name in weights:
                 key = eval_key(weights[name], graph.held_out, config.eval, config.seed)

@@ -178,7 +178,7 @@ def _look_at_stage(
 ) -> None:
     """A stage's data, into the findings; its prompts into `trained`."""
     from pipeline.data.reading.shared_prompts import trained_prompts
-    from pipeline.evaluation.held_out import tried_samples
+    from pipeline.evaluation.scorers import tried_samples
     from pipeline.planning.length_rules import sample_problems
     from pipeline.planning.nodes import remarks_on_data, use_of_rows
     from pipeline.planning.reward_rules import reward_column_problems, service_problems
@@ -222,7 +222,8 @@ def _look_at_eval(
 ) -> None:
     from actors.models.turn_ends import turn_ends, vocab_size
     from pipeline.data.reading.records import load_records
-    from pipeline.evaluation.held_out import find_scorer, read_eval_set, try_scorer
+    from pipeline.evaluation.held_out import read_eval_set
+    from pipeline.evaluation.scorers import find_scorer, try_scorer
     from pipeline.planning.length_rules import held_out_problems
 
     spec = config.eval
@@ -238,13 +239,13 @@ def _look_at_eval(
     findings.note_shared("eval.data", records, trained)
     if scorer is None or tokenizer is None:
         return
-    ends = turn_ends(tokenizer, config.model.base)
+    ends, known = turn_ends(tokenizer, config.model.base), vocab_size(config.model.base)
+    turns = config.eval_turns()
     held_out = findings.attempt(
-        lambda: read_eval_set(spec, tokenizer, config.seed, records, ends, vocab_size(config.model.base)),
-        "eval.data",
+        lambda: read_eval_set(spec, tokenizer, config.seed, records, ends, known, turns), "eval"
     )
     if held_out is not None:
-        findings.attempt(lambda: try_scorer(spec, records))
+        findings.attempt(lambda: try_scorer(spec, records, converses=turns is not None))
         findings.problems += held_out_problems(held_out, findings.positions(config))
-        findings.prompts = len(held_out.prompts)
+        findings.prompts = held_out.data.n_rows
         findings.remarks += held_out.remarks()

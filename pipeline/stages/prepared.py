@@ -19,7 +19,7 @@ from pipeline.data.tokens.batch_order import BatchOrder
 from pipeline.data.tokens.kto_pairs import with_mismatched
 from pipeline.data.tokens.prompts import PromptData, read_prompts
 from pipeline.data.tokens.tokenize import EncodedRows, TokenizedData, encode_rows, tokenize
-from pipeline.environments.prepared import Conversing, conversing, describe, with_tools
+from pipeline.environments.prepared import Conversing, conversing_prompts
 from pipeline.monitoring.phases import phase
 from pipeline.stages.specs.registry import (
     NamedStage,
@@ -262,15 +262,16 @@ def _prepare_rl(named: NamedStage, spec: OnlineStage, tokenizer: Any, records: S
     sampling = ends.sampling(spec.sampling(), tokenizer, f"stages.{name}")
     room = None if spec.max_length is None else spec.max_length - spec.max_completion_length
     known = vocab_size(named.base)
-    kind = _described(spec, name, tokenizer, records.train) if spec.converses else None
-    rows = records.train if kind is None else with_tools(records.train, kind)
-    data = read_prompts(rows, tokenizer, max_prompt_tokens=room, vocab_size=known)
+    talks, train = None, records.train
+    if spec.converses:
+        where = f"stages.{name}"
+        data, talks = conversing_prompts(
+            spec, where, train, tokenizer, sampling, key=f"{where}.data", room=room, known=known
+        )
+    else:
+        data = read_prompts(train, tokenizer, max_prompt_tokens=room, vocab_size=known)
     order = _order(spec, data.n_rows, spec.prompts_per_step, seed)
-    stage = PreparedRl(name, spec, seed, data, order, sampling, ends.added)
-    if kind is not None:
-        room = room or max(map(len, data.token_ids))
-        stop = sampling.stop_token_ids
-        stage.conversing = conversing(spec, kind, tokenizer, data.template_kwargs, stop, room)
+    stage = PreparedRl(name, spec, seed, data, order, sampling, ends.added, conversing=talks)
     warm = 0 if spec.critic is None else spec.critic.critic_warmup_steps
     if warm >= stage.total_steps:
         raise UserError(
@@ -278,18 +279,6 @@ def _prepare_rl(named: NamedStage, spec: OnlineStage, tokenizer: Any, records: S
             f"are {stage.total_steps}: the policy would never learn; lower it, or raise num_train_epochs"
         )
     return stage
-
-
-def _described(spec: OnlineStage, name: str, tokenizer: Any, records: Records) -> dict[str, Any]:
-    """Facts of a stage's environment. UserError where it, or the rows, can't be conversed with."""
-    plain = [row for row in records.rows if row.plain is not None]
-    texts = any(records.sources[row.source].spec.format == "text" for row in plain)
-    if plain and (texts or not tokenizer.chat_template):
-        raise UserError(
-            f"stages.{name}.{spec.env_key}: turns are written by the base's chat template, "
-            "and these prompts are plain text: take `format: chat`, and a base with a template"
-        )
-    return describe(spec, f"stages.{name}")
 
 
 def _order(spec: StageSpec, n_rows: int, rows_per_step: int, seed: int) -> BatchOrder:

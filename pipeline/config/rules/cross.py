@@ -17,6 +17,7 @@ from pipeline.config.rules.devices import device_problems
 from pipeline.config.rules.sequence_parallel import sequence_parallel_problems
 from pipeline.config.rules.stage import mixture_problems, stage_problems
 from pipeline.config.run_config import RunConfig
+from pipeline.evaluation.spec import AUTO, REWARD
 from pipeline.rewards.spec import EXACT_MATCH, FUNCTION, RewardSpec
 from pipeline.roles import ENGINE_ROLES, MODEL_ROLES, POLICY, REFERENCE, ROLES, VIEWS
 from pipeline.stages.specs.registry import OnlineStage
@@ -358,5 +359,21 @@ def _eval_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem("eval.models", "a model is named more than once")
     if spec.sampling.n != 1:
         yield Problem("eval.sampling.n", f"{spec.sampling.n}: evaluation draws one answer per prompt")
-    if spec.metric != EXACT_MATCH and not FUNCTION.match(spec.metric):
-        yield Problem("eval.metric", f"'{spec.metric}' is neither `exact_match` nor `module:function`")
+    talking = [name for name, stage in config.online_stages().items() if stage.converses]
+    if spec.env_of not in (None, AUTO, *talking):
+        yield Problem(
+            "eval.env_of",
+            f"'{spec.env_of}' is no stage with `env` or `tools`; possible: "
+            f"{', '.join([AUTO, *talking])}, null",
+        )
+    if spec.metric == REWARD:
+        if config.eval_turns() is None:
+            yield Problem(
+                "eval.metric",
+                "reward is what an environment gives, and the models converse with none (`env_of` names a "
+                "stage that has one)",
+            )
+    elif spec.metric != EXACT_MATCH and not FUNCTION.match(spec.metric):
+        yield Problem(
+            "eval.metric", f"'{spec.metric}' is neither `exact_match` nor `reward` nor `module:function`"
+        )

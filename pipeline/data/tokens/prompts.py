@@ -119,7 +119,7 @@ def read_prompts(
         gate.add(*records.bad(record, RowProblem(TOO_LONG, detail)))
     skipped = Skipped.merged([records.skipped, gate.close()])
     if not kept:
-        raise UserError(f"no prompts left to train on ({skipped.summary() or 'the data is empty'})")
+        raise UserError(f"no prompts left ({skipped.summary() or 'the data is empty'})")
     rows = [records[i] for i in kept]
     names = dict.fromkeys(name for row in rows for name in row.columns)
     return PromptData(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +100,7 @@ class RewardComputer:
             rows.append(values)
             notes += [f"reward '{one.name}': {note}"] if note else []
         weights, names = [one.weight for one in self.spec.rewards], list(self.names)
-        if (own := earned(samples)) is not None:
+        if (own := samples.earned) is not None:
             rows, weights, names = [*rows, own], [*weights, 1.0], [*names, self.spec.env_name]
         if not rows and not self.spec.needs_rewards:
             # A teacher scores tokens, which is no reward of samples.
@@ -128,17 +127,6 @@ class RewardComputer:
             metrics["rewards/overlong/mean"] = float(punished.mean())
             total = total + spec.soft_punish_weight * punished
         return total, metrics
-
-
-def earned(samples: Generations) -> np.ndarray | None:
-    """float64 (samples,): sums of what environments gave their turns, NaN for none; None: no environment gave
-    anything."""
-    turns = samples.turn_rewards
-    if turns is None or np.isnan(turns).all():
-        return None
-    ends = samples.offsets
-    parts = [turns[a:b][~np.isnan(turns[a:b])] for a, b in itertools.pairwise(ends)]
-    return np.array([part.sum() if len(part) else np.nan for part in parts], np.float64)
 
 
 def check_scores(spec: RewardSettings, scores: np.ndarray, samples: Samples) -> None:

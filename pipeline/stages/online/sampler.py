@@ -15,7 +15,7 @@ import json
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,9 +27,7 @@ from actors.batches import Generations, sample_seed
 from actors.cluster import Turns, look_up
 from actors.errors import RunFailure
 from pipeline.data.tokens.prompts import PromptData
-from pipeline.environments.episodes import Episodes, Start
-from pipeline.environments.prepared import Conversing
-from pipeline.environments.processes import Environments
+from pipeline.environments.playing import Player
 from pipeline.stages.online.rewards import Rewards
 from pipeline.stages.prepared import PreparedRl
 
@@ -75,7 +73,7 @@ class Sampler:
         self.stage, self.rollout, self.rewards, self.tokenizer = stage, rollout, rewards, tokenizer
         self.turns = turns or Turns()
         self._count_experts = True
-        self._environments: Environments | None = None
+        self._player = None if stage.conversing is None else Player(stage.conversing, tokenizer)
 
     def sample(self, step: int) -> SampledBatch:
         """Raises: RunFailure, InvariantViolation: as `RolloutPool.generate`."""
@@ -95,40 +93,16 @@ class Sampler:
             asked_before[row] += n
         asked = [stage.data.token_ids[row] for row in rows]
         self.turns.to_engines()
-        if stage.conversing is not None:
-            return self._converse(stage.conversing, rows, seeds)
+        if self._player is not None:
+            # Samples of one prompt share the seed of their environments, for they are compared.
+            of_prompts = [seeds[i - i % n] for i in range(len(seeds))]
+            prompts = stage.data.select(rows, copies=n)
+            return self._player.play(self.rollout, prompts, stage.sampling, seeds, of_prompts)
         return self.rollout.generate(asked, stage.sampling, seeds)
 
-    def _converse(self, settings: Conversing, rows: np.ndarray, seeds: Sequence[int]) -> Generations:
-        """A conversation for each of these seeds."""
-        n, spec = self.stage.spec.num_generations, settings.spec
-        prompts = self.stage.data.select(rows, copies=n)
-        starts = [
-            Start(
-                {name: values[i] for name, values in prompts.columns.items()}
-                | {"prompt": prompts.messages[i]},
-                prompts.texts[i],
-                prompts.token_ids[i],
-                prompts.template_kwargs[i],
-                seed,
-                seeds[i - i % n],
-            )
-            for i, seed in enumerate(seeds)
-        ]
-        self._environments = self._environments or Environments(
-            spec.env, spec.tools, spec.env_timeout_s, spec.agent
-        )
-        with self._environments.process() as process:
-            episodes = Episodes(settings, process, self.tokenizer, self.stage.sampling, starts)
-            seconds = self.rollout.converse(episodes, self.stage.sampling)
-            return episodes.made(n, seconds)
-
     def texts(self, samples: Generations) -> list[str]:
-        """Texts of samples: without the end of the turn, and cut at stop strings; of a conversation all that
-        stands behind its prompt."""
+        """As `Generations.texts`."""
         asked = self.stage.sampling
-        if samples.episodes is not None:
-            return list(self.tokenizer.batch_decode([ids.tolist() for ids in samples.sequences()]))
         return samples.texts(self.tokenizer, asked.stop, asked.stop_token_ids)
 
     def batch_of(

@@ -2,88 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-from actors.batches import Generations, Said, SamplingSpec, trajectory_batch
+from actors.batches import Generations, Said, trajectory_batch
 from actors.batches.generations import FINISH_REASONS
 from actors.errors import RunFailure, UserError
-from actors.models.turn_ends import turn_ends
-from pipeline.environments.episodes import Episodes, Start, turn_seed
-from pipeline.environments.prepared import conversing, describe, parser_names
-from pipeline.environments.processes import Environments
+from pipeline.environments.episodes import turn_seed
+from pipeline.environments.prepared import describe, parser_names
 from pipeline.environments.spec import TurnSettings
 from pipeline.rewards.user_functions import functions_closed
-from tests.pipeline.data.tokens.one_row import CHATML, tokenizer_with
-
-HERE = "tests.pipeline.environments.worlds"
-PROMPT = [{"role": "user", "content": "Guess."}]
-TOKENIZER = tokenizer_with(CHATML)
-END = turn_ends(TOKENIZER).turn[0]
-Speak = Callable[[str, int], str]
-"""Text of the conversation so far and seed -> the policy's turn."""
+from tests.pipeline.environments.played import HERE, TOKENIZER, play, template_of_tools
 
 
 @pytest.fixture(autouse=True)
 def _closed() -> Iterator[None]:
     with functions_closed():
         yield
-
-
-def ids_of(text: str) -> list[int]:
-    return list(TOKENIZER(text, add_special_tokens=False)["input_ids"])
-
-
-def digit(text: str, seed: int) -> str:
-    """A policy whose turn is a function of context and seed alone, as an engine's is."""
-    return str(int.from_bytes(hashlib.blake2b(f"{text}{seed}".encode(), digest_size=2).digest()) % 10)
-
-
-def play(
-    speak: Speak = digit,
-    samples: int = 6,
-    *,
-    order: int = 0,
-    limit: int = 400,
-    parse: Callable[[str], Said] | None = None,
-    **settings: Any,
-) -> Generations:
-    """Conversations with engines that draw the turns that are asked for in a random order (by `order`), some
-    at a time."""
-    settings.setdefault("env", f"{HERE}:Guess")
-    spec, rng = TurnSettings(**settings), np.random.default_rng(order)
-    kind = describe(spec, "stages.grpo")
-    kwargs = {"tools": kind["tools"]} if kind["tools"] else {}
-    made = conversing(spec, kind, TOKENIZER, [kwargs], [END], room=600)
-    text, ids = made.turns_of(kwargs).beginning(PROMPT, kwargs)
-    row = {"prompt": PROMPT, "start": 3}
-    starts = [Start(row, text, ids, kwargs, 100 + i, 7 + i // 2) for i in range(samples)]
-    sampling = SamplingSpec(max_tokens=limit, stop_token_ids=[END])
-    with Environments(spec.env, spec.tools, spec.env_timeout_s, spec.agent).process() as process:
-        episodes = Episodes(made, process, TOKENIZER, sampling, starts)
-        queue: list[tuple[int, Any]] = []
-        number = 0
-        while episodes.waits() or queue:
-            for request in episodes.requests(0.0 if queue else 1.0):
-                queue.append((number, request))
-                number += 1
-            taken = [queue.pop(rng.integers(len(queue))) for _ in range(min(len(queue), rng.integers(1, 4)))]
-            if not taken:
-                continue
-            drawn = []
-            for _, request in taken:
-                said = [*ids_of(speak(TOKENIZER.decode(request.prompt), request.seed)), END]
-                reason = "stop" if len(said) <= request.max_tokens else "length"
-                said = said[: request.max_tokens]
-                drawn.append((said, [-0.25] * len(said), reason))
-            found = Generations.of(drawn, 1, "m", 0.0, 3)
-            texts = found.texts(TOKENIZER, [], [END])
-            episodes.drew([n for n, _ in taken], found, [parse(one) for one in texts] if parse else None)
-        return episodes.made(2, 0.5)
 
 
 def transcript(samples: Generations, number: int) -> str:
@@ -153,17 +90,8 @@ def test_tools_answer_calls_and_a_turn_without_one_ends_the_conversation() -> No
         called = text.startswith("call")
         return Said("", [("increment", f'{{"step": {text[5:]}}}')]) if called else Said(text, [])
 
-    tools = (
-        "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}"
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-        "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    TOKENIZER.chat_template = tools
-    try:
+    with template_of_tools():
         samples = play(speak, 2, parse=parse, env=f"{HERE}:Counter", tool_parser="hermes")
-    finally:
-        TOKENIZER.chat_template = CHATML
     assert (
         transcript(samples, 0)
         == "call 4<|im_end|>\n<|im_start|>tool\n7<|im_end|>\n<|im_start|>assistant\ndone<|im_end|>"

@@ -9,7 +9,9 @@ from actors.batches.generations import SamplingSpec, sample_seed
 from actors.cluster.spec import LimitsSpec, RoleSpec
 from actors.cluster.worker_group import WorkerGroup
 from pipeline.artifacts.weights import Weights
-from pipeline.evaluation.held_out import generate
+from pipeline.data.reading.bad_rows import Skipped
+from pipeline.data.tokens.prompts import PromptData
+from pipeline.evaluation.held_out import EvalSet, generate
 
 
 class Tokenizer:
@@ -26,7 +28,9 @@ def test_an_engine_that_dies_in_an_evaluation_is_replaced(ray_cluster: None, tmp
         group.start().ready().build("tests.actors.rollout.pool_engines:ServedEngine", str(tmp_path)).result()
         prompts = [[1002 if i == 30 else i, i] for i in range(40)]
         weights = Weights("base", "adapter", "fingerprint")
-        texts = generate(group, weights, "grpo", prompts, SamplingSpec(), seed=3).texts(Tokenizer())
+        asked = [str(ids) for ids in prompts]
+        held_out = EvalSet(PromptData([*asked], asked, prompts, {}, Skipped(), ""), SamplingSpec())
+        texts = generate(group, weights, "grpo", held_out, Tokenizer(), seed=3).texts(Tokenizer())
         seeds = [sample_seed(3, 0, i, 0) for i in range(40)]
         assert texts == [f"{seed % 97} {sum(prompt)} 3" for seed, prompt in zip(seeds, prompts)]
         assert sorted(member.generation for member in group.fleet.members) == [0, 1]

@@ -17,7 +17,7 @@ from pipeline.data.reading.records import load_records
 from pipeline.data.spec import DataSpec
 from pipeline.data.tokens.tokenize import TokenizedData, tokenize
 from pipeline.evaluation import pairs
-from pipeline.evaluation.held_out import wilson
+from pipeline.evaluation.intervals import wilson
 from pipeline.evaluation.pairs import evaluate_pairs, pair_figures, score_pairs
 from tests.actors.trainer.host_cases import host_spec
 

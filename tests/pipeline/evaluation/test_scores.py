@@ -10,8 +10,11 @@ import pytest
 
 from actors.batches.generations import SamplingSpec
 from actors.errors import RunFailure, UserError
+from pipeline.data.reading.bad_rows import Skipped
 from pipeline.data.reading.records import Records, load_records
-from pipeline.evaluation.held_out import EvalSet, find_scorer, score, try_scorer
+from pipeline.data.tokens.prompts import PromptData
+from pipeline.evaluation.held_out import EvalSet
+from pipeline.evaluation.scorers import find_scorer, score, try_scorer
 from pipeline.evaluation.spec import EvalSpec
 from pipeline.rewards.user_functions import functions_closed
 
@@ -66,7 +69,8 @@ def spec_of(name: str, timeout_s: float = 20) -> EvalSpec:
 
 def scores(name: str, timeout_s: float = 20) -> list[float | None]:
     spec, columns = spec_of(name, timeout_s), {"answer": ["4", "4"]}
-    held_out = EvalSet(["2+2?"] * 2, [[1]] * 2, columns, "", SamplingSpec(), rows=[QUESTION] * 2)
+    data = PromptData([QUESTION] * 2, ["2+2?"] * 2, [[1]] * 2, columns, Skipped(), "")
+    held_out = EvalSet(data, SamplingSpec())
     return score(find_scorer(spec.metric), spec, held_out.samples(["4", "5"], [[4], [5]]))
 
 

@@ -51,7 +51,8 @@ def test_a_prompt_with_its_completion_has_to_fit(tiny_base: Path) -> None:
 
 
 def test_a_held_out_prompt_has_to_leave_room_for_a_token() -> None:
-    held_out = EvalSet(["a", "b"], [[1] * 31, [1] * 32], {}, "f", SamplingSpec())
+    data = PromptData(["a", "b"], ["a", "b"], [[1] * 31, [1] * 32], {}, Skipped(), "f")
+    held_out = EvalSet(data, SamplingSpec())
     assert held_out_problems(held_out, 33) == []
     (problem,) = held_out_problems(held_out, 32)
     assert problem.startswith("eval.data: 1 of 2 prompts leave no room")

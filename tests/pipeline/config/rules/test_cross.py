@@ -122,6 +122,15 @@ def test_evaluated_models_exist_once() -> None:
     assert not problems_of(eval={"data": "x", "models": ["base", "sft"], "metric": "pkg.mod:score"})
 
 
+def test_an_evaluation_converses_with_an_environment_of_the_run() -> None:
+    stages = {"sft": {"data": "x"}, "grpo": {"data": "x", "env": "mine:World"}}
+    for env_of in ("auto", "grpo"):
+        assert not problems_of(stages, eval={"data": "x", "metric": "reward", "env_of": env_of})
+    assert "eval.env_of" in problems_of(stages, eval={"data": "x", "env_of": "sft"})
+    assert "eval.metric" in problems_of(stages, eval={"data": "x", "metric": "reward", "env_of": None})
+    assert "eval.metric" in problems_of(eval={"data": "x", "metric": "reward"})
+
+
 @pytest.mark.parametrize(
     ("keys", "refused"),
     [

@@ -12,10 +12,13 @@ import yaml
 from actors.batches.generations import SamplingSpec
 from actors.errors import UserError
 from actors.models.tiny import byte_tokenizer
+from pipeline.data.reading.bad_rows import Skipped
 from pipeline.data.reading.layouts import LAYOUTS
 from pipeline.data.spec import ColumnName, LayoutName
+from pipeline.data.tokens.prompts import PromptData
 from pipeline.data.tokens.tokenize import tokenize
-from pipeline.evaluation.held_out import EvalSet, find_scorer, score
+from pipeline.evaluation.held_out import EvalSet
+from pipeline.evaluation.scorers import find_scorer, score
 from pipeline.evaluation.spec import EvalSpec
 from tests.pipeline.data.reading.rows import BAD, GOOD, USER, load
 
@@ -221,7 +224,7 @@ def test_history_beside_a_conversation_is_a_bad_row(tmp_path: Path) -> None:
 
 def test_a_held_out_column_does_not_take_the_place_of_what_the_model_said() -> None:
     columns = {"answer": ["4"], "completions": ["five"], "prompts": ["3+3?"]}
-    held_out = EvalSet(["2+2?"], [[1]], columns, "", SamplingSpec())
+    held_out = EvalSet(PromptData(["2+2?"], ["2+2?"], [[1]], columns, Skipped(), ""), SamplingSpec())
     spec = EvalSpec(data=[{"source": "x"}])
     assert score(find_scorer("exact_match"), spec, held_out.samples(["4"], [[52]])) == [1.0]
 

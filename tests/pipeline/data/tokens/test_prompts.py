@@ -66,8 +66,8 @@ def test_an_evaluation_leaves_them_out_and_says_so(tmp_path: Path) -> None:
     load(tmp_path, ROWS, "prompt")
     source = DataSpec(source=str(tmp_path / "rows.jsonl"), on_bad_row="skip")
     held_out = read_eval_set(EvalSpec(data=[source]), tokenizer_with(NO_SYSTEM), 0)
-    assert held_out.columns["answer"] == ["2", "6"]
-    assert [len(held_out.prompts), len(held_out.token_ids)] == [2, 2]
+    assert held_out.data.columns["answer"] == ["2", "6"]
+    assert [len(held_out.data.texts), len(held_out.data.token_ids)] == [2, 2]
     assert held_out.remarks()[0].startswith("eval: left out 2 rows: ")
     refusing = EvalSpec(data=[source.model_copy(update={"on_bad_row": "error"})])
     with pytest.raises(UserError, match="row 2: refused by the chat template"):
@@ -76,7 +76,7 @@ def test_an_evaluation_leaves_them_out_and_says_so(tmp_path: Path) -> None:
 
 def test_no_prompt_left_is_an_error(tmp_path: Path) -> None:
     records = load(tmp_path, ROWS[1:2], "prompt", on_bad_row="skip")
-    with pytest.raises(UserError, match=r"no prompts left to train on \(1 row: 1 refused"):
+    with pytest.raises(UserError, match=r"^no prompts left \(1 row: 1 refused"):
         read_prompts(records, tokenizer_with(NO_SYSTEM))
     source = DataSpec(source=str(tmp_path / "rows.jsonl"), on_bad_row="skip")
     with pytest.raises(UserError, match=r"eval\.data: no prompts left \(1 row: 1 refused"):
