@@ -19,7 +19,7 @@ ENV_REWARD = "env_reward"
 
 
 def env_reward(env_reward: Sequence[float | None], **columns: Any) -> list[float | None]:
-    """What environments gave: the metric `reward`. A reward function in TRL's form."""
+    """The rewards that environments gave: the metric `reward`. A reward function in TRL's form."""
     return list(env_reward)
 
 
@@ -39,7 +39,7 @@ def rewards_of(made: Generations) -> list[float | None]:
 
 
 def talk_rows(made: Generations) -> list[dict[str, Any]]:
-    """What a written row has of its conversation beside prompt, text and score; nothing for single turns."""
+    """Columns of written rows that are of conversations: messages, reward, turns, end; none for single turns."""
     if made.episodes is None:
         return [{} for _ in made.finish]
     return [
