@@ -3,8 +3,8 @@
 python -m examples.calculator build/calculator     # writes the base and the rows that the run reads
 raylign run examples/calculator.yaml
 
-The demonstrations show how a call is written, but most of them answer off-hand and wrong. That a call is worth
-it is left to the reward.
+Some demonstrations show how a call is written, most of them answer off-hand and wrong. That a call is worth it
+is left to the reward.
 """
 
 from __future__ import annotations
@@ -108,7 +108,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "out", type=Path, help="directory for base, train.jsonl, prompts.jsonl and test.jsonl"
-    )
+    parser.add_argument("out", type=Path, help="directory for the base and the rows")
     write(parser.parse_args().out)

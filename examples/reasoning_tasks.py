@@ -4,7 +4,7 @@ pip install reasoning-gym
 python -m examples.reasoning_tasks build/reasoning chain_sum letter_counting --set chain_sum.max_terms=3
 
 writes prompts.jsonl and test.jsonl, which have no question in common. Reward and metric are
-`examples.reasoning_tasks:score`: 1 for the right answer, by most tasks a share where it stands in a longer one.
+`examples.reasoning_tasks:score`: 1 for the right answer; most tasks give less where that stands in a longer one.
 """
 
 from __future__ import annotations
