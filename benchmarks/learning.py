@@ -61,13 +61,13 @@ def main() -> int:
     return 0 if all(run["gain"]["low"] > 0 for run in runs) else 1
 
 
-def learn(config: str, seed: int, directory: Path) -> Run:
-    """One run from its beginning, in a process of its own."""
+def learn(config: str, seed: int, directory: Path, *overrides: str) -> Run:
+    """One run from its beginning, in a process of its own; `overrides`: of the config's keys."""
     shutil.rmtree(directory, ignore_errors=True)
     command = [sys.executable, "-m", "pipeline.cli.app", "run", f"configs/{config}.yaml"]
     began = time.monotonic()
     done = subprocess.run(
-        [*command, f"seed={seed}", f"output_dir={directory}"],
+        [*command, f"seed={seed}", f"output_dir={directory}", *overrides],
         cwd=ROOT,
         timeout=TIMEOUT_S,
         text=True,

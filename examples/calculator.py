@@ -3,8 +3,8 @@
 python -m examples.calculator build/calculator     # writes the base and the rows that the run reads
 raylign run examples/calculator.yaml
 
-Some demonstrations show how a call is written, most of them answer off-hand and wrong. That a call is worth it
-is left to the reward.
+Some demonstrations show how a call is written, most answer off-hand and wrong. That a call is worth it is
+left to the reward.
 """
 
 from __future__ import annotations

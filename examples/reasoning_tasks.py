@@ -4,7 +4,7 @@ pip install reasoning-gym
 python -m examples.reasoning_tasks build/reasoning chain_sum letter_counting --set chain_sum.max_terms=3
 
 writes prompts.jsonl and test.jsonl, which have no question in common. Reward and metric are
-`examples.reasoning_tasks:score`: 1 for the right answer; most tasks give less where that stands in a longer one.
+`examples.reasoning_tasks:score`: 1 for the right answer, by most tasks less where it is part of a longer one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ Row = dict[str, Any]
 
 def score(completions: Sequence[Any], entry: Sequence[str], **columns: Any) -> list[float]:
     """Scores by the tasks' own rules, from 0 to 1. What a scorer can't read is no answer."""
+    _library()
     return [_score(_text(said), json.loads(one)) for said, one in zip(completions, entry, strict=True)]
 
 
@@ -75,7 +76,7 @@ def _library() -> Any:
     try:
         import reasoning_gym
     except ImportError as error:
-        raise SystemExit(f"reasoning-gym is not there ({error}): pip install reasoning-gym") from None
+        raise ImportError(f"reasoning-gym is not there ({error}): pip install reasoning-gym") from None
     return reasoning_gym
 
 

@@ -16,6 +16,7 @@ from actors.algorithms.advantages import (
     advantages_of,
 )
 from actors.algorithms.checks import check_finite
+from actors.algorithms.distillation import TOP_IDS, TOP_LOGPS, DistillLoss
 from actors.algorithms.dpo import DpoLoss, DpoSettings, OnlineDpoLoss, ld_weights
 from actors.algorithms.importance_sampling import CORRECTION, CorrectionSettings, importance_ratios
 from actors.algorithms.kl import KlController, KlEstimator, kl_values
@@ -39,9 +40,12 @@ __all__ = [
     "LABEL",
     "MARGIN",
     "POLICY_LOSSES",
+    "TOP_IDS",
+    "TOP_LOGPS",
     "AdvantageSpec",
     "CorrectionSettings",
     "DiscountSettings",
+    "DistillLoss",
     "DpoLoss",
     "DpoSettings",
     "GaeSettings",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from actors.algorithms.logprob import LabelStatistics, gradient_, label_logps, softmax_
+from actors.algorithms.logprob import LabelStatistics, gradient_, label_logps, softmax_, top_logps
 
 HEAD_BLOCK_ELEMENTS = 1 << 23
 """Logits of one block on the CPU: 32 MiB of float32, near its cache. Smaller blocks read the head's weights
@@ -79,6 +79,22 @@ def head_logps(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: floa
     with torch.no_grad():
         blocks = _blocks(hidden, weight, labels)
         return torch.cat([label_logps(logits, y, temperature) for _, logits, y in blocks])
+
+
+def head_further_logps(
+    hidden: Tensor, weight: Tensor, labels: Tensor, logps: Tensor, ids: Tensor, temperature: float
+) -> Tensor:
+    """As `further_logps` of hidden @ weight^T. Keeps the tokens' weights, (T, k, H), for the backward pass,
+    when slices of a sharded head need not be at hand."""
+    apart = weight[ids].float() - weight[labels].float()[:, None]
+    return logps[:, None] + torch.einsum("th,tkh->tk", hidden.float(), apart) / temperature
+
+
+def head_top_logps(hidden: Tensor, weight: Tensor, labels: Tensor, k: int, temperature: float) -> Tensor:
+    """As `top_logps` of hidden @ weight^T."""
+    with torch.no_grad():
+        blocks = _blocks(hidden, weight, labels)
+        return torch.cat([top_logps(logits, k, temperature) for _, logits, _ in blocks])
 
 
 def _blocks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:

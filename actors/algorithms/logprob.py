@@ -57,6 +57,33 @@ def label_statistics(
     return LabelStatistics(*_LabelStatistics.apply(logits, labels, temperature, entropy_gradient))
 
 
+def further_logps(logits: Tensor, labels: Tensor, logps: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """float32 (T, k): log-probabilities of further tokens, with gradient, by the labels' own.
+
+    Args:
+        logits: (T, V).
+        labels: int64 (T,).
+        logps: (T,), of the labels under softmax(logits / temperature).
+        ids: int64 (T, k).
+        temperature: of these.
+    """
+    away = logits.gather(1, ids).float() - logits.gather(1, labels[:, None]).float()
+    return logps[:, None] + away / temperature
+
+
+def top_logps(logits: Tensor, k: int, temperature: float) -> Tensor:
+    """float64 (T, 2 k): ids of the k most probable tokens, then their log-probabilities under
+    softmax(logits / temperature), without gradient; `logits` (T, V)."""
+    parts = []
+    with torch.no_grad():
+        for block, _ in zip(*_blocks(logits, logits[:, 0]), strict=True):
+            block = _scaled(block, temperature)
+            values, ids = block.topk(k, dim=-1)
+            found = values.double() - block.double().logsumexp(-1, keepdim=True)
+            parts.append(torch.cat([ids.double(), found], dim=-1))
+    return torch.cat(parts)
+
+
 def softmax_(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, ...]:
     """The fields of LabelStatistics of (T, V) logits, which turn into their probabilities; no gradient."""
     blocks = zip(*_blocks(logits, labels), strict=True)

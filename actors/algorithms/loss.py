@@ -61,6 +61,9 @@ class TokenView:
     scores: torch.Tensor | None = None
     """float32 (S,): the score head's output at each sequence's last token, with gradient; only for a loss
     that reads scores."""
+    further_logps: torch.Tensor | None = None
+    """float32 (T, k): log-probabilities, with gradient, of the tokens that `Loss.further_tokens` names; None
+    where it names none."""
 
     @property
     def n_rows(self) -> int:
@@ -116,6 +119,9 @@ class Loss(Spec, ABC):
 
     reads: ClassVar[Literal["logps", "values", "scores"]] = "logps"
     """Input of the loss: token log-probabilities, a value head, or a score head."""
+
+    further_tokens: ClassVar[str | None] = None
+    """Token column (T, k) of ids whose log-probabilities the loss reads beside those of the labels."""
 
     gradient_may_vanish: ClassVar[bool] = False
     """A step without any gradient can be right, as where all advantages of a batch are zero."""

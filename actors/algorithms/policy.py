@@ -95,7 +95,7 @@ class PolicyLoss(PolicySettings, SamplingTemperature, Loss):
             metrics |= _mismatch(view)
         if "old_logps" in view.token_columns:
             known = view.token_columns["old_logps"]
-            metrics |= _beyond(view, known, weights, self.ratio_tolerance)
+            metrics |= beyond(view, known, weights, self.ratio_tolerance)
             if self.on_policy:
                 log_ratio = _log_ratio(view, view.logps.detach(), known, weights, level)
                 metrics |= _deviation(log_ratio.exp(), weights)
@@ -168,7 +168,7 @@ def _deviation(ratio: Tensor, weights: Tensor) -> MetricSums:
     return {"ratio/max_deviation": largest((ratio - 1).abs() * weights)}
 
 
-def _beyond(view: TokenView, old: Tensor, weights: Tensor, tolerance: float) -> MetricSums:
+def beyond(view: TokenView, old: Tensor, weights: Tensor, tolerance: float) -> MetricSums:
     """Shares of tokens whose log-probability is farther off `old` than `tolerance` and than a tenth of it, as
     a share of it where it is beyond 1. What is no number is beyond both."""
     off = (view.logps.detach().double() - old).abs() / old.abs().clamp(min=1)

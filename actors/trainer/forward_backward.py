@@ -30,6 +30,7 @@ class Outputs(NamedTuple):
     statistics: LabelStatistics
     values: Tensor | None = None
     scores: Tensor | None = None
+    further: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,10 @@ class PassRunner:
         rows, micros = self.shard(batch)
         idle = self.idle(len(micros), batch)
         for index, micro in enumerate(micros):
-            outputs, extra = self._forward(batch, micro, loss, self._seed(step, index), train, sums)
             columns = {name: values[rows[micro.rows]] for name, values in batch.columns.items()}
             of_tokens = self._token_columns(batch, rows[micro.rows])
+            seed, ids = self._seed(step, index), of_tokens.get(loss.further_tokens or "")
+            outputs, extra = self._forward(batch, micro, loss, seed, train, sums, ids)
             value, metrics = loss(
                 self._view(outputs, micro.sequence, micro.n_sequences, batch, columns, of_tokens), totals
             )
@@ -140,9 +142,11 @@ class PassRunner:
     def _add_nothing(self, batch: Batch, loss: Loss, totals: Totals, train: bool, sums: Sums) -> None:
         """A rank without rows takes part in the sums with the same metrics, all zero."""
         empty = torch.zeros(0, device=self.device)
-        outputs = Outputs(_no_statistics(empty), empty, empty)
         columns = {name: values[:0] for name, values in batch.columns.items()}
         of_tokens = {name: values[:0] for name, values in batch.token_columns.items()}
+        ids = of_tokens.get(loss.further_tokens or "")
+        further = None if ids is None else empty.reshape(ids.shape)
+        outputs = Outputs(_no_statistics(empty), empty, empty, further)
         view = self._view(outputs, np.zeros(0, dtype=np.int64), 0, batch, columns, of_tokens)
         sums.add(*loss(view, totals))
         if train and self.aux_coef:
@@ -194,22 +198,29 @@ class PassRunner:
         return torch.autograd.grad(value, logps)[0] if train else torch.zeros_like(logps)
 
     def _forward(
-        self, batch: Batch, micro: MicroBatch, loss: Loss, seed: int, train: bool, sums: Sums
+        self,
+        batch: Batch,
+        micro: MicroBatch,
+        loss: Loss,
+        seed: int,
+        train: bool,
+        sums: Sums,
+        further: np.ndarray | None = None,
     ) -> tuple[Outputs, Tensor]:
         """Outputs of a micro-batch for the loss, and its weighted auxiliary loss; routing is counted when
-        training.
+        training. `further`: ids of the tokens that `Loss.further_tokens` names.
 
         The auxiliary loss is not linear in the batch: micro-batches are averaged by their tokens.
         """
         if not train:
-            return self._outputs(micro, loss), torch.zeros((), device=self.device)
+            return self._outputs(micro, loss, further), torch.zeros((), device=self.device)
         torch.manual_seed(seed)
         copies = None if micro.copies is None else torch.from_numpy(micro.copies).to(self.device)
         # Where positions have copies, padding has none.
         every = copies is not None or micro.real.all()
         real = None if every else torch.from_numpy(micro.real).to(self.device)
         with self.routers.collecting(real, keep_logits=self.aux_coef > 0, copies=copies) as logits:
-            outputs = self._outputs(micro, loss)
+            outputs = self._outputs(micro, loss, further)
         if not self.aux_coef:
             return outputs, torch.zeros((), device=self.device)
         if isinstance(micro, PositionShare):
@@ -219,10 +230,12 @@ class PassRunner:
         sums.add(term, {"aux_loss": (aux.detach(), 0.0), "aux_loss_term": (term.detach(), 0.0)})
         return outputs, term
 
-    def _outputs(self, micro: MicroBatch, loss: Loss) -> Outputs:
+    def _outputs(self, micro: MicroBatch, loss: Loss, further: np.ndarray | None = None) -> Outputs:
         if loss.reads == "logps":
+            ids = None if further is None else torch.from_numpy(further).to(self.device)
             temperature, entropy_gradient = loss.logit_temperature, loss.needs_entropy_gradient
-            return Outputs(self.scorer.statistics(micro, temperature, entropy_gradient))
+            statistics, others = self.scorer.with_further(micro, temperature, entropy_gradient, ids)
+            return Outputs(statistics, further=others)
         if self.head is None:
             raise KeyError(f"{type(loss).__name__} reads {loss.reads}, and this role has no head")
         nothing = _no_statistics(torch.zeros(len(micro.sequence), device=self.device))
@@ -253,6 +266,7 @@ class PassRunner:
             token_columns=self._tensors(token_columns),
             values=outputs.values,
             scores=outputs.scores,
+            further_logps=outputs.further,
         )
 
     def _tensors(self, columns: dict[str, np.ndarray]) -> dict[str, Tensor]:

@@ -155,6 +155,11 @@ class ModelWorkers:
     ) -> AgreedFuture[np.ndarray]:
         return self.group.submit_alike("scores.token_logprobs", batch, role, temperature, phase="logprobs")
 
+    def top_logprobs(
+        self, batch: SharedBatch, role: str | None, k: int, temperature: float
+    ) -> AgreedFuture[np.ndarray]:
+        return self.group.submit_alike("scores.top_logprobs", batch, role, k, temperature, phase="logprobs")
+
     def logprobs(
         self, batch: SharedBatch, role: str | None, ld_alpha: float | None = None
     ) -> AgreedFuture[np.ndarray]:

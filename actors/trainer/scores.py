@@ -37,6 +37,12 @@ class Scores:
             self._agreement = replay.agreement(ranks.sum_(ranks.sum_positions_(replay.totals())))
         return found
 
+    def top_logprobs(self, batch: Batch, role: str | None, k: int, temperature: float) -> np.ndarray:
+        """float64 (counted tokens, 2 k): the k most probable tokens in place of each counted one, then their
+        log-probabilities under softmax(logits / temperature)."""
+        scorer = self._state.runner.scorer
+        return self._per_token(batch, role, lambda micro: scorer.top(micro, k, temperature), (2 * k,))
+
     def logprobs(self, batch: Batch, role: str | None, ld_alpha: float | None = None) -> np.ndarray:
         """float64 (sequences,): log-probability of each sequence's counted tokens.
 
@@ -59,7 +65,7 @@ class Scores:
         return self._gathered(
             batch.unrouted(),
             role,
-            batch.n_sequences,
+            (batch.n_sequences,),
             lambda rows: torch.from_numpy((rows[:, None] * k + np.arange(k)).reshape(-1)),
             lambda micro: scorer.scores(micro, head),
         )
@@ -76,27 +82,32 @@ class Scores:
         return heads[role]
 
     def _per_token(
-        self, batch: Batch, role: str | None, compute: Callable[[MicroBatch], torch.Tensor]
+        self,
+        batch: Batch,
+        role: str | None,
+        compute: Callable[[MicroBatch], torch.Tensor],
+        each: tuple[int, ...] = (),
     ) -> np.ndarray:
         def places(rows: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(counted_places(batch, rows))
 
-        return self._gathered(batch, role, int(batch.loss_mask.sum()), places, compute)
+        return self._gathered(batch, role, (int(batch.loss_mask.sum()), *each), places, compute)
 
     def _gathered(
         self,
         batch: Batch,
         role: str | None,
-        size: int,
+        shape: tuple[int, ...],
         places: Callable[[np.ndarray], torch.Tensor],
         compute: Callable[[MicroBatch], torch.Tensor],
     ) -> np.ndarray:
-        """float64 (size,): what `compute` says of all ranks' micro-batches, at the `places` of their rows."""
+        """float64 of this shape: what `compute` says of all ranks' micro-batches, at the `places` of their
+        rows."""
         state = self._state
         state.set_mode(train=False)
         rows, micros = state.runner.shard(batch)
         idle = state.runner.idle(len(micros), batch)
-        found = torch.zeros(size, dtype=torch.float64, device=state.spec.device)
+        found = torch.zeros(shape, dtype=torch.float64, device=state.spec.device)
         with state.as_role(role), torch.no_grad():
             for micro in micros:
                 found[places(rows[micro.rows]).to(found.device)] = compute(micro).double()

@@ -20,10 +20,18 @@ from transformers import PreTrainedModel
 from actors.algorithms.chunked_logprob import (
     block_elements,
     has_float32_products,
+    head_further_logps,
     head_logps,
     head_statistics,
+    head_top_logps,
 )
-from actors.algorithms.logprob import LabelStatistics, label_logps, label_statistics
+from actors.algorithms.logprob import (
+    LabelStatistics,
+    further_logps,
+    label_logps,
+    label_statistics,
+    top_logps,
+)
 from actors.batches.packing import MicroBatch
 from actors.batches.position_shares import PositionShare
 from actors.models.attention.by_sequence import arguments, use_by_sequence
@@ -75,24 +83,50 @@ class TokenScorer:
         self, micro: MicroBatch, temperature: float = 1.0, entropy_gradient: bool = False
     ) -> LabelStatistics:
         """Log-probabilities (with gradient where enabled) and statistics of T counted labels."""
-        found = self._own_statistics(micro, temperature, entropy_gradient)
+        return self.with_further(micro, temperature, entropy_gradient, None)[0]
+
+    def with_further(
+        self, micro: MicroBatch, temperature: float, entropy_gradient: bool, further: Tensor | None
+    ) -> tuple[LabelStatistics, Tensor | None]:
+        """As `statistics`; and log-probabilities of further tokens in place of each label, float32 (T, k),
+        with gradient; `further`: their ids, int64 (T, k)."""
         if not isinstance(micro, PositionShare):
-            return found
+            return self._own_statistics(micro, temperature, entropy_gradient, further)
+        own_further = None if further is None else further[torch.from_numpy(micro.counted).to(further.device)]
+        found, others = self._own_statistics(micro, temperature, entropy_gradient, own_further)
         columns = torch.stack([x.float() for x in found], dim=1)
         whole = self._of_all(columns, micro.counted, len(micro.sequence)).unbind(1)
         read = [x if own.requires_grad else x.detach() for x, own in zip(whole, found, strict=True)]
-        return LabelStatistics(*read)._replace(correct=read[2] > 0.5)
+        others = None if others is None else self._of_labels(others, micro)
+        return LabelStatistics(*read)._replace(correct=read[2] > 0.5), others
 
     def _own_statistics(
-        self, micro: MicroBatch, temperature: float, entropy_gradient: bool
-    ) -> LabelStatistics:
+        self, micro: MicroBatch, temperature: float, entropy_gradient: bool, further: Tensor | None
+    ) -> tuple[LabelStatistics, Tensor | None]:
         labels = torch.from_numpy(micro.labels).to(self.model.device)
         again = torch.is_grad_enabled() and (entropy_gradient or self.head.weight.requires_grad)
         scale = self._scale_by_blocks(micro, BLOCKS_MADE_AGAIN if again else 1)
         if scale is not None:
-            hidden, weight = self._hidden(micro), self.head.weight
-            return head_statistics(hidden, weight, labels, temperature / scale, entropy_gradient)
-        return label_statistics(self._logits(micro), labels, temperature, entropy_gradient)
+            hidden, weight, scaled = self._hidden(micro), self.head.weight, temperature / scale
+            found = head_statistics(hidden, weight, labels, scaled, entropy_gradient)
+            if further is None:
+                return found, None
+            return found, head_further_logps(hidden, weight, labels, found.logps, further, scaled)
+        logits = self._logits(micro)
+        found = label_statistics(logits, labels, temperature, entropy_gradient)
+        if further is None:
+            return found, None
+        return found, further_logps(logits, labels, found.logps, further, temperature)
+
+    def top(self, micro: MicroBatch, k: int, temperature: float) -> Tensor:
+        """float64 (T, 2 k): as `top_logps`, of what is predicted in place of each counted label."""
+        with torch.no_grad():
+            scale = self._scale_by_blocks(micro)
+            if scale is None:
+                return self._of_labels(top_logps(self._logits(micro), k, temperature), micro)
+            labels = torch.from_numpy(micro.labels).to(self.model.device)
+            found = head_top_logps(self._hidden(micro), self.head.weight, labels, k, temperature / scale)
+            return self._of_labels(found, micro)
 
     def logps(self, micro: MicroBatch, temperature: float = 1.0) -> Tensor:
         """float32 (T,) log-probabilities, without gradient."""

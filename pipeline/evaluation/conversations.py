@@ -39,7 +39,7 @@ def rewards_of(made: Generations) -> list[float | None]:
 
 
 def talk_rows(made: Generations) -> list[dict[str, Any]]:
-    """Columns of written rows that are of conversations: messages, reward, turns, end; none for single turns."""
+    """Columns of written rows that conversations have: messages, reward, turns, end. Of single turns none."""
     if made.episodes is None:
         return [{} for _ in made.finish]
     return [

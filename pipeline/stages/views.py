@@ -66,6 +66,10 @@ class View:
         """float64 (counted tokens,)."""
         return self.workers.token_logprobs(batch, self.role, temperature)
 
+    def top_logprobs(self, batch: SharedBatch, k: int, temperature: float) -> AgreedFuture[np.ndarray]:
+        """float64 (counted tokens, 2 k): ids of the most probable tokens, then their log-probabilities."""
+        return self.workers.top_logprobs(batch, self.role, k, temperature)
+
     def logprobs(self, batch: SharedBatch, ld_alpha: float | None = None) -> AgreedFuture[np.ndarray]:
         """float64 (sequences,): summed as a DPO loss with this `ld_alpha` sums them."""
         return self.workers.logprobs(batch, self.role, ld_alpha)

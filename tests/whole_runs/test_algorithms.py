@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ STAGES: dict[str, Any] = {
     "online_dpo": ONLINE | {"rewards": "exact_match", "steps_per_generation": 2, "max_resampling_rounds": 1},
     "reinforce_pp": ONLINE | {"rewards": "shaped:digits", "soft_punish_cache": 4, "max_steps": 1},
     "distill": ONLINE | {"teacher": "kto", "num_generations": 1, "max_steps": 1},
+    "top": ONLINE | {"type": "distill", "teacher": "kto", "teacher_top_k": 4, "beta": 0.5, "max_steps": 1},
 }
 
 
@@ -54,3 +56,7 @@ def test_every_new_stage_runs_after_the_other_and_logs_what_it_is_about(tmp_path
     assert taught["objective/kl"] == pytest.approx(taught["kl"] * taught["completions/mean_length"])
     assert taught["advantages/std"] > 0
     assert "reward" not in taught
+    (top,) = lines_of(tmp_path / "run", "top")
+    assert 0 < top["loss"] < math.log(2)  # The most that Jensen-Shannon's divergence can be.
+    assert 0.5 < top["teacher_top_mass"] <= 1
+    assert "advantages/std" not in top

@@ -10,6 +10,7 @@ import pytest
 from benchmarks.learning import CONFIGS, MORE, gain, learn
 from tests.whole_runs.runs import lines_of
 
+TOP_K = ("stages.distill.teacher_top_k=8",)
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.vllm]
 
 
@@ -37,9 +38,10 @@ def test_answers_that_are_right_or_not_teach_without_pairs(tmp_path: Path) -> No
     assert run["gain"]["low"] > 0.1
 
 
-def test_a_student_becomes_like_its_teacher_on_its_own_samples(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [(), TOP_K], ids=["by sampled tokens", "by the teacher's best tokens"])
+def test_a_student_becomes_like_its_teacher_on_its_own_samples(how: tuple[str, ...], tmp_path: Path) -> None:
     """The divergence per token from the DPO policy, which begins at what DPO has taught since SFT."""
-    run = learn("distill-tiny", 0, tmp_path / "distill-tiny")
+    run = learn("distill-tiny", 0, tmp_path / "distill-tiny", *how)
     divergence = [line["kl"] for line in lines_of(tmp_path / "distill-tiny", "distill")]
     assert abs(statistics.mean(divergence[-10:])) < 0.2 * divergence[0]
     assert run["eval"]["distill"]["ci95"][0] > run["eval"]["sft"]["ci95"][1]

@@ -9,6 +9,8 @@ import numpy as np
 
 from actors.algorithms import (
     CORRECTION,
+    TOP_IDS,
+    TOP_LOGPS,
     AdvantageSpec,
     Scored,
     advantages_of,
@@ -31,6 +33,9 @@ class TokenScores:
     the update finds them itself (`PolicyLoss.on_policy`)."""
     ref_logps: np.ndarray | None = None
     values: np.ndarray | None = None
+    teacher_top: np.ndarray | None = None
+    """float64 (counted tokens, 2 k): ids of the teacher's most probable tokens, then their
+    log-probabilities."""
     unreplayed_logps: np.ndarray | None = None
     """As `old_logps`, with the trainer's own routes where those replay the engine's."""
 
@@ -101,6 +106,21 @@ def estimate(
         of_samples = float(sample_sums(batch, kl).mean())
         metrics |= {"kl": float(kl.mean()), "objective/kl": of_samples, "beta": beta}
     return Estimates(batch, of_samples, signal, kept, finite, metrics)
+
+
+def teacher_tokens(spec: PolicyGradientStage, batch: Batch, scores: TokenScores) -> Estimates:
+    """The teacher's most probable tokens as columns, and the divergence as the sampled tokens show it."""
+    assert scores.old_logps is not None
+    assert scores.ref_logps is not None
+    assert scores.teacher_top is not None
+    ids, logps = np.split(scores.teacher_top, 2, axis=1)
+    mask, away = counted_mask(spec, batch), scores.old_logps - scores.ref_logps
+    batch = batch.with_token_columns(
+        **{TOP_IDS: ids.astype(np.int64), TOP_LOGPS: logps, "mask": mask, "old_logps": scores.old_logps}
+    )
+    of_samples = float(sample_sums(batch, away).mean())
+    metrics = {"kl": float(away.mean()), "objective/kl": of_samples}
+    return Estimates(batch, of_samples, away[mask], kept_samples(spec, batch), {}, metrics)
 
 
 def counted_mask(spec: PolicyGradientStage, batch: Batch) -> np.ndarray:

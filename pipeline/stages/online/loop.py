@@ -171,6 +171,8 @@ class RlLoop:
             asked["unreplayed_logps"] = ctx.policy.token_logprobs(unrouted, temperature)
         if self.objective.needs_reference(step):
             asked["ref_logps"] = ctx.reference.token_logprobs(unrouted, temperature)
+        if (k := self.objective.teacher_top_k) is not None:
+            asked["teacher_top"] = ctx.reference.top_logprobs(unrouted, k, temperature)
         if ctx.critic is not None:
             asked["values"] = ctx.critic.values(unrouted)
         if sampled.rewards is not None:

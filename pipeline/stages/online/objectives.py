@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from actors.algorithms import KlController, OnlineDpoLoss, PolicyLoss
+from actors.algorithms import DistillLoss, KlController, OnlineDpoLoss, PolicyLoss
 from actors.algorithms import checks as rl_checks
 from pipeline.stages.checks import check_first_step
-from pipeline.stages.online.estimates import Estimates, TokenScores, estimate
+from pipeline.stages.online.estimates import Estimates, TokenScores, estimate, teacher_tokens
 from pipeline.stages.online.preference_pairs import pairs_of
 from pipeline.stages.specs.registry import OnlineDpoStage, OnlineStage, PolicyGradientStage
 
@@ -30,6 +30,12 @@ class Objective(ABC):
     @abstractmethod
     def needs_reference(self, step: int) -> bool:
         """The reference is asked about this step's samples."""
+
+    @property
+    def teacher_top_k(self) -> int | None:
+        """Most probable tokens that the reference is asked for in place of each sampled one; None: not at
+        all."""
+        return None
 
     @property
     def on_policy(self) -> bool:
@@ -89,7 +95,7 @@ class PolicyGradient(Objective):
         spec = self.spec
         return spec.updates_per_step == 1 and spec.beta == 0 and not spec.staleness and not spec.corrected
 
-    def loss(self, beta: float, dtype: str) -> PolicyLoss:
+    def loss(self, beta: float, dtype: str) -> Loss:
         return PolicyLoss.from_settings(
             self.spec,
             beta=self._in_loss(beta),
@@ -110,6 +116,33 @@ class PolicyGradient(Objective):
         stored = not self.on_policy or "ratio/beyond" in metrics
         if stored and not self.spec.clips_to_engine:
             rl_checks.check_first_ratio(metrics, rl_checks.RATIO_TOLERANCE[dtype])
+
+
+class TeacherTopK(PolicyGradient):
+    """The divergence from a teacher itself, over its most probable next tokens on the policy's samples."""
+
+    @property
+    def teacher_top_k(self) -> int | None:
+        return self.spec.top_k_asked
+
+    def kl_controller(self) -> KlController:
+        return KlController(self.spec.beta)
+
+    def needs_reference(self, step: int) -> bool:
+        return True
+
+    @property
+    def on_policy(self) -> bool:
+        return False
+
+    def estimate(self, batch: Batch, rewards: np.ndarray, scores: TokenScores, beta: float) -> Estimates:
+        return teacher_tokens(self.spec, batch, scores)
+
+    def loss(self, beta: float, dtype: str) -> Loss:
+        return DistillLoss.from_settings(self.spec, ratio_tolerance=rl_checks.RATIO_TOLERANCE[dtype])
+
+    def check_first(self, metrics: Mapping[str, float], dtype: str, at_reference: bool) -> None:
+        rl_checks.check_first_ratio(metrics, rl_checks.RATIO_TOLERANCE[dtype])
 
 
 class PreferencePairs(Objective):
@@ -144,7 +177,9 @@ class PreferencePairs(Objective):
 
 def objective_of(spec: OnlineStage) -> Objective:
     """The objective of a stage's type."""
-    return PreferencePairs(spec) if spec.learns_from == "pairs" else PolicyGradient(spec)
+    if spec.learns_from == "pairs":
+        return PreferencePairs(spec)
+    return PolicyGradient(spec) if spec.top_k_asked is None else TeacherTopK(spec)
 
 
 def _order(seed: int, step: int, iteration: int, rows: int) -> np.ndarray:

@@ -162,6 +162,11 @@ class PolicyGradientStage(WhitenSettings, CorrectionSettings, PolicySettings, Rl
         return self.staleness > 0 if wanted is None else wanted
 
     @property
+    def top_k_asked(self) -> int | None:
+        """Most probable tokens of a teacher that its loss reads; None: it reads none."""
+        return None
+
+    @property
     def clips_to_engine(self) -> bool:
         """The clipped ratio is to the engines' own log-probabilities, and not to the step's first policy."""
         return self.staleness > 0 and not self.corrected
@@ -273,7 +278,11 @@ class DistillStage(DiscountSettings, PolicyGradientStage):
     """Discount per token: with 0 each token answers for its own divergence alone, with 1 also for that of all
     later ones, which is the gradient of the whole sample's."""
     beta: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    """Weight of the divergence from the teacher; above 0."""
+    """Weight of the divergence from the teacher; above 0. With `teacher_top_k` as in TRL's GKDConfig: 1 for
+    the reverse divergence, 0 for the forward one, between them Jensen-Shannon's."""
+    teacher_top_k: int | None = Field(default=None, ge=1, le=256)
+    """The divergence of each next token is over so many of the teacher's most probable ones, and all others
+    as one; null: estimated from the sampled token."""
     kl_in: Literal["reward", "loss"] = "reward"
     """Place of the divergence: always the reward of each token."""
     kl_estimator: KlEstimator = "k1"
@@ -285,13 +294,31 @@ class DistillStage(DiscountSettings, PolicyGradientStage):
 
     def loss_problems(self) -> Iterator[tuple[str, str]]:
         yield from super().loss_problems()
-        if self.beta == 0:
+        if self.teacher_top_k is not None:
+            yield from self._top_k_problems()
+        elif self.beta == 0:
             yield "beta", "0 leaves nothing of the teacher; write 1, or more beside other rewards"
         if self.kl_in != "reward":
             yield "kl_in", "distill has the divergence in the reward of each token; leave it out"
         if self.kl_estimator != "k1":
             why = "as rewards of tokens the others have the gradient of something else; leave it out"
             yield "kl_estimator", f"{self.kl_estimator}: {why}"
+
+    def _top_k_problems(self) -> Iterator[tuple[str, str]]:
+        """Settings of a policy gradient, which there is none of."""
+        if self.beta > 1:
+            yield "beta", f"{self.beta:g}: with teacher_top_k it is 0 (forward) to 1 (reverse)"
+        kinds = (PolicySettings, CorrectionSettings, DiscountSettings, WhitenSettings)
+        names = [name for kind in kinds for name in kind.model_fields if name not in ("beta", "kl_estimator")]
+        names += ["rewards", "kl_target", "vllm_importance_sampling_correction"]
+        why = "with teacher_top_k the loss is the divergence itself, without advantages; leave it out"
+        for name in names:
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
+                yield name, why
+
+    @property
+    def top_k_asked(self) -> int | None:
+        return self.teacher_top_k
 
     @property
     def compares_samples(self) -> bool:

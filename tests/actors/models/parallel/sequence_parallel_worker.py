@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from actors.algorithms.distillation import TOP_IDS, TOP_LOGPS, DistillLoss
 from actors.algorithms.dpo import DpoLoss
 from actors.algorithms.sft import SftLoss
 from actors.algorithms.value import ValueLoss
@@ -102,10 +103,18 @@ def others(made: ModelHost, rank: int, out: Path) -> dict[str, Any]:
         made.updates.prepare_training("policy", OPTIM, STEPS)
         found[loss] = metrics(made.updates.update(batch, DpoLoss(loss_type=loss), 0))
         torch.save(gradient(made), out / f"{loss}-{rank}.pt")
+    rows = sft_batch(ROWS[:4])
+    teacher = made.scores.top_logprobs(rows, None, 4, 0.5)
+    ids, logps = np.split(teacher, 2, axis=1)
+    counted = {"mask": np.ones(len(ids), bool), "old_logps": made.scores.token_logprobs(rows, "policy")}
+    taught = rows.with_token_columns(**{TOP_IDS: ids.astype(np.int64), TOP_LOGPS: logps}, **counted)
+    found["teacher"] = teacher.reshape(-1).tolist()
+    made.updates.prepare_training("policy", OPTIM, STEPS)
+    found["taught"] = metrics(made.updates.update(taught, DistillLoss(beta=0.5), 0))
+    torch.save(gradient(made), out / f"taught-{rank}.pt")
     made.add_adapter("critic")
     made.add_head("critic", "normal")
     made.updates.prepare_training("critic", OPTIM, STEPS)
-    rows = sft_batch(ROWS[:4])
     returns = np.linspace(-1, 1, int(rows.loss_mask.sum()))
     rows = rows.with_token_columns(returns=returns, old_values=0 * returns)
     found["critic"] = metrics(made.updates.update(rows, ValueLoss(), 0, "critic"))

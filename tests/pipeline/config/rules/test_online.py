@@ -386,6 +386,10 @@ def test_a_teacher_is_another_policy_and_its_divergence_is_the_reward_of_each_to
         "no stage is named 'x'"
         in problems_of({**stages, "a": {**student, "teacher": "x"}})["stages.a.teacher"]
     )
+    top = {**student, "teacher": "dpo", "teacher_top_k": 8, "beta": 0.5}
+    assert not problems_of({**stages, "a": top})
+    wrong = {"beta": 2.0, "rewards": "exact_match", "gamma": 1.0, "epsilon": 0.1, "kl_in": "loss"}
+    assert set(problems_of({**stages, "a": top | wrong})) == {f"stages.a.{key}" for key in wrong}
     wrong = {"beta": 0, "kl_in": "loss", "kl_estimator": "k3"}
     assert set(problems_of({**stages, "a": {**student, "teacher": "dpo", **wrong}})) == {
         f"stages.a.{key}" for key in wrong

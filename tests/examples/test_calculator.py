@@ -1,0 +1,96 @@
+"""The calculator: what its rows train, what its template writes, and a policy that calls it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.models.base.loading import load_tokenizer
+from actors.models.spec import ModelSpec
+from examples import calculator
+from pipeline.data.reading.records import load_records
+from pipeline.data.spec import DataSpec
+from pipeline.data.tokens.environment_turns import environment_turns
+from pipeline.data.tokens.tokenize import tokenize
+from tests.whole_runs.runs import ROOT, command_of, complete, lines_of
+
+CALL = '<tool_call>\n{"name": "multiply", "arguments": {"a": 12, "b": 34}}\n</tool_call>'
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("calculator")
+    calculator.write(out)
+    return out
+
+
+def shown(made: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (made / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_a_demonstration_trains_the_call_and_the_answer_and_nothing_that_the_tool_says(made: Path) -> None:
+    tokenizer = load_tokenizer(ModelSpec(base=str(made / "base")))
+    tools = shown(made, "train")[0]["tools"]
+    row = calculator.demonstration(12, 34, True, tools)
+    (made / "one.jsonl").write_text(json.dumps(row))
+    records = load_records([DataSpec(source=str(made / "one.jsonl"))], "sft", seed=0)
+    batch = tokenize(records, tokenizer).batch([0])
+    text, trained = tokenizer.decode(batch.token_ids), tokenizer.decode(batch.token_ids[batch.loss_mask])
+    assert trained == f"{CALL}<|im_end|>408<|im_end|>"
+    assert text.startswith('<|im_start|>system\n{"type": "function", "function": {"name": "multiply"')
+    assert "<|im_start|>tool\n408<|im_end|>" in text
+    assert environment_turns(tokenizer, {"tools": tools}, ["tool"]).chat.template == calculator.CHAT_TEMPLATE
+
+
+def test_questions_are_in_one_file_only_and_off_hand_answers_are_wrong(made: Path) -> None:
+    asked = {name: {row["prompt"][0]["content"] for row in shown(made, name)} for name in ("prompts", "test")}
+    asked["train"] = {row["messages"][0]["content"] for row in shown(made, "train")}
+    assert {name: len(questions) for name, questions in asked.items()} == calculator.SIZES
+    assert not asked["test"] & (asked["prompts"] | asked["train"])
+    said = [row["messages"] for row in shown(made, "train")]
+    off_hand = [one for one in said if len(one) == 2]
+    assert 0.6 < len(off_hand) / len(said) < 0.8
+    for question, answer in off_hand:
+        a, b = map(int, question["content"].removesuffix("=?").split("*"))
+        assert int(answer["content"]) != calculator.multiply(a, b)
+
+
+@pytest.mark.ray
+@pytest.mark.vllm
+@pytest.mark.timeout(600)
+def test_a_policy_that_was_shown_a_call_calls_the_tool_in_training_and_evaluation(
+    made: Path, tmp_path: Path
+) -> None:
+    """One question, learnt by heart."""
+    row = calculator.demonstration(12, 34, True, shown(made, "train")[0]["tools"])
+    (tmp_path / "shown.jsonl").write_text((json.dumps(row) + "\n") * 8)
+    asked = {"prompt": [calculator.question(12, 34)], "answer": "408"}
+    (tmp_path / "asked.jsonl").write_text(json.dumps(asked) + "\n")
+    grpo = {
+        "data": str(tmp_path / "asked.jsonl"), "tools": ["examples.calculator:multiply"],
+        "tool_parser": "hermes", "rewards": "exact_match", "batch_size": 8, "num_generations": 8,
+        "max_steps": 1, "max_length": 640, "max_completion_length": 200, "learning_rate": 1e-6,
+    }  # fmt: skip
+    sft = {
+        "data": str(tmp_path / "shown.jsonl"), "batch_size": 8, "max_steps": 40, "max_length": 512,
+        "learning_rate": 5e-3, "lr_scheduler_type": "cosine",
+    }  # fmt: skip
+    run = {
+        "name": "calls", "output_dir": str(tmp_path / "run"), "stages": {"sft": sft, "grpo": grpo},
+        "model": {"base": str(made / "base"), "lora": {"r": 16, "lora_alpha": 32}},
+        "eval": {"data": str(tmp_path / "asked.jsonl"), "models": ["grpo"], "sampling": {"max_tokens": 200}},
+    }  # fmt: skip
+    complete(command_of(tmp_path, run), ROOT)
+    (step,) = lines_of(tmp_path / "run", "grpo")
+    assert step["tools/call_frequency"] >= 0.5
+    assert step["turns/max"] >= 2
+    result = json.loads((tmp_path / "run" / "eval" / "grpo.json").read_text())
+    assert result["accuracy"] == 1.0
+    assert result["conversations"]["called"]["mean"] == 1.0
+    assert result["conversations"]["turns"] == 2.0
+    (said,) = lines_of(tmp_path / "run", "eval", "grpo")
+    assert [message["role"] for message in said["messages"]] == ["assistant", "tool", "assistant"]
+    assert said["messages"][1]["content"] == "408"
