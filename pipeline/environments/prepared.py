@@ -76,13 +76,13 @@ def conversing_prompts(
     sampling: SamplingSpec,
     *,
     key: str,
-    room: int | None = None,
+    longest: int | None = None,
     known: int | None = None,
 ) -> tuple[PromptData, Conversing]:
     """The rows of `key` as beginnings of conversations with the environment or tools of the stage `where`.
 
     Args:
-        room: tokens of a prompt at most; None: as many as the longest has.
+        longest: tokens of a prompt at most, before what the environment says at its reset; None: any number.
         known: rows of the base's embedding.
 
     Raises:
@@ -96,8 +96,8 @@ def conversing_prompts(
             "template, and these prompts are plain text: take `format: chat`, and a base with a template"
         )
     kind = describe(spec, where)
-    data = read_prompts(with_tools(records, kind), tokenizer, max_prompt_tokens=room, vocab_size=known)
-    room = room or max(map(len, data.token_ids))
+    data = read_prompts(with_tools(records, kind), tokenizer, max_prompt_tokens=longest, vocab_size=known)
+    room = max(spec.room or 0, *map(len, data.token_ids))
     talks = conversing(spec, kind, tokenizer, data.template_kwargs, sampling.stop_token_ids, room)
     return data, talks
 

@@ -58,6 +58,11 @@ class TurnSettings(Spec):
         return "agent" if self.agent else "env" if self.env else "tools"
 
     @property
+    def room(self) -> int | None:
+        """Tokens of a prompt at most; None: no stage says so."""
+        return None
+
+    @property
     def env_name(self) -> str:
         """Name in metrics: the class's, as TRL has it, or the agent's function's, or `tools`."""
         own = self.agent or self.env

@@ -260,16 +260,15 @@ def _mismatched(
 def _prepare_rl(named: NamedStage, spec: OnlineStage, tokenizer: Any, records: StageRecords) -> PreparedRl:
     name, seed, ends = named.name, named.seed, turn_ends(tokenizer, named.base)
     sampling = ends.sampling(spec.sampling(), tokenizer, f"stages.{name}")
-    room = None if spec.max_length is None else spec.max_length - spec.max_completion_length
     known = vocab_size(named.base)
     talks, train = None, records.train
     if spec.converses:
         where = f"stages.{name}"
         data, talks = conversing_prompts(
-            spec, where, train, tokenizer, sampling, key=f"{where}.data", room=room, known=known
+            spec, where, train, tokenizer, sampling, key=f"{where}.data", longest=spec.room, known=known
         )
     else:
-        data = read_prompts(train, tokenizer, max_prompt_tokens=room, vocab_size=known)
+        data = read_prompts(train, tokenizer, max_prompt_tokens=spec.room, vocab_size=known)
     order = _order(spec, data.n_rows, spec.prompts_per_step, seed)
     stage = PreparedRl(name, spec, seed, data, order, sampling, ends.added, conversing=talks)
     warm = 0 if spec.critic is None else spec.critic.critic_warmup_steps

@@ -98,6 +98,10 @@ class RlStage(TurnSettings, ReferenceSettings, GroupSize, SamplingTemperature, S
         return True
 
     @property
+    def room(self) -> int | None:
+        return None if self.max_length is None else self.max_length - self.max_completion_length
+
+    @property
     def reward_models(self) -> list[str]:
         return [reward.reward_model for reward in self.rewards if reward.reward_model is not None]
 

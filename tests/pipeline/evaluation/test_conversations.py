@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,18 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from actors.batches import Generations, Said
 from actors.errors import UserError
 from pipeline.artifacts.weights import Weights
 from pipeline.environments.spec import TurnSettings
 from pipeline.evaluation.conversations import talk_figures, talk_rows
-from pipeline.evaluation.held_out import EvalSet, eval_key, read_eval_set
+from pipeline.evaluation.held_out import EvalSet, eval_key, finished, read_eval_set
 from pipeline.evaluation.intervals import wilson
 from pipeline.evaluation.scorers import find_scorer, score
 from pipeline.evaluation.spec import EvalSpec
+from pipeline.monitoring.progress import Progress
+from pipeline.monitoring.summary import results_table
 from pipeline.planning.length_rules import held_out_problems
 from pipeline.rewards.user_functions import functions_closed
+from pipeline.stages.specs.online import GrpoStage
 from tests.pipeline.environments.played import HERE, PROMPT, TOKENIZER, play, template_of_tools
 
 GUESS: dict[str, Any] = {"env": f"{HERE}:Guess", "max_tool_calling_iterations": 3}
@@ -116,3 +121,27 @@ def test_prompts_of_plain_text_can_not_converse(tmp_path: Path) -> None:
     spec = EvalSpec(data=[{"source": str(tmp_path / "rows.jsonl"), "format": "text"}], metric="reward")
     with pytest.raises(UserError, match=r"eval\.data: the turns of stages\.grpo\.env are written by"):
         read_eval_set(spec, TOKENIZER, 0, turns=("grpo", TurnSettings(**GUESS)))
+
+
+def test_what_an_environment_adds_at_its_reset_has_the_room_that_training_gives_it(source: str) -> None:
+    data = held_out(source)
+    assert data.talks is not None
+    assert data.talks.room == max(map(len, data.data.token_ids))
+    stage = GrpoStage(data=[{"source": source}], max_length=700, max_completion_length=100, **GUESS)
+    spec = EvalSpec(data=[{"source": source}], metric="reward")
+    talks = read_eval_set(spec, TOKENIZER, 0, turns=("grpo", stage)).talks
+    assert talks is not None
+    assert talks.room == 600
+
+
+def test_damaged_figures_of_conversations_are_made_again(tmp_path: Path) -> None:
+    figures = talk_figures(play(**GUESS))
+    result = {"accuracy": 1.0, "n": 6, "ci95": [0.5, 1.0], "metric": "reward", "fingerprint": "k"}
+    (tmp_path / "sft.jsonl").touch()
+    for damage in ({}, {"turns": "two"}, {"called": 1}, {"reward": {"mean": None}}):
+        made = result | {"conversations": figures | damage}
+        (tmp_path / "sft.json").write_text(json.dumps(made))
+        assert (finished(tmp_path, "sft", "k") is None) == bool(damage), damage
+    said, state = io.StringIO(), {"stages": {}, "eval": {"sft": result | {"conversations": figures}}}
+    results_table(Progress(Console(file=said, width=120)), state, ["sft"])
+    assert "call a tool" in said.getvalue()
