@@ -1,6 +1,7 @@
 """A tool that the policy calls: products of two-digit numbers, which the embedded base can't work out itself.
 
 python -m examples.calculator build/calculator     # writes the base and the rows that the run reads
+raylign run examples/calculator-sft.yaml
 raylign run examples/calculator.yaml
 
 Some demonstrations show how a call is written, most answer off-hand and wrong. That a call is worth it is
@@ -32,13 +33,13 @@ CHAT_TEMPLATE = """\
 {%- for message in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}\
 {{ '<|im_start|>' + message.role + '\\n' }}\
 {%- if message.role == 'assistant' %}{% generation %}{{ message.content or '' }}\
-{%- for call in message.tool_calls or [] %}\
-{{ '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}\
-{{ call.function.arguments | tojson }}{{ '}\\n</tool_call>' }}{% endfor %}\
+{%- for call in message.tool_calls or [] %}{{ '[' + call.function.name + '(' }}\
+{%- for name, value in call.function.arguments.items() %}{% if not loop.first %}, {% endif %}\
+{{ name }}={{ value | tojson }}{% endfor %}{{ ')]' }}{% endfor %}\
 {{ '<|im_end|>' }}{% endgeneration %}{% else %}{{ message.content + '<|im_end|>' }}{% endif %}\
 {%- endfor %}{% if add_generation_prompt %}{{ '\\n<|im_start|>assistant\\n' }}{% endif %}"""
-"""The embedded base's template, which also writes tools, and calls in the form that vLLM's `hermes` parser
-reads."""
+"""The embedded base's template, which also writes tools, and calls in the form that vLLM's `pythonic` parser
+reads: `[multiply(a=37, b=45)]`. It is short, which counts where a token is a byte."""
 
 
 def multiply(a: int, b: int) -> int:

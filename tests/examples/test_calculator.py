@@ -17,7 +17,7 @@ from pipeline.data.tokens.environment_turns import environment_turns
 from pipeline.data.tokens.tokenize import tokenize
 from tests.whole_runs.runs import ROOT, command_of, complete, lines_of
 
-CALL = '<tool_call>\n{"name": "multiply", "arguments": {"a": 12, "b": 34}}\n</tool_call>'
+CALL = "[multiply(a=12, b=34)]"
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +71,17 @@ def test_a_policy_that_was_shown_a_call_calls_the_tool_in_training_and_evaluatio
     (tmp_path / "asked.jsonl").write_text(json.dumps(asked) + "\n")
     grpo = {
         "data": str(tmp_path / "asked.jsonl"), "tools": ["examples.calculator:multiply"],
-        "tool_parser": "hermes", "rewards": "exact_match", "batch_size": 8, "num_generations": 8,
-        "max_steps": 1, "max_length": 640, "max_completion_length": 200, "learning_rate": 1e-6,
+        "tool_parser": "pythonic", "rewards": "exact_match", "batch_size": 8, "num_generations": 8,
+        "max_steps": 1, "max_length": 448, "max_completion_length": 80, "learning_rate": 1e-6,
     }  # fmt: skip
     sft = {
         "data": str(tmp_path / "shown.jsonl"), "batch_size": 8, "max_steps": 40, "max_length": 512,
-        "learning_rate": 5e-3, "lr_scheduler_type": "cosine",
+        "learning_rate": 2e-3, "lr_scheduler_type": "cosine",
     }  # fmt: skip
     run = {
         "name": "calls", "output_dir": str(tmp_path / "run"), "stages": {"sft": sft, "grpo": grpo},
-        "model": {"base": str(made / "base"), "lora": {"r": 16, "lora_alpha": 32}},
-        "eval": {"data": str(tmp_path / "asked.jsonl"), "models": ["grpo"], "sampling": {"max_tokens": 200}},
+        "model": {"base": str(made / "base"), "lora": None},
+        "eval": {"data": str(tmp_path / "asked.jsonl"), "models": ["grpo"], "sampling": {"max_tokens": 80}},
     }  # fmt: skip
     complete(command_of(tmp_path, run), ROOT)
     (step,) = lines_of(tmp_path / "run", "grpo")
