@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from actors.models.base.loading import load_tokenizer
 from actors.models.spec import ModelSpec
@@ -29,6 +30,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shown(made: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (made / f"{name}.jsonl").read_text().splitlines()]
+
+
+def of_example(name: str, base: Path, out: Path) -> dict[str, Any]:
+    """The example's config with another base and place."""
+    config: dict[str, Any] = yaml.safe_load((ROOT / "examples" / f"{name}.yaml").read_text())
+    config["model"]["base"], config["output_dir"] = str(base), str(out)
+    return config
 
 
 def test_a_demonstration_trains_the_call_and_the_answer_and_nothing_that_the_tool_says(made: Path) -> None:
@@ -69,21 +77,13 @@ def test_a_policy_that_was_shown_a_call_calls_the_tool_in_training_and_evaluatio
     (tmp_path / "shown.jsonl").write_text((json.dumps(row) + "\n") * 8)
     asked = {"prompt": [calculator.question(12, 34)], "answer": "408"}
     (tmp_path / "asked.jsonl").write_text(json.dumps(asked) + "\n")
-    grpo = {
-        "data": str(tmp_path / "asked.jsonl"), "tools": ["examples.calculator:multiply"],
-        "tool_parser": "pythonic", "rewards": "exact_match", "batch_size": 8, "num_generations": 8,
-        "max_steps": 1, "max_length": 448, "max_completion_length": 80, "learning_rate": 1e-6,
-    }  # fmt: skip
-    sft = {
-        "data": str(tmp_path / "shown.jsonl"), "batch_size": 8, "max_steps": 40, "max_length": 512,
-        "learning_rate": 2e-3, "lr_scheduler_type": "cosine",
-    }  # fmt: skip
-    run = {
-        "name": "calls", "output_dir": str(tmp_path / "run"), "stages": {"sft": sft, "grpo": grpo},
-        "model": {"base": str(made / "base"), "lora": None},
-        "eval": {"data": str(tmp_path / "asked.jsonl"), "models": ["grpo"], "sampling": {"max_tokens": 80}},
-    }  # fmt: skip
-    complete(command_of(tmp_path, run), ROOT)
+    config = of_example("calculator-sft", made / "base", tmp_path / "sft")
+    config["stages"]["sft"] |= {"data": str(tmp_path / "shown.jsonl"), "batch_size": 8, "max_steps": 40}
+    complete(command_of(tmp_path, config), ROOT)
+    config = of_example("calculator", tmp_path / "sft" / "sft" / "model", tmp_path / "run")
+    config["stages"]["grpo"] |= {"data": str(tmp_path / "asked.jsonl"), "batch_size": 8, "max_steps": 1}
+    config["eval"] |= {"data": str(tmp_path / "asked.jsonl"), "models": ["grpo"]}
+    complete(command_of(tmp_path, config), ROOT)
     (step,) = lines_of(tmp_path / "run", "grpo")
     assert step["tools/call_frequency"] >= 0.5
     assert step["turns/max"] >= 2
