@@ -22,13 +22,15 @@ from actors.models.spec import locate_embedded_base
 
 Row = dict[str, Any]
 
-SIZES = {"train": 600, "prompts": 2000, "test": 500}
-"""Rows of each file; no pair of numbers is in two of them."""
-OFF_HAND = 0.7
+SIZES = {"test": 300, "train": 5000, "prompts": 1000}
+"""Rows of each file. Test questions are in no other file; prompts ask what was demonstrated."""
+OFF_HAND = 0.6
 """Share of demonstrations without a call: above one half, so that a greedy policy calls nothing at first."""
 
 CHAT_TEMPLATE = """\
-{%- if tools %}{{ '<|im_start|>system\\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}\
+{%- if tools %}{{ '<|im_start|>system\\n' }}{% for tool in tools %}{{ tool.function.name }}: \
+{{ tool.function.description }}{% for name, value in tool.function.parameters.properties.items() %} {{ name }}: \
+{{ value.description }}{% endfor %}{% endfor %}\
 {{ '<|im_end|>\\n' }}{% endif %}\
 {%- for message in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}\
 {{ '<|im_start|>' + message.role + '\\n' }}\
@@ -84,16 +86,14 @@ def rows(seed: int = 0) -> dict[str, list[Row]]:
     rng, tools = random.Random(seed), [get_json_schema(multiply)]
     pairs = [(a, b) for a in range(10, 100) for b in range(10, 100) if off_hand(a, b) != a * b]
     rng.shuffle(pairs)
-    parts = {}
-    for name, size in SIZES.items():
-        parts[name], pairs = pairs[:size], pairs[size:]
-        used = {frozenset(pair) for pair in parts[name]}
-        pairs = [pair for pair in pairs if frozenset(pair) not in used]
+    test, rest = pairs[: SIZES["test"]], pairs[SIZES["test"] :]
+    asked = {frozenset(pair) for pair in test}
+    shown = [pair for pair in rest if frozenset(pair) not in asked][: SIZES["train"]]
     made = {
         name: [{"prompt": [question(a, b)], "answer": str(a * b)} for a, b in part]
-        for name, part in parts.items()
+        for name, part in (("test", test), ("prompts", shown[: SIZES["prompts"]]))
     }
-    return made | {"train": [demonstration(a, b, rng.random() >= OFF_HAND, tools) for a, b in parts["train"]]}
+    return made | {"train": [demonstration(a, b, rng.random() >= OFF_HAND, tools) for a, b in shown]}
 
 
 def write(out: Path) -> None:

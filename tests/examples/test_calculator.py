@@ -48,7 +48,7 @@ def test_a_demonstration_trains_the_call_and_the_answer_and_nothing_that_the_too
     batch = tokenize(records, tokenizer).batch([0])
     text, trained = tokenizer.decode(batch.token_ids), tokenizer.decode(batch.token_ids[batch.loss_mask])
     assert trained == f"{CALL}<|im_end|>408<|im_end|>"
-    assert text.startswith('<|im_start|>system\n{"type": "function", "function": {"name": "multiply"')
+    assert text.startswith("<|im_start|>system\nmultiply: Multiply. a: One number. b: The other.<|im_end|>\n")
     assert "<|im_start|>tool\n408<|im_end|>" in text
     assert environment_turns(tokenizer, {"tools": tools}, ["tool"]).chat.template == calculator.CHAT_TEMPLATE
 
