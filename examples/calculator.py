@@ -28,9 +28,10 @@ OFF_HAND = 0.6
 """Share of demonstrations without a call: above one half, so that a greedy policy calls nothing at first."""
 
 CHAT_TEMPLATE = """\
-{%- if tools %}{{ '<|im_start|>system\\n' }}{% for tool in tools %}{{ tool.function.name }}: \
-{{ tool.function.description }}{% for name, value in tool.function.parameters.properties.items() %} {{ name }}: \
-{{ value.description }}{% endfor %}{% endfor %}\
+{%- if tools %}{{ '<|im_start|>system\\n' }}{% for tool in tools %}{% set function = tool.function %}\
+{{ function.name }}: {{ function.description }}\
+{%- for name, value in function.parameters.properties.items() %} {{ name }}: {{ value.description }}\
+{%- endfor %}{% endfor %}\
 {{ '<|im_end|>\\n' }}{% endif %}\
 {%- for message in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}\
 {{ '<|im_start|>' + message.role + '\\n' }}\
