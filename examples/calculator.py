@@ -25,7 +25,7 @@ Row = dict[str, Any]
 SIZES = {"test": 300, "train": 5000, "prompts": 1000}
 """Rows of each file. Test questions are in no other file; prompts ask what was demonstrated."""
 OFF_HAND = 0.6
-"""Share of demonstrations without a call: above one half, so that a greedy policy calls nothing at first."""
+"""Share of demonstrations without a call."""
 
 CHAT_TEMPLATE = """\
 {%- if tools %}{{ '<|im_start|>system\\n' }}{% for tool in tools %}{% set function = tool.function %}\

@@ -17,7 +17,8 @@ from pipeline.environments.prepared import describe
 from pipeline.environments.spec import TurnSettings
 from pipeline.rewards.user_functions import functions_closed
 from tests.pipeline.data.tokens.one_row import CHATML
-from tests.pipeline.environments.test_episodes import TOKENIZER, digit, play, transcript
+from tests.pipeline.environments.played import TOKENIZER, digit, play
+from tests.pipeline.environments.test_episodes import transcript
 
 HERE = "tests.pipeline.environments.talkers"
 ASKED = [{"role": "user", "content": "Guess."}]
