@@ -94,3 +94,23 @@ def test_a_policy_that_was_shown_a_call_calls_the_tool_in_training_and_evaluatio
     (said,) = lines_of(tmp_path / "run", "eval", "grpo")
     assert [message["role"] for message in said["messages"]] == ["assistant", "tool", "assistant"]
     assert said["messages"][1]["content"] == "408"
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.vllm
+@pytest.mark.timeout(1200)
+def test_the_whole_example_teaches_to_call_the_tool(made: Path, tmp_path: Path) -> None:
+    config = of_example("calculator-sft", made / "base", tmp_path / "sft")
+    config["stages"]["sft"]["data"] = str(made / "train.jsonl")
+    complete(command_of(tmp_path, config), ROOT)
+    config = of_example("calculator", tmp_path / "sft" / "sft" / "model", tmp_path / "run")
+    config["stages"]["grpo"]["data"] = str(made / "prompts.jsonl")
+    config["eval"]["data"] = str(made / "test.jsonl")
+    complete(command_of(tmp_path, config), ROOT)
+    before, after = (
+        json.loads((tmp_path / "run" / "eval" / f"{name}.json").read_text()) for name in ("base", "grpo")
+    )
+    assert after["n"] == 300
+    assert after["ci95"][0] > max(0.9, before["ci95"][1])
+    assert after["conversations"]["called"]["mean"] > before["conversations"]["called"]["ci95"][1]
