@@ -78,7 +78,7 @@ def test_a_policy_that_was_shown_a_call_calls_the_tool_in_training_and_evaluatio
     asked = {"prompt": [calculator.question(12, 34)], "answer": "408"}
     (tmp_path / "asked.jsonl").write_text(json.dumps(asked) + "\n")
     config = of_example("calculator-sft", made / "base", tmp_path / "sft")
-    config["stages"]["sft"] |= {"data": str(tmp_path / "shown.jsonl"), "batch_size": 8, "max_steps": 40}
+    config["stages"]["sft"] |= {"data": str(tmp_path / "shown.jsonl"), "batch_size": 8, "max_steps": 100}
     complete(command_of(tmp_path, config), ROOT)
     config = of_example("calculator", tmp_path / "sft" / "sft" / "model", tmp_path / "run")
     config["stages"]["grpo"] |= {"data": str(tmp_path / "asked.jsonl"), "batch_size": 8, "max_steps": 1}
