@@ -6,6 +6,7 @@ Loads no vLLM, and no torch, before `set_environment` was called.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -59,12 +60,17 @@ def serve_models(
         UserError: a model can't be used, or all are wanted where only one can be served.
         KeyboardInterrupt: a signal came before requests were answered.
     """
+    signal.signal(signal.SIGTERM, _interrupted)  # So that nothing is left on the disk.
     from actors.rollout.vllm.openai_server import serve
 
     with tempfile.TemporaryDirectory(prefix="raylign-served-") as scratch:
         served, settings, why = _as_served(models, spec, Path(scratch))
         names = [*served.names, *served.adapters]
         serve(served, spec, settings, listener, Path(scratch), lambda: ready(names, why))
+
+
+def _interrupted(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def _as_served(models: Models, spec: EngineSpec, scratch: Path) -> tuple[Served, dict[str, Any], str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
-import signal
 import socket
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -82,7 +81,6 @@ def serve(
         finally:
             waiting.cancel()
 
-    signal.signal(signal.SIGTERM, _interrupted)
     try:
         asyncio.run(work())
     finally:
@@ -125,7 +123,3 @@ async def _when_it_answers(host: str, port: int, ready: Callable[[], None]) -> N
     if await reader.readline():
         ready()
     writer.close()
-
-
-def _interrupted(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
