@@ -314,6 +314,7 @@ def test_roles_on_hosts_of_their_own_make_the_same_adapter(whole: Path, tmp_path
     assert repeatable(run) == repeatable(whole)
 
 
+@pytest.mark.slow
 def test_policy_ranks_killed_in_an_update_and_in_a_sync_are_replaced_and_the_adapter_is_the_same(
     whole: Path, tmp_path: Path
 ) -> None:

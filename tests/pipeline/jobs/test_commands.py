@@ -56,6 +56,7 @@ def test_a_mistake_that_shows_there_comes_back_with_its_code_and_message(cluster
     assert "already ended" in cluster.raylign("stop", "broken").stdout
 
 
+@pytest.mark.slow
 def test_stop_lets_the_run_save_and_a_second_submission_goes_on(cluster: Head) -> None:
     output = cluster.directory / "long"
     arguments = [
