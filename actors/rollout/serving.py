@@ -5,6 +5,7 @@ Loads no vLLM, and no torch, before `set_environment` was called.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -60,7 +61,8 @@ def serve_models(
         UserError: a model can't be used, or all are wanted where only one can be served.
         KeyboardInterrupt: a signal came before requests were answered.
     """
-    signal.signal(signal.SIGTERM, _interrupted)  # So that nothing is left on the disk.
+    for number in (signal.SIGINT, signal.SIGTERM):  # vLLM's server takes them over once it answers.
+        signal.signal(number, _interrupted)
     from actors.rollout.vllm.openai_server import serve
 
     with tempfile.TemporaryDirectory(prefix="raylign-served-") as scratch:
@@ -70,6 +72,9 @@ def serve_models(
 
 
 def _interrupted(number: int, frame: Any) -> None:
+    # vLLM's core takes no signal while it starts: then it waits for this process, whose end waits for it.
+    for child in multiprocessing.active_children():
+        child.kill()
     raise KeyboardInterrupt
 
 
@@ -131,10 +136,10 @@ def _why_alone(adapters: Mapping[str, str], whole: Mapping[str, str]) -> str:
 def _why_merged(adapter: str) -> str:
     """Reason for which vLLM doesn't compute an adapter's file beside its base; empty: it does."""
     from actors.models.base.loading import resolve_base
-    from actors.models.facts import vllm_row
-    from actors.models.lora.adapters import base_quantization, read_head, saved_config
+    from actors.models.facts import saved_head, vllm_row
+    from actors.models.lora.adapters import base_quantization, saved_config
 
-    if read_head(adapter) is not None:
+    if saved_head(adapter) is not None:
         raise UserError(f"{adapter} is a reward model, which answers nothing; `raylign eval` scores with it")
     config = resolve_base(ModelSpec(base=adapter, allow_untested=True)).checked().config
     saved = saved_config(adapter)

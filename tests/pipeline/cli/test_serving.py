@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -127,6 +128,30 @@ def test_an_adapter_of_experts_is_served_alone_from_a_merged_copy(tmp_path: Path
         assert ended(process, signal.SIGTERM) == 0
     finally:
         process.kill()
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_vllms_core_starts_ends_it_with_nothing_left(number: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipeline", "serve", str(TINY_MOE), "--port", "0"]
+    process = subprocess.Popen(command, env=ENVIRONMENT | {"TMPDIR": str(tmp_path)}, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not cores(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(3)
+        assert ended(process, number) == 130
+        assert not list(tmp_path.glob("raylign-*"))
+    finally:
+        process.kill()
+
+
+def cores(pid: int) -> list[psutil.Process]:
+    """Processes below one that multiprocessing has spawned."""
+    below = psutil.Process(pid).children(recursive=True)
+    return [one for one in below if "spawn_main" in " ".join(one.cmdline())]
 
 
 def test_what_can_not_be_served_ends_with_one_message(
