@@ -13,6 +13,8 @@ EXIT_FAILED = 1
 EXIT_USER = 2
 EXIT_STOPPED = 75
 """EX_TEMPFAIL: stopped by a signal after saving; the same command goes on from there."""
+EXIT_INTERRUPTED = 130
+"""Stopped by a signal, with nothing saved."""
 
 AGAIN = "run the same command again: it goes on from the last checkpoint"
 """Next step after most failures at run time."""

@@ -5,11 +5,15 @@ Loads no vLLM, and no torch, before `set_environment` was called.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from actors.cluster.connection import local_resources
 from actors.cluster.environment import CORE_APART, actor_environment, engine_environment
-from actors.errors import UserError
+from actors.errors import EXIT_INTERRUPTED, UserError
 from actors.models.spec import ModelSpec
 from actors.rollout.spec import EngineSpec
 
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
 
 BASE = "base"
 """Name of the model that adapters are on."""
+UNWIND_S = 5.0
+"""Time for this process to end by itself after a signal that comes before it serves."""
 
 
 @dataclass(frozen=True)
@@ -61,21 +67,29 @@ def serve_models(
         UserError: a model can't be used, or all are wanted where only one can be served.
         KeyboardInterrupt: a signal came before requests were answered.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):  # vLLM's server takes them over once it answers.
-        signal.signal(number, _interrupted)
     from actors.rollout.vllm.openai_server import serve
 
     with tempfile.TemporaryDirectory(prefix="raylign-served-") as scratch:
+        for number in (signal.SIGINT, signal.SIGTERM):  # vLLM's server takes them over once it answers.
+            signal.signal(number, functools.partial(_interrupted, scratch))
         served, settings, why = _as_served(models, spec, Path(scratch))
         names = [*served.names, *served.adapters]
         serve(served, spec, settings, listener, Path(scratch), lambda: ready(names, why))
 
 
-def _interrupted(number: int, frame: Any) -> None:
-    # vLLM's core takes no signal while it starts: then it waits for this process, whose end waits for it.
+def _interrupted(scratch: str, number: int, frame: Any) -> None:
+    """End what starts: there is nothing to save. vLLM's core takes no signal meanwhile, and this process's
+    wait for it may take no exception."""
     for child in multiprocessing.active_children():
         child.kill()
+    threading.Thread(target=_end_at_last, args=(scratch,), daemon=True, name="end-at-last").start()
     raise KeyboardInterrupt
+
+
+def _end_at_last(scratch: str) -> None:
+    time.sleep(UNWIND_S)
+    shutil.rmtree(scratch, ignore_errors=True)
+    os._exit(EXIT_INTERRUPTED)
 
 
 def _as_served(models: Models, spec: EngineSpec, scratch: Path) -> tuple[Served, dict[str, Any], str]:

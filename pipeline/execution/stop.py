@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from actors.errors import EXIT_INTERRUPTED
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 FILE_S = 1.0
 """Seconds between two looks for the stop file: it can lie on a network disk."""
@@ -35,7 +37,6 @@ FORCE_S = 3.0
 """Seconds that the processes of a run get to end after a second signal."""
 ANSWER_S = 1.0
 """Seconds that the answer to a request may take, before what comes of it is printed anyway."""
-EXIT_INTERRUPTED = 130
 AGAIN = "; again: stop now without saving"
 
 
