@@ -57,6 +57,16 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
     small.close()
 
 
+def ends_on_a_full(disk: SmallDisk, process: subprocess.Popen[str]) -> None:
+    """Fill the disk under a run: it says so and ends. Then there is room again."""
+    disk.fill()
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 1, said[-3000:]
+    assert re.search(r"cannot write \S+: No space left on device", said), said[-3000:]
+    assert "Traceback" not in said
+    disk.empty()
+
+
 @pytest.mark.slow
 def test_a_disk_that_is_full_at_a_save_ends_the_run_which_then_goes_on_with_the_same_adapter(
     disk: SmallDisk, tmp_path: Path
@@ -66,12 +76,7 @@ def test_a_disk_that_is_full_at_a_save_ends_the_run_which_then_goes_on_with_the_
     command = command_of(tmp_path, config(run))
     process = start(command, tmp_path)
     when(process, (run / "sft" / "checkpoint-4" / "manifest.json").is_file)
-    disk.fill()
-    said, _ = process.communicate(timeout=200)
-    assert process.returncode == 1, said[-3000:]
-    assert re.search(r"cannot write \S+: No space left on device", said), said[-3000:]
-    assert "Traceback" not in said
-    disk.empty()
+    ends_on_a_full(disk, process)
     assert "sft: continues from checkpoint-" in complete(command, tmp_path)
     complete(command_of(tmp_path / "straight", config(tmp_path / "whole")), tmp_path)
     assert adapter_digest(run, "sft") == adapter_digest(tmp_path / "whole", "sft")
@@ -90,12 +95,7 @@ def test_a_disk_that_is_full_in_a_sync_ends_the_run_which_then_goes_on_with_the_
     command = command_of(tmp_path, configs[0])
     process = start(command, tmp_path)
     when(process, lambda: calls(run, "policy-0", "weight_source.prepare") >= 4)
-    disk.fill()
-    said, _ = process.communicate(timeout=200)
-    assert process.returncode == 1, said[-3000:]
-    assert re.search(r"cannot write \S+: No space left on device", said), said[-3000:]
-    assert "Traceback" not in said
-    disk.empty()
+    ends_on_a_full(disk, process)
     assert "grpo: continues from checkpoint-" in complete(command, tmp_path)
     complete(command_of(tmp_path / "straight", configs[1]), tmp_path)
     assert adapter_digest(run, "grpo") == adapter_digest(tmp_path / "whole", "grpo")
